@@ -1,0 +1,3697 @@
+#!/usr/bin/env python3
+"""cexec: run a command on the least loaded machine of the network.
+
+    ckeygen ogg ogg.pub                      # once: a keypair names the application
+    cservice ogg oggenc -o- -                # on every worker
+    crat ogg.pub                             # anywhere: who did what
+    cexec ogg.pub < input.wav > output.ogg   # anywhere: runs on the least loaded worker
+
+The way of a job:
+
+     client                                   worker
+       | ANNOUNCE nonce, port  ---- group --->  |   MAC good? key known? not served?
+       |                                        |   wait load x 20 ms
+       |  <------------------------- TCP connect|   an offer: it holds a slot for 3 s
+       |  TLS ClientHello ------------------->  |   the worker is the TLS server
+       |  <---------------- certificate, finish |
+       |  hash pinned in the pub? else: complain, close
+       |  <-------- HELLO nonce, id, challenge  |
+       |  AUTH hmac, JOB fds, environment --->  |   hmac good? else: close
+       |  <------------------ ACCEPT or REFUSE  |   supervisor forked, nothing run
+       |  GO -------------------------------->  |   the command starts
+       |  CLAIM token  ------------ group --->  |   other workers forget the job
+       |  DATA EOF SHUT CREDIT SIGNAL  <----->  |
+       |  <------------------------------- EXIT |   status, bytes sent, bytes taken
+       |  ALERT completed ---------- group ---> |   crat
+
+Until GO nothing has run, and any loss means that the search goes on; after it, a
+loss is exit status 111.  EXIT is the last frame of a job: without it, and without
+every byte that it counts, no job is a success.
+
+Not promised: that a job which was lost after GO is run again; that a worker with
+load to spare is found where no datagram reaches it; secrecy of names, sizes and
+times.  cexec(7) has the protocol in full and what it does not protect from.
+
+The file goes from the leaves up: a section calls only those above it.  The wire,
+key and channel sections take and return bytes; sockets come after them.
+"""
+import sys
+
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]                 # a socket.py lying beside this file is not imported
+
+import collections
+import errno
+import fcntl
+import hashlib
+import heapq
+import hmac
+import os
+import select
+import selectors
+import signal
+import socket
+import stat
+import struct
+import time
+from types import SimpleNamespace
+
+ssl = None                          # imported by load_ssl: clients announce themselves first
+
+
+# ---------------------------------------------------------------------------
+# Limits, exit codes, errors, the log
+# ---------------------------------------------------------------------------
+
+VERSION = "1.0"
+PROTOCOL = 1                        # the version in every datagram and in HELLO
+
+EXIT_USAGE = 100                    # a bad option or argument: permanent
+EXIT_BAD_KEY = 101                  # ckeygen: the private key is there and invalid
+EXIT_NO_PUB = 102                   # ckeygen: cannot write the pub
+EXIT_NO_KEY = 103                   # ckeygen: cannot write the private key
+EXIT_OTHER_KEY = 104                # ckeygen: -stdin does not match the key that is there
+EXIT_TEMPORARY = 111                # cexec's own failure, always worth another try
+EXIT_CANNOT_RUN = 126               # the command is there and cannot be run
+EXIT_NOT_FOUND = 127                # the command is not there
+EXIT_SIGNAL = 128                   # plus the number of the signal that killed the command
+
+PORT = 3010                         # UDP: announcements, claims, alerts
+DATAGRAM_MAX = 1200                 # bytes: fits an Ethernet frame through any tunnel
+FRAME_MAX = 256 * 1024              # bytes of DATA in one frame
+CONTROL_MAX = 64 * 1024             # bytes of any other frame's payload
+WINDOW = 4 * 1024 * 1024            # bytes of credit for each channel and direction
+PIPE_SIZE = 1024 * 1024             # bytes asked for in the command's pipes
+MAXFD = 32                          # descriptors below this number are carried
+MAXFD_LIMIT = 1024                  # and never any from here on
+MEMORY = 10000                      # jobs, datagrams remembered by anyone
+
+OFFER_SECONDS = 3.0                 # an offer holds a slot for this long
+LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence
+BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
+DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
+DELAY_MAX = 1.0
+PENALTY = 2.0                       # seconds more for a worker that has failed
+SPREAD_MIN = 0.002                  # a random spread below this is none
+SPREAD_MAX = 1.0
+OFFERS_WANTED = 3                   # offers an announcement that the spread steers for
+HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
+KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
+CLOSE_SECONDS = 30.0                # what a worker waits for its client to close
+
+
+class Fatal(Exception):
+    """Ends the applet: one line with the cause and the remedy, and an exit code."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+class ProtocolError(Exception):
+    """A peer's bytes break the protocol; the message says how."""
+
+
+class Log:
+    """Lines on standard error: say() always, note() with -v.  Never an exception."""
+
+    def __init__(self):
+        self.applet = "cexec"
+        self.verbose = False
+        self.fd = 2
+
+    def say(self, message):
+        line = "%s: %s\n" % (self.applet, printable(message))
+        try:
+            os.write(self.fd, line.encode("utf-8", "backslashreplace"))
+        except OSError:
+            pass                    # nobody is there to be told
+
+    def note(self, message, *args):
+        if self.verbose:
+            self.say(message % args if args else message)
+
+
+def printable(text):
+    """The text with control characters escaped: a peer's words never move a cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
+                   for c in text)
+
+
+log = Log()
+
+
+def argument_parser(usage, text):
+    """An ArgumentParser with the options of every applet; its errors are Fatal (100)."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, usage))
+
+    parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-v", dest="verbose", action="store_true", help="say on standard error what happens")
+    parser.add_argument("--version", action="version", version="cexec " + VERSION)
+    return parser
+
+
+def setting(name, default, low, high):
+    """The number in the environment variable NAME, or the default.
+
+    Raises Fatal (100) if it is no whole number within low..high.
+    """
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise Fatal(EXIT_USAGE, "%s=%s: not a whole number from %d to %d" % (name, text, low, high))
+    return value
+
+
+def random_fraction():
+    """A random number, at least 0 and less than 1 (`random` costs 3 ms to import)."""
+    return int.from_bytes(os.urandom(6), "big") / 2 ** 48
+
+
+# ---------------------------------------------------------------------------
+# Keys: a keypair made of HMACs, and the certificate that goes with it
+# ---------------------------------------------------------------------------
+#
+# The private key is a P-256 scalar, the master.  HMACs of it under labels give the
+# application id, which everybody may see, and a secret for each client's name.  The
+# certificate is computed from it too, always the same bytes, so that a pub can pin it.
+
+DEFAULT_NAME = "anyone"             # the client's name in a pub made without -n
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
+NAME_MAX = 64
+PUB_MAGIC = "cexec-public-key"
+PUB_VERSION = "1"
+
+# NIST P-256 (SEC 2, section 2.4.2): y^2 = x^3 - 3x + B over the integers modulo P
+P256_P = 2 ** 256 - 2 ** 224 + 2 ** 192 + 2 ** 96 - 1
+P256_N = 0xffffffff00000000ffffffffffffffffbce6faada7179e84f3b9cac2fc632551
+P256_G = (0x6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296,
+          0x4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5)
+
+OID_EC_PUBLIC_KEY = bytes.fromhex("06072a8648ce3d0201")
+OID_P256 = bytes.fromhex("06082a8648ce3d030107")
+OID_ECDSA_SHA256 = bytes.fromhex("06082a8648ce3d040302")
+OID_COMMON_NAME = bytes.fromhex("0603550403")
+
+
+def mac(key, *parts):
+    """HMAC-SHA256 (RFC 2104), 32 bytes."""
+    return hmac.new(key, b"".join(parts), hashlib.sha256).digest()
+
+
+def application_id(master):
+    """8 bytes that name the application on the wire."""
+    return mac(master, b"application")[:8]
+
+
+def client_secret(master, name):
+    """32 bytes shared by the holder of the pub for NAME and every worker."""
+    return mac(master, b"client ", name.encode())
+
+
+def client_proof(secret, challenge, nonce):
+    """32 bytes with which a client answers a worker's challenge, for one job."""
+    return mac(secret, b"proof", challenge, nonce)
+
+
+def check_name(name):
+    """The client's name, or Fatal (100)."""
+    if not 0 < len(name) <= NAME_MAX or not NAME_CHARACTERS.issuperset(name):
+        raise Fatal(EXIT_USAGE, "client name %r: use 1 to %d letters, digits and . _ @ + -" % (name, NAME_MAX))
+    return name
+
+
+Pub = collections.namedtuple("Pub", "label name application secret fingerprint")
+Pub.__doc__ = """What a client holds: its name, the application id (8 bytes), its secret (32)
+and the SHA-256 of the workers' certificate (32).  label is the file's name, for messages."""
+
+Key = collections.namedtuple("Key", "label path master application fingerprint")
+Key.__doc__ = """What a worker holds: the master (32 bytes), the rest derived from it."""
+
+
+def format_pub(master, name, fingerprint):
+    """The one line of a pub file."""
+    return "%s %s %s %s %s %s\n" % (PUB_MAGIC, PUB_VERSION, name, application_id(master).hex(),
+                                    client_secret(master, name).hex(), fingerprint.hex())
+
+
+def parse_pub(text, label):
+    """The Pub in a pub file's text; Fatal (100) says what is wrong with it."""
+    words = text.split()
+    if words[:1] != [PUB_MAGIC]:
+        raise Fatal(EXIT_USAGE, "%s: not a cexec public key (make one with ckeygen)" % label)
+    if words[1:2] != [PUB_VERSION]:
+        raise Fatal(EXIT_USAGE, "%s: a public key of another version than %s" % (label, PUB_VERSION))
+    try:
+        name, application, secret, fingerprint = words[2], *map(bytes.fromhex, words[3:])
+        if not NAME_CHARACTERS.issuperset(name) or (len(application), len(secret), len(fingerprint)) != (8, 32, 32):
+            raise ValueError
+    except (ValueError, IndexError):
+        raise Fatal(EXIT_USAGE, "%s: damaged public key (make it again with ckeygen)" % label) from None
+    return Pub(os.path.basename(label), name, application, secret, fingerprint)
+
+
+def pem(kind, der):
+    """A DER object in PEM armour (RFC 7468)."""
+    import binascii
+    lines = [binascii.b2a_base64(der[i:i + 48]).decode() for i in range(0, len(der), 48)]
+    return "-----BEGIN %s-----\n%s-----END %s-----\n" % (kind, "".join(lines), kind)
+
+
+def unpem(kind, text):
+    """The DER of the first such object in a PEM text, or None."""
+    import binascii
+    begin, end = "-----BEGIN %s-----" % kind, "-----END %s-----" % kind
+    body = text.partition(begin)[2].partition(end)[0]
+    try:
+        return binascii.a2b_base64(body) or None
+    except ValueError:
+        return None
+
+
+def parse_key(text, path):
+    """The Key in a private key file's text; Fatal (100) says what is wrong with it.
+
+    Reads the scalar of the EC PRIVATE KEY (RFC 5915) as ckeygen writes it; whether the
+    certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
+    """
+    if text.startswith(PUB_MAGIC):
+        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed" % path)
+    der, certificate = unpem("EC PRIVATE KEY", text), unpem("CERTIFICATE", text)
+    if not der or not certificate or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
+        raise Fatal(EXIT_USAGE, "%s: not a cexec private key (make one with ckeygen)" % path)
+    master = der[7:39]
+    return Key(os.path.basename(path), path, master, application_id(master), hashlib.sha256(certificate).digest())
+
+
+def read_text(path):
+    """A small text file's contents.  Raises OSError."""
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read(CONTROL_MAX)
+
+
+def open_pub(path):
+    """The Pub in the file PATH, or in PATH.pub if PATH is none.  Raises Fatal."""
+    for name in (path, path + ".pub"):
+        try:
+            text = read_text(name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "%s: %s" % (name, error.strerror)) from None
+        if text.startswith(PUB_MAGIC) or name != path or not os.path.exists(path + ".pub"):
+            return parse_pub(text, name)
+    raise Fatal(EXIT_TEMPORARY, "%s: no such public key (make one with: ckeygen APP APP.pub)" % path)
+
+
+def open_key(path):
+    """The Key in the file PATH, with a warning if others can read it.  Raises Fatal."""
+    try:
+        text = read_text(path)
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "%s: %s (make a key with: ckeygen APP APP.pub)" % (path, error.strerror)) from None
+    if mode & 0o077:
+        log.say("warning: %s can be read by others (chmod 600 it)" % path)
+    return parse_key(text, path)
+
+
+# The certificate.  Used by ckeygen alone: integers and DER, 3 ms, no randomness.
+
+def p256_multiply(scalar, point):
+    """scalar * point on P-256, in Jacobian coordinates; both points affine pairs.
+
+    Not in constant time: it runs once, when a key is made, on its owner's machine.
+    """
+    x, y, z = 0, 1, 0                                       # the point at infinity
+    for bit in bin(scalar)[2:]:
+        if z:
+            x, y, z = p256_double(x, y, z)
+        if bit == "1":
+            x, y, z = p256_add(x, y, z, *point) if z else (*point, 1)
+    inverse = pow(z, P256_P - 2, P256_P)
+    return x * inverse ** 2 % P256_P, y * inverse ** 3 % P256_P
+
+
+def p256_double(x, y, z):
+    """dbl-2001-b of the Explicit-Formulas Database, for a = -3."""
+    delta, gamma = z * z, y * y % P256_P
+    beta = x * gamma
+    alpha = 3 * (x - delta) * (x + delta)
+    x3 = (alpha * alpha - 8 * beta) % P256_P
+    z3 = ((y + z) ** 2 - gamma - delta) % P256_P
+    return x3, (alpha * (4 * beta - x3) - 8 * gamma * gamma) % P256_P, z3
+
+
+def p256_add(x1, y1, z1, x2, y2):
+    """madd of the same, the second point affine; the points are never equal here."""
+    zz = z1 * z1 % P256_P
+    h = (x2 * zz - x1) % P256_P
+    r = (y2 * zz * z1 - y1) % P256_P
+    hh = h * h % P256_P
+    hhh, v = h * hh % P256_P, x1 * hh % P256_P
+    x3 = (r * r - hhh - 2 * v) % P256_P
+    return x3, (r * (v - x3) - y1 * hhh) % P256_P, z1 * h % P256_P
+
+
+def ecdsa_sign(master, message):
+    """(r, s) of message's SHA-256 under the scalar (FIPS 186-4, 6.4).
+
+    The nonce is an HMAC of the message under the scalar, RFC 6979's idea.
+    """
+    digest = int.from_bytes(hashlib.sha256(message).digest(), "big")
+    scalar = int.from_bytes(master, "big")
+    wide = mac(master, b"nonce 1 ", message) + mac(master, b"nonce 2 ", message)
+    nonce = int.from_bytes(wide, "big") % (P256_N - 1) + 1
+    r = p256_multiply(nonce, P256_G)[0] % P256_N
+    return r, pow(nonce, P256_N - 2, P256_N) * (digest + r * scalar) % P256_N
+
+
+def der(tag, *parts):
+    """One DER object (X.690): tag, length, contents."""
+    body = b"".join(parts)
+    size = len(body)
+    if size < 128:
+        return bytes([tag, size]) + body
+    width = (size.bit_length() + 7) // 8
+    return bytes([tag, 128 | width]) + size.to_bytes(width, "big") + body
+
+
+def der_integer(number):
+    return der(0x02, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def format_key(master):
+    """The text of a private key file, and its certificate's SHA-256 (32 bytes).
+
+    An EC PRIVATE KEY (RFC 5915) and a self-signed X.509 v3 certificate (RFC 5280) with
+    fixed names, serial 1, validity 1970 to 9999: one master always gives the same bytes.
+    """
+    x, y = p256_multiply(int.from_bytes(master, "big"), P256_G)
+    point = der(0x03, b"\0\x04" + x.to_bytes(32, "big") + y.to_bytes(32, "big"))
+    private = der(0x30, der_integer(1), der(0x04, master), der(0xa0, OID_P256), der(0xa1, point))
+    algorithm = der(0x30, OID_ECDSA_SHA256)
+    name = der(0x30, der(0x31, der(0x30, OID_COMMON_NAME, der(0x0c, b"cexec"))))
+    validity = der(0x30, der(0x17, b"700101000000Z"), der(0x18, b"99991231235959Z"))
+    public = der(0x30, der(0x30, OID_EC_PUBLIC_KEY, OID_P256), point)
+    signed = der(0x30, der(0xa0, der_integer(2)), der_integer(1), algorithm, name, validity, name, public)
+    signature = der(0x30, *map(der_integer, ecdsa_sign(master, signed)))
+    certificate = der(0x30, signed, algorithm, der(0x03, b"\0", signature))
+    text = pem("EC PRIVATE KEY", private) + pem("CERTIFICATE", certificate)
+    return text, hashlib.sha256(certificate).digest()
+
+
+# ---------------------------------------------------------------------------
+# Messages: datagrams and frames, each declared once
+# ---------------------------------------------------------------------------
+#
+# A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
+# UTF-8), "texts" (16-bit count) or "rows:FORMAT" (16-bit count of tuples).
+
+class Message:
+    """One kind of datagram or frame: code, name, and its fields in wire order."""
+
+    def __init__(self, code, name, **fields):
+        self.code, self.name, self.fields = code, name, fields
+
+    def __repr__(self):
+        return self.name
+
+    def pack(self, **values):
+        """The body's bytes.  Every field must be given."""
+        if values.keys() != self.fields.keys():
+            raise TypeError("%s has the fields %s" % (self.name, ", ".join(self.fields)))
+        return b"".join(pack_field(kind, values[field]) for field, kind in self.fields.items())
+
+    def unpack(self, body):
+        """The fields as a namespace; ProtocolError if the body is not exactly them."""
+        values, rest = {}, memoryview(body)
+        try:
+            for field, kind in self.fields.items():
+                values[field], rest = unpack_field(kind, rest)
+        except struct.error:
+            raise ProtocolError("%s cut short" % self.name) from None
+        if rest:
+            raise ProtocolError("%s with %d bytes too many" % (self.name, len(rest)))
+        return SimpleNamespace(**values)
+
+
+def pack_field(kind, value):
+    if kind == "text":
+        data = value.encode("utf-8", "surrogateescape")
+        return struct.pack("!H", len(data)) + data
+    if kind == "texts":
+        return struct.pack("!H", len(value)) + b"".join(pack_field("text", text) for text in value)
+    if kind.startswith("rows:"):
+        return struct.pack("!H", len(value)) + b"".join(struct.pack("!" + kind[5:], *row) for row in value)
+    return struct.pack("!" + kind, value)
+
+
+def unpack_field(kind, view):
+    """(value, the rest of the view).  Raises struct.error if the view is too short."""
+    if kind == "text":
+        size, = struct.unpack_from("!H", view)
+        if len(view) < 2 + size:
+            raise struct.error
+        return bytes(view[2:2 + size]).decode("utf-8", "surrogateescape"), view[2 + size:]
+    if kind == "texts" or kind.startswith("rows:"):
+        count, = struct.unpack_from("!H", view)
+        view, values = view[2:], []
+        for _ in range(count):
+            value, view = unpack_field("text" if kind == "texts" else kind[5:], view)
+            values.append(value)
+        return values, view
+    form = struct.Struct("!" + kind)
+    value = form.unpack_from(view)
+    return (value[0] if len(value) == 1 else value), view[form.size:]
+
+
+def by_code(*messages):
+    return {message.code: message for message in messages}
+
+
+# Datagrams: to the group, and BUSY back from it.  Every body begins with COMMON.
+COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
+ANNOUNCE = Message(1, "ANNOUNCE", attempt="H", waited="I")          # waited: ms
+CLAIM = Message(2, "CLAIM", token="32s", offers="H")
+ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
+                milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
+BUSY = Message(4, "BUSY", attempt="H", ahead="I")
+DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY)
+
+ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
+
+# Frames: on the channel.
+HELLO = Message(1, "HELLO", version="B", nonce="16s", worker_id="8s", challenge="32s",
+                address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
+AUTH = Message(2, "AUTH", proof="32s")
+JOB = Message(3, "JOB", descriptors="rows:HHB", environment="texts", linger="I")   # linger: ms
+ACCEPT = Message(4, "ACCEPT")
+REFUSE = Message(5, "REFUSE", reason="text")
+GO = Message(6, "GO")
+DATA = Message(7, "DATA")                                           # the payload is the bytes
+EOF = Message(8, "EOF")
+SHUT = Message(9, "SHUT")
+CREDIT = Message(10, "CREDIT", bytes="I")
+SIGNAL = Message(11, "SIGNAL", signal="text")
+PING = Message(12, "PING")
+PONG = Message(13, "PONG")
+LINGER = Message(14, "LINGER", status="B")
+EXIT = Message(15, "EXIT", how="B", status="B", reason="text", channels="rows:HQQ")
+FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT)
+
+HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
+NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
+
+# A row of JOB's descriptors: the command's number, its channel, and these flags.
+FLAG_INPUT = 1                      # the client reads it, the command can read it
+FLAG_OUTPUT = 2                     # the command writes it, the client gets it
+FLAG_SOCKET = 4                     # both ways: a socketpair for the command
+FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
+
+# A frame's flags: on EOF and SHUT.
+FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
+
+MAGIC = b"CEXC"
+DATAGRAM_HEAD = struct.Struct("!4sBBB16sH")     # magic, version, kind, hops, return address, port
+PROVED = struct.Struct("!4sBB")                 # of the head, what the MAC covers
+MAC_SIZE = 16
+FRAME_HEAD = struct.Struct("!BBHI")             # kind, flags, channel, length of the payload
+
+SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT")   # carried to the command
+
+
+class Datagram:
+    """A datagram that parsed; whether it is true, proved_by() tells.
+
+    address and port are the return address: None where it is the sender's.
+    """
+
+    def __init__(self, data):
+        try:
+            magic, version, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
+        except struct.error:
+            raise ProtocolError("datagram cut short") from None
+        if magic != MAGIC or len(data) > DATAGRAM_MAX:
+            raise ProtocolError("not a cexec datagram")
+        if version != PROTOCOL:
+            raise ProtocolError("protocol version %d, this is %d" % (version, PROTOCOL))
+        if code not in DATAGRAMS:
+            raise ProtocolError("unknown datagram %d" % code)
+        self.data, self.kind = data, DATAGRAMS[code]
+        body, self.mac = data[DATAGRAM_HEAD.size:-MAC_SIZE], data[-MAC_SIZE:]
+        self.body = Message(code, self.kind.name, **COMMON.fields, **self.kind.fields).unpack(body)
+        self.application, self.name, self.nonce = self.body.application, self.body.client, self.body.nonce
+        if not 0 < len(self.name) <= NAME_MAX or not NAME_CHARACTERS.issuperset(self.name):
+            raise ProtocolError("not a client's name")
+        self.address = unpack_address(address)
+        self.port = port
+
+    def __repr__(self):
+        return "%s %s %s" % (self.kind, self.nonce.hex()[:8], self.name)
+
+    def proved_by(self, secret):
+        """Whether a holder of the client secret made it."""
+        proved = PROVED.pack(MAGIC, PROTOCOL, self.kind.code) + self.data[DATAGRAM_HEAD.size:-MAC_SIZE]
+        return hmac.compare_digest(mac(secret, b"datagram", proved)[:MAC_SIZE], self.mac)
+
+    def readdressed(self, address, port, hops):
+        """The same datagram, with another return address and count of hops."""
+        head = DATAGRAM_HEAD.pack(MAGIC, PROTOCOL, self.kind.code, hops, pack_address(address), port)
+        return head + self.data[DATAGRAM_HEAD.size:]
+
+
+def make_datagram(kind, pub, nonce, port, **fields):
+    """A datagram's bytes, at most 1200: the return address is the sender's own."""
+    common = COMMON.pack(application=pub.application, client=pub.name, nonce=nonce)
+    body = common + kind.pack(**fields)
+    proved = PROVED.pack(MAGIC, PROTOCOL, kind.code) + body
+    head = DATAGRAM_HEAD.pack(MAGIC, PROTOCOL, kind.code, 0, bytes(16), port)
+    return head + body + mac(pub.secret, b"datagram", proved)[:MAC_SIZE]
+
+
+def pack_address(address):
+    """16 bytes for an IP address: IPv4 mapped into IPv6 (RFC 4291, 2.5.5.2)."""
+    if ":" in address:
+        return socket.inet_pton(socket.AF_INET6, address)
+    return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
+
+
+def unpack_address(data):
+    """The IP address in 16 bytes; None for all zeros."""
+    if data == bytes(16):
+        return None
+    if data.startswith(bytes(10) + b"\xff\xff"):
+        return socket.inet_ntoa(data[12:])
+    return socket.inet_ntop(socket.AF_INET6, data)
+
+
+def token_nonce(token):
+    """The 16-byte nonce that names a job; CLAIM reveals the token it is the hash of."""
+    return hashlib.sha256(token).digest()[:16]
+
+
+class Memory(collections.OrderedDict):
+    """A dictionary that forgets its oldest entries beyond a number of them."""
+
+    def __init__(self, limit=MEMORY):
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        while len(self) > self.limit:
+            self.popitem(last=False)
+
+
+class FrameReader:
+    """Takes the channel's bytes, gives frames.
+
+    Fill room(), tell filled() how much came, and take frames() until it ends.  DATA
+    comes in pieces as they arrive, as views that hold until the next room(); every
+    other frame comes whole, its payload unpacked.
+    """
+
+    def __init__(self):
+        self.buffer = bytearray(FRAME_MAX + CONTROL_MAX + FRAME_HEAD.size)
+        self.view = memoryview(self.buffer)
+        self.start = self.end = 0
+        self.data_flags = self.data_channel = self.data_left = 0
+
+    def room(self):
+        """A view to fill from its beginning; never empty."""
+        if self.start:
+            rest = self.end - self.start
+            self.buffer[:rest] = self.buffer[self.start:self.end]
+            self.start, self.end = 0, rest
+        return self.view[self.end:]
+
+    def filled(self, count):
+        self.end += count
+
+    def frames(self):
+        """Yields (kind, flags, channel, payload).  Raises ProtocolError."""
+        while True:
+            if self.data_left:
+                size = min(self.data_left, self.end - self.start)
+                if not size:
+                    return
+                self.start, self.data_left = self.start + size, self.data_left - size
+                yield DATA, self.data_flags, self.data_channel, self.view[self.start - size:self.start]
+                continue
+            if self.end - self.start < FRAME_HEAD.size:
+                return
+            code, flags, channel, size = FRAME_HEAD.unpack_from(self.buffer, self.start)
+            kind = FRAMES.get(code)
+            if kind is None or size > (FRAME_MAX if kind is DATA else CONTROL_MAX):
+                raise ProtocolError("frame of kind %d and %d bytes" % (code, size))
+            body = self.start + FRAME_HEAD.size
+            if kind is DATA:
+                self.start, self.data_flags, self.data_channel, self.data_left = body, flags, channel, size
+            elif self.end - body < size:
+                return
+            else:
+                self.start = body + size
+                yield kind, flags, channel, kind.unpack(bytes(self.view[body:body + size]))
+
+
+def make_frame(kind, channel=0, flags=0, **fields):
+    """A frame's bytes; for DATA see Link.send_data."""
+    payload = kind.pack(**fields)
+    return FRAME_HEAD.pack(kind.code, flags, channel, len(payload)) + payload
+
+
+def load_ssl():
+    """Imports ssl when the first bytes need it.  Raises Fatal (111)."""
+    global ssl
+    if ssl is None:
+        try:
+            import ssl as module
+        except ImportError as error:
+            raise Fatal(EXIT_TEMPORARY, "this Python has no ssl module (%s): use another python3" % error) from None
+        ssl = module
+    return ssl
+
+
+def tls_context(key=None):
+    """The TLS settings of a worker (with its Key) or a client (without).  Raises Fatal.
+
+    The client checks the certificate by its hash alone: no clock, names or authorities.
+    """
+    load_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if key else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:                           # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if key and hasattr(context, "num_tickets"):
+        context.num_tickets = 0     # nobody resumes, and a ticket is one more thing to send
+    if key:
+        try:
+            context.load_cert_chain(key.path)
+        except (OSError, ValueError) as error:
+            raise Fatal(EXIT_USAGE, "%s: invalid private key (%s)" % (key.path, error)) from None
+    return context
+
+
+class Tls:
+    """One end of a TLS connection as a matter of bytes: feed(), take(), read(), write()."""
+
+    def __init__(self, context, server_side):
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
+        self.ready = False
+
+    def feed(self, data):
+        """Bytes that came from the peer."""
+        self.incoming.write(data)
+
+    def take(self):
+        """Bytes to send to the peer."""
+        return self.outgoing.read()
+
+    def handshake(self):
+        """One more step; True when it is done.  Raises ProtocolError."""
+        try:
+            self.object.do_handshake()
+            self.ready = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise ProtocolError("TLS: %s" % (error.reason or error)) from None
+        return self.ready
+
+    def fingerprint(self):
+        """The SHA-256 of the peer's certificate, 32 bytes."""
+        return hashlib.sha256(self.object.getpeercert(True) or b"").digest()
+
+    def read_into(self, view):
+        """The number of bytes now in view: 0 when more must be fed first.
+
+        Raises ProtocolError on damage, EOFError when the peer has closed properly.
+        """
+        count = 0
+        try:
+            while count < len(view):
+                got = self.object.read(len(view) - count, view[count:])
+                if not got:
+                    break
+                count += got
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            if not count:
+                raise EOFError from None
+        except ssl.SSLError as error:
+            raise ProtocolError("TLS: %s" % (error.reason or error)) from None
+        return count
+
+    def write(self, data):
+        self.object.write(data)
+
+    def close(self):
+        """Says that nothing more will be sent."""
+        try:
+            self.object.unwrap()
+        except (ssl.SSLError, OSError, ValueError):
+            pass                    # the peer's own farewell has not come yet, or never will
+
+
+# ---------------------------------------------------------------------------
+# Groups: where announcements go, and how they are heard
+# ---------------------------------------------------------------------------
+
+LINUX = sys.platform.startswith("linux")
+ALL_NETWORKS = "255.255.255.255"    # out of every interface that broadcasts
+THIS_HOST = "127.255.255.255"       # a broadcast to every listener of this machine
+MULTICAST_TTL = 31                  # hops: within a site
+IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000
+SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915                          # netdevice(7)
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if LINUX else None)    # ip(7); Python names it from 3.14
+PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
+
+Interface = collections.namedtuple("Interface", "index name flags address")
+Target = collections.namedtuple("Target", "device address port")
+
+
+def interfaces():
+    """The interfaces that are up; none where the system does not tell (not Linux)."""
+    if not LINUX:
+        return []
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for index, name in socket.if_nameindex():
+            request = struct.pack("256s", os.fsencode(name))
+            try:
+                flags, = struct.unpack_from("H", fcntl.ioctl(probe, SIOCGIFFLAGS, request), 16)
+            except OSError:
+                continue            # it went away meanwhile
+            try:
+                address = socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
+            except OSError:
+                address = None      # no IPv4 address
+            if flags & IFF_UP:
+                found.append(Interface(index, name, flags, address))
+    return found
+
+
+def is_multicast(address):
+    return 224 <= int(address.split(".")[0]) <= 239
+
+
+def parse_group(text, default_port=PORT):
+    """The Targets of a comma-separated list of [DEVICE:]ADDRESS[:PORT].
+
+    A name that resolves to several addresses gives a Target for each.  Raises Fatal (100).
+    """
+    targets = []
+    for item in text.split(","):
+        words = item.strip().split(":")
+        port = default_port
+        if len(words) > 1 and words[-1].isdigit() and "." not in words[-1]:
+            port = int(words.pop())
+        device = words.pop(0) if len(words) > 1 else None
+        if len(words) != 1 or not words[0] or not 0 < port < 65536:
+            raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT] (set CEXEC_GROUP)" % text)
+        if device and device not in (name for _, name in socket.if_nameindex()):
+            raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
+        try:
+            found = socket.getaddrinfo(words[0], None, socket.AF_INET, socket.SOCK_DGRAM)
+        except (OSError, UnicodeError) as error:
+            raise Fatal(EXIT_USAGE, "group %s: not an address: %s (set CEXEC_GROUP)" % (text, error)) from None
+        for address in sorted({entry[4][0] for entry in found}):
+            targets.append(Target(device, address, port))
+    return targets
+
+
+class Group:
+    """The addresses to speak to; send() never fails, it says how many ways worked."""
+
+    def __init__(self, text=None):
+        self.text = text or os.environ.get("CEXEC_GROUP") or os.environ.get("GROUP") or ALL_NETWORKS
+        self.targets = parse_group(self.text)
+        self.error = None           # of the last send: the last reason why a way failed
+
+    def prepare(self, sock):
+        """Sets what a UDP socket needs to send to a group."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, MULTICAST_TTL)
+        return sock
+
+    def ways(self):
+        """Yields (interface index or 0, address, port) for every copy to be sent."""
+        for device, address, port in self.targets:
+            if device:
+                yield socket.if_nametoindex(device), address, port
+            elif address == ALL_NETWORKS or is_multicast(address):
+                yield from self.every_interface(address, port)
+            else:
+                yield 0, address, port
+
+    def every_interface(self, address, port):
+        wanted = IFF_MULTICAST if is_multicast(address) else IFF_BROADCAST
+        known = interfaces() if IP_PKTINFO else []
+        for interface in known:
+            if interface.flags & wanted and interface.address and not interface.flags & IFF_LOOPBACK:
+                yield interface.index, address, port
+        if not known:
+            yield 0, address, port
+        yield 0, THIS_HOST, port    # this machine's own listeners, networks or none
+        if not LINUX:               # macOS and the BSDs have no broadcast on loopback
+            yield 0, "127.0.0.1", port
+
+    def send(self, sock, data):
+        """Sends a datagram every way there is; the number of ways that worked."""
+        sent, self.error = 0, None
+        for index, address, port in self.ways():
+            try:
+                send_through(sock, data, index, address, port)
+                sent += 1
+            except OSError as error:
+                self.error = error.strerror
+        return sent
+
+
+def send_through(sock, data, index, address, port):
+    """One datagram, out of the interface with that index unless it is 0."""
+    ancillary = []
+    if index and IP_PKTINFO:
+        ancillary = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, bytes(4), bytes(4)))]
+    sock.sendmsg([data], ancillary, 0, (address, port))
+
+
+class Listener:
+    """A UDP socket that hears a group on one port, beside others of the same host.
+
+    It binds 0.0.0.0, which hears every broadcast: one bound to 255.255.255.255 misses
+    those to a network's own address.  Only one socket of a host hears a unicast
+    datagram, so whoever hears one passes it on to the others, once, by THIS_HOST.
+    """
+
+    def __init__(self, port, targets):
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.port = port
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not LINUX and hasattr(socket, "SO_REUSEPORT"):       # the BSDs share a port so
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if IP_PKTINFO:
+            self.sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        self.sock.setblocking(False)
+        try:
+            self.sock.bind(("", port))
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "cannot listen on UDP port %d: %s" % (port, error.strerror)) from None
+        for target in targets:
+            if is_multicast(target.address):
+                self.join(target)
+
+    def join(self, target):
+        """Joins a multicast group on its device, or on every interface."""
+        indexes = [socket.if_nametoindex(target.device)] if target.device else [i.index for i in interfaces()]
+        for index in indexes or [0]:
+            member = struct.pack("@4s4si", socket.inet_aton(target.address), bytes(4), index)
+            try:
+                self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+            except OSError as error:
+                log.note("cannot join %s on interface %d: %s", target.address, index, error.strerror)
+
+    def receive(self):
+        """(Datagram, sender's address, interface index), or None when there is no more.
+
+        Raises ProtocolError for a datagram that does not parse.
+        """
+        try:
+            data, ancillary, _, sender = self.sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO.size))
+        except OSError:
+            return None
+        datagram, index = Datagram(data), 0
+        for level, kind, info in ancillary:
+            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
+                index, local, destination = PKTINFO.unpack(info)
+                if local == destination and not is_multicast(socket.inet_ntoa(local)):
+                    self.pass_on(datagram, sender[0])
+        return datagram, datagram.address or sender[0], index
+
+    def pass_on(self, datagram, sender):
+        copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
+        try:
+            self.sock.sendto(copy, (THIS_HOST, self.port))
+        except OSError as error:
+            log.note("cannot pass on %s: %s", datagram, error.strerror)
+
+
+def open_listeners(group):
+    """A Listener for each port of the group.  Raises Fatal (111)."""
+    ports = sorted({target.port for target in group.targets})
+    return [Listener(port, [t for t in group.targets if t.port == port]) for port in ports]
+
+
+# ---------------------------------------------------------------------------
+# The event loop
+# ---------------------------------------------------------------------------
+
+class Timer:
+    def __init__(self, call):
+        self.call = call
+
+    def cancel(self):
+        self.call = None
+
+
+class Loop:
+    """Calls back what can be read or written, what is due, and what was signalled.
+
+    It waits by poll: epoll refuses regular files and /dev/null, and is shared across a
+    fork.  What nobody wants to read or write is not registered, or it would spin.
+    """
+
+    def __init__(self, floor=0):
+        self.floor = floor          # descriptors of our own keep to numbers from here up
+        self.selector = selectors.PollSelector()
+        self.readers, self.writers = {}, {}
+        self.timers, self.count = [], 0
+        self.running = True
+
+    def on_read(self, fd, call):
+        """Calls when fd can be read; None ends that."""
+        self._want(self.readers, fd, call)
+
+    def on_write(self, fd, call):
+        """Calls when fd can be written; None ends that."""
+        self._want(self.writers, fd, call)
+
+    def _want(self, calls, fd, call):
+        before = fd in calls
+        if call:
+            calls[fd] = call
+        else:
+            calls.pop(fd, None)
+        if before == (call is not None):
+            return
+        events = (selectors.EVENT_READ * (fd in self.readers)) | (selectors.EVENT_WRITE * (fd in self.writers))
+        try:
+            if not events:
+                self.selector.unregister(fd)
+            elif fd in self.selector.get_map():
+                self.selector.modify(fd, events)
+            else:
+                self.selector.register(fd, events)
+        except KeyError:
+            pass
+
+    def forget(self, fd):
+        """To be called before fd is closed."""
+        self.on_read(fd, None)
+        self.on_write(fd, None)
+
+    def after(self, seconds, call):
+        """Calls once, that much later, unless the Timer that it returns is cancelled."""
+        timer = Timer(call)
+        self.count += 1
+        heapq.heappush(self.timers, (time.monotonic() + seconds, self.count, timer))
+        return timer
+
+    def turn(self):
+        """Waits for something to happen and sees to it: first what came, then what is due."""
+        for key, events in self.selector.select(self._patience()):
+            if events & selectors.EVENT_READ and key.fd in self.readers:
+                self.readers[key.fd]()
+            if events & selectors.EVENT_WRITE and key.fd in self.writers:
+                self.writers[key.fd]()
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            _, _, timer = heapq.heappop(self.timers)
+            if timer.call:
+                timer.call()
+
+    def _patience(self):
+        while self.timers and self.timers[0][2].call is None:
+            heapq.heappop(self.timers)
+        return max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+
+    def run(self):
+        """Turns until stop()."""
+        while self.running:
+            self.turn()
+
+    def stop(self):
+        self.running = False
+
+    def own(self, sock):
+        """The socket, moved out of the way of the descriptors that are carried."""
+        if sock.fileno() < self.floor:
+            moved = socket.socket(sock.family, sock.type, sock.proto, fileno=lifted(sock.fileno(), self.floor))
+            moved.settimeout(sock.gettimeout())
+            sock.close()
+            return moved
+        return sock
+
+    def catch(self, numbers, call):
+        """Has call(number) called for these signals but those ignored, outside of signal handlers."""
+        near, far = map(self.own, socket.socketpair())
+        far.setblocking(False)
+        near.setblocking(False)
+        self.wakeup = near, far     # kept: a collected socket would close
+        signal.set_wakeup_fd(far.fileno())
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup, a shell's background
+                signal.signal(number, lambda number, frame: None)
+
+        def caught():
+            for number in near.recv(512):
+                call(number)
+        self.on_read(near.fileno(), caught)
+
+
+def lifted(fd, floor):
+    """A copy of fd at the first free number from floor up, not to be inherited."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
+
+
+# ---------------------------------------------------------------------------
+# The channel: a link of frames, and the streams of descriptors over it
+# ---------------------------------------------------------------------------
+
+class Link:
+    """Frames over TLS over one non-blocking socket.
+
+    The owner is told by link_ready(link), link_frame(link, kind, flags, channel,
+    payload), link_writable(link) and, once, link_lost(link, reason, violation).
+    Reading never waits for writing: a link that cannot send any more reads on.
+    """
+
+    received = memoryview(bytearray(FRAME_MAX))     # between recv and TLS: shared by all
+
+    def __init__(self, loop, sock, context, owner, server_side=False):
+        self.loop, self.sock, self.owner = loop, sock, owner
+        self.tls = Tls(context, server_side)
+        self.reader = FrameReader()
+        self.sending = memoryview(b"")              # what the socket has not taken yet
+        self.closed = self.mute = False
+        self.heard = time.monotonic()               # the last sign of life
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
+        self.attach(loop, owner)
+
+    def attach(self, loop, owner):
+        """Has this loop drive it, for this owner."""
+        self.loop, self.owner = loop, owner
+        loop.on_read(self.sock.fileno(), self.readable)
+        loop.on_write(self.sock.fileno(), self.flush if self.sending else None)
+
+    @property
+    def congested(self):
+        """Whether the socket takes no more: whoever has data for it had better wait."""
+        return bool(self.sending)
+
+    def start(self):
+        """Begins the handshake (the client's side has something to say at once)."""
+        self._digest()
+
+    def readable(self):
+        try:
+            count = self.sock.recv_into(self.received)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            return self.fail(error.strerror)
+        if count:
+            self.heard = time.monotonic()
+            self.tls.feed(self.received[:count])
+            self._digest()
+        else:
+            self.fail("connection closed")
+
+    def _digest(self):
+        try:
+            if not self.tls.ready:
+                ready = self.tls.handshake()
+                self.flush()
+                if not ready:
+                    return
+                self.owner.link_ready(self)
+            self._deliver()
+        except EOFError:
+            self.fail("connection closed")
+        except ProtocolError as error:
+            self.flush()            # with TLS's own word on it
+            self.fail(str(error), violation=True)
+
+    def _deliver(self):
+        while not self.closed:
+            count = self.tls.read_into(self.reader.room())
+            if not count:
+                return
+            self.reader.filled(count)
+            for kind, flags, channel, payload in self.reader.frames():
+                if log.verbose:
+                    log.note("<- %s %d %s", kind, channel, len(payload) if kind is DATA else "")
+                self.owner.link_frame(self, kind, flags, channel, payload)
+                if self.closed:
+                    return
+
+    def send(self, kind, channel=0, flags=0, **fields):
+        if log.verbose:
+            log.note("-> %s %d", kind, channel)
+        self._write(make_frame(kind, channel, flags, **fields))
+
+    def send_data(self, channel, buffer, size):
+        """Sends size bytes that stand in buffer behind room for a frame's head."""
+        if log.verbose:
+            log.note("-> DATA %d %d", channel, size)
+        FRAME_HEAD.pack_into(buffer, 0, DATA.code, 0, channel, size)
+        self._write(buffer[:FRAME_HEAD.size + size])
+
+    def _write(self, frame):
+        if not self.closed and not self.mute:
+            self.tls.write(frame)
+            self.flush()
+
+    def flush(self):
+        """Sends what the socket takes now."""
+        was_congested = self.congested
+        while not self.closed:
+            if not self.sending:
+                self.sending = memoryview(self.tls.take())
+                if not self.sending:
+                    break
+            try:
+                self.sending = self.sending[self.sock.send(self.sending):]
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                self.mute, self.sending = True, memoryview(b"")
+                break
+            self.heard = time.monotonic()
+        if self.closed:
+            return
+        if was_congested != self.congested:
+            self.loop.on_write(self.sock.fileno(), self.flush if self.congested else None)
+            if was_congested:
+                self.owner.link_writable(self)
+
+    def fail(self, reason, violation=False):
+        """Closes, and tells the owner why."""
+        if not self.closed:
+            self.close()
+            self.owner.link_lost(self, reason, violation)
+
+    def close(self):
+        if not self.closed:
+            self.closed = True
+            self.loop.forget(self.sock.fileno())
+            self.sock.close()
+
+    def finish(self):
+        """Says that nothing more will be sent; goes on reading."""
+        self.tls.close()
+        self.flush()
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass                    # the peer has closed already
+
+
+def keep_alive(sock):
+    """Finds a host that vanished.  Not TCP_USER_TIMEOUT: that kills a stopped client."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):   # macOS calls the first TCP_KEEPALIVE; its default will do
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class End:
+    """One open file at this host that a channel reads, writes, or both.
+
+    polled is the descriptor to wait on, fd the one to use: where the polled one is shared
+    with other processes, fd is the same file opened again, without blocking.  release()
+    is called when nothing is left to be done with it.
+    """
+
+    patient = False                 # to be written only when poll says so, PIPE_BUF at most
+
+    def __init__(self, fd, polled, release, halves):
+        self.fd, self.polled, self.release, self.halves = fd, polled, release, set(halves)
+
+    def may_read(self):
+        return True
+
+    def read_into(self, view):
+        """The number of bytes read, 0 at the end of file.  Raises OSError."""
+        return os.readv(self.fd, [view])
+
+    def write(self, view):
+        """The number of bytes written.  Raises OSError."""
+        return os.write(self.fd, view)
+
+    def done(self, half, whole=True):
+        """Nothing more will be read, or written; whole: the peer has closed both."""
+        self.halves.discard(half)
+        if not self.halves:
+            self.release()
+        elif not whole:
+            self.shut_down(half)
+
+    def shut_down(self, half):
+        """Closes one direction of two."""
+
+    def hung_up(self):
+        """Whether whoever has the other end has closed it entirely."""
+        poll = select.poll()
+        poll.register(self.polled, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
+class SocketEnd(End):
+    """A stream socket: used without blocking, whatever its flags say."""
+
+    def __init__(self, fd, polled, release, halves):
+        super().__init__(fd, polled, release, halves)
+        self.sock = socket.socket(fileno=os.dup(fd))
+        os.set_inheritable(self.sock.fileno(), False)
+
+    def read_into(self, view):
+        return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+
+    def write(self, view):
+        return self.sock.send(view, socket.MSG_DONTWAIT)
+
+    def shut_down(self, half):
+        try:
+            self.sock.shutdown(socket.SHUT_RD if half == "read" else socket.SHUT_WR)
+        except OSError:
+            pass                    # the peer was faster
+
+    def done(self, half, whole=True):
+        super().done(half, whole)
+        if not self.halves:
+            self.sock.close()
+
+
+class PatientEnd(End):
+    """A pipe that may not be opened again: small writes when there is room for them."""
+
+    patient = True
+
+    def write(self, view):
+        return os.write(self.fd, view[:select.PIPE_BUF])
+
+
+class TerminalEnd(End):
+    """A terminal, read only while this process is in its foreground."""
+
+    def may_read(self):
+        try:
+            return os.tcgetpgrp(self.polled) == os.getpgrp()
+        except OSError:
+            return True             # not our controlling terminal: nobody will stop us
+
+
+# A stream has a state, which only _set() changes.
+#
+#   Source (reads an End, sends DATA)          Sink (gets DATA, writes an End)
+#
+#     OPEN --end of file: send EOF--> ENDED      OPEN --rcvd EOF--> ENDING --drained--> ENDED
+#       '--rcvd SHUT----------------> SHUT         '------write failed: send SHUT-----> SHUT
+
+OPEN, ENDING, ENDED, SHUTDOWN = "OPEN", "ENDING", "ENDED", "SHUTDOWN"
+
+
+class Stream:
+    def __init__(self, carrier, channel, end):
+        self.carrier, self.channel, self.end = carrier, channel, end
+        self.loop = carrier.loop
+        self.state = OPEN
+
+    def _set(self, state):
+        log.note("%s %d %s -> %s", type(self).__name__, self.channel, self.state, state)
+        self.state = state
+
+
+class Source(Stream):
+    """Reads its End while there is credit and the link has room; sends DATA, then EOF."""
+
+    def __init__(self, carrier, channel, end):
+        super().__init__(carrier, channel, end)
+        self.credit, self.sent = WINDOW, 0
+        self.closing = False        # end at the first moment that nothing is there
+
+    def refresh(self):
+        """Waits for input exactly when there is something to do with it."""
+        wanted = self.state is OPEN and self.credit and not self.carrier.link.congested
+        self.loop.on_read(self.end.polled, self.readable if wanted else None)
+
+    def readable(self):
+        if not self.end.may_read():
+            self.loop.on_read(self.end.polled, None)
+            self.loop.after(1.0, self.refresh)
+            return
+        head, buffer = FRAME_HEAD.size, self.carrier.buffer
+        try:
+            count = self.end.read_into(buffer[head:head + min(FRAME_MAX, self.credit)])
+        except (BlockingIOError, InterruptedError):
+            if self.closing:
+                self.finish()
+            return
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ECONNRESET):    # EIO: a pty's end of file
+                self.carrier.local_error(self.channel, error)
+            count = 0
+        if not count:
+            return self.finish()
+        self.sent += count
+        self.credit -= count
+        self.carrier.link.send_data(self.channel, buffer, count)
+        if not self.credit or self.carrier.link.congested:
+            self.refresh()
+
+    def close_soon(self):
+        """Takes what is there already, and then is at its end."""
+        self.closing = True
+        self.loop.on_read(self.end.polled, None)
+        while self.state is OPEN and self.credit:
+            self.readable()
+        self.finish()
+
+    def finish(self):
+        """The end of file: tells the peer."""
+        if self.state is OPEN:
+            self._set(ENDED)
+            whole = len(self.end.halves) < 2 or self.end.hung_up()
+            self.carrier.link.send(EOF, self.channel, FLAG_WHOLE if whole else 0)
+            self._leave(whole)
+            if whole and "write" in self.end.halves:
+                self.carrier.sinks[self.channel].break_off(True)
+
+    def rcvd_credit(self, count):
+        self.credit += count
+        if self.credit > WINDOW:
+            raise ProtocolError("more credit than a window")
+        self.refresh()
+
+    def rcvd_shut(self, whole):
+        """Nobody reads at the other end."""
+        if self.state is OPEN:
+            self._set(SHUTDOWN)
+            self._leave(whole)
+
+    def _leave(self, whole):
+        self.loop.on_read(self.end.polled, None)
+        self.end.done("read", whole)
+        self.carrier.stream_ended()
+
+
+class Sink(Stream):
+    """Writes to its End what came as DATA, and gives credit for what it has written."""
+
+    def __init__(self, carrier, channel, end):
+        super().__init__(carrier, channel, end)
+        self.queue = collections.deque()
+        self.received = self.written = self.owed = 0
+        self.allowed = WINDOW       # bytes that the peer may still send
+        self.whole = False
+
+    def rcvd_data(self, view):
+        self.allowed -= len(view)
+        if self.allowed < 0 or self.state in (ENDING, ENDED):
+            raise ProtocolError("DATA without credit or after EOF on channel %d" % self.channel)
+        if self.state is SHUTDOWN:
+            return                  # it was under way when we sent SHUT
+        self.received += len(view)
+        if not self.queue and not self.end.patient:
+            view = view[self._write(view):]
+        if view and self.state is OPEN:
+            self.queue.append(memoryview(bytes(view)))
+            self.loop.on_write(self.end.polled, self.writable)
+
+    def writable(self):
+        while self.queue:
+            count = self._write(self.queue[0])
+            if self.state is SHUTDOWN:
+                return
+            if count < len(self.queue[0]):
+                self.queue[0] = self.queue[0][count:]
+                return
+            self.queue.popleft()
+            if self.end.patient:
+                break
+        if not self.queue:
+            self.loop.on_write(self.end.polled, None)
+            self._drained()
+
+    def _write(self, view):
+        """The number of bytes written now, with credit for them."""
+        try:
+            count = self.end.write(view)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+                self.carrier.local_error(self.channel, error)
+            self.break_off(self.end.halves == {"write"} or self.end.hung_up())
+            return 0
+        self.written += count
+        self.owed += count
+        if self.owed >= WINDOW // 4 and self.state is OPEN:
+            self.carrier.link.send(CREDIT, self.channel, bytes=self.owed)
+            self.allowed += self.owed
+            self.owed = 0
+        return count
+
+    def rcvd_eof(self, whole):
+        if self.state is OPEN:
+            self._set(ENDING)
+            self.whole = whole
+            self._drained()
+        elif self.state is not SHUTDOWN:
+            raise ProtocolError("EOF twice on channel %d" % self.channel)
+
+    def _drained(self):
+        if self.state is ENDING and not self.queue:
+            self._set(ENDED)
+            self._leave(self.whole)
+
+    def break_off(self, whole):
+        """Nobody reads here any more: tells the peer."""
+        if self.state in (OPEN, ENDING):
+            self._set(SHUTDOWN)
+            self.queue.clear()
+            self.carrier.link.send(SHUT, self.channel, FLAG_WHOLE if whole else 0)
+            self._leave(whole)
+
+    def _leave(self, whole):
+        self.loop.on_write(self.end.polled, None)
+        self.end.done("write", whole)
+        self.carrier.stream_ended()
+
+
+class Carrier:
+    """A job's streams over a link: what the client and the supervisor have in common.
+
+    A frame is handled by the method rcvd_NAME(flags, channel, payload); one for which
+    there is no method breaks the protocol.
+    """
+
+    def __init__(self, loop, link):
+        self.loop, self.link = loop, link
+        self.buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))
+        self.sources, self.sinks = {}, {}
+
+    def carry(self, channel, end):
+        """Adds the streams of a channel for the halves that its End has."""
+        if "read" in end.halves:
+            self.sources[channel] = Source(self, channel, end)
+        if "write" in end.halves:
+            self.sinks[channel] = Sink(self, channel, end)
+
+    def refresh(self):
+        for source in self.sources.values():
+            source.refresh()
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        method = getattr(self, "rcvd_" + kind.name.lower(), None)
+        if method is None:
+            raise ProtocolError("%s out of place" % kind)
+        method(flags, channel, payload)
+
+    def link_writable(self, link):
+        self.refresh()
+
+    def _stream(self, streams, channel):
+        if channel not in streams:
+            raise ProtocolError("no channel %d" % channel)
+        return streams[channel]
+
+    def rcvd_data(self, flags, channel, payload):
+        self._stream(self.sinks, channel).rcvd_data(payload)
+
+    def rcvd_eof(self, flags, channel, payload):
+        self._stream(self.sinks, channel).rcvd_eof(bool(flags & FLAG_WHOLE))
+
+    def rcvd_shut(self, flags, channel, payload):
+        self._stream(self.sources, channel).rcvd_shut(bool(flags & FLAG_WHOLE))
+
+    def rcvd_credit(self, flags, channel, payload):
+        self._stream(self.sources, channel).rcvd_credit(payload.bytes)
+
+    def local_error(self, channel, error):
+        """A descriptor here failed in a way that is no end of file."""
+        raise NotImplementedError
+
+    def stream_ended(self):
+        """One of the streams has come to its end."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------
+# Descriptors and processes of this host
+# ---------------------------------------------------------------------------
+
+F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031 if LINUX else None)      # fcntl(2)
+O_PATH = getattr(os, "O_PATH", 0)
+TIOCGPTN = 0x80045430               # ioctl_tty(2): only a pty's master has a number
+PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd elsewhere is only a dup
+
+PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
+
+
+class Inherited:
+    """One descriptor that this process was started with, as a channel will carry it."""
+
+    def __init__(self, number):
+        self.number = number
+        self.flags = fcntl.fcntl(number, fcntl.F_GETFL)
+        self.status = os.fstat(number)
+        self.kind = self._kind()
+        access = self.flags & os.O_ACCMODE
+        if self.kind in (FILE, TERMINAL, DEVICE) and access == os.O_RDWR:
+            access = os.O_WRONLY if number else os.O_RDONLY
+        self.readable, self.writable = access != os.O_WRONLY, access != os.O_RDONLY
+
+    def _kind(self):
+        """What it is; None for what is not carried."""
+        mode = self.status.st_mode
+        if self.flags & O_PATH and O_PATH:
+            return None
+        if stat.S_ISREG(mode):
+            return FILE
+        if stat.S_ISFIFO(mode):
+            return PIPE
+        if stat.S_ISSOCK(mode):
+            return SOCKET if self._is_stream() else None
+        if stat.S_ISCHR(mode) and os.isatty(self.number):
+            return None if self._is_pty_master() else TERMINAL
+        return DEVICE if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+
+    def _is_stream(self):
+        """Whether it is a stream that can be read, not a listening socket or datagrams."""
+        with socket.socket(fileno=os.dup(self.number)) as sock:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
+                return False
+            return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30))
+
+    def _is_pty_master(self):
+        try:
+            fcntl.ioctl(self.number, TIOCGPTN, bytes(4))
+            return True
+        except OSError:
+            return False
+
+    def same_as(self, other):
+        """Whether both numbers are one open file: then the command gets one as well."""
+        mine, its = self.status, other.status
+        if (mine.st_dev, mine.st_ino, self.flags) != (its.st_dev, its.st_ino, other.flags):
+            return False
+        if (self.readable, self.writable) != (other.readable, other.writable):
+            return False            # a terminal, once as input and once as output
+        return self.kind != FILE or shares_offset(self.number, other.number)
+
+
+def shares_offset(one, two):
+    """Whether two descriptors of a regular file have a common offset, found by moving it."""
+    here = os.lseek(one, 0, os.SEEK_CUR)
+    if os.lseek(two, 0, os.SEEK_CUR) != here:
+        return False
+    os.lseek(one, here + 1, os.SEEK_SET)
+    shared = os.lseek(two, 0, os.SEEK_CUR) == here + 1
+    os.lseek(one, here, os.SEEK_SET)
+    return shared
+
+
+def jobserver_numbers():
+    """The descriptors of make's jobserver, which MAKEFLAGS names (GNU make, "POSIX Jobserver")."""
+    numbers = set()
+    for word in os.environ.get("MAKEFLAGS", "").split():
+        name, _, value = word.partition("=")
+        if name in ("--jobserver-auth", "--jobserver-fds"):
+            numbers.update(int(number) for number in value.split(",") if number.isdigit())
+    return numbers
+
+
+def inherited_channels(limit):
+    """The descriptors below limit to carry, as {channel: [Inherited, ...]}.
+
+    What shares a list is one open file; the channel is its lowest number.
+    """
+    channels, left_out = {}, jobserver_numbers()
+    for number in range(limit):
+        try:
+            if number in left_out or fcntl.fcntl(number, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                continue
+        except OSError:
+            continue                # closed
+        item = Inherited(number)
+        if item.kind is None:
+            log.note("descriptor %d is not carried", number)
+            continue
+        for members in channels.values():
+            if item.same_as(members[0]):
+                members.append(item)
+                break
+        else:
+            channels[number] = [item]
+    return channels
+
+
+def fill_standard():
+    """Opens /dev/null at a closed 0, 1 or 2, so that nothing of ours lands there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number, False)
+                os.close(null)
+
+
+def retire(numbers):
+    """Closes descriptors for everybody who waits on them, and keeps the numbers taken."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in numbers:
+        os.dup2(null, number, False)
+    os.close(null)
+
+
+def local_end(members, halves, floor):
+    """An End for one channel of inherited descriptors.
+
+    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again.  A regular
+    file would then begin at offset 0, so it is used as it is, and kept open for its
+    offset to be put right at the end.
+    """
+    item = members[0]
+    number, numbers = item.number, [member.number for member in members]
+    if item.kind == FILE:
+        return End(number, number, lambda: None, halves)
+    if item.kind == SOCKET:
+        return SocketEnd(number, number, lambda: retire(numbers), halves)
+    if item.kind == DEVICE:
+        return End(number, number, lambda: retire(numbers), halves)
+    try:
+        path = PROC_FD % number
+        opened = os.open(path, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return PatientEnd(number, number, lambda: retire(numbers), halves)
+    fd = lifted(opened, floor)
+    os.close(opened)
+
+    def release():
+        retire(numbers)
+        os.close(fd)
+    return (TerminalEnd if item.kind == TERMINAL else End)(fd, number, release, halves)
+
+
+def unread(fd):
+    """The bytes that wait in a pipe; 0 where the system does not tell."""
+    import termios
+    try:
+        return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+    except OSError:
+        return 0
+
+
+def session_members(leader):
+    """The processes of a session, other than its leader; None where there is no /proc."""
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return None
+    members = []
+    for name in names:
+        if name.isdigit() and int(name) != leader:
+            try:
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+            except (OSError, ValueError):
+                continue            # it has just ended
+            if int(session) == leader and state != b"Z":
+                members.append(int(name))
+    return members if "self" in names else None
+
+
+def signal_session(leader, group, *numbers):
+    """Signals every process of a session but its leader; whether there was one.
+
+    Where there is no /proc to find them, the command's process group is signalled.
+    """
+    members = session_members(leader)
+    if members is None:
+        targets = [(os.killpg, group)] if group else []
+    else:
+        targets = [(os.kill, member) for member in members]
+    found = False
+    for kill, target in targets:
+        try:
+            for number in numbers:
+                kill(target, number)
+            found = True
+        except OSError:
+            pass                    # it has just ended
+    return found
+
+
+def processors():
+    """The number of CPUs that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
+
+
+def system_load():
+    """(1-minute load average, processes runnable now besides this one)."""
+    try:
+        average = os.getloadavg()[0]
+    except OSError:
+        average = 0.0
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            runnable = int(file.read().split()[3].partition(b"/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        runnable = 0
+    return average, runnable
+
+
+# ---------------------------------------------------------------------------
+# cexec, the client
+# ---------------------------------------------------------------------------
+
+class Job:
+    """What the user wants done: the descriptors, the environment, the settings."""
+
+    def __init__(self, environment, empty=None):
+        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
+        self.environment = environment
+        self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
+        self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
+        self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
+        linger = setting("CEXEC_TIMEOUT_LINGER", -1, 0, 10 ** 6)
+        self.linger = NO_LINGER if linger < 0 else linger * 1000
+        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20)
+        self.may_offer = address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
+        self.ports = parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
+        self.channels = inherited_channels(self.limit)
+        self.empty = {channel for channel, members in self.channels.items()
+                      if empty == "all" or empty in [str(member.number) for member in members]}
+        if self.report >= 0:
+            try:
+                os.fstat(self.report)
+            except OSError as error:
+                raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
+
+    def tell(self, code, word, worker="-", seconds=0.0):
+        """The status line for CEXEC_FD_FOR_ERRORS."""
+        if self.report >= 0:
+            line = "worker=%s seconds=%.3f status=%d %s\n" % (worker, seconds, code, printable(word))
+            try:
+                os.write(self.report, line.encode())
+            except OSError as error:
+                log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
+
+    def rows(self):
+        """JOB's rows: a number of the command's, its channel, flags."""
+        rows = []
+        for channel, members in sorted(self.channels.items()):
+            item = members[0]
+            flags = FLAG_INPUT * item.readable | FLAG_OUTPUT * item.writable
+            flags |= FLAG_COUNTED * (item.kind == FILE and item.readable)
+            flags |= FLAG_SOCKET * (item.readable and item.writable)
+            rows += [(member.number, channel, flags) for member in members]
+        return rows
+
+
+def parse_ports(text):
+    """The ports of "5000-5010,6000"; [0], any port, for an empty text.  Raises Fatal (100)."""
+    ports = []
+    for item in text.split(",") if text else ["0"]:
+        first, dash, last = item.strip().partition("-")
+        if not first.isdigit() or not (last.isdigit() or not dash) or int(last or first) > 65535:
+            raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: use ports and ranges, as in 5000-5010,6000" % text)
+        ports.extend(range(int(first), int(last or first) + 1))
+    if not ports:
+        raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: an empty range" % text)
+    return ports
+
+
+def address_filter(accept, reject):
+    """A function of an address: whether the lists in these two variables let it in.
+
+    A list has addresses and networks (10.0.0.0/24), with commas or spaces.
+    """
+    def networks(name):
+        import ipaddress
+        try:
+            words = os.environ[name].replace(",", " ").split()
+            return [ipaddress.ip_network(word, strict=False) for word in words]
+        except ValueError as error:
+            raise Fatal(EXIT_USAGE, "%s: %s" % (name, error)) from None
+
+    accepted = networks(accept) if os.environ.get(accept) else None
+    rejected = networks(reject) if os.environ.get(reject) else []
+    if accepted is None and not rejected:
+        return lambda address: True
+
+    def allowed(address):
+        import ipaddress
+        address = ipaddress.ip_address(address)
+        if any(address in network for network in rejected):
+            return False
+        return accepted is None or any(address in network for network in accepted)
+    return allowed
+
+
+class Candidate:
+    """A connection from somebody who offers to do the job.
+
+    CONNECTED --certificate pinned, HELLO for this job--> READY --we chose it--> ASKED
+    """
+
+    def __init__(self, search, sock, address):
+        self.search, self.address = search, address
+        self.state, self.hello, self.ready_at = "CONNECTED", None, 0.0
+        self.link = Link(search.loop, sock, search.context, self)
+        self.timer = search.loop.after(OFFER_SECONDS, self.silent)
+        self.link.start()
+
+    def silent(self):
+        self.link.fail("said nothing for %g s" % OFFER_SECONDS, violation=self.state == "CONNECTED")
+
+    def link_ready(self, link):
+        if not hmac.compare_digest(link.tls.fingerprint(), self.search.pub.fingerprint):
+            raise ProtocolError("wrong certificate")
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if kind is HELLO and self.state == "CONNECTED":
+            self.rcvd_hello(payload)
+        elif kind is ACCEPT and self.state == "ASKED":
+            self.search.won(self)
+        elif kind is REFUSE and self.state == "ASKED":
+            self.search.avoid.add(self.hello.worker_id)
+            link.fail("refused: " + payload.reason)
+        else:
+            raise ProtocolError("%s out of place" % kind)
+
+    def rcvd_hello(self, hello):
+        if hello.version != PROTOCOL:
+            raise ProtocolError("protocol version %d, this is %d" % (hello.version, PROTOCOL))
+        if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
+            return self.link.fail("an offer that we do not take")
+        log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
+                 hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
+        self.state, self.hello, self.ready_at = "READY", hello, time.monotonic()
+        self.search.answered = time.monotonic()
+        self.search.choose()
+
+    def link_writable(self, link):
+        pass                        # nothing large is sent before GO
+
+    def link_lost(self, link, reason, violation):
+        self.search.dropped(self, reason, violation)
+
+    def close(self):
+        self.timer.cancel()
+        self.link.close()
+
+
+class Search:
+    """Announces a job until a worker has accepted it; then winner is the Candidate."""
+
+    def __init__(self, loop, group, pub, job):
+        self.loop, self.group, self.pub, self.job = loop, group, pub, job
+        self.token = os.urandom(32)
+        self.nonce = token_nonce(self.token)
+        self.candidates, self.avoid, self.complained = [], set(), set()
+        self.offers = self.attempt = 0
+        self.context = self.winner = self.asked = None
+        self.udp, self.listener = open_pair(job.ports, loop)
+        group.prepare(self.udp)
+        self.port = self.udp.getsockname()[1]
+        self.began = self.answered = time.monotonic()
+        self.ahead = None           # clients before us in a line, the last we heard
+
+    def announce(self):
+        now = time.monotonic()
+        accept, wait = self.job.accept_seconds, self.job.wait_seconds
+        if accept and now - self.answered > accept or wait and now - self.began > wait:
+            raise Fatal(EXIT_TEMPORARY, self.complaint(now))
+        self.attempt = min(self.attempt + 1, 0xffff)
+        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=min(int((now - self.began) * 1000), 0xffffffff))
+        log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
+        pause = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
+        self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
+
+    def complaint(self, now):
+        if self.ahead is not None:
+            return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
+        if self.group.error and self.attempt and not self.offers:
+            hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
+        else:
+            hint = "is cservice running with this key?"
+        return "no worker answered in %d s on %s (%s)" % (now - self.answered, self.group.text, hint)
+
+    def listen(self):
+        """Begins to take offers: not before ssl is there to take them."""
+        self.context = tls_context()
+        self.loop.on_read(self.listener.fileno(), self.accept)
+        self.loop.on_read(self.udp.fileno(), self.hear)
+
+    def send(self, kind, **fields):
+        return self.group.send(self.udp, make_datagram(kind, self.pub, self.nonce, self.port, **fields))
+
+    def hear(self):
+        """BUSY: somebody has us in a line."""
+        try:
+            datagram = Datagram(self.udp.recv(DATAGRAM_MAX + 1))
+        except (OSError, ProtocolError) as error:
+            return log.note("dropped a datagram: %s", error)
+        if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
+            return log.note("dropped %r", datagram)
+        self.answered, self.ahead = time.monotonic(), datagram.body.ahead
+        log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
+
+    def accept(self):
+        """Takes every connection that has come, in the order in which they came."""
+        while True:
+            try:
+                sock, (address, _) = self.listener.accept()
+            except OSError:
+                return
+            if not self.job.may_offer(address):
+                log.note("offer from %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
+                sock.close()
+                continue
+            self.offers += 1
+            if len(self.candidates) >= 128:         # a flood: whoever said nothing goes first
+                quiet = [c for c in self.candidates if c.state == "CONNECTED"]
+                if not quiet:
+                    sock.close()
+                    continue
+                quiet[0].close()
+                self.candidates.remove(quiet[0])
+            self.candidates.append(Candidate(self, self.loop.own(sock), address))
+
+    def choose(self):
+        """Asks the earliest offer; a later one only when that is slow to say HELLO.
+
+        The order in which offers came is that of the workers' loads.
+        """
+        ready = [c for c in self.candidates if c.state == "READY"]
+        if self.asked or not ready:
+            return
+        wait = ready[0].ready_at + HEAD_START - time.monotonic()
+        if ready[0] is self.candidates[0] or wait <= 0:
+            self.ask(ready[0])
+        else:
+            self.loop.after(wait, self.choose)
+
+    def ask(self, candidate):
+        self.asked, candidate.state = candidate, "ASKED"
+        proof = client_proof(self.pub.secret, candidate.hello.challenge, self.nonce)
+        candidate.link.send(AUTH, proof=proof)
+        candidate.link.send(JOB, descriptors=self.job.rows(), environment=self.job.environment,
+                            linger=self.job.linger)
+
+    def dropped(self, candidate, reason, violation):
+        log.note("offer from %s: %s", candidate.address, reason)
+        candidate.close()
+        self.candidates.remove(candidate)
+        if self.asked is candidate:
+            self.asked = None
+        if violation:
+            self.offers -= 1
+            if candidate.address not in self.complained and len(self.complained) < 16:
+                self.complained.add(candidate.address)
+                self.complain(candidate, reason)
+        self.choose()
+
+    def complain(self, candidate, reason):
+        hello = candidate.hello
+        self.send(ALERT, event=ALERT_COMPLAINT, worker=candidate.address,
+                  worker_id=hello.worker_id if hello else bytes(8), status=0,
+                  milliseconds=int((time.monotonic() - self.began) * 1000), bytes_in=0, bytes_out=0,
+                  reason=reason[:200])
+
+    def won(self, candidate):
+        """ACCEPT: the job is committed with GO, and everybody else may forget it."""
+        candidate.link.send(GO)
+        self.winner = candidate
+        self.candidates.remove(candidate)
+        self.end()
+        candidate.timer.cancel()
+        self.loop.stop()
+
+    def end(self):
+        """No more announcements and offers, whether served or given up."""
+        self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
+        self.timer.cancel()
+        for candidate in self.candidates:
+            candidate.close()
+        self.loop.forget(self.listener.fileno())
+        self.loop.forget(self.udp.fileno())
+        self.listener.close()
+
+
+def open_pair(ports, loop, address=""):
+    """A UDP and a listening TCP socket with the same port number.  Raises Fatal (111)."""
+    error = None
+    for port in ports * 16 if ports == [0] else ports:
+        listener = loop.own(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        udp = loop.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port))
+            udp.bind((address, listener.getsockname()[1]))
+            listener.listen(128)
+        except OSError as caught:
+            error = caught
+            listener.close()
+            udp.close()
+            continue
+        listener.setblocking(False)
+        udp.setblocking(False)
+        return udp, listener
+    raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)" % error.strerror)
+
+
+class Run(Carrier):
+    """A job after GO, at the client; status is the exit code once the loop has stopped."""
+
+    def __init__(self, loop, search, job):
+        super().__init__(loop, search.winner.link)
+        self.search, self.job, self.hello = search, job, search.winner.hello
+        self.worker = self.hello.address
+        self.exit = self.status = self.trouble = None
+        self.began, self.interrupted = time.monotonic(), 0.0
+        for channel, members in job.channels.items():
+            self.carry_inherited(channel, members)
+        self.link.attach(loop, self)
+        self.last_tick = time.monotonic()
+        self.tick = loop.after(self.tick_seconds(), self.check_life)
+        self.refresh()
+
+    def carry_inherited(self, channel, members):
+        halves = ["read"] * members[0].readable + ["write"] * members[0].writable
+        self.carry(channel, local_end(members, halves, self.loop.floor))
+        if channel in self.job.empty and channel in self.sources:
+            self.sources[channel].finish()
+
+    # What the worker says
+
+    def rcvd_exit(self, flags, channel, payload):
+        if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
+            raise ProtocolError("EXIT that tells nothing")
+        rows = {number: (sent, taken) for number, sent, taken in payload.channels}
+        for number, sink in self.sinks.items():
+            if sink.state is OPEN or sink.state is not SHUTDOWN and rows.get(number, (None,))[0] != sink.received:
+                raise ProtocolError("output is missing on descriptor %d" % number)
+        self.exit = payload
+        self.tick.cancel()
+        self.link.close()
+        for number, source in self.sources.items():
+            self.loop.on_read(source.end.polled, None)
+            if number in rows:
+                self.give_back(number, source.sent - rows[number][1])
+        self.stream_ended()
+
+    def give_back(self, number, count):
+        """Sets a regular file's offset back over what the command has not taken."""
+        if self.job.channels[number][0].kind == FILE and count > 0:
+            os.lseek(number, -count, os.SEEK_CUR)
+
+    def rcvd_pong(self, flags, channel, payload):
+        pass                        # Link.heard tells what matters
+
+    def rcvd_linger(self, flags, channel, payload):
+        if os.isatty(2):
+            log.say("the command has ended with status %d; a process that it left behind holds its output "
+                    "(CEXEC_TIMEOUT_LINGER bounds the wait)" % payload.status)
+
+    def link_lost(self, link, reason, violation):
+        if self.status is None:
+            self.lost(reason)
+
+    # What happens here
+
+    def lost(self, reason):
+        seconds = time.monotonic() - self.began
+        log.say("worker %s lost after %.1f s: %s" % (self.worker, seconds, reason))
+        self.alert(ALERT_COMPLAINT, 0, "lost: " + reason)
+        self.finish(EXIT_TEMPORARY, "lost=%s" % reason)
+
+    def local_error(self, channel, error):
+        if not self.trouble:
+            self.trouble = "descriptor %d: %s" % (channel, error.strerror)
+
+    def stream_ended(self):
+        """After EXIT the job is over when every output has been written here."""
+        if self.exit is None or self.status is not None:
+            return
+        if any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+            return
+        code, kind = self.exit.status, self.exit.how
+        if self.trouble:
+            log.say(self.trouble)
+            self.alert(ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
+            self.finish(EXIT_TEMPORARY, "failed=%s" % self.trouble)
+        elif kind == HOW_SIGNALLED:
+            self.alert(ALERT_SIGNALLED, code, "")
+            self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
+        else:
+            if kind == HOW_NOT_STARTED:
+                log.say("%s: %s" % (self.worker, self.exit.reason))
+            self.alert(ALERT_EXITED, code, self.exit.reason)
+            self.finish(code, ("notstarted=%d" if kind == HOW_NOT_STARTED else "exited=%d") % code)
+
+    def finish(self, status, word):
+        self.status = status
+        self.tick.cancel()
+        self.link.close()
+        self.job.tell(status, word, self.worker, time.monotonic() - self.began)
+
+    def alert(self, event, status, reason):
+        self.search.send(ALERT, event=event, worker=self.worker, worker_id=self.hello.worker_id, status=status,
+                         milliseconds=min(int((time.monotonic() - self.began) * 1000), 0xffffffff),
+                         bytes_in=sum(source.sent for source in self.sources.values()),
+                         bytes_out=sum(sink.received for sink in self.sinks.values()), reason=reason[:200])
+
+    # Signs of life
+
+    def tick_seconds(self):
+        return min(20.0, self.job.silence_seconds / 3)
+
+    def check_life(self):
+        """PING when it is quiet; whoever stays quiet is lost.  A stop of ours does not count."""
+        now, interval = time.monotonic(), self.tick_seconds()
+        if now - self.last_tick > interval * 2:
+            self.link.heard = now
+        self.last_tick = now
+        if now - self.link.heard > self.job.silence_seconds:
+            self.link.fail("no sign of life for %d s" % self.job.silence_seconds)
+        else:
+            self.link.send(PING)
+            self.tick = self.loop.after(interval, self.check_life)
+
+    # Signals
+
+    def signalled(self, number):
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
+            if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
+                die_of(number)
+        if number == signal.SIGINT:
+            self.interrupted = now
+        if self.exit is None:
+            self.link.send(SIGNAL, signal=signal.Signals(number).name[3:])
+        if number == signal.SIGTSTP:
+            self.stop_here()
+        if number == signal.SIGCONT:
+            self.refresh()
+
+    def stop_here(self):
+        """Stops like the command, once the link has taken the signal (or for a second not)."""
+        deadline = time.monotonic() + 1.0
+        while self.link.congested and not self.link.closed and time.monotonic() < deadline:
+            select.select([], [self.link.sock], [], 0.1)
+            self.link.flush()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die_of(number):
+    """Ends this process by a signal, as the shell that waits for it expects."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    os._exit(EXIT_SIGNAL + number)
+
+
+def parse_environment(words):
+    """KEY=VALUE words as they stand.  Raises Fatal (100)."""
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not equals or not is_variable(name):
+            raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE (after the public key come variables for the command)" % word)
+    if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
+        raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
+    return list(words)
+
+
+def is_variable(name):
+    """Whether it can name an environment variable in a shell."""
+    return name.isidentifier() and all(character < "\x7f" for character in name)
+
+
+class Client:
+    """One run of cexec: the search, then the job."""
+
+    def __init__(self, pub, group, job):
+        self.job, self.loop = job, Loop(floor=job.limit)
+        self.search = Search(self.loop, group, pub, job)
+        self.run = None
+        self.loop.catch([getattr(signal, "SIG" + name) for name in SIGNALS], self.signalled)
+
+    def signalled(self, number):
+        if self.run:
+            self.run.signalled(number)
+        elif number == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif number not in (signal.SIGCONT, signal.SIGWINCH):
+            self.search.end()
+            die_of(number)
+
+    def status(self):
+        """Finds a worker, carries the job: its exit code.  Raises Fatal (111) if there is none.
+
+        The announcement goes out before ssl is imported: workers answer meanwhile.
+        """
+        try:
+            self.search.announce()
+            self.search.listen()
+            self.loop.run()
+        except Fatal as error:
+            self.search.end()
+            self.job.tell(error.code, "failed=%s" % error)
+            raise
+        self.loop.running = True
+        self.run = Run(self.loop, self.search, self.job)
+        while self.run.status is None:
+            self.loop.turn()
+        return self.run.status
+
+
+CEXEC_USAGE = "cexec [-hv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]"
+CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
+this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
+
+exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could not
+be run; 111 if cexec failed (try again); 100 for a usage error
+"""
+
+
+def parse_cexec(argv):
+    """(words, empty): empty is None, "all", or the descriptor at which nothing is read."""
+    if argv and not argv[0].startswith("-"):
+        return argv, None           # argparse takes 8 ms to import
+    parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
+    parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
+    parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
+    options = parser.parse_args(complete_n(argv))
+    if options.n not in (None, "all") and not options.n.isdigit():
+        raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
+    log.verbose = options.verbose
+    return options.words, options.n
+
+
+def complete_n(argv):
+    """Gives an -n that no number follows the word "all", so that it takes no other argument."""
+    done, rest = [], list(argv)
+    while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
+        word = rest.pop(0)
+        alone = word[1:2] != "-" and word.endswith("n")
+        done.append(word + "all" if alone and not (rest and rest[0].isdigit()) else word)
+        if alone and done[-1] == word:
+            done.append(rest.pop(0))
+    return done + rest
+
+
+def main_cexec(argv):
+    """Runs one job; its exit code."""
+    words, empty = parse_cexec(argv)
+    if not words:
+        raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE)
+    job = Job(parse_environment(words[1:]), empty)
+    pub, group = open_pub(words[0]), Group()
+    fill_standard()
+    return Client(pub, group, job).status()
+
+
+# ---------------------------------------------------------------------------
+# cservice, the worker
+# ---------------------------------------------------------------------------
+
+def load_delay(busy, slots, average, runnable, cpus):
+    """(load, seconds to wait before an offer); load 1 is a host with all its work cut out.
+
+    The slots in use, plus the worse of the 1-minute load average and what is runnable
+    right now beyond the CPUs, each for a CPU.  A sum, so that of two workers on hosts
+    that are equally loaded the one with fewer jobs is the sooner.
+    """
+    system = max(average / cpus, max(0, runnable - cpus) / cpus)
+    load = busy / slots + (system if system >= 0.1 else 0)
+    return load, min(load * DELAY_PER_LOAD, DELAY_MAX)
+
+
+def next_spread(spread, offers):
+    """The random spread (seconds) after hearing of a claim that so many offers had come for.
+
+    It grows and shrinks with the offers beyond the few that are wanted: a hundred idle
+    workers soon make three offers an announcement, and two wait for nothing.
+    """
+    factor = min(16.0, max(0.5, offers / OFFERS_WANTED))
+    return min(SPREAD_MAX, max(SPREAD_MIN / 2, spread * factor))
+
+
+def spread_delay(spread, fraction):
+    """The seconds to wait for a random fraction: none while the spread is below 2 ms."""
+    return spread * fraction if spread >= SPREAD_MIN else 0.0
+
+
+class Waiting:
+    """A client that announces a job, as a worker knows it."""
+
+    def __init__(self, datagram, address, since):
+        self.name, self.nonce = datagram.name, datagram.nonce
+        self.address, self.port = address, datagram.port
+        self.attempt = datagram.body.attempt
+        self.since = since              # when it began to wait, by our clock
+        self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
+
+
+class Line:
+    """Clients that wait for a slot: oldest first within a name, names in turn."""
+
+    def __init__(self):
+        self.names = collections.OrderedDict()      # name: {nonce: Waiting}; whose turn is next first
+
+    def __len__(self):
+        return sum(map(len, self.names.values()))
+
+    def __contains__(self, client):
+        return client.nonce in self.names.get(client.name, ())
+
+    def join(self, client):
+        self.names.setdefault(client.name, {})[client.nonce] = client
+
+    def leave(self, client):
+        members = self.names.get(client.name, {})
+        members.pop(client.nonce, None)
+        if not members:
+            self.names.pop(client.name, None)
+
+    def expire(self, now):
+        """Forgets whoever has not announced itself for a while."""
+        for client in [c for members in self.names.values() for c in members.values()]:
+            if now - client.heard > LINE_SECONDS:
+                self.leave(client)
+
+    def ahead(self, client):
+        """How many are served before this one, as things stand."""
+        place = sum(other.since < client.since for other in self.names[client.name].values())
+        return place + sum(min(len(members), place + 1)
+                           for name, members in self.names.items() if name != client.name)
+
+    def take(self, few, fraction):
+        """Removes and returns one of the oldest few of the next name in turn."""
+        name, members = next(iter(self.names.items()))
+        oldest = heapq.nsmallest(max(1, few), members.values(), key=lambda client: client.since)
+        client = oldest[int(fraction * len(oldest))]
+        self.names.move_to_end(name)
+        self.leave(client)
+        return client
+
+
+class Offer:
+    """A worker's connection to a client, until the job is forked or the client has gone."""
+
+    def __init__(self, worker, client, load, delay):
+        self.worker, self.client, self.load, self.delay = worker, client, load, delay
+        self.challenge, self.proved, self.link = os.urandom(32), False, None
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.sock.setblocking(False)
+        self.timer = worker.loop.after(OFFER_SECONDS, lambda: self.end("no job in %g s" % OFFER_SECONDS))
+        error = self.sock.connect_ex((client.address, client.port))
+        if error in (0, errno.EINPROGRESS):
+            worker.loop.on_write(self.sock.fileno(), self.connected)
+        else:
+            worker.loop.after(0, lambda: self.end(os.strerror(error)))
+
+    def __repr__(self):
+        return "offer to %s:%d for %s" % (self.client.address, self.client.port, self.client.nonce.hex()[:8])
+
+    def connected(self):
+        self.worker.loop.forget(self.sock.fileno())
+        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            return self.end(os.strerror(error))
+        self.link = Link(self.worker.loop, self.sock, self.worker.context, self, server_side=True)
+
+    def link_ready(self, link):
+        link.send(HELLO, version=PROTOCOL, nonce=self.client.nonce, worker_id=self.worker.id,
+                  challenge=self.challenge, address=self.sock.getsockname()[0], host=socket.gethostname(),
+                  load=min(int(self.load * 1000), 0xffffffff), delay=min(int(self.delay * 1e6), 0xffffffff))
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if kind is AUTH and not self.proved:
+            secret = client_secret(self.worker.key.master, self.client.name)
+            if not hmac.compare_digest(payload.proof, client_proof(secret, self.challenge, self.client.nonce)):
+                raise ProtocolError("a wrong proof")
+            self.proved = True
+        elif kind is JOB and self.proved:
+            self.worker.fork(self, check_job(payload))
+        else:
+            raise ProtocolError("%s out of place" % kind)
+
+    def link_writable(self, link):
+        pass                        # nothing large is sent before GO
+
+    def link_lost(self, link, reason, violation):
+        self.end(reason)
+
+    def end(self, reason):
+        log.note("%r: %s", self, reason)
+        self.close()
+        self.worker.offer_ended(self)
+
+    def close(self):
+        self.timer.cancel()
+        if self.link:
+            self.link.close()
+        else:
+            self.worker.loop.forget(self.sock.fileno())
+            self.sock.close()
+
+
+def check_job(job):
+    """A JOB whose numbers, channels and variables are possible, or ProtocolError."""
+    channels = {}
+    for number, channel, flags in job.descriptors:
+        first = channels.setdefault(channel, (number, flags))
+        if number >= MAXFD_LIMIT or first[1] != flags or first[0] != channel:
+            raise ProtocolError("impossible descriptor %d" % number)
+        if not flags & (FLAG_INPUT | FLAG_OUTPUT) or flags & FLAG_COUNTED and not flags & FLAG_INPUT:
+            raise ProtocolError("descriptor %d is not for anything" % number)
+        if bool(flags & FLAG_SOCKET) != (flags & 3 == 3):
+            raise ProtocolError("descriptor %d both ways, or a socket one way" % number)
+    if len({number for number, _, _ in job.descriptors}) < len(job.descriptors):
+        raise ProtocolError("a descriptor twice")
+    for variable in job.environment:
+        name, equals, value = variable.partition("=")
+        if not equals or not is_variable(name) or "\0" in value:
+            raise ProtocolError("impossible variable")
+    return job
+
+
+class Forked:
+    """A supervisor process, as cservice sees it."""
+
+    def __init__(self, pid, client, status):
+        self.pid, self.client, self.status = pid, client, status
+        self.group = None           # the command's process group, once it runs
+        self.done = False           # EXIT was sent: its slot is free
+        self.said = b""
+
+
+WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+class Worker:
+    """cservice: hears clients, makes offers, forks a supervisor for each job."""
+
+    def __init__(self, loop, key, context, listeners, settings):
+        self.loop, self.key, self.context = loop, key, context
+        self.listeners, self.settings = listeners, settings
+        self.id = os.urandom(8)
+        self.penalty, self.spread, self.few = 0.0, SPREAD_MIN / 2, 1
+        self.line = Line()
+        self.clients = Memory()     # (name, nonce): Waiting, for as long as we remember it
+        self.served = Memory()      # (name, nonce) of jobs that are served or given up
+        self.offered = Memory()     # nonce: whether a complaint may still come of our offer
+        self.delayed = {}           # nonce: the Timer of an offer to come
+        self.offers, self.jobs = {}, {}             # nonce: Offer; pid: Forked
+        self.draining = False
+        for listener in listeners:
+            loop.on_read(listener.sock.fileno(), lambda listener=listener: self.hear(listener))
+        self.sweep()
+
+    # Datagrams
+
+    def hear(self, listener):
+        for _ in range(64):         # then the others get their turn
+            try:
+                heard = listener.receive()
+                if heard is None:
+                    return
+                self.datagram(*heard[:2])
+            except ProtocolError as error:
+                log.note("dropped a datagram: %s", error)
+
+    def datagram(self, datagram, address):
+        handler = {ANNOUNCE: self.rcvd_announce, CLAIM: self.rcvd_claim, ALERT: self.rcvd_alert}.get(datagram.kind)
+        if handler is None or datagram.application != self.key.application:
+            return
+        if datagram.name in self.settings.refused:
+            return log.note("dropped %r: the name is refused (-x)", datagram)
+        if not datagram.proved_by(client_secret(self.key.master, datagram.name)):
+            return log.note("dropped %r: wrong MAC", datagram)
+        log.note("<- %r from %s", datagram, address)
+        handler(datagram, address)
+
+    def rcvd_announce(self, datagram, address):
+        key, now = (datagram.name, datagram.nonce), time.monotonic()
+        client = self.clients.get(key)
+        if key in self.served or not datagram.port or client and datagram.body.attempt <= client.attempt:
+            return                  # served, or a copy, or a replay
+        if client is None:
+            client = self.clients[key] = Waiting(datagram, address, now - datagram.body.waited / 1000)
+        client.heard, client.attempt = now, datagram.body.attempt
+        client.address, client.port = address, datagram.port
+        if client.nonce in self.offers or client.nonce in self.delayed:
+            return
+        if self.free_slots() and not self.line:
+            delay = self.delay(first=client.attempt == 1)
+            self.delayed[client.nonce] = self.loop.after(delay, lambda: self.offer(client, delay))
+        else:
+            self.wait(client)
+
+    def rcvd_claim(self, datagram, address):
+        key = (datagram.name, datagram.nonce)
+        if token_nonce(datagram.body.token) != datagram.nonce or key in self.served:
+            return
+        self.served[key] = True
+        self.spread = next_spread(self.spread, datagram.body.offers)
+        self.few = max(1, min(64, datagram.body.offers))
+        self.forget(datagram.nonce)
+        client = self.clients.pop(key, None)
+        if client:
+            self.line.leave(client)
+
+    def rcvd_alert(self, datagram, address):
+        """A complaint about us counts if we made that job an offer, and once."""
+        body = datagram.body
+        if body.event == ALERT_COMPLAINT and body.worker_id == self.id and self.offered.get(datagram.nonce):
+            self.offered[datagram.nonce] = False
+            self.penalty = PENALTY
+            log.note("a complaint about us: %s", body.reason)
+
+    # Slots, the line, offers
+
+    def load(self):
+        """(load, delay in seconds) as of now."""
+        return load_delay(len(self.offers) + self.running(), self.settings.slots, *system_load(), processors())
+
+    def delay(self, first):
+        if self.settings.boost is not None:
+            return self.settings.boost
+        spread = spread_delay(self.spread, random_fraction()) if first else 0.0
+        return self.load()[1] + spread + self.penalty
+
+    def running(self):
+        return sum(not job.done for job in self.jobs.values())
+
+    def free_slots(self):
+        return 0 if self.draining else self.settings.slots - self.running() - len(self.offers)
+
+    def wait(self, client):
+        """Puts a client in the line, and tells it so at first and every ten seconds."""
+        now = time.monotonic()
+        if client not in self.line and len(self.line) < MEMORY:
+            self.line.join(client)
+        if client in self.line and now - client.told >= BUSY_SECONDS and not self.draining:
+            client.told = now
+            self.tell_busy(client)
+
+    def tell_busy(self, client):
+        pub = Pub("", client.name, self.key.application, client_secret(self.key.master, client.name), b"")
+        data = make_datagram(BUSY, pub, client.nonce, 0, attempt=client.attempt, ahead=self.line.ahead(client))
+        try:
+            self.listeners[0].sock.sendto(data, (client.address, client.port))
+        except OSError as error:
+            log.note("cannot tell %s that we are busy: %s", client.address, error.strerror)
+
+    def offer(self, client, delay):
+        """Connects to a client, if there is still a slot for it."""
+        self.delayed.pop(client.nonce, None)
+        if not self.free_slots():
+            return self.wait(client)
+        self.offered[client.nonce] = True
+        self.offers[client.nonce] = Offer(self, client, self.load()[0], delay)
+
+    def offer_ended(self, offer):
+        self.offers.pop(offer.client.nonce, None)
+        self.serve_line()
+
+    def serve_line(self):
+        """Offers every free slot to whoever is next in line."""
+        self.line.expire(time.monotonic())
+        while self.line and self.free_slots() > 0:
+            self.offer(self.line.take(self.few, random_fraction()), 0.0)
+
+    def forget(self, nonce):
+        """Takes back an offer that is no longer wanted."""
+        timer, offer = self.delayed.pop(nonce, None), self.offers.get(nonce)
+        if timer:
+            timer.cancel()
+        if offer:
+            offer.end("the job is served")
+
+    def sweep(self):
+        self.serve_line()
+        self.loop.after(1.0, self.sweep)
+
+    # Jobs
+
+    def fork(self, offer, job):
+        """Hands the connection to a supervisor of its own."""
+        near, far = os.pipe()
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+            os.close(near)
+            os.close(far)
+            offer.link.send(REFUSE, reason="cannot fork: %s" % error.strerror)
+            return offer.end(error.strerror)
+        if pid == 0:
+            become_supervisor(self, offer, job, far)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        os.close(far)
+        os.set_blocking(near, False)
+        self.served[offer.client.name, offer.client.nonce] = True
+        self.jobs[pid] = Forked(pid, offer.client, near)
+        self.loop.on_read(near, lambda: self.supervisor_says(self.jobs[pid]))
+        offer.close()
+        self.offers.pop(offer.client.nonce, None)
+        log.note("supervisor %d forked for %s", pid, offer.client.address)
+
+    def supervisor_says(self, job):
+        """Lines from a supervisor: "group N", "started", "failed", "done"."""
+        try:
+            data = os.read(job.status, 4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.loop.forget(job.status)
+            os.close(job.status)
+            job.status = -1
+            return
+        *lines, job.said = (job.said + data).split(b"\n")
+        for line in lines:
+            word, _, value = line.decode().partition(" ")
+            log.note("supervisor %d: %s", job.pid, line.decode())
+            if word == "group":
+                job.group, self.penalty = int(value), 0.0
+            elif word == "failed":
+                self.penalty = PENALTY
+            elif word == "back":                # the client left before GO: it may ask again
+                self.served.pop((job.client.name, job.client.nonce), None)
+            elif word == "done":
+                job.done = True
+        self.serve_line()
+
+    def reap(self):
+        """Sees to supervisors that have ended; what one left behind unfinished is killed."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            job = self.jobs.get(pid)
+            if job is None:
+                continue
+            while job.status >= 0:
+                self.supervisor_says(job)
+            del self.jobs[pid]
+            log.note("supervisor %d ended, %s", pid, "done" if job.done else "status %d" % status)
+            if not job.done:
+                self.kill_session(job)
+        self.serve_line()
+        self.stop_if_drained()
+
+    def kill_session(self, job):
+        if signal_session(job.pid, job.group, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
+            self.jobs[-job.pid] = job           # holds its slot until it is over
+            self.loop.after(KILL_SECONDS, lambda: self.kill_rest(job))
+
+    def kill_rest(self, job):
+        signal_session(job.pid, job.group, signal.SIGKILL)
+        self.jobs.pop(-job.pid, None)
+        self.serve_line()
+        self.stop_if_drained()
+
+    def signalled(self, number):
+        if number == signal.SIGCHLD:
+            return self.reap()
+        if self.draining:
+            log.note("a second signal: ends the running jobs")
+            for pid in self.jobs:
+                if pid > 0:
+                    os.kill(pid, signal.SIGTERM)
+            return
+        log.note("draining: %d jobs run", self.running())
+        self.draining = True
+        for listener in self.listeners:
+            self.loop.forget(listener.sock.fileno())
+            listener.sock.close()
+        for nonce in list(self.offers) + list(self.delayed):
+            self.forget(nonce)
+        self.line = Line()
+        self.stop_if_drained()
+
+    def stop_if_drained(self):
+        if self.draining and not self.jobs:
+            self.loop.stop()
+
+
+def become_supervisor(worker, offer, job, status):
+    """The child's side of the fork; does not return."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        os.setsid()
+        code = Supervisor(worker, offer, job, status).work()
+    except BaseException as error:
+        log.say("supervisor: %s: %s" % (type(error).__name__, error))
+    finally:
+        os._exit(code)
+
+
+class Supervisor(Carrier):
+    """The worker's process for one job: leads a session, starts the command, carries its streams.
+
+    Its own descriptors keep to numbers above the command's, so that the command's ends
+    can be put in place here, and its start has nothing left to map.
+    """
+
+    def __init__(self, worker, offer, job, status):
+        floor = max([256] + [number + 1 for number, _, _ in job.descriptors])
+        super().__init__(Loop(floor=floor), offer.link)
+        self.job, self.offer, self.settings = job, offer, worker.settings
+        offer.link.sock = self.loop.own(offer.link.sock)
+        self.status = lifted(status, floor)
+        log.fd = lifted(2, floor)
+        close_others(floor)
+        self.far = {}               # number: the command's end, until it has started
+        self.process = self.result = None
+        self.gone = self.over = False
+        self.inputs = {}            # channel of a counted input: a reader of what is left in it
+
+    def work(self):
+        """Runs the job to its end; this process's exit code."""
+        loop = self.loop
+        loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        self.link.attach(loop, self)
+        try:
+            self.make_ends()
+        except OSError as error:
+            self.link.send(REFUSE, reason="cannot make pipes: %s" % error.strerror)
+            self.say("back")
+            return 1
+        self.link.send(ACCEPT)
+        self.patience = loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
+        loop.run()
+        return 0
+
+    def say(self, words):
+        """A line to cservice, which may be dead."""
+        try:
+            os.write(self.status, words.encode() + b"\n")
+        except OSError:
+            pass
+
+    # The command's descriptors
+
+    def make_ends(self):
+        """A pipe for each channel, or a socketpair; near ends carried, far ends kept for the command."""
+        for number, channel, flags in self.job.descriptors:
+            if number != channel:
+                continue
+            if flags & FLAG_SOCKET:
+                near, far = (lifted_away(end.detach(), self.loop.floor) for end in socket.socketpair())
+                end = SocketEnd(near, near, lambda near=near: os.close(near), ["read", "write"])
+                end.sock = self.loop.own(end.sock)
+            else:
+                reader, writer = (lifted_away(fd, self.loop.floor) for fd in os.pipe())
+                enlarge(writer)
+                near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
+                os.set_blocking(near, False)
+                end = End(near, near, lambda near=near, channel=channel: self.release(near, channel), [half])
+            self.far[channel] = far
+            self.carry(channel, end)
+
+    def release(self, near, channel):
+        """Closes a pipe's near end; of a counted input, keeps a way to see what is left in it."""
+        if channel in self.counted() and not self.over:
+            try:
+                reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
+                self.inputs[channel] = lifted_away(reader, self.loop.floor)
+            except OSError:
+                pass
+        os.close(near)
+
+    def counted(self):
+        return {channel for number, channel, flags in self.job.descriptors if flags & FLAG_COUNTED}
+
+    def taken(self, channel):
+        """How much of an input the command has read."""
+        sink = self.sinks.get(channel)
+        if sink is None:
+            return 0
+        if channel not in self.counted():
+            return sink.written
+        fd = self.inputs.get(channel, sink.end.polled if sink.end.halves else None)
+        return sink.written - (unread(fd) if fd is not None else 0)
+
+    # The command
+
+    def rcvd_go(self, flags, channel, payload):
+        if self.process or self.result:
+            raise ProtocolError("GO twice")
+        self.patience.cancel()
+        try:
+            self.start()
+        except OSError as error:
+            found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, error.strerror)
+        except Exception as error:  # subprocess.SubprocessError: changing the user failed
+            self.fail_to_start(EXIT_CANNOT_RUN, str(error))
+        else:
+            self.say("group %d" % self.process.pid)
+            self.refresh()
+        if self.link.mute or self.link.closed:
+            self.abandon("the client has gone")
+
+    def start(self):
+        """Puts the command's ends at its numbers and starts it.  Raises OSError."""
+        import subprocess
+        places = [(number, channel) for number, channel, _ in self.job.descriptors]
+        for number, channel in places:
+            os.dup2(self.far[channel], number, True)
+        for far in self.far.values():
+            os.close(far)
+        self.far = {}
+        try:
+            self.process = subprocess.Popen(
+                self.settings.command, env=self.environment(), preexec_fn=self.prepare, close_fds=True,
+                pass_fds=[number for number, _ in places if number > 2])
+        finally:
+            for number, _ in places:
+                os.close(number)
+            fill_standard()
+
+    def prepare(self):
+        """In the child, before exec: its own process group, default signals, its user."""
+        os.setpgid(0, 0)
+        for number in range(1, signal.NSIG):
+            if number not in (signal.SIGKILL, signal.SIGSTOP):
+                try:
+                    signal.signal(number, signal.SIG_DFL)
+                except (OSError, ValueError):
+                    pass            # the C library's own
+        user = self.settings.user
+        if user:
+            os.initgroups(user.pw_name, user.pw_gid)
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+
+    def environment(self):
+        """cservice's own, what the client gave as PEER_*, and the two ends' addresses."""
+        sock, values = self.link.sock, dict(os.environ)
+        user = self.settings.user
+        if user:
+            values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
+        for variable in self.job.environment:
+            name, _, value = variable.partition("=")
+            values["PEER_" + name] = value
+        for name, (address, port) in (("REMOTE", sock.getpeername()[:2]), ("SERVER", sock.getsockname()[:2])):
+            values.update({name + "_ADDR": address, name + "_PORT": str(port)})
+        values["REMOTE_USER"] = self.offer.client.name
+        return values
+
+    def fail_to_start(self, status, reason):
+        self.say("failed")
+        self.result = HOW_NOT_STARTED, status, "%s: %s" % (self.settings.command[0], reason)
+        for source in self.sources.values():
+            source.finish()
+        self.send_exit()
+
+    def rcvd_signal(self, flags, channel, payload):
+        if payload.signal not in SIGNALS:
+            raise ProtocolError("signal %r" % payload.signal)
+        if self.process:
+            try:
+                os.killpg(self.process.pid, getattr(signal, "SIG" + payload.signal))
+            except OSError:
+                pass                # it has ended
+
+    def rcvd_ping(self, flags, channel, payload):
+        self.link.send(PONG)
+
+    def signalled(self, number):
+        if number == signal.SIGTERM:
+            return self.abandon("told to end")
+        if self.process and self.result is None and self.process.poll() is not None:
+            code = self.process.returncode
+            self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
+            if self.job.linger != NO_LINGER:
+                self.loop.after(self.job.linger / 1000, self.stop_lingering)
+            self.loop.after(1.0, self.tell_lingering)
+            self.stream_ended()
+
+    def stop_lingering(self):
+        for source in self.sources.values():
+            if source.state is OPEN:
+                source.close_soon()
+
+    def tell_lingering(self):
+        if not self.over:
+            self.link.send(LINGER, status=self.result[1])
+
+    def stream_ended(self):
+        """The job is over when the command has ended and all that it writes is closed and sent."""
+        writing = any(source.state is OPEN for source in self.sources.values())
+        if self.result and not writing and not self.over and not self.gone:
+            self.send_exit()
+
+    def send_exit(self):
+        """EXIT, the last frame; then waits for the client to close, or its input would be reset."""
+        self.over = True
+        how, status, reason = self.result
+        rows = [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
+                for number, channel, _ in self.job.descriptors if number == channel]
+        self.link.send(EXIT, how=how, status=status, reason=reason, channels=rows)
+        self.say("done")
+        self.close_when_sent()
+
+    def close_when_sent(self):
+        if self.link.congested and not self.link.mute:
+            return                  # link_writable comes back here
+        self.link.finish()
+        self.loop.after(CLOSE_SECONDS, self.loop.stop)
+
+    def link_writable(self, link):
+        if self.over:
+            self.close_when_sent()
+        else:
+            super().link_writable(link)
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if self.over or self.gone:
+            return                  # whatever still comes after EXIT is of no interest
+        if not self.process and kind not in (GO, PING):
+            raise ProtocolError("%s before GO" % kind)
+        super().link_frame(link, kind, flags, channel, payload)
+
+    def local_error(self, channel, error):
+        log.say("descriptor %d: %s" % (channel, error.strerror))
+
+    def link_lost(self, link, reason, violation):
+        if self.over:
+            return self.loop.stop()
+        self.abandon(reason)
+
+    def abandon(self, reason):
+        """The client has gone: ends the command and whatever it has started."""
+        if self.gone:
+            return
+        log.note("abandons the job: %s", reason)
+        self.gone = True
+        self.link.close()
+        if not self.process:
+            self.say("back")
+            return self.loop.stop()
+        for source in self.sources.values():
+            source.rcvd_shut(True)
+        for sink in self.sinks.values():
+            sink.break_off(True)
+        signal_session(os.getpid(), self.process.pid, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
+        self.deadline = time.monotonic() + KILL_SECONDS
+        self.wait_for_end()
+
+    def wait_for_end(self):
+        """Until nothing of the session is left; what is still there at the deadline is killed."""
+        self.process.poll()
+        if not signal_session(os.getpid(), self.process.pid, 0):
+            self.say("done")
+            return self.loop.stop()
+        if time.monotonic() > self.deadline:
+            signal_session(os.getpid(), self.process.pid, signal.SIGKILL)
+        self.loop.after(0.05, self.wait_for_end)
+
+
+def lifted_away(fd, floor):
+    """fd, moved to a number from floor up."""
+    moved = lifted(fd, floor)
+    os.close(fd)
+    return moved
+
+
+def enlarge(pipe):
+    """Asks for room for a frame and more in a pipe."""
+    if F_SETPIPE_SZ:
+        try:
+            fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError:
+            pass                    # pipe(7): the user has too many large ones
+
+
+def close_others(floor):
+    """Closes every descriptor below floor, and opens /dev/null at 0, 1 and 2."""
+    os.closerange(0, floor)
+    fill_standard()
+
+
+Settings = collections.namedtuple("Settings", "command slots boost refused user")
+
+CSERVICE_USAGE = "cservice [-hv] [-u USER] [-x NAME] [--version] APP COMMAND [ARGUMENT ...]"
+CSERVICE_HELP = """Run COMMAND for whoever holds a public key of the application.
+
+Whoever can make COMMAND run code of theirs has what this user has, the private key
+included: -u runs it as another user.
+"""
+
+
+def main_cservice(argv):
+    """Serves until it is told to end; 0."""
+    parser = argument_parser(CSERVICE_USAGE, CSERVICE_HELP)
+    parser.add_argument("-u", dest="user", metavar="USER", help="run the command as USER (needs root)")
+    parser.add_argument("-x", dest="refused", metavar="NAME", action="append", default=[],
+                        help="refuse the client NAME (may be repeated)")
+    parser.add_argument("key", metavar="APP")
+    parser.add_argument("command", nargs="...", metavar="COMMAND [ARGUMENT ...]")
+    options = parser.parse_args(argv)
+    log.verbose = options.verbose
+    if not options.command:
+        parser.error("no command is named")
+    boost = setting("BOOST", -1, 0, 10 ** 9)
+    settings = Settings(options.command, setting("CONCURRENCY", processors(), 1, 10000),
+                        None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
+                        find_user(options.user) if options.user else None)
+    key, group = open_key(options.key), Group()
+    context, listeners = tls_context(key), open_listeners(group)
+    __import__("subprocess")        # here, once: a supervisor has it with the fork
+    fill_standard()
+    loop = Loop()
+    worker = Worker(loop, key, context, listeners, settings)
+    loop.catch(WORKER_SIGNALS, worker.signalled)
+    log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
+    loop.run()
+    return 0
+
+
+def find_user(name):
+    """The user's entry.  Raises Fatal (100) if there is none or we may not become them."""
+    import pwd
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        raise Fatal(EXIT_USAGE, "-u %s: no such user" % name) from None
+    if os.getuid() not in (0, user.pw_uid):
+        raise Fatal(EXIT_USAGE, "-u %s: only root can run commands as another user" % name)
+    return user
+
+
+# ---------------------------------------------------------------------------
+# crat, the logger
+# ---------------------------------------------------------------------------
+
+class Logger:
+    """Prints a line for every alert that it hears."""
+
+    def __init__(self, loop, listeners, pubs, keys, as_json):
+        self.pubs, self.keys, self.as_json = pubs, keys, as_json
+        self.printed = Memory()     # the MACs of what was: copies come by other ways
+        for listener in listeners:
+            loop.on_read(listener.sock.fileno(), lambda listener=listener: self.hear(listener))
+
+    def hear(self, listener):
+        for _ in range(64):
+            try:
+                heard = listener.receive()
+                if heard is None:
+                    return
+                datagram, address, _ = heard
+                if datagram.kind is ALERT and datagram.mac not in self.printed:
+                    self.printed[datagram.mac] = True
+                    self.print_alert(self.record(datagram, address))
+            except ProtocolError as error:
+                log.note("dropped a datagram: %s", error)
+
+    def prover(self, datagram):
+        """The label of the pub or key that proves a datagram; None if none does."""
+        for pub in self.pubs:
+            if (pub.application, pub.name) == (datagram.application, datagram.name) and datagram.proved_by(pub.secret):
+                return pub.label
+        for key in self.keys:
+            if key.application == datagram.application:
+                if datagram.proved_by(client_secret(key.master, datagram.name)):
+                    return key.label
+        return None
+
+    def record(self, datagram, address):
+        """An alert as a dictionary, for -j and for print_alert."""
+        body, label = datagram.body, self.prover(datagram)
+        event = {ALERT_EXITED: "exited", ALERT_SIGNALLED: "signalled", ALERT_COMPLAINT: "complaint"}.get(body.event)
+        if event is None:
+            raise ProtocolError("alert of an unknown event %d" % body.event)
+        return {"time": time.time(), "client": address, "worker": body.worker, "event": event,
+                "status": body.status, "application": label or datagram.application.hex(),
+                "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
+                "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
+
+    def print_alert(self, record):
+        if self.as_json:
+            import json
+            line = json.dumps(record)
+        else:
+            line = printable(alert_line(record))
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def alert_line(record):
+    """crat's line for an alert."""
+    form = {"exited": "{client} completed by {worker} for {application} exit code {status}",
+            "signalled": "{client} completed by {worker} for {application} signal {status}",
+            "complaint": "{client} rats out {worker} for {application}"}[record["event"]]
+    detail = "{seconds:.3f} s, {bytes_in} bytes in, {bytes_out} out, client {name}"
+    reason = ", {reason}" if record["reason"] else ""
+    unverified = "" if record["verified"] else " (unverified)"
+    return (form + unverified + ": " + detail + reason).format(**record)
+
+
+CRAT_USAGE = "crat [-hjv] [--version] [APP.pub | APP ...]"
+CRAT_HELP = """Print a line for every job that was completed, and for every complaint.
+
+A public key proves the alerts of its own client, a private key everybody's; the
+others, and without any key all, are printed as unverified.
+"""
+
+
+def main_crat(argv):
+    """Logs until it is ended."""
+    parser = argument_parser(CRAT_USAGE, CRAT_HELP)
+    parser.add_argument("-j", dest="json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("keys", nargs="*", metavar="APP.pub")
+    options = parser.parse_args(argv)
+    log.verbose = options.verbose
+    pubs, keys = [], []
+    for path in options.keys:
+        if is_private_key(path):
+            keys.append(open_key(path))
+        else:
+            pubs.append(open_pub(path))
+    group, loop = Group(), Loop()
+    Logger(loop, open_listeners(group), pubs, keys, options.json)
+    end_quietly()
+    loop.run()
+    return 0
+
+
+def is_private_key(path):
+    try:
+        return "-----BEGIN" in read_text(path)
+    except OSError:
+        return False                # open_pub says what is wrong
+
+
+def end_quietly():
+    """Ends an applet that keeps nothing when it is told to."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------
+# cproxy, which joins networks
+# ---------------------------------------------------------------------------
+
+HOPS_MAX = 8
+RELAYS_MAX = 256                    # clients whose offers are joined, at a time
+JOINS_MAX = 512                     # connections joined, at a time
+RELAY_SECONDS = 70.0                # without announcements: a relay is given up
+HELLO_SECONDS = 10.0                # for the client's side to begin TLS
+
+
+class Pump:
+    """One direction of a Join: what comes from one socket goes to the other."""
+
+    def __init__(self, join, source, target):
+        self.join, self.source, self.target = join, source, target
+        self.pending, self.ended, self.held = memoryview(b""), False, False
+
+    def refresh(self):
+        loop = self.join.loop
+        loop.on_read(self.source.fileno(), None if self.pending or self.ended or self.held else self.readable)
+        loop.on_write(self.target.fileno(), self.writable if self.pending else None)
+
+    def readable(self):
+        try:
+            data = self.source.recv(FRAME_MAX)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            return self.join.close(error.strerror)
+        if not self.join.admits(self, data):
+            return
+        self.pending, self.ended = memoryview(data), not data
+        self.writable()
+        if self.ended and not self.join.closed:
+            self.hang_up()
+
+    def writable(self):
+        try:
+            if self.pending:
+                self.pending = self.pending[self.target.send(self.pending):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            return self.join.close(error.strerror)
+        self.refresh()
+
+    def hang_up(self):
+        try:
+            self.target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass                    # it has gone too
+        self.join.ended()
+
+
+class Join:
+    """A worker's connection and ours to its client, joined.
+
+    Nothing goes to the client's side before that side has sent a TLS ClientHello: so a
+    forged return address joins nobody to a service that does not speak TLS first.
+    """
+
+    def __init__(self, relay, worker):
+        self.relay, self.loop, self.closed = relay, relay.proxy.loop, False
+        self.worker, self.first = worker, b""
+        worker.setblocking(False)
+        self.client = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.client.setblocking(False)
+        self.up, self.down = Pump(self, worker, self.client), Pump(self, self.client, worker)
+        self.up.held = True
+        self.timer = self.loop.after(HELLO_SECONDS, lambda: self.close("no TLS ClientHello"))
+        error = self.client.connect_ex(relay.client)
+        if error not in (0, errno.EINPROGRESS):
+            self.loop.after(0, lambda: self.close(os.strerror(error)))
+        else:
+            self.loop.on_write(self.client.fileno(), self.connected)
+
+    def connected(self):
+        error = self.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            return self.close(os.strerror(error))
+        for sock in (self.client, self.worker):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
+        self.loop.forget(self.client.fileno())
+        self.down.refresh()
+
+    def admits(self, pump, data):
+        """Whether the client's side may be joined, judged by its first bytes."""
+        if pump is self.up or not self.up.held:
+            return True
+        if not data:
+            self.close("the client's side closed")
+            return False
+        self.first = (self.first + data)[:6]
+        head = self.first
+        if head[:1] != b"\x16" or head[1:2] not in (b"", b"\x03") or head[5:6] not in (b"", b"\x01"):
+            self.close("the client's side does not begin TLS")  # RFC 8446, 5.1: handshake, ClientHello
+            return False
+        if len(head) == 6:
+            self.timer.cancel()
+            self.up.held = False
+            self.up.refresh()
+        return True
+
+    def ended(self):
+        if self.up.ended and self.down.ended:
+            self.close("done")
+
+    def close(self, reason):
+        if not self.closed:
+            log.note("join of %s:%d ends: %s", *self.relay.client, reason)
+            self.closed = True
+            self.timer.cancel()
+            for sock in (self.worker, self.client):
+                self.loop.forget(sock.fileno())
+                sock.close()
+            self.relay.joins.discard(self)
+
+
+class Relay:
+    """What stands for one client on the other side: a port there for offers and BUSY."""
+
+    def __init__(self, proxy, client):
+        self.proxy, self.client, self.joins = proxy, client, set()
+        self.udp, self.listener = open_pair([0], proxy.loop, proxy.address)
+        self.port = self.udp.getsockname()[1]
+        self.heard = time.monotonic()
+        proxy.loop.on_read(self.listener.fileno(), self.accept)
+        proxy.loop.on_read(self.udp.fileno(), self.hear)
+
+    def accept(self):
+        try:
+            worker, address = self.listener.accept()
+        except OSError:
+            return
+        if sum(len(relay.joins) for relay in self.proxy.relays.values()) >= JOINS_MAX:
+            log.note("offer from %s: too many connections", address[0])
+            return worker.close()
+        log.note("offer from %s:%d goes to %s:%d", *address[:2], *self.client)
+        self.joins.add(Join(self, worker))
+
+    def hear(self):
+        """What a worker says to the client, as it stands."""
+        try:
+            datagram = Datagram(self.udp.recv(DATAGRAM_MAX + 1))
+            if datagram.kind is BUSY:
+                self.udp.sendto(datagram.data, self.client)
+        except (OSError, ProtocolError) as error:
+            log.note("dropped a datagram: %s", error)
+
+    def close(self):
+        for sock in (self.listener, self.udp):
+            self.proxy.loop.forget(sock.fileno())
+            sock.close()
+
+
+class Proxy:
+    """Hears a group, sends on to another with its own address as the return address."""
+
+    def __init__(self, loop, listeners, address, target):
+        self.loop, self.address, self.target = loop, address, target
+        self.home = next((i.index for i in interfaces() if i.address == address), 0)
+        self.relayed = Memory()     # MACs: what was sent on, or came from the target's own side
+        self.relays = {}            # a client's (address, port): Relay
+        self.udp = target.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.udp.bind((address, 0))
+        for listener in listeners:
+            loop.on_read(listener.sock.fileno(), lambda listener=listener: self.hear(listener))
+        self.sweep()
+
+    def hear(self, listener):
+        for _ in range(64):
+            try:
+                heard = listener.receive()
+                if heard is None:
+                    return
+                self.relay(*heard)
+            except ProtocolError as error:
+                log.note("dropped a datagram: %s", error)
+
+    def relay(self, datagram, address, index):
+        if datagram.kind not in (ANNOUNCE, CLAIM, ALERT) or datagram.mac in self.relayed:
+            return
+        self.relayed[datagram.mac] = True
+        if datagram.hops >= HOPS_MAX:
+            return log.note("dropped %r: %d hops", datagram, datagram.hops)
+        if index and index == self.home and self.reaches_home():
+            return                  # heard where it would be sent
+        port = 0
+        if datagram.kind is ANNOUNCE:
+            relay = self.relay_for((address, datagram.port))
+            if relay is None:
+                return log.note("dropped %r: too many clients", datagram)
+            port = relay.port
+        self.target.send(self.udp, datagram.readdressed(self.address, port, datagram.hops + 1))
+        log.note("-> %r from %s, as %s:%d", datagram, address, self.address, port)
+
+    def reaches_home(self):
+        """Whether the target is a broadcast or multicast on our address's own network."""
+        return any(target.device or target.address == ALL_NETWORKS or target.address.endswith(".255")
+                   or is_multicast(target.address) for target in self.target.targets)
+
+    def relay_for(self, client):
+        relay = self.relays.get(client)
+        if relay is None:
+            if not client[1] or len(self.relays) >= RELAYS_MAX and not self.give_up_oldest():
+                return None
+            relay = self.relays[client] = Relay(self, client)
+        relay.heard = time.monotonic()
+        return relay
+
+    def give_up_oldest(self):
+        idle = [relay for relay in self.relays.values() if not relay.joins]
+        if not idle:
+            return False
+        self.give_up(min(idle, key=lambda relay: relay.heard))
+        return True
+
+    def give_up(self, relay):
+        relay.close()
+        del self.relays[relay.client]
+
+    def sweep(self):
+        limit = time.monotonic() - RELAY_SECONDS
+        for relay in list(self.relays.values()):
+            if not relay.joins and relay.heard < limit:
+                self.give_up(relay)
+        self.loop.after(5.0, self.sweep)
+
+
+CPROXY_USAGE = "cproxy [-hv] [--version] SELF [TARGET]"
+CPROXY_HELP = """Carry announcements that are heard here to the group TARGET, with this machine's address
+SELF (as TARGET's network knows it) as the return address, and join the workers' offers to
+the clients.  TARGET is by default the broadcast of SELF's network.  No key is needed.
+"""
+
+
+def main_cproxy(argv):
+    """Joins two networks until it is ended."""
+    parser = argument_parser(CPROXY_USAGE, CPROXY_HELP)
+    parser.add_argument("self", metavar="SELF")
+    parser.add_argument("target", metavar="TARGET", nargs="?")
+    options = parser.parse_args(argv)
+    log.verbose = options.verbose
+    loop, group = Loop(), Group()
+    try:
+        socket.inet_aton(options.self)
+        target = options.target
+        if target is None:
+            home = [interface.name for interface in interfaces() if interface.address == options.self]
+            target = (home[0] + ":" if home else "") + ALL_NETWORKS
+        proxy = Proxy(loop, open_listeners(group), options.self, Group(target))
+    except OSError as error:
+        raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
+    end_quietly()
+    log.note("from %s to %s, as %s", group.text, proxy.target.text, options.self)
+    loop.run()
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# ckeygen
+# ---------------------------------------------------------------------------
+
+KEY_ROUNDS = 600000                 # of PBKDF2-HMAC-SHA256, for -stdin
+
+
+def stretch(secret):
+    """The master (32 bytes) named by any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
+    wide = hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48)
+    return (int.from_bytes(wide, "big") % (P256_N - 1) + 1).to_bytes(32, "big")
+
+
+def read_secret():
+    """Standard input for stretch().  HMAC hashes a key of more than 64 bytes first: so do we."""
+    data, digest = sys.stdin.buffer.read(65), hashlib.sha256()
+    if not data:
+        raise Fatal(EXIT_USAGE, "-stdin: nothing to read on standard input")
+    if len(data) <= 64:
+        return data
+    while data:
+        digest.update(data)
+        data = sys.stdin.buffer.read(FRAME_MAX)
+    return digest.digest()
+
+
+def write_new(path, text, replace):
+    """Writes a file whole or not at all, mode 0600; an old one only with replace.  Raises OSError."""
+    part = "%s.%d.part" % (path, os.getpid())
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.rename(part, path)
+        else:
+            os.link(part, path)     # fails where there is one, as rename does not
+    finally:
+        if os.path.lexists(part):
+            os.unlink(part)
+
+
+def existing_key(path):
+    """The master of a private key file, checked to the byte; None if there is no file.
+
+    Raises Fatal: 101 for an invalid key, 111 if it can't be read.
+    """
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
+    try:
+        master = parse_key(text, path).master
+    except Fatal as error:
+        raise Fatal(EXIT_BAD_KEY, str(error)) from None
+    if not 0 < int.from_bytes(master, "big") < P256_N or format_key(master)[0] != text:
+        raise Fatal(EXIT_BAD_KEY, "%s: damaged private key (restore it, or move it away and make a new one)" % path)
+    return master
+
+
+CKEYGEN_USAGE = "ckeygen [-hv] [-n NAME] [-stdin] [--version] APP [APP.pub]"
+CKEYGEN_HELP = """Make the private key APP, unless there is one, and write a public key for it.
+
+Both are secrets: who has APP can answer jobs, who has APP.pub can submit them.
+
+exit status: 0; 101 APP is there and invalid; 102 APP.pub cannot be written; 103 APP
+cannot be written; 104 -stdin does not match APP; 100 usage; 111 temporary
+"""
+
+
+def main_ckeygen(argv):
+    """Makes a keypair, or one more public key; 0."""
+    parser = argument_parser(CKEYGEN_USAGE, CKEYGEN_HELP)
+    parser.add_argument("-n", dest="name", metavar="NAME", help="make a public key for the client NAME")
+    parser.add_argument("-stdin", action="store_true", help="derive the private key from standard input")
+    parser.add_argument("key", metavar="APP")
+    parser.add_argument("pub", metavar="APP.pub", nargs="?")
+    options = parser.parse_args(argv)
+    log.verbose = options.verbose
+    name = check_name(options.name) if options.name is not None else DEFAULT_NAME
+    pub = options.pub or options.key + ("-" + name if options.name else "") + ".pub"
+    if os.path.abspath(pub) == os.path.abspath(options.key):
+        raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
+    master = make_key(options.key, stretch(read_secret()) if options.stdin else None)
+    try:
+        if os.path.exists(pub) and not read_text(pub).startswith(PUB_MAGIC):
+            raise Fatal(EXIT_NO_PUB, "%s: is there and no public key: not overwritten" % pub)
+        write_new(pub, format_pub(master, name, format_key(master)[1]), replace=True)
+    except OSError as error:
+        raise Fatal(EXIT_NO_PUB, "cannot write %s: %s" % (pub, error.strerror)) from None
+    return 0
+
+
+def make_key(path, derived):
+    """The master of the key file at path, which is made (derived, or random) if it is not there."""
+    master = existing_key(path)
+    if master is not None:
+        if derived is not None and derived != master:
+            raise Fatal(EXIT_OTHER_KEY, "%s: is there, and standard input names another key" % path)
+        log.note("%s: there already", path)
+        return master
+    if derived is None:
+        number = int.from_bytes(os.urandom(48), "big") % (P256_N - 1) + 1
+        derived = number.to_bytes(32, "big")
+    try:
+        write_new(path, format_key(derived)[0], replace=False)
+    except FileExistsError:         # somebody else has just made one
+        return make_key(path, None)
+    except OSError as error:
+        raise Fatal(EXIT_NO_KEY, "cannot write %s: %s" % (path, error.strerror)) from None
+    return derived
+
+
+# ---------------------------------------------------------------------------
+# The applets
+# ---------------------------------------------------------------------------
+
+APPLETS = {"cexec": main_cexec, "cservice": main_cservice, "ckeygen": main_ckeygen,
+           "crat": main_crat, "cproxy": main_cproxy}
+
+USAGE = """usage: cexec.py APPLET [ARGUMENT ...]
+       cexec.py --install DIR
+       cexec.py --help | --version
+
+The applets, also by the name of a link to this file:
+  ckeygen   make a keypair that names an application
+  cservice  run a command for whoever holds a public key of the application
+  cexec     run the application's command on the least loaded worker
+  crat      log who did what
+  cproxy    join networks
+"""
+
+
+def install(words):
+    """Makes the five links in a directory."""
+    if len(words) != 1:
+        raise Fatal(EXIT_USAGE, "--install takes one directory")
+    here = os.path.abspath(__file__)
+    for applet in APPLETS:
+        path = os.path.join(words[0], applet)
+        try:
+            if os.path.islink(path):
+                os.unlink(path)
+            os.symlink(os.path.relpath(here, os.path.realpath(words[0])), path)
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
+    if not os.access(here, os.X_OK):
+        os.chmod(here, 0o755)
+    return 0
+
+
+def run_applet(argv):
+    """Finds the applet by the program's name or the first argument; its exit code."""
+    words, name = argv[1:], os.path.basename(argv[0])
+    if name not in APPLETS:
+        name, words = (words[0], words[1:]) if words else ("", [])
+    if name in APPLETS:
+        log.applet = name
+        return APPLETS[name](words)
+    if name == "--install":
+        return install(words)
+    if name == "--version":
+        print("cexec " + VERSION)
+    elif name in ("-h", "--help"):
+        print(USAGE, end="")
+    else:
+        raise Fatal(EXIT_USAGE, "%s: no such applet (try --help)" % name if name else "no applet is named (try --help)")
+    return 0
+
+
+def main(argv):
+    """Runs an applet and ends this process with its exit code."""
+    try:
+        code = run_applet(argv)
+        if sys.stdout:
+            sys.stdout.flush()
+    except Fatal as error:
+        log.say(str(error))
+        code = error.code
+    except SystemExit as error:     # argparse, after --help and --version
+        code = error.code or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        die_of(signal.SIGINT)
+    except BrokenPipeError:
+        die_of(signal.SIGPIPE)      # whoever read our output has gone
+    except Exception as error:      # a defect of ours: one line all the same, the rest with -v
+        if log.verbose:
+            import traceback
+            traceback.print_exc()
+        log.say("internal error: %s: %s" % (type(error).__name__, error))
+        code = EXIT_TEMPORARY
+    os._exit(code)                  # at once: there is nothing left to tidy up
+
+
+if __name__ == "__main__":
+    main(sys.argv)
