@@ -295,8 +295,8 @@ def parse_key(text, path):
 
 def read_text(path):
     """A small text file's contents.  Raises OSError."""
-    with open(path, encoding="ascii", errors="replace") as file:
-        return file.read(CONTROL_MAX)
+    with open(path, "rb") as file:
+        return file.read(CONTROL_MAX).decode("latin-1")
 
 
 def open_pub(path):
@@ -622,19 +622,22 @@ class FrameReader:
     other frame comes whole, its payload unpacked.
     """
 
+    FULL_SIZE = FRAME_MAX + CONTROL_MAX + FRAME_HEAD.size
+
     def __init__(self):
-        self.buffer = bytearray(FRAME_MAX + CONTROL_MAX + FRAME_HEAD.size)
-        self.view = memoryview(self.buffer)
+        self.view = memoryview(bytearray(16384))    # most connections never need more
         self.start = self.end = 0
         self.data_flags = self.data_channel = self.data_left = 0
 
     def room(self):
         """A view to fill from its beginning; never empty."""
-        if self.start:
-            rest = self.end - self.start
-            self.buffer[:rest] = self.buffer[self.start:self.end]
-            self.start, self.end = 0, rest
-        return self.view[self.end:]
+        rest = self.end - self.start
+        waiting = self.view[self.start:self.end]
+        if self.end == len(self.view) < self.FULL_SIZE:
+            self.view = memoryview(bytearray(self.FULL_SIZE))
+        self.view[:rest] = waiting
+        self.start, self.end = 0, rest
+        return self.view[rest:]
 
     def filled(self, count):
         self.end += count
@@ -651,7 +654,7 @@ class FrameReader:
                 continue
             if self.end - self.start < FRAME_HEAD.size:
                 return
-            code, flags, channel, size = FRAME_HEAD.unpack_from(self.buffer, self.start)
+            code, flags, channel, size = FRAME_HEAD.unpack_from(self.view, self.start)
             kind = FRAMES.get(code)
             if kind is None or size > (FRAME_MAX if kind is DATA else CONTROL_MAX):
                 raise ProtocolError("frame of kind %d and %d bytes" % (code, size))
@@ -829,12 +832,17 @@ def parse_group(text, default_port=PORT):
         if device and device not in (name for _, name in socket.if_nameindex()):
             raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
         try:
-            found = socket.getaddrinfo(words[0], None, socket.AF_INET, socket.SOCK_DGRAM)
+            targets += [Target(device, address, port) for address in resolve(words[0])]
         except (OSError, UnicodeError) as error:
             raise Fatal(EXIT_USAGE, "group %s: not an address: %s (set CEXEC_GROUP)" % (text, error)) from None
-        for address in sorted({entry[4][0] for entry in found}):
-            targets.append(Target(device, address, port))
     return targets
+
+
+def resolve(name):
+    """The IPv4 addresses of a name, or the one that it is.  Raises OSError, UnicodeError."""
+    if not name.strip("0123456789."):
+        return [socket.inet_ntoa(socket.inet_pton(socket.AF_INET, name))]   # getaddrinfo costs 4 ms
+    return sorted({found[4][0] for found in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_DGRAM)})
 
 
 class Group:
@@ -1082,6 +1090,13 @@ def lifted(fd, floor):
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
 
 
+def lifted_away(fd, floor):
+    """fd, moved to a number from floor up."""
+    moved = lifted(fd, floor)
+    os.close(fd)
+    return moved
+
+
 # ---------------------------------------------------------------------------
 # The channel: a link of frames, and the streams of descriptors over it
 # ---------------------------------------------------------------------------
@@ -1207,13 +1222,15 @@ class Link:
 
     def fail(self, reason, violation=False):
         """Closes, and tells the owner why."""
+        owner = self.owner
         if not self.closed:
             self.close()
-            self.owner.link_lost(self, reason, violation)
+            owner.link_lost(self, reason, violation)
 
     def close(self):
         if not self.closed:
             self.closed = True
+            self.owner = None       # no cycle: what a connection held goes at once
             self.loop.forget(self.sock.fileno())
             self.sock.close()
 
@@ -1221,6 +1238,7 @@ class Link:
         """Says that nothing more will be sent; goes on reading."""
         self.tls.close()
         self.flush()
+        self.mute = True
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -1643,6 +1661,15 @@ def jobserver_numbers():
     return numbers
 
 
+def enlarge(pipe):
+    """Asks for room for a frame and more in a pipe."""
+    if F_SETPIPE_SZ:
+        try:
+            fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
+        except OSError:
+            pass                    # pipe(7): the user has too many large ones
+
+
 def inherited_channels(limit):
     """The descriptors below limit to carry, as {channel: [Inherited, ...]}.
 
@@ -1708,8 +1735,9 @@ def local_end(members, halves, floor):
         opened = os.open(path, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return PatientEnd(number, number, lambda: retire(numbers), halves)
-    fd = lifted(opened, floor)
-    os.close(opened)
+    fd = lifted_away(opened, floor)
+    if item.kind == PIPE and halves == ["read"]:
+        enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
 
     def release():
         retire(numbers)
@@ -2808,9 +2836,10 @@ class Supervisor(Carrier):
     def work(self):
         """Runs the job to its end; this process's exit code."""
         loop = self.loop
+        for number in range(1, signal.NSIG):        # exec makes what is caught default again, not what is ignored
+            if signal.Handlers.SIG_IGN is signal.getsignal(number):
+                signal.signal(number, lambda number, frame: None)
         loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self.link.attach(loop, self)
         try:
@@ -2903,23 +2932,19 @@ class Supervisor(Carrier):
             os.close(far)
         self.far = {}
         try:
-            self.process = subprocess.Popen(
-                self.settings.command, env=self.environment(), preexec_fn=self.prepare, close_fds=True,
-                pass_fds=[number for number, _ in places if number > 2])
+            options = {"process_group": 0}
+            if sys.version_info < (3, 11) or self.settings.user:
+                options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
+            self.process = subprocess.Popen(self.settings.command, env=self.environment(), close_fds=True,
+                                            pass_fds=[number for number, _ in places if number > 2], **options)
         finally:
             for number, _ in places:
                 os.close(number)
             fill_standard()
 
     def prepare(self):
-        """In the child, before exec: its own process group, default signals, its user."""
+        """In the child, before exec: its own process group, its user."""
         os.setpgid(0, 0)
-        for number in range(1, signal.NSIG):
-            if number not in (signal.SIGKILL, signal.SIGSTOP):
-                try:
-                    signal.signal(number, signal.SIG_DFL)
-                except (OSError, ValueError):
-                    pass            # the C library's own
         user = self.settings.user
         if user:
             os.initgroups(user.pw_name, user.pw_gid)
@@ -3051,22 +3076,6 @@ class Supervisor(Carrier):
         self.loop.after(0.05, self.wait_for_end)
 
 
-def lifted_away(fd, floor):
-    """fd, moved to a number from floor up."""
-    moved = lifted(fd, floor)
-    os.close(fd)
-    return moved
-
-
-def enlarge(pipe):
-    """Asks for room for a frame and more in a pipe."""
-    if F_SETPIPE_SZ:
-        try:
-            fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
-        except OSError:
-            pass                    # pipe(7): the user has too many large ones
-
-
 def close_others(floor):
     """Closes every descriptor below floor, and opens /dev/null at 0, 1 and 2."""
     os.closerange(0, floor)
@@ -3095,20 +3104,56 @@ def main_cservice(argv):
     log.verbose = options.verbose
     if not options.command:
         parser.error("no command is named")
+    fill_standard()
+    slim_down(argv)
     boost = setting("BOOST", -1, 0, 10 ** 9)
     settings = Settings(options.command, setting("CONCURRENCY", processors(), 1, 10000),
                         None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
                         find_user(options.user) if options.user else None)
     key, group = open_key(options.key), Group()
     context, listeners = tls_context(key), open_listeners(group)
-    __import__("subprocess")        # here, once: a supervisor has it with the fork
-    fill_standard()
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
     loop.catch(WORKER_SIGNALS, worker.signalled)
+    share_memory()
     log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
     loop.run()
     return 0
+
+
+def slim_down(words):
+    """Starts this applet again from compiled code, in the same process.
+
+    A script's syntax tree stays in memory for as long as the script runs: 10 MB that a
+    service can do without.  Returns where that is not possible (no memfd before Linux
+    3.17 and Python 3.8, a script from standard input, an interpreter of unknown path).
+    """
+    import subprocess
+    if __file__.startswith("/dev/fd/") and os.path.isfile(__file__):
+        os.close(int(__file__[8:]))             # this is the second start
+        return
+    if not hasattr(os, "memfd_create") or not sys.executable or not os.path.isfile(__file__):
+        return
+    import importlib.util
+    import marshal
+    with open(__file__, "rb") as source:
+        code = compile(source.read(), os.path.abspath(__file__), "exec")
+    fd = os.memfd_create("cexec")
+    os.write(fd, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    path = "/dev/fd/%d" % fd
+    if os.path.isfile(path):
+        os.set_inheritable(fd, True)
+        options = subprocess._args_from_interpreter_flags()     # as multiprocessing has them
+        os.execv(sys.executable, [sys.executable] + options + [path, log.applet] + words)
+    os.close(fd)
+
+
+def share_memory():
+    """What is in memory now stays as it is, and common to all processes forked from here."""
+    import gc
+    gc.collect()
+    if hasattr(gc, "freeze"):       # Python 3.7
+        gc.freeze()
 
 
 def find_user(name):
