@@ -1262,12 +1262,16 @@ class End:
     """
 
     patient = False                 # to be written only when poll says so, PIPE_BUF at most
+    terminal = False                # to be read only in the foreground, or it would stop us
 
     def __init__(self, fd, polled, release, halves):
         self.fd, self.polled, self.release, self.halves = fd, polled, release, set(halves)
 
     def may_read(self):
-        return True
+        try:
+            return not self.terminal or os.tcgetpgrp(self.polled) == os.getpgrp()
+        except OSError:
+            return True             # not our controlling terminal: nobody will stop us
 
     def read_into(self, view):
         """The number of bytes read, 0 at the end of file.  Raises OSError."""
@@ -1328,16 +1332,6 @@ class PatientEnd(End):
 
     def write(self, view):
         return os.write(self.fd, view[:select.PIPE_BUF])
-
-
-class TerminalEnd(End):
-    """A terminal, read only while this process is in its foreground."""
-
-    def may_read(self):
-        try:
-            return os.tcgetpgrp(self.polled) == os.getpgrp()
-        except OSError:
-            return True             # not our controlling terminal: nobody will stop us
 
 
 # A stream has a state, which only _set() changes.
@@ -1670,6 +1664,18 @@ def enlarge(pipe):
             pass                    # pipe(7): the user has too many large ones
 
 
+def make_room(numbers):
+    """Sees to it that descriptors up to that number can be opened.  Raises Fatal (111)."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < numbers:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (numbers, hard))
+        except (OSError, ValueError):
+            raise Fatal(EXIT_TEMPORARY, "no more than %d descriptors are allowed, %d are needed (see ulimit -n)"
+                        % (soft, numbers)) from None
+
+
 def inherited_channels(limit):
     """The descriptors below limit to carry, as {channel: [Inherited, ...]}.
 
@@ -1731,18 +1737,16 @@ def local_end(members, halves, floor):
     if item.kind == DEVICE:
         return End(number, number, lambda: retire(numbers), halves)
     try:
-        path = PROC_FD % number
-        opened = os.open(path, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError:
-        return PatientEnd(number, number, lambda: retire(numbers), halves)
-    fd = lifted_away(opened, floor)
-    if item.kind == PIPE and halves == ["read"]:
-        enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
-
-    def release():
-        retire(numbers)
-        os.close(fd)
-    return (TerminalEnd if item.kind == TERMINAL else End)(fd, number, release, halves)
+        opened = os.open(PROC_FD % number, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:                 # another user's
+        end = PatientEnd(number, number, lambda: retire(numbers), halves)
+    else:
+        fd = lifted_away(opened, floor)
+        end = End(fd, number, lambda: (retire(numbers), os.close(fd)), halves)
+        if item.kind == PIPE and halves == ["read"]:
+            enlarge(fd)             # 64 KiB at a time would cost a fifth of the speed
+    end.terminal = item.kind == TERMINAL
+    return end
 
 
 def unread(fd):
@@ -1825,6 +1829,7 @@ class Job:
 
     def __init__(self, environment, empty=None):
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
+        make_room(2 * self.limit + 16)
         self.environment = environment
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
@@ -1958,15 +1963,15 @@ class Candidate:
 
 
 class Search:
-    """Announces a job until a worker has accepted it; then winner is the Candidate."""
+    """Announces a job until a worker has accepted it; then calls begin(the Candidate)."""
 
-    def __init__(self, loop, group, pub, job):
-        self.loop, self.group, self.pub, self.job = loop, group, pub, job
+    def __init__(self, loop, group, pub, job, begin):
+        self.loop, self.group, self.pub, self.job, self.begin = loop, group, pub, job, begin
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
         self.candidates, self.avoid, self.complained = [], set(), set()
         self.offers = self.attempt = 0
-        self.context = self.winner = self.asked = None
+        self.context = self.asked = None
         self.udp, self.listener = open_pair(job.ports, loop)
         group.prepare(self.udp)
         self.port = self.udp.getsockname()[1]
@@ -2058,7 +2063,8 @@ class Search:
     def dropped(self, candidate, reason, violation):
         log.note("offer from %s: %s", candidate.address, reason)
         candidate.close()
-        self.candidates.remove(candidate)
+        if candidate in self.candidates:
+            self.candidates.remove(candidate)
         if self.asked is candidate:
             self.asked = None
         if violation:
@@ -2078,11 +2084,10 @@ class Search:
     def won(self, candidate):
         """ACCEPT: the job is committed with GO, and everybody else may forget it."""
         candidate.link.send(GO)
-        self.winner = candidate
+        candidate.timer.cancel()
         self.candidates.remove(candidate)
         self.end()
-        candidate.timer.cancel()
-        self.loop.stop()
+        self.begin(candidate)
 
     def end(self):
         """No more announcements and offers, whether served or given up."""
@@ -2120,17 +2125,17 @@ def open_pair(ports, loop, address=""):
 class Run(Carrier):
     """A job after GO, at the client; status is the exit code once the loop has stopped."""
 
-    def __init__(self, loop, search, job):
-        super().__init__(loop, search.winner.link)
-        self.search, self.job, self.hello = search, job, search.winner.hello
+    def __init__(self, search, winner):
+        super().__init__(search.loop, winner.link)
+        self.search, self.job, self.hello = search, search.job, winner.hello
         self.worker = self.hello.address
         self.exit = self.status = self.trouble = None
         self.began, self.interrupted = time.monotonic(), 0.0
-        for channel, members in job.channels.items():
+        self.link.attach(self.loop, self)
+        for channel, members in self.job.channels.items():
             self.carry_inherited(channel, members)
-        self.link.attach(loop, self)
         self.last_tick = time.monotonic()
-        self.tick = loop.after(self.tick_seconds(), self.check_life)
+        self.tick = self.loop.after(self.tick_seconds(), self.check_life)
         self.refresh()
 
     def carry_inherited(self, channel, members):
@@ -2289,7 +2294,7 @@ class Client:
 
     def __init__(self, pub, group, job):
         self.job, self.loop = job, Loop(floor=job.limit)
-        self.search = Search(self.loop, group, pub, job)
+        self.search = Search(self.loop, group, pub, job, self.begin)
         self.run = None
         self.loop.catch([getattr(signal, "SIG" + name) for name in SIGNALS], self.signalled)
 
@@ -2310,16 +2315,16 @@ class Client:
         try:
             self.search.announce()
             self.search.listen()
-            self.loop.run()
+            while self.run is None or self.run.status is None:
+                self.loop.turn()
         except Fatal as error:
             self.search.end()
             self.job.tell(error.code, "failed=%s" % error)
             raise
-        self.loop.running = True
-        self.run = Run(self.loop, self.search, self.job)
-        while self.run.status is None:
-            self.loop.turn()
         return self.run.status
+
+    def begin(self, winner):
+        self.run = Run(self.search, winner)
 
 
 CEXEC_USAGE = "cexec [-hv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]"
@@ -2709,7 +2714,6 @@ class Worker:
             become_supervisor(self, offer, job, far)
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
         os.close(far)
-        os.set_blocking(near, False)
         self.served[offer.client.name, offer.client.nonce] = True
         self.jobs[pid] = Forked(pid, offer.client, near)
         self.loop.on_read(near, lambda: self.supervisor_says(self.jobs[pid]))
@@ -2719,12 +2723,7 @@ class Worker:
 
     def supervisor_says(self, job):
         """Lines from a supervisor: "group N", "started", "failed", "done"."""
-        try:
-            data = os.read(job.status, 4096)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+        data = os.read(job.status, 4096)            # never blocks: there is something, or its end
         if not data:
             self.loop.forget(job.status)
             os.close(job.status)
@@ -2822,12 +2821,12 @@ class Supervisor(Carrier):
 
     def __init__(self, worker, offer, job, status):
         floor = max([256] + [number + 1 for number, _, _ in job.descriptors])
+        make_room(floor + 4 * len(job.descriptors) + 16)
         super().__init__(Loop(floor=floor), offer.link)
         self.job, self.offer, self.settings = job, offer, worker.settings
         offer.link.sock = self.loop.own(offer.link.sock)
-        self.status = lifted(status, floor)
-        log.fd = lifted(2, floor)
-        close_others(floor)
+        self.status, log.fd = lifted(status, floor), lifted(2, floor)
+        close_all_but([offer.link.sock.fileno(), self.status, log.fd])
         self.far = {}               # number: the command's end, until it has started
         self.process = self.result = None
         self.gone = self.over = False
@@ -3076,9 +3075,17 @@ class Supervisor(Carrier):
         self.loop.after(0.05, self.wait_for_end)
 
 
-def close_others(floor):
-    """Closes every descriptor below floor, and opens /dev/null at 0, 1 and 2."""
-    os.closerange(0, floor)
+def close_all_but(kept):
+    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
+    try:
+        numbers = map(int, os.listdir("/dev/fd"))
+    except OSError:
+        numbers = range(4096)
+    for number in set(numbers) - set(kept):
+        try:
+            os.close(number)
+        except OSError:
+            pass                    # the listing's own
     fill_standard()
 
 
