@@ -1,10 +1,61 @@
-# cexec: one file to use as it is; this makes links, runs the tests, installs.
+# cexec is one file to use as it is; this makes links to it, shows it, tests it, installs it.
 
 PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
 APPLETS = cexec cservice ckeygen crat cproxy
+BINDIR = $(DESTDIR)$(PREFIX)/bin
+MANDIR = $(DESTDIR)$(PREFIX)/share/man
 PAGES = $(APPLETS:=.1)
 VENV = .venv
+LINT = check --isolated --line-length 120 --select E,F,W,B,C4,PLE,RUF100 --target-version py37
+
+# Sets $python to one that can import $tool: $(PYTHON), or else one in $(VENV), made if need be.
+USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1; \
+	base=$$("$$python" -c 'import sys; print(sys.base_prefix)'); \
+	has="import sys, $$tool; sys.exit(sys.base_prefix != sys.argv[1])"; \
+	if ! "$$python" -c "$$has" "$$base" 2>/dev/null; then \
+		if ! $(VENV)/bin/python -c "$$has" "$$base" 2>/dev/null; then \
+			echo "$$python has no $$tool: installing it into $(VENV)"; \
+			"$$python" -m venv $(VENV) && $(VENV)/bin/python -m pip install -q $$tool || exit 1; \
+		fi; \
+		python=$(VENV)/bin/python; \
+	fi
+
+.PHONY: all bin demo test check bench install uninstall clean
 
 all: bin
+
+bin:
+	@mkdir -p bin
+	$(PYTHON) cexec.py --install bin
+
+demo:
+	@PYTHON="$(PYTHON)" sh .ci/demo
+
+test:
+	@tool=pytest; $(USE_TOOL); "$$python" -m pytest -q test_cexec.py
+
+bench:
+	@$(PYTHON) .ci/bench
+
+check:
+	@tool=ruff; $(USE_TOOL); set -x; "$$python" -m ruff $(LINT) cexec.py test_cexec.py .ci/bench
+	@if command -v mandoc >/dev/null; then set -x; mandoc -Tlint -W warning man/*.[17]; \
+	else echo "mandoc is not installed: the manual pages were not checked"; test -z "$$CI"; fi
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run .ci/demo; \
+	else echo "shellcheck is not installed: the scripts were not checked"; test -z "$$CI"; fi
+
+install:
+	mkdir -p "$(BINDIR)" "$(MANDIR)/man1" "$(MANDIR)/man7"
+	install -m 755 cexec.py "$(BINDIR)/cexec.py"
+	for applet in $(APPLETS); do ln -sf cexec.py "$(BINDIR)/$$applet" || exit 1; done
+	for page in $(PAGES); do install -m 644 "man/$$page" "$(MANDIR)/man1/$$page" || exit 1; done
+	install -m 644 man/cexec.7 "$(MANDIR)/man7/cexec.7"
+
+uninstall:
+	rm -f "$(BINDIR)/cexec.py" "$(MANDIR)/man7/cexec.7"
+	for applet in $(APPLETS); do rm -f "$(BINDIR)/$$applet" "$(MANDIR)/man1/$$applet.1" || exit 1; done
+
+clean:
+	rm -rf bin $(VENV) __pycache__ .pytest_cache .ruff_cache .benchmarks

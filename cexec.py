@@ -35,14 +35,18 @@ times.  cexec(7) has the protocol in full and what it does not protect from.
 The file goes from the leaves up: a section calls only those above it.  The wire,
 key and channel sections take and return bytes; sockets come after them.
 """
+import gc
 import sys
 
-if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]                 # a socket.py lying beside this file is not imported
+if __name__ == "__main__":
+    gc.disable()                    # until started_up(): there is nothing to collect, and it costs 10 ms
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]             # a socket.py lying beside this file is not imported
 
 import collections
 import errno
 import fcntl
+import functools
 import hashlib
 import heapq
 import hmac
@@ -170,6 +174,18 @@ def setting(name, default, low, high):
     if value is None or not low <= value <= high:
         raise Fatal(EXIT_USAGE, "%s=%s: not a whole number from %d to %d" % (name, text, low, high))
     return value
+
+
+def started_up():
+    """Begins to collect garbage; what is in memory now stays, in common with processes forked later."""
+    if hasattr(gc, "freeze"):       # Python 3.7
+        gc.freeze()
+    gc.enable()
+
+
+def u32(number):
+    """A whole number that fits a field of 32 bits."""
+    return min(int(number), 0xffffffff)
 
 
 def random_fraction():
@@ -533,7 +549,8 @@ SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT"
 class Datagram:
     """A datagram that parsed; whether it is true, proved_by() tells.
 
-    address and port are the return address: None where it is the sender's.
+    address and port are the return address: None where it is the sender's.  identity (16
+    bytes) is common to all copies, whatever way they came.
     """
 
     def __init__(self, data):
@@ -555,6 +572,7 @@ class Datagram:
             raise ProtocolError("not a client's name")
         self.address = unpack_address(address)
         self.port = port
+        self.identity = hashlib.sha256(bytes([code]) + data[DATAGRAM_HEAD.size:]).digest()[:16]
 
     def __repr__(self):
         return "%s %s %s" % (self.kind, self.nonce.hex()[:8], self.name)
@@ -954,6 +972,17 @@ class Listener:
                     self.pass_on(datagram, sender[0])
         return datagram, datagram.address or sender[0], index
 
+    def deliver(self, handler):
+        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too."""
+        for _ in range(64):
+            try:
+                heard = self.receive()
+                if heard is None:
+                    return
+                handler(*heard)
+            except ProtocolError as error:
+                log.note("dropped a datagram: %s", error)
+
     def pass_on(self, datagram, sender):
         copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
         try:
@@ -1095,6 +1124,12 @@ def lifted_away(fd, floor):
     moved = lifted(fd, floor)
     os.close(fd)
     return moved
+
+
+def hear_all(loop, listeners, handler):
+    """Has handler(datagram, address, interface index) called for what the listeners hear."""
+    for listener in listeners:
+        loop.on_read(listener.sock.fileno(), functools.partial(listener.deliver, handler))
 
 
 # ---------------------------------------------------------------------------
@@ -1984,7 +2019,7 @@ class Search:
         if accept and now - self.answered > accept or wait and now - self.began > wait:
             raise Fatal(EXIT_TEMPORARY, self.complaint(now))
         self.attempt = min(self.attempt + 1, 0xffff)
-        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=min(int((now - self.began) * 1000), 0xffffffff))
+        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000))
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         pause = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
@@ -2078,7 +2113,7 @@ class Search:
         hello = candidate.hello
         self.send(ALERT, event=ALERT_COMPLAINT, worker=candidate.address,
                   worker_id=hello.worker_id if hello else bytes(8), status=0,
-                  milliseconds=int((time.monotonic() - self.began) * 1000), bytes_in=0, bytes_out=0,
+                  milliseconds=u32((time.monotonic() - self.began) * 1000), bytes_in=0, bytes_out=0,
                   reason=reason[:200])
 
     def won(self, candidate):
@@ -2219,7 +2254,7 @@ class Run(Carrier):
 
     def alert(self, event, status, reason):
         self.search.send(ALERT, event=event, worker=self.worker, worker_id=self.hello.worker_id, status=status,
-                         milliseconds=min(int((time.monotonic() - self.began) * 1000), 0xffffffff),
+                         milliseconds=u32((time.monotonic() - self.began) * 1000),
                          bytes_in=sum(source.sent for source in self.sources.values()),
                          bytes_out=sum(sink.received for sink in self.sinks.values()), reason=reason[:200])
 
@@ -2324,6 +2359,7 @@ class Client:
         return self.run.status
 
     def begin(self, winner):
+        started_up()
         self.run = Run(self.search, winner)
 
 
@@ -2486,7 +2522,7 @@ class Offer:
     def link_ready(self, link):
         link.send(HELLO, version=PROTOCOL, nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=self.sock.getsockname()[0], host=socket.gethostname(),
-                  load=min(int(self.load * 1000), 0xffffffff), delay=min(int(self.delay * 1e6), 0xffffffff))
+                  load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
         if kind is AUTH and not self.proved:
@@ -2567,23 +2603,12 @@ class Worker:
         self.delayed = {}           # nonce: the Timer of an offer to come
         self.offers, self.jobs = {}, {}             # nonce: Offer; pid: Forked
         self.draining = False
-        for listener in listeners:
-            loop.on_read(listener.sock.fileno(), lambda listener=listener: self.hear(listener))
+        hear_all(loop, listeners, self.hear)
         self.sweep()
 
     # Datagrams
 
-    def hear(self, listener):
-        for _ in range(64):         # then the others get their turn
-            try:
-                heard = listener.receive()
-                if heard is None:
-                    return
-                self.datagram(*heard[:2])
-            except ProtocolError as error:
-                log.note("dropped a datagram: %s", error)
-
-    def datagram(self, datagram, address):
+    def hear(self, datagram, address, index):
         handler = {ANNOUNCE: self.rcvd_announce, CLAIM: self.rcvd_claim, ALERT: self.rcvd_alert}.get(datagram.kind)
         if handler is None or datagram.application != self.key.application:
             return
@@ -3122,7 +3147,7 @@ def main_cservice(argv):
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
     loop.catch(WORKER_SIGNALS, worker.signalled)
-    share_memory()
+    started_up()
     log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
     loop.run()
     return 0
@@ -3155,14 +3180,6 @@ def slim_down(words):
     os.close(fd)
 
 
-def share_memory():
-    """What is in memory now stays as it is, and common to all processes forked from here."""
-    import gc
-    gc.collect()
-    if hasattr(gc, "freeze"):       # Python 3.7
-        gc.freeze()
-
-
 def find_user(name):
     """The user's entry.  Raises Fatal (100) if there is none or we may not become them."""
     import pwd
@@ -3184,22 +3201,13 @@ class Logger:
 
     def __init__(self, loop, listeners, pubs, keys, as_json):
         self.pubs, self.keys, self.as_json = pubs, keys, as_json
-        self.printed = Memory()     # the MACs of what was: copies come by other ways
-        for listener in listeners:
-            loop.on_read(listener.sock.fileno(), lambda listener=listener: self.hear(listener))
+        self.printed = Memory()     # identities: copies come by other ways
+        hear_all(loop, listeners, self.hear)
 
-    def hear(self, listener):
-        for _ in range(64):
-            try:
-                heard = listener.receive()
-                if heard is None:
-                    return
-                datagram, address, _ = heard
-                if datagram.kind is ALERT and datagram.mac not in self.printed:
-                    self.printed[datagram.mac] = True
-                    self.print_alert(self.record(datagram, address))
-            except ProtocolError as error:
-                log.note("dropped a datagram: %s", error)
+    def hear(self, datagram, address, index):
+        if datagram.kind is ALERT and datagram.identity not in self.printed:
+            self.printed[datagram.identity] = True
+            self.print_alert(self.record(datagram, address))
 
     def prover(self, datagram):
         """The label of the pub or key that proves a datagram; None if none does."""
@@ -3268,6 +3276,7 @@ def main_crat(argv):
     group, loop = Group(), Loop()
     Logger(loop, open_listeners(group), pubs, keys, options.json)
     end_quietly()
+    started_up()
     loop.run()
     return 0
 
@@ -3448,28 +3457,17 @@ class Proxy:
     def __init__(self, loop, listeners, address, target):
         self.loop, self.address, self.target = loop, address, target
         self.home = next((i.index for i in interfaces() if i.address == address), 0)
-        self.relayed = Memory()     # MACs: what was sent on, or came from the target's own side
+        self.relayed = Memory()     # identities: what was sent on, or came from the target's own side
         self.relays = {}            # a client's (address, port): Relay
         self.udp = target.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.udp.bind((address, 0))
-        for listener in listeners:
-            loop.on_read(listener.sock.fileno(), lambda listener=listener: self.hear(listener))
+        hear_all(loop, listeners, self.hear)
         self.sweep()
 
-    def hear(self, listener):
-        for _ in range(64):
-            try:
-                heard = listener.receive()
-                if heard is None:
-                    return
-                self.relay(*heard)
-            except ProtocolError as error:
-                log.note("dropped a datagram: %s", error)
-
-    def relay(self, datagram, address, index):
-        if datagram.kind not in (ANNOUNCE, CLAIM, ALERT) or datagram.mac in self.relayed:
+    def hear(self, datagram, address, index):
+        if datagram.kind not in (ANNOUNCE, CLAIM, ALERT) or datagram.identity in self.relayed:
             return
-        self.relayed[datagram.mac] = True
+        self.relayed[datagram.identity] = True
         if datagram.hops >= HOPS_MAX:
             return log.note("dropped %r: %d hops", datagram, datagram.hops)
         if index and index == self.home and self.reaches_home():
@@ -3541,6 +3539,7 @@ def main_cproxy(argv):
     except OSError as error:
         raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
     end_quietly()
+    started_up()
     log.note("from %s to %s, as %s", group.text, proxy.target.text, options.self)
     loop.run()
     return 0
