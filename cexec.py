@@ -239,9 +239,13 @@ def client_proof(secret, challenge, nonce):
     return mac(secret, b"proof", challenge, nonce)
 
 
+def is_name(name):
+    return 0 < len(name) <= NAME_MAX and NAME_CHARACTERS.issuperset(name)
+
+
 def check_name(name):
     """The client's name, or Fatal (100)."""
-    if not 0 < len(name) <= NAME_MAX or not NAME_CHARACTERS.issuperset(name):
+    if not is_name(name):
         raise Fatal(EXIT_USAGE, "client name %r: use 1 to %d letters, digits and . _ @ + -" % (name, NAME_MAX))
     return name
 
@@ -269,7 +273,7 @@ def parse_pub(text, label):
         raise Fatal(EXIT_USAGE, "%s: a public key of another version than %s" % (label, PUB_VERSION))
     try:
         name, application, secret, fingerprint = words[2], *map(bytes.fromhex, words[3:])
-        if not NAME_CHARACTERS.issuperset(name) or (len(application), len(secret), len(fingerprint)) != (8, 32, 32):
+        if not is_name(name) or (len(application), len(secret), len(fingerprint)) != (8, 32, 32):
             raise ValueError
     except (ValueError, IndexError):
         raise Fatal(EXIT_USAGE, "%s: damaged public key (make it again with ckeygen)" % label) from None
@@ -568,7 +572,7 @@ class Datagram:
         body, self.mac = data[DATAGRAM_HEAD.size:-MAC_SIZE], data[-MAC_SIZE:]
         self.body = Message(code, self.kind.name, **COMMON.fields, **self.kind.fields).unpack(body)
         self.application, self.name, self.nonce = self.body.application, self.body.client, self.body.nonce
-        if not 0 < len(self.name) <= NAME_MAX or not NAME_CHARACTERS.issuperset(self.name):
+        if not is_name(self.name):
             raise ProtocolError("not a client's name")
         self.address = unpack_address(address)
         self.port = port
@@ -842,7 +846,7 @@ def parse_group(text, default_port=PORT):
     for item in text.split(","):
         words = item.strip().split(":")
         port = default_port
-        if len(words) > 1 and words[-1].isdigit() and "." not in words[-1]:
+        if len(words) > 1 and words[-1].isdecimal():
             port = int(words.pop())
         device = words.pop(0) if len(words) > 1 else None
         if len(words) != 1 or not words[0] or not 0 < port < 65536:
@@ -1468,7 +1472,7 @@ class Sink(Stream):
 
     def __init__(self, carrier, channel, end):
         super().__init__(carrier, channel, end)
-        self.queue = collections.deque()
+        self.queue = bytearray()    # what the End has not taken: at most a window, in however many frames
         self.received = self.written = self.owed = 0
         self.allowed = WINDOW       # bytes that the peer may still send
         self.whole = False
@@ -1483,21 +1487,14 @@ class Sink(Stream):
         if not self.queue and not self.end.patient:
             view = view[self._write(view):]
         if view and self.state is OPEN:
-            self.queue.append(memoryview(bytes(view)))
+            self.queue += view
             self.loop.on_write(self.end.polled, self.writable)
 
     def writable(self):
-        while self.queue:
-            count = self._write(self.queue[0])
-            if self.state is SHUTDOWN:
-                return
-            if count < len(self.queue[0]):
-                self.queue[0] = self.queue[0][count:]
-                return
-            self.queue.popleft()
-            if self.end.patient:
-                break
-        if not self.queue:
+        with memoryview(self.queue) as queue, queue[:FRAME_MAX] as view:
+            count = self._write(view)
+        del self.queue[:count]
+        if not self.queue and self.state is not SHUTDOWN:
             self.loop.on_write(self.end.polled, None)
             self._drained()
 
@@ -1537,7 +1534,7 @@ class Sink(Stream):
         """Nobody reads here any more: tells the peer."""
         if self.state in (OPEN, ENDING):
             self._set(SHUTDOWN)
-            self.queue.clear()
+            self.queue = bytearray()
             self.carrier.link.send(SHUT, self.channel, FLAG_WHOLE if whole else 0)
             self._leave(whole)
 
@@ -1686,7 +1683,7 @@ def jobserver_numbers():
     for word in os.environ.get("MAKEFLAGS", "").split():
         name, _, value = word.partition("=")
         if name in ("--jobserver-auth", "--jobserver-fds"):
-            numbers.update(int(number) for number in value.split(",") if number.isdigit())
+            numbers.update(int(number) for number in value.split(",") if number.isdecimal())
     return numbers
 
 
@@ -1909,7 +1906,7 @@ def parse_ports(text):
     ports = []
     for item in text.split(",") if text else ["0"]:
         first, dash, last = item.strip().partition("-")
-        if not first.isdigit() or not (last.isdigit() or not dash) or int(last or first) > 65535:
+        if not first.isdecimal() or not (last.isdecimal() or not dash) or int(last or first) > 65535:
             raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: use ports and ranges, as in 5000-5010,6000" % text)
         ports.extend(range(int(first), int(last or first) + 1))
     if not ports:
@@ -2380,7 +2377,7 @@ def parse_cexec(argv):
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
     parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
     options = parser.parse_args(complete_n(argv))
-    if options.n not in (None, "all") and not options.n.isdigit():
+    if options.n not in (None, "all") and not options.n.isdecimal():
         raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
     log.verbose = options.verbose
     return options.words, options.n
@@ -2392,7 +2389,7 @@ def complete_n(argv):
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.pop(0)
         alone = word[1:2] != "-" and word.endswith("n")
-        done.append(word + "all" if alone and not (rest and rest[0].isdigit()) else word)
+        done.append(word + "all" if alone and not (rest and rest[0].isdecimal()) else word)
         if alone and done[-1] == word:
             done.append(rest.pop(0))
     return done + rest
@@ -3237,7 +3234,7 @@ class Logger:
             line = json.dumps(record)
         else:
             line = printable(alert_line(record))
-        sys.stdout.write(line + "\n")
+        sys.stdout.buffer.write((line + "\n").encode(sys.stdout.encoding or "ascii", "backslashreplace"))
         sys.stdout.flush()
 
 
@@ -3554,7 +3551,11 @@ KEY_ROUNDS = 600000                 # of PBKDF2-HMAC-SHA256, for -stdin
 
 def stretch(secret):
     """The master (32 bytes) named by any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
-    wide = hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48)
+    return fold(hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48))
+
+
+def fold(wide):
+    """A scalar (32 bytes) of 48 random bytes: so many that each is as likely (FIPS 186-4, B.4.1)."""
     return (int.from_bytes(wide, "big") % (P256_N - 1) + 1).to_bytes(32, "big")
 
 
@@ -3596,7 +3597,7 @@ def existing_key(path):
     """
     try:
         text = read_text(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
@@ -3650,16 +3651,14 @@ def make_key(path, derived):
             raise Fatal(EXIT_OTHER_KEY, "%s: is there, and standard input names another key" % path)
         log.note("%s: there already", path)
         return master
-    if derived is None:
-        number = int.from_bytes(os.urandom(48), "big") % (P256_N - 1) + 1
-        derived = number.to_bytes(32, "big")
+    master = derived or fold(os.urandom(48))
     try:
-        write_new(path, format_key(derived)[0], replace=False)
+        write_new(path, format_key(master)[0], replace=False)
     except FileExistsError:         # somebody else has just made one
-        return make_key(path, None)
+        return make_key(path, derived)
     except OSError as error:
         raise Fatal(EXIT_NO_KEY, "cannot write %s: %s" % (path, error.strerror)) from None
-    return derived
+    return master
 
 
 # ---------------------------------------------------------------------------
