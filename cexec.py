@@ -92,6 +92,7 @@ MEMORY = 10000                      # jobs, datagrams remembered by anyone
 
 OFFER_SECONDS = 3.0                 # an offer holds a slot for this long
 LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence
+FRESH_TRIES = 3                     # a BUSY that answers an earlier announcement than that is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
@@ -837,7 +838,7 @@ def is_multicast(address):
     return 224 <= int(address.split(".")[0]) <= 239
 
 
-def parse_group(text, default_port=PORT):
+def parse_group(text, default_port):
     """The Targets of a comma-separated list of [DEVICE:]ADDRESS[:PORT].
 
     A name that resolves to several addresses gives a Target for each.  Raises Fatal (100).
@@ -870,9 +871,9 @@ def resolve(name):
 class Group:
     """The addresses to speak to; send() never fails, it says how many ways worked."""
 
-    def __init__(self, text=None):
+    def __init__(self, text=None, default_port=PORT):
         self.text = text or os.environ.get("CEXEC_GROUP") or os.environ.get("GROUP") or ALL_NETWORKS
-        self.targets = parse_group(self.text)
+        self.targets = parse_group(self.text, default_port)
         self.error = None           # of the last send: the last reason why a way failed
 
     def prepare(self, sock):
@@ -1430,6 +1431,11 @@ class Source(Stream):
         self.carrier.link.send_data(self.channel, buffer, count)
         if not self.credit or self.carrier.link.congested:
             self.refresh()
+
+    def discard(self):
+        """Goes on reading, for nobody: whoever writes has time to end in its own way."""
+        self.credit = float("inf")
+        self.refresh()
 
     def close_soon(self):
         """Takes what is there already, and then is at its end."""
@@ -2047,6 +2053,8 @@ class Search:
             return log.note("dropped a datagram: %s", error)
         if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
             return log.note("dropped %r", datagram)
+        if datagram.body.attempt < self.attempt - FRESH_TRIES:
+            return log.note("dropped %r: an old one", datagram)
         self.answered, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
 
@@ -2278,6 +2286,7 @@ class Run(Carrier):
         now = time.monotonic()
         if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
             if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
+                self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, now - self.began)
                 die_of(number)
         if number == signal.SIGINT:
             self.interrupted = now
@@ -2337,6 +2346,7 @@ class Client:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif number not in (signal.SIGCONT, signal.SIGWINCH):
             self.search.end()
+            self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number)
             die_of(number)
 
     def status(self):
@@ -3079,9 +3089,9 @@ class Supervisor(Carrier):
             self.say("back")
             return self.loop.stop()
         for source in self.sources.values():
-            source.rcvd_shut(True)
-        for sink in self.sinks.values():
-            sink.break_off(True)
+            source.discard()
+        for sink in self.sinks.values():            # left open: an early end of file could be taken for the true one
+            self.loop.on_write(sink.end.polled, None)
         signal_session(os.getpid(), self.process.pid, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
         self.deadline = time.monotonic() + KILL_SECONDS
         self.wait_for_end()
@@ -3532,7 +3542,7 @@ def main_cproxy(argv):
         if target is None:
             home = [interface.name for interface in interfaces() if interface.address == options.self]
             target = (home[0] + ":" if home else "") + ALL_NETWORKS
-        proxy = Proxy(loop, open_listeners(group), options.self, Group(target))
+        proxy = Proxy(loop, open_listeners(group), options.self, Group(target, group.targets[0].port))
     except OSError as error:
         raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
     end_quietly()
@@ -3686,6 +3696,10 @@ def install(words):
     if len(words) != 1:
         raise Fatal(EXIT_USAGE, "--install takes one directory")
     here = os.path.abspath(__file__)
+    try:
+        os.makedirs(words[0], exist_ok=True)
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "%s: %s" % (words[0], error.strerror)) from None
     for applet in APPLETS:
         path = os.path.join(words[0], applet)
         try:
