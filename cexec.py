@@ -850,7 +850,7 @@ def parse_group(text, default_port):
         if len(words) > 1 and words[-1].isdecimal():
             port = int(words.pop())
         device = words.pop(0) if len(words) > 1 else None
-        if len(words) != 1 or not words[0] or not 0 < port < 65536:
+        if len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
             raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT] (set CEXEC_GROUP)" % text)
         if device and device not in (name for _, name in socket.if_nameindex()):
             raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))

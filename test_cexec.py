@@ -177,13 +177,13 @@ class Cluster:
         hosts are names; one that is a namespace already gets one more interface.
         """
         switch = self.space(name)
-        ip("-n", switch, "link", "add", "br", "type", "bridge")
-        ip("-n", switch, "link", "set", "br", "up")
+        ip("-n", switch, "link", "add", "name", "switch", "type", "bridge")
+        ip("-n", switch, "link", "set", "switch", "up")
         spaces = {}
         for number, host in enumerate(hosts, 1):
             space = host if host in self.spaces else self.space(name + host)
-            ip("-n", space, "link", "add", name, "type", "veth", "peer", "name", "p%d" % number, "netns", switch)
-            ip("-n", switch, "link", "set", "p%d" % number, "master", "br", "up")
+            ip("-n", space, "link", "add", "name", name, "type", "veth", "peer", "name", "p%d" % number, "netns", switch)
+            ip("-n", switch, "link", "set", "p%d" % number, "master", "switch", "up")
             ip("-n", space, "address", "add", "%s.%d/24" % (network, number), "brd", "+", "dev", name)
             ip("-n", space, "link", "set", name, "up")
             spaces[host] = space
