@@ -1252,7 +1252,8 @@ class Link:
             except OSError:
                 self.mute, self.sending = True, memoryview(b"")
                 break
-            self.heard = time.monotonic()
+            if was_congested:       # what was queued moves: the peer's host takes it
+                self.heard = time.monotonic()
         if self.closed:
             return
         if was_congested != self.congested:
@@ -1283,6 +1284,17 @@ class Link:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass                    # the peer has closed already
+
+
+def begin_connection(address, port):
+    """(a socket that connects, None or what was wrong at once); it is done when it can be written."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        error = sock.connect_ex((address, port))
+    except OSError as caught:       # an address of another host's making need not be one
+        return sock, str(caught)
+    return sock, None if error in (0, errno.EINPROGRESS) else os.strerror(error)
 
 
 def keep_alive(sock):
@@ -2507,14 +2519,12 @@ class Offer:
     def __init__(self, worker, client, load, delay):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.challenge, self.proved, self.link = os.urandom(32), False, None
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.sock.setblocking(False)
         self.timer = worker.loop.after(OFFER_SECONDS, lambda: self.end("no job in %g s" % OFFER_SECONDS))
-        error = self.sock.connect_ex((client.address, client.port))
-        if error in (0, errno.EINPROGRESS):
-            worker.loop.on_write(self.sock.fileno(), self.connected)
+        self.sock, error = begin_connection(client.address, client.port)
+        if error:
+            worker.loop.after(0, lambda: self.end(error))
         else:
-            worker.loop.after(0, lambda: self.end(os.strerror(error)))
+            worker.loop.on_write(self.sock.fileno(), self.connected)
 
     def __repr__(self):
         return "offer to %s:%d for %s" % (self.client.address, self.client.port, self.client.nonce.hex()[:8])
@@ -3367,14 +3377,12 @@ class Join:
         self.relay, self.loop, self.closed = relay, relay.proxy.loop, False
         self.worker, self.first = worker, b""
         worker.setblocking(False)
-        self.client = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.client.setblocking(False)
+        self.client, error = begin_connection(*relay.client)
         self.up, self.down = Pump(self, worker, self.client), Pump(self, self.client, worker)
         self.up.held = True
         self.timer = self.loop.after(HELLO_SECONDS, lambda: self.close("no TLS ClientHello"))
-        error = self.client.connect_ex(relay.client)
-        if error not in (0, errno.EINPROGRESS):
-            self.loop.after(0, lambda: self.close(os.strerror(error)))
+        if error:
+            self.loop.after(0, lambda: self.close(error))
         else:
             self.loop.on_write(self.client.fileno(), self.connected)
 
