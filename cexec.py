@@ -502,11 +502,11 @@ def by_code(*messages):
 
 # Datagrams: to the group, and BUSY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
-ANNOUNCE = Message(1, "ANNOUNCE", attempt="H", waited="I")          # waited: ms
+ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I")          # waited: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
-BUSY = Message(4, "BUSY", attempt="H", ahead="I")
+BUSY = Message(4, "BUSY", attempt="I", ahead="I")
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY)
 
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
@@ -2033,7 +2033,7 @@ class Search:
         accept, wait = self.job.accept_seconds, self.job.wait_seconds
         if accept and now - self.answered > accept or wait and now - self.began > wait:
             raise Fatal(EXIT_TEMPORARY, self.complaint(now))
-        self.attempt = min(self.attempt + 1, 0xffff)
+        self.attempt += 1
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000))
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         pause = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
@@ -3198,7 +3198,7 @@ def slim_down(words):
 
 
 def find_user(name):
-    """The user's entry.  Raises Fatal (100) if there is none or we may not become them."""
+    """The entry of a user to become, if we are not that one.  Raises Fatal (100) if there is none or we may not."""
     import pwd
     try:
         user = pwd.getpwnam(name)
@@ -3206,6 +3206,8 @@ def find_user(name):
         raise Fatal(EXIT_USAGE, "-u %s: no such user" % name) from None
     if os.getuid() not in (0, user.pw_uid):
         raise Fatal(EXIT_USAGE, "-u %s: only root can run commands as another user" % name)
+    if os.getuid():
+        return None                 # we are that user already
     return user
 
 
