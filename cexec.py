@@ -88,6 +88,8 @@ WINDOW = 4 * 1024 * 1024            # bytes of credit for each channel and direc
 PIPE_SIZE = 1024 * 1024             # bytes asked for in the command's pipes
 MAXFD = 32                          # descriptors below this number are carried
 MAXFD_LIMIT = 1024                  # and never any from here on
+HELD_MAX = 8 * 1024 * 1024          # bytes of input held for a job that may be run again
+RETRIES = 3                         # times that such a job is run again
 MEMORY = 10000                      # jobs, datagrams remembered by anyone
 
 OFFER_SECONDS = 3.0                 # an offer holds a slot for this long
@@ -512,7 +514,7 @@ DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY)
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
 
 # Frames: on the channel.
-HELLO = Message(1, "HELLO", version="B", nonce="16s", worker_id="8s", challenge="32s",
+HELLO = Message(1, "HELLO", version="B", flags="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
 JOB = Message(3, "JOB", descriptors="rows:HHB", environment="texts", linger="I")   # linger: ms
@@ -538,6 +540,8 @@ FLAG_INPUT = 1                      # the client reads it, the command can read 
 FLAG_OUTPUT = 2                     # the command writes it, the client gets it
 FLAG_SOCKET = 4                     # both ways: a socketpair for the command
 FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
+
+HELLO_REPEATABLE = 1                # HELLO's flags: the application may be run again
 
 # A frame's flags: on EOF and SHUT.
 FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
@@ -1386,6 +1390,32 @@ class PatientEnd(End):
         return os.write(self.fd, view[:select.PIPE_BUF])
 
 
+class Held:
+    """What was read from inputs that can't be rewound, for as long as it is little."""
+
+    def __init__(self, limit=HELD_MAX):
+        self.left, self.parts, self.replayed = limit, collections.defaultdict(bytearray), collections.Counter()
+
+    def read_into(self, channel, view):
+        """The number of bytes of the channel that are there to be read again, put into view."""
+        part = memoryview(self.parts[channel])[self.replayed[channel]:][:len(view)]
+        view[:len(part)] = part
+        self.replayed[channel] += len(part)
+        return len(part)
+
+    def keep(self, channel, view):
+        """Holds what was read for the first time; nothing at all once it is too much."""
+        self.left -= len(view)
+        if self.left >= 0:
+            self.parts[channel] += view
+            self.replayed[channel] += len(view)
+        else:
+            self.parts.clear()
+
+    def rewind(self):
+        self.replayed.clear()
+
+
 # A stream has a state, which only _set() changes.
 #
 #   Source (reads an End, sends DATA)          Sink (gets DATA, writes an End)
@@ -1413,21 +1443,43 @@ class Source(Stream):
     def __init__(self, carrier, channel, end):
         super().__init__(carrier, channel, end)
         self.credit, self.sent = WINDOW, 0
+        self.held = None            # the Held of a job that may be run again
         self.closing = False        # end at the first moment that nothing is there
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
-        wanted = self.state is OPEN and self.credit and not self.carrier.link.congested
-        self.loop.on_read(self.end.polled, self.readable if wanted else None)
+        if self.held:
+            self._replay()
+        self.loop.on_read(self.end.polled, self.readable if self._wanted() else None)
+
+    def _wanted(self):
+        return self.state is OPEN and self.credit and not self.carrier.link.congested
+
+    def _room(self):
+        """Where to put what is read, behind room for a frame's head."""
+        return self.carrier.buffer[FRAME_HEAD.size:][:min(FRAME_MAX, self.credit)]
+
+    def _send(self, count):
+        self.sent += count
+        self.credit -= count
+        self.carrier.link.send_data(self.channel, self.carrier.buffer, count)
+
+    def _replay(self):
+        """Sends what is held of the run before."""
+        while self._wanted():
+            count = self.held.read_into(self.channel, self._room())
+            if not count:
+                break
+            self._send(count)
 
     def readable(self):
         if not self.end.may_read():
             self.loop.on_read(self.end.polled, None)
             self.loop.after(1.0, self.refresh)
             return
-        head, buffer = FRAME_HEAD.size, self.carrier.buffer
+        room = self._room()
         try:
-            count = self.end.read_into(buffer[head:head + min(FRAME_MAX, self.credit)])
+            count = self.end.read_into(room)
         except (BlockingIOError, InterruptedError):
             if self.closing:
                 self.finish()
@@ -1438,10 +1490,10 @@ class Source(Stream):
             count = 0
         if not count:
             return self.finish()
-        self.sent += count
-        self.credit -= count
-        self.carrier.link.send_data(self.channel, buffer, count)
-        if not self.credit or self.carrier.link.congested:
+        if self.held:
+            self.held.keep(self.channel, room[:count])
+        self._send(count)
+        if not self._wanted():
             self.refresh()
 
     def discard(self):
@@ -1877,10 +1929,11 @@ def system_load():
 class Job:
     """What the user wants done: the descriptors, the environment, the settings."""
 
-    def __init__(self, environment, empty=None):
+    def __init__(self, environment, empty=None, repeat=False):
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
         make_room(2 * self.limit + 16)
-        self.environment = environment
+        self.environment, self.repeat = environment, repeat
+        self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
         self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
@@ -1906,6 +1959,21 @@ class Job:
                 os.write(self.report, line.encode())
             except OSError as error:
                 log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
+
+    def open_ends(self, floor):
+        """What the job reads and writes here, for every run of it."""
+        self.ends = {}
+        for channel, members in self.channels.items():
+            halves = ["read"] * members[0].readable + ["write"] * members[0].writable
+            self.ends[channel] = local_end(members, halves, floor)
+        self.origins = {channel: Origin(members[0]) for channel, members in self.channels.items()}
+
+    def reopen(self, channel):
+        """Makes an End fit for another run: an input that has ended is at its end there as well."""
+        end, item = self.ends[channel], self.channels[channel][0]
+        if item.kind == FILE or not end.halves:
+            halves = ["read"] * item.readable + ["write"] * item.writable
+            self.ends[channel] = End(item.number, item.number, lambda: None, halves)
 
     def rows(self):
         """JOB's rows: a number of the command's, its channel, flags."""
@@ -2012,14 +2080,50 @@ class Candidate:
         self.link.close()
 
 
+class Origin:
+    """Where a descriptor stood before the job, so that the job can be run again from there."""
+
+    def __init__(self, item):
+        self.item, self.number = item, item.number
+        self.file = item.kind == FILE
+        if self.file:
+            self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
+
+    def objection(self, source, sink, held):
+        """Why a run so far can't be made invisible; None if it can.  source or sink may be None."""
+        if self.file:
+            if sink and sink.written and not self.can_cut(sink.written):
+                return "the file on descriptor %d cannot be cut back" % self.number
+        elif source and held.left < 0:
+            return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
+        elif sink and sink.written:
+            return "descriptor %d was written to" % self.number
+        elif source and source.state is SHUTDOWN or sink and (sink.state not in (OPEN, ENDING) or source):
+            return "descriptor %d was closed" % self.number
+        return None
+
+    def can_cut(self, written):
+        """Whether a file that began at its end is now exactly what it was and our bytes."""
+        now = self.offset + written
+        return (not self.item.flags & os.O_APPEND and self.offset == self.size and
+                os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
+
+    def restore(self, source, sink):
+        """Puts a regular file back to how it was.  Raises OSError."""
+        if self.file and sink and sink.written:
+            os.ftruncate(self.number, self.size)
+        if self.file:
+            os.lseek(self.number, self.offset, os.SEEK_SET)
+
+
 class Search:
     """Announces a job until a worker has accepted it; then calls begin(the Candidate)."""
 
-    def __init__(self, loop, group, pub, job, begin):
+    def __init__(self, loop, group, pub, job, begin, avoid=()):
         self.loop, self.group, self.pub, self.job, self.begin = loop, group, pub, job, begin
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
-        self.candidates, self.avoid, self.complained = [], set(), set()
+        self.candidates, self.avoid, self.complained = [], set(avoid), set()
         self.offers = self.attempt = 0
         self.context = self.asked = None
         self.udp, self.listener = open_pair(job.ports, loop)
@@ -2177,24 +2281,25 @@ def open_pair(ports, loop, address=""):
 class Run(Carrier):
     """A job after GO, at the client; status is the exit code once the loop has stopped."""
 
-    def __init__(self, search, winner):
+    def __init__(self, client, search, winner):
         super().__init__(search.loop, winner.link)
-        self.search, self.job, self.hello = search, search.job, winner.hello
+        self.client, self.search, self.job, self.hello = client, search, search.job, winner.hello
         self.worker = self.hello.address
         self.exit = self.status = self.trouble = None
         self.began, self.interrupted = time.monotonic(), 0.0
         self.link.attach(self.loop, self)
-        for channel, members in self.job.channels.items():
-            self.carry_inherited(channel, members)
+        for channel, end in self.job.ends.items():
+            self.carry(channel, end)
+            if channel in self.sources:
+                self.begin_input(channel, self.sources[channel])
         self.last_tick = time.monotonic()
         self.tick = self.loop.after(self.tick_seconds(), self.check_life)
-        self.refresh()
 
-    def carry_inherited(self, channel, members):
-        halves = ["read"] * members[0].readable + ["write"] * members[0].writable
-        self.carry(channel, local_end(members, halves, self.loop.floor))
-        if channel in self.job.empty and channel in self.sources:
-            self.sources[channel].finish()
+    def begin_input(self, channel, source):
+        if channel in self.job.empty:
+            source.finish()
+        elif self.client.held and not self.job.origins[channel].file:
+            source.held = self.client.held
 
     # What the worker says
 
@@ -2235,9 +2340,21 @@ class Run(Carrier):
 
     def lost(self, reason):
         seconds = time.monotonic() - self.began
-        log.say("worker %s lost after %.1f s: %s" % (self.worker, seconds, reason))
+        objection = self.client.objection(self)
+        message = "worker %s lost after %.1f s: %s" % (self.worker, seconds, reason)
+        if objection is None:
+            log.note("%s; runs the job again", message)
+            self.alert(ALERT_COMPLAINT, 0, "lost, run again: " + reason)
+            return self.client.run_again(self)
+        log.say(message + ("; not run again: " + objection if objection else ""))
         self.alert(ALERT_COMPLAINT, 0, "lost: " + reason)
         self.finish(EXIT_TEMPORARY, "lost=%s" % reason)
+
+    def detach(self):
+        """Leaves the descriptors alone: another run has them."""
+        self.tick.cancel()
+        for end in self.job.ends.values():
+            self.loop.forget(end.polled)
 
     def local_error(self, channel, error):
         if not self.trouble:
@@ -2302,6 +2419,8 @@ class Run(Carrier):
                 die_of(number)
         if number == signal.SIGINT:
             self.interrupted = now
+        if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            self.client.told_to_end = True
         if self.exit is None:
             self.link.send(SIGNAL, signal=signal.Signals(number).name[3:])
         if number == signal.SIGTSTP:
@@ -2343,12 +2462,13 @@ def is_variable(name):
 
 
 class Client:
-    """One run of cexec: the search, then the job."""
+    """One run of cexec: the search, then the job, and both again if a repeatable job is lost."""
 
     def __init__(self, pub, group, job):
-        self.job, self.loop = job, Loop(floor=job.limit)
+        self.pub, self.group, self.job, self.loop = pub, group, job, Loop(floor=job.limit)
         self.search = Search(self.loop, group, pub, job, self.begin)
-        self.run = None
+        self.run = self.held = None
+        self.told_to_end, self.lost_workers = False, []
         self.loop.catch([getattr(signal, "SIG" + name) for name in SIGNALS], self.signalled)
 
     def signalled(self, number):
@@ -2379,10 +2499,45 @@ class Client:
 
     def begin(self, winner):
         started_up()
-        self.run = Run(self.search, winner)
+        if not self.lost_workers:
+            self.job.open_ends(self.loop.floor)
+            if self.job.repeat or winner.hello.flags & HELLO_REPEATABLE:
+                self.held = Held()
+        self.run = Run(self, self.search, winner)
+        self.run.refresh()
+
+    def objection(self, run):
+        """Why a lost job is not run again: None if it is, "" if nobody has asked for it."""
+        if self.held is None:
+            return ""
+        if len(self.lost_workers) >= self.job.retries:
+            return "that was try %d (CEXEC_RETRIES)" % (len(self.lost_workers) + 1)
+        if self.told_to_end:
+            return "it was told to end"
+        if run.trouble:
+            return run.trouble
+        for channel, origin in self.job.origins.items():
+            objection = origin.objection(run.sources.get(channel), run.sinks.get(channel), self.held)
+            if objection:
+                return objection
+        return None
+
+    def run_again(self, run):
+        """Puts everything back to how it was before the job, and looks for another worker."""
+        run.detach()
+        for channel, origin in self.job.origins.items():
+            origin.restore(run.sources.get(channel), run.sinks.get(channel))
+            self.job.reopen(channel)
+        self.held.rewind()
+        self.lost_workers.append(run.hello.worker_id)
+        self.run = None
+        self.search.udp.close()
+        self.search = Search(self.loop, self.group, self.pub, self.job, self.begin, self.lost_workers)
+        self.search.announce()
+        self.search.listen()
 
 
-CEXEC_USAGE = "cexec [-hv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]"
+CEXEC_USAGE = "cexec [-hrv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]"
 CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
 this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
 
@@ -2392,17 +2547,18 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 
 def parse_cexec(argv):
-    """(words, empty): empty is None, "all", or the descriptor at which nothing is read."""
+    """(words, empty, repeat): empty is None, "all", or the descriptor at which nothing is read."""
     if argv and not argv[0].startswith("-"):
-        return argv, None           # argparse takes 8 ms to import
+        return argv, None, False    # argparse takes 8 ms to import
     parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
+    parser.add_argument("-r", dest="repeat", action="store_true", help="run the job again if its worker is lost")
     parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
     options = parser.parse_args(complete_n(argv))
     if options.n not in (None, "all") and not options.n.isdecimal():
         raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
     log.verbose = options.verbose
-    return options.words, options.n
+    return options.words, options.n, options.repeat
 
 
 def complete_n(argv):
@@ -2419,10 +2575,10 @@ def complete_n(argv):
 
 def main_cexec(argv):
     """Runs one job; its exit code."""
-    words, empty = parse_cexec(argv)
+    words, empty, repeat = parse_cexec(argv)
     if not words:
         raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE)
-    job = Job(parse_environment(words[1:]), empty)
+    job = Job(parse_environment(words[1:]), empty, repeat)
     pub, group = open_pub(words[0]), Group()
     fill_standard()
     return Client(pub, group, job).status()
@@ -2537,7 +2693,8 @@ class Offer:
         self.link = Link(self.worker.loop, self.sock, self.worker.context, self, server_side=True)
 
     def link_ready(self, link):
-        link.send(HELLO, version=PROTOCOL, nonce=self.client.nonce, worker_id=self.worker.id,
+        link.send(HELLO, version=PROTOCOL, flags=HELLO_REPEATABLE * self.worker.settings.repeatable,
+                  nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=self.sock.getsockname()[0], host=socket.gethostname(),
                   load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
@@ -3131,9 +3288,9 @@ def close_all_but(kept):
     fill_standard()
 
 
-Settings = collections.namedtuple("Settings", "command slots boost refused user")
+Settings = collections.namedtuple("Settings", "command slots boost refused user repeatable")
 
-CSERVICE_USAGE = "cservice [-hv] [-u USER] [-x NAME] [--version] APP COMMAND [ARGUMENT ...]"
+CSERVICE_USAGE = "cservice [-hiv] [-u USER] [-x NAME] [--version] APP COMMAND [ARGUMENT ...]"
 CSERVICE_HELP = """Run COMMAND for whoever holds a public key of the application.
 
 Whoever can make COMMAND run code of theirs has what this user has, the private key
@@ -3144,6 +3301,8 @@ included: -u runs it as another user.
 def main_cservice(argv):
     """Serves until it is told to end; 0."""
     parser = argument_parser(CSERVICE_USAGE, CSERVICE_HELP)
+    parser.add_argument("-i", dest="repeatable", action="store_true",
+                        help="the command may be run again: jobs whose worker is lost are")
     parser.add_argument("-u", dest="user", metavar="USER", help="run the command as USER (needs root)")
     parser.add_argument("-x", dest="refused", metavar="NAME", action="append", default=[],
                         help="refuse the client NAME (may be repeated)")
@@ -3158,7 +3317,7 @@ def main_cservice(argv):
     boost = setting("BOOST", -1, 0, 10 ** 9)
     settings = Settings(options.command, setting("CONCURRENCY", processors(), 1, 10000),
                         None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
-                        find_user(options.user) if options.user else None)
+                        find_user(options.user) if options.user else None, options.repeatable)
     key, group = open_key(options.key), Group()
     context, listeners = tls_context(key), open_listeners(group)
     loop = Loop()
