@@ -514,7 +514,7 @@ DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY)
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
 
 # Frames: on the channel.
-HELLO = Message(1, "HELLO", version="B", flags="B", nonce="16s", worker_id="8s", challenge="32s",
+HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
 JOB = Message(3, "JOB", descriptors="rows:HHB", environment="texts", linger="I")   # linger: ms
@@ -541,7 +541,7 @@ FLAG_OUTPUT = 2                     # the command writes it, the client gets it
 FLAG_SOCKET = 4                     # both ways: a socketpair for the command
 FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
 
-HELLO_REPEATABLE = 1                # HELLO's flags: the application may be run again
+HELLO_REPEATABLE = 1                # HELLO's options: the application may be run again
 
 # A frame's flags: on EOF and SHUT.
 FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
@@ -2098,7 +2098,9 @@ class Origin:
             return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
         elif sink and sink.written:
             return "descriptor %d was written to" % self.number
-        elif source and source.state is SHUTDOWN or sink and (sink.state not in (OPEN, ENDING) or source):
+        elif source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
+            return "descriptor %d was closed" % self.number
+        elif sink and sink.state not in (OPEN, ENDING):
             return "descriptor %d was closed" % self.number
         return None
 
@@ -2501,7 +2503,7 @@ class Client:
         started_up()
         if not self.lost_workers:
             self.job.open_ends(self.loop.floor)
-            if self.job.repeat or winner.hello.flags & HELLO_REPEATABLE:
+            if self.job.repeat or winner.hello.options & HELLO_REPEATABLE:
                 self.held = Held()
         self.run = Run(self, self.search, winner)
         self.run.refresh()
@@ -2693,7 +2695,7 @@ class Offer:
         self.link = Link(self.worker.loop, self.sock, self.worker.context, self, server_side=True)
 
     def link_ready(self, link):
-        link.send(HELLO, version=PROTOCOL, flags=HELLO_REPEATABLE * self.worker.settings.repeatable,
+        link.send(HELLO, version=PROTOCOL, options=HELLO_REPEATABLE * self.worker.settings.repeatable,
                   nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=self.sock.getsockname()[0], host=socket.gethostname(),
                   load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
