@@ -102,6 +102,8 @@ PENALTY = 2.0                       # seconds more for a worker that has failed
 SPREAD_MIN = 0.002                  # a random spread below this is none
 SPREAD_MAX = 1.0
 OFFERS_WANTED = 3                   # offers an announcement that the spread steers for
+OFFERS_IN_LINE = 2                  # and offers a client in the line, by the choice among the oldest few
+FEW_MAX = 64
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
 CLOSE_SECONDS = 30.0                # what a worker waits for its client to close
@@ -2617,6 +2619,16 @@ def spread_delay(spread, fraction):
     return spread * fraction if spread >= SPREAD_MIN else 0.0
 
 
+def next_few(few, offers):
+    """Among how many of the oldest to choose, after hearing of a claim that so many offers had come for.
+
+    When many slots free at once the workers must not all run to the same client; a
+    worker alone hears of one offer for each claim, and keeps to the order.
+    """
+    factor = min(4.0, max(0.5, offers / OFFERS_IN_LINE))
+    return min(FEW_MAX, max(1.0, few * factor))
+
+
 class Waiting:
     """A client that announces a job, as a worker knows it."""
 
@@ -2664,7 +2676,7 @@ class Line:
     def take(self, few, fraction):
         """Removes and returns one of the oldest few of the next name in turn."""
         name, members = next(iter(self.names.items()))
-        oldest = heapq.nsmallest(max(1, few), members.values(), key=lambda client: client.since)
+        oldest = heapq.nsmallest(int(few), members.values(), key=lambda client: client.since)
         client = oldest[int(fraction * len(oldest))]
         self.names.move_to_end(name)
         self.leave(client)
@@ -2771,7 +2783,7 @@ class Worker:
         self.loop, self.key, self.context = loop, key, context
         self.listeners, self.settings = listeners, settings
         self.id = os.urandom(8)
-        self.penalty, self.spread, self.few = 0.0, SPREAD_MIN / 2, 1
+        self.penalty, self.spread, self.few = 0.0, SPREAD_MIN / 2, 1.0
         self.line = Line()
         self.clients = Memory()     # (name, nonce): Waiting, for as long as we remember it
         self.served = Memory()      # (name, nonce) of jobs that are served or given up
@@ -2818,7 +2830,7 @@ class Worker:
             return
         self.served[key] = True
         self.spread = next_spread(self.spread, datagram.body.offers)
-        self.few = max(1, min(64, datagram.body.offers))
+        self.few = next_few(self.few, datagram.body.offers)
         self.forget(datagram.nonce)
         client = self.clients.pop(key, None)
         if client:
