@@ -10,19 +10,21 @@ PAGES = $(APPLETS:=.1)
 VENV = .venv
 LINT = check --isolated --line-length 120 --select E,F,W,B,C4,PLE,RUF100 --target-version py37
 
-# Sets $python to one that can import $tool: $(PYTHON), or else one in $(VENV), made if need be.
+# Sets $python to one that can import $tool: $(PYTHON), or else its own in $(VENV), made if need be.
+BASE = import sys; print(sys.base_prefix, sys.version)
 USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1; \
-	base=$$("$$python" -c 'import sys; print(sys.base_prefix)'); \
-	has="import sys, $$tool; sys.exit(sys.base_prefix != sys.argv[1])"; \
-	if ! "$$python" -c "$$has" "$$base" 2>/dev/null; then \
-		if ! $(VENV)/bin/python -c "$$has" "$$base" 2>/dev/null; then \
+	if ! "$$python" -c "import $$tool" 2>/dev/null; then \
+		if [ "$$("$$python" -c '$(BASE)')" != "$$($(VENV)/bin/python -c '$(BASE)' 2>/dev/null)" ]; then \
+			"$$python" -m venv --clear $(VENV) || exit 1; \
+		fi; \
+		if ! $(VENV)/bin/python -c "import $$tool" 2>/dev/null; then \
 			echo "$$python has no $$tool: installing it into $(VENV)"; \
-			"$$python" -m venv $(VENV) && $(VENV)/bin/python -m pip install -q $$tool || exit 1; \
+			$(VENV)/bin/python -m pip install -q $$tool || exit 1; \
 		fi; \
 		python=$(VENV)/bin/python; \
 	fi
 
-.PHONY: all bin demo test check bench install uninstall clean
+.PHONY: all bin demo test check bench soak install uninstall clean
 
 all: bin
 
@@ -39,8 +41,11 @@ test:
 bench:
 	@$(PYTHON) .ci/bench
 
+soak:
+	@$(PYTHON) .ci/soak
+
 check:
-	@tool=ruff; $(USE_TOOL); set -x; "$$python" -m ruff $(LINT) cexec.py test_cexec.py .ci/bench
+	@tool=ruff; $(USE_TOOL); set -x; "$$python" -m ruff $(LINT) cexec.py test_cexec.py .ci/bench .ci/soak
 	@if command -v mandoc >/dev/null; then set -x; mandoc -Tlint -W warning man/*.[17]; \
 	else echo "mandoc is not installed: the manual pages were not checked"; test -z "$$CI"; fi
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run .ci/demo; \

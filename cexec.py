@@ -1945,8 +1945,8 @@ class Job:
         self.may_offer = address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
         self.ports = parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
         self.channels = inherited_channels(self.limit)
-        self.empty = {channel for channel, members in self.channels.items()
-                      if empty == "all" or empty in [str(member.number) for member in members]}
+        self.empty = {channel for channel in self.channels
+                      if empty == "all" or empty and self.has_number(channel, int(empty))}
         if self.report >= 0:
             try:
                 os.fstat(self.report)
@@ -1969,6 +1969,9 @@ class Job:
             halves = ["read"] * members[0].readable + ["write"] * members[0].writable
             self.ends[channel] = local_end(members, halves, floor)
         self.origins = {channel: Origin(members[0]) for channel, members in self.channels.items()}
+
+    def has_number(self, channel, number):
+        return number in [member.number for member in self.channels[channel]]
 
     def reopen(self, channel):
         """Makes an End fit for another run: an input that has ended is at its end there as well."""
@@ -2291,6 +2294,7 @@ class Run(Carrier):
         self.worker = self.hello.address
         self.exit = self.status = self.trouble = None
         self.began, self.interrupted = time.monotonic(), 0.0
+        log.fd = lifted(2, self.loop.floor)     # the command may close 2, and then something is to be said
         self.link.attach(self.loop, self)
         for channel, end in self.job.ends.items():
             self.carry(channel, end)
@@ -2340,6 +2344,14 @@ class Run(Carrier):
         if self.status is None:
             self.lost(reason)
 
+    def let_go_of_stderr(self):
+        """Once the command has closed 2 and goes on: whoever reads there is to see the end."""
+        closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
+                     for channel, sink in self.sinks.items())
+        if closed and self.exit is None and log.fd != 2:
+            os.close(log.fd)
+            log.fd = 2
+
     # What happens here
 
     def lost(self, reason):
@@ -2357,6 +2369,9 @@ class Run(Carrier):
     def detach(self):
         """Leaves the descriptors alone: another run has them."""
         self.tick.cancel()
+        if log.fd != 2:
+            os.close(log.fd)
+            log.fd = 2
         for end in self.job.ends.values():
             self.loop.forget(end.polled)
 
@@ -2366,6 +2381,8 @@ class Run(Carrier):
 
     def stream_ended(self):
         """After EXIT the job is over when every output has been written here."""
+        if self.exit is None:
+            self.loop.after(1.0, self.let_go_of_stderr)
         if self.exit is None or self.status is not None:
             return
         if any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
