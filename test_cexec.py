@@ -19,7 +19,6 @@ import uuid
 
 import pytest
 
-import cexec
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
@@ -96,8 +95,9 @@ class Cluster:
         self.directory = str(directory)
         self.marker = "CEXEC_TEST_MARKER=" + uuid.uuid4().hex
         name, _, value = self.marker.partition("=")
+        ours = ("GROUP", "MAXFD", "BOOST", "CONCURRENCY")
         self.env = {key: value for key, value in os.environ.items()
-                    if not key.startswith(("CEXEC_", "PEER_")) and key not in ("GROUP", "MAXFD", "BOOST", "CONCURRENCY")}
+                    if not key.startswith(("CEXEC_", "PEER_")) and key not in ours}
         self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "PYTHONDONTWRITEBYTECODE": "1"})
         self.started, self.spaces = [], []
         self.key, self.pub = self.path("app"), self.path("app.pub")
@@ -182,8 +182,9 @@ class Cluster:
         spaces = {}
         for number, host in enumerate(hosts, 1):
             space = host if host in self.spaces else self.space(name + host)
-            ip("-n", space, "link", "add", "name", name, "type", "veth", "peer", "name", "p%d" % number, "netns", switch)
-            ip("-n", switch, "link", "set", "p%d" % number, "master", "switch", "up")
+            plug = "p%d" % number
+            ip("-n", space, "link", "add", "name", name, "type", "veth", "peer", "name", plug, "netns", switch)
+            ip("-n", switch, "link", "set", plug, "master", "switch", "up")
             ip("-n", space, "address", "add", "%s.%d/24" % (network, number), "brd", "+", "dev", name)
             ip("-n", space, "link", "set", name, "up")
             spaces[host] = space
