@@ -1423,7 +1423,7 @@ class Held:
 #   Source (reads an End, sends DATA)          Sink (gets DATA, writes an End)
 #
 #     OPEN --end of file: send EOF--> ENDED      OPEN --rcvd EOF--> ENDING --drained--> ENDED
-#       '--rcvd SHUT----------------> SHUT         '------write failed: send SHUT-----> SHUT
+#       '--rcvd SHUT----------> SHUTDOWN           '-------write failed: send SHUT--> SHUTDOWN
 
 OPEN, ENDING, ENDED, SHUTDOWN = "OPEN", "ENDING", "ENDED", "SHUTDOWN"
 
@@ -2330,7 +2330,10 @@ class Run(Carrier):
     def give_back(self, number, count):
         """Sets a regular file's offset back over what the command has not taken."""
         if self.job.channels[number][0].kind == FILE and count > 0:
-            os.lseek(number, -count, os.SEEK_CUR)
+            try:
+                os.lseek(number, -count, os.SEEK_CUR)
+            except OSError as error:            # a file of /proc or the like
+                log.note("descriptor %d: %s", number, error.strerror)
 
     def rcvd_pong(self, flags, channel, payload):
         pass                        # Link.heard tells what matters
@@ -3345,6 +3348,7 @@ def main_cservice(argv):
         parser.error("no command is named")
     fill_standard()
     slim_down(argv)
+    make_room(512)                  # for what a supervisor usually needs: it inherits the limit
     boost = setting("BOOST", -1, 0, 10 ** 9)
     settings = Settings(options.command, setting("CONCURRENCY", processors(), 1, 10000),
                         None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
