@@ -2998,15 +2998,19 @@ class Worker:
         self.stop_if_drained()
 
     def kill_session(self, job):
+        """Ends what a lost supervisor has left; its slot is taken until that is over."""
         if signal_session(job.pid, job.group, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
-            self.jobs[-job.pid] = job           # holds its slot until it is over
-            self.loop.after(KILL_SECONDS, lambda: self.kill_rest(job))
+            self.jobs[-job.pid] = job
+            self.wait_for_end(job, time.monotonic() + KILL_SECONDS)
 
-    def kill_rest(self, job):
-        signal_session(job.pid, job.group, signal.SIGKILL)
-        self.jobs.pop(-job.pid, None)
-        self.serve_line()
-        self.stop_if_drained()
+    def wait_for_end(self, job, deadline):
+        late = time.monotonic() > deadline
+        if signal_session(job.pid, job.group, signal.SIGKILL if late else 0):
+            self.loop.after(0.05, lambda: self.wait_for_end(job, deadline))
+        else:
+            del self.jobs[-job.pid]
+            self.serve_line()
+            self.stop_if_drained()
 
     def signalled(self, number):
         if number == signal.SIGCHLD:
