@@ -1902,6 +1902,19 @@ def signal_session(leader, group, *numbers):
     return found
 
 
+def end_session(loop, leader, group, over):
+    """Ends what is left of a session: HUP, TERM and CONT, 5 s later KILL; over() when it is."""
+    deadline = time.monotonic() + KILL_SECONDS
+
+    def look(*numbers):
+        late = time.monotonic() > deadline
+        if signal_session(leader, group, *(numbers or [signal.SIGKILL if late else 0])):
+            loop.after(0.05, look)
+        else:
+            over()
+    look(signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
+
+
 def processors():
     """The number of CPUs that this process may use."""
     try:
@@ -2999,18 +3012,12 @@ class Worker:
 
     def kill_session(self, job):
         """Ends what a lost supervisor has left; its slot is taken until that is over."""
-        if signal_session(job.pid, job.group, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
-            self.jobs[-job.pid] = job
-            self.wait_for_end(job, time.monotonic() + KILL_SECONDS)
-
-    def wait_for_end(self, job, deadline):
-        late = time.monotonic() > deadline
-        if signal_session(job.pid, job.group, signal.SIGKILL if late else 0):
-            self.loop.after(0.05, lambda: self.wait_for_end(job, deadline))
-        else:
+        def over():
             del self.jobs[-job.pid]
             self.serve_line()
             self.stop_if_drained()
+        self.jobs[-job.pid] = job
+        end_session(self.loop, job.pid, job.group, over)
 
     def signalled(self, number):
         if number == signal.SIGCHLD:
@@ -3297,19 +3304,11 @@ class Supervisor(Carrier):
             source.discard()
         for sink in self.sinks.values():            # left open: an early end of file could be taken for the true one
             self.loop.on_write(sink.end.polled, None)
-        signal_session(os.getpid(), self.process.pid, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
-        self.deadline = time.monotonic() + KILL_SECONDS
-        self.wait_for_end()
+        end_session(loop=self.loop, leader=os.getpid(), group=self.process.pid, over=self.end)
 
-    def wait_for_end(self):
-        """Until nothing of the session is left; what is still there at the deadline is killed."""
-        self.process.poll()
-        if not signal_session(os.getpid(), self.process.pid, 0):
-            self.say("done")
-            return self.loop.stop()
-        if time.monotonic() > self.deadline:
-            signal_session(os.getpid(), self.process.pid, signal.SIGKILL)
-        self.loop.after(0.05, self.wait_for_end)
+    def end(self):
+        self.say("done")
+        self.loop.stop()
 
 
 def close_all_but(kept):
