@@ -3159,7 +3159,7 @@ class Supervisor(Carrier):
             self.start()
         except OSError as error:
             found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
-            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, error.strerror)
+            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno))
         except Exception as error:  # subprocess.SubprocessError: changing the user failed
             self.fail_to_start(EXIT_CANNOT_RUN, str(error))
         else:
