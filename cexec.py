@@ -2884,7 +2884,9 @@ class Worker:
 
     def load(self):
         """(load, delay in seconds) as of now."""
-        return load_delay(len(self.offers) + self.running(), self.settings.slots, *system_load(), processors())
+        average, runnable = system_load()
+        return load_delay(len(self.offers) + self.running(), self.settings.slots,
+                          average, min(runnable, self.runnable), processors())
 
     def delay(self, first):
         if self.settings.boost is not None:
@@ -2942,6 +2944,8 @@ class Worker:
             offer.end("the job is served")
 
     def sweep(self):
+        """Every second.  What is runnable counts if it was so then as well: a process that starts is no load."""
+        self.runnable = system_load()[1]
         self.serve_line()
         self.loop.after(1.0, self.sweep)
 

@@ -7,18 +7,43 @@
 Everything is sent over loopback (each test has a port of its own) or inside network
 namespaces that a test makes and removes.  A test that leaves a process behind fails.
 """
+import collections
+import concurrent.futures
 import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import hashlib
+import heapq
+import json
+import math
 import os
+import pty
+import random
+import re
+import resource
+import select
+import shlex
 import shutil
 import signal
 import socket
+import stat
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
+import threading
 import time
+import tracemalloc
 import uuid
+import wave
+from types import SimpleNamespace
 
 import pytest
 
+import cexec
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
@@ -257,3 +282,5767 @@ def test_first_job(cluster):
     cluster.worker("tr", "a-z", "A-Z")
     done = cluster.client(input=b"hello\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"HELLO\n", b"")
+
+
+# ---------------------------------------------------------------------------
+# Keys
+# ---------------------------------------------------------------------------
+
+MASTER = bytes(range(1, 33))            # a private key that everybody knows
+OTHER_MASTER = bytes(range(2, 34))
+KEY_SHA256 = "650423be01f3b19044e02e865a009dee6a386ee3ca489cdb58add88337876205"
+PUB_LINE = ("cexec-public-key 1 anyone 43c2883cee7bee50"
+            " b2f8321199fb984769253237dfee1a31d1c737faaac8f56d9231db80be0d30b6"
+            " 4d7e81375d2f0df05da4d6ce6fc8dfb54415d2e5f171c1f699a823e1e3cc4110\n")
+
+
+@functools.lru_cache(None)
+def made_pub(master=MASTER, name="anyone"):
+    """A Pub as a client has it after reading its file."""
+    fingerprint = cexec.format_key(master)[1]
+    return cexec.parse_pub(cexec.format_pub(master, name, fingerprint), name + ".pub")
+
+
+def fatal(code, call, *arguments):
+    """The message of the Fatal, with that exit code, that call() must raise."""
+    with pytest.raises(cexec.Fatal) as caught:
+        call(*arguments)
+    assert caught.value.code == code, caught.value
+    return str(caught.value)
+
+
+def refusal(done, code, word):
+    """That an applet ended with that code and one line that has the word in it."""
+    lines = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (code, b"", 1), done
+    assert word in lines[0] and "internal error" not in lines[0], lines
+    return lines[0]
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """A Cluster, for its directory, keys and ways to run applets; no process."""
+    made = Cluster(tmp_path)
+    yield made
+    made.close()
+
+
+def put(path, text, mode=0o600):
+    with open(path, "w", encoding="latin-1") as file:
+        file.write(text)
+    os.chmod(path, mode)
+    return str(path)
+
+
+def test_one_master_has_one_key_file_and_one_pub():
+    text, fingerprint = cexec.format_key(MASTER)
+    assert hashlib.sha256(text.encode()).hexdigest() == KEY_SHA256
+    assert cexec.format_pub(MASTER, "anyone", fingerprint) == PUB_LINE
+    assert cexec.format_key(MASTER) == (text, fingerprint)
+    assert cexec.format_key(OTHER_MASTER)[1] != fingerprint
+
+
+@pytest.mark.parametrize("scalar, x, y", [
+    (1, "6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296",
+        "4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5"),
+    (2, "7cf27b188d034f7e8a52380304b51ac3c08969e277f21b35a60b48fc47669978",
+        "07775510db8ed040293d9ac69f7430dbba7dade63ce982299e04b79d227873d1"),
+    (3, "5ecbe4d1a6330a44c8f7ef951d4bf165e6c6b721efada985fb41661bc6e7fd6c",
+        "8734640c4998ff7e374b06ce1a64a2ecd82ab036384fb83d9a79b127a27d5032"),
+    (cexec.P256_N - 1, "6b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296",
+                       "b01cbd1c01e58065711814b583f061e9d431cca994cea1313449bf97c840ae0a"),
+])
+def test_p256_multiples_of_the_base_point(scalar, x, y):
+    assert cexec.p256_multiply(scalar, cexec.P256_G) == (int(x, 16), int(y, 16))
+
+
+def test_secrets_differ_by_label_name_and_master():
+    made = {cexec.client_secret(MASTER, "a"), cexec.client_secret(MASTER, "b"), cexec.client_secret(OTHER_MASTER, "a"),
+            cexec.mac(MASTER, b"application"), cexec.client_proof(MASTER, bytes(32), bytes(16)),
+            cexec.client_proof(MASTER, bytes(32), bytes(15) + b"\1")}
+    assert len(made) == 6 and all(len(secret) == 32 for secret in made)
+
+
+# The smallest and the largest scalar, and one that begins with zeros
+@pytest.mark.parametrize("number", [1, 2 ** 200 + 7, cexec.P256_N - 1, int.from_bytes(MASTER, "big")])
+def test_openssl_accepts_a_made_key(number, tmp_path):
+    need("openssl")
+    text, fingerprint = cexec.format_key(number.to_bytes(32, "big"))
+    path = put(tmp_path / "app", text)
+
+    def openssl(*words):
+        return subprocess.run(["openssl", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              check=True).stdout.decode()
+    assert "valid" in openssl("ec", "-in", path, "-check", "-noout").lower()
+    assert openssl("verify", "-check_ss_sig", "-CAfile", path, path).strip().endswith(": OK")
+    printed = openssl("x509", "-in", path, "-noout", "-fingerprint", "-sha256").strip()
+    assert printed.rpartition("=")[2].replace(":", "").lower() == fingerprint.hex()
+    assert openssl("x509", "-in", path, "-noout", "-pubkey") == openssl("pkey", "-in", path, "-pubout")
+
+
+def test_python_takes_a_made_key_as_it_stands(tmp_path):
+    path = put(tmp_path / "app", cexec.format_key(MASTER)[0])
+    key = cexec.open_key(path)
+    assert key.master == MASTER and key.fingerprint == made_pub().fingerprint
+    cexec.tls_context(key)
+
+
+def test_pub_there_and_back():
+    pub = cexec.parse_pub(PUB_LINE, "/some/where/app.pub")
+    assert (pub.label, pub.name, pub.application) == ("app.pub", "anyone", cexec.application_id(MASTER))
+    assert pub.secret == cexec.client_secret(MASTER, "anyone")
+    assert pub.fingerprint == cexec.format_key(MASTER)[1]
+
+
+WORDS = PUB_LINE.split()
+
+
+@pytest.mark.parametrize("text, word", [
+    ("", "not a cexec public key"),
+    ("\0" * 300, "not a cexec public key"),
+    (cexec.format_key(MASTER)[0], "not a cexec public key"),
+    (PUB_LINE.replace(" 1 ", " 2 ", 1), "another version"),
+    ("cexec-public-key", "another version"),
+    (" ".join(WORDS[:5]), "damaged"),
+    (" ".join(WORDS[:2]), "damaged"),
+    (PUB_LINE + "00", "damaged"),
+    (PUB_LINE[:-2], "damaged"),
+    (PUB_LINE[:-3], "damaged"),
+    (PUB_LINE.replace("43c2", "43zz"), "damaged"),
+    (PUB_LINE.replace("43c2", "43\xe92"), "damaged"),
+    (PUB_LINE.replace("anyone", "any/one"), "damaged"),
+    (PUB_LINE.replace("anyone", "a" * 65), "damaged"),
+], ids=lambda value: value[-20:])
+def test_damaged_pub(text, word):
+    assert word in fatal(100, cexec.parse_pub, text, "app.pub")
+
+
+@pytest.mark.parametrize("name, good", [
+    ("a", True), ("alice@host.example+1_2-3", True), ("a" * 64, True),
+    ("", False), ("a" * 65, False), ("a b", False), ("a/b", False), ("a\n", False), ("\xe9", False)])
+def test_names_of_clients(name, good):
+    if good:
+        assert cexec.check_name(name) == name
+    else:
+        fatal(100, cexec.check_name, name)
+
+
+def test_every_damage_of_a_key_file_is_found(tmp_path):
+    text, chance = cexec.format_key(MASTER)[0], random.Random(1)
+    path = tmp_path / "app"
+    assert cexec.existing_key(put(path, text)) == MASTER
+    damaged = [text[:size] for size in range(0, len(text), 29)] + [text + "\n", text * 2, text.replace("\n", "\r\n")]
+    for place in range(0, len(text), 5):
+        other = chr(ord(text[place]) ^ 1 << chance.randrange(8))
+        damaged.append(text[:place] + other + text[place + 1:])
+    for bad in damaged:
+        put(path, bad)
+        assert str(path) in fatal(101, cexec.existing_key, str(path))
+
+
+def with_certificate_of(text, other):
+    """A key file whose certificate is another key's."""
+    mark = "-----BEGIN CERTIFICATE-----"
+    return text.partition(mark)[0] + mark + other.partition(mark)[2]
+
+
+def impossible_scalar(number):
+    """A key file of a number that is no private key, with some certificate."""
+    private = cexec.der(0x30, cexec.der_integer(1), cexec.der(0x04, number.to_bytes(32, "big")))
+    return with_certificate_of(cexec.pem("EC PRIVATE KEY", private), cexec.format_key(MASTER)[0])
+
+
+GOOD_KEY = cexec.format_key(MASTER)[0]
+DAMAGED_KEYS = [
+    ("empty", ""),
+    ("cut short", GOOD_KEY[:-40]),
+    ("without a certificate", GOOD_KEY.partition("-----BEGIN CERT")[0]),
+    ("a flipped bit in the scalar", GOOD_KEY.replace("AECAwQFBgc", "AECAwQEBgc")),
+    ("a flipped bit in the certificate", GOOD_KEY[:-60] + chr(ord(GOOD_KEY[-60]) ^ 1) + GOOD_KEY[-59:]),
+    ("another key's certificate", with_certificate_of(GOOD_KEY, cexec.format_key(OTHER_MASTER)[0])),
+    ("a public key", PUB_LINE),
+    ("the scalar 0", impossible_scalar(0)),
+    ("the scalar n", impossible_scalar(cexec.P256_N)),
+    ("something else", "#!/bin/sh\n"),
+]
+
+
+@pytest.mark.parametrize("text", [text for _, text in DAMAGED_KEYS], ids=[name for name, _ in DAMAGED_KEYS])
+def test_ckeygen_101_the_key_is_there_and_invalid(text, keys):
+    assert text != GOOD_KEY
+    path, pub = put(keys.path("bad"), text), keys.path("bad.pub")
+    refusal(keys.run("ckeygen", path, pub), 101, path)
+    assert read(path) == text.encode() and not os.path.exists(pub)
+
+
+def test_ckeygen_100_usage(keys):
+    for words in ([], ["-n"], ["-n", "", "x"], ["-n", "a b", "x"], ["-n", "a" * 65, "x"], ["x", "x"], ["x", "./x"],
+                  ["a", "b", "c"], ["--nonsense", "x"]):
+        refusal(keys.run("ckeygen", *words), 100, "")
+    refusal(keys.run("ckeygen", "-stdin", "x"), 100, "nothing to read")
+    assert sorted(os.listdir(keys.directory)) == ["app", "app.pub"]
+
+
+def small_files():
+    """Before exec: no file may grow beyond 100 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+def test_ckeygen_102_cannot_write_the_pub(keys):
+    before = read(keys.pub)
+    for pub in (keys.path("app/x.pub"), keys.path("missing/x.pub"), "/proc/x.pub", keys.directory):
+        refusal(keys.run("ckeygen", keys.key, pub), 102, pub)
+    refusal(keys.run("ckeygen", keys.key, keys.pub, preexec_fn=small_files), 102, keys.pub)
+    put(keys.path("precious"), "not a key\n")
+    refusal(keys.run("ckeygen", keys.key, keys.path("precious")), 102, "precious")
+    assert read(keys.path("precious")) == b"not a key\n" and read(keys.pub) == before
+    assert sorted(os.listdir(keys.directory)) == ["app", "app.pub", "precious"]
+
+
+def test_ckeygen_103_cannot_write_the_key(keys):
+    for key in (keys.path("app/x"), keys.path("missing/x"), "/proc/x"):
+        refusal(keys.run("ckeygen", key, keys.path("x.pub")), 103, key)
+    refusal(keys.run("ckeygen", keys.path("x"), keys.path("x.pub"), preexec_fn=small_files), 103, keys.path("x"))
+    assert sorted(os.listdir(keys.directory)) == ["app", "app.pub"]
+
+
+def test_ckeygen_104_another_key_than_stdin_names(keys):
+    before = read(keys.key)
+    refusal(keys.run("ckeygen", "-stdin", keys.key, keys.path("x.pub"), input=b"a passphrase"), 104, keys.key)
+    assert read(keys.key) == before and not os.path.exists(keys.path("x.pub"))
+
+
+def test_ckeygen_104_when_another_key_appears_meanwhile(tmp_path, monkeypatch):
+    def somebody_was_faster(path, text, replace):
+        put(path, GOOD_KEY)
+        raise FileExistsError(errno.EEXIST, "File exists")
+    monkeypatch.setattr(cexec, "write_new", somebody_was_faster)
+    assert cexec.make_key(str(tmp_path / "one"), None) == MASTER
+    assert cexec.make_key(str(tmp_path / "two"), MASTER) == MASTER
+    fatal(104, cexec.make_key, str(tmp_path / "three"), OTHER_MASTER)
+
+
+def test_ckeygen_111_the_key_cannot_be_read(keys):
+    refusal(keys.run("ckeygen", keys.directory, keys.path("x.pub")), 111, keys.directory)
+
+
+def test_ckeygen_never_overwrites_a_key_and_makes_the_same_pub_again(keys):
+    key, pub = read(keys.key), read(keys.pub)
+    os.unlink(keys.pub)
+    keys.run("ckeygen", keys.key, keys.pub, check=True)
+    assert (read(keys.key), read(keys.pub)) == (key, pub)
+
+
+def test_ckeygen_five_at_once_agree_on_one_key(keys):
+    started = [keys.start("ckeygen", keys.path("new"), keys.path("%d.pub" % i)) for i in range(5)]
+    assert [process.wait(60) for process in started] == [0] * 5
+    assert len({read(keys.path("%d.pub" % i)) for i in range(5)}) == 1
+    keys.run("ckeygen", keys.path("new"), keys.path("again.pub"), check=True)
+    assert read(keys.path("again.pub")) == read(keys.path("0.pub"))
+    assert not [name for name in os.listdir(keys.directory) if name.endswith(".part")]
+
+
+def test_ckeygen_writes_modes_0600_whatever_the_umask(keys):
+    keys.run("ckeygen", keys.path("new"), check=True, preexec_fn=lambda: os.umask(0))
+    put(keys.path("new-bob.pub"), PUB_LINE, 0o644)
+    keys.run("ckeygen", "-n", "bob", keys.path("new"), check=True, preexec_fn=lambda: os.umask(0))
+    for name in ("new", "new.pub", "new-bob.pub"):
+        assert stat.S_IMODE(os.stat(keys.path(name)).st_mode) == 0o600, name
+
+
+def test_ckeygen_replaces_a_pub_in_one_step(keys):
+    """Whoever has the old pub open keeps all of it: it is another file that takes its name."""
+    put(keys.pub, PUB_LINE)
+    with open(keys.pub, "rb") as old:
+        keys.run("ckeygen", keys.key, keys.pub, check=True)
+        assert old.read() == PUB_LINE.encode() != read(keys.pub)
+        assert os.fstat(old.fileno()).st_nlink == 0
+
+
+def test_ckeygen_n_makes_a_pub_for_one_name(keys):
+    keys.run("ckeygen", "-n", "bob", keys.key, keys.path("b"), check=True)
+    keys.run("ckeygen", "-n", "bob", keys.key, check=True)
+    anyone, bob = cexec.open_pub(keys.pub), cexec.open_pub(keys.path("b"))
+    assert (anyone.name, bob.name) == ("anyone", "bob") and anyone.secret != bob.secret
+    assert (anyone.application, anyone.fingerprint) == (bob.application, bob.fingerprint)
+    assert bob.secret == cexec.client_secret(cexec.open_key(keys.key).master, "bob")
+    assert read(keys.path("b")) == read(keys.path("app-bob.pub"))
+
+
+# What is longer than a block of SHA-256 is hashed as HMAC itself would: PBKDF2's own answer in all cases.
+@pytest.mark.parametrize("size", [1, 64, 65, 300000])
+def test_ckeygen_stdin_is_pbkdf2_of_all_of_it(size, keys):
+    words = random.Random(size).getrandbits(8 * size).to_bytes(size, "big")
+    wide = hashlib.pbkdf2_hmac("sha256", words, b"cexec private key 1", 600000, 48)
+    master = (int.from_bytes(wide, "big") % (cexec.P256_N - 1) + 1).to_bytes(32, "big")
+    keys.run("ckeygen", "-stdin", keys.path("named"), input=words, check=True)
+    assert read(keys.path("named")) == cexec.format_key(master)[0].encode()
+
+
+def test_ckeygen_stdin_the_same_words_name_the_same_key(keys):
+    for name, words in (("a", b"correct horse\n"), ("b", b"correct horse\n"), ("c", b"correct horse")):
+        keys.run("ckeygen", "-stdin", keys.path(name), input=words, check=True)
+    assert read(keys.path("a")) == read(keys.path("b")) != read(keys.path("c"))
+    assert read(keys.path("a.pub")) == read(keys.path("b.pub"))
+    keys.run("ckeygen", "-stdin", keys.path("a"), input=b"correct horse\n", check=True)
+
+
+def test_warning_for_a_private_key_that_others_can_read(keys):
+    for mode, warned in ((0o600, False), (0o400, False), (0o640, True), (0o604, True)):
+        os.chmod(keys.key, mode)
+        worker = keys.worker("true")
+        lines = [line for line in read(worker.log).splitlines() if b"warning" in line]
+        assert len(lines) == warned and all(b"app can be read by others" in line for line in lines), (mode, lines)
+
+
+def test_cexec_app_finds_app_pub(keys):
+    keys.worker("cat")
+    done = keys.run("cexec", keys.key, input=b"found")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"found", b"")
+
+
+def test_the_wrong_kind_of_file_as_a_key_or_pub(keys):
+    other = put(keys.path("notes"), "some notes\n")
+    lonely = keys.path("lonely")
+    keys.run("ckeygen", lonely, keys.path("elsewhere"), check=True)
+    mixed = put(keys.path("mixed"), dict(DAMAGED_KEYS)["another key's certificate"])
+    refusal(keys.run("cservice", keys.pub, "true"), 100, "a public key where the private key is needed")
+    refusal(keys.run("cservice", other, "true"), 100, "not a cexec private key")
+    refusal(keys.run("cservice", mixed, "true"), 100, "invalid private key")
+    refusal(keys.run("cservice", keys.path("none"), "true"), 111, "No such file")
+    refusal(keys.run("cexec", lonely), 100, "not a cexec public key")
+    refusal(keys.run("cexec", other), 100, "not a cexec public key")
+    refusal(keys.run("cexec", keys.directory), 111, "Is a directory")
+    refusal(keys.run("cexec", keys.path("none")), 111, "no such public key")
+    refusal(keys.run("crat", other), 100, "not a cexec public key")
+    refusal(keys.run("crat", keys.path("none")), 111, "no such public key")
+
+
+# ---------------------------------------------------------------------------
+# Messages
+# ---------------------------------------------------------------------------
+
+NONCE, TOKEN = bytes(range(16)), bytes(range(32))
+
+# A field's type: values that are packed and come back
+SAMPLES = {
+    "B": (0, 255), "H": (0, 65535), "I": (0, 2 ** 32 - 1), "Q": (0, 2 ** 64 - 1),
+    "8s": (bytes(8), b"\xff" * 8), "16s": (bytes(16), NONCE), "32s": (bytes(32), TOKEN),
+    "text": ("", "name \xe9\u20ac \udcff\0"),
+    "texts": ([], ["", "A=1", "B=\xe9\udcfe"]),
+}
+
+
+def samples(kind):
+    if kind.startswith("rows:"):
+        return [], [tuple(255 - i for i, _ in enumerate(kind[5:]))] * 3
+    return SAMPLES[kind]
+
+
+def filled(message, **given):
+    """Values for all fields of a message: those given, and something for the rest."""
+    return {**{field: samples(kind)[0] for field, kind in message.fields.items()}, **given}
+
+
+def all_messages():
+    return list(cexec.DATAGRAMS.values()) + list(cexec.FRAMES.values())
+
+
+@pytest.mark.parametrize("message", all_messages(), ids=repr)
+@pytest.mark.parametrize("which", [0, 1], ids=["smallest", "largest"])
+def test_message_there_and_back(message, which):
+    values = {field: samples(kind)[which] for field, kind in message.fields.items()}
+    body = message.pack(**values)
+    assert vars(message.unpack(body)) == values
+    for size in range(len(body)):
+        with pytest.raises(cexec.ProtocolError, match=message.name + " cut short"):
+            message.unpack(body[:size])
+    for more in (1, 100):
+        with pytest.raises(cexec.ProtocolError, match="%s with %d bytes too many" % (message.name, more)):
+            message.unpack(body + bytes(more))
+
+
+@pytest.mark.parametrize("message", all_messages(), ids=repr)
+def test_message_wants_every_field_and_no_other(message):
+    with pytest.raises(TypeError):
+        message.pack(**filled(message), nonsense=1)
+    for field in message.fields:
+        values = filled(message)
+        del values[field]
+        with pytest.raises(TypeError):
+            message.pack(**values)
+
+
+def test_codes_and_names_are_unique():
+    for table in (cexec.DATAGRAMS, cexec.FRAMES):
+        assert sorted(table) == list(range(1, len(table) + 1))
+        assert len({message.name for message in table.values()}) == len(table)
+        assert all(code == message.code for code, message in table.items())
+
+
+# What is on the wire may never change within a version: (message, fields, bytes)
+@pytest.mark.parametrize("made, wire", [
+    (lambda: cexec.make_frame(cexec.EOF, 3, cexec.FLAG_WHOLE), "0801000300000000"),
+    (lambda: cexec.make_frame(cexec.CREDIT, 258, bytes=65536), "0a0001020000000400010000"),
+    (lambda: cexec.make_frame(cexec.SIGNAL, signal="INT"), "0b000000000000050003494e54"),
+    (lambda: cexec.make_frame(cexec.AUTH, proof=TOKEN), "0200000000000020" + TOKEN.hex()),
+    (lambda: cexec.COMMON.pack(application=b"application"[:8], client="bob", nonce=NONCE),
+     "6170706c69636174" + "0003626f62" + NONCE.hex()),
+    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3), "0000000200000003"),
+    (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
+    (lambda: cexec.make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
+     "43455843" + "01" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
+     + NONCE.hex() + TOKEN.hex() + "0001"),
+])
+def test_bytes_on_the_wire(made, wire):
+    assert made().hex() == wire
+
+
+def test_the_mac_of_a_datagram_is_hmac_sha256_of_what_it_proves():
+    pub = made_pub()
+    data = cexec.make_datagram(cexec.ANNOUNCE, pub, NONCE, 9, attempt=1, waited=0)
+    proved = b"datagram" + data[:6] + data[25:-16]
+    assert data[-16:] == cexec.hmac.new(pub.secret, proved, "sha256").digest()[:16]
+
+
+def datagrams():
+    """One of each kind, as its sender makes it."""
+    return [cexec.make_datagram(kind, made_pub(), NONCE, 4097, **filled(kind)) for kind in cexec.DATAGRAMS.values()]
+
+
+def test_datagram_there_and_back():
+    for data in datagrams():
+        datagram = cexec.Datagram(data)
+        assert data[5] == datagram.kind.code and len(data) <= cexec.DATAGRAM_MAX
+        assert (datagram.name, datagram.application, datagram.nonce) == ("anyone", made_pub().application, NONCE)
+        assert (datagram.address, datagram.port, datagram.hops) == (None, 4097, 0)
+        assert datagram.proved_by(made_pub().secret)
+        assert not datagram.proved_by(made_pub(name="bob").secret)
+        assert not datagram.proved_by(made_pub(OTHER_MASTER).secret)
+
+
+def test_datagram_of_another_client_is_not_proved():
+    """A name is part of what is proved, and goes with one secret."""
+    alice, bob = made_pub(name="alice"), made_pub(name="bob")
+    data = cexec.make_datagram(cexec.ANNOUNCE, bob._replace(name="alice"), NONCE, 1, attempt=1, waited=0)
+    assert cexec.Datagram(data).proved_by(bob.secret) and not cexec.Datagram(data).proved_by(alice.secret)
+
+
+def with_byte(data, place, value):
+    return data[:place] + bytes([value]) + data[place + 1:]
+
+
+ANNOUNCEMENT = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 4097, attempt=1, waited=0)
+NAMED = made_pub()._replace
+
+
+@pytest.mark.parametrize("data, word", [
+    (b"", "cut short"),
+    (ANNOUNCEMENT[:24], "cut short"),
+    (ANNOUNCEMENT[:25], "cut short"),
+    (ANNOUNCEMENT[:-1], "cut short"),
+    (ANNOUNCEMENT + b"\0", "1 bytes too many"),
+    (b"XEXC" + ANNOUNCEMENT[4:], "not a cexec datagram"),
+    (ANNOUNCEMENT + bytes(1201 - len(ANNOUNCEMENT)), "not a cexec datagram"),
+    (with_byte(ANNOUNCEMENT, 4, 0), "protocol version 0"),
+    (with_byte(ANNOUNCEMENT, 4, 2), "protocol version 2"),
+    (with_byte(ANNOUNCEMENT, 5, 0), "unknown datagram 0"),
+    (with_byte(ANNOUNCEMENT, 5, 255), "unknown datagram 255"),
+    (with_byte(ANNOUNCEMENT, 33, 255), "cut short"),
+    (with_byte(ANNOUNCEMENT, 34, 7), "ANNOUNCE cut short"),
+    (with_byte(ANNOUNCEMENT, 34, 5), "too many"),
+    (with_byte(ANNOUNCEMENT, 35, 0), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name=""), NONCE, 1, attempt=1, waited=0), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a" * 65), NONCE, 1, attempt=1, waited=0), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a/b"), NONCE, 1, attempt=1, waited=0), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="\udcff"), NONCE, 1, attempt=1, waited=0), "name"),
+], ids=lambda value: value if isinstance(value, str) else "%d-bytes" % len(value))
+def test_datagram_that_does_not_parse(data, word):
+    with pytest.raises(cexec.ProtocolError, match=word):
+        cexec.Datagram(data)
+
+
+def test_any_flipped_bit_is_refused_but_in_hops_and_return_address():
+    rewritten = range(6, 25)            # hops, address, port
+    for data in datagrams():
+        for bit in range(8 * len(data)):
+            flipped = with_byte(data, bit // 8, data[bit // 8] ^ 1 << bit % 8)
+            try:
+                accepted = cexec.Datagram(flipped).proved_by(made_pub().secret)
+            except cexec.ProtocolError:
+                accepted = False
+            assert accepted == (bit // 8 in rewritten), "bit %d of %r" % (bit, cexec.Datagram(data))
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3", "255.255.255.255", "fe80::1", "2001:db8::ffff:1"])
+def test_rewritten_return_address_is_accepted(address):
+    for data in datagrams():
+        moved = cexec.Datagram(cexec.Datagram(data).readdressed(address, 65535, 8))
+        assert (moved.address, moved.port, moved.hops) == (address, 65535, 8)
+        assert moved.proved_by(made_pub().secret) and moved.mac == data[-16:]
+
+
+def test_token_is_proved_by_the_nonce():
+    assert cexec.token_nonce(TOKEN) == hashlib.sha256(TOKEN).digest()[:16] != cexec.token_nonce(bytes(32))
+
+
+def test_random_bytes_are_only_protocol_errors():
+    """20,000 of each: pure noise, noise behind a good head, and a good datagram that is damaged."""
+    chance, good, parsed = random.Random(3), datagrams(), 0
+    secret = made_pub().secret
+    for case in range(20000):
+        noise = chance.getrandbits(8 * 300).to_bytes(300, "big")[:chance.randrange(300)]
+        whole = good[case % len(good)]
+        place, size = chance.randrange(len(whole)), chance.randrange(8)
+        for data in (noise, whole[:25] + noise, with_byte(whole[:5], 5, case % 256) + noise,
+                     whole[:place] + noise[:size] + whole[place + size * chance.randrange(2):]):
+            try:
+                datagram = cexec.Datagram(data)
+            except cexec.ProtocolError:
+                continue
+            parsed += 1
+            changed = data[:6] + data[25:] != whole[:6] + whole[25:]
+            assert datagram.proved_by(secret) != changed
+            cexec.printable(repr(datagram))
+    assert parsed > 100                 # or this shows nothing
+
+
+# Frames
+
+def all_frames(reader, data, chance=None, size=None):
+    """What a FrameReader gives for data, in pieces of a size, or of random sizes; DATA joined, frame by frame."""
+    given, place = [], 0
+    while place < len(data):
+        room = reader.room()
+        piece = data[place:place + min(len(room), size or chance.choice((1, 2, 7, 8, 9, 100, 5000, 70000)))]
+        room[:len(piece)] = piece
+        reader.filled(len(piece))
+        place += len(piece)
+        for kind, flags, channel, payload in reader.frames():
+            if kind is cexec.DATA and given and given[-1][:3] == (kind, flags, channel):
+                given[-1][3].extend(payload)
+            else:
+                given.append((kind, flags, channel, bytearray(payload) if kind is cexec.DATA else vars(payload)))
+    return given
+
+
+def data_frame(channel, payload, flags=0):
+    return cexec.FRAME_HEAD.pack(cexec.DATA.code, flags, channel, len(payload)) + payload
+
+
+def every_frame():
+    """The bytes of each kind of frame, small and large, and what a reader is to give for them."""
+    stream, expected = b"", []
+    for kind in cexec.FRAMES.values():
+        for which in (0, 1):
+            channel, flags = kind.code * 1000, which
+            if kind is cexec.DATA:
+                payload = (b"x", bytes(range(256)) * 1024)[which]
+                stream += data_frame(channel, payload, flags)
+                expected.append((kind, flags, channel, bytearray(payload)))
+            else:
+                values = {field: samples(form)[which] for field, form in kind.fields.items()}
+                stream += cexec.make_frame(kind, channel, flags, **values)
+                expected.append((kind, flags, channel, values))
+    return stream, expected
+
+
+def test_frames_whole():
+    stream, expected = every_frame()
+    assert all_frames(cexec.FrameReader(), stream, size=len(stream)) == expected
+
+
+def test_frames_a_byte_at_a_time():
+    stream, expected = every_frame()
+    big = stream.index(bytes(range(256)) * 2)
+    assert all_frames(cexec.FrameReader(), stream[:big + 3000], size=1)[:-1] == [
+        frame for frame in expected if frame[0].code <= cexec.DATA.code][:-1]
+    rest = stream[big + cexec.FRAME_MAX:]
+    assert all_frames(cexec.FrameReader(), rest, size=1) == [f for f in expected if f[0].code > cexec.DATA.code]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_frames_in_random_pieces(seed):
+    stream, expected = every_frame()
+    reader = cexec.FrameReader()
+    for _ in range(3):                  # the same reader, so that all that wraps has wrapped
+        assert all_frames(reader, stream, chance=random.Random(seed)) == expected
+
+
+def test_empty_data_frames_give_nothing():
+    assert all_frames(cexec.FrameReader(), data_frame(1, b"") * 5000, size=4096) == []
+
+
+@pytest.mark.parametrize("head, good", [
+    ((cexec.DATA.code, 0, 1, cexec.FRAME_MAX), True),
+    ((cexec.DATA.code, 0, 1, cexec.FRAME_MAX + 1), False),
+    ((cexec.DATA.code, 0, 1, 2 ** 32 - 1), False),
+    ((cexec.JOB.code, 0, 0, cexec.CONTROL_MAX), True),
+    ((cexec.JOB.code, 0, 0, cexec.CONTROL_MAX + 1), False),
+    ((cexec.EXIT.code, 0, 0, 2 ** 32 - 1), False),
+    ((0, 0, 0, 0), False),
+    ((len(cexec.FRAMES) + 1, 0, 0, 0), False),
+    ((255, 0, 0, 0), False),
+    ((cexec.PING.code, 0, 0, 1), True),         # until its byte has come
+])
+def test_heads_of_frames(head, good):
+    """A bad head is refused before anything of its payload is waited for."""
+    reader = cexec.FrameReader()
+    reader.room()[:8] = cexec.FRAME_HEAD.pack(*head)
+    reader.filled(8)
+    if good:
+        assert list(reader.frames()) == []
+    else:
+        with pytest.raises(cexec.ProtocolError):
+            list(reader.frames())
+
+
+@pytest.mark.parametrize("kind", [k for k in cexec.FRAMES.values() if k is not cexec.DATA], ids=repr)
+def test_frame_with_a_byte_too_many(kind):
+    reader, payload = cexec.FrameReader(), kind.pack(**filled(kind)) + b"\0"
+    with pytest.raises(cexec.ProtocolError, match="too many"):
+        all_frames(reader, cexec.FRAME_HEAD.pack(kind.code, 0, 0, len(payload)) + payload, size=100000)
+
+
+def test_random_frames_are_only_protocol_errors_and_take_bounded_memory():
+    """20,000 streams, half of them with good heads and bad bodies; no reader ever grows beyond its one buffer."""
+    chance, refused, largest = random.Random(5), 0, 0
+    tracemalloc.start()
+    try:
+        for _ in range(20000):
+            size = chance.randrange(1, 200)
+            stream = chance.getrandbits(8 * size).to_bytes(size, "big")
+            if chance.randrange(2):
+                size = chance.choice((0, 1, 4, size, size, 5000, 70000))
+                stream = cexec.FRAME_HEAD.pack(chance.randrange(17), 0, 1, size) + stream * chance.choice((1, 1, 20))
+            reader = cexec.FrameReader()
+            try:
+                all_frames(reader, stream, chance=chance)
+            except cexec.ProtocolError:
+                refused += 1
+            largest = max(largest, len(reader.view))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused > 10000 and largest <= cexec.FrameReader.FULL_SIZE and peak < 8 << 20
+
+
+PAGE_TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "8s": "bytes 8", "16s": "bytes 16", "32s": "bytes 32",
+              "text": "text", "texts": "texts", "rows:HHB": "rows Pq u16 , u16 , u8",
+              "rows:HQQ": "rows Pq u16 , u64 , u64"}
+
+
+@pytest.mark.parametrize("message", [cexec.COMMON] + all_messages(), ids=repr)
+def test_cexec_7_has_every_message_with_its_code_and_fields(message):
+    page = read(os.path.join(HERE, "man", "cexec.7")).decode()
+    title = ".It Sy " + message.name + (" Pq %d" % message.code if message.code else "") + "\n"
+    assert page.count(title) == 1, title
+    entry = re.split(r"^\.(?:It Sy|El|Sh)\b", page.partition(title)[2], maxsplit=1, flags=re.M)[0]
+    fields = re.findall(r"^\.Va (\w+) Pq (.+?)(?: [,;.])?$", entry, re.M)
+    assert fields == [(field, PAGE_TYPES[kind]) for field, kind in message.fields.items()]
+    assert ("No fields." in entry) == (not fields)
+
+
+# ---------------------------------------------------------------------------
+# Groups
+# ---------------------------------------------------------------------------
+
+LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+@pytest.mark.parametrize("text, targets", [
+    ("10.0.0.255", [(None, "10.0.0.255", 3010)]),
+    (" 10.0.0.255 ", [(None, "10.0.0.255", 3010)]),
+    ("255.255.255.255:4000", [(None, "255.255.255.255", 4000)]),
+    ("239.1.2.3:1", [(None, "239.1.2.3", 1)]),
+    (LOOPBACK + ":239.1.2.3", [(LOOPBACK, "239.1.2.3", 3010)]),
+    (LOOPBACK + ":127.0.0.1:65535", [(LOOPBACK, "127.0.0.1", 65535)]),
+    ("127.0.0.1,10.0.0.255:4000, " + LOOPBACK + ":239.1.2.3:5",
+     [(None, "127.0.0.1", 3010), (None, "10.0.0.255", 4000), (LOOPBACK, "239.1.2.3", 5)]),
+])
+def test_group(text, targets):
+    assert [tuple(target) for target in cexec.parse_group(text, 3010)] == targets
+
+
+@pytest.mark.parametrize("text", [
+    "", ",", "127.0.0.1,", ":", ":127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:-1",
+    "127.0.0.1:x", "127.0.0.256", "127.0.0", "1.2.3.4.5", "nosuchdevice0:127.0.0.1", "a:b:c:d", "1:2:3",
+    "no such host.invalid", "x" * 70 + ".invalid", "127.0.0.1:\xb2", "3010", LOOPBACK + ":", "staff"])
+def test_group_that_is_none(text, monkeypatch):
+    def nobody(name, *rest):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    fatal(100, cexec.parse_group, text, 3010)
+
+
+def test_group_of_names(monkeypatch):
+    """A name stands for all of its addresses, each once."""
+    known = {"cluster.example": ["10.0.0.2", "10.0.0.1", "10.0.0.2"]}
+
+    def lookup(name, *rest):
+        return [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", (address, 0)) for address in known[name]]
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    assert cexec.parse_group("cluster.example:4000", 3010) == [(None, "10.0.0.1", 4000), (None, "10.0.0.2", 4000)]
+
+
+def test_group_is_cexec_group_else_group_else_everywhere(monkeypatch):
+    for variables, address in (({"CEXEC_GROUP": "10.0.0.1", "GROUP": "10.0.0.2"}, "10.0.0.1"),
+                               ({"GROUP": "10.0.0.2"}, "10.0.0.2"),
+                               ({"CEXEC_GROUP": "", "GROUP": "10.0.0.2"}, "10.0.0.2"),
+                               ({}, "255.255.255.255"),
+                               ({"GROUP": ""}, "255.255.255.255")):
+        for name in ("CEXEC_GROUP", "GROUP"):
+            monkeypatch.setenv(name, variables.get(name, ""))
+        assert [target.address for target in cexec.Group().targets] == [address]
+    monkeypatch.setenv("GROUP", "staff member")          # tcsh's GROUP
+    assert "CEXEC_GROUP" in fatal(100, cexec.Group)
+
+
+UP, BROADCAST, LOOP, MULTICAST = 1, 2, 8, 0x1000
+HOST = [cexec.Interface(1, "lo", UP | LOOP, "127.0.0.1"),
+        cexec.Interface(2, "eth0", UP | BROADCAST | MULTICAST, "10.0.0.1"),
+        cexec.Interface(3, "eth1", UP | BROADCAST | MULTICAST, "10.1.0.1"),
+        cexec.Interface(4, "tun0", UP | MULTICAST, "10.2.0.1"),
+        cexec.Interface(5, "eth2", UP | BROADCAST | MULTICAST, None)]
+
+
+@pytest.mark.parametrize("text, host, ways", [
+    # every interface that broadcasts and has an address, and this host's own listeners
+    ("255.255.255.255:9", HOST, [(2, "255.255.255.255", 9), (3, "255.255.255.255", 9), (0, "127.255.255.255", 9)]),
+    ("239.1.2.3:9", HOST, [(2, "239.1.2.3", 9), (3, "239.1.2.3", 9), (4, "239.1.2.3", 9), (0, "127.255.255.255", 9)]),
+    # a laptop without a network, and a system that does not tell
+    ("255.255.255.255", HOST[:1], [(0, "127.255.255.255", 3010)]),
+    ("255.255.255.255", [], [(0, "255.255.255.255", 3010), (0, "127.255.255.255", 3010)]),
+    # one way for what is one place
+    ("10.0.0.255", HOST, [(0, "10.0.0.255", 3010)]),
+    ("10.0.0.7,127.0.0.1:5", HOST, [(0, "10.0.0.7", 3010), (0, "127.0.0.1", 5)]),
+    (LOOPBACK + ":239.1.2.3", HOST, [(socket.if_nametoindex(LOOPBACK), "239.1.2.3", 3010)]),
+])
+def test_ways_to_a_group(text, host, ways, monkeypatch):
+    monkeypatch.setattr(cexec, "interfaces", lambda: host)
+    group = cexec.Group(text)
+    found = list(group.ways())
+    assert (found if cexec.LINUX else found[:len(ways)]) == ways
+
+
+def test_interfaces_of_this_host():
+    if not cexec.LINUX:
+        assert cexec.interfaces() == []
+        return
+    loopback = [i for i in cexec.interfaces() if i.name == "lo"]
+    assert [(i.address, bool(i.flags & cexec.IFF_LOOPBACK)) for i in loopback] == [("127.0.0.1", True)]
+
+
+def test_send_counts_the_ways_and_keeps_the_last_error():
+    port = free_port()
+    group = cexec.Group("127.0.0.1:%d,240.0.0.1:%d,127.0.0.1:%d" % (port, port, port))
+    udp = socket.AF_INET, socket.SOCK_DGRAM
+    with socket.socket(*udp) as near, socket.socket(*udp) as far:
+        far.bind(("127.0.0.1", port))
+        far.settimeout(10)
+        near.bind(("127.0.0.1", 0))     # from here 240.0.0.1 cannot be reached
+        assert group.send(group.prepare(near), b"hello") == 2 and group.error
+        assert [far.recv(10), far.recv(10)] == [b"hello"] * 2
+
+
+def test_listener_passes_a_unicast_datagram_on_to_the_others():
+    """Two listeners of one host share a port; only one hears what is sent to the host alone."""
+    port = free_port()
+    group = cexec.Group("127.255.255.255:%d" % port)
+    listeners = cexec.open_listeners(group) + cexec.open_listeners(group)
+    heard = [[], []]
+    last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, attempt=2, waited=0)
+    try:
+        with group.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            sock.sendto(ANNOUNCEMENT, ("127.0.0.1", port))
+
+            def all_heard(attempt):
+                for listener, got in zip(listeners, heard):
+                    found = listener.receive()
+                    if found:
+                        got.append(found)
+                return all(attempt in [found[0].body.attempt for found in got] for got in heard)
+            until(lambda: all_heard(1), "both listeners' hearing")
+            group.send(sock, last)      # what is still to come of the first comes before it
+            until(lambda: all_heard(2), "both listeners' hearing")
+        for got in heard:
+            first = [found for found in got if found[0].body.attempt == 1]
+            assert 1 <= len(first) <= 2     # the one that heard it hears its own copy as well, and that was all
+            for datagram, address, _ in first:
+                assert address == "127.0.0.1" and datagram.port == 4097 and datagram.proved_by(made_pub().secret)
+    finally:
+        for listener in listeners:
+            listener.sock.close()
+
+
+# ---------------------------------------------------------------------------
+# The event loop, descriptors, settings
+# ---------------------------------------------------------------------------
+
+def spin(loop, condition, what="something", seconds=20):
+    """Turns a loop until condition() is true."""
+    deadline = time.monotonic() + seconds
+    late = []
+
+    def tick():                         # so that turn() never waits for ever
+        assert time.monotonic() < deadline, "%s has not happened in %g s" % (what, seconds)
+        late[:] = [loop.after(0.02, tick)]
+    tick()
+    try:
+        while not condition():
+            loop.turn()
+    finally:
+        late[0].cancel()
+
+
+def test_timers_in_the_order_of_their_times():
+    loop, called = cexec.Loop(), []
+    for delay, name in ((0.02, "c"), (0.0, "a"), (0.01, "b"), (0.0, "a2"), (0.02, "c2")):
+        loop.after(delay, lambda name=name: called.append(name))
+    spin(loop, lambda: len(called) == 5)
+    assert called == ["a", "a2", "b", "c", "c2"]
+
+
+def test_a_cancelled_timer_is_not_called():
+    loop, called = cexec.Loop(), []
+    timers = [loop.after(0.001 * i, lambda i=i: called.append(i)) for i in range(5)]
+    loop.after(0, timers[2].cancel)     # by a timer of the same turn, too
+    timers[0].cancel()
+    timers[4].cancel()
+    spin(loop, lambda: len(called) == 2)
+    assert called == [1, 3] and loop._patience() is None
+
+
+def test_a_timer_may_set_itself_again_and_starves_nobody():
+    loop, called = cexec.Loop(), []
+    near, far = os.pipe()
+
+    def again():
+        called.append("timer")
+        loop.after(0, again)
+    again()
+    loop.on_read(near, lambda: called.append(os.read(near, 10)))
+    os.write(far, b"read")
+    spin(loop, lambda: b"read" in called)
+    loop.forget(near)
+    os.close(near)
+    os.close(far)
+
+
+def test_what_came_is_seen_to_before_what_is_due():
+    loop, called = cexec.Loop(), []
+    near, far = os.pipe()
+    loop.on_read(near, lambda: called.append(os.read(near, 10)))
+    loop.after(0, lambda: called.append("due"))
+    os.write(far, b"came")
+    until(lambda: loop._patience() == 0)
+    loop.turn()
+    assert called == [b"came", "due"]
+    os.close(near)
+    os.close(far)
+
+
+def test_what_nobody_wants_is_not_waited_for():
+    """A closed or ready descriptor that is still registered would make the loop spin."""
+    loop = cexec.Loop()
+    near, far = socket.socketpair()
+    fd = near.fileno()
+    with near, far:
+        loop.on_read(fd, lambda: None)
+        loop.on_write(fd, lambda: None)
+        assert list(loop.selector.get_map()) == [fd]
+        loop.on_read(fd, None)
+        loop.on_read(fd, None)
+        assert list(loop.readers) == [] and list(loop.writers) == [fd]
+        loop.forget(fd)
+        assert not loop.selector.get_map() and not loop.writers
+        loop.forget(fd)
+
+
+def test_a_callback_may_be_replaced_and_forgotten_in_the_same_turn():
+    """Of two that are ready, the first takes the other's call away: it is not called any more."""
+    loop, called = cexec.Loop(), []
+    pairs = [socket.socketpair() for _ in range(2)]
+    fds = [near.fileno() for near, _ in pairs]
+
+    def first(mine, other):
+        called.append(mine)
+        loop.forget(other)
+    for mine, other in (fds, fds[::-1]):
+        loop.on_read(mine, lambda: called.append("old"))
+        loop.on_read(mine, lambda mine=mine, other=other: first(mine, other))
+    for _, far in pairs:
+        far.send(b"x")
+    loop.after(0, lambda: None)
+    loop.turn()
+    assert len(called) == 1 and called[0] in fds
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+
+
+def test_a_loop_moves_its_own_sockets_out_of_the_way():
+    loop = cexec.Loop(floor=300)
+    sock = loop.own(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    assert sock.fileno() >= 300 and not os.get_inheritable(sock.fileno())
+    assert loop.own(sock) is sock
+    sock.setblocking(False)
+    sock.close()
+
+
+@pytest.mark.parametrize("flags, numbers", [
+    ("", set()), ("k -j4", set()), (" -j4 --jobserver-auth=3,4", {3, 4}), ("--jobserver-fds=5,6 -j", {5, 6}),
+    ("--jobserver-auth=fifo:/tmp/GMfifo3 -j", set()), ("--jobserver-auth=-2,-2", set()), ("--jobserver-auth=3", {3}),
+    ("--jobserver-auth=", set()), ("--jobserver-auth=\xb2,4", {4}), ("-- CFLAGS=3,4", set())])
+def test_jobserver(flags, numbers, monkeypatch):
+    monkeypatch.setenv("MAKEFLAGS", flags)
+    assert cexec.jobserver_numbers() == numbers
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND])
+def test_shared_offsets_are_found_and_left_as_they_were(flags, tmp_path):
+    path = put(tmp_path / "file", "twelve bytes")
+    one, other = os.open(path, flags), os.open(path, flags)
+    copy = os.dup(one)
+    try:
+        for here, there, shared in ((0, 0, False), (5, 5, False), (5, 6, False), (12, 12, False), (100, 100, False)):
+            os.lseek(one, here, os.SEEK_SET)
+            os.lseek(other, there, os.SEEK_SET)
+            assert cexec.shares_offset(one, copy) and cexec.shares_offset(copy, one)
+            assert cexec.shares_offset(one, other) == cexec.shares_offset(other, one) == shared
+            assert [os.lseek(fd, 0, os.SEEK_CUR) for fd in (one, copy, other)] == [here, here, there]
+        assert read(path) == b"twelve bytes"
+    finally:
+        for fd in (one, other, copy):
+            os.close(fd)
+
+
+LIST_CHANNELS = """
+import os, sys
+sys.path.insert(0, %r)
+import cexec
+found = cexec.inherited_channels(int(sys.argv[2]))
+with open(sys.argv[1], "w") as file:
+    for channel, members in sorted(found.items()):
+        item = members[0]
+        file.write("%%s=%%s:%%s%%s " %% (",".join(str(m.number) for m in members), item.kind,
+                                         "r" * item.readable, "w" * item.writable))
+"""
+
+
+@pytest.mark.parametrize("redirections, channels", [
+    ("<&- >&- 2>&-", ""),
+    ("</dev/null >/dev/null 2>/dev/null", "0=device:r 1,2=device:w"),
+    ("<in >out 2>&1", "0=file:r 1,2=file:w"),
+    ("<in >out 2>out", "0=file:r 1=file:w 2=file:w"),
+    ("<in >>out 2>>out", "0=file:r 1=file:w 2=file:w"),
+    ("<in 3<in 4<&3 >&- 2>&-", "0=file:r 3,4=file:r"),
+    ("<>in 1<>out 2<>out", "0=file:r 1=file:w 2=file:w"),
+    ("<&- >&- 2>&- 9<>in", "9=file:w"),
+    ("<fifo >&- 2>&- 5<fifo", "0,5=pipe:r"),
+    ("<>fifo >&- 2>&-", "0=pipe:rw"),
+    ("<&- >/dev/null 2>&- 3<.", "1=device:w"),
+    ("<&- >&- 2>&- 8</ 7>out", "7=file:w"),
+    ("<&- 3>out >&3 2>&3", "1,2,3=file:w"),
+])
+@pytest.mark.parametrize("limit", [32])
+def test_inherited_descriptors(redirections, channels, limit, tmp_path):
+    with open(str(tmp_path / "in"), "w") as file:
+        file.write("input\n")
+    os.mkfifo(str(tmp_path / "fifo"))
+    holder = os.open(str(tmp_path / "fifo"), os.O_RDWR)     # so that opening it does not wait
+    script = 'exec "$0" -c "$1" "$2" "$3" ' + redirections
+    answer = str(tmp_path / "answer")
+    try:
+        subprocess.run(["sh", "-c", script, sys.executable, LIST_CHANNELS % os.path.dirname(cexec.__file__), answer,
+                        str(limit)], cwd=str(tmp_path), check=True, timeout=60, close_fds=True)
+    finally:
+        os.close(holder)
+    assert read(answer).decode().split() == channels.split()
+    assert read(str(tmp_path / "in")) == b"input\n"
+
+
+def channels_with(tmp_path, fds, limit=64, env=None):
+    """What a process that inherits just these descriptors of ours finds to carry: {number: kind}."""
+    answer = str(tmp_path / "answer")
+    subprocess.run([sys.executable, "-c", LIST_CHANNELS % os.path.dirname(cexec.__file__), answer, str(limit)],
+                   pass_fds=fds, check=True, timeout=60, env=dict(os.environ, **(env or {})),
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = {}
+    for word in read(answer).decode().split():
+        numbers, _, kind = word.partition("=")
+        found.update({int(number): kind for number in numbers.split(",") if int(number) > 2})
+    return found
+
+
+def test_inherited_sockets_and_terminals(tmp_path):
+    stream, peer = socket.socketpair()
+    datagrams, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    listener = socket.socket()
+    listener.listen(1)
+    master, terminal = os.openpty()
+    fds = [stream.fileno(), datagrams.fileno(), listener.fileno(), master, terminal]
+    try:
+        limit = max(fds) + 1
+        assert channels_with(tmp_path, fds, limit) == {stream.fileno(): "socket:rw", terminal: "terminal:w"}
+        low = channels_with(tmp_path, fds, stream.fileno())
+        assert stream.fileno() not in low
+    finally:
+        for sock in (stream, peer, datagrams, other, listener):
+            sock.close()
+        os.close(master)
+        os.close(terminal)
+
+
+def test_make_s_jobserver_is_not_carried(tmp_path):
+    near, far = os.pipe()
+    try:
+        flags = {"MAKEFLAGS": " -j4 --jobserver-auth=%d,%d" % (near, far)}
+        limit = max(near, far) + 1
+        assert channels_with(tmp_path, [near, far], limit) == {near: "pipe:r", far: "pipe:w"}
+        assert channels_with(tmp_path, [near, far], limit, flags) == {}
+    finally:
+        os.close(near)
+        os.close(far)
+
+
+@pytest.mark.parametrize("text, ports", [
+    ("", [0]), ("0", [0]), ("5000", [5000]), ("5000-5002", [5000, 5001, 5002]), ("5000-5001,6000", [5000, 5001, 6000]),
+    (" 5000 , 6000-6000 ", [5000, 6000]), ("65535", [65535])])
+def test_listen_ports(text, ports):
+    assert cexec.parse_ports(text) == ports
+
+
+@pytest.mark.parametrize("text", [
+    "x", "5000-", "-5000", "5000,,6000", ",", "65536", "5000-70000", "5002-5000", "5000-5001-5002", "-", "+5", "0x10",
+    "5 000", "\xb2"])
+def test_listen_ports_that_are_none(text):
+    assert "CEXEC_LISTEN_PORTS" in fatal(100, cexec.parse_ports, text)
+
+
+@pytest.mark.parametrize("accept, reject, good, bad", [
+    ("", "", ["1.2.3.4"], []),
+    ("10.0.0.1", "", ["10.0.0.1"], ["10.0.0.2", "1.2.3.4"]),
+    ("10.0.0.0/24 127.0.0.1", "", ["10.0.0.1", "10.0.0.255", "127.0.0.1"], ["10.0.1.0"]),
+    ("10.0.0.5/24", "", ["10.0.0.1"], ["10.0.1.1"]),
+    ("", "10.0.0.0/24,127.0.0.1", ["10.0.1.0", "1.2.3.4"], ["10.0.0.1", "127.0.0.1"]),
+    ("10.0.0.0/8", "10.1.0.0/16", ["10.0.0.1"], ["10.1.0.1", "11.0.0.1"]),
+    ("::/0", "", [], ["10.0.0.1"]),
+])
+def test_whose_offers_are_taken(accept, reject, good, bad, monkeypatch):
+    monkeypatch.setenv("CEXEC_ACCEPT_SERVER", accept)
+    monkeypatch.setenv("CEXEC_REJECT_SERVERS", reject)
+    allowed = cexec.address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
+    assert [address for address in good + bad if allowed(address)] == good
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/33", "host.example", "10.0.0", "10.0.0.1;10.0.0.2"])
+def test_lists_of_addresses_that_are_none(text, monkeypatch):
+    monkeypatch.setenv("CEXEC_REJECT_SERVERS", text)
+    monkeypatch.delenv("CEXEC_ACCEPT_SERVER", raising=False)
+    message = fatal(100, cexec.address_filter, "CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
+    assert "CEXEC_REJECT_SERVERS" in message
+
+
+@pytest.mark.parametrize("words, words_for_argparse", [
+    ("app", "app"), ("-n app", "-nall app"), ("-n 3 app", "-n 3 app"), ("-n3 app", "-n3 app"), ("-n", "-nall"),
+    ("-vn app A=1", "-vnall app A=1"), ("-vn 0 app", "-vn 0 app"), ("-n -v app", "-nall -v app"),
+    ("-v -- -n", "-v -- -n"), ("-v app -n", "-v app -n"), ("--version", "--version"), ("-n 3 4", "-n 3 4"),
+    ("- -n", "- -n"), ("", "")])
+def test_n_takes_a_number_or_nothing(words, words_for_argparse):
+    assert cexec.complete_n(words.split()) == words_for_argparse.split()
+
+
+@pytest.mark.parametrize("words, rest, empty", [
+    ("app", ["app"], None), ("-n app", ["app"], "all"), ("-n 7 app X=1", ["app", "X=1"], "7"),
+    ("-n7 app", ["app"], "7"), ("-v -n app", ["app"], "all"), ("app -n", ["app", "-n"], None)])
+def test_options_of_cexec(words, rest, empty, monkeypatch):
+    monkeypatch.setattr(cexec.log, "verbose", False)
+    assert cexec.parse_cexec(words.split())[:2] == (rest, empty)
+
+
+@pytest.mark.parametrize("words", ["-n x7", "-nx app", "-n-1 app", "--nonsense", "-q app"])
+def test_options_of_cexec_that_are_none(words, monkeypatch):
+    monkeypatch.setattr(cexec.log, "verbose", False)
+    if words == "-n x7":
+        assert cexec.parse_cexec(words.split())[:2] == (["x7"], "all")
+    else:
+        fatal(100, cexec.parse_cexec, words.split())
+
+
+def test_variables_for_the_command():
+    words = ["A=1", "b_2=", "_=x=y", "LONG=" + "\xe9 \n\t", "BYTES=\udcff"]
+    assert cexec.parse_environment(words) == words
+    assert cexec.parse_environment([]) == []
+
+
+@pytest.mark.parametrize("word", ["", "A", "=1", "1A=1", "A-B=1", "A B=1", "\xc4=1", "A.B=1", " A=1", "A\n=1"])
+def test_variables_for_the_command_that_are_none(word):
+    fatal(100, cexec.parse_environment, ["GOOD=1", word])
+
+
+def test_variables_for_the_command_have_room_in_one_frame():
+    room = cexec.CONTROL_MAX - 8192
+    assert cexec.parse_environment(["A=" + "x" * (room - 4)])
+    assert "KiB" in fatal(100, cexec.parse_environment, ["A=" + "x" * (room - 3)])
+    fatal(100, cexec.parse_environment, ["A=" + "\xe9" * (room // 2)])
+    fatal(100, cexec.parse_environment, ["A="] * (room // 4 + 1))
+    most = ["A="] * (room // 4)
+    rows = [(1023, 1023, 15)] * cexec.MAXFD_LIMIT
+    payload = cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, environment=cexec.parse_environment(most)))
+    assert len(payload) <= cexec.CONTROL_MAX and cexec.JOB.unpack(payload).environment == most
+
+
+GOOD_ROWS = [(0, 0, cexec.FLAG_INPUT), (1, 1, cexec.FLAG_OUTPUT), (2, 1, cexec.FLAG_OUTPUT)]
+
+
+@pytest.mark.parametrize("rows, variables, good", [
+    (GOOD_ROWS, ["A=1"], True),
+    ([], [], True),
+    ([(1023, 1023, 1)], [], True),
+    ([(5, 5, 1 | 2 | 4)], [], True),
+    ([(0, 0, 1 | 8)], [], True),
+    ([(1024, 1024, 1)], [], False),
+    ([(65535, 65535, 1)], [], False),
+    ([(0, 0, 0)], [], False),
+    ([(0, 0, 2 | 8)], [], False),
+    ([(0, 0, 3)], [], False),
+    ([(0, 0, 1 | 4)], [], False),
+    ([(1, 0, 1)], [], False),
+    ([(0, 0, 1), (1, 0, 2)], [], False),
+    ([(0, 0, 1), (0, 0, 1)], [], False),
+    ([(2, 1, 2), (1, 1, 2)], [], False),
+    (GOOD_ROWS, ["A"], False),
+    (GOOD_ROWS, ["=1"], False),
+    (GOOD_ROWS, ["A B=1"], False),
+    (GOOD_ROWS, ["A=1\0B=2"], False),
+])
+def test_what_a_job_may_ask_for(rows, variables, good):
+    job = cexec.JOB.unpack(cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, environment=variables)))
+    if good:
+        assert cexec.check_job(job) is job
+    else:
+        with pytest.raises(cexec.ProtocolError):
+            cexec.check_job(job)
+
+
+# ---------------------------------------------------------------------------
+# Load, spread, the line
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("busy, slots, average, runnable, cpus, load, delay", [
+    (0, 2, 0.0, 0, 2, 0.0, 0.0),
+    (0, 2, 0.19, 2, 2, 0.0, 0.0),           # under 0.1 a CPU is idle
+    (0, 2, 0.2, 0, 2, 0.1, 0.002),
+    (0, 4, 0.0, 8, 4, 1.0, 0.020),          # runnable beyond the CPUs
+    (0, 4, 2.0, 6, 4, 0.5, 0.010),          # the worse of both
+    (2, 4, 0.0, 0, 4, 0.5, 0.010),
+    (2, 4, 4.0, 0, 4, 1.5, 0.030),
+    (0, 1, 1000.0, 0, 1, 1000.0, 1.0),      # capped
+    (5, 4, 0.0, 0, 4, 1.25, 0.025),
+])
+def test_load_and_delay(busy, slots, average, runnable, cpus, load, delay):
+    assert cexec.load_delay(busy, slots, average, runnable, cpus) == (pytest.approx(load), pytest.approx(delay))
+
+
+def test_the_less_loaded_of_two_is_sooner():
+    ladder = [cexec.load_delay(busy, 4, average, 0, 4)[1] for average in (0, 2, 8) for busy in range(5)]
+    for busy, average in ((0, 0), (1, 0), (0, 2), (3, 2), (0, 8)):
+        here = cexec.load_delay(busy, 4, average, 0, 4)[1]
+        assert here < cexec.load_delay(busy + 1, 4, average, 0, 4)[1]
+        assert here < cexec.load_delay(busy, 4, average + 1, 0, 4)[1]
+    assert len(set(ladder)) > 10
+
+
+def test_spread_follows_the_offers():
+    assert cexec.next_spread(0.1, 3) == pytest.approx(0.1)
+    assert cexec.next_spread(0.1, 6) == pytest.approx(0.2)
+    assert cexec.next_spread(0.1, 0) == cexec.next_spread(0.1, 1) == pytest.approx(0.05)     # never below a half
+    assert cexec.next_spread(0.01, 65535) == pytest.approx(0.16)                             # nor beyond 16 times
+    assert cexec.next_spread(0.9, 65535) == 1.0
+    assert cexec.next_spread(0.0, 0) == cexec.SPREAD_MIN / 2
+
+
+def test_spread_of_two_workers_is_none_and_that_of_a_hundred_settles():
+    spread = 1.0
+    for _ in range(20):
+        spread = cexec.next_spread(spread, 2)
+    assert cexec.spread_delay(spread, 0.999) == 0.0
+    spread, offers = cexec.SPREAD_MIN / 2, []
+    for _ in range(20):                 # whoever waits less than 5 ms makes an offer before it hears the claim
+        delays = [cexec.spread_delay(spread, i / 100) for i in range(100)]
+        offers.append(sum(delay < 0.005 for delay in delays))
+        spread = cexec.next_spread(spread, offers[-1])
+    assert offers[0] == 100 and max(offers[3:]) <= 10 and min(offers) >= 1
+
+
+def test_the_choice_among_the_oldest_follows_the_offers():
+    assert cexec.next_few(4.0, cexec.OFFERS_IN_LINE) == 4.0
+    assert cexec.next_few(4.0, 0) == cexec.next_few(4.0, 1) == 2.0 and cexec.next_few(4.0, 65535) == 16.0
+    assert cexec.next_few(1.0, 0) == 1.0 and cexec.next_few(60.0, 100) == cexec.FEW_MAX
+
+
+def test_spread_delay_is_a_fraction_of_it():
+    assert cexec.spread_delay(0.5, 0.5) == 0.25 and cexec.spread_delay(0.5, 0.0) == 0.0
+    assert cexec.spread_delay(cexec.SPREAD_MIN, 0.5) > 0.0 == cexec.spread_delay(cexec.SPREAD_MIN * 0.99, 0.5)
+
+
+def waiting(name, number, since, heard=0.0):
+    pub, nonce = made_pub()._replace(name=name), bytes([number]) * 16
+    data = cexec.make_datagram(cexec.ANNOUNCE, pub, nonce, 9, attempt=1, waited=0)
+    client = cexec.Waiting(cexec.Datagram(data), "127.0.0.1", since)
+    client.heard = heard
+    return client
+
+
+def line_of(text):
+    """A Line of names, who joined in this order, each a second after the one before; and its clients."""
+    line = cexec.Line()
+    clients = [waiting(name, number, since=number) for number, name in enumerate(text)]
+    for client in clients:
+        line.join(client)
+    return line, clients
+
+
+def served(line, few=1, fraction=0.0):
+    order = []
+    while line:
+        order.append(line.take(few, fraction))
+    return order
+
+
+@pytest.mark.parametrize("text, order", [
+    ("", ""), ("a", "0"), ("aaa", "012"),
+    ("aaab", "0312"),                   # names in turn: b does not wait for all of a's
+    ("aaabbb", "031425"), ("abcabc", "012345"), ("aabc", "0231"), ("baaa", "0123")])
+def test_line_serves_names_in_turn_and_the_oldest_of_each(text, order):
+    line, clients = line_of(text)
+    assert len(line) == len(text)
+    assert [client.nonce[0] for client in served(line)] == [int(place) for place in order]
+    assert len(line) == 0 and not line
+
+
+def test_line_goes_by_who_waits_longest_not_by_who_joined_first():
+    line = cexec.Line()
+    for number, since in ((1, 30.0), (2, 10.0), (3, 20.0)):
+        line.join(waiting("a", number, since))
+    assert [client.nonce[0] for client in served(line)] == [2, 3, 1]
+
+
+@pytest.mark.parametrize("few, fraction, first", [
+    (1, 0.999, 0), (3, 0.0, 0), (3, 0.34, 1), (3, 0.999, 2), (100, 0.999, 4), (1.9, 0.999, 0), (2.0, 0.999, 1)])
+def test_line_takes_one_of_the_oldest_few(few, fraction, first):
+    line, clients = line_of("aaaaa")
+    assert line.take(few, fraction) is clients[first] and clients[first] not in line and len(line) == 4
+
+
+@pytest.mark.parametrize("text", ["aaaa", "abab", "aaab", "abbbb", "abcdabcdaa"])
+def test_line_tells_how_many_are_ahead(text):
+    """What was told may not be fewer than come before, as long as nobody leaves: the turn of a name may come first."""
+    line, clients = line_of(text)
+    told = {client.nonce: line.ahead(client) for client in clients}
+    order = served(line)
+    for place, client in enumerate(order):
+        assert place <= told[client.nonce] <= place + len(set(text)) - 1, (text, place)
+    assert told[clients[0].nonce] <= len(set(text)) - 1
+
+
+def test_line_forgets_whoever_is_silent():
+    line = cexec.Line()
+    silent, alive = waiting("a", 1, 0.0, heard=100.0), waiting("b", 2, 0.0, heard=104.0)
+    line.join(silent)
+    line.join(alive)
+    line.expire(100.0 + cexec.LINE_SECONDS)
+    assert len(line) == 2
+    line.expire(100.1 + cexec.LINE_SECONDS)
+    assert silent not in line and alive in line and list(line.names) == ["b"]
+
+
+def test_line_leave_and_join_again():
+    line, clients = line_of("ab")
+    line.leave(clients[0])
+    line.leave(clients[0])
+    assert clients[0] not in line and clients[1] in line and len(line) == 1
+    line.join(clients[0])
+    line.join(clients[0])
+    assert served(line) == [clients[1], clients[0]]
+
+
+def test_memory_forgets_the_oldest():
+    memory = cexec.Memory(3)
+    for key in "abcad":                 # a is young again
+        memory[key] = key
+    assert list(memory) == ["c", "a", "d"]
+
+
+# ---------------------------------------------------------------------------
+# The channel, two ends of it back to back
+# ---------------------------------------------------------------------------
+
+class Holder(cexec.Carrier):
+    """A Carrier that keeps what it was told."""
+
+    def __init__(self, loop):
+        super().__init__(loop, None)
+        self.ready, self.lost, self.errors = False, [], []
+
+    def link_ready(self, link):
+        self.ready = True
+
+    def link_lost(self, link, reason, violation):
+        self.lost.append((reason, violation))
+
+    def local_error(self, channel, error):
+        self.errors.append((channel, error))
+
+    def stream_ended(self):
+        pass
+
+
+def tcp_pair():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
+
+
+class Wire:
+    """Two Holders, here (the TLS client) and there (the server), with a real TLS connection between them."""
+
+    def __init__(self, key):
+        self.loop = cexec.Loop()
+        self.here, self.there = Holder(self.loop), Holder(self.loop)
+        near, far = tcp_pair()
+        self.here.link = cexec.Link(self.loop, near, cexec.tls_context(), self.here)
+        self.there.link = cexec.Link(self.loop, far, cexec.tls_context(key), self.there, server_side=True)
+        self.here.link.start()
+        self.fds = []
+        self.spin(lambda: self.here.ready and self.there.ready, "the handshake")
+
+    def spin(self, condition, what="something"):
+        spin(self.loop, condition, what)
+
+    def pipe(self, channel, holder, half):
+        """A pipe at one holder, which reads (or writes) it for the channel; the other end of the pipe."""
+        reader, writer = os.pipe()
+        mine, other = (reader, writer) if half == "read" else (writer, reader)
+        for fd in (mine, other):
+            os.set_blocking(fd, False)
+        self.fds += [mine, other]
+        holder.carry(channel, cexec.End(mine, mine, lambda: self.close_fd(mine), [half]))
+        holder.refresh()
+        return other
+
+    def pair(self, channel, holder):
+        """A socket at one holder, which carries both directions of it; the other end."""
+        mine, other = socket.socketpair()
+        fd = mine.detach()
+        self.fds.append(fd)
+        holder.carry(channel, cexec.SocketEnd(fd, fd, lambda: self.close_fd(fd), ["read", "write"]))
+        holder.refresh()
+        other.setblocking(False)
+        return other
+
+    def through(self, channel):
+        """(where bytes go in, where they come out): a channel from here to there."""
+        out = self.pipe(channel, self.there, "write")
+        return self.pipe(channel, self.here, "read"), out
+
+    def close_fd(self, fd):
+        self.fds.remove(fd)
+        os.close(fd)
+
+    def raw(self, data):
+        """Sends bytes within TLS, whatever they are, from here."""
+        self.here.link.tls.write(data)
+        self.here.link.flush()
+
+    def close(self):
+        for holder in (self.here, self.there):
+            holder.link.close()
+            for stream in list(holder.sources.values()) + list(holder.sinks.values()):
+                if isinstance(stream.end, cexec.SocketEnd):
+                    stream.end.sock.close()
+        for fd in list(self.fds):
+            self.close_fd(fd)
+
+
+class Tap:
+    """Writes bytes into a descriptor as it takes them, or gathers what comes out of one; driven by the loop."""
+
+    def __init__(self, wire, fd, data=None, gathers=True):
+        self.wire, self.fd, self.got, self.count, self.ended, self.error = wire, fd, bytearray(), 0, False, None
+        self.digest, self.gathers = hashlib.sha256(), gathers
+        self.data = None if data is None else memoryview(data)
+        if data is None:
+            wire.loop.on_read(fd, self.readable)
+        else:
+            wire.loop.on_write(fd, self.writable)
+
+    def readable(self):
+        piece = os.read(self.fd, 1 << 20)
+        self.count += len(piece)
+        self.digest.update(piece)
+        if self.gathers:
+            self.got += piece
+        if not piece:
+            self.ended = True
+            self.stop()
+
+    def writable(self):
+        try:
+            self.data = self.data[os.write(self.fd, self.data[:1 << 20]):]
+        except OSError as error:
+            self.error, self.data = error, b""
+        if not self.data:
+            self.stop()
+
+    def stop(self):
+        self.wire.loop.forget(self.fd)
+
+    def hang_up(self):
+        self.stop()
+        self.wire.close_fd(self.fd)
+
+
+@pytest.fixture(scope="module")
+def worker_key(tmp_path_factory):
+    return cexec.open_key(put(tmp_path_factory.mktemp("key") / "app", GOOD_KEY))
+
+
+@pytest.fixture
+def wire(worker_key):
+    made = Wire(worker_key)
+    yield made
+    made.close()
+
+
+def noise(size, seed=1):
+    return random.Random(seed).getrandbits(8 * size).to_bytes(size, "big")
+
+
+def test_both_ends_know_the_certificate(wire, worker_key):
+    assert wire.here.link.tls.fingerprint() == worker_key.fingerprint == made_pub().fingerprint
+    assert wire.here.lost == wire.there.lost == []
+
+
+@pytest.mark.parametrize("size", [0, 1, cexec.FRAME_MAX + 1, 3 * cexec.WINDOW])
+def test_bytes_and_end_of_file_come_through(size, wire):
+    data = noise(size)
+    into, out = wire.through(0)
+    back_into, back_out = wire.pipe(1, wire.there, "read"), wire.pipe(1, wire.here, "write")
+    if size:
+        Tap(wire, into, data)
+    tap, back = Tap(wire, out), Tap(wire, back_out)
+    wire.spin(lambda: len(tap.got) == size, "the bytes' arrival")
+    assert tap.got == data and not tap.ended and tap is not back
+    wire.close_fd(into)
+    wire.spin(lambda: tap.ended, "the end of file")
+    assert tap.got == data and not back.ended
+    assert wire.here.sources[0].state == wire.there.sinks[0].state == cexec.ENDED
+    os.write(back_into, b"there")
+    wire.close_fd(back_into)
+    wire.spin(lambda: back.ended)
+    assert back.got == b"there" and (wire.here.lost, wire.there.lost) == ([], [])
+
+
+def test_a_reader_that_has_gone_reaches_the_writer(wire):
+    into, out = wire.through(0)
+    feed = Tap(wire, into, noise(8 << 20))
+    tap = Tap(wire, out)
+    wire.spin(lambda: len(tap.got) > 100000)
+    tap.hang_up()
+    wire.spin(lambda: feed.error)
+    assert feed.error.errno == errno.EPIPE
+    assert wire.here.sources[0].state == wire.there.sinks[0].state == cexec.SHUTDOWN
+    assert wire.here.errors == wire.there.errors == []
+
+
+def test_a_socket_is_closed_one_way_at_a_time(wire):
+    here, there = wire.pair(5, wire.here), wire.pair(5, wire.there)
+    with here, there:
+        here.send(b"ping")
+        tap = Tap(wire, there.fileno())
+        wire.spin(lambda: tap.got == b"ping")
+        here.shutdown(socket.SHUT_WR)
+        wire.spin(lambda: tap.ended)
+        there.send(b"pong after that")
+        back = Tap(wire, here.fileno())
+        wire.spin(lambda: back.got == b"pong after that")
+        assert not back.ended
+        there.close()
+        wire.spin(lambda: back.ended)
+        assert all(stream.state != cexec.OPEN for holder in (wire.here, wire.there)
+                   for stream in (holder.sources[5], holder.sinks[5]))
+
+
+def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
+    size = 3 * cexec.WINDOW
+    stalled, other = noise(size, 1), noise(size, 2)
+    into, out = wire.through(0)
+    other_into, other_out = wire.through(1)
+    Tap(wire, into, stalled)
+    source, sink = wire.here.sources[0], wire.there.sinks[0]
+    tracemalloc.start()
+    try:
+        wire.spin(lambda: source.credit == 0 and sink.received == source.sent, "the credit's end")
+        Tap(wire, other_into, other)
+        tap = Tap(wire, other_out, gathers=False)
+        wire.spin(lambda: tap.count == size, "the other channel")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tap.digest.digest() == hashlib.sha256(other).digest()
+    assert source.sent == cexec.WINDOW and len(sink.queue) == cexec.WINDOW - sink.written <= cexec.WINDOW
+    assert peak < 2 * cexec.WINDOW + (2 << 20)
+    late = Tap(wire, out)
+    wire.spin(lambda: len(late.got) == size, "the rest")
+    assert late.got == stalled and sink.queue == b""
+
+
+def test_a_window_in_frames_of_one_byte_takes_no_more_memory(wire):
+    """A holder of a pub may send so; what is kept is bytes, not pieces."""
+    into, out = wire.through(0)
+    sink, count = wire.there.sinks[0], 100000
+    tracemalloc.start()
+    try:
+        for _ in range(count // 1000):
+            wire.raw(data_frame(0, b"x") * 1000)
+            wire.spin(lambda: not wire.here.link.congested)
+        wire.spin(lambda: sink.received == count, "the frames' arrival")
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 4 << 20
+    tap = Tap(wire, out)
+    wire.spin(lambda: len(tap.got) == count)
+    assert wire.there.lost == []
+
+
+def test_after_shut_what_was_under_way_is_swallowed(wire):
+    """No violation: the peer could not know; but no more of it than a window, and nothing is kept."""
+    into, out = wire.through(0)
+    wire.close_fd(out)
+    for _ in range(cexec.WINDOW // cexec.FRAME_MAX):
+        wire.raw(data_frame(0, bytes(cexec.FRAME_MAX)))
+        wire.spin(lambda: not wire.here.link.congested)
+    wire.raw(cexec.make_frame(cexec.EOF, 0) + cexec.make_frame(cexec.PING))
+    wire.spin(lambda: wire.there.lost)
+    assert wire.there.lost == [("PING out of place", True)]         # all before it was in order
+    assert wire.there.sinks[0].state == cexec.SHUTDOWN and not wire.there.sinks[0].queue
+
+
+def test_a_failed_write_is_told_and_shuts_the_channel(wire):
+    """ENOSPC is no end of file."""
+    wire.pipe(0, wire.here, "read")
+    fd = os.open("/dev/full", os.O_WRONLY)
+    wire.fds.append(fd)
+    wire.there.carry(0, cexec.End(fd, fd, lambda: wire.close_fd(fd), ["write"]))
+    wire.raw(data_frame(0, b"does not fit"))
+    wire.spin(lambda: wire.here.sources[0].state == cexec.SHUTDOWN)
+    assert [(channel, error.errno) for channel, error in wire.there.errors] == [(0, errno.ENOSPC)]
+
+
+def frames(*made):
+    return b"".join(made)
+
+
+WHOLE_FRAME = data_frame(1, bytes(cexec.FRAME_MAX))
+TOO_MUCH = [data_frame(1, bytes(cexec.FRAME_MAX))] * (cexec.WINDOW // cexec.FRAME_MAX)
+
+
+# At the other end channel 1 is a sink that nobody drains, and channel 2 a source
+@pytest.mark.parametrize("stream, word", [
+    (TOO_MUCH + [data_frame(1, b"x")], "without credit"),
+    ([cexec.make_frame(cexec.EOF, 1), data_frame(1, b"x")], "after EOF"),
+    ([data_frame(1, b"x" * 100000), cexec.make_frame(cexec.EOF, 1), data_frame(1, b"x")], "after EOF"),
+    ([cexec.make_frame(cexec.EOF, 1)] * 2, "EOF twice"),
+    ([data_frame(1, b"x" * 100000)] + [cexec.make_frame(cexec.EOF, 1)] * 2, "EOF twice"),
+    ([data_frame(2, b"x")], "no channel 2"),
+    ([data_frame(3, b"x")], "no channel 3"),
+    ([data_frame(65535, b"x")], "no channel 65535"),
+    ([cexec.make_frame(cexec.EOF, 2)], "no channel 2"),
+    ([cexec.make_frame(cexec.SHUT, 1)], "no channel 1"),
+    ([cexec.make_frame(cexec.CREDIT, 1, bytes=1)], "no channel 1"),
+    ([cexec.make_frame(cexec.CREDIT, 2, bytes=1)], "more credit"),
+    ([cexec.make_frame(cexec.CREDIT, 2, bytes=2 ** 32 - 1)], "more credit"),
+    ([cexec.make_frame(cexec.HELLO, **filled(cexec.HELLO))], "HELLO out of place"),
+    ([cexec.make_frame(cexec.AUTH, **filled(cexec.AUTH))], "AUTH out of place"),
+    ([cexec.make_frame(cexec.JOB, **filled(cexec.JOB))], "JOB out of place"),
+    ([cexec.make_frame(cexec.ACCEPT)], "ACCEPT out of place"),
+    ([cexec.make_frame(cexec.REFUSE, reason="no")], "REFUSE out of place"),
+    ([cexec.FRAME_HEAD.pack(cexec.DATA.code, 0, 1, cexec.FRAME_MAX + 1)], "frame of kind 7"),
+    ([cexec.FRAME_HEAD.pack(cexec.DATA.code, 0, 1, 2 ** 32 - 1) + bytes(1000)], "frame of kind 7"),
+    ([cexec.FRAME_HEAD.pack(cexec.EXIT.code, 0, 0, cexec.CONTROL_MAX + 1)], "frame of kind 15"),
+    ([cexec.FRAME_HEAD.pack(0, 0, 0, 0)], "frame of kind 0"),
+    ([cexec.FRAME_HEAD.pack(200, 0, 0, 0)], "frame of kind 200"),
+    ([cexec.FRAME_HEAD.pack(cexec.CREDIT.code, 0, 2, 3) + bytes(3)], "CREDIT cut short"),
+    ([cexec.FRAME_HEAD.pack(cexec.EOF.code, 0, 1, 1) + b"x"], "EOF with 1 bytes too many"),
+    ([noise(5000)], ""),
+], ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "")
+def test_a_violation_loses_the_link_and_nothing_else(stream, word, wire):
+    out = wire.pipe(1, wire.there, "write")
+    wire.pipe(2, wire.there, "read")
+    for piece in stream:
+        wire.raw(piece)
+        wire.spin(lambda: not wire.here.link.congested or wire.there.lost)
+    wire.spin(lambda: wire.there.lost and wire.here.lost)
+    (reason, violation), = wire.there.lost
+    assert violation and word in reason, reason
+    assert [violation for _, violation in wire.here.lost] == [False]        # to whoever broke it, a closed connection
+    assert wire.there.link.closed and wire.there.link.sock.fileno() == -1
+    allowed = b"".join(piece[8:] for piece in stream if piece[:1] == bytes([cexec.DATA.code]))
+    tap = Tap(wire, out)
+    left = wire.there.sinks[1].queue
+    wire.spin(lambda: len(tap.got) == wire.there.sinks[1].written)
+    assert allowed.startswith(bytes(tap.got)) and len(left) <= cexec.WINDOW
+
+
+@pytest.mark.parametrize("data, word", [
+    (b"GET / HTTP/1.0\r\n\r\n", ""), (b"\x17\x03\x03\x00\x20" + bytes(32), ""), (b"\x15\x03\x03\x00\x02\x02\x28", ""),
+    (b"\x17\x03\x03\xff\xff", ""), (noise(2000), "")])
+def test_bytes_beneath_tls_that_are_no_tls_are_a_violation(data, word, wire):
+    wire.pipe(1, wire.there, "write")
+    wire.here.link.sock.send(data)
+    wire.spin(lambda: wire.there.lost)
+    (reason, violation), = wire.there.lost
+    assert violation and reason.startswith("TLS: ")
+    assert wire.there.sinks[1].received == 0
+
+
+@pytest.mark.parametrize("how", ["closed", "reset", "cut in a record", "said so in TLS"])
+def test_a_cut_connection_is_no_violation_and_no_end_of_file(how, wire):
+    out = wire.pipe(1, wire.there, "write")
+    wire.raw(data_frame(1, b"so far"))
+    tap = Tap(wire, out)
+    wire.spin(lambda: tap.got == b"so far")
+    link = wire.here.link
+    if how == "reset":
+        link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    elif how == "cut in a record":
+        link.tls.write(data_frame(1, b"x" * 1000))
+        link.sock.send(link.tls.take()[:500])
+    elif how == "said so in TLS":
+        link.finish()
+    link.close()
+    wire.spin(lambda: wire.there.lost)
+    (reason, violation), = wire.there.lost
+    assert not violation and reason and not tap.ended and tap.got == b"so far"
+    assert wire.there.sinks[1].state == cexec.OPEN
+
+
+def test_a_lost_link_is_told_once_and_is_not_waited_for(wire):
+    wire.here.link.close()
+    wire.spin(lambda: wire.there.lost)
+    wire.there.link.fail("again")
+    wire.there.link.send(cexec.PING)
+    wire.there.link.flush()
+    assert len(wire.there.lost) == 1 and not wire.loop.selector.get_map()
+
+
+def test_a_link_whose_writes_fail_reads_on(wire):
+    """The peer has closed its reading side; what it sent before still comes."""
+    out = wire.pipe(1, wire.there, "write")
+    wire.raw(data_frame(1, b"last words"))
+    wire.there.link.mute = True
+    wire.there.link.send(cexec.PING)
+    tap = Tap(wire, out)
+    wire.spin(lambda: tap.got == b"last words")
+    assert wire.there.lost == []
+
+
+def test_no_handshake_with_what_is_not_tls(worker_key):
+    loop, owner = cexec.Loop(), Holder(None)
+    for context, server_side in ((cexec.tls_context(), False), (cexec.tls_context(worker_key), True)):
+        near, far = tcp_pair()
+        with far:
+            owner.lost = []
+            link = cexec.Link(loop, near, context, owner, server_side=server_side)
+            link.start()
+            far.send(noise(3000))
+            spin(loop, lambda: owner.lost)
+        assert owner.lost[0][1] and owner.lost[0][0].startswith("TLS: ") and not owner.ready
+    assert not loop.selector.get_map()
+
+
+# ---------------------------------------------------------------------------
+# Attackers
+# ---------------------------------------------------------------------------
+
+def group_port(cluster):
+    return int(cluster.env["GROUP"].rpartition(":")[2])
+
+
+def rss(pid):
+    """Resident memory, bytes."""
+    return int(re.search(rb"VmRSS:\s+(\d+) kB", read("/proc/%d/status" % pid)).group(1)) * 1024
+
+
+def no_defect(*texts):
+    """That no log has a traceback, an internal error, or a supervisor's unforeseen end."""
+    for text in texts:
+        for word in (b"Traceback", b"internal error", b"supervisor: "):
+            assert word not in text, text[-3000:]
+
+
+class Ear:
+    """Hears a group as crat does, and speaks to it."""
+
+    def __init__(self, port):
+        self.group = cexec.Group("127.255.255.255:%d" % port)
+        self.listener = cexec.Listener(port, [])
+        self.heard = []                 # (Datagram, address)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.listener.sock.close()
+
+    def hear(self):
+        """Everything that has been heard by now, oldest first."""
+        while True:
+            try:
+                heard = self.listener.receive()
+            except cexec.ProtocolError:
+                continue
+            if heard is None:
+                return self.heard
+            self.heard.append(heard[:2])
+
+    def wait_for(self, kind, known=()):
+        """(Datagram, address) of the first of a kind, for a nonce that is not known."""
+        return until(lambda: next((heard for heard in self.hear() if heard[0].kind is kind
+                                   and heard[0].nonce not in known), None), repr(kind))
+
+    def say(self, data):
+        assert self.group.send(self.listener.sock, data) == 1
+
+
+class Peer:
+    """One end of an offer's connection in a test's hands: blocking; a worker's if a key is given."""
+
+    def __init__(self, sock, key=None):
+        sock.settimeout(20)
+        self.sock = cexec.tls_context(key).wrap_socket(sock, server_side=key is not None)
+        self.reader, self.frames = cexec.FrameReader(), []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.sock.close()
+
+    def send(self, kind, channel=0, flags=0, **fields):
+        self.raw(cexec.make_frame(kind, channel, flags, **filled(kind, **fields)))
+
+    def raw(self, data):
+        with contextlib.suppress(ConnectionError, cexec.ssl.SSLError):      # the other side may have closed
+            self.sock.sendall(data)
+
+    def next(self):
+        """(kind, payload) of the next frame; None when the other side has closed."""
+        while not self.frames:
+            try:
+                count = self.sock.recv_into(self.reader.room())
+            except (ConnectionError, cexec.ssl.SSLError):
+                return None
+            if not count:
+                return None
+            self.reader.filled(count)
+            self.frames += [(kind, bytes(payload) if kind is cexec.DATA else payload)
+                            for kind, _, _, payload in self.reader.frames()]
+        return self.frames.pop(0)
+
+    def expect(self, kind):
+        found = self.next()
+        assert found and found[0] is kind, found
+        return found[1]
+
+
+class Asker:
+    """A client in a test's hands."""
+
+    def __init__(self, cluster, pub=None):
+        self.pub = pub or cexec.open_pub(cluster.pub)
+        self.token = os.urandom(32)
+        self.nonce = cexec.token_nonce(self.token)
+        self.group = cexec.Group(cluster.env["GROUP"])
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(8)
+        self.listener.settimeout(20)
+        self.port = self.listener.getsockname()[1]
+        self.udp = self.group.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.udp.bind(("127.0.0.1", self.port))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.listener.close()
+        self.udp.close()
+
+    def say(self, kind, nonce=None, **fields):
+        data = cexec.make_datagram(kind, self.pub, nonce or self.nonce, self.port, **filled(kind, **fields))
+        assert self.group.send(self.udp, data) == 1
+
+    def offer(self, attempt=1):
+        """Announces; the Peer that offers, its HELLO read."""
+        self.say(cexec.ANNOUNCE, attempt=attempt)
+        peer = Peer(self.listener.accept()[0])
+        peer.hello = peer.expect(cexec.HELLO)
+        assert peer.hello.nonce == self.nonce
+        return peer
+
+    def proof(self, peer):
+        return cexec.client_proof(self.pub.secret, peer.hello.challenge, self.nonce)
+
+    def complain(self, worker_id, nonce=None):
+        self.say(cexec.ALERT, nonce=nonce, event=cexec.ALERT_COMPLAINT, worker_id=worker_id, reason="it is bad")
+
+
+def play_worker(datagram, address, key, nonce=None):
+    """Connects to a client that announces itself, with some key: the Peer, after HELLO."""
+    peer = Peer(socket.create_connection((address, datagram.port), 20), key)
+    peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=nonce or datagram.nonce, worker_id=os.urandom(8),
+              challenge=os.urandom(32), address="127.0.0.1", host="test")
+    return peer
+
+
+def searching_client(cluster, port, *words, **env):
+    """A client that announces itself on a port where only the test listens; client.log is its -v."""
+    log = cluster.path("client-%s.log" % os.urandom(3).hex())
+    with open(log, "wb") as file:
+        client = cluster.start("cexec", "-v", cluster.pub, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=file, env=dict(env, GROUP="127.255.255.255:%d" % port))
+    client.log = log
+    return client
+
+
+def test_holder_of_a_pub_cannot_play_the_worker(cluster):
+    """All but the certificate is right: the client closes, says so to crat, and waits for a true one."""
+    own_key = cexec.open_key(put(cluster.path("own"), cexec.format_key(OTHER_MASTER)[0]))
+    crat = cluster.logger(cluster.pub)
+    with Ear(group_port(cluster)) as ear:
+        client = cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        announcement = ear.wait_for(cexec.ANNOUNCE)
+        for _ in range(2):
+            with play_worker(*announcement, own_key) as peer:
+                assert peer.next() is None      # neither AUTH nor JOB
+    complaint = until(lambda: [line for line in crat.lines() if "rats out" in line], "the complaint")
+    assert "127.0.0.1 rats out 127.0.0.1 for app.pub" in complaint[0] and "wrong certificate" in complaint[0]
+    assert client.poll() is None
+    cluster.worker("tr", "a-z", "A-Z")
+    assert client.communicate(b"for the worker", timeout=60) == (b"FOR THE WORKER", b"") and client.returncode == 0
+    until(lambda: any("completed by" in line for line in crat.lines()))
+    assert len([line for line in crat.lines() if "rats out" in line]) == 1
+
+
+def test_worker_with_another_key_never_gets_a_job(cluster):
+    other = cluster.path("other")
+    cluster.run("ckeygen", other, check=True)
+    wrong = cluster.worker("echo", "wrong", key=other)
+    done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert done.returncode == 111 and b"no worker answered" in done.stderr
+    cluster.worker("echo", "right")
+    assert [cluster.client().stdout for _ in range(4)] == [b"right\n"] * 4
+    assert b"offer" not in read(wrong.log)
+
+
+def test_revoked_name_is_not_served_and_another_is(cluster):
+    worker = cluster.worker("sh", "-c", "echo served $REMOTE_USER", options=("-x", "bob", "-x", "carol"))
+    for name in ("bob", "alice"):
+        cluster.run("ckeygen", "-n", name, cluster.key, check=True)
+    bob = cluster.start("cexec", cluster.path("app-bob.pub"), env={"CEXEC_TIMEOUT_ACCEPT": "2"},
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert cluster.run("cexec", cluster.path("app-alice.pub")).stdout == b"served alice\n"
+    assert cluster.client().stdout == b"served anyone\n"
+    out, errors = bob.communicate(timeout=60)
+    assert (bob.returncode, out) == (111, b"") and b"no worker answered" in errors
+    assert b"bob: the name is refused" in read(worker.log) and b"ANNOUNCE" in read(worker.log)
+
+
+def test_name_of_another_client_cannot_be_taken(cluster):
+    """Bob's secret under Alice's name, which is what a revoked client would try."""
+    worker = cluster.worker("true")
+    cluster.run("ckeygen", "-n", "bob", cluster.key, check=True)
+    words = read(cluster.path("app-bob.pub")).decode()
+    put(cluster.path("forged.pub"), words.replace(" bob ", " alice "))
+    done = cluster.run("cexec", cluster.path("forged.pub"), env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert done.returncode == 111 and b"alice: wrong MAC" in read(worker.log)
+    assert b"offer" not in read(worker.log)
+
+
+def test_replayed_announcement_runs_nothing(cluster):
+    """A worker that was not there when it was sent makes an offer, and learns that nobody can prove anything."""
+    runs = cluster.path("runs")
+    command = ("sh", "-c", "echo run >>%s; cat" % runs)
+    first = cluster.worker(*command)
+    with Ear(group_port(cluster)) as ear, socket.socket() as trap:
+        assert cluster.client(input=b"one").stdout == b"one"
+        announced, claimed = ear.wait_for(cexec.ANNOUNCE)[0], ear.wait_for(cexec.CLAIM)[0]
+        trap.bind(("127.0.0.1", 0))
+        trap.listen(8)
+        trap.settimeout(20)
+        port = trap.getsockname()[1]
+        for proof in (None, bytes(32), os.urandom(32)):
+            fresh = cluster.worker(*command)
+            ear.say(announced.readdressed("127.0.0.1", port, 0))
+            with Peer(trap.accept()[0]) as peer:
+                assert peer.expect(cexec.HELLO).nonce == announced.nonce
+                if proof:
+                    peer.send(cexec.AUTH, proof=proof)
+                peer.send(cexec.JOB)
+                peer.send(cexec.GO)
+                assert peer.next() is None
+            ear.say(announced.data)             # as it was sent: a lower try than it knows
+            ear.say(claimed.data)
+            until(lambda: read(fresh.log).count(b"<- CLAIM") >= 1, "the claim's replay")
+            assert read(fresh.log).count(b"offer to") == 1
+            fresh.terminate()
+            fresh.wait()
+        fresh = cluster.worker(*command)
+        known = read(first.log).count(b"<- ANNOUNCE")
+        ear.say(announced.data)                 # the return address is whoever sends it, its port is closed
+        until(lambda: b"Connection refused" in read(fresh.log), "an offer to nobody")
+        until(lambda: read(first.log).count(b"<- ANNOUNCE") > known, "the first worker's hearing all that")
+        assert b"offer to" not in read(first.log) and read(first.log).count(b"forked") == 1    # it knows that job
+        trap.settimeout(0)
+        with pytest.raises(OSError):
+            trap.accept()
+    assert read(runs) == b"run\n"
+    assert cluster.client(input=b"two").stdout == b"two" and read(runs) == b"run\n" * 2
+    no_defect(read(first.log), read(fresh.log))
+
+
+def oversized(asker, peer):
+    peer.send(cexec.AUTH, proof=asker.proof(peer))
+    peer.raw(cexec.FRAME_HEAD.pack(cexec.JOB.code, 0, 0, 2 ** 31) + bytes(cexec.CONTROL_MAX))
+
+
+def proved(*frames_of_it):
+    """Frames behind a right AUTH."""
+    def send(asker, peer):
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        for kind, fields in frames_of_it:
+            peer.send(kind, **fields)
+    return send
+
+
+def accepted(data):
+    """Bytes behind a JOB that was accepted, in place of GO."""
+    def send(asker, peer):
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB, descriptors=[(0, 0, 1)])
+        peer.expect(cexec.ACCEPT)
+        peer.raw(data)
+    return send
+
+
+def proof_of(change):
+    def send(asker, peer):
+        peer.send(cexec.AUTH, proof=change(asker, peer))
+        peer.send(cexec.JOB)
+    return send
+
+
+INTRUSIONS = [
+    ("JOB first", b"JOB out of place", lambda asker, peer: peer.send(cexec.JOB)),
+    ("GO first", b"GO out of place", lambda asker, peer: peer.send(cexec.GO)),
+    ("DATA first", b"DATA out of place", lambda asker, peer: peer.raw(data_frame(0, b"x" * 100000))),
+    ("no proof", b"a wrong proof", proof_of(lambda asker, peer: bytes(32))),
+    ("another secret", b"a wrong proof",
+     proof_of(lambda asker, peer: cexec.client_proof(os.urandom(32), peer.hello.challenge, asker.nonce))),
+    ("another challenge", b"a wrong proof",
+     proof_of(lambda asker, peer: cexec.client_proof(asker.pub.secret, os.urandom(32), asker.nonce))),
+    ("another nonce", b"a wrong proof",
+     proof_of(lambda asker, peer: cexec.client_proof(asker.pub.secret, peer.hello.challenge, os.urandom(16)))),
+    ("a proof cut short", b"AUTH cut short",
+     lambda asker, peer: peer.raw(cexec.FRAME_HEAD.pack(cexec.AUTH.code, 0, 0, 31) + asker.proof(peer)[:31])),
+    ("AUTH twice", b"AUTH out of place", proved((cexec.AUTH, {}))),
+    ("GO without a JOB", b"GO out of place", proved((cexec.GO, {}))),
+    ("an oversized JOB", b"frame of kind 3", oversized),
+    ("a variable without a name", b"impossible variable", proved((cexec.JOB, {"environment": ["=x"]}))),
+    ("a variable with a zero", b"impossible variable", proved((cexec.JOB, {"environment": ["A=x\0LD_PRELOAD=y"]}))),
+    ("a descriptor beyond", b"impossible descriptor", proved((cexec.JOB, {"descriptors": [(1024, 1024, 1)]}))),
+    ("a descriptor for nothing", b"not for anything", proved((cexec.JOB, {"descriptors": [(1, 1, 0)]}))),
+    ("DATA before GO", b"DATA before GO", accepted(data_frame(0, b"x"))),
+    ("SIGNAL before GO", b"SIGNAL before GO", accepted(cexec.make_frame(cexec.SIGNAL, signal="TERM"))),
+    ("EXIT before GO", b"EXIT before GO", accepted(cexec.make_frame(cexec.EXIT, **filled(cexec.EXIT)))),
+    ("HELLO to a worker", b"HELLO out of place", proved((cexec.HELLO, {}))),
+    ("random bytes", b"", lambda asker, peer: peer.raw(noise(5000))),
+]
+
+
+def test_nothing_runs_without_a_proof_a_job_and_go(cluster):
+    runs = cluster.path("runs")
+    worker = cluster.worker("sh", "-c", "echo run >>%s; cat" % runs)
+    for name, reason, intrude in INTRUSIONS:
+        before = len(read(worker.log))
+        with Asker(cluster) as asker:
+            with asker.offer() as peer:
+                intrude(asker, peer)
+                assert peer.next() is None, name        # closed, and not a word
+            until(lambda: reason in read(worker.log)[before:], "%s: %s" % (name, reason))
+            asker.say(cexec.CLAIM, token=asker.token)
+        assert not os.path.exists(runs), name
+    assert cluster.client(input=b"whole").stdout == b"whole" and read(runs) == b"run\n"
+    no_defect(read(worker.log))
+
+
+def test_variables_of_a_client_are_always_prefixed(cluster):
+    """Whatever a client that keeps to no rule sends: LD_PRELOAD and PATH become PEER_LD_PRELOAD and PEER_PATH."""
+    cluster.worker("env")
+    with Asker(cluster) as asker, asker.offer() as peer:
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB, descriptors=[(1, 1, 2)], linger=cexec.NO_LINGER,
+                  environment=["LD_PRELOAD=/evil.so", "PATH=/evil", "REMOTE_USER=root"])
+        peer.expect(cexec.ACCEPT)
+        peer.send(cexec.GO)
+        out = b""
+        while not out.endswith(b"\n") or b"PEER_" not in out:
+            kind, payload = peer.next()
+            out += payload if kind is cexec.DATA else b""
+            if kind is cexec.EXIT:
+                break
+    lines = out.split(b"\n")
+    assert {b"PEER_LD_PRELOAD=/evil.so", b"PEER_PATH=/evil", b"PEER_REMOTE_USER=root"} <= set(lines)
+    assert b"REMOTE_USER=anyone" in lines
+    assert not any(line.startswith(b"LD_PRELOAD") or line == b"PATH=/evil" for line in lines)
+
+
+def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
+    worker = cluster.worker("true")
+
+    def heard(count):
+        until(lambda: read(worker.log).count(b"<- ALERT") == count, "complaint %d" % count)
+        return read(worker.log).count(b"a complaint about us")
+
+    with Asker(cluster) as asker, Asker(cluster) as other:
+        with asker.offer() as peer:
+            worker_id = peer.hello.worker_id
+        other.complain(worker_id)               # it was never made an offer
+        assert heard(1) == 0
+        asker.complain(os.urandom(8))           # another worker
+        assert heard(2) == 0
+        asker.complain(worker_id, nonce=other.nonce)
+        assert heard(3) == 0
+        asker.complain(worker_id)
+        assert heard(4) == 1
+        asker.complain(worker_id)
+        asker.complain(worker_id)
+        assert heard(6) == 1
+        until(lambda: b"offer to 127.0.0.1:%d" % asker.port in read(worker.log))
+    assert cluster.client().returncode == 0     # later, but served
+
+
+def test_only_who_announced_a_job_can_claim_it(cluster):
+    """Another holder of the same pub, and one of another name, say that a waiting client is served."""
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    cluster.run("ckeygen", "-n", "bob", cluster.key, check=True)
+    with Ear(group_port(cluster)) as ear:
+        holder = cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        own_claim = ear.wait_for(cexec.CLAIM)[0]        # it has the slot now
+        victim = searching_client(cluster, group_port(cluster), CEXEC_TIMEOUT_ACCEPT="15")
+        nonce = ear.wait_for(cexec.ANNOUNCE, known=[own_claim.nonce])[0].nonce
+        until(lambda: b"every slot of a worker is busy" in read(victim.log), "a place in the line")
+        for pub, token in ((cluster.pub, os.urandom(32)), (cluster.pub, own_claim.body.token),
+                           (cluster.path("app-bob.pub"), os.urandom(32))):
+            before = read(worker.log).count(b"<- CLAIM")
+            with Asker(cluster, cexec.open_pub(pub)) as forger:
+                forger.say(cexec.CLAIM, nonce=nonce, token=token, offers=9)
+            until(lambda: read(worker.log).count(b"<- CLAIM") == before + 1, "a forged claim")
+        assert holder.communicate(b"held", timeout=60)[0] == b"held"
+        assert victim.communicate(b"waited", timeout=60)[0] == b"waited" and victim.returncode == 0, read(victim.log)
+
+
+def rows_of(job, **sent):
+    """EXIT's rows: for each channel what was sent; sent["out"] on channel 1."""
+    return [(channel, sent["out"] if channel == 1 else 0, 0) for number, channel, _ in job.descriptors
+            if number == channel]
+
+
+def says_hello(peer, job, out=5, leave=(), eofs=(1, 2), how=cexec.HOW_EXITED, again=b""):
+    """A worker's part after GO: "hello" on descriptor 1, and EXIT that says how much that was."""
+    peer.raw(data_frame(1, b"hello") + again)
+    for channel in eofs:
+        peer.send(cexec.EOF, channel, cexec.FLAG_WHOLE)
+    rows = [row for row in rows_of(job, out=out) if row[0] not in leave]
+    peer.send(cexec.EXIT, how=how, channels=rows)
+
+
+ENDINGS = [
+    ("all is right", 0, says_hello),
+    ("more after EXIT", 0, lambda peer, job: (says_hello(peer, job), peer.raw(data_frame(1, b"late") + noise(99)))),
+    ("EXIT counts more than came", 111, lambda peer, job: says_hello(peer, job, out=6)),
+    ("EXIT counts less than came", 111, lambda peer, job: says_hello(peer, job, out=4)),
+    ("EXIT counts nothing", 111, lambda peer, job: says_hello(peer, job, out=0)),
+    ("EXIT has no row for an output", 111, lambda peer, job: says_hello(peer, job, leave=(1,))),
+    ("EXIT before the end of an output", 111, lambda peer, job: says_hello(peer, job, eofs=(2,))),
+    ("EXIT of no known kind", 111, lambda peer, job: says_hello(peer, job, how=9)),
+    ("EXIT is missing", 111, lambda peer, job: (peer.raw(data_frame(1, b"hello")), peer.send(cexec.EOF, 1),
+                                                 peer.send(cexec.EOF, 2))),
+    ("nothing at all", 111, lambda peer, job: None),
+    ("DATA after EOF", 111, lambda peer, job: (peer.send(cexec.EOF, 1), says_hello(peer, job, eofs=(2,)))),
+    ("DATA for an input", 111, lambda peer, job: says_hello(peer, job, again=data_frame(0, b"x"))),
+    ("ACCEPT twice", 111, lambda peer, job: (peer.send(cexec.ACCEPT), says_hello(peer, job))),
+    ("an oversized frame", 111, lambda peer, job: (peer.raw(cexec.FRAME_HEAD.pack(7, 0, 1, 2 ** 32 - 1)),
+                                                    says_hello(peer, job))),
+]
+
+
+CLOSED = ("EXIT is missing", "nothing at all")
+
+
+def test_success_is_only_what_a_worker_has_said_in_full(cluster):
+    """A worker with the true key that does not keep to the protocol: 0 only for a whole job."""
+    key = cexec.open_key(cluster.key)
+    with Ear(group_port(cluster)) as ear:
+        known = []
+        for name, status, ending in ENDINGS:
+            client = cluster.start_client(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            announced, address = ear.wait_for(cexec.ANNOUNCE, known)
+            known.append(announced.nonce)
+            with play_worker(announced, address, key) as peer:
+                peer.expect(cexec.AUTH)
+                job = peer.expect(cexec.JOB)
+                peer.send(cexec.ACCEPT)
+                peer.expect(cexec.GO)
+                ending(peer, job)
+                while name not in CLOSED and peer.next():
+                    pass                        # until the client closes: unread input would reset the connection
+            out, errors = client.communicate(timeout=60)
+            assert client.returncode == status, (name, client.returncode, errors)
+            if status == 0:
+                assert (out, errors) == (b"hello", b""), name
+            else:
+                assert errors.startswith(b"cexec: worker 127.0.0.1 lost") and errors.count(b"\n") == 1, (name, errors)
+
+
+REFUSALS = [
+    ("REFUSE", lambda peer: peer.send(cexec.REFUSE, reason="not now")),
+    ("a close", lambda peer: None),
+    ("EXIT before GO", lambda peer: peer.send(cexec.EXIT, how=cexec.HOW_EXITED)),
+    ("DATA before GO", lambda peer: peer.raw(data_frame(1, b"forged output"))),
+    ("random bytes", lambda peer: peer.raw(noise(3000))),
+]
+
+
+def test_before_go_the_search_goes_on_whatever_a_worker_does(cluster):
+    key = cexec.open_key(cluster.key)
+    port = free_port()
+    worker = cluster.worker("tr", "a-z", "A-Z")
+    with Ear(port) as ear, Ear(group_port(cluster)) as mouth:
+        client = searching_client(cluster, port)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        with play_worker(announced, address, key, nonce=os.urandom(16)) as peer:
+            assert peer.next() is None          # an offer for another job
+        with play_worker(announced, address, key) as peer:
+            peer.expect(cexec.AUTH)
+            peer.expect(cexec.JOB)
+            peer.send(cexec.HELLO)              # once is enough
+            assert peer.next() is None
+        for name, refuse in REFUSALS:
+            with play_worker(announced, address, key) as peer:
+                peer.expect(cexec.AUTH)
+                peer.expect(cexec.JOB)
+                refuse(peer)
+                if name == "a close":
+                    continue
+                assert peer.next() is None, name
+        for hello in ({"version": cexec.PROTOCOL + 1}, {"version": 0}):
+            with Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+                peer.send(cexec.HELLO, nonce=announced.nonce, **hello)
+                assert peer.next() is None
+        assert client.poll() is None and b"-> GO" not in read(client.log)
+        mouth.say(announced.readdressed("127.0.0.1", announced.port, 1))
+        assert client.communicate(b"done", timeout=60)[0] == b"DONE" and client.returncode == 0
+    no_defect(read(client.log), read(worker.log))
+
+
+def test_a_connection_that_says_nothing_delays_no_job(cluster):
+    """The job is done while whoever connected first still has all of its time to speak."""
+    worker, port = cluster.worker("cat"), free_port()
+    with Ear(port) as ear, Ear(group_port(cluster)) as mouth, contextlib.ExitStack() as silent:
+        client = searching_client(cluster, port)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        for _ in range(5):
+            silent.enter_context(socket.create_connection((address, announced.port), 20))
+        mouth.say(announced.readdressed("127.0.0.1", announced.port, 1))
+        assert client.communicate(b"quick", timeout=60)[0] == b"quick" and client.returncode == 0
+        assert b"said nothing" not in read(client.log), "the job waited for them"
+    no_defect(read(client.log), read(worker.log))
+
+
+def garbage_datagrams(pub, count, seed):
+    """Noise, noise behind a good head, damaged ones, and well-formed ones of every kind with a wrong MAC."""
+    chance = random.Random(seed)
+    wrong = pub._replace(secret=bytes(32))
+    kinds = list(cexec.DATAGRAMS.values())
+    for number in range(count):
+        kind = kinds[number // 4 % len(kinds)]
+        nonce = chance.getrandbits(128).to_bytes(16, "big")
+        data = cexec.make_datagram(kind, wrong, nonce, chance.randrange(65536), **filled(kind))
+        way = number % 4
+        if way == 0:
+            data = nonce * chance.randrange(80)
+        elif way == 1:
+            data = data[:25] + nonce * chance.randrange(60)
+        elif way == 2:
+            place = chance.randrange(25, len(data))
+            data = with_byte(data, place, chance.randrange(256))[:chance.choice((len(data), place))]
+        yield data[:1300]
+
+
+def waiting_bytes(*ports):
+    """What UDP sockets with these ports have not received yet, on this host."""
+    wanted = {"%04X" % port for port in ports}
+    return sum(int(line.split()[4].partition(":")[2], 16) for line in read("/proc/net/udp").decode().splitlines()[1:]
+               if line.split()[1].partition(":")[2] in wanted)
+
+
+def drained(*ports):
+    deadline = time.monotonic() + 30
+    while waiting_bytes(*ports):
+        assert time.monotonic() < deadline, "nobody reads what was sent"
+
+
+def test_a_hundred_thousand_garbage_datagrams(cluster):
+    """To a worker, a logger and a searching client, all of them read; then a job runs as ever."""
+    worker, crat, port = cluster.worker("cat"), cluster.logger(cluster.pub), free_port()
+    pub = cexec.open_pub(cluster.pub)
+    crat_pid = cluster.started[-1].pid
+    with Ear(port) as ear, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        client = searching_client(cluster, port)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        group = cexec.Group(cluster.env["GROUP"])
+        group.prepare(sock)
+        assert cluster.client(input=b"before").stdout == b"before"
+        processes = (worker.pid, crat_pid, client.pid)
+        before = [rss(pid) for pid in processes]
+        count = 0
+        for data in garbage_datagrams(pub, 25000, 7):
+            for copy in range(4):
+                sock.sendto(data, (cexec.THIS_HOST, group_port(cluster)))
+                sock.sendto(data, ("127.0.0.1", announced.port))
+                count += 1
+            if count % 64 == 0:
+                drained(group_port(cluster), announced.port)
+        drained(group_port(cluster), announced.port)
+        assert count == 100000
+        grown = [rss(pid) - old for pid, old in zip(processes, before)]
+        assert max(grown) < 6 << 20, grown
+        assert cluster.client(input=b"after").stdout == b"after"
+        group.send(sock, announced.readdressed("127.0.0.1", announced.port, 1))
+        assert client.communicate(b"found", timeout=60)[0] == b"found" and client.returncode == 0
+    for log in (worker.log, client.log):
+        assert 80000 < read(log).count(b"dropped") < 110000     # the rest is for others, or of no kind for them
+        no_defect(read(log))
+    until(lambda: len([line for line in crat.lines() if "completed by" in line and "unverified" not in line]) == 2)
+    errors = [name for name in os.listdir(cluster.directory) if name.startswith("crat") and name.endswith(".err")]
+    no_defect(*[read(cluster.path(name)) for name in errors])
+
+
+def client_hello():
+    tls = cexec.Tls(cexec.tls_context(), False)
+    tls.handshake()
+    return tls.take()
+
+
+def test_a_thousand_garbage_connections(cluster):
+    """To a searching client, from many addresses: silent, closed at once, noise, what begins like TLS."""
+    worker, port, chance = cluster.worker("cat"), free_port(), random.Random(11)
+    crat = cluster.logger(cluster.pub, env={"GROUP": "127.255.255.255:%d" % port})
+    own_key = cexec.open_key(put(cluster.path("own"), cexec.format_key(OTHER_MASTER)[0]))
+    hello = client_hello()
+    with Ear(port) as ear, Ear(group_port(cluster)) as mouth, contextlib.ExitStack() as kept:
+        client = searching_client(cluster, port)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        before = rss(client.pid)
+        for number in range(1000):
+            sock = socket.create_connection((address, announced.port), 20, ("127.0.0.%d" % (2 + number % 40), 0))
+            sock.settimeout(20)
+            way = number % 5
+            try:
+                if way == 1:
+                    sock.sendall(noise(chance.randrange(1, 3000), number))
+                elif way == 2:
+                    sock.sendall(hello + noise(300, number))
+                elif way == 3:
+                    sock.sendall(b"\x16\x03\x03\x02\x00\x02" + noise(600, number))
+                elif number % 50 == 4:
+                    play = Peer(sock, own_key)
+                    sock = play.sock
+            except OSError:
+                pass                    # it has closed already
+            if number % 3:
+                sock.close()
+            else:
+                kept.callback(sock.close)
+        assert client.poll() is None
+        assert rss(client.pid) - before < 24 << 20
+        mouth.say(announced.readdressed("127.0.0.1", announced.port, 1))
+        assert client.communicate(b"found", timeout=60)[0] == b"found" and client.returncode == 0
+        until(lambda: any("completed by 127.0.0.1" in line for line in crat.lines()))
+    complaints = [line for line in crat.lines() if "rats out" in line]
+    assert 1 <= len(complaints) <= 16 and len({line.split()[3] for line in complaints}) == len(complaints)
+    assert all("127.0.0.1 rats out" in line and "unverified" not in line for line in complaints)
+    no_defect(read(client.log), read(worker.log))
+
+
+class Middle:
+    """A man in the middle: the worker's offers come to him, he connects to the client, and flips one bit."""
+
+    def __init__(self, cluster):
+        self.port, self.stopped = free_port(), False
+        self.ear, self.mouth = Ear(self.port), Ear(group_port(cluster))
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(16)
+        self.target = self.place = None         # place: (direction, byte, bit), once
+        self.flipped, self.passed = 0, {"up": 0, "down": 0}
+        self.thread = threading.Thread(target=self.work)
+        self.thread.start()
+
+    def begin(self, place):
+        """For the next client."""
+        self.place, self.flipped, self.passed = place, 0, {"up": 0, "down": 0}
+
+    def work(self):
+        while not self.stopped:
+            ready = select.select([self.ear.listener.sock, self.listener], [], [], 0.05)[0]
+            for datagram, address in self.ear.hear():
+                if datagram.kind is cexec.ANNOUNCE:
+                    self.target = address, datagram.port
+                if datagram.kind in (cexec.ANNOUNCE, cexec.CLAIM):
+                    self.mouth.say(datagram.readdressed("127.0.0.1", self.listener.getsockname()[1], 1))
+            self.ear.heard = []
+            if self.listener in ready:
+                self.join(self.listener.accept()[0])
+
+    def join(self, worker):
+        place, self.place = self.place, None
+        try:
+            client = socket.create_connection(self.target, 5)
+        except OSError:
+            return worker.close()
+        for direction, source, target in (("up", client, worker), ("down", worker, client)):
+            threading.Thread(target=self.pump, args=(direction, source, target, place), daemon=True).start()
+
+    def pump(self, direction, source, target, place):
+        passed = 0
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                if not data:
+                    break
+                if place and place[0] == direction and passed <= place[1] < passed + len(data):
+                    data = with_byte(data, place[1] - passed, data[place[1] - passed] ^ 1 << place[2])
+                    self.flipped += 1
+                passed += len(data)
+                self.passed[direction] = max(passed, self.passed[direction])
+                target.sendall(data)
+        for sock, how in ((target, socket.SHUT_WR), (source, socket.SHUT_RD)):
+            with contextlib.suppress(OSError):
+                sock.shutdown(how)
+
+    def close(self):
+        self.stopped = True
+        self.thread.join()
+        self.listener.close()
+        self.ear.listener.sock.close()
+        self.mouth.listener.sock.close()
+
+
+def test_a_flipped_bit_anywhere_is_never_a_wrong_success(cluster):
+    """Before GO the search goes on; after it, the job is lost; what has no effect has none."""
+    worker, chance = cluster.worker("tr", "a-z", "A-Z", env={"CONCURRENCY": "8"}), random.Random(2)
+    middle, payload = Middle(cluster), b"the quick brown fox\n" * 100
+    env = {"CEXEC_TIMEOUT_PINGPONG": "1", "CEXEC_TIMEOUT_ACCEPT": "25"}
+    lost = again = flips = 0
+    try:
+        lengths = {}
+        for number in range(31):
+            place = None
+            if number:
+                direction = ("up", "down")[number % 2]
+                place = direction, chance.randrange(lengths[direction]), chance.randrange(8)
+            middle.begin(place)
+            client = searching_client(cluster, middle.port, **env)
+            out = client.communicate(payload, timeout=60)[0]
+            log = read(client.log)
+            no_defect(log)
+            flips += middle.flipped
+            if client.returncode == 0:
+                assert out == payload.upper(), place
+                again += b"TLS: " in log or b"said nothing" in log
+            else:
+                assert client.returncode == 111 and log.count(b"-> GO") == 1, (place, client.returncode, log)
+                assert b"worker 127.0.0.1 lost" in log, place
+                lost += 1
+            if not number:
+                assert client.returncode == 0 and not lost
+                lengths = dict(middle.passed)
+    finally:
+        middle.close()
+    assert flips >= 25 and lost >= 5 and again >= 5, (flips, lost, again)
+    no_defect(read(worker.log))
+
+
+# ---------------------------------------------------------------------------
+# Many workers, simulated: the functions that decide, driven by a seeded model
+# ---------------------------------------------------------------------------
+
+HANDSHAKE = 0.005                       # seconds from the first offer to the claim that everybody hears
+
+
+class Model:
+    """Idle workers that hear announcements one after the other: what each of them costs."""
+
+    def __init__(self, workers, seed=1):
+        self.random = random.Random(seed)
+        self.workers = workers
+        self.spread = cexec.SPREAD_MIN / 2          # all hear the same claims, so all have the same
+
+    def announcement(self):
+        """(offers made, seconds to the first, which worker was the first)."""
+        delays = sorted((self.random.uniform(0.0001, 0.0005) +
+                         cexec.spread_delay(self.spread, self.random.random()), worker)
+                        for worker in range(self.workers))
+        first, winner = delays[0]
+        offers = sum(delay < first + HANDSHAKE for delay, _ in delays)
+        self.spread = cexec.next_spread(self.spread, offers)
+        return offers, first, winner
+
+
+@pytest.mark.parametrize("workers, most", [(1, 1), (2, 2), (10, 6), (100, 6), (1000, 12), (10000, 75)])
+def test_offers_for_an_announcement_among_idle_workers(workers, most):
+    model = Model(workers)
+    results = [model.announcement() for _ in range(100)]
+    offers = sorted(count for count, _, _ in results[10:])
+    print("%5d workers: first %s, median %d, worst %d, time to the first %.1f ms" % (
+        workers, [count for count, _, _ in results[:4]], offers[len(offers) // 2], offers[-1],
+        1000 * max(first for _, first, _ in results)))
+    assert offers[len(offers) // 2] <= most
+    assert max(first for _, first, _ in results[10:]) < 0.2         # simulated seconds, not ours
+
+
+def test_two_workers_wait_for_nothing():
+    model = Model(2)
+    assert max(first for _, first, _ in (model.announcement() for _ in range(100))) <= 0.0005
+
+
+def test_idle_workers_are_chosen_evenly():
+    model = Model(10)
+    wins = collections.Counter(model.announcement()[2] for _ in range(5000))
+    assert len(wins) == 10 and max(wins.values()) < 1.3 * min(wins.values())
+
+
+def test_the_spread_follows_when_workers_leave():
+    model = Model(1000)
+    for _ in range(30):
+        model.announcement()
+    model.workers = 2
+    for _ in range(30):
+        model.announcement()
+    assert model.announcement()[1] <= 0.0005
+
+
+def simulated(name, since):
+    client = SimpleNamespace(name=name, nonce=("%s %r" % (name, since)).encode(), since=since, heard=since)
+    return client
+
+
+def serve(workers, clients, seed=1):
+    """Every worker has one slot that frees at the same time: rounds of offers until all clients are served.
+
+    Returns (offers for each client served, the order in which they were served).
+    """
+    rng, served, offers, few = random.Random(seed), [], 0, 1
+    lines = []
+    for _ in range(workers):
+        line = cexec.Line()
+        for client in clients:
+            line.join(client)
+        lines.append(line)
+    while len(served) < len(clients):
+        chosen = collections.defaultdict(int)
+        for line in lines:
+            if line:
+                chosen[line.take(few, rng.random()).nonce] += 1
+        taken = [client for client in clients if client.nonce in chosen and client not in served]
+        served += taken
+        offers += sum(chosen.values())
+        for client in taken:                # its claim: everybody forgets it, and learns how offers collide
+            few = cexec.next_few(few, chosen[client.nonce])
+            for line in lines:
+                line.leave(client)
+    return offers / len(clients), served
+
+
+@pytest.mark.parametrize("workers, most", [(1, 1), (2, 2), (10, 3.5), (100, 6)])
+def test_workers_that_become_free_at_once_do_not_all_run_to_one_client(workers, most):
+    clients = [simulated("anyone", float(number)) for number in range(500)]
+    cost, served = serve(workers, clients)
+    late = max(abs(place - clients.index(client)) for place, client in enumerate(served))
+    print("%d workers: %.2f offers for each client, displaced by %d at most" % (workers, cost, late))
+    assert cost <= most
+    assert late <= 3 * workers
+
+
+def test_one_worker_serves_strictly_oldest_first_and_names_in_turn():
+    many = [simulated("many", float(number)) for number in range(20)]
+    few = [simulated("few", 100.0 + number) for number in range(2)]
+    served = serve(1, many + few)[1]
+    names = [client.name for client in served]
+    assert names[:4] in (["many", "few", "many", "few"], ["few", "many", "few", "many"])
+    assert [client for client in served if client.name == "many"] == many
+
+
+# ---------------------------------------------------------------------------
+# Jobs: the same command here and there
+# ---------------------------------------------------------------------------
+
+SHELL = 'eval "$PEER_CMD"'          # what the worker's sh is given, and ours
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A cluster with one worker for many tests; its data/ has files to read."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        signal.signal(number, handler)          # a shell's background job ignores them, and so would ours
+    made = Cluster(tmp_path_factory.mktemp("jobs"))
+    made.data = made.path("data")
+    os.makedirs(made.path("data/tree"))
+    block = os.urandom(1 << 20)
+    with open(made.path("data/big"), "wb") as file:
+        for number in range(48):
+            file.write(struct.pack("Q", number) + block[8:])
+    files = [("bytes", bytes(range(256)) * 3), ("words", b"alpha\nbeta\ngamma\ndelta\n")]
+    files += [("tree/%d" % number, b"%d\n" % number + block[:number * 9973]) for number in range(12)]
+    for name, data in files:
+        with open(made.path("data/" + name), "wb") as file:
+            file.write(data)
+    made.serving = made.worker("sh", "-c", SHELL, env={"CONCURRENCY": "16", "BOOST": "0"}, verbose=False)
+    until(lambda: listening(made.serving.pid), "a worker's start")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def one(shared):
+    """The shared cluster, of which nothing but the worker may be left when the test ends."""
+    yield shared
+    for process in shared.started[1:]:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
+    del shared.started[1:]
+    try:
+        until(lambda: shared.alive() == [shared.serving.pid], "the end of every process but the worker", 12)
+    finally:
+        for pid in shared.alive():
+            if pid != shared.serving.pid:
+                os.kill(pid, signal.SIGKILL)
+
+
+def placed(fds):
+    """For Popen's preexec_fn: descriptors {number: file}, None for a closed one; 0, 1 and 2 else /dev/null."""
+    def child():
+        null = os.open(os.devnull, os.O_RDWR)
+        wanted = dict.fromkeys(range(3), null)
+        wanted.update(fds)
+        moved = {number: fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 300)
+                 for number, file in wanted.items() if file is not None}
+        for number in range(300):
+            if number in moved:
+                os.dup2(moved[number], number)
+            else:
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(number, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    return child
+
+
+class Here:
+    """Runs a command on this host: what There is compared with."""
+
+    def __init__(self, cluster, directory):
+        self.cluster, self.directory = cluster, str(directory)
+        os.makedirs(self.directory)
+
+    def argv(self, command):
+        return ["env", "PEER_CMD=" + command, "sh", "-c", SHELL]
+
+    def shell(self):
+        """A shell's words that run the command in $CMD."""
+        return 'env PEER_CMD="$CMD" sh -c ' + shlex.quote(SHELL)
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def start(self, command, fds, env=None):
+        process = subprocess.Popen(self.argv(command), env=self.cluster.environment(env), cwd=self.directory,
+                                   close_fds=False, preexec_fn=placed(fds))
+        self.cluster.started.append(process)
+        return process
+
+    def script(self, text, command):
+        """Runs a script in which RUN stands for the command: (status, stdout, stderr, files it has made)."""
+        done = subprocess.run(["sh", "-c", text.replace("RUN", self.shell())], cwd=self.directory,
+                              env=self.cluster.environment({"CMD": command, "DATA": self.cluster.data}),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=PATIENCE * 2)
+        files = {name: read(self.path(name)) for name in os.listdir(self.directory)
+                 if os.path.isfile(self.path(name))}
+        return done.returncode, done.stdout, done.stderr, files
+
+
+class There(Here):
+    """Runs it over cexec."""
+
+    def argv(self, command):
+        return self.cluster.argv("cexec", self.cluster.pub, "CMD=" + command)
+
+    def shell(self):
+        return " ".join(map(shlex.quote, self.cluster.argv("cexec", self.cluster.pub))) + ' CMD="$CMD"'
+
+
+def both(cluster, directory, scenario, *words):
+    """What scenario(side, *words) gives here and over cexec, which must be the same."""
+    here = scenario(Here(cluster, directory / "here"), *words)
+    there = scenario(There(cluster, directory / "there"), *words)
+    assert there == here
+    return here
+
+
+def python(program, *words):
+    """A command that becomes a Python program."""
+    return "exec " + " ".join(map(shlex.quote, [PYTHON, "-ISc", program, *words]))
+
+
+def wait_for(path):
+    """A command that waits until there is such a file."""
+    return "until [ -e %s ]; do sleep 0.02; done" % shlex.quote(path)
+
+
+def touch(path):
+    open(path, "w").close()
+
+
+def read_all(fd):
+    """What can be read until the end of file; a pty's is EIO.  Closes it."""
+    pieces = []
+    try:
+        while pieces[-1:] != [b""]:
+            assert select.select([fd], [], [], PATIENCE * 2)[0], "no end of file after %r" % pieces[-1:]
+            try:
+                pieces.append(os.read(fd, 1 << 16))
+            except OSError as error:
+                assert error.errno == errno.EIO
+                break
+    finally:
+        os.close(fd)
+    return b"".join(pieces)
+
+
+def at_end(fd):
+    """Whether the next that comes is the end of file."""
+    assert select.select([fd], [], [], PATIENCE * 2)[0], "nothing has come"
+    return os.read(fd, 1) == b""
+
+
+def read_count(fd, count):
+    """That many bytes."""
+    data = bytearray()
+    while len(data) < count:
+        assert select.select([fd], [], [], PATIENCE * 2)[0], "only %d bytes have come" % len(data)
+        piece = os.read(fd, min(1 << 16, count - len(data)))
+        assert piece, "the end of file after %d bytes" % len(data)
+        data += piece
+    return bytes(data)
+
+
+def socketpair(family):
+    """A connected pair of stream sockets, over loopback for AF_INET."""
+    if family == socket.AF_UNIX:
+        return socket.socketpair()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        mine = socket.create_connection(server.getsockname())
+        return mine, server.accept()[0]
+
+
+@contextlib.contextmanager
+def job(cluster, command, *words, outputs=(1,), fds=None, env=None, mark=None, preexec=None):
+    """A running client: process.out[number] reads its output there; closed when the block ends."""
+    ends = {number: os.pipe() for number in outputs}
+    place = placed({**(fds or {}), **{number: end[1] for number, end in ends.items()}})
+
+    def child():
+        place()
+        if preexec:
+            preexec()
+    arguments = ["CMD=" + command] + (["MARK=" + mark] if mark else [])
+    process = subprocess.Popen(cluster.argv("cexec", *words, cluster.pub, *arguments), env=cluster.environment(env),
+                               cwd=cluster.directory, close_fds=False, preexec_fn=child)
+    cluster.started.append(process)
+    process.out = {}
+    for number, (reader, writer) in ends.items():
+        os.close(writer)
+        process.out[number] = reader
+    try:
+        yield process
+    finally:
+        for reader in process.out.values():
+            with contextlib.suppress(OSError):
+                os.close(reader)
+
+
+def finish(process, number=1):
+    """(status, the rest of an output) of a job."""
+    rest = read_all(process.out.pop(number))
+    return process.wait(PATIENCE * 2), rest
+
+
+def new_mark():
+    return uuid.uuid4().hex
+
+
+def marked(mark):
+    """The processes of the command that was given MARK=mark."""
+    return processes_with("PEER_MARK=" + mark)
+
+
+def state_of(pid):
+    """A process's letter in ps; None if there is no such process."""
+    with contextlib.suppress(OSError):
+        return read("/proc/%d/stat" % pid).rpartition(b")")[2].split()[0].decode()
+    return None
+
+
+def parent_of(pid):
+    return int(read("/proc/%d/stat" % pid).rpartition(b")")[2].split()[1])
+
+
+def case(name, command, script, stdout):
+    return pytest.param(command, script, stdout, id=name)
+
+
+LINES = "for i in 1 2 3 4 5 6 7 8 9; do echo out $i; echo err $i >&2; done"
+INTERLEAVED = "".join("out %d\nerr %d\n" % (i, i) for i in range(1, 10))
+
+ORACLE = [
+    case("null_input", "cat; echo end", "RUN </dev/null", "end\n"),
+    case("empty_pipe", "cat; echo end", ": | RUN", "end\n"),
+    case("empty_file", "cat; echo end", ": >empty; RUN <empty", "end\n"),
+    case("empty_output", "true", "echo old >f; RUN >f; wc -c <f", "0\n"),
+    case("every_byte", "cat", "RUN <$DATA/bytes | cmp - $DATA/bytes && echo same", "same\n"),
+    case("48_MB_from_a_file", "cat", "RUN <$DATA/big | cmp - $DATA/big && echo same", "same\n"),
+    case("48_MB_from_a_pipe", "cat", "cat $DATA/big | RUN >copy; cmp copy $DATA/big && echo same; rm copy", "same\n"),
+    case("stdout_and_stderr", "head -c 5000000 /dev/zero; head -c 5000001 /dev/zero >&2",
+         "RUN 2>err | wc -c; wc -c <err", "5000000\n5000001\n"),
+    case("device_input", "head -c 300000 | wc -c", "RUN </dev/zero", "300000\n"),
+    case("sort", "sort", r"printf 'c\na\nb\n' | RUN", "a\nb\nc\n"),
+    case("three_in_a_pipeline", "sort; echo z", r"printf 'b\na\n' | RUN | RUN | RUN", "a\nb\nz\nz\nz\n"),
+    case("here_document", "cat", "RUN <<X\none\ntwo\nX\n", "one\ntwo\n"),
+    case("command_substitution", r"printf 'a\nb\n\n'", 'x=$(RUN); echo "<$x>"', "<a\nb>\n"),
+    case("in_the_background", "exit 3", "RUN & wait $!; echo $?", "3\n"),
+    case("quotes_and_newlines", "printf '%s\\n' \"a'b\" 'c\nd\\e' \"$(echo f)\"", "RUN", "a'b\nc\nd\\e\nf\n"),
+    case("bytes_that_are_no_text", "printf '\udcff\udc80\\n'", "RUN", "\udcff\udc80\n"),
+    case("yes_into_head", "head -n 1", "{ yes; echo $? >status; } | RUN; cat status", "y\n141\n"),
+    case("head_of_yes", "yes", "{ RUN; echo $? >status; } | head -n 1; cat status", "y\n141\n"),
+    case("true_with_a_large_pipe", "true", "{ cat $DATA/big; echo $? >status; } | RUN; cat status", "141\n"),
+    case("true_with_a_large_file", "true", "{ RUN; head -c 6; } <$DATA/words", "alpha\n"),
+    case("false_with_a_large_file", "false", "RUN <$DATA/big; echo $?", "1\n"),
+    case("between_two_echoes", "echo x", "(echo a; RUN; echo b) >f; cat f", "a\nx\nb\n"),
+    case("both_to_one_file", LINES, "RUN >log 2>&1; cat log", INTERLEAVED),
+    case("both_to_one_pipe", LINES, "RUN 2>&1 | cat", INTERLEAVED),
+    case("append", "echo x", "echo a >f; RUN >>f; echo b >>f; cat f", "a\nx\nb\n"),
+    case("append_by_two_at_once", "for i in 1 2 3; do echo $i; done", "RUN >>f & RUN >>f; wait; sort f; rm f",
+         "1\n1\n2\n2\n3\n3\n"),
+    case("while_read", "read x; echo command $x", "while read x; do echo shell $x; RUN; done <$DATA/words",
+         "shell alpha\ncommand beta\nshell gamma\ncommand delta\n"),
+    case("two_share_an_input_head", "head -c 5", "{ RUN; echo; RUN; echo; cat; } <$DATA/words",
+         "alpha\n\nbeta\n\ngamma\ndelta\n"),
+    case("two_share_an_input_dd", "dd bs=1 count=7 2>/dev/null", "{ RUN; echo; RUN; echo; cat; } <$DATA/words",
+         "alpha\nb\neta\ngam\nma\ndelta\n"),
+    case("offset_before_and_after", "read a; read b; echo $b $a", "{ read x; RUN; cat; } <$DATA/words",
+         "gamma beta\ndelta\n"),
+    case("offset_after_all", "cat", "{ RUN; cat; echo end; } <$DATA/words", "alpha\nbeta\ngamma\ndelta\nend\n"),
+    case("offset_of_a_large_file", "head -c 9000000 | wc -c", "{ RUN; cat | wc -c; } <$DATA/big",
+         "9000000\n41331648\n"),
+    case("one_input_on_0_and_5", "read a; read b <&5; echo $a $b", "{ RUN 5<&0; cat; } <$DATA/words",
+         "alpha beta\ngamma\ndelta\n"),
+    case("one_file_opened_twice", "read a; read b <&5; echo $a $b", "RUN <$DATA/words 5<$DATA/words",
+         "alpha alpha\n"),
+    case("input_at_5", "cat <&5", "RUN 5<$DATA/words", "alpha\nbeta\ngamma\ndelta\n"),
+    case("outputs_at_3_and_9", "echo three >&3; echo nine >&9", "RUN 3>three 9>nine; cat three nine", "three\nnine\n"),
+    case("one_pipe_on_3_and_4", "for i in 1 2 3; do echo a$i >&3; echo b$i >&4; done", "RUN 3>&1 4>&1 | cat",
+         "a1\nb1\na2\nb2\na3\nb3\n"),
+    case("one_file_on_3_and_4", "for i in 1 2 3; do echo a$i >&3; echo b$i >&4; done", "RUN 3>f 4>&3; cat f",
+         "a1\nb1\na2\nb2\na3\nb3\n"),
+    case("read_write_file_as_input", "head -c 2", "printf abcdef >f; { RUN; cat; } <>f", "abcdef"),
+    case("read_write_file_as_output", "printf XY", "printf abcdef >f; RUN 1<>f; cat f", "XYcdef"),
+    case("write_in_the_middle", "printf XY", "printf abcdef >f; { head -c 2; RUN 1<&0 0</dev/null; cat; } <>f; cat f",
+         "abefabXYef"),
+    case("fifo_as_input", "cat", "mkfifo f; echo through >f & RUN <f; wait", "through\n"),
+    case("fifo_as_output", "echo through", "mkfifo f; cat f >copy & RUN >f; wait; cat copy", "through\n"),
+    case("fifo_both_ways", "echo around >&3; head -n 1 <&3", "mkfifo f; RUN 3<>f", "around\n"),
+    case("closed_stdin", "cat; echo $?", "RUN <&-", "1\n"),
+    case("closed_stdout", "cat", "RUN <$DATA/words >&-; echo $?", "1\n"),
+    case("closed_stderr", "echo gone >&2; echo $?", "RUN 2>&-", "2\n"),
+    case("closed_all", "(echo x) >&1 || exit 7", "RUN <&- >&- 2>&-; echo $?", "7\n"),
+    case("closed_stdin_and_stdout", "cat; echo $? >&2", "RUN <&- >&- 2>err; cat err | wc -l", "2\n"),
+    case("not_found_in_the_shell", "no-such-command-here", "RUN; echo $?", "127\n"),
+    case("tar", "cat", "mkdir x; tar cf - -C $DATA tree | RUN | tar xf - -C x; diff -r $DATA/tree x/tree && echo same",
+         "same\n"),
+    case("untar_on_the_worker", "tar tf - | sort", "tar cf - -C $DATA tree/3 tree/4 | RUN", "tree/3\ntree/4\n"),
+    case("gzip", "gzip", "RUN <$DATA/tree/9 | gunzip | cmp - $DATA/tree/9 && echo same", "same\n"),
+    case("xargs", "cat; wc -c </dev/null", "cat >run <<'X'\nRUN <$DATA/tree/$1 >$1.out\nX\n"
+         "ls $DATA/tree | xargs -P4 -n1 sh run; rm run; ls | wc -l", "12\n"),
+]
+
+
+@pytest.mark.parametrize("command, script, stdout", ORACLE)
+def test_oracle(one, tmp_path, command, script, stdout):
+    _, seen, _, _ = both(one, tmp_path, Here.script, script, command)
+    assert seen == os.fsencode(stdout)
+
+
+@pytest.mark.parametrize("name", "KILL TERM SEGV ABRT PIPE HUP INT".split())
+def test_oracle_death_by_signal(one, tmp_path, name):
+    number = getattr(signal, "SIG" + name)
+    script = "ulimit -c 0; { RUN >out; echo $? >status; } 2>/dev/null"       # our shell tells of a death here
+    files = both(one, tmp_path, Here.script, script, "echo last; kill -%s $$" % name)[3]
+    assert files == {"status": b"%d\n" % (128 + number), "out": b"last\n"}
+
+
+@pytest.mark.parametrize("status", (0, 1, 2, 100, 111, 126, 127, 128, 129, 143, 254, 255))
+def test_oracle_status(one, tmp_path, status):
+    assert both(one, tmp_path, Here.script, "RUN", "exit %d" % status)[0] == status
+
+
+def test_oracle_many_statuses(one, tmp_path):
+    script = ("cat >run <<'X'\nCMD=\"exit $1\"; RUN; echo $1 $?\nX\n"
+              "seq 0 3 255 | xargs -P4 -n1 sh run | sort -n; rm run")
+    seen = both(one, tmp_path, Here.script, script, "")
+    assert seen[1].decode() == "".join("%d %d\n" % (status, status) for status in range(0, 256, 3))
+
+
+# Scenarios in which both ends take part: functions of a side, compared by both().
+
+def unread_stderr(side):
+    """The command's output while nobody reads its other output."""
+    (out, far_out), (err, far_err) = os.pipe(), os.pipe()
+    done = side.path("done")
+    process = side.start("(head -c 30000000 /dev/zero >&2; : >%s) & head -c 60000000 /dev/zero; wait; echo end" % done,
+                         {1: far_out, 2: far_err})
+    os.close(far_out)
+    os.close(far_err)
+    count = len(read_count(out, 60000000))
+    select.select([], [], [], 3)    # all that time nobody reads stderr
+    blocked = not os.path.exists(done)
+    errors = len(read_all(err))
+    return count, blocked, errors, read_all(out), process.wait(PATIENCE)
+
+
+def test_oracle_unread_stderr(one, tmp_path):
+    assert both(one, tmp_path, unread_stderr) == (60000000, True, 30000000, b"end\n", 0)
+
+
+def stdout_closed_early(side):
+    """The reader sees the end of file while the command still runs."""
+    out, far = os.pipe()
+    process = side.start("echo early; exec >&-; %s; exit 5" % wait_for(side.path("go")), {1: far})
+    os.close(far)
+    data = read_all(out)
+    running = process.poll() is None
+    touch(side.path("go"))
+    return data, running, process.wait(PATIENCE)
+
+
+def stdin_closed_early(side):
+    """The writer gets EPIPE while the command still runs."""
+    near, out = os.pipe()
+    process = side.start("exec <&-; %s; exit 5" % wait_for(side.path("go")), {0: near})
+    os.close(near)
+    with pytest.raises(BrokenPipeError):
+        for _ in range(1000):       # more than any window
+            os.write(out, bytes(65536))
+    os.close(out)
+    running = process.poll() is None
+    touch(side.path("go"))
+    return running, process.wait(PATIENCE)
+
+
+def reader_leaves(side, command):
+    """The command writes on after its reader has gone."""
+    (out, far_out), (near_in, far_in) = os.pipe(), os.pipe()
+    process = side.start(command, {0: near_in, 1: far_out})
+    os.close(far_out)
+    os.close(near_in)
+    first = read_count(out, 4)
+    os.close(out)
+    os.write(far_in, b"go\n")
+    os.close(far_in)
+    return first, process.wait(PATIENCE)
+
+
+def held_by_the_background(side):
+    """A process left in the background writes the last line."""
+    out, far = os.pipe()
+    process = side.start("(%s; echo late) & echo early; exit 4" % wait_for(side.path("go")), {1: far})
+    os.close(far)
+    data = read_count(out, 6)
+    touch(side.path("go"))
+    return data + read_all(out), process.wait(PATIENCE)
+
+
+def left_in_the_background(side):
+    """A process left in the background that holds nothing of the job."""
+    out, far = os.pipe()
+    pid = side.path("pid")
+    process = side.start("setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo $! >%s; echo x" % pid, {1: far})
+    os.close(far)
+    data = read_all(out)
+    status = process.wait(PATIENCE)
+    alive = state_of(int(read(pid))) is not None
+    os.kill(int(read(pid)), signal.SIGKILL)
+    return data, status, alive
+
+
+def exchange(side, family, number, command, order):
+    """A conversation over a read-write socket: what the peer reads, and the status."""
+    near, far = socketpair(family)
+    fds = dict.fromkeys((0, 1, 2), far) if number == 0 else {number: far}
+    process = side.start(command, fds)
+    far.close()
+    near.settimeout(PATIENCE * 2)
+    seen = []
+    for step, argument in order:
+        if step == "send":
+            near.sendall(argument)
+        elif step == "shut":
+            near.shutdown(argument)
+        else:
+            seen.append(read_count(near.fileno(), argument) if argument else read_all(near.detach()))
+    near.close()
+    return seen, process.wait(PATIENCE)
+
+
+ECHO_THEN_MORE = """
+import socket, sys
+s = socket.socket(fileno=int(sys.argv[1]))
+s.sendall(b"first")
+s.shutdown(socket.SHUT_WR)
+size = 0
+while True:
+    piece = s.recv(65536)
+    if not piece:
+        break
+    size += len(piece)
+sys.exit(size % 251)
+"""
+ANSWER_AFTER_END = """
+import socket, sys
+s = socket.socket(fileno=int(sys.argv[1]))
+size = 0
+while True:
+    piece = s.recv(65536)
+    if not piece:
+        break
+    size += len(piece)
+s.sendall(b"%8d" % size)
+s.shutdown(socket.SHUT_RDWR)
+sys.exit(9)
+"""
+LISTENS_NO_MORE = """
+import os, socket, sys, time
+s = socket.socket(fileno=int(sys.argv[1]))
+s.sendall(b"hello")
+s.recv(2)
+s.close()
+if sys.argv[1] == "0":
+    os.close(1)
+    os.close(2)
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.02)
+"""
+WRITES_ON = """
+import signal, socket, sys
+s = socket.socket(fileno=int(sys.argv[1]))
+s.sendall(b"hello")
+try:
+    for _ in range(1000):
+        s.sendall(bytes(65536))
+except (BrokenPipeError, ConnectionResetError):
+    sys.exit(8)
+"""
+BULK = bytes(range(256)) * 40000
+FAMILIES = pytest.mark.parametrize("family", (socket.AF_UNIX, socket.AF_INET), ids=("unix", "tcp"))
+
+
+def test_oracle_stdout_closed_early(one, tmp_path):
+    assert both(one, tmp_path, stdout_closed_early) == (b"early\n", True, 5)
+
+
+def test_oracle_stdin_closed_early(one, tmp_path):
+    assert both(one, tmp_path, stdin_closed_early) == (True, 5)
+
+
+@pytest.mark.parametrize("command, status", [
+    ("echo one; read x; yes", 141),
+    ("trap '' PIPE; echo one; read x; while echo two; do :; done 2>/dev/null; exit 6", 6),
+    ("echo one; read x; exit 3", 3)], ids=("dies", "ignores_SIGPIPE", "writes_nothing"))
+def test_oracle_reader_leaves(one, tmp_path, command, status):
+    first, seen = both(one, tmp_path, lambda *words: normal(reader_leaves(*words)), command)
+    assert (first, seen) == (b"one\n", status)
+
+
+def normal(result):
+    """Popen's own death by a signal in the shell's numbers."""
+    *rest, status = result
+    return (*rest, 128 - status if status < 0 else status)
+
+
+def test_oracle_held_by_the_background(one, tmp_path):
+    assert both(one, tmp_path, held_by_the_background) == (b"early\nlate\n", 4)
+
+
+def test_oracle_left_in_the_background(one, tmp_path):
+    assert both(one, tmp_path, left_in_the_background) == (b"x\n", 0, True)
+
+
+@FAMILIES
+def test_oracle_inetd_half_close_by_the_peer(one, tmp_path, family):
+    order = [("send", b"b\na\n"), ("shut", socket.SHUT_WR), ("read", 0)]
+    seen = both(one, tmp_path, exchange, family, 0, "sort; echo error >&2; echo last", order)
+    assert seen == ([b"a\nb\nerror\nlast\n"], 0)
+
+
+@FAMILIES
+@pytest.mark.parametrize("number", (0, 7))
+def test_oracle_half_close_by_the_command(one, tmp_path, family, number):
+    """The peer reads to the end, and only then sends: the other direction is still open."""
+    def scenario(side):
+        near, far = socketpair(family)
+        fds = dict.fromkeys((0, 1, 2), far) if number == 0 else {number: far}
+        process = side.start(python(ECHO_THEN_MORE, str(number)), fds)
+        far.close()
+        near.settimeout(PATIENCE * 2)
+        data = read_count(near.fileno(), 5)
+        end = at_end(near.fileno())
+        near.sendall(BULK)
+        near.shutdown(socket.SHUT_WR)
+        status = process.wait(PATIENCE)
+        near.close()
+        return data, end, status
+    assert both(one, tmp_path, scenario) == (b"first", True, len(BULK) % 251)
+
+
+@FAMILIES
+@pytest.mark.parametrize("number", (0, 7))
+def test_oracle_half_close_by_the_peer(one, tmp_path, family, number):
+    order = [("send", BULK), ("shut", socket.SHUT_WR), ("read", 0)]
+    seen = both(one, tmp_path, exchange, family, number, python(ANSWER_AFTER_END, str(number)), order)
+    assert seen == ([b"%8d" % len(BULK)], 9)
+
+
+@FAMILIES
+@pytest.mark.parametrize("number", (0, 7))
+def test_oracle_socket_closed_by_the_command(one, tmp_path, family, number):
+    """The peer sees the end of file although it has closed nothing, and the command runs on."""
+    def scenario(side):
+        near, far = socketpair(family)
+        fds = dict.fromkeys((0, 1, 2), far) if number == 0 else {number: far}
+        process = side.start(python(LISTENS_NO_MORE, str(number), side.path("go")), fds)
+        far.close()
+        near.settimeout(PATIENCE * 2)
+        data = read_count(near.fileno(), 5)
+        near.sendall(b"ok")
+        end = at_end(near.fileno())
+        running = process.poll() is None
+        touch(side.path("go"))
+        status = process.wait(PATIENCE)
+        near.close()
+        return data, end, running, status
+    assert both(one, tmp_path, scenario) == (b"hello", True, True, 0)
+
+
+@FAMILIES
+@pytest.mark.parametrize("number", (0, 7))
+def test_oracle_writes_to_a_socket_that_the_command_closed(one, tmp_path, family, number):
+    """The peer's writes fail while the command runs on."""
+    def scenario(side):
+        near, far = socketpair(family)
+        fds = dict.fromkeys((0, 1, 2), far) if number == 0 else {number: far}
+        close = "exec <&- >&- 2>&-; " if number == 0 else "exec 7<&-; "
+        process = side.start(close + wait_for(side.path("go")), fds)
+        far.close()
+        near.settimeout(PATIENCE)
+        assert at_end(near.fileno())
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(1000):
+                near.sendall(bytes(65536))
+        near.close()
+        running = process.poll() is None
+        touch(side.path("go"))
+        return running, process.wait(PATIENCE)
+    assert both(one, tmp_path, scenario) == (True, 0)
+
+
+@FAMILIES
+@pytest.mark.parametrize("number", (0, 7))
+def test_oracle_writes_to_a_socket_that_the_peer_closed(one, tmp_path, family, number):
+    def scenario(side):
+        near, far = socketpair(family)
+        fds = dict.fromkeys((0, 1, 2), far) if number == 0 else {number: far}
+        process = side.start(python(WRITES_ON, str(number)), fds)
+        far.close()
+        data = read_count(near.fileno(), 5)
+        near.close()
+        return data, process.wait(PATIENCE)
+    assert both(one, tmp_path, scenario) == (b"hello", 8)
+
+
+def test_full_disk(one):
+    """The one difference: what cannot be written here is 111, with its reason."""
+    for command in ("echo x", "head -c 5000000 /dev/zero", "echo x; exit 3"):
+        with open("/dev/full", "wb") as full:
+            done = one.client("CMD=" + command, stdout=full)
+        assert done.returncode == 111
+        assert done.stderr.decode() == "cexec: descriptor 1: No space left on device\n"
+
+
+def test_linger_is_bounded(one):
+    go = one.path(new_mark())
+    command = "(%s; echo late) & echo early; exit 4" % wait_for(go)
+    done = one.client("CMD=" + command, env={"CEXEC_TIMEOUT_LINGER": "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (4, b"early\n", b"")
+    touch(go)
+
+
+def test_terminal_is_told_of_lingering(one):
+    master, slave = pty.openpty()
+    go = one.path(new_mark())
+    with job(one, "%s & exit 4" % wait_for(go), fds={2: slave}) as process:
+        os.close(slave)
+        text = b""
+        while b"\n" not in text:
+            text += read_count(master, 1)
+        assert text.startswith(b"cexec: the command has ended with status 4; a process that it left behind")
+        assert process.poll() is None
+        touch(go)
+        assert finish(process) == (4, b"")
+    os.close(master)
+
+
+@pytest.mark.parametrize("command, status, reason", [
+    ("/nowhere/no-such-command", 127, "No such file or directory"),
+    ("no-such-command-here", 127, "No such file or directory"),
+    ("/etc/passwd/x", 127, "Not a directory"),
+    ("/etc/passwd", 126, "Permission denied"),
+    ("/", 126, "Permission denied")])
+def test_command_that_cannot_run(cluster, command, status, reason):
+    worker = cluster.worker(command)
+    done = cluster.client(input=bytes(9000000))
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert done.stderr.decode() == "cexec: 127.0.0.1: %s: %s\n" % (command, reason)
+    until(lambda: b": failed" in read(worker.log), "the worker's note of it")
+
+
+def test_n(one):
+    command = "cat; echo; cat <&5; echo end"
+    with open(one.path("data/words")) as words, open(one.path("data/words")) as again:
+        for options, expected in ((["-n"], b"\nend\n"),
+                                  (["-n", "0"], b"\nalpha\nbeta\ngamma\ndelta\nend\n"),
+                                  (["-n", "5"], b"alpha\nbeta\ngamma\ndelta\n\nend\n"),
+                                  (["-n0"], b"\nalpha\nbeta\ngamma\ndelta\nend\n"),
+                                  (["-n", "7"], b"alpha\nbeta\ngamma\ndelta\n\nalpha\nbeta\ngamma\ndelta\nend\n")):
+            words.seek(0)
+            again.seek(0)
+            with job(one, command, *options, fds={0: words, 5: again}) as process:
+                assert finish(process) == (0, expected), options
+            offsets = [os.lseek(file.fileno(), 0, os.SEEK_CUR) for file in (words, again)]
+            assert offsets == [23 * (options[-1] not in ("-n", "0", "-n0")), 23 * (options[-1] not in ("-n", "5"))]
+
+
+def test_n_in_a_loop(one):
+    """As with ssh: -n leaves the loop its input."""
+    run = " ".join(map(shlex.quote, one.argv("cexec", "-n", one.pub))) + ' CMD="cat; echo x"'
+    done = subprocess.run(["sh", "-c", "while read w; do echo $w; %s; done <$DATA/words" % run],
+                          env=one.environment({"DATA": one.data}), stdout=subprocess.PIPE)
+    assert done.stdout == b"alpha\nx\nbeta\nx\ngamma\nx\ndelta\nx\n"
+
+
+NUMBERS = """
+import fcntl
+found = []
+for number in range(64):
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+        found.append(str(number))
+    except OSError:
+        pass
+print(" ".join(found))
+"""
+
+
+def numbers_in_the_command(cluster, fds, env=None):
+    """The descriptors that are open in a command whose client has these."""
+    with job(cluster, python(NUMBERS), fds=fds, env=env) as process:
+        status, text = finish(process)
+    assert status == 0
+    return [int(word) for word in text.split()]
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, [0, 1, 2, 3, 4, 31]),
+    ({"MAXFD": "4"}, [0, 1, 2, 3]),
+    ({"CEXEC_MAXFD": "5"}, [0, 1, 2, 3, 4]),
+    ({"MAXFD": "4", "CEXEC_MAXFD": "40"}, [0, 1, 2, 3, 4, 31, 32, 39]),
+    ({"CEXEC_MAXFD": "3"}, [0, 1, 2])])
+def test_maxfd(one, env, expected):
+    with open(os.devnull, "r+b") as null:
+        assert numbers_in_the_command(one, dict.fromkeys((3, 4, 31, 32, 39, 40), null), env) == expected
+
+
+def test_descriptors_that_are_not_carried(one):
+    master, slave = pty.openpty()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, master)
+        stack.callback(os.close, slave)
+        directory = os.open("/", os.O_RDONLY)
+        stack.callback(os.close, directory)
+        path = os.open(os.devnull, os.O_PATH)
+        stack.callback(os.close, path)
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        datagrams = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        carried = stack.enter_context(open(os.devnull))
+        fds = {3: directory, 4: server, 5: master, 6: datagrams, 7: path, 8: carried, 9: slave}
+        assert numbers_in_the_command(one, fds) == [0, 1, 2, 8, 9]
+
+
+def test_jobserver_is_not_carried(one):
+    reader, writer = os.pipe()
+    fds = {3: reader, 4: writer, 5: writer}
+    for flags in (" -j4 --jobserver-auth=3,4", "k --jobserver-fds=3,4 -j", " -j2 --jobserver-auth=3,4 -- X=1"):
+        assert numbers_in_the_command(one, fds, {"MAKEFLAGS": flags}) == [0, 1, 2, 5], flags
+    assert numbers_in_the_command(one, fds, {"MAKEFLAGS": " -j4 --jobserver-auth=fifo:/nowhere"}) == [0, 1, 2, 3, 4, 5]
+    os.close(reader)
+    os.close(writer)
+
+
+def test_under_make(one, tmp_path):
+    need("make")
+    run = " ".join(map(shlex.quote, one.argv("cexec", one.pub)))
+    lines = ["all: one two three four"]
+    lines += ["%s:\n\t+@%s CMD=\"$$NUMBERS\" </dev/null >$@.out\n" % (name, run)
+              for name in ("one", "two", "three", "four")]
+    with open(str(tmp_path / "Makefile"), "w") as file:
+        file.write("\n".join(lines))
+    done = subprocess.run(["make", "-s", "-j2"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=one.environment({"NUMBERS": python(NUMBERS)}), timeout=PATIENCE * 2)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    for name in ("one", "two", "three", "four"):
+        assert read(str(tmp_path / (name + ".out"))) == b"0 1 2\n"
+
+
+def has_nonblock(fd):
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK)
+
+
+@pytest.mark.parametrize("nonblocking", (False, True), ids=("blocking", "nonblocking"))
+@pytest.mark.parametrize("kind", ("pipe", "unix", "tcp", "pty"))
+def test_nonblock_flag_is_left_alone(one, kind, nonblocking):
+    """Others share an inherited descriptor: its flags stay as they are, and both kinds work."""
+    if kind == "pipe":
+        (near_in, far_in), (far_out, near_out) = os.pipe(), os.pipe()
+    elif kind == "pty":
+        (far_in, near_in), (far_out, near_out) = pty.openpty(), pty.openpty()
+        for slave in (near_in, near_out):
+            mode = termios.tcgetattr(slave)
+            mode[0], mode[1], mode[3] = 0, 0, termios.ICANON
+            termios.tcsetattr(slave, termios.TCSANOW, mode)
+    else:
+        family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
+        (near_in, far_in), (far_out, near_out) = ([sock.detach() for sock in socketpair(family)] for _ in range(2))
+    for fd in (near_in, near_out):
+        os.set_blocking(fd, not nonblocking)
+    seen = []
+    with job(one, "echo ready; cat", outputs=(), fds={0: near_in, 1: near_out}) as process:
+        assert read_count(far_out, 6) == b"ready\n"
+        seen.append((has_nonblock(near_in), has_nonblock(near_out)))
+        for number in range(20 if kind == "pty" else 500):
+            line = b"%08d" % number * 100 + b"\n"
+            os.write(far_in, line)
+            if kind == "pty" or number % 50 == 49:
+                read_count(far_out, len(line) * (1 if kind == "pty" else 50))
+            if not number % 10:
+                seen.append((has_nonblock(near_in), has_nonblock(near_out)))
+        os.write(far_in, b"\x04") if kind == "pty" else None
+        if kind in ("unix", "tcp"):
+            with socket.socket(fileno=os.dup(far_in)) as sock:
+                sock.shutdown(socket.SHUT_WR)
+        elif kind == "pipe":
+            os.close(far_in)
+        assert process.wait(PATIENCE) == 0
+    seen.append((has_nonblock(near_in), has_nonblock(near_out)))
+    for fd in (near_in, near_out, far_out) + (far_in,) * (kind != "pipe"):
+        os.close(fd)
+    assert set(seen) == {(nonblocking, nonblocking)}
+
+
+# ---------------------------------------------------------------------------
+# Jobs: every kind of descriptor at every number
+# ---------------------------------------------------------------------------
+
+MATRIX_NUMBERS = (0, 1, 2, 3, 9, 31)
+MATRIX_DATA = b"some bytes\nand more\n"
+MATRIX = [(kind, "input", number) for number in MATRIX_NUMBERS
+          for kind in ("pipe", "file", "null", "unix", "tcp", "closed", "pty") + ("readwrite",) * (number == 0)]
+MATRIX += [(kind, "output", number) for number in MATRIX_NUMBERS
+           for kind in ("pipe", "file", "null", "unix", "tcp", "closed", "append", "pty")
+           + ("readwrite",) * (number != 0)]
+
+PROBE = """
+import fcntl, json, os, sys
+number, way, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+seen = {"numbers": [], "data": "", "error": 0}
+for fd in range(64):
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+        seen["numbers"].append(fd)
+    except OSError:
+        pass
+try:
+    if way == "input":
+        while True:
+            data = os.read(number, 4096)
+            if not data:
+                break
+            seen["data"] += data.decode()
+    else:
+        os.write(number, b"written\\n")
+        os.write(number, b"twice\\n")
+        os.close(number)
+except OSError as error:
+    seen["error"] = error.errno
+with open(path, "w") as file:
+    json.dump(seen, file)
+os._exit(3)
+"""
+
+
+def matrix_end(kind, way, directory):
+    """(descriptor for the command or None, a function that tells what is left of it afterwards)."""
+    path = os.path.join(directory, "file")
+    if kind == "closed":
+        return None, lambda: None
+    if kind == "null":
+        return os.open(os.devnull, os.O_RDONLY if way == "input" else os.O_WRONLY), lambda: None
+    if kind == "pipe":
+        reader, writer = os.pipe()
+        if way == "output":
+            return writer, lambda: read_all(reader)
+        os.write(writer, MATRIX_DATA)
+        os.close(writer)
+        return reader, lambda: None
+    if kind in ("unix", "tcp"):
+        near, far = socketpair(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
+        if way == "input":
+            near.sendall(MATRIX_DATA)
+            near.shutdown(socket.SHUT_WR)
+        return far.detach(), lambda: read_all(near.detach())
+    if kind == "pty":
+        master, slave = pty.openpty()
+        narrow = os.open(os.ttyname(slave), os.O_NOCTTY | (os.O_RDONLY if way == "input" else os.O_WRONLY))
+        os.close(slave)
+        if way == "input":
+            os.write(master, MATRIX_DATA + b"\x04")
+            return narrow, lambda: os.close(master)
+        return narrow, lambda: read_all(master)
+    with open(path, "wb") as file:
+        file.write(MATRIX_DATA)
+    access = {"file": os.O_RDONLY if way == "input" else os.O_WRONLY, "readwrite": os.O_RDWR,
+              "append": os.O_WRONLY | os.O_APPEND}[kind]
+    fd = os.open(path, access)
+    os.lseek(fd, 5, os.SEEK_SET)
+    copy = os.dup(fd)
+
+    def left():
+        offset = os.lseek(copy, 0, os.SEEK_CUR)
+        os.close(copy)
+        return offset, read(path)
+    return fd, left
+
+
+def matrix_cell(side, kind, way, number):
+    fd, left = matrix_end(kind, way, side.directory)
+    report = side.path("report")
+    process = side.start(python(PROBE, str(number), way, report), {number: fd})
+    if fd is not None:
+        os.close(fd)
+    status = process.wait(PATIENCE)
+    return status, json.loads(read(report).decode()), left()
+
+
+@pytest.mark.parametrize("kind, way, number", MATRIX)
+def test_matrix(one, tmp_path, kind, way, number):
+    status, seen, _ = both(one, tmp_path, matrix_cell, kind, way, number)
+    assert status == 3
+    assert (number in seen["numbers"]) == (kind != "closed")
+
+
+# ---------------------------------------------------------------------------
+# Jobs: signals
+# ---------------------------------------------------------------------------
+
+CAUGHT = "INT TERM HUP QUIT USR1 USR2 WINCH".split()
+FOREVER = "while :; do sleep 0.02; done"
+
+
+def test_term_is_caught_by_the_command(one):
+    with job(one, "trap 'echo caught; exit 3' TERM; echo ready; " + FOREVER) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        process.terminate()
+        assert finish(process) == (3, b"caught\n")
+
+
+def test_signals_reach_the_command(one):
+    go = one.path(new_mark())
+    traps = "; ".join("trap 'echo %s' %s" % (name, name) for name in CAUGHT)
+    with job(one, "%s; echo ready; %s; exit 3" % (traps, wait_for(go))) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        for name in CAUGHT:
+            process.send_signal(getattr(signal, "SIG" + name))
+            assert read_count(process.out[1], len(name) + 1).decode() == name + "\n"
+        touch(go)
+        assert finish(process) == (3, b"")
+
+
+@pytest.mark.parametrize("name", [name for name in CAUGHT if name != "WINCH"])
+def test_signal_reaches_the_whole_group(one, name):
+    """The shell ignores it; a child of its group dies of it, and the shell tells of that."""
+    number = getattr(signal, "SIG" + name)
+    command = ("ulimit -c 0; (trap - %s; exec sleep 1000) & trap : %s; echo ready; wait $!; wait $!; exit $?"
+               % (name, name))
+    with job(one, command, mark=new_mark()) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        process.send_signal(number)
+        if name in ("INT", "QUIT"):     # a shell's background job ignores these two
+            process.terminate()
+            number = signal.SIGTERM
+        assert finish(process) == (128 + number, b"")
+
+
+@pytest.mark.parametrize("name", ("INT", "TERM", "HUP", "USR1"))
+def test_command_dies_of_a_signal_passed_on(one, name):
+    number = getattr(signal, "SIG" + name)
+    with job(one, "echo ready; exec sleep 1000", mark=new_mark()) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        process.send_signal(number)
+        assert finish(process) == (128 + number, b"")
+
+
+def test_stop_and_continue(one):
+    mark = new_mark()
+    command = "trap 'echo usr1' USR1; sleep 1000 & echo ready; while :; do wait; done"   # a stop in vfork shows as D
+    with job(one, command, mark=mark) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        process.send_signal(signal.SIGTSTP)
+        until(lambda: {state_of(pid) for pid in marked(mark)} == {"T"}, "the command's stop")
+        until(lambda: state_of(process.pid) == "T", "the client's stop")
+        process.send_signal(signal.SIGCONT)
+        until(lambda: "T" not in {state_of(pid) for pid in marked(mark)}, "the command's going on")
+        process.send_signal(signal.SIGUSR1)
+        assert read_count(process.out[1], 5) == b"usr1\n"
+        process.terminate()
+        assert finish(process) == (143, b"")
+
+
+class Terminal:
+    """A process on a terminal of its own: what is typed at it, and what it shows."""
+
+    def __init__(self, cluster, argv, env=None):
+        self.master, slave = pty.openpty()
+        self.text = b""
+        self.process = subprocess.Popen(
+            argv, stdin=slave, stdout=slave, stderr=slave, cwd=cluster.directory, start_new_session=True,
+            env=cluster.environment(dict({"PS1": "$ ", "TERM": "dumb", "HISTFILE": None}, **(env or {}))),
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        cluster.started.append(self.process)
+        os.close(slave)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def shows(self, text):
+        """Waits until a text is shown, and forgets what came up to there."""
+        def shown():
+            if select.select([self.master], [], [], 0)[0]:
+                self.text += os.read(self.master, 65536)
+            return text.encode() in self.text
+        until(shown, "%r on the terminal, after %r" % (text, self.text))
+        self.text = self.text.partition(text.encode())[2]
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def test_ctrl_z_and_fg_in_a_shell(one):
+    need("bash")
+    mark = new_mark()
+    what = 'trap "echo has caught it; exit 5" INT; echo read"y"; read x; echo got $x; ' + FOREVER
+    terminal = Terminal(one, ["bash", "--norc", "--noprofile", "-i"], {"WHAT": what})
+    run = " ".join(map(shlex.quote, one.argv("cexec", one.pub, "MARK=" + mark)))
+    terminal.type(run + ' CMD="$WHAT"; echo "status"=$?\n')
+    terminal.shows("ready")
+    terminal.type("\x1a")
+    terminal.shows("Stopped")
+    until(lambda: {state_of(pid) for pid in marked(mark)} == {"T"}, "the command's stop")
+    terminal.shows("$ ")
+    terminal.type("echo in the 'shell'\n")
+    terminal.shows("in the shell")
+    terminal.type("fg\n")
+    until(lambda: "T" not in {state_of(pid) for pid in marked(mark)}, "the command's going on")
+    terminal.type("a line\n")
+    terminal.shows("got a line")
+    terminal.type("\x03")
+    terminal.shows("has caught it")
+    terminal.type('echo "at last"=$?\n')
+    terminal.shows("at last=5")
+    terminal.close()
+
+
+def test_terminal_is_not_read_in_the_background(one):
+    """A line that is typed while cexec is in the background goes to the shell."""
+    need("bash")
+    go, mark = one.path(new_mark()), new_mark()
+    terminal = Terminal(one, ["bash", "--norc", "--noprofile", "-i"], {"WHAT": "echo read\"y\"; " + wait_for(go)})
+    run = " ".join(map(shlex.quote, one.argv("cexec", one.pub, "MARK=" + mark)))
+    terminal.type(run + ' CMD="$WHAT" &\n')
+    terminal.shows("ready")
+    for number in range(5):
+        terminal.type("echo line %d 'here'\n" % number)
+        terminal.shows("line %d here" % number)
+    touch(go)
+    terminal.type("wait; echo status'='$?\n")
+    terminal.shows("status=0")
+    terminal.close()
+
+
+def test_second_interrupt_ends_cexec(one):
+    mark = new_mark()
+    with job(one, "trap '' INT; echo ready; " + FOREVER, mark=mark) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        until(lambda: state_of(process.pid) in ("S", None), "the first one's handling")
+        until(lambda: process.send_signal(signal.SIGINT) or process.poll() is not None, "the end")
+        assert process.returncode == -signal.SIGINT
+    until(lambda: not marked(mark), "the command's end")
+
+
+def test_interrupts_far_apart_are_passed_on(one):
+    with job(one, "trap 'echo int' INT; echo ready; " + FOREVER) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            assert read_count(process.out[1], 4) == b"int\n"
+            time.sleep(1.1)         # at least: a second one within a second would end it
+        assert process.poll() is None
+        process.terminate()
+        assert finish(process) == (143, b"")
+
+
+@pytest.mark.parametrize("name", "INT TERM HUP QUIT USR1 USR2".split())
+def test_signal_before_any_worker(one, name):
+    with job(one, "true", "-v", outputs=(2,), env={"GROUP": "127.255.255.255:%d" % free_port()}) as process:
+        text = b""
+        while b"ANNOUNCE" not in text:
+            text += read_count(process.out[2], 1)
+        process.send_signal(getattr(signal, "SIG" + name))
+        assert process.wait(PATIENCE) == -getattr(signal, "SIG" + name)
+
+
+def test_stop_before_any_worker(one):
+    """TSTP and CONT work while cexec still searches."""
+    group = "127.255.255.255:%d" % free_port()
+    with job(one, "true", "-v", outputs=(2,), env={"GROUP": group}) as process:
+        text = b""
+        while b"ANNOUNCE" not in text:
+            text += read_count(process.out[2], 1)
+        process.send_signal(signal.SIGTSTP)
+        until(lambda: state_of(process.pid) == "T", "the stop")
+        process.send_signal(signal.SIGCONT)
+        until(lambda: state_of(process.pid) != "T", "going on")
+        process.terminate()
+        assert process.wait(PATIENCE) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ("HUP", "INT", "QUIT"))
+def test_ignored_signal_stays_ignored(one, name):
+    """nohup, and a shell's background: neither cexec nor the command hears of it."""
+    number = getattr(signal, "SIG" + name)
+    with job(one, "trap 'echo it' %s; trap 'echo usr1' USR1; echo ready; %s" % (name, FOREVER),
+             preexec=lambda: signal.signal(number, signal.SIG_IGN)) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        for _ in range(3):
+            process.send_signal(number)
+            process.send_signal(signal.SIGUSR1)
+            assert read_count(process.out[1], 5) == b"usr1\n"
+        process.terminate()
+        assert finish(process) == (143, b"")
+
+
+# ---------------------------------------------------------------------------
+# Jobs: kills
+# ---------------------------------------------------------------------------
+
+STUBBORN = {
+    "a_command": "echo ready; exec sleep 1000",
+    "a_tree": "sh -c 'sh -c \"sleep 1000\"; :' & sleep 1001 & echo ready; wait",
+    "ignores_HUP_and_TERM": "trap '' HUP TERM; echo ready; sleep 1000; sleep 1001",
+    "a_group_of_its_own": python("import os, time\nif os.fork() == 0:\n    os.setpgid(0, 0)\n"
+                                 "    print('ready', flush=True)\ntime.sleep(1000)"),
+    "holds_its_output": "trap '' HUP TERM; (trap '' PIPE; while :; do echo y; sleep 0.1; done) & echo ready; exit 0",
+    "is_stopped": "echo ready; kill -STOP $$; sleep 1000",
+}
+
+
+def test_client_killed(one):
+    """Nothing is left of the command, whatever it ignores and however its tree looks."""
+    with contextlib.ExitStack() as stack:
+        jobs = []
+        for name, command in STUBBORN.items():
+            mark = new_mark()
+            process = stack.enter_context(job(one, command, mark=mark))
+            assert read_count(process.out[1], 6) == b"ready\n"
+            assert marked(mark), name
+            jobs.append((name, mark, process))
+        for _, _, process in jobs:
+            process.kill()
+        for name, mark, _ in jobs:
+            until(lambda mark=mark: not marked(mark), "the end of " + name)
+
+
+def test_supervisor_killed(one):
+    mark = new_mark()
+    with job(one, "trap '' HUP; sleep 1001 & echo ready; exec sleep 1000", outputs=(1, 2), mark=mark) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        command = until(lambda: [pid for pid in marked(mark) if read("/proc/%d/cmdline" % pid) == b"sleep\0001000\0"],
+                        "the command")
+        supervisor = parent_of(command[0])
+        assert parent_of(supervisor) == one.serving.pid
+        os.kill(supervisor, signal.SIGKILL)
+        status, errors = finish(process, 2)
+        assert status == 111
+        assert errors.startswith(b"cexec: worker 127.0.0.1 lost after ") and errors.count(b"\n") == 1
+        until(lambda: not marked(mark), "the command's end")
+
+
+def test_cservice_killed(cluster):
+    """The job that runs is its supervisor's: it finishes."""
+    worker = cluster.shell_worker()
+    go = cluster.path("go")
+    with job(cluster, "echo ready; %s; cat; exit 4" % wait_for(go)) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        worker.kill()
+        worker.wait()
+        touch(go)
+        assert finish(process) == (4, b"")
+
+
+@pytest.mark.parametrize("size", (0, 50000000), ids=("quiet", "in_full_flow"))
+def test_worker_stopped(cluster, size):
+    """No sign of life is a loss."""
+    worker = cluster.shell_worker()
+    mark = new_mark()
+    command = "echo ready; head -c %d /dev/zero; exec sleep 1000" % size
+    with job(cluster, command, outputs=(1, 2), mark=mark, env={"CEXEC_TIMEOUT_PINGPONG": "2"}) as process:
+        assert read_count(process.out[1], 6) == b"ready\n"
+        supervisor = parent_of(min(marked(mark)))
+        assert parent_of(supervisor) == worker.pid
+        os.kill(worker.pid, signal.SIGSTOP)
+        os.kill(supervisor, signal.SIGSTOP)
+        rest = read_all(process.out.pop(1))
+        assert rest == bytes(len(rest))
+        status, errors = finish(process, 2)
+        os.kill(supervisor, signal.SIGCONT)
+        os.kill(worker.pid, signal.SIGCONT)
+        assert status == 111
+        assert b": no sign of life for 2 s" in errors and errors.count(b"\n") == 1
+        until(lambda: not marked(mark), "the command's end")
+
+
+def test_client_stopped_for_a_while(one):
+    """A stop longer than the patience of PING is no loss."""
+    with open(one.path("data/big"), "rb") as big:
+        with job(one, "cat", fds={0: big}, env={"CEXEC_TIMEOUT_PINGPONG": "1"}) as process:
+            data = [read_count(process.out[1], 1000000)]
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(3)
+            process.send_signal(signal.SIGCONT)
+            status, rest = finish(process)
+    assert status == 0
+    assert b"".join(data) + rest == read(one.path("data/big"))
+
+
+def test_quiet_for_longer_than_the_patience(one):
+    with job(one, "sleep 3; echo end", env={"CEXEC_TIMEOUT_PINGPONG": "1"}) as process:
+        assert finish(process) == (0, b"end\n")
+
+
+def status_line(cluster, command, env=None, expected=None):
+    with job(cluster, command, outputs=(1, 40), env=dict(env or {}, CEXEC_FD_FOR_ERRORS="40")) as process:
+        line = read_all(process.out.pop(40)).decode()
+        assert process.wait(PATIENCE) == expected
+    assert line.endswith("\n") and line.count("\n") == 1
+    return line.split(None, 3)
+
+
+@pytest.mark.parametrize("command, status, word", [
+    ("exit 0", 0, "exited=0"), ("exit 111", 111, "exited=111"), ("exit 137", 137, "exited=137"),
+    ("kill -KILL $$", 137, "signalled=9"), ("kill -SEGV $$", 139, "signalled=11"),
+    ("kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000", 111, "lost=connection closed")])
+def test_status_line(one, command, status, word):
+    words = status_line(one, "ulimit -c 0; " + command, expected=status)
+    assert words[0] == "worker=127.0.0.1" and float(words[1].partition("seconds=")[2]) >= 0
+    assert words[2] == "status=%d" % status
+    assert words[3].strip() == word or word.startswith("lost=") and words[3].startswith("lost=")
+
+
+def test_status_line_when_nobody_answers(one):
+    env = {"GROUP": "127.255.255.255:%d" % free_port(), "CEXEC_TIMEOUT_ACCEPT": "1"}
+    words = status_line(one, "true", env, expected=111)
+    assert words[0] == "worker=-" and words[2] == "status=111"
+    assert words[3].startswith("failed=no worker answered in 1 s on 127.255.255.255:")
+
+
+def test_status_line_of_a_command_that_cannot_run(cluster):
+    cluster.worker("/nowhere/no-such-command")
+    assert status_line(cluster, "", expected=127)[2:] == ["status=127", "notstarted=127\n"]
+
+
+def test_status_line_is_not_carried(one):
+    """The command does not see the descriptor, and what it writes there is its own."""
+    with job(one, python(NUMBERS), outputs=(1, 40), env={"CEXEC_FD_FOR_ERRORS": "40"}) as process:
+        assert finish(process) == (0, b"0 1 2\n")
+
+
+# ---------------------------------------------------------------------------
+# Jobs: what a user is told
+# ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def taken():
+    """A port that is taken, for TCP and for UDP."""
+    for _ in range(100):
+        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            tcp.bind(("", 0))
+            with contextlib.suppress(OSError):
+                udp.bind(("", tcp.getsockname()[1]))
+                tcp.listen(1)
+                yield tcp.getsockname()[1]
+                return
+    pytest.fail("no port is free")
+
+
+def wrong(applet, code, message, *words, **env):
+    name = "-".join([applet, *map(str, words), *("%s=%s" % item for item in env.items())])
+    return pytest.param(applet, code, message, words, env, id=name)
+
+
+NUMBER_SETTINGS = ("MAXFD", "CEXEC_MAXFD", "CEXEC_TIMEOUT_ACCEPT", "CEXEC_TIMEOUT_WAIT", "CEXEC_TIMEOUT_PINGPONG",
+                   "CEXEC_TIMEOUT_LINGER", "CEXEC_FD_FOR_ERRORS")
+WRONG = [
+    wrong("cexec", 100, "no public key is named"),
+    wrong("cexec", 100, "no public key is named", "-v"),
+    wrong("cexec", 100, "--wrong", "--wrong", "app.pub"),
+    wrong("cexec", 100, "-Z", "-Z", "app.pub"),
+    wrong("cexec", 100, "-n 5x: not a descriptor's number", "-n5x", "app.pub"),
+    wrong("cexec", 100, "-n ²: not a descriptor's number", "-n²", "app.pub"),
+    wrong("cexec", 111, "missing.pub: no such public key (make one with: ckeygen APP APP.pub)", "missing.pub"),
+    wrong("cexec", 111, "directory: Is a directory", "directory"),
+    wrong("cexec", 100, "junk: not a cexec public key", "junk"),
+    wrong("cexec", 100, "empty: not a cexec public key", "empty"),
+    wrong("cexec", 100, "lonely: not a cexec public key", "lonely"),
+    wrong("cexec", 100, "short.pub: damaged public key", "short.pub"),
+    wrong("cexec", 100, "later.pub: a public key of another version", "later.pub"),
+    wrong("cexec", 100, "novalue: not KEY=VALUE", "app.pub", "novalue"),
+    wrong("cexec", 100, "=x: not KEY=VALUE", "app.pub", "=x"),
+    wrong("cexec", 100, "1A=x: not KEY=VALUE", "app.pub", "1A=x"),
+    wrong("cexec", 100, "A-B=x: not KEY=VALUE", "app.pub", "A-B=x"),
+    wrong("cexec", 100, "é=x: not KEY=VALUE", "app.pub", "é=x"),
+    wrong("cexec", 100, "KiB of variables", "app.pub", "A=" + "x" * 60000),
+    *(wrong("cexec", 100, "%s=%s: not a whole number" % (name, value), "app.pub", **{name: value})
+      for name in NUMBER_SETTINGS for value in ("x", "-2", "1.5", "99999999999999")),
+    wrong("cexec", 100, "MAXFD=2: not a whole number from 3 to 1024", "app.pub", MAXFD="2"),
+    wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=31: not a whole number from 32", "app.pub", CEXEC_FD_FOR_ERRORS="31"),
+    wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=77: Bad file descriptor", "app.pub", CEXEC_FD_FOR_ERRORS="77"),
+    wrong("cexec", 100, "CEXEC_LISTEN_PORTS=x: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="x"),
+    wrong("cexec", 100, "CEXEC_LISTEN_PORTS=²: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="²"),
+    wrong("cexec", 100, "CEXEC_LISTEN_PORTS=70000: use ports", "app.pub", CEXEC_LISTEN_PORTS="70000"),
+    wrong("cexec", 100, "CEXEC_LISTEN_PORTS=20-10: an empty range", "app.pub", CEXEC_LISTEN_PORTS="20-10"),
+    wrong("cexec", 111, "no free port to listen on: Address already in use", "app.pub", CEXEC_LISTEN_PORTS="TAKEN"),
+    wrong("cexec", 100, "CEXEC_ACCEPT_SERVER: ", "app.pub", CEXEC_ACCEPT_SERVER="10.0.0.0/99"),
+    wrong("cexec", 100, "CEXEC_REJECT_SERVERS: ", "app.pub", CEXEC_REJECT_SERVERS="somebody"),
+    *(wrong(applet, 100, "group %s: %s" % (value, message), *words, CEXEC_GROUP=value)
+      for applet, words in (("cexec", ["app.pub"]), ("cservice", ["app", "true"]))
+      for value, message in (("127.0.0.1.2", "not an address"), ("127.0.0.1:0", "not [DEVICE:]ADDRESS[:PORT]"),
+                             ("127.0.0.1:99999", "not [DEVICE:]ADDRESS[:PORT]"), (":", "not [DEVICE:]ADDRESS[:PORT]"),
+                             ("127.0.0.1,", "not [DEVICE:]ADDRESS[:PORT]"),
+                             ("nodevice:127.255.255.255", "no such device: nodevice"))),
+    wrong("cservice", 100, "required"),
+    wrong("cservice", 100, "no command is named", "app"),
+    wrong("cservice", 100, "-Z", "-Z", "app", "true"),
+    wrong("cservice", 100, "-u", "-u"),
+    wrong("cservice", 111, "missing: No such file or directory (make a key with: ckeygen", "missing", "true"),
+    wrong("cservice", 111, "directory: Is a directory", "directory", "true"),
+    wrong("cservice", 100, "app.pub: a public key where the private key is needed", "app.pub", "true"),
+    wrong("cservice", 100, "junk: not a cexec private key", "junk", "true"),
+    wrong("cservice", 100, "empty: not a cexec private key", "empty", "true"),
+    wrong("cservice", 100, "mixed: invalid private key", "mixed", "true"),
+    wrong("cservice", 100, "-u nobody-here: no such user", "-u", "nobody-here", "app", "true"),
+    wrong("cservice", 100, "client name 'a b'", "-x", "a b", "app", "true"),
+    *(wrong("cservice", 100, "%s=%s: not a whole number" % (name, value), "app", "true", **{name: value})
+      for name in ("CONCURRENCY", "BOOST") for value in ("x", "-2", "1.5", "99999999999")),
+    wrong("cservice", 100, "CONCURRENCY=0: not a whole number from 1", "app", "true", CONCURRENCY="0"),
+    wrong("cservice", 111, "cannot listen on UDP port TAKEN: Address already in use", "app", "true",
+          GROUP="127.255.255.255:TAKEN"),
+]
+
+
+@pytest.fixture(scope="module")
+def blunders(shared):
+    """The files that WRONG names."""
+    shared.run("ckeygen", shared.path("lonely"), shared.path("other.pub"), check=True)
+    os.mkdir(shared.path("directory"))
+    with open(shared.pub) as file:
+        words = file.read().split()
+    with open(shared.key) as key, open(shared.path("lonely")) as lonely:
+        own, other = key.read(), lonely.read()
+    certificate = other.index("-----BEGIN CERTIFICATE")
+    for name, text in (("junk", "junk\n"), ("empty", ""), ("short.pub", " ".join(words)[:-2] + "\n"),
+                       ("later.pub", " ".join(words[:1] + ["2"] + words[2:]) + "\n"),
+                       ("mixed", own[:own.index("-----BEGIN CERTIFICATE")] + other[certificate:])):
+        with open(shared.path(name), "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(text)
+    return shared
+
+
+@pytest.mark.parametrize("applet, code, message, words, env", WRONG)
+def test_wrong(one, blunders, taken, applet, code, message, words, env):
+    """One line on standard error, nothing on standard output, the code of the manual."""
+    env = {name: value.replace("TAKEN", str(taken)) for name, value in env.items()}
+    done = one.run(applet, *words, env=env)
+    text = done.stderr.decode()
+    assert message.replace("TAKEN", str(taken)) in text
+    assert text.startswith(applet + ": ") and text.endswith("\n") and text.count("\n") == 1
+    assert "Traceback" not in text and "internal error" not in text and "Error:" not in text
+    assert (done.returncode, done.stdout) == (code, b"")
+
+
+def test_nobody_answers(one):
+    port = free_port()
+    done = one.client(env={"GROUP": "127.255.255.255:%d" % port, "CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert done.returncode == 111
+    assert done.stderr.decode() == ("cexec: no worker answered in 1 s on 127.255.255.255:%d "
+                                    "(is cservice running with this key?)\n" % port)
+
+
+@pytest.mark.parametrize("words, env, status", [
+    ([], {}, 100), (["missing.pub"], {}, 111), (["app.pub"], {"MAXFD": "x"}, 100),
+    (["app.pub"], {"GROUP": "127.255.255.255:9", "CEXEC_TIMEOUT_ACCEPT": "1"}, 111)])
+def test_wrong_with_stderr_closed(one, words, env, status):
+    """The message has nowhere to go: it lands in no other file, and the code is the same."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(one.argv("cexec", *words), env=one.environment(env), cwd=one.directory,
+                               close_fds=False, preexec_fn=placed({1: writer, 2: None, 3: writer, 4: writer}))
+    one.started.append(process)
+    os.close(writer)
+    assert (read_all(reader), process.wait(PATIENCE)) == (b"", status)
+
+
+# ---------------------------------------------------------------------------
+# Jobs: real programs
+# ---------------------------------------------------------------------------
+
+def test_oggenc(cluster):
+    """The first example of the manual: the same bytes as oggenc gives here."""
+    need("oggenc")
+    sound = cluster.path("input.wav")
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(b"".join(struct.pack("<h", (i * i >> 4) % 20000 - 10000) for i in range(40000)))
+    encode = ["oggenc", "-Q", "--serial", "1", "-o", "-", "-"]
+    cluster.worker(*encode)
+    with open(sound, "rb") as file:
+        there = cluster.client(stdin=file)
+    with open(sound, "rb") as file:
+        here = subprocess.run(encode, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert here.stdout.startswith(b"OggS")
+    assert (there.returncode, there.stdout, there.stderr) == (0, here.stdout, here.stderr)
+
+
+# ---------------------------------------------------------------------------
+# Hosts, in network namespaces
+# ---------------------------------------------------------------------------
+
+CLONE_NEWNET = 0x40000000               # setns(2)
+ETH_P_ALL, SO_RCVBUFFORCE = 3, 33       # packet(7), socket(7)
+GROUP_PORT = cexec.PORT
+
+
+@contextlib.contextmanager
+def inside(space):
+    """The sockets that are made in here belong to a namespace, and stay there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as home, open("/var/run/netns/" + space) as there:
+        assert libc.setns(there.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert libc.setns(home.fileno(), CLONE_NEWNET) == 0
+
+
+def udp_socket(space, port=0):
+    with inside(space):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.bind(("", port))
+        sock.settimeout(PATIENCE)
+        return sock
+
+
+def tcp_socket(space):
+    with inside(space):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.settimeout(PATIENCE)
+        return sock
+
+
+class Capture:
+    """Every IP packet that the interfaces of a host see from now on, as AF_PACKET gives it."""
+
+    def __init__(self, space):
+        with inside(space):
+            self.sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+        self.sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 128 << 20)
+        self.sock.setblocking(False)
+        self.seen = []                  # (interface, packet)
+
+    def packets(self):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, address = self.sock.recvfrom(1 << 17)
+                self.seen.append((address[0], data))
+        return self.seen
+
+    def datagrams(self):
+        """(interface, Datagram) for each of ours that was addressed to the group's port."""
+        found = []
+        for interface, packet in self.packets():
+            head = (packet[0] & 15) * 4
+            if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
+                port, = struct.unpack_from("!H", packet, head + 2)
+                if port == GROUP_PORT:
+                    found.append((interface, cexec.Datagram(packet[head + 8:])))
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.sock.close()
+
+
+def outcome(process, *, status=0):
+    """Waits for the end of a process, which must have this status; what it wrote on its pipes."""
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == status, (process.returncode, out, err)
+    return out, err
+
+
+def lost(job, worker):
+    """Waits until a held job ends, its stdin still open: with 111 and one line; the reason that it gives."""
+    assert job.wait(PATIENCE) == 111
+    out, err = outcome(job, status=111)
+    found = re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: ([^\n]+)\n" % re.escape(worker), err.decode())
+    assert out == b"" and found, (out, err)
+    return found.group(1)
+
+
+def verbose_client(cluster, *words, pub=None, **options):
+    """Starts a cexec -v; client.said() is what it has said on standard error so far."""
+    with tempfile.NamedTemporaryFile(dir=cluster.directory, suffix=".err", delete=False) as file:
+        client = cluster.start("cexec", "-v", pub or cluster.pub, *words, stderr=file, **options)
+    client.said = lambda: read(file.name).decode()
+    return client
+
+
+def held_job(cluster, *words, pub=None, **options):
+    """A job of `cat`, or of what begins like it, that runs until its stdin is closed; it runs now."""
+    client = cluster.start("cexec", pub or cluster.pub, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, **options)
+    client.stdin.write(b"begun\n")
+    client.stdin.flush()
+    assert client.stdout.readline() == b"begun\n", client.stderr.read()
+    return client
+
+
+def heard(worker, kind=b"ANNOUNCE"):
+    return b"<- " + kind in read(worker.log)
+
+
+# What the README promises
+
+STEPS = ["ckeygen ogg ogg.pub",
+         "cservice ogg oggenc -o- -",
+         "crat ogg.pub",
+         "cexec ogg.pub < input.wav > output.ogg"]
+
+
+def write_wav(path, seconds=3, rate=44100):
+    """A tone with some noise, always the same."""
+    noise = random.Random(1)
+    samples = [int(12000 * math.sin(i * 440 * 2 * math.pi / rate) + noise.randint(-3000, 3000))
+               for i in range(seconds * rate)]
+    with wave.open(path, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(struct.pack("<%dh" % len(samples), *samples))
+
+
+def audio(ogg):
+    """The samples in an Ogg Vorbis file: two encodings differ in a random serial number."""
+    wav = subprocess.run(["oggdec", "-Q", "-o", "-", ogg], stdout=subprocess.PIPE, check=True).stdout
+    start = wav.index(b"data") + 8
+    return wav[start:]
+
+
+def test_readme_four_steps(hosts):
+    need("oggenc", "oggdec")
+    keygen, service, logger, job = STEPS
+    assert all(step in cexec.__doc__ for step in STEPS)
+    spaces = hosts.lan("lan", ["client", "one", "two", "logger"], "10.77.0")
+    links = hosts.path("links")
+    os.mkdir(links)
+    os.symlink(PYTHON, os.path.join(links, "python3"))
+    subprocess.run([PYTHON, PROGRAM, "--install", links], check=True)
+    hosts.env["PATH"] = links + ":" + hosts.env["PATH"]
+
+    def command(space, line):
+        return ["ip", "netns", "exec", spaces[space], "sh", "-c", "exec " + line]
+
+    def start(space, line, **options):
+        process = subprocess.Popen(command(space, line), env=hosts.environment(), cwd=hosts.directory, **options)
+        hosts.started.append(process)
+        until(lambda: listening(process.pid), line)
+
+    subprocess.run(command("client", keygen), env=hosts.environment(), cwd=hosts.directory, check=True)
+    start("one", service)
+    start("two", service)
+    with open(hosts.path("log"), "wb") as log:
+        start("logger", logger, stdout=log)
+    write_wav(hosts.path("input.wav"))
+    # oggenc reports its progress on its standard error, which is the client's
+    done = subprocess.run(["ip", "netns", "exec", spaces["client"], "sh", "-c", job], env=hosts.environment(),
+                          cwd=hosts.directory, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert b"Done encoding" in done.stderr and b"cexec:" not in done.stderr
+    with open(hosts.path("input.wav"), "rb") as wav, open(hosts.path("local.ogg"), "wb") as ogg:
+        subprocess.run(["oggenc", "-Q", "-o-", "-"], stdin=wav, stdout=ogg, check=True)
+    here, there = audio(hosts.path("local.ogg")), audio(hosts.path("output.ogg"))
+    assert len(here) == os.path.getsize(hosts.path("input.wav")) - 44 and here == there
+    line = until(lambda: read(hosts.path("log")).decode(), "the logger's line")
+    assert re.match(r"10\.77\.0\.1 completed by 10\.77\.0\.[23] for ogg\.pub exit code 0\b", line)
+    assert line.count("\n") == 1
+
+
+# Which worker it is
+
+def set_runnable(cluster, worker, number):
+    """Gives a worker a /proc/loadavg of its own: hosts do not share one, as namespaces do.
+
+    It tells the processes that are runnable now; the averages are the kernel's all the same.
+    """
+    path = cluster.path("loadavg-%d" % worker.pid)
+    with open(path, "w") as file:
+        file.write("0.00 0.00 0.00 %d/99 1\n" % number)
+    subprocess.run(["nsenter", "-t", str(worker.pid), "-m", "mount", "--bind", path, "/proc/loadavg"], check=True)
+
+
+def served_by(cluster, number, space):
+    """A shell's loop of jobs, one after another: how many each worker did."""
+    jobs = "for i in $(seq %d); do '%s' '%s' cexec '%s' 'CMD=echo $SERVER_ADDR' || exit; done" % (
+        number, PYTHON, PROGRAM, cluster.pub)
+    done = subprocess.run(["ip", "netns", "exec", space, "sh", "-c", jobs], env=cluster.environment(),
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    served = collections.Counter(done.stdout.decode().split())
+    assert sum(served.values()) == number
+    return served
+
+
+def test_a_hundred_jobs_go_to_the_idle_worker(hosts):
+    need("nsenter", "mount")
+    spaces = hosts.lan("lan", ["client", "busy", "idle"], "10.77.0")
+    busy = hosts.shell_worker(space=spaces["busy"], env={"CONCURRENCY": "2"})
+    set_runnable(hosts, busy, 1)
+    long_job = held_job(hosts, "CMD=cat", space=spaces["client"])       # takes half its slots
+    set_runnable(hosts, hosts.shell_worker(space=spaces["idle"], env={"CONCURRENCY": "2"}), 1)
+    served = served_by(hosts, 100, spaces["client"])
+    print("a hundred jobs:", dict(served))
+    assert served["10.77.0.3"] >= 95, served
+    outcome(long_job)
+
+
+def test_jobs_avoid_a_loaded_host(hosts):
+    """Of two workers without a job, one is on a host that has much else to do at this moment."""
+    need("nsenter", "mount")
+    spaces = hosts.lan("lan", ["client", "loaded", "idle"], "10.77.0")
+    set_runnable(hosts, hosts.shell_worker(space=spaces["loaded"]), 10 * os.cpu_count())
+    set_runnable(hosts, hosts.shell_worker(space=spaces["idle"]), 1)
+    served = served_by(hosts, 10, spaces["client"])
+    assert served["10.77.0.3"] >= 9, served
+
+
+# The line
+
+ORDERLY = ("sh", "-c", 'echo "$REMOTE_USER$PEER_N" >> order; exec cat')     # tells when it is whose turn
+
+
+def order(cluster):
+    with contextlib.suppress(FileNotFoundError):
+        return read(cluster.path("order")).decode().split()
+    return []
+
+
+def in_line(cluster, ahead, *words, **options):
+    """Starts a client that gets into the line, behind so many."""
+    client = verbose_client(cluster, *words, **options)
+    until(lambda: "every slot of a worker is busy, %d ahead of us" % ahead in client.said(),
+          "BUSY with %d ahead, not: %s" % (ahead, client.said()))
+    return client
+
+
+def test_the_line_is_served_oldest_first(hosts):
+    spaces = hosts.lan("lan", ["one", "two", "worker"], "10.77.0")
+    hosts.worker(*ORDERLY, space=spaces["worker"], env={"CONCURRENCY": "1"})
+    first = held_job(hosts, "N=0", space=spaces["one"])
+    clients = [in_line(hosts, n - 1, "N=%d" % n, space=spaces["one" if n % 2 else "two"]) for n in (1, 2, 3, 4)]
+    assert order(hosts) == ["anyone0"]
+    outcome(first)
+    for client in clients:
+        outcome(client)
+    assert order(hosts) == ["anyone%d" % n for n in range(5)]
+
+
+def test_names_take_turns_in_the_line(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    for name in ("ann", "bob"):
+        hosts.run("ckeygen", "-n", name, hosts.key, hosts.path(name), check=True)
+    hosts.worker(*ORDERLY, space=spaces["worker"], env={"CONCURRENCY": "1"})
+    first = held_job(hosts, "N=0", space=spaces["client"])
+    clients = [in_line(hosts, ahead, "N=%d" % n, pub=hosts.path(name), space=spaces["client"])
+               for name, n, ahead in (("ann", 1, 0), ("ann", 2, 1), ("ann", 3, 2), ("bob", 1, 1), ("bob", 2, 3))]
+    outcome(first)
+    for client in clients:
+        outcome(client)
+    assert order(hosts) == ["anyone0", "ann1", "bob1", "ann2", "bob2", "ann3"]
+
+
+def test_a_client_killed_in_the_line_is_skipped(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.worker(*ORDERLY, space=spaces["worker"], env={"CONCURRENCY": "1"})
+    first = held_job(hosts, "N=0", space=spaces["client"])
+    killed, interrupted, last = (in_line(hosts, n, "N=%d" % (n + 1), space=spaces["client"]) for n in range(3))
+    killed.kill()                       # without a word: the worker finds out when it offers
+    interrupted.send_signal(signal.SIGINT)              # takes its leave of the worker
+    assert (killed.wait(30), interrupted.wait(30)) == (-signal.SIGKILL, -signal.SIGINT)
+    outcome(first)
+    outcome(last)
+    assert order(hosts) == ["anyone0", "anyone3"]
+
+
+def test_timeout_wait_ends_the_wait_in_line(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.worker("cat", space=spaces["worker"], env={"CONCURRENCY": "1"})
+    first = held_job(hosts, space=spaces["client"])
+    tired = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_WAIT": "2"})
+    assert (tired.returncode, tired.stdout) == (111, b"")
+    assert re.fullmatch(br"cexec: no worker was free in [23] s \(0 ahead in line\)\n", tired.stderr)
+    outcome(first)
+
+
+# Groups
+
+def test_a_host_with_two_networks_reaches_both(hosts):
+    left = hosts.lan("left", ["client", "worker"], "10.77.0")
+    right = hosts.lan("right", [left["client"], "worker"], "10.78.0")
+    workers = [hosts.shell_worker(space=spaces["worker"]) for spaces in (left, right)]
+    loggers = [hosts.logger(hosts.pub, space=spaces["worker"]) for spaces in (left, right)]
+    done = hosts.client("CMD=echo $SERVER_ADDR", space=left["client"])
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout in (b"10.77.0.2\n", b"10.78.0.2\n")
+    until(lambda: all(map(heard, workers)), "the announcement on both networks")
+    for number, logger in zip((77, 78), loggers):       # each knows the client by its own network's address
+        until(logger.lines, "the alert on both networks")
+        assert logger.lines()[0].startswith("10.%d.0.1 completed by %s " % (number, done.stdout.decode().strip()))
+    workers[0].terminate()
+    workers[0].wait(30)
+    done = hosts.client("CMD=echo $SERVER_ADDR $REMOTE_ADDR", space=left["client"])
+    assert (done.returncode, done.stdout) == (0, b"10.78.0.2 10.78.0.1\n")
+
+
+def test_a_host_with_only_loopback_serves_itself(hosts):
+    space = hosts.space("alone")
+    hosts.shell_worker(space=space)
+    logger = hosts.logger(hosts.pub, space=space)
+    done = hosts.client("CMD=cat; echo $SERVER_ADDR; exit 3", space=space, input=b"in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"in\n127.0.0.1\n", b"")
+    until(logger.lines, "the alert")
+    assert logger.lines()[0].startswith("127.0.0.1 completed by 127.0.0.1 for app.pub exit code 3")
+
+
+@pytest.mark.parametrize("left_over", ["down", "unplugged", "no address", "no loopback"])
+def test_an_interface_of_no_use_is_no_failure(hosts, left_over):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.lan("other", [spaces["client"]], "10.78.0")
+    switch = hosts.spaces[-1]
+    space, *change = {"down": [spaces["client"], "link", "set", "dev", "other", "down"],
+                      "unplugged": [switch, "link", "set", "dev", "p1", "down"],
+                      "no address": [spaces["client"], "address", "flush", "dev", "other"],
+                      "no loopback": [spaces["client"], "link", "set", "dev", "lo", "down"]}[left_over]
+    ip("-n", space, *change)
+    hosts.shell_worker(space=spaces["worker"])
+    done = hosts.client("CMD=echo $SERVER_ADDR", space=spaces["client"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"10.77.0.2\n", b"")
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "10.77.0.255", "239.7.7.7", "lan:239.7.7.7",
+                                   "lan:255.255.255.255:4010", "10.77.0.255:4010", "239.7.7.7:4010",
+                                   "10.77.0.2,10.77.0.3", "10.77.0.2:4010,lan:10.77.0.3:4011"])
+def test_everyone_hears_a_group(hosts, group):
+    """Two workers and two loggers on one host, one of each on another."""
+    spaces = hosts.lan("lan", ["client", "one", "two"], "10.77.0")
+    hosts.env["CEXEC_GROUP"] = group
+    hosts.env["GROUP"] = "wheel"        # as in tcsh: CEXEC_GROUP goes first
+    workers = [hosts.shell_worker(space=spaces[host]) for host in ("one", "one", "two")]
+    loggers = [hosts.logger(hosts.pub, space=spaces[host]) for host in ("one", "one", "two")]
+    done = hosts.client("CMD=cat; echo $SERVER_ADDR; exit 5", space=spaces["client"], input=b"in\n")
+    assert done.returncode == 5 and done.stderr == b""
+    assert done.stdout in (b"in\n10.77.0.2\n", b"in\n10.77.0.3\n")
+    until(lambda: all(heard(worker) and heard(worker, b"ALERT") for worker in workers), "datagrams at every worker")
+    line = "10.77.0.1 completed by %s for app.pub exit code 5" % done.stdout.split()[1].decode()
+    for logger in loggers:
+        until(logger.lines, "a line of every logger")
+    for logger in loggers:
+        assert [text.startswith(line) for text in logger.lines()] == [True], logger.lines()
+
+
+def test_unicast_to_one_host_reaches_all_that_listen_there(hosts):
+    spaces = hosts.lan("lan", ["client", "host"], "10.77.0")
+    hosts.env["CEXEC_GROUP"] = "10.77.0.2"
+    loggers, keys = [hosts.logger(space=spaces["host"])], []
+    for number in range(3):             # whoever opened its socket last hears the network
+        keys.append(hosts.path("app%d" % number))
+        hosts.run("ckeygen", keys[-1], check=True)
+        hosts.worker("echo", str(number), key=keys[-1], space=spaces["host"])
+    loggers.append(hosts.logger(space=spaces["host"]))
+    for number, key in enumerate(keys):
+        done = hosts.run("cexec", key + ".pub", space=spaces["client"])
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"%d\n" % number, b"")
+    until(lambda: all(len(logger.lines()) >= 3 for logger in loggers), "three lines of each logger")
+    for logger in loggers:
+        assert [line.startswith("10.77.0.1 completed by 10.77.0.2 for ") for line in logger.lines()] == [True] * 3
+
+
+def test_passing_on_ends(hosts):
+    """A unicast datagram is passed on once, however many listen."""
+    spaces = hosts.lan("lan", ["client", "host"], "10.77.0")
+    hosts.env["CEXEC_GROUP"] = "10.77.0.2"
+    for _ in range(3):
+        hosts.logger(space=spaces["host"])
+    with Capture(spaces["host"]) as capture:
+        done = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+        assert done.returncode == 111
+        copies = collections.Counter((datagram.identity, interface) for interface, datagram in capture.datagrams())
+    announcements = {identity for identity, _ in copies}
+    assert len(announcements) >= 3      # tries, and the claim
+    for identity in announcements:
+        assert copies[identity, "lan"] == 1 and 1 <= copies[identity, "lo"] <= 2, copies    # lo: sent and received
+
+
+@pytest.mark.parametrize("address", ["2001:db8::1", "::1", "0.0.0.0", "255.255.255.255", "10.77.0.255", "239.1.2.3"])
+def test_a_return_address_that_is_no_address_here(hosts, address):
+    """The head of a datagram is outside its MAC: whoever captures one can change it."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    worker = hosts.worker("cat", space=spaces["worker"], env={"CONCURRENCY": "1"})
+    pub, limit = cexec.open_pub(hosts.pub), {"CEXEC_TIMEOUT_ACCEPT": "5"}
+    with udp_socket(spaces["client"]) as mouth:
+        def forge():
+            data = cexec.make_datagram(cexec.ANNOUNCE, pub, os.urandom(16), 9, attempt=1, waited=0)
+            mouth.sendto(cexec.Datagram(data).readdressed(address, 9, 0), ("10.77.0.255", GROUP_PORT))
+        forge()                         # for an offer
+        done = hosts.client(space=spaces["client"], input=b"still there\n", env=limit)
+        assert (done.returncode, done.stdout) == (0, b"still there\n"), read(worker.log)
+        job = held_job(hosts, space=spaces["client"])
+        forge()                         # for BUSY, and an offer later
+        outcome(job)
+        done = hosts.client(space=spaces["client"], input=b"still there\n", env=limit)
+        assert (done.returncode, done.stdout) == (0, b"still there\n"), read(worker.log)
+    assert worker.poll() is None, read(worker.log)
+
+
+def test_nobody_there_names_the_group(hosts):
+    spaces = hosts.lan("lan", ["client"], "10.77.0")
+    done = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert re.fullmatch(br"cexec: no worker answered in [12] s on 255\.255\.255\.255 "
+                        br"\(is cservice running with this key\?\)\n", done.stderr)
+
+
+# Whom the client lets in, and where
+
+@pytest.mark.parametrize("rule, servers", [
+    ({"CEXEC_ACCEPT_SERVER": "10.77.0.3"}, {b"10.77.0.3"}),
+    ({"CEXEC_ACCEPT_SERVER": "10.77.0.3/32, 192.0.2.0/24"}, {b"10.77.0.3"}),
+    ({"CEXEC_REJECT_SERVERS": "10.77.0.3"}, {b"10.77.0.2"}),
+    ({"CEXEC_REJECT_SERVERS": "192.0.2.1 10.77.0.2/31"}, set()),
+    ({"CEXEC_ACCEPT_SERVER": "10.77.0.0/24", "CEXEC_REJECT_SERVERS": "10.77.0.2"}, {b"10.77.0.3"}),
+    ({"CEXEC_ACCEPT_SERVER": "10.77.0.64/26"}, set())])
+def test_accepted_and_rejected_servers(hosts, rule, servers):
+    spaces = hosts.lan("lan", ["client", "two", "three"], "10.77.0")
+    workers = [hosts.shell_worker(space=spaces[host]) for host in ("two", "three")]
+    for _ in range(3):
+        done = hosts.client("CMD=echo $SERVER_ADDR", space=spaces["client"], env=dict(rule, CEXEC_TIMEOUT_ACCEPT="1"))
+        if not servers:
+            assert (done.returncode, done.stdout) == (111, b"")
+            assert done.stderr.startswith(b"cexec: no worker answered in 1 s"), done.stderr
+            assert all(b"offer to" in read(worker.log) for worker in workers)   # they would have
+            break
+        assert (done.returncode, done.stderr) == (0, b"") and done.stdout.strip() in servers
+
+
+def test_listen_ports_are_a_port_a_range_and_none_left(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.shell_worker(space=spaces["worker"], env={"CONCURRENCY": "4"})
+
+    def client(ports):
+        return held_job(hosts, "CMD=head -n1; echo $REMOTE_PORT; exec cat", space=spaces["client"],
+                        env={"CEXEC_LISTEN_PORTS": ports})
+    jobs = [client(ports) for ports in ("5005", "5005-5007", "5000-5000,5005-5006")]
+    ports = [job.stdout.readline() for job in jobs]
+    assert ports == [b"5005\n", b"5006\n", b"5000\n"]
+    done = hosts.client("CMD=true", space=spaces["client"], env={"CEXEC_LISTEN_PORTS": "5000,5005-5006"})
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert done.stderr == (b"cexec: no free port to listen on: Address already in use "
+                           b"(see CEXEC_LISTEN_PORTS)\n")
+    for job in jobs:
+        outcome(job)
+    done = hosts.client("CMD=echo $REMOTE_PORT", space=spaces["client"], env={"CEXEC_LISTEN_PORTS": "5005"})
+    assert (done.returncode, done.stdout) == (0, b"5005\n")
+
+
+# What the command finds
+
+def test_the_commands_environment(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.run("ckeygen", "-n", "carol@laptop", hosts.key, hosts.path("carol.pub"), check=True)
+    hosts.worker("env", "-0", space=spaces["worker"], env={"INHERITED": "yes", "REMOTE_USER": "mallory"})
+    done = hosts.run("cexec", hosts.path("carol.pub"), "CMD=x y", "LD_PRELOAD=/no/such.so", "EMPTY=", "PATH=",
+                     "REMOTE_USER=root", "LINES=a\nb=c", space=spaces["client"], env={"CEXEC_LISTEN_PORTS": "5005"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    found = dict(item.partition("=")[::2] for item in done.stdout.decode().split("\0")[:-1])
+    assert {name: found.pop(name) for name in list(found) if name.startswith(("REMOTE_", "SERVER_ADDR"))} == {
+        "REMOTE_ADDR": "10.77.0.1", "REMOTE_PORT": "5005", "REMOTE_USER": "carol@laptop", "SERVER_ADDR": "10.77.0.2"}
+    assert 1024 <= int(found["SERVER_PORT"]) < 65536
+    assert {name: value for name, value in found.items() if name.startswith("PEER_")} == {
+        "PEER_CMD": "x y", "PEER_LD_PRELOAD": "/no/such.so", "PEER_EMPTY": "", "PEER_PATH": "",
+        "PEER_REMOTE_USER": "root", "PEER_LINES": "a\nb=c"}
+    assert found["INHERITED"] == "yes" and found["PATH"] == hosts.env["PATH"] and "LD_PRELOAD" not in found
+
+
+def test_u_runs_the_command_as_another_user(hosts):
+    need("id")
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    import pwd
+    nobody = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory(dir="/tmp") as public:
+        os.chmod(public, 0o755)         # pytest's own directory would keep nobody out as it is
+        key, other = os.path.join(public, "app"), os.path.join(public, "other")
+        hosts.run("ckeygen", key, check=True)
+        with open(other, "w") as file:
+            file.write("for all\n")
+        os.chmod(other, 0o644)
+        assert stat.S_IMODE(os.stat(key).st_mode) == 0o600
+        log = hosts.path("nobody.log")
+        with open(log, "wb") as file:
+            worker = hosts.start("cservice", "-v", "-u", "nobody", key, "sh", "-c", 'eval "$PEER_CMD"',
+                                 space=spaces["worker"], stdout=file, stderr=file, cwd=public,
+                                 preexec_fn=lambda: os.setgroups([4, 20]))
+        until(lambda: b"serves" in read(log) or worker.poll() is not None, "a worker's start")
+
+        def job(command):
+            done = hosts.run("cexec", key + ".pub", "CMD=" + command, space=spaces["client"])
+            return done.returncode, done.stdout.decode()
+        groups = sorted(os.getgrouplist("nobody", nobody.pw_gid))
+        assert job("id -u; id -ru; id -g; echo $(id -G | tr ' ' '\n' | sort -n)") == (
+            0, "%d\n%d\n%d\n%s\n" % (nobody.pw_uid, nobody.pw_uid, nobody.pw_gid, " ".join(map(str, groups))))
+        assert job("echo $HOME $USER $LOGNAME $SHELL") == (
+            0, "%s nobody nobody %s\n" % (nobody.pw_dir, nobody.pw_shell))
+        assert job("cat '%s'" % other) == (0, "for all\n")
+        status, out = job("cat '%s' 2>&1" % key)
+        assert status != 0 and "Permission denied" in out and "BEGIN" not in out
+        status, out = job("kill -0 $PPID 2>&1; cat /proc/$PPID/environ 2>&1; ls -l /proc/$PPID/fd 2>&1")
+        assert status != 0 and out.count("ermi") >= 2, out          # nor its supervisor, which is root
+        worker.terminate()
+        assert worker.wait(30) == 0
+
+
+# Hosts that vanish, and workers that are told to end
+
+def test_a_worker_cut_off_in_mid_job(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    worker = hosts.worker("cat", space=spaces["worker"])
+    job = held_job(hosts, mark[5:], space=spaces["client"], env={"CEXEC_TIMEOUT_PINGPONG": "3"})
+    assert len(processes_with(mark)) == 1
+    ip("-n", spaces["worker"], "link", "set", "dev", "lan", "down")
+    assert lost(job, "10.77.0.2") == "no sign of life for 3 s"
+    worker.terminate()                  # nobody there to tell the supervisor: so the second signal ends it
+    until(lambda: b"draining: 1 jobs" in read(worker.log), "draining")
+    worker.terminate()
+    assert worker.wait(30) == 0
+    until(lambda: not processes_with(mark), "the end of the command")
+
+
+def test_a_client_killed_in_mid_job(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    worker = hosts.worker("sh", "-c", "(trap '' HUP; sleep 300) & cat; wait", space=spaces["worker"])
+    job = held_job(hosts, mark[5:], space=spaces["client"])
+    assert len(processes_with(mark)) >= 3
+    job.kill()
+    until(lambda: not processes_with(mark), "the end of all that the command had started")
+    assert worker.poll() is None
+    until(lambda: b"ended, done" in read(worker.log), "a free slot")
+
+
+def test_a_client_cut_off_in_mid_job_and_back(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    hosts.worker("cat", space=spaces["worker"])
+    job = held_job(hosts, mark[5:], space=spaces["client"])
+    ip("-n", spaces["client"], "link", "set", "dev", "lan", "down")
+    job.kill()                          # and its farewell gets lost, at first
+    job.wait()
+    assert len(processes_with(mark)) == 1
+    ip("-n", spaces["client"], "link", "set", "dev", "lan", "up")
+    until(lambda: not processes_with(mark), "the end of the command")
+
+
+def test_a_short_cut_in_mid_job_is_no_failure(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.worker("cat", space=spaces["worker"])
+    job = held_job(hosts, space=spaces["client"])
+    ip("-n", spaces["worker"], "link", "set", "dev", "lan", "down")
+    job.stdin.write(b"while it is cut\n")
+    job.stdin.flush()
+    ip("-n", spaces["worker"], "link", "set", "dev", "lan", "up")
+    assert job.stdout.readline() == b"while it is cut\n"
+    assert outcome(job) == (b"", b"")
+
+
+def test_sigterm_drains_a_worker(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    worker = hosts.shell_worker(space=spaces["worker"], env={"CONCURRENCY": "2"})
+    job = held_job(hosts, "CMD=cat; exit 9", space=spaces["client"])
+    worker.terminate()
+    until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
+    late = hosts.client("CMD=true", space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert late.returncode == 111 and b"no worker answered" in late.stderr
+    assert worker.poll() is None
+    job.stdin.write(b"to the end\n")
+    assert outcome(job, status=9) == (b"to the end\n", b"")
+    assert worker.wait(30) == 0
+
+
+def test_a_second_sigterm_ends_the_jobs(hosts):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    worker = hosts.shell_worker(space=spaces["worker"])
+    job = held_job(hosts, "CMD=cat", mark[5:], space=spaces["client"])
+    worker.terminate()
+    until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
+    assert job.poll() is None
+    worker.terminate()
+    lost(job, "10.77.0.2")
+    assert worker.wait(30) == 0
+    until(lambda: not processes_with(mark), "the end of the command")
+
+
+# Through proxies
+
+class Crossing:
+    """Two networks, 10.77.0 on the left and 10.78.0 on the right, and a gate on both."""
+
+    def __init__(self, hosts):
+        self.hosts = hosts
+        left = hosts.lan("left", ["client", "gate", "other"], "10.77.0")
+        self.client, self.gate, self.other = left.values()
+        self.worker = hosts.lan("right", [self.gate, "worker"], "10.78.0")["worker"]
+        self.switch = next(space for space in hosts.spaces if space.endswith("right"))
+
+    def proxy(self, *arguments, space=None, env=None):
+        log = self.hosts.path("proxy-%s.log" % os.urandom(4).hex())
+        with open(log, "wb") as file:
+            process = self.hosts.start("cproxy", "-v", *arguments, space=space or self.gate, env=env,
+                                       stdout=file, stderr=file)
+        process.log = log
+        until(lambda: b"cproxy: from " in read(log) or process.poll() is not None, "a proxy's start")
+        assert process.poll() is None, read(log)
+        return process
+
+
+@pytest.fixture
+def crossing(hosts):
+    return Crossing(hosts)
+
+
+def test_nothing_crosses_without_a_proxy(hosts, crossing):
+    worker = hosts.worker("cat", space=crossing.worker)
+    done = hosts.client(space=crossing.client, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert done.returncode == 111 and not heard(worker)
+
+
+@pytest.mark.parametrize("target", [None, "10.78.0.255", "right:255.255.255.255", "10.78.0.2", "239.7.7.7",
+                                    "right:239.7.7.7:4010", "10.78.0.9,10.78.0.2"])
+def test_a_job_crosses_a_proxy(hosts, crossing, target):
+    there = {"GROUP": target} if target and "239" in target else {}
+    hosts.shell_worker(space=crossing.worker, env=there)
+    loggers = [hosts.logger(hosts.pub, space=crossing.other), hosts.logger(hosts.pub, space=crossing.worker, env=there)]
+    crossing.proxy("10.78.0.1", *[target] * bool(target))
+    done = hosts.client("CMD=cat; echo $REMOTE_ADDR $SERVER_ADDR; echo oh >&2; exit 7", space=crossing.client,
+                        input=b"in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"in\n10.78.0.1 10.78.0.2\n", b"oh\n")
+    for logger, client in zip(loggers, ("10.77.0.1", "10.78.0.1")):
+        until(logger.lines, "a line on either side")
+        assert [line.startswith("%s completed by 10.78.0.2 for app.pub exit code 7" % client)
+                for line in logger.lines()] == [True], logger.lines()
+
+
+def test_twenty_megabytes_cross_and_come_back(hosts, crossing):
+    hosts.worker("cat", space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    data = os.urandom(1 << 20) * 20
+    done = hosts.client(space=crossing.client, input=data)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == data
+
+
+def test_half_closes_cross(hosts, crossing):
+    hosts.worker("sort", space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    done = hosts.client(space=crossing.client, input=b"b\nc\na\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\nb\nc\n", b"")
+
+
+def test_an_early_close_crosses(hosts, crossing):
+    hosts.worker("yes", space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    client = hosts.start_client(space=crossing.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert client.stdout.readline() == b"y\n"
+    client.stdout.close()
+    assert client.wait(30) == 128 + signal.SIGPIPE and client.stderr.read() == b""
+
+
+def test_busy_crosses(hosts, crossing):
+    hosts.worker(*ORDERLY, space=crossing.worker, env={"CONCURRENCY": "1"})
+    crossing.proxy("10.78.0.1")
+    first = held_job(hosts, "N=0", space=crossing.client)
+    clients = [in_line(hosts, n - 1, "N=%d" % n, space=crossing.client) for n in (1, 2)]
+    outcome(first)
+    for client in clients:
+        outcome(client)
+    assert order(hosts) == ["anyone0", "anyone1", "anyone2"]
+
+
+def test_two_proxies_in_a_row(hosts, crossing):
+    far = hosts.lan("far", [crossing.worker, "worker"], "10.79.0")["worker"]
+    hosts.shell_worker(space=far)
+    crossing.proxy("10.78.0.1")
+    crossing.proxy("10.79.0.1", space=crossing.worker)
+    data = os.urandom(1 << 20)
+    done = hosts.client("CMD=cat; exit 4", space=crossing.client, input=data)
+    assert (done.returncode, done.stderr) == (4, b"") and done.stdout == data
+
+
+def test_a_proxy_can_not_read_what_it_relays(hosts, crossing):
+    hosts.worker("sh", "-c", 'cat; echo "$PEER_WORD"', space=crossing.worker)
+    proxy = crossing.proxy("10.78.0.1")
+    secret = os.urandom(12).hex().encode()
+    data = (secret + b"\n") * 50000
+    with Capture(crossing.gate) as capture:
+        done = hosts.client("WORD=" + secret.decode(), space=crossing.client, input=data)
+        assert (done.returncode, done.stdout, done.stderr) == (0, data + secret + b"\n", b"")
+        wire = b"".join(packet for _, packet in capture.packets())
+    assert len(wire) > 2 * len(data) and cexec.MAGIC in wire and b"\x16\x03" in wire     # all of it was captured
+    assert secret not in wire
+    assert b"goes to 10.77.0.1:" in read(proxy.log) and secret not in read(proxy.log)
+    known = memory(proxy.pid)
+    assert b"10.78.0.1" in known and secret not in known
+
+
+def memory(pid):
+    """What a process can write in its memory."""
+    parts = []
+    with open("/proc/%d/maps" % pid) as maps, open("/proc/%d/mem" % pid, "rb", 0) as mem:
+        for line in maps:
+            span, mode = line.split()[:2]
+            if mode.startswith("rw"):
+                first, last = (int(number, 16) for number in span.split("-"))
+                with contextlib.suppress(OSError, ValueError):
+                    mem.seek(first)
+                    parts.append(mem.read(last - first))
+    return b"\n".join(parts)
+
+
+@pytest.mark.parametrize("gates", [1, 2])
+def test_proxies_in_opposite_directions_do_not_storm(hosts, crossing, gates):
+    """One gate with a proxy each way; then two such gates, a ring."""
+    addresses = [(crossing.gate, "10.78.0.1"), (crossing.gate, "10.77.0.2")]
+    if gates == 2:
+        second = crossing.other
+        ip("-n", crossing.switch, "link", "add", "name", "p9", "type", "veth", "peer", "name", "right", "netns", second)
+        ip("-n", crossing.switch, "link", "set", "dev", "p9", "master", "switch", "up")
+        ip("-n", second, "address", "add", "10.78.0.9/24", "brd", "+", "dev", "right")
+        ip("-n", second, "link", "set", "dev", "right", "up")
+        addresses += [(second, "10.78.0.9"), (second, "10.77.0.3")]
+    for space, address in addresses:
+        crossing.proxy(address, space=space)
+    logger = hosts.logger(hosts.pub, space=crossing.worker)
+    with Capture(crossing.client) as left, Capture(crossing.worker) as right:
+        done = hosts.client(space=crossing.client, env={"CEXEC_TIMEOUT_ACCEPT": "2"})
+        assert done.returncode == 111
+        hosts.shell_worker(space=crossing.worker)
+        done = hosts.client("CMD=cat", space=crossing.client, input=b"in\n")
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"in\n", b"")
+        until(logger.lines, "the alert")
+        copies = [collections.Counter(datagram.identity for interface, datagram in capture.datagrams()
+                                      if interface != "lo") for capture in (left, right)]
+    assert len(copies[0]) >= 6 and copies[0].keys() == copies[1].keys()
+    print("copies of a datagram, at most: left %d, right %d" % tuple(max(count.values()) for count in copies))
+    # its own and one of each proxy that sends there
+    assert max(copies[0].values()) <= 1 + gates and max(copies[1].values()) <= gates, copies
+    assert len(logger.lines()) == 1, logger.lines()
+
+
+def test_a_proxy_killed_in_mid_job(hosts, crossing):
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    hosts.worker("cat", space=crossing.worker)
+    proxy = crossing.proxy("10.78.0.1")
+    job = held_job(hosts, mark[5:], space=crossing.client)
+    proxy.kill()
+    assert "no sign of life" not in lost(job, "10.78.0.2")      # long before CEXEC_TIMEOUT_PINGPONG
+    until(lambda: not processes_with(mark), "the end of the command")
+
+
+def test_a_worker_killed_behind_a_proxy(hosts, crossing):
+    worker = hosts.worker("cat", space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    job = held_job(hosts, space=crossing.client)
+    for _ in range(2):
+        worker.terminate()
+        until(lambda: b"draining" in read(worker.log), "draining")
+    lost(job, "10.78.0.2")
+
+
+def test_a_client_killed_behind_a_proxy(hosts, crossing):
+    """Its connection ends without a word in TLS: the proxy has to pass that on."""
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    hosts.worker("cat", space=crossing.worker)
+    proxy = crossing.proxy("10.78.0.1")
+    job = held_job(hosts, mark[5:], space=crossing.client)
+    assert len(processes_with(mark)) == 1
+    job.kill()
+    until(lambda: not processes_with(mark), "the end of the command")
+    until(lambda: b"ends: done" in read(proxy.log), "the end of both connections")
+
+
+def captured_announcements(hosts, crossing, number):
+    """So many announcements of a client that is gone since, as they were on the wire."""
+    with Capture(crossing.gate) as capture:
+        client = hosts.start_client(space=crossing.client, stderr=subprocess.DEVNULL)
+        until(lambda: len(capture.datagrams()) >= number, "announcements")
+        client.kill()
+        client.wait()
+        return [datagram for _, datagram in capture.datagrams()][:number]
+
+
+def test_a_forged_return_address_gets_not_one_byte(hosts, crossing):
+    """Services of another host that answer anybody; and somebody on the right who has words for them."""
+    answers = [b"", b"220 ready\r\n", b"\x16\x03\x03\x00\x10\x02", b"\x15\x03\x03", b"\x16"]
+    captured = captured_announcements(hosts, crossing, len(answers))
+    crossing.proxy("10.78.0.1")
+    ear, mouth = udp_socket(crossing.worker, GROUP_PORT), udp_socket(crossing.client)
+    sockets = [ear, mouth]
+    try:
+        pairs = []
+        for datagram, answer in zip(captured, answers):
+            victim = tcp_socket(crossing.other)
+            sockets.append(victim)
+            victim.bind(("10.77.0.3", 0))
+            victim.listen(5)
+            mouth.sendto(datagram.readdressed("10.77.0.3", victim.getsockname()[1], 0), ("10.77.0.255", GROUP_PORT))
+            relayed = cexec.Datagram(ear.recv(2000))
+            assert relayed.identity == datagram.identity and relayed.address == "10.78.0.1"
+            caller = tcp_socket(crossing.worker)
+            sockets.append(caller)
+            caller.connect((relayed.address, relayed.port))
+            caller.sendall(b"DELETE / HTTP/1.0\r\n\r\n")
+            service = victim.accept()[0]
+            service.settimeout(PATIENCE)
+            sockets.append(service)
+            service.sendall(answer)
+            pairs.append((service, caller))
+        for service, caller in pairs:
+            with contextlib.suppress(ConnectionResetError):
+                assert service.recv(100) == b""     # the silent one is given up too
+            with contextlib.suppress(ConnectionResetError):
+                assert caller.recv(100) in (b"", b"\x16")       # what may be the beginning of a ClientHello
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def test_garbage_at_a_proxys_ports(hosts, crossing):
+    noise = random.Random(2)
+    captured, whole = captured_announcements(hosts, crossing, 2)
+    proxy = crossing.proxy("10.78.0.1")
+    ear, mouth = udp_socket(crossing.worker, GROUP_PORT), udp_socket(crossing.client)
+    ear.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+    with ear, mouth:
+        for size in [0, 1, 3, 25, 26, 100, 1200, 1201, 9000] * 20:
+            mouth.sendto(noise.getrandbits(8 * size + 8).to_bytes(size + 1, "big")[1:], ("10.77.0.2", GROUP_PORT))
+        for _ in range(200):            # damaged ones, which do parse in part
+            data = bytearray(captured.data)
+            for _ in range(noise.randint(1, 4)):
+                data[noise.randrange(4, len(data))] = noise.randrange(256)
+            mouth.sendto(data[:noise.randint(4, len(data) + 40)], ("10.77.0.2", GROUP_PORT))
+        ear.settimeout(0.1)
+
+        def relayed_whole():            # some of the damaged ones do look well, and are relayed too
+            mouth.sendto(whole.readdressed("10.77.0.3", 9, 0), ("10.77.0.2", GROUP_PORT))   # the queue may be full
+            with contextlib.suppress(socket.timeout):
+                found = cexec.Datagram(ear.recv(2000))
+                return found if found.identity == whole.identity else None
+        relayed = until(relayed_whole, "the relay's port")
+        for size in (0, 1, 30, 1200, 3000):
+            ear.sendto(os.urandom(size), (relayed.address, relayed.port))
+            ear.sendto(captured.data[:size], (relayed.address, relayed.port))
+        for text in (b"", b"GET / HTTP/1.0\r\n\r\n", os.urandom(100000)):
+            with tcp_socket(crossing.worker) as caller, contextlib.suppress(OSError):
+                caller.connect((relayed.address, relayed.port))
+                caller.sendall(text)
+                assert caller.recv(100) == b""
+    assert proxy.poll() is None, read(proxy.log)[-2000:].decode()
+    hosts.worker("cat", space=crossing.worker)
+    done = hosts.client(space=crossing.client, input=b"still there\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"still there\n", b"")
+    until(lambda: read("/proc/%d/stat" % proxy.pid).split()[2] == b"S", "a proxy at rest")
+
+
+# ---------------------------------------------------------------------------
+# Faults: a lost job is run again, or not at all
+# ---------------------------------------------------------------------------
+
+RUN = "echo $PPID >>runs; "             # the command's parent is its supervisor
+
+
+def runs(cluster):
+    """The supervisors of the runs so far, oldest first."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(line) for line in read(cluster.path("runs")).splitlines()]
+    return []
+
+
+def lose_worker(cluster, number=1):
+    """Kills the supervisor of a job's run of that number; its service sees to the rest."""
+    supervisors = until(lambda: len(runs(cluster)) >= number and runs(cluster), "run %d" % number)
+    os.kill(supervisors[number - 1], signal.SIGKILL)
+
+
+def start_job(cluster, command, *, words=("-r",), env=None, name="error", **options):
+    """Starts a client whose standard error is a file; client.said() is what is in it."""
+    with open(cluster.path(name), "wb") as errors:
+        client = cluster.start("cexec", *words, cluster.pub, "CMD=" + RUN + command, env=env, stderr=errors, **options)
+    client.said = lambda: read(cluster.path(name)).decode()
+    return client
+
+
+def make_file(cluster, name, data=b""):
+    with open(cluster.path(name), "wb") as file:
+        file.write(data)
+    return cluster.path(name)
+
+
+def size_of(cluster, name):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.getsize(cluster.path(name))
+    return -1
+
+
+def lost_with(reason):
+    """What cexec says; what a killed supervisor had not read yet makes the close a reset."""
+    return r"cexec: worker 127\.0\.0\.1 lost after \d+\.\d s: (connection closed|Connection reset by peer)%s\n" % (
+        re.escape(reason))
+
+
+HALF = 'head -c 1000000; [ -e go ] || exec sleep 1000; cat'
+
+
+@pytest.mark.parametrize("where", ["cexec -r", "cservice -i"])
+def test_a_lost_job_from_file_to_file_is_run_again_elsewhere(cluster, where):
+    data = os.urandom(3000000)
+    options = ("-i",) if where == "cservice -i" else ()
+    workers = [cluster.shell_worker(options=options) for _ in range(2)]
+    crat = cluster.logger(cluster.pub)
+    before = b"what was there before\n"
+    with open(make_file(cluster, "in", b"not this" + data), "rb") as source, \
+            open(make_file(cluster, "out", before), "r+b") as output:
+        source.seek(8)
+        output.seek(0, os.SEEK_END)
+        client = start_job(cluster, HALF + "; exit 3", words=() if options else ("-r",), stdin=source, stdout=output)
+        until(lambda: size_of(cluster, "out") == len(before) + 1000000, "half of the output")
+        make_file(cluster, "go")
+        lose_worker(cluster)
+        assert client.wait(PATIENCE) == 3 and client.said() == ""
+        assert read(cluster.path("out")) == before + data
+        assert source.seek(0, os.SEEK_CUR) == 8 + len(data)
+    assert len(set(runs(cluster))) == 2
+    assert [read(worker.log).count(b"forked for") for worker in workers] == [1, 1]
+    lines = until(lambda: len(crat.lines()) == 2 and crat.lines(), "both alerts")
+    assert "rats out 127.0.0.1" in lines[0] and ", lost, run again: " in lines[0]
+    assert "completed by 127.0.0.1 for app.pub exit code 3" in lines[1]
+    no_defect(*[read(worker.log) for worker in workers])
+
+
+@pytest.mark.parametrize("first, more", [(0, 0), (0, 1000), (3000000, 1000000), (cexec.HELD_MAX, 0),
+                                         (cexec.HELD_MAX, 2000000)])
+def test_input_from_a_pipe_is_held_and_sent_again(cluster, first, more):
+    """What is read before the loss is held; what comes later is just read."""
+    for _ in range(2):
+        cluster.shell_worker()
+    data = noise(first + more)
+    command = "[ -e go ] && exec cat; head -c %d >/dev/null; touch ready; exec sleep 1000" % first
+    with open(make_file(cluster, "out"), "r+b") as output:
+        client = start_job(cluster, command, stdin=subprocess.PIPE, stdout=output)
+        client.stdin.write(data[:first])
+        if not more:
+            client.stdin.close()
+        else:
+            client.stdin.flush()
+        until(lambda: size_of(cluster, "ready") == 0, "what was sent at first")
+        make_file(cluster, "go")
+        lose_worker(cluster)
+        until(lambda: len(runs(cluster)) == 2, "the second run")
+        if more:
+            client.stdin.write(data[first:])
+            client.stdin.close()
+        assert client.wait(PATIENCE) == 0 and client.said() == ""
+    client.stdin = None
+    assert read(cluster.path("out")) == data and len(runs(cluster)) == 2
+
+
+def written_by_another(cluster):
+    with open(cluster.path("out"), "ab") as file:
+        file.write(b"and this is somebody else's")
+
+
+# name: (the command, how its output is opened, what must be there before the loss, what then happens, the reason)
+NOT_AGAIN = {
+    "too_much_input": ("head -c %d >/dev/null; touch ready" % (cexec.HELD_MAX + 1), "r+b", ("ready", 0), None,
+                       "more than 8 MiB of input were read"),
+    "a_pipe_was_written_to": ("printf begun", "pipe", ("copy", 5), None, "descriptor 1 was written to"),
+    "a_pipe_was_closed": ("exec >&-", "pipe", ("closed", 0), None, "descriptor 1 was closed"),
+    "append_only": ("printf begun", "ab", ("out", 11), None, "the file on descriptor 1 cannot be cut back"),
+    "not_begun_at_its_end": ("printf begun", "r+b", ("out", 6), None, "the file on descriptor 1 cannot be cut back"),
+    "written_by_another": ("printf begun", "end", ("out", 11), written_by_another,
+                           "the file on descriptor 1 cannot be cut back"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_AGAIN)
+def test_a_lost_job_that_would_show_is_not_run_again(cluster, name):
+    command, how, (there, size), then, reason = NOT_AGAIN[name]
+    for _ in range(2):
+        cluster.shell_worker()
+    with contextlib.ExitStack() as stack:
+        source = subprocess.PIPE if name == "too_much_input" else subprocess.DEVNULL
+        if how == "pipe":
+            copy = subprocess.Popen(["sh", "-c", "cat >copy; touch closed"], stdin=subprocess.PIPE,
+                                    cwd=cluster.directory)
+            stack.callback(copy.wait)
+            output = stack.enter_context(copy.stdin)
+        else:
+            make_file(cluster, "out", b"before")
+            output = stack.enter_context(open(cluster.path("out"), "r+b" if how == "end" else how))
+            output.seek(0, os.SEEK_SET if how == "r+b" and not source == subprocess.PIPE else os.SEEK_END)
+        client = start_job(cluster, command + "; exec sleep 1000", stdin=source, stdout=output)
+        if how == "pipe":
+            copy.stdin.close()
+        if source == subprocess.PIPE:
+            client.stdin.write(bytes(cexec.HELD_MAX + 1))
+            client.stdin.flush()
+        wanted = b"begun" if "not_begun" in name else b""
+        until(lambda: size_of(cluster, there) >= size and wanted in read(cluster.path(there)), "the output")
+        if then:
+            then(cluster)
+        known = read(cluster.path("out")) if how != "pipe" else None
+        lose_worker(cluster)
+        assert client.wait(PATIENCE) == 111
+        assert re.fullmatch(lost_with("; not run again: " + reason), client.said())
+        assert len(runs(cluster)) == 1
+        assert known is None or read(cluster.path("out")) == known      # and nothing was cut
+
+
+def test_a_job_that_was_told_to_end_is_not_run_again(cluster):
+    for _ in range(2):
+        cluster.shell_worker()
+    client = start_job(cluster, "trap 'touch told' TERM; touch ready; while :; do sleep 0.02; done")
+    until(lambda: size_of(cluster, "ready") == 0, "the command")
+    client.terminate()
+    until(lambda: size_of(cluster, "told") == 0, "the signal")
+    lose_worker(cluster)
+    assert client.wait(PATIENCE) == 111 and len(runs(cluster)) == 1
+    last = client.said().splitlines(True)[-1]           # the shell has a line for its child that was terminated
+    assert re.fullmatch(lost_with("; not run again: it was told to end"), last)
+
+
+def test_a_job_is_never_run_twice_unless_somebody_allows_it(cluster):
+    for _ in range(2):
+        cluster.shell_worker()
+    client = start_job(cluster, "kill -KILL $PPID; sleep 1000", words=())
+    assert client.wait(PATIENCE) == 111 and re.fullmatch(lost_with(""), client.said())
+    assert cluster.client("CMD=true").returncode == 0       # whatever was still to be heard has been heard
+    assert len(runs(cluster)) == 1
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_retries_come_to_an_end(cluster, retries):
+    for _ in range(retries + 2):
+        cluster.shell_worker()
+    client = start_job(cluster, "kill -KILL $PPID; sleep 1000", env={"CEXEC_RETRIES": str(retries)})
+    assert client.wait(PATIENCE) == 111 and len(set(runs(cluster))) == retries + 1
+    assert re.fullmatch(lost_with("; not run again: that was try %d (CEXEC_RETRIES)" % (retries + 1)), client.said())
+
+
+def test_nobody_else_is_there_to_run_it_again(cluster):
+    cluster.shell_worker()
+    client = start_job(cluster, "kill -KILL $PPID; sleep 1000", env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert client.wait(PATIENCE) == 111 and len(runs(cluster)) == 1
+    assert "no worker answered in 1 s" in client.said()
+
+
+def test_the_slot_of_a_lost_supervisor_is_free_when_its_session_is_over(cluster):
+    worker = cluster.shell_worker(env={"CONCURRENCY": "1"})
+    for _ in range(3):
+        client = start_job(cluster, "touch ready; exec sleep 1000", words=())
+        lose_worker(cluster, len(runs(cluster)) + 1)
+        assert client.wait(PATIENCE) == 111
+        done = cluster.client("CMD=true", env={"CEXEC_TIMEOUT_WAIT": "3"})      # less than until KILL
+        assert (done.returncode, done.stderr) == (0, b"")
+    no_defect(read(worker.log))
+
+
+def children_of(pid):
+    with contextlib.suppress(OSError):
+        return [int(word) for word in read("/proc/%d/task/%d/children" % (pid, pid)).split()]
+    return []
+
+
+STORM_JOBS, STORM_BYTES = 20, 20000000
+STORM_COMMAND = "head -c 7000000; sleep 0.5; head -c 7000000; sleep 0.5; exec cat"
+
+
+def test_twenty_jobs_while_workers_are_killed(cluster):
+    """A supervisor, or a whole worker, is killed every half second: every output is whole, every status 0."""
+    chance, env = random.Random(5), {"CEXEC_RETRIES": "1000"}
+    data = [noise(STORM_BYTES, seed) for seed in range(3)]
+    names = [make_file(cluster, "in%d" % number, each) for number, each in enumerate(data)]
+
+    def worker():
+        return cluster.worker("sh", "-c", STORM_COMMAND, options=("-i",), env={"CONCURRENCY": "2"}, verbose=False)
+
+    def one_job(number):
+        with open(names[number % 3], "rb") as source, open(cluster.path("out%d" % number), "wb") as output:
+            done = cluster.run("cexec", cluster.pub, stdin=source, stdout=output, env=env, timeout=PATIENCE * 4)
+        return done.returncode, done.stderr, read(cluster.path("out%d" % number)) == data[number % 3]
+
+    workers = [worker() for _ in range(3)]
+    killed = {"supervisor": 0, "worker": 0}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        jobs = [pool.submit(one_job, number) for number in range(STORM_JOBS)]
+        while not all(job.done() for job in jobs):
+            concurrent.futures.wait(jobs, 0.5)
+            index = chance.randrange(3)
+            supervisors = children_of(workers[index].pid)
+            if chance.random() < 0.3:
+                killed["worker"] += 1
+                workers[index].kill()
+                workers[index].wait()
+                workers[index] = worker()
+            if supervisors:
+                killed["supervisor"] += 1
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(supervisors), signal.SIGKILL)
+    assert [job.result() for job in jobs] == [(0, b"", True)] * STORM_JOBS
+    print("killed:", killed)
+    assert killed["supervisor"] > 2
+
+
+# ---------------------------------------------------------------------------
+# Faults: a man in the middle
+# ---------------------------------------------------------------------------
+
+class Fault:
+    """What happens to a connection at the record of that number that goes that way, or within it.
+
+    cut and reset end it, stall lets nothing more through, hold waits until the test says
+    so, flip changes a bit of the record, dribble sends every byte for itself.
+    """
+
+    def __init__(self, what, way="down", record=0, offset=0):
+        self.what, self.way, self.record, self.offset = what, way, record, offset
+        self.reached, self.released = threading.Event(), threading.Event()
+
+    def __repr__(self):
+        return "%s %s %d+%d" % (self.what, self.way, self.record, self.offset)
+
+
+class Joined:
+    """A worker's connection to the meddler and his to the client: the one's records go to the other."""
+
+    def __init__(self, worker, client, fault):
+        self.fault, self.stalled = fault, False
+        self.others = {worker: client, client: worker}
+        self.ways = {worker: "down", client: "up"}
+        self.buffers, self.records = {worker: b"", client: b""}, {"up": [], "down": []}
+        for sock in self.others:
+            sock.settimeout(20)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def work(self):
+        reading = list(self.others)
+        try:
+            while reading:
+                for sock in select.select(reading, [], [], 1)[0]:
+                    data = sock.recv(65536)
+                    if not self.stalled:
+                        self.came(sock, data)
+                    if not data:
+                        reading.remove(sock)
+                        self.others[sock].shutdown(socket.SHUT_WR)
+                        if self.stalled:
+                            return
+        except OSError:
+            pass                        # either side has reset it: so do we
+        finally:
+            for sock in self.others:
+                sock.close()
+
+    def came(self, sock, data):
+        """Passes on every record that is whole; at the end whatever there is."""
+        way, self.buffers[sock] = self.ways[sock], self.buffers[sock] + data
+        while self.buffers[sock] and not self.stalled:
+            size = 5 + int.from_bytes(self.buffers[sock][3:5], "big")   # RFC 8446, 5.1
+            if data and (len(self.buffers[sock]) < 5 or len(self.buffers[sock]) < size):
+                return
+            record, self.buffers[sock] = self.buffers[sock][:size], self.buffers[sock][size:]
+            self.pass_on(self.others[sock], way, record)
+
+    def pass_on(self, target, way, record):
+        fault, number = self.fault, len(self.records[way])
+        self.records[way].append(len(record))
+        if fault and fault.what == "dribble":
+            fault.reached.set()
+            for place in range(len(record)):
+                target.sendall(record[place:place + 1])
+        elif fault and (fault.way, fault.record) == (way, number):
+            fault.reached.set()
+            self.spoil(target, record)
+        else:
+            target.sendall(record)
+
+    def spoil(self, target, record):
+        what, offset = self.fault.what, self.fault.offset
+        if what == "flip":
+            return target.sendall(with_byte(record, offset, record[offset] ^ 1))
+        target.sendall(record[:offset])
+        if what == "hold":
+            self.fault.released.wait(PATIENCE)
+            return target.sendall(record[offset:])
+        self.stalled = True
+        for sock in self.others:
+            if what == "cut":
+                sock.shutdown(socket.SHUT_WR)
+            elif what == "reset":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+        if what == "reset":
+            raise ConnectionResetError
+
+
+class Meddler:
+    """Stands between clients that announce themselves on his port and the workers of a group.
+
+    The next connections suffer the faults that are in his list.  fates(datagram) says
+    after how many seconds a copy of it goes on, and how many copies do.
+    """
+
+    def __init__(self, group, fates=lambda datagram: [0]):
+        self.port, self.fates, self.faults, self.last = free_port(), fates, [], None
+        self.ear, self.group = Ear(self.port), cexec.Group(group)
+        self.mouth = self.group.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.backs = {}                 # nonce: [listener, UDP socket of that port, the client]
+        self.later, self.count, self.error, self.stopped = [], 0, None, False
+        self.threads = [threading.Thread(target=self.guarded)]
+        self.threads[0].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stopped = True
+        for fault in self.faults:
+            fault.released.set()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        for listener, udp, _ in self.backs.values():
+            listener.close()
+            udp.close()
+        self.ear.listener.sock.close()
+        self.mouth.close()
+        assert self.error is None, self.error
+
+    @property
+    def env(self):
+        return {"GROUP": "127.255.255.255:%d" % self.port}
+
+    def guarded(self):
+        try:
+            while not self.stopped:
+                self.turn()
+        except Exception as error:      # seen when the test leaves
+            self.error = error
+
+    def turn(self):
+        backs = list(self.backs.values())
+        sockets = [self.ear.listener.sock] + [sock for back in backs for sock in back[:2]]
+        ready = select.select(sockets, [], [], 0.01 if self.later else 0.1)[0]
+        for datagram, address in self.ear.hear():
+            self.to_workers(datagram, address)
+        self.ear.heard = []
+        for listener, udp, target in backs:
+            if udp in ready:
+                data = udp.recv(2000)
+                self.schedule(cexec.Datagram(data), udp, data, target)
+            if listener in ready:
+                self.join(listener.accept()[0], target)
+        while self.later and self.later[0][0] <= time.monotonic():
+            _, _, sock, data, target = heapq.heappop(self.later)
+            if target:
+                sock.sendto(data, target)
+            else:
+                self.group.send(sock, data)
+
+    def schedule(self, datagram, sock, data, target=None):
+        for delay in self.fates(datagram):
+            self.count += 1
+            heapq.heappush(self.later, (time.monotonic() + delay, self.count, sock, data, target))
+
+    def to_workers(self, datagram, address):
+        if datagram.nonce not in self.backs:
+            listener, udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(16)
+            udp.bind(listener.getsockname())
+            self.backs[datagram.nonce] = [listener, udp, None]
+        back = self.backs[datagram.nonce]
+        if datagram.kind is cexec.ANNOUNCE:
+            back[2] = address, datagram.port
+        self.schedule(datagram, self.mouth, datagram.readdressed("127.0.0.1", back[0].getsockname()[1], 1))
+
+    def join(self, worker, target):
+        try:
+            client = socket.create_connection(target, 5)
+        except OSError:
+            return worker.close()
+        self.last = Joined(worker, client, self.faults.pop(0) if self.faults else None)
+        self.threads.append(threading.Thread(target=self.last.work))
+        self.threads[-1].start()
+
+
+def lane(cluster, faults):
+    """Jobs one after the other, each through a fault, of a worker with one slot; what came of each."""
+    group = "127.255.255.255:%d" % free_port()
+    worker = cluster.worker("sh", "-c", 'echo $PEER_N >>%s; exec tr a-z A-Z' % cluster.path("counted"),
+                            env={"GROUP": group, "CONCURRENCY": "1", "BOOST": "0"})
+    payload, outcomes = b"the quick brown fox\n" * 100, []
+    with Meddler(group) as meddler:
+        for fault in faults:
+            number = uuid.uuid4().hex
+            meddler.faults = [fault]
+            env = dict(meddler.env, CEXEC_TIMEOUT_PINGPONG="1", CEXEC_TIMEOUT_ACCEPT="20")
+            done = cluster.run("cexec", "-v", cluster.pub, "N=" + number, input=payload, env=env)
+            no_defect(done.stderr)
+            counted = read(cluster.path("counted")).split().count(number.encode())
+            where = (fault, done.returncode, counted, done.stderr[-1000:].decode())
+            if done.returncode == 0:
+                assert done.stdout == payload.upper() and counted == 1, where
+            else:
+                assert done.returncode == 111 and counted <= 1, where
+                assert re.search(rb"cexec: worker \S+ lost after", done.stderr), where  # not: nobody was free
+                assert done.stderr.count(b"-> GO") == 1 and payload.upper().startswith(done.stdout), where
+            outcomes.append((fault, done.returncode, done.stderr.count(b"-> AUTH")))
+            records = meddler.last.records
+    done = cluster.client("N=plain", input=payload, env={"GROUP": group, "CEXEC_TIMEOUT_ACCEPT": "10"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, payload.upper(), b""), done
+    no_defect(read(worker.log))
+    return outcomes, records
+
+
+def in_lanes(cluster, faults, lanes=8):
+    with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+        results = list(pool.map(lambda number: lane(cluster, faults[number::lanes]), range(lanes)))
+    return [outcome for outcomes, _ in results for outcome in outcomes]
+
+
+def test_a_connection_spoiled_at_every_record(cluster):
+    """Lost, or found again, or whole: never a success that is none, never a second run, never a slot kept."""
+    chance = random.Random(3)
+    outcomes, records = lane(cluster, [Fault("dribble")])
+    assert outcomes[0][1] == 0 and len(records["up"]) > 5 and len(records["down"]) > 5
+    faults = []
+    for way, sizes in records.items():
+        for record, size in enumerate(sizes):
+            faults += [Fault(what, way, record) for what in ("cut", "reset", "stall")]
+            for what in chance.sample(["cut", "reset", "stall", "flip", "flip"], 2):
+                faults.append(Fault(what, way, record, chance.randrange(1, size)))
+    chance.shuffle(faults)
+    outcomes = in_lanes(cluster, faults)
+    reached = [outcome for outcome in outcomes if outcome[0].reached.is_set()]
+    print("%d faults, %d reached, %d lost, %d found another offer" % (
+        len(faults), len(reached), sum(status != 0 for _, status, _ in outcomes),
+        sum(offers > 1 for _, _, offers in outcomes)))
+    assert len(reached) > 0.9 * len(faults)
+    for what in ("cut", "reset", "stall", "flip"):
+        statuses = [status for fault, status, _ in reached if fault.what == what]
+        assert statuses.count(111) >= 2 and statuses.count(0) >= 4, (what, statuses)
+
+
+# ---------------------------------------------------------------------------
+# Faults: datagrams
+# ---------------------------------------------------------------------------
+
+def test_datagrams_lost_doubled_late_and_out_of_order(cluster):
+    """Of any datagram half get lost; the others come once to three times, up to half a second later."""
+    chance, count = random.Random(4), 16
+    command = ("sh", "-c", "echo $PEER_N >>%s; sleep 0.1; exec cat" % cluster.path("counted"))
+    workers = [cluster.worker(*command, env={"CONCURRENCY": "2"}) for _ in range(2)]
+    tally = []
+
+    def fates(datagram):
+        copies = 0 if chance.random() < 0.5 else chance.choice((1, 1, 2, 3))
+        tally.append((datagram.kind, copies))
+        return [chance.choice((0, chance.random() / 2)) for _ in range(copies)]
+
+    with Meddler(cluster.env["GROUP"], fates) as meddler:
+        def one_job(number):
+            done = cluster.client("N=%d" % number, env=meddler.env, input=b"job %d" % number)
+            return done.returncode, done.stdout, done.stderr
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            results = list(pool.map(one_job, range(count)))
+    assert results == [(0, b"job %d" % number, b"") for number in range(count)]
+    assert sorted(map(int, read(cluster.path("counted")).split())) == list(range(count))
+    for kind in (cexec.ANNOUNCE, cexec.CLAIM, cexec.BUSY):
+        assert (kind, 0) in tally and any(each is kind and copies for each, copies in tally), kind
+    no_defect(*[read(worker.log) for worker in workers])
+
+
+# ---------------------------------------------------------------------------
+# Faults: kills and stops
+# ---------------------------------------------------------------------------
+
+STATES = {
+    "searching": "true",
+    "in_line": "true",
+    "shaking_hands": "true",
+    "running": "exec 3<&0; cat <&3 & trap 'kill $!' EXIT; until [ -e $PEER_GO ]; do sleep 0.05; done",
+    "lingering": "(until [ -e $PEER_GO ]; do sleep 0.05; done) & exit 5",
+}
+PARTIES = {
+    "searching": ("client", "proxy"),
+    "in_line": ("client", "service", "proxy"),
+    "shaking_hands": ("client", "service", "proxy"),
+    "running": ("client", "supervisor", "service", "proxy", "command"),
+    "lingering": ("client", "supervisor", "service", "proxy", "command"),
+}
+
+
+def state_of_process(pid):
+    with contextlib.suppress(OSError):
+        return read("/proc/%d/stat" % pid).rpartition(b")")[2].split()[0].decode()
+    return None
+
+
+def open_files(pid):
+    return len(os.listdir("/proc/%d/fd" % pid))
+
+
+class Stage:
+    """A client, a worker with one slot and what may be between them, with a mark of their own."""
+
+    def __init__(self, cluster, state, party):
+        self.cluster, self.state, self.party = cluster, state, party
+        self.mark = "STAGE=" + uuid.uuid4().hex
+        self.go, self.log = (cluster.path(kind + self.mark[6:]) for kind in ("go-", "client-"))
+        self.groups = ["127.255.255.255:%d" % free_port() for _ in range(2)]
+        self.fault = Fault("hold", "up", 3)             # AUTH: the worker has said HELLO and waits
+        self.meddler = self.proxy = self.service = None
+
+    def env(self, group):
+        name, _, value = self.mark.partition("=")
+        return {name: value, "GROUP": self.groups[group], "CONCURRENCY": "1", "CEXEC_TIMEOUT_ACCEPT": "25"}
+
+    def start_service(self):
+        self.service = self.cluster.worker("sh", "-c", 'eval "$PEER_CMD"; exit 5',
+                                           env=self.env(1))
+        self.files = open_files(self.service.pid)
+
+    def start_proxy(self, target):
+        self.proxy = self.cluster.start("cproxy", "127.0.0.2", target, env=self.env(0))
+        until(lambda: listening(self.proxy.pid), "a proxy's start")
+
+    def start_client(self, command, log):
+        with open(log, "wb") as errors, open("/dev/zero", "rb") as zero:
+            return self.cluster.start("cexec", "-v", self.cluster.pub, "GO=" + self.go, "CMD=" + command, stdin=zero,
+                                      stdout=subprocess.DEVNULL, stderr=errors, env=self.env(0))
+
+    def begin(self):
+        """Brings the client into its state."""
+        target = self.groups[1]
+        if self.state == "shaking_hands":
+            self.meddler = Meddler(target)
+            self.meddler.faults.append(self.fault)
+            target = self.meddler.env["GROUP"]
+        if self.party == "proxy":
+            self.start_proxy(target)
+        else:
+            self.groups[0] = target
+        if self.state != "searching":
+            self.start_service()
+        if self.state == "in_line":
+            self.first = self.start_client("until [ -e $PEER_GO ]; do sleep 0.05; done", self.log + "-first")
+            until(lambda: "group " in read(self.service.log).decode(), "the job before")
+        self.client = self.start_client(STATES[self.state], self.log)
+        wanted, where = {
+            "searching": (b"try 3", self.log),
+            "in_line": (b"every slot of a worker is busy", self.log),
+            "shaking_hands": (b"-> AUTH", self.log),
+            "running": (b"<- CREDIT", self.log),
+            "lingering": (b"<- LINGER", self.log),
+        }[self.state]
+        until(lambda: wanted in read(where), "%s: %s" % (self.state, wanted))
+        if self.state == "shaking_hands":
+            assert self.fault.reached.wait(PATIENCE)
+
+    def signal(self, number):
+        if self.party == "command":
+            for pid in processes_with("PEER_GO=" + self.go):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            return
+        pid = children_of(self.service.pid)[0] if self.party == "supervisor" else getattr(self, self.party).pid
+        os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            until(lambda: state_of_process(pid) == "T", "a stop")
+
+    def end(self, killed):
+        """What must come of it; then nothing is left of the client, and the worker serves as before."""
+        self.fault.released.set()
+        finished = self.state in ("running", "lingering")
+        if killed and self.party == "proxy" and not finished:
+            self.proxy.wait()
+            self.start_proxy(self.meddler.env["GROUP"] if self.meddler else self.groups[1])
+        if killed and self.party == "service":
+            self.service.wait()
+        if self.service is None or killed and self.party == "service":
+            self.start_service()
+        if not killed or self.party == "service" or self.state == "in_line":
+            make_file(self.cluster, self.go)
+        lost = self.party == "supervisor" or self.party == "proxy" and finished
+        wanted = 5
+        if killed and self.party == "client":
+            wanted = -9
+        elif killed and lost:
+            wanted = 111
+        elif killed and self.party == "command" and self.state == "running":
+            wanted = 128 + 9
+        status = self.client.wait(PATIENCE * 2)
+        assert status == wanted, (status, wanted, read(self.log)[-2000:])
+        if self.state == "in_line":
+            assert self.first.wait(PATIENCE) == (111 if killed and self.party == "proxy" else 5)
+        if killed and lost:
+            assert b"cexec: worker 127.0.0." in read(self.log)
+        if killed and self.party == "proxy" and finished:
+            self.proxy.wait()
+            self.groups[0] = self.groups[1]
+        until(lambda: not processes_with("PEER_GO=" + self.go), "the command's end")
+        last = self.start_client("true", self.log + "-last")
+        assert last.wait(PATIENCE) == 5, read(self.log + "-last")
+        staying = {process.pid for process in (self.service, self.proxy) if process and process.poll() is None}
+        until(lambda: set(processes_with(self.mark)) == staying, "the end of all else")
+        until(lambda: open_files(self.service.pid) == self.files, "as many open files as before")
+        no_defect(read(self.service.log), read(self.log))
+
+
+def play(cluster, state, party, how):
+    stage = Stage(cluster, state, party)
+    try:
+        stage.begin()
+        if how == "kill":
+            stage.signal(signal.SIGKILL)
+        else:
+            stage.signal(signal.SIGSTOP)
+            time.sleep(0.3)             # whatever the others do meanwhile
+            stage.signal(signal.SIGCONT if how == "stop and continue" else signal.SIGKILL)
+        stage.end(how != "stop and continue")
+    except Exception as error:
+        raise AssertionError("%s, %s, %s" % (state, party, how)) from error
+    finally:
+        if stage.meddler:
+            stage.meddler.__exit__()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_anyone_is_killed_or_stopped(cluster, state):
+    """In every state: the others see to it, the job goes on where it can, and nothing is left."""
+    ways = [(party, how) for party in PARTIES[state] for how in ("kill", "stop and continue", "stop and kill")]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        plays = [pool.submit(play, cluster, state, *way) for way in ways]
+    for played in plays:
+        played.result()
+    ours = ("app", "go-", "client-", "worker-")
+    assert [name for name in os.listdir(cluster.directory) if not name.startswith(ours)] == []
+
+
+# ---------------------------------------------------------------------------
+# Faults: hostile peers who hold a key
+# ---------------------------------------------------------------------------
+
+CHANNELS = (0, 1, 2, 3, 1023, 65535)
+
+
+def random_frame(chance, without=()):
+    """A frame of any kind with any of the least and largest values, a head alone, DATA, or noise."""
+    way = chance.randrange(8)
+    if way == 0:
+        return cexec.FRAME_HEAD.pack(chance.randrange(256), 0, chance.choice(CHANNELS),
+                                     chance.choice((0, 1, 65537, 262145, 2 ** 31, 2 ** 32 - 1)))
+    if way == 1:
+        return noise(chance.randrange(1, 3000), chance.random())
+    if way < 4:
+        size, flags = chance.choice((0, 1, 5000, 262144)), chance.choice((0, 1, 255))
+        return data_frame(chance.choice(CHANNELS), bytes(size), flags)
+    kind = chance.choice([kind for kind in cexec.FRAMES.values() if kind not in without])
+    fields = {field: chance.choice(samples(form)) for field, form in kind.fields.items()}
+    if kind is cexec.EXIT:
+        fields.update(how=chance.choice((0, 1, 2, 3)), channels=[(1, chance.randrange(9), 0)] * chance.randrange(3))
+    return cexec.make_frame(kind, chance.choice(CHANNELS), chance.choice((0, 1, 255)), **fields)
+
+
+def close_hard(peer):
+    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.sock.close()
+
+
+INPUT_AND_OUTPUTS = [(0, 0, cexec.FLAG_INPUT), (1, 1, cexec.FLAG_OUTPUT), (2, 2, cexec.FLAG_OUTPUT)]
+
+
+def abuse_worker(cluster, chance, mark):
+    """One connection of somebody who has the pub, proves it, and then keeps to nothing."""
+    with Asker(cluster) as asker, asker.offer() as peer:
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        rows = INPUT_AND_OUTPUTS
+        way = chance.randrange(6)
+        if way == 0:
+            rows = [tuple(chance.choice((0, 1, 255, 1024, 65535)) for _ in range(2)) + (chance.randrange(256),)
+                    for _ in range(chance.choice((1, 3, 5000)))]
+        elif way == 1:
+            rows = [(number, number, chance.choice((1, 2, 7, 9))) for number in range(chance.choice((100, 1024)))]
+        words = ["MARK=" + mark] + ["A%d=%s" % (number, "x" * 500) for number in range(chance.choice((0, 0, 50)))]
+        if way == 2:
+            peer.raw(random_frame(chance))
+        else:
+            peer.send(cexec.JOB, descriptors=rows, environment=words, linger=chance.choice((0, 1, cexec.NO_LINGER)))
+        if chance.random() < 0.8:
+            peer.next()                 # ACCEPT, or the end
+            peer.send(cexec.GO)
+        for _ in range(chance.randrange(12)):
+            peer.raw(random_frame(chance))
+        if chance.random() < 0.5:
+            close_hard(peer)
+        asker.say(cexec.CLAIM, token=asker.token)
+
+
+def test_a_client_with_the_pub_sends_anything(cluster):
+    """The worker outlives it all, grows by nothing, and keeps nothing of it."""
+    worker, mark = cluster.shell_worker(env={"CONCURRENCY": "6", "BOOST": "0"}), uuid.uuid4().hex
+    assert cluster.client("CMD=cat", input=b"before").stdout == b"before"
+
+    def abuse(seeds):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda seed: abuse_worker(cluster, random.Random(seed), mark), seeds))
+        until(lambda: not processes_with("PEER_MARK=" + mark) and not children_of(worker.pid), "the end of all jobs")
+        return rss(worker.pid), open_files(worker.pid)
+    before = abuse(range(60))
+    after = abuse(range(60, 200))
+    assert after[0] - before[0] < 2 << 20 and after[1] == before[1], (before, after)
+    assert read(worker.log).count(b"group ") > 60          # many of them had a command running
+    assert cluster.client("CMD=cat", input=b"after").stdout == b"after"
+    no_defect(read(worker.log))
+
+
+def run_over(size):
+    return b"".join(data_frame(0, bytes(cexec.FRAME_MAX)) for _ in range(size // cexec.FRAME_MAX))
+
+
+AFTER_GO = [
+    ("GO twice", cexec.make_frame(cexec.GO)),
+    ("no channel 9", data_frame(9, b"x")),
+    ("no channel 1", data_frame(1, b"to an output")),
+    ("no channel 0", cexec.make_frame(cexec.CREDIT, 0, bytes=1)),
+    ("more credit than a window", cexec.make_frame(cexec.CREDIT, 1, bytes=len("ready") + 1)),
+    ("more credit than a window", cexec.make_frame(cexec.CREDIT, 1, bytes=2 ** 32 - 1)),
+    ("DATA without credit", run_over(2 * cexec.WINDOW)),        # nobody reads it
+    ("EOF twice", run_over(2 << 20) + cexec.make_frame(cexec.EOF, 0) * 2),
+    ("signal 'KILL'", cexec.make_frame(cexec.SIGNAL, signal="KILL")),
+    ("signal ''", cexec.make_frame(cexec.SIGNAL, signal="")),
+    ("ACCEPT out of place", cexec.make_frame(cexec.ACCEPT)),
+    ("JOB out of place", cexec.make_frame(cexec.JOB, **filled(cexec.JOB))),
+    ("frame of kind 99", cexec.FRAME_HEAD.pack(99, 0, 0, 0)),
+    ("SHUT with 1 bytes too many", cexec.FRAME_HEAD.pack(cexec.SHUT.code, 0, 1, 1) + b"x"),
+]
+
+
+def test_a_client_that_breaks_the_protocol_after_go_ends_its_job(cluster):
+    worker = cluster.shell_worker(env={"CONCURRENCY": "1"})
+    for reason, data in AFTER_GO:
+        before, mark = len(read(worker.log)), uuid.uuid4().hex
+        with Asker(cluster) as asker:
+            with asker.offer() as peer:
+                peer.send(cexec.AUTH, proof=asker.proof(peer))
+                peer.send(cexec.JOB, descriptors=INPUT_AND_OUTPUTS,
+                          environment=["MARK=" + mark, "CMD=printf ready; exec sleep 1000"])
+                peer.expect(cexec.ACCEPT)
+                peer.send(cexec.GO)
+                assert peer.expect(cexec.DATA) == b"ready"
+                peer.raw(data)
+                assert peer.next() is None, reason
+            until(lambda: not processes_with("PEER_MARK=" + mark), "the command's end")
+            assert b"abandons the job: " + reason.encode() in read(worker.log)[before:], reason
+            asker.say(cexec.CLAIM, token=asker.token)
+    assert cluster.client("CMD=cat", input=b"next").stdout == b"next"
+    no_defect(read(worker.log))
+
+
+def abused_client(cluster, meddler, **env):
+    """A client that announces itself on the meddler's port: (the client, where it listens)."""
+    with Ear(meddler.port) as ear:
+        log = cluster.path("client-%s.log" % uuid.uuid4().hex)
+        with open(log, "wb") as errors, open(cluster.path("in"), "rb") as source:
+            client = cluster.start("cexec", "-v", cluster.pub, stdin=source, stdout=subprocess.PIPE, stderr=errors,
+                                   env=dict(meddler.env, CEXEC_TIMEOUT_PINGPONG="1", **env))
+        client.log = log
+        return client, ear.wait_for(cexec.ANNOUNCE)
+
+
+def refuse_for_ever(client, announced, key, chance):
+    """Until the client gives up, which CEXEC_TIMEOUT_WAIT bounds."""
+    while client.poll() is None:
+        with contextlib.suppress(OSError), play_worker(*announced, key) as peer:
+            if peer.next() and peer.next():
+                peer.send(cexec.REFUSE, reason="not now\x1b[2J")
+
+
+def say_before_accept(client, announced, key, chance):
+    for _ in range(6):
+        with play_worker(*announced, key) as peer:
+            if chance.random() < 0.7:
+                peer.next()
+            for _ in range(chance.randrange(1, 6)):
+                peer.raw(random_frame(chance, without=(cexec.ACCEPT,)))
+
+
+def never_accept(client, announced, key, chance):
+    with play_worker(*announced, key) as peer:
+        while peer.next():
+            pass                        # AUTH, JOB, and then the client's patience is at its end
+
+
+def never_say_hello(client, announced, key, chance):
+    with socket.create_connection((announced[1], announced[0].port), 20) as sock:
+        assert sock.recv(65536)[:1] == b"\x16"          # ClientHello; it hears no answer
+        while sock.recv(65536):
+            pass
+
+
+def abuse_before_go(cluster, key, abuse, seed):
+    """Whatever is done to a client, a true worker gets its job in the end."""
+    opened = threading.Event()
+    with Meddler(cluster.env["GROUP"], lambda datagram: [0] if opened.is_set() else []) as meddler:
+        client, announced = abused_client(cluster, meddler)
+        abuse(client, announced, key, random.Random(seed))
+        assert client.poll() is None and b"-> GO" not in read(client.log)
+        opened.set()
+        assert client.communicate(timeout=PATIENCE * 2)[0] == read(cluster.path("in")).upper()
+        assert client.returncode == 0
+        no_defect(read(client.log))
+
+
+def test_a_worker_with_the_key_sends_anything_before_accept(cluster):
+    key = cexec.open_key(cluster.key)
+    make_file(cluster, "in", b"a job " * 1000)
+    worker = cluster.worker("tr", "a-z", "A-Z", env={"CONCURRENCY": "8"})
+    abuses = [never_accept, never_say_hello] + [say_before_accept] * 12
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        played = [pool.submit(abuse_before_go, cluster, key, abuse, seed) for seed, abuse in enumerate(abuses)]
+        for each in played:
+            each.result()
+    with Meddler(cluster.env["GROUP"], lambda datagram: []) as meddler:
+        client, announced = abused_client(cluster, meddler, CEXEC_TIMEOUT_WAIT="2")
+        refuse_for_ever(client, announced, key, None)
+        assert (client.wait(), client.stdout.read()) == (111, b"")
+        assert b"-> GO" not in read(client.log) and b"\x1b" not in read(client.log)
+        assert read(client.log).count(b"refused: not now") > 3
+    no_defect(read(worker.log))
+
+
+BOTH_EOF = cexec.make_frame(cexec.EOF, 1) + cexec.make_frame(cexec.EOF, 2)
+
+
+def exit_frame(*rows):
+    return cexec.make_frame(cexec.EXIT, how=cexec.HOW_EXITED, status=0, reason="", channels=list(rows))
+
+
+# What a worker says behind ACCEPT, and the reason why the job is lost
+LIES = [
+    ("output is missing on descriptor 1", data_frame(1, b"12345") + BOTH_EOF + exit_frame((1, 6, 0), (2, 0, 0))),
+    ("output is missing on descriptor 1", data_frame(1, b"12345") + BOTH_EOF + exit_frame((1, 4, 0), (2, 0, 0))),
+    ("output is missing on descriptor 2", BOTH_EOF + exit_frame((1, 0, 0), (2, 2 ** 64 - 1, 0))),
+    ("output is missing on descriptor 1", BOTH_EOF + exit_frame()),
+    ("output is missing on descriptor 1", data_frame(1, b"12345") + exit_frame((1, 5, 0), (2, 0, 0))),
+    ("DATA without credit", b"".join(data_frame(1, bytes(cexec.FRAME_MAX)) for _ in range(40))),    # nobody reads it
+    ("more credit than a window", cexec.make_frame(cexec.CREDIT, 0, bytes=2 ** 32 - 1)),
+    ("no channel 7", data_frame(7, b"x")),
+    ("HELLO out of place", cexec.make_frame(cexec.HELLO, **filled(cexec.HELLO))),
+    ("SIGNAL out of place", cexec.make_frame(cexec.SIGNAL, signal="KILL")),
+    ("REFUSE out of place", cexec.make_frame(cexec.REFUSE, reason="too late")),
+    ("frame of kind 7", cexec.FRAME_HEAD.pack(7, 0, 1, 2 ** 32 - 1)),
+    ("no sign of life for 1 s", b""),
+    ("no sign of life for 1 s", data_frame(1, b"12345") + BOTH_EOF),
+]
+
+
+def abuse_after_go(cluster, key, reason, data):
+    with Meddler(cluster.env["GROUP"], lambda datagram: []) as meddler:
+        client, announced = abused_client(cluster, meddler)
+        with play_worker(*announced, key) as peer:
+            peer.expect(cexec.AUTH)
+            peer.expect(cexec.JOB)
+            peer.send(cexec.ACCEPT)
+            peer.expect(cexec.GO)
+            peer.raw(data)
+            assert client.wait(PATIENCE) == 111, reason     # though the connection is open
+        lines = [line for line in read(client.log).decode().splitlines() if "lost after" in line]
+        assert len(lines) == 1 and reason in lines[0], (reason, lines)
+        no_defect(read(client.log))
+
+
+def test_a_worker_with_the_key_sends_anything_after_go(cluster):
+    key = cexec.open_key(cluster.key)
+    make_file(cluster, "in", b"a job")
+    lies = list(LIES)
+    for seed in range(24):
+        chance = random.Random(seed)
+        lies.append(("", b"".join(random_frame(chance) for _ in range(chance.randrange(1, 12)))))
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for each in [pool.submit(abuse_after_go, cluster, key, *lie) for lie in lies]:
+            each.result()
+
+
+# ---------------------------------------------------------------------------
+# Faults: draining and backing off
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", ["told to end", "told twice", "killed"])
+def test_a_worker_ends_with_its_line_full_and_another_takes_over(cluster, how):
+    """The job that runs is finished, but for a second SIGTERM; those in the line go to the new worker."""
+    def verbose_client(name, command):
+        with open(cluster.path("client-" + name), "wb") as errors:
+            client = cluster.start("cexec", "-v", cluster.pub, "CMD=" + command, stderr=errors)
+        client.said = lambda: read(cluster.path("client-" + name))
+        return client
+
+    old = cluster.shell_worker(env={"CONCURRENCY": "1"})
+    running = verbose_client("running", "echo >begun; until [ -e go ]; do sleep 0.02; done; exit 9")
+    until(lambda: size_of(cluster, "begun") == 1, "the first job")
+    line = [verbose_client("%d" % number, "echo %d >>order; exit 8" % number) for number in range(3)]
+    for client in line:
+        until(lambda: b"every slot of a worker is busy" in client.said(), "a place in the line")
+    new = None
+    for _ in range(2 if how == "told twice" else 1):
+        old.send_signal(signal.SIGKILL if how == "killed" else signal.SIGTERM)
+        if new is None:
+            if how != "killed":
+                until(lambda: b"draining: 1 jobs run" in read(old.log), "draining")
+            new = cluster.shell_worker(env={"CONCURRENCY": "1"})
+            assert [client.wait(PATIENCE) for client in line] == [8, 8, 8]
+            assert running.poll() is None and (how == "killed" or old.poll() is None)
+    if how != "told twice":
+        make_file(cluster, "go")
+    assert running.wait(PATIENCE) == (111 if how == "told twice" else 9), running.said()
+    assert old.wait(PATIENCE) == (-9 if how == "killed" else 0)
+    assert sorted(read(cluster.path("order")).split()) == [b"0", b"1", b"2"]
+    assert read(old.log).count(b"forked for") == 1 and read(new.log).count(b"forked for") == 3
+    no_defect(read(old.log), read(new.log))
+
+
+def test_a_worker_whose_command_cannot_run_waits_until_it_can(cluster):
+    """Two seconds longer, as its HELLO says; the first success is the end of that."""
+    worker = cluster.worker(cluster.path("tool"))
+
+    def one_job():
+        done = cluster.run("cexec", "-v", cluster.pub)
+        waited = re.search(rb"it waited ([\d.]+) ms", done.stderr)
+        return done.returncode, float(waited.group(1)) >= cexec.PENALTY * 1000
+
+    assert one_job() == (127, False)
+    assert one_job() == (127, True)
+    make_file(cluster, "tool", b"#!/bin/sh\nexit 6\n")
+    os.chmod(cluster.path("tool"), 0o755)
+    assert one_job() == (6, True)
+    assert one_job() == (6, False)
+    no_defect(read(worker.log))
