@@ -28,12 +28,12 @@ The way of a job:
        |  ALERT completed ---------- group ---> |   crat
 
 Until GO nothing has run, and any loss means that the search goes on; after it, a
-loss is exit status 111.  EXIT is the last frame of a job: without it, and without
+loss is exit status 111, or another run where the job may be repeated (cexec -r, cservice
+-i) and nobody can tell.  EXIT is the last frame of a job: without it, and without
 every byte that it counts, no job is a success.
 
-Not promised: that a job which was lost after GO is run again; that a worker with
-load to spare is found where no datagram reaches it; secrecy of names, sizes and
-times.  cexec(7) has the protocol in full and what it does not protect from.
+Not promised: that a worker with load to spare is found where no datagram reaches it;
+secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
 
 The file goes from the leaves up: a section calls only those above it.  The wire,
 key and channel sections take and return bytes; sockets come after them.
@@ -895,7 +895,10 @@ class Group:
         """Yields (interface index or 0, address, port) for every copy to be sent."""
         for device, address, port in self.targets:
             if device:
-                yield socket.if_nametoindex(device), address, port
+                try:
+                    yield socket.if_nametoindex(device), address, port
+                except OSError as error:        # it has been removed
+                    self.error = "%s: %s" % (device, error.strerror)
             elif address == ALL_NETWORKS or is_multicast(address):
                 yield from self.every_interface(address, port)
             else:
@@ -1119,7 +1122,8 @@ class Loop:
         self.wakeup = near, far     # kept: a collected socket would close
         signal.set_wakeup_fd(far.fileno())
         for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:      # nohup, a shell's background
+            ignored = signal.getsignal(number) is signal.SIG_IGN    # by nohup, or a shell's background
+            if not ignored or number == signal.SIGCHLD:
                 signal.signal(number, lambda number, frame: None)
 
         def caught():
@@ -1279,7 +1283,7 @@ class Link:
 
     def close(self):
         if not self.closed:
-            self.closed = True
+            self.closed, self.sending = True, memoryview(b"")
             self.owner = None       # no cycle: what a connection held goes at once
             self.loop.forget(self.sock.fileno())
             self.sock.close()
@@ -1296,12 +1300,13 @@ class Link:
 
 
 def begin_connection(address, port):
-    """(a socket that connects, None or what was wrong at once); it is done when it can be written."""
-    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    sock.setblocking(False)
+    """(a socket that connects, or None; what was wrong at once, or None); it is done when it can be written."""
+    sock = None
     try:
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
         error = sock.connect_ex((address, port))
-    except OSError as caught:       # an address of another host's making need not be one
+    except OSError as caught:       # too many files; or an address of another host's making is none
         return sock, str(caught)
     return sock, None if error in (0, errno.EINPROGRESS) else os.strerror(error)
 
@@ -1450,6 +1455,7 @@ class Source(Stream):
         self.credit, self.sent = WINDOW, 0
         self.held = None            # the Held of a job that may be run again
         self.closing = False        # end at the first moment that nothing is there
+        self.discarding = self.paused = False
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
@@ -1458,7 +1464,12 @@ class Source(Stream):
         self.loop.on_read(self.end.polled, self.readable if self._wanted() else None)
 
     def _wanted(self):
-        return self.state is OPEN and self.credit and not self.carrier.link.congested
+        link = self.carrier.link
+        return self.state is OPEN and (self.discarding or self.credit and not link.congested and not link.closed)
+
+    def _resume(self):
+        self.paused = False
+        self.refresh()
 
     def _room(self):
         """Where to put what is read, behind room for a frame's head."""
@@ -1480,7 +1491,9 @@ class Source(Stream):
     def readable(self):
         if not self.end.may_read():
             self.loop.on_read(self.end.polled, None)
-            self.loop.after(1.0, self.refresh)
+            if not self.paused:
+                self.paused = True
+                self.loop.after(1.0, self._resume)
             return
         room = self._room()
         try:
@@ -1490,7 +1503,7 @@ class Source(Stream):
                 self.finish()
             return
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.ECONNRESET):    # EIO: a pty's end of file
+            if not (error.errno == errno.EIO and self.end.terminal):        # a pty's end of file
                 self.carrier.local_error(self.channel, error)
             count = 0
         if not count:
@@ -1503,7 +1516,7 @@ class Source(Stream):
 
     def discard(self):
         """Goes on reading, for nobody: whoever writes has time to end in its own way."""
-        self.credit = float("inf")
+        self.discarding, self.credit = True, float("inf")
         self.refresh()
 
     def close_soon(self):
@@ -1708,7 +1721,7 @@ class Inherited:
         if self.flags & O_PATH and O_PATH:
             return None
         if stat.S_ISREG(mode):
-            return FILE
+            return FILE if self._has_offset() else DEVICE
         if stat.S_ISFIFO(mode):
             return PIPE
         if stat.S_ISSOCK(mode):
@@ -1716,6 +1729,13 @@ class Inherited:
         if stat.S_ISCHR(mode) and os.isatty(self.number):
             return None if self._is_pty_master() else TERMINAL
         return DEVICE if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+
+    def _has_offset(self):
+        try:
+            os.lseek(self.number, 0, os.SEEK_CUR)
+            return True
+        except OSError:
+            return False            # some files of /proc
 
     def _is_stream(self):
         """Whether it is a stream that can be read, not a listening socket or datagrams."""
@@ -2082,6 +2102,8 @@ class Candidate:
     def rcvd_hello(self, hello):
         if hello.version != PROTOCOL:
             raise ProtocolError("protocol version %d, this is %d" % (hello.version, PROTOCOL))
+        if len(hello.address) > 64 or len(hello.host) > 255:
+            raise ProtocolError("a name that is too long")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
             return self.link.fail("an offer that we do not take")
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
@@ -2158,6 +2180,8 @@ class Search:
     def announce(self):
         now = time.monotonic()
         accept, wait = self.job.accept_seconds, self.job.wait_seconds
+        if accept and self.ahead is not None:
+            accept = max(accept, BUSY_SECONDS + 2)      # in a line we hear that seldom
         if accept and now - self.answered > accept or wait and now - self.began > wait:
             raise Fatal(EXIT_TEMPORARY, self.complaint(now))
         self.attempt += 1
@@ -2506,6 +2530,7 @@ class Client:
 
     def __init__(self, pub, group, job):
         self.pub, self.group, self.job, self.loop = pub, group, job, Loop(floor=job.limit)
+        job.open_ends(self.loop.floor)
         self.search = Search(self.loop, group, pub, job, self.begin)
         self.run = self.held = None
         self.told_to_end, self.lost_workers = False, []
@@ -2539,10 +2564,8 @@ class Client:
 
     def begin(self, winner):
         started_up()
-        if not self.lost_workers:
-            self.job.open_ends(self.loop.floor)
-            if self.job.repeat or winner.hello.options & HELLO_REPEATABLE:
-                self.held = Held()
+        if not self.lost_workers and (self.job.repeat or winner.hello.options & HELLO_REPEATABLE):
+            self.held = Held()
         self.run = Run(self, self.search, winner)
         self.run.refresh()
 
@@ -2598,7 +2621,8 @@ def parse_cexec(argv):
     if options.n not in (None, "all") and not options.n.isdecimal():
         raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
     log.verbose = options.verbose
-    return options.words, options.n, options.repeat
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    return words, options.n, options.repeat
 
 
 def complete_n(argv):
@@ -2606,6 +2630,9 @@ def complete_n(argv):
     done, rest = [], list(argv)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.pop(0)
+        before, _, after = word[1:].partition("n")
+        if word[1:2] != "-" and after and not after.isdecimal():
+            word, rest = "-" + before + after, ["-n"] + rest    # -nr is -r -n
         alone = word[1:2] != "-" and word.endswith("n")
         done.append(word + "all" if alone and not (rest and rest[0].isdecimal()) else word)
         if alone and done[-1] == word:
@@ -2670,6 +2697,7 @@ class Waiting:
 
     def __init__(self, datagram, address, since):
         self.name, self.nonce = datagram.name, datagram.nonce
+        self.key = self.name, self.nonce
         self.address, self.port = address, datagram.port
         self.attempt = datagram.body.attempt
         self.since = since              # when it began to wait, by our clock
@@ -2774,7 +2802,7 @@ class Offer:
         self.timer.cancel()
         if self.link:
             self.link.close()
-        else:
+        elif self.sock:
             self.worker.loop.forget(self.sock.fileno())
             self.sock.close()
 
@@ -2823,9 +2851,10 @@ class Worker:
         self.line = Line()
         self.clients = Memory()     # (name, nonce): Waiting, for as long as we remember it
         self.served = Memory()      # (name, nonce) of jobs that are served or given up
-        self.offered = Memory()     # nonce: whether a complaint may still come of our offer
-        self.delayed = {}           # nonce: the Timer of an offer to come
-        self.offers, self.jobs = {}, {}             # nonce: Offer; pid: Forked
+        self.claimed = Memory()     # those of which we have heard the CLAIM
+        self.offered = Memory()     # (name, nonce): whether a complaint may still come of our offer
+        self.delayed = {}           # (name, nonce): the Timer of an offer to come
+        self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
         self.draining = False
         hear_all(loop, listeners, self.hear)
         self.sweep()
@@ -2852,31 +2881,31 @@ class Worker:
             client = self.clients[key] = Waiting(datagram, address, now - datagram.body.waited / 1000)
         client.heard, client.attempt = now, datagram.body.attempt
         client.address, client.port = address, datagram.port
-        if client.nonce in self.offers or client.nonce in self.delayed:
+        if key in self.offers or key in self.delayed:
             return
         if self.free_slots() and not self.line:
             delay = self.delay(first=client.attempt == 1)
-            self.delayed[client.nonce] = self.loop.after(delay, lambda: self.offer(client, delay))
+            self.delayed[key] = self.loop.after(delay, lambda: self.offer(client, delay))
         else:
             self.wait(client)
 
     def rcvd_claim(self, datagram, address):
         key = (datagram.name, datagram.nonce)
-        if token_nonce(datagram.body.token) != datagram.nonce or key in self.served:
+        if token_nonce(datagram.body.token) != datagram.nonce or key in self.claimed:
             return
-        self.served[key] = True
+        self.claimed[key] = self.served[key] = True
         self.spread = next_spread(self.spread, datagram.body.offers)
         self.few = next_few(self.few, datagram.body.offers)
-        self.forget(datagram.nonce)
+        self.forget(key)
         client = self.clients.pop(key, None)
         if client:
             self.line.leave(client)
 
     def rcvd_alert(self, datagram, address):
         """A complaint about us counts if we made that job an offer, and once."""
-        body = datagram.body
-        if body.event == ALERT_COMPLAINT and body.worker_id == self.id and self.offered.get(datagram.nonce):
-            self.offered[datagram.nonce] = False
+        body, key = datagram.body, (datagram.name, datagram.nonce)
+        if body.event == ALERT_COMPLAINT and body.worker_id == self.id and self.offered.get(key):
+            self.offered[key] = False
             self.penalty = PENALTY
             log.note("a complaint about us: %s", body.reason)
 
@@ -2919,14 +2948,15 @@ class Worker:
 
     def offer(self, client, delay):
         """Connects to a client, if there is still a slot for it."""
-        self.delayed.pop(client.nonce, None)
+        self.delayed.pop(client.key, None)
         if not self.free_slots():
             return self.wait(client)
-        self.offered[client.nonce] = True
-        self.offers[client.nonce] = Offer(self, client, self.load()[0], delay)
+        self.offered[client.key] = True
+        log.note("offers %s:%d %s", client.address, client.port, client.nonce.hex()[:8])
+        self.offers[client.key] = Offer(self, client, self.load()[0], delay)
 
     def offer_ended(self, offer):
-        self.offers.pop(offer.client.nonce, None)
+        self.offers.pop(offer.client.key, None)
         self.serve_line()
 
     def serve_line(self):
@@ -2935,9 +2965,9 @@ class Worker:
         while self.line and self.free_slots() > 0:
             self.offer(self.line.take(self.few, random_fraction()), 0.0)
 
-    def forget(self, nonce):
+    def forget(self, key):
         """Takes back an offer that is no longer wanted."""
-        timer, offer = self.delayed.pop(nonce, None), self.offers.get(nonce)
+        timer, offer = self.delayed.pop(key, None), self.offers.get(key)
         if timer:
             timer.cancel()
         if offer:
@@ -2953,30 +2983,35 @@ class Worker:
 
     def fork(self, offer, job):
         """Hands the connection to a supervisor of its own."""
-        near, far = os.pipe()
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
+        old, near = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), None
         try:
+            near, far = os.pipe()
             pid = os.fork()
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-            os.close(near)
-            os.close(far)
+            if near is not None:
+                os.close(near)
+                os.close(far)
             offer.link.send(REFUSE, reason="cannot fork: %s" % error.strerror)
             return offer.end(error.strerror)
         if pid == 0:
             become_supervisor(self, offer, job, far)
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
         os.close(far)
-        self.served[offer.client.name, offer.client.nonce] = True
+        os.set_blocking(near, False)
+        self.served[offer.client.key] = True
         self.jobs[pid] = Forked(pid, offer.client, near)
         self.loop.on_read(near, lambda: self.supervisor_says(self.jobs[pid]))
         offer.close()
-        self.offers.pop(offer.client.nonce, None)
+        self.offers.pop(offer.client.key, None)
         log.note("supervisor %d forked for %s", pid, offer.client.address)
 
     def supervisor_says(self, job):
         """Lines from a supervisor: "group N", "started", "failed", "done"."""
-        data = os.read(job.status, 4096)            # never blocks: there is something, or its end
+        try:
+            data = os.read(job.status, 4096)
+        except BlockingIOError:     # what poll has seen was of another pipe with that number
+            return
         if not data:
             self.loop.forget(job.status)
             os.close(job.status)
@@ -2991,7 +3026,7 @@ class Worker:
             elif word == "failed":
                 self.penalty = PENALTY
             elif word == "back":                # the client left before GO: it may ask again
-                self.served.pop((job.client.name, job.client.nonce), None)
+                self.served.pop(job.client.key, None)
             elif word == "done":
                 job.done = True
         self.serve_line()
@@ -3008,6 +3043,8 @@ class Worker:
             job = self.jobs.get(pid)
             if job is None:
                 continue
+            if job.status >= 0:
+                os.set_blocking(job.status, True)   # it has ended, and so its words have an end
             while job.status >= 0:
                 self.supervisor_says(job)
             del self.jobs[pid]
@@ -3040,8 +3077,8 @@ class Worker:
         for listener in self.listeners:
             self.loop.forget(listener.sock.fileno())
             listener.sock.close()
-        for nonce in list(self.offers) + list(self.delayed):
-            self.forget(nonce)
+        for key in list(self.offers) + list(self.delayed):
+            self.forget(key)
         self.line = Line()
         self.stop_if_drained()
 
@@ -3059,6 +3096,8 @@ def become_supervisor(worker, offer, job, status):
         code = Supervisor(worker, offer, job, status).work()
     except BaseException as error:
         log.say("supervisor: %s: %s" % (type(error).__name__, error))
+        offer.link.send(REFUSE, reason=str(error))
+        os.write(status, b"back\n")
     finally:
         os._exit(code)
 
@@ -3127,6 +3166,8 @@ class Supervisor(Carrier):
                 near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
                 os.set_blocking(near, False)
                 end = End(near, near, lambda near=near, channel=channel: self.release(near, channel), [half])
+            if self.settings.user:          # whoever opens /dev/stdout opens the pipe anew
+                os.fchown(far, self.settings.user.pw_uid, self.settings.user.pw_gid)
             self.far[channel] = far
             self.carry(channel, end)
 
@@ -3210,9 +3251,9 @@ class Supervisor(Carrier):
         for variable in self.job.environment:
             name, _, value = variable.partition("=")
             values["PEER_" + name] = value
-        for name, (address, port) in (("REMOTE", sock.getpeername()[:2]), ("SERVER", sock.getsockname()[:2])):
-            values.update({name + "_ADDR": address, name + "_PORT": str(port)})
-        values["REMOTE_USER"] = self.offer.client.name
+        client, (address, port) = self.offer.client, sock.getsockname()[:2]
+        values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
+                      SERVER_ADDR=address, SERVER_PORT=str(port))
         return values
 
     def fail_to_start(self, status, reason):
@@ -3220,7 +3261,7 @@ class Supervisor(Carrier):
         self.result = HOW_NOT_STARTED, status, "%s: %s" % (self.settings.command[0], reason)
         for source in self.sources.values():
             source.finish()
-        self.send_exit()
+        self.stream_ended()
 
     def rcvd_signal(self, flags, channel, payload):
         if payload.signal not in SIGNALS:
@@ -3232,7 +3273,8 @@ class Supervisor(Carrier):
                 pass                # it has ended
 
     def rcvd_ping(self, flags, channel, payload):
-        self.link.send(PONG)
+        if not self.link.congested:         # one answer does for many
+            self.link.send(PONG)
 
     def signalled(self, number):
         if number == signal.SIGTERM:
@@ -3358,9 +3400,10 @@ def main_cservice(argv):
         parser.error("no command is named")
     fill_standard()
     slim_down(argv)
-    make_room(512)                  # for what a supervisor usually needs: it inherits the limit
+    slots = setting("CONCURRENCY", processors(), 1, 10000)
+    make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
     boost = setting("BOOST", -1, 0, 10 ** 9)
-    settings = Settings(options.command, setting("CONCURRENCY", processors(), 1, 10000),
+    settings = Settings(options.command, slots,
                         None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
                         find_user(options.user) if options.user else None, options.repeatable)
     key, group = open_key(options.key), Group()
@@ -3629,7 +3672,7 @@ class Join:
             log.note("join of %s:%d ends: %s", *self.relay.client, reason)
             self.closed = True
             self.timer.cancel()
-            for sock in (self.worker, self.client):
+            for sock in filter(None, (self.worker, self.client)):
                 self.loop.forget(sock.fileno())
                 sock.close()
             self.relay.joins.discard(self)
@@ -3682,6 +3725,7 @@ class Proxy:
         self.relays = {}            # a client's (address, port): Relay
         self.udp = target.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self.udp.bind((address, 0))
+        self.udp.setblocking(False)
         hear_all(loop, listeners, self.hear)
         self.sweep()
 
@@ -3712,7 +3756,10 @@ class Proxy:
         if relay is None:
             if not client[1] or len(self.relays) >= RELAYS_MAX and not self.give_up_oldest():
                 return None
-            relay = self.relays[client] = Relay(self, client)
+            try:
+                relay = self.relays[client] = Relay(self, client)
+            except (Fatal, OSError) as error:
+                return log.note("cannot relay %s:%d: %s", *client, error)
         relay.heard = time.monotonic()
         return relay
 
@@ -3757,6 +3804,7 @@ def main_cproxy(argv):
             home = [interface.name for interface in interfaces() if interface.address == options.self]
             target = (home[0] + ":" if home else "") + ALL_NETWORKS
         proxy = Proxy(loop, open_listeners(group), options.self, Group(target, group.targets[0].port))
+        make_room(2 * (RELAYS_MAX + JOINS_MAX) + 64)
     except OSError as error:
         raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
     end_quietly()
@@ -3879,6 +3927,8 @@ def make_key(path, derived):
     try:
         write_new(path, format_key(master)[0], replace=False)
     except FileExistsError:         # somebody else has just made one
+        if not os.path.exists(path):
+            raise Fatal(EXIT_NO_KEY, "cannot write %s: it is a link to nothing" % path) from None
         return make_key(path, derived)
     except OSError as error:
         raise Fatal(EXIT_NO_KEY, "cannot write %s: %s" % (path, error.strerror)) from None
@@ -3934,6 +3984,8 @@ def run_applet(argv):
         name, words = (words[0], words[1:]) if words else ("", [])
     if name in APPLETS:
         log.applet = name
+        if name != "cexec":         # which looks first at what is open
+            fill_standard()
         return APPLETS[name](words)
     if name == "--install":
         return install(words)
@@ -3957,7 +4009,8 @@ def main(argv):
         code = error.code
     except SystemExit as error:     # argparse, after --help and --version
         code = error.code or 0
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         die_of(signal.SIGINT)
     except BrokenPipeError:

@@ -3925,7 +3925,7 @@ STUBBORN = {
     "ignores_HUP_and_TERM": "trap '' HUP TERM; echo ready; sleep 1000; sleep 1001",
     "a_group_of_its_own": python("import os, time\nif os.fork() == 0:\n    os.setpgid(0, 0)\n"
                                  "    print('ready', flush=True)\ntime.sleep(1000)"),
-    "holds_its_output": "trap '' HUP TERM; (trap '' PIPE; while :; do echo y; sleep 0.1; done) & echo ready; exit 0",
+    "holds_its_output": "trap '' HUP TERM; echo ready; (trap '' PIPE; while :; do echo y; sleep 0.1; done) & exit 0",
     "is_stopped": "echo ready; kill -STOP $$; sleep 1000",
 }
 
@@ -5090,8 +5090,8 @@ def runs(cluster):
 
 def lose_worker(cluster, number=1):
     """Kills the supervisor of a job's run of that number; its service sees to the rest."""
-    supervisors = until(lambda: len(runs(cluster)) >= number and runs(cluster), "run %d" % number)
-    os.kill(supervisors[number - 1], signal.SIGKILL)
+    until(lambda: len(runs(cluster)) >= number, "run %d" % number)
+    os.kill(runs(cluster)[number - 1], signal.SIGKILL)
 
 
 def start_job(cluster, command, *, words=("-r",), env=None, name="error", **options):
@@ -5809,8 +5809,8 @@ def random_frame(chance, without=()):
     if way == 1:
         return noise(chance.randrange(1, 3000), chance.random())
     if way < 4:
-        size, flags = chance.choice((0, 1, 5000, 262144)), chance.choice((0, 1, 255))
-        return data_frame(chance.choice(CHANNELS), bytes(size), flags)
+        payload = bytes(chance.choice((0, 1, 5000, 262144)))
+        return data_frame(chance.choice(CHANNELS), payload, chance.choice((0, 1, 255)))
     kind = chance.choice([kind for kind in cexec.FRAMES.values() if kind not in without])
     fields = {field: chance.choice(samples(form)) for field, form in kind.fields.items()}
     if kind is cexec.EXIT:
@@ -5837,7 +5837,8 @@ def abuse_worker(cluster, chance, mark):
                     for _ in range(chance.choice((1, 3, 5000)))]
         elif way == 1:
             rows = [(number, number, chance.choice((1, 2, 7, 9))) for number in range(chance.choice((100, 1024)))]
-        words = ["MARK=" + mark, "CMD=echo ready; exec cat"] + [
+        words = ["MARK=" + mark, "CMD=echo ready; exec cat"]
+        words += [
             "A%d=%s" % (number, "x" * 500) for number in range(chance.choice((0, 0, 50)))]
         if way == 2:
             peer.raw(random_frame(chance))
