@@ -1503,7 +1503,8 @@ class Source(Stream):
                 self.finish()
             return
         except OSError as error:
-            if not (error.errno == errno.EIO and self.end.terminal):        # a pty's end of file
+            pty_ended = error.errno == errno.EIO and self.end.terminal
+            if error.errno != errno.ECONNRESET and not pty_ended:           # a socket's end, of a kind
                 self.carrier.local_error(self.channel, error)
             count = 0
         if not count:
