@@ -2632,7 +2632,7 @@ def complete_n(argv):
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.pop(0)
         before, _, after = word[1:].partition("n")
-        if word[1:2] != "-" and after and not after.isdecimal():
+        if word[1:2] != "-" and after.isalpha():
             word, rest = "-" + before + after, ["-n"] + rest    # -nr is -r -n
         alone = word[1:2] != "-" and word.endswith("n")
         done.append(word + "all" if alone and not (rest and rest[0].isdecimal()) else word)
