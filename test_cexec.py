@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -49,6 +50,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
 PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 IN_CI = bool(os.environ.get("CI"))
+PORTS = itertools.count(random.randrange(20000))
 PATIENCE = 30.0                         # seconds until something that must happen has not
 
 
@@ -88,7 +90,7 @@ def need_root():
 def free_port():
     """A UDP port that nobody uses now, and that nobody is given who asks for any."""
     while True:
-        port = random.randrange(10000, 30000)
+        port = 10000 + next(PORTS) % 20000          # below the ports of those who ask for any, and never twice
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.bind(("127.0.0.1", port))
             return port
