@@ -1,6 +1,6 @@
 #!/bin/sh
-""":"   # the next line is for sh: Python without its site packages, which we don't use, starts sooner
-exec python3 -S "$0" "$@"
+""":"   # for sh: Python without its site packages, which we don't use, begins with the START below
+exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().split("# START\n")[1])' "$0" "$@"
 
 cexec: run a command on the least loaded machine of the network.
 
@@ -38,13 +38,55 @@ secrecy of names, sizes and times.  cexec(7) has the protocol in full and what i
 The file goes from the leaves up: a section calls only those above it.  The wire,
 key and channel sections take and return bytes; sockets come after them.
 """
+# START
 import gc
 import sys
 
+
+def compiled(path):
+    """This file's code: from ~/.cache/cexec, or compiled and left there for the next time.
+
+    To compile it takes longer than a short job.  What is there counts if this user wrote
+    it, for this Python, of the file at path just as it is now.
+    """
+    import marshal
+    import os
+    path, file = os.path.realpath(path), os.stat(path)
+    of = repr((path, sys.version, file.st_ino, file.st_size, file.st_mtime, file.st_ctime)).encode() + b"\n"
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME") or os.devnull
+    cache = os.path.join(home, "" if "XDG_CACHE_HOME" in os.environ else ".cache", "cexec")
+    kept = os.path.join(cache, sys.implementation.cache_tag + path.replace("/", "%"))
+    part = "%s.%d.part" % (kept, os.getpid())
+    try:
+        with open(kept, "rb") as code:
+            status = os.fstat(code.fileno())
+            if status.st_uid == os.geteuid() and not status.st_mode & 0o022 and code.readline() == of:
+                return marshal.loads(code.read())
+    except (OSError, EOFError, ValueError, TypeError):
+        pass
+    with open(path, "rb") as source:
+        fresh = compile(source.read(), path, "exec")
+    try:
+        if os.stat(home).st_uid == os.geteuid():
+            os.makedirs(cache, 0o700, exist_ok=True)
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as code:
+                code.write(of + marshal.dumps(fresh))
+            os.rename(part, kept)
+    except OSError:
+        pass                        # a disk that is full or read-only: the next time it is compiled again
+    return fresh
+
+
 if __name__ == "__main__":
     gc.disable()                    # until started_up(): there is nothing to collect, and it costs 10 ms
-    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-        del sys.path[0]             # a socket.py lying beside this file is not imported
+    beside = sys.path[:not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))]
+    del sys.path[:len(beside)]      # a socket.py lying beside this file is not imported
+    if sys.argv[0] == "-c":         # started by sh, as above: now the whole file, as if Python had been given it
+        del sys.argv[0]
+        __file__, code = sys.argv[0], compiled(sys.argv[0])
+        sys.path[:0] = beside
+        exec(code)
+# START
 
 import collections
 import errno
@@ -3433,10 +3475,8 @@ def slim_down(words):
         return
     import importlib.util
     import marshal
-    with open(__file__, "rb") as source:
-        code = compile(source.read(), os.path.abspath(__file__), "exec")
     fd = os.memfd_create("cexec")
-    os.write(fd, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    os.write(fd, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compiled(__file__)))
     path = "/dev/fd/%d" % fd
     if os.path.isfile(path):
         os.set_inheritable(fd, True)

@@ -7,6 +7,7 @@
 Everything is sent over loopback (each test has a port of its own) or inside network
 namespaces that a test makes and removes.  A test that leaves a process behind fails.
 """
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -101,6 +102,14 @@ def read(path):
         return file.read()
 
 
+@functools.lru_cache(None)
+def cache():
+    """Where every test's programs keep their compiled code."""
+    directory = tempfile.mkdtemp(prefix="cexec-test-cache-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 def processes_with(marker):
     """The processes that have marker in their environment, zombies aside."""
     found = []
@@ -127,7 +136,8 @@ class Cluster:
         ours = ("GROUP", "MAXFD", "BOOST", "CONCURRENCY")
         self.env = {key: value for key, value in os.environ.items()
                     if not key.startswith(("CEXEC_", "PEER_")) and key not in ours}
-        self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "PYTHONDONTWRITEBYTECODE": "1"})
+        self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "PYTHONDONTWRITEBYTECODE": "1",
+                         "XDG_CACHE_HOME": cache()})
         self.started, self.spaces = [], []
         self.key, self.pub = self.path("app"), self.path("app.pub")
         self.run("ckeygen", self.key, self.pub, check=True)
@@ -302,6 +312,91 @@ def test_links_are_started_by_their_first_line(cluster):
     done = subprocess.run([cluster.path("bin/cexec"), cluster.pub], input=b"hello", stdout=subprocess.PIPE, env=env,
                           timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, b"hello")
+
+
+@pytest.fixture
+def linked(cluster):
+    """A copy of the file with its link, and a cache of its own; linked.version() runs it and gives what it prints."""
+    for name in ("bin", "cache"):
+        os.mkdir(cluster.path(name))
+    os.symlink(PYTHON, cluster.path("bin/python3"))
+    copy, link = cluster.path("copied.py"), cluster.path("bin/cexec")
+    shutil.copy(PROGRAM, copy)
+    os.symlink("../copied.py", link)
+    env = cluster.environment({"PATH": cluster.path("bin") + ":" + os.environ["PATH"],
+                               "XDG_CACHE_HOME": cluster.path("cache")})
+
+    def version(**changes):
+        values = {key: value for key, value in dict(env, **changes).items() if value is not None}
+        done = subprocess.run([link, "--version"], env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=PATIENCE)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.decode().strip()
+    return SimpleNamespace(version=version, copy=copy, cache=cluster.path("cache/cexec"), path=cluster.path)
+
+
+def only_file(directory):
+    name, = os.listdir(directory)
+    return os.path.join(directory, name)
+
+
+def test_compiled_code_is_kept_and_taken_again(linked):
+    """What the second start runs is the file in the cache: seen by changing that."""
+    assert linked.version() == "cexec 1.0"
+    kept = only_file(linked.cache)
+    assert stat.S_IMODE(os.stat(kept).st_mode) == 0o600
+    code = read(kept)
+    assert code.count(b"cexec 1.0") + code.count(b"1.0") and b"no such applet" in code
+    with open(kept, "r+b") as file:
+        file.write(code.replace(b"\x031.0", b"\x032.0"))
+    assert linked.version() == "cexec 2.0"
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda linked: os.utime(linked.copy, ns=(0, 0)), lambda linked: os.utime(linked.copy),
+    lambda linked: os.chmod(only_file(linked.cache), 0o622),
+    lambda linked: os.truncate(only_file(linked.cache), 5000),
+    lambda linked: os.truncate(only_file(linked.cache), 0),
+    lambda linked: os.chown(only_file(linked.cache), 1, 1),
+    lambda linked: os.rename(linked.copy + ".new", linked.copy),
+], ids=["old", "touched", "writable", "cut", "empty", "foreign", "replaced"])
+def test_kept_code_that_may_be_another_is_not_run(linked, spoil):
+    need_root()
+    shutil.copy2(linked.copy, linked.copy + ".new")
+    linked.version()
+    kept = only_file(linked.cache)
+    code = read(kept)
+    with open(kept, "r+b") as file:
+        file.write(code.replace(b"\x031.0", b"\x032.0"))
+    spoil(linked)
+    assert linked.version() == "cexec 1.0"
+
+
+@pytest.mark.parametrize("changes", [
+    {"XDG_CACHE_HOME": None, "HOME": None}, {"XDG_CACHE_HOME": "/dev/null"}, {"XDG_CACHE_HOME": "/proc"},
+    {"XDG_CACHE_HOME": "/nowhere/at/all"}, {"XDG_CACHE_HOME": "", "HOME": ""}, {"XDG_CACHE_HOME": None, "HOME": "foreign"}])
+def test_where_no_code_can_be_kept_it_is_compiled(linked, changes):
+    need_root()
+    os.mkdir(linked.path("foreign"))
+    os.chown(linked.path("foreign"), 1, 1)
+    if changes.get("HOME") == "foreign":
+        changes = dict(changes, HOME=linked.path("foreign"))
+    assert linked.version(**changes) == "cexec 1.0"
+    assert not os.listdir(linked.path("foreign")) and not os.path.exists(linked.cache)
+
+
+@pytest.mark.parametrize("env", [{}, {"PYTHONSAFEPATH": "1"}])
+def test_modules_that_lie_about_are_not_imported(linked, env):
+    """Neither beside the file nor where it is run, before and after the code is kept."""
+    for name in ("os", "socket", "hmac", "marshal", "stat"):
+        with open(linked.path(name + ".py"), "w") as file:
+            file.write("raise SystemExit('imported %s')" % name)
+    before = os.getcwd()
+    os.chdir(linked.path(""))
+    try:
+        assert [linked.version(**env) for _ in range(2)] == ["cexec 1.0"] * 2
+    finally:
+        os.chdir(before)
 
 
 # ---------------------------------------------------------------------------
