@@ -653,20 +653,39 @@ def make_datagram(kind, pub, nonce, port, **fields):
     return head + body + mac(pub.secret, b"datagram", proved)[:MAC_SIZE]
 
 
+LINK_LOCAL = bytes.fromhex("fe80")  # RFC 4291, 2.5.6: and then 54 bits of zeros
+
+
 def pack_address(address):
-    """16 bytes for an IP address: IPv4 mapped into IPv6 (RFC 4291, 2.5.5.2)."""
-    if ":" in address:
-        return socket.inet_pton(socket.AF_INET6, address)
-    return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
+    """16 bytes for an IP address: IPv4 mapped into IPv6 (RFC 4291, 2.5.5.2), zeros for None.
+
+    A link-local one's interface goes where the zeros would be: for this host alone.
+    """
+    if address is None:
+        return bytes(16)
+    address, _, device = address.partition("%")
+    if ":" not in address:
+        return bytes(10) + b"\xff\xff" + socket.inet_aton(address)
+    data = socket.inet_pton(socket.AF_INET6, address)
+    if device:
+        data = data[:2] + socket.if_nametoindex(device).to_bytes(4, "big") + data[6:]
+    return data
 
 
 def unpack_address(data):
-    """The IP address in 16 bytes; None for all zeros."""
+    """The IP address in 16 bytes; None for all zeros.  Raises ProtocolError."""
     if data == bytes(16):
         return None
     if data.startswith(bytes(10) + b"\xff\xff"):
         return socket.inet_ntoa(data[12:])
-    return socket.inet_ntop(socket.AF_INET6, data)
+    index = int.from_bytes(data[2:6], "big") if data.startswith(LINK_LOCAL) else 0
+    if not index:
+        return socket.inet_ntop(socket.AF_INET6, data)
+    try:
+        device = socket.if_indextoname(index)
+    except (OSError, OverflowError):
+        raise ProtocolError("an address of interface %d" % index) from None
+    return "%s%%%s" % (socket.inet_ntop(socket.AF_INET6, data[:2] + bytes(4) + data[6:]), device)
 
 
 def token_nonce(token):
@@ -848,24 +867,48 @@ class Tls:
 
 
 # ---------------------------------------------------------------------------
-# Groups: where announcements go, and how they are heard
+# Groups: where announcements go, how they are heard, where answers come back
 # ---------------------------------------------------------------------------
 
 LINUX = sys.platform.startswith("linux")
 ALL_NETWORKS = "255.255.255.255"    # out of every interface that broadcasts
+ALL_NODES = "ff02::1"               # RFC 4291, 2.7.1: every IPv6 host of a network hears it unasked
 THIS_HOST = "127.255.255.255"       # a broadcast to every listener of this machine
 MULTICAST_TTL = 31                  # hops: within a site
+NETWORK_MAX = 1024                  # addresses of a network that a group may name: a /22
+TARGETS_MAX = 4096                  # addresses of a group in all
+SECONDS_A_WAY = 0.002               # a client in a network of a thousand addresses announces every two seconds
+REJOIN_SECONDS = 5.0                # an interface that has come up meanwhile is joined to a multicast group
 IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000
 SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915                          # netdevice(7)
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if LINUX else None)    # ip(7); Python names it from 3.14
 PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
+PKTINFO6 = struct.Struct("@16sI")   # destination address, interface index: RFC 3542, 6.
 
 Interface = collections.namedtuple("Interface", "index name flags address")
 Target = collections.namedtuple("Target", "device address port")
 
 
+def family_of(address):
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def is_multicast(address):
+    return address[:2].lower() == "ff" if ":" in address else 224 <= int(address.partition(".")[0]) <= 239
+
+
+def address_of(peer):
+    """The IP address in a socket's address, a link-local one (RFC 4007) with its interface.  Raises OSError."""
+    address = peer[0].partition("%")[0]
+    return address + "%" + socket.if_indextoname(peer[3]) if peer[3:] and peer[3] else address
+
+
+def spelled(address, port):
+    return ("[%s]:%d" if ":" in address else "%s:%d") % (address, port)
+
+
 def interfaces():
-    """The interfaces that are up; none where the system does not tell (not Linux)."""
+    """The interfaces that are up, with their IPv4 addresses; none where the system does not tell (not Linux)."""
     if not LINUX:
         return []
     found = []
@@ -885,38 +928,92 @@ def interfaces():
     return found
 
 
-def is_multicast(address):
-    return 224 <= int(address.split(".")[0]) <= 239
+def interface_of(address):
+    """The (index, name) of the interface that has an address; (0, None) if none is known to."""
+    if "%" in address:
+        name = address.partition("%")[2]
+        return socket.if_nametoindex(name), name
+    try:
+        with open("/proc/net/if_inet6") as table:           # proc(5): address, index, ..., name
+            rows = [line.split() for line in table]
+    except OSError:
+        rows = []
+    known = [(int(row[1], 16), row[5]) for row in rows if bytes.fromhex(row[0]) == pack_address(address)]
+    known += [(interface.index, interface.name) for interface in interfaces() if interface.address == address]
+    return known[0] if known else (0, None)
 
 
 def parse_group(text, default_port):
-    """The Targets of a comma-separated list of [DEVICE:]ADDRESS[:PORT].
+    """The Targets of a list of [DEVICE:]ADDRESS[:PORT], with commas between them.
 
-    A name that resolves to several addresses gives a Target for each.  Raises Fatal (100).
+    An ADDRESS is one of IPv4, one of IPv6 in brackets, a network of at most 1,024
+    addresses, or a name, which stands for all of its addresses; @FILE is a file of such
+    lists.  Raises Fatal (100).
     """
     targets = []
     for item in text.split(","):
-        words = item.strip().split(":")
-        port = default_port
-        if len(words) > 1 and words[-1].isdecimal():
-            port = int(words.pop())
-        device = words.pop(0) if len(words) > 1 else None
-        if len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
-            raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT] (set CEXEC_GROUP)" % text)
-        if device and device not in (name for _, name in socket.if_nameindex()):
-            raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
-        try:
-            targets += [Target(device, address, port) for address in resolve(words[0])]
-        except (OSError, UnicodeError) as error:
-            raise Fatal(EXIT_USAGE, "group %s: not an address: %s (set CEXEC_GROUP)" % (text, error)) from None
+        if item.strip().startswith("@"):
+            targets += parse_group_file(item.strip()[1:], default_port)
+        else:
+            targets += parse_target(item.strip(), text, default_port)
+    if len(targets) > TARGETS_MAX:
+        raise Fatal(EXIT_USAGE, "group %s: more than %d addresses" % (text, TARGETS_MAX))
     return targets
 
 
+def parse_group_file(path, default_port):
+    """The Targets of a file: lists, one or more lines; what follows a # is a comment."""
+    try:
+        lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
+    except OSError as error:
+        raise Fatal(EXIT_USAGE, "group @%s: %s" % (path, error.strerror)) from None
+    if any("@" in line for line in lines):
+        raise Fatal(EXIT_USAGE, "group @%s: names a file" % path)
+    targets = [target for line in lines if line for target in parse_group(line, default_port)]
+    if not targets:
+        raise Fatal(EXIT_USAGE, "group @%s: no address in it" % path)
+    return targets
+
+
+def parse_target(item, text, port):
+    """The Targets of one item of a group."""
+    before, bracket, rest = item.partition("[")
+    if bracket:
+        address, closing, after = rest.partition("]")
+        words = ([before[:-1]] if before else []) + [address] + ([after[1:]] if after else [])
+        well_formed = closing and before[-1:] in ("", ":") and after[:1] in ("", ":") and ":" in address
+    else:
+        words, well_formed = item.split(":"), True
+    if len(words) > 1 and words[-1].isdecimal():
+        port = int(words.pop())
+    device = words.pop(0) if len(words) > 1 else None
+    if not well_formed or len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
+        raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s (set CEXEC_GROUP)"
+                    % (text, ", IPv6 in brackets" if item.count(":") > 2 else ""))
+    if device and device not in (name for _, name in socket.if_nameindex()):
+        raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
+    try:
+        return [Target(device, address, port) for address in resolve(words[0])]
+    except (OSError, UnicodeError, ValueError) as error:
+        raise Fatal(EXIT_USAGE, "group %s: not an address: %s (set CEXEC_GROUP)" % (text, error)) from None
+
+
 def resolve(name):
-    """The IPv4 addresses of a name, or the one that it is.  Raises OSError, UnicodeError."""
+    """The IP addresses of a name or a network, or the one that it is.  Raises OSError, UnicodeError, ValueError."""
+    if "/" in name:
+        import ipaddress
+        network = ipaddress.ip_network(name, strict=False)
+        if network.num_addresses > NETWORK_MAX:
+            raise ValueError("%s has more than %d addresses" % (network, NETWORK_MAX))
+        return [str(host) for host in network.hosts()] or [str(network.network_address)]
     if not name.strip("0123456789."):
         return [socket.inet_ntoa(socket.inet_pton(socket.AF_INET, name))]   # getaddrinfo costs 4 ms
-    return sorted({found[4][0] for found in socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_DGRAM)})
+    if ":" in name:
+        address, percent, device = name.partition("%")
+        if percent:
+            socket.if_nametoindex(device)
+        return [socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, address)) + percent + device]
+    return sorted({address_of(found[4]) for found in socket.getaddrinfo(name, None, 0, socket.SOCK_DGRAM)})
 
 
 class Group:
@@ -927,11 +1024,9 @@ class Group:
         self.targets = parse_group(self.text, default_port)
         self.error = None           # of the last send: the last reason why a way failed
 
-    def prepare(self, sock):
-        """Sets what a UDP socket needs to send to a group."""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, MULTICAST_TTL)
-        return sock
+    def families(self):
+        """The address families of the targets, IPv4 first."""
+        return sorted({family_of(target.address) for target in self.targets})
 
     def ways(self):
         """Yields (interface index or 0, address, port) for every copy to be sent."""
@@ -950,92 +1045,141 @@ class Group:
         wanted = IFF_MULTICAST if is_multicast(address) else IFF_BROADCAST
         known = interfaces() if IP_PKTINFO else []
         for interface in known:
-            if interface.flags & wanted and interface.address and not interface.flags & IFF_LOOPBACK:
-                yield interface.index, address, port
+            if interface.flags & wanted and not interface.flags & IFF_LOOPBACK:
+                if interface.address or ":" in address:
+                    yield interface.index, address, port
         if not known:
             yield 0, address, port
-        yield 0, THIS_HOST, port    # this machine's own listeners, networks or none
-        if not LINUX:               # macOS and the BSDs have no broadcast on loopback
-            yield 0, "127.0.0.1", port
+        if ":" in address:          # this machine's own listeners, networks or none: IPv6 has no broadcast
+            yield 0, "::1", port
+        else:
+            yield 0, THIS_HOST, port
+            if not LINUX:           # macOS and the BSDs have no broadcast on loopback
+                yield 0, "127.0.0.1", port
 
-    def send(self, sock, data):
-        """Sends a datagram every way there is; the number of ways that worked."""
+    def send(self, socks, data):
+        """Sends a datagram every way there is, by {family: UDP socket}; the number of ways that worked."""
         sent, self.error = 0, None
         for index, address, port in self.ways():
             try:
-                send_through(sock, data, index, address, port)
+                send_through(socks[family_of(address)], data, index, address, port)
                 sent += 1
             except OSError as error:
-                self.error = error.strerror
+                self.error = error.strerror or str(error)
+            except KeyError:
+                self.error = "no IPv6 here" if ":" in address else "no IPv4 here"
         return sent
 
 
 def send_through(sock, data, index, address, port):
     """One datagram, out of the interface with that index unless it is 0."""
-    ancillary = []
-    if index and IP_PKTINFO:
+    ancillary, to = [], (address, port)
+    if ":" in address and "%" not in address:
+        to = (address, port, 0, index)
+        if index and hasattr(socket, "IPV6_PKTINFO"):
+            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
+    elif index and IP_PKTINFO:
         ancillary = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, bytes(4), bytes(4)))]
-    sock.sendmsg([data], ancillary, 0, (address, port))
+    sock.sendmsg([data], ancillary, 0, to)
+
+
+def open_udp(family, address="", port=0, shared=False):
+    """A UDP socket that can speak to groups, not blocking; shared: beside others on the same port.  Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, MULTICAST_TTL)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, MULTICAST_TTL)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if not LINUX and hasattr(socket, "SO_REUSEPORT"):       # the BSDs share a port so
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((address, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class Listener:
-    """A UDP socket that hears a group on one port, beside others of the same host.
+    """UDP sockets that hear a group on one port, beside others of the same host.
 
-    It binds 0.0.0.0, which hears every broadcast: one bound to 255.255.255.255 misses
-    those to a network's own address.  Only one socket of a host hears a unicast
+    They bind 0.0.0.0, which hears every broadcast (one bound to 255.255.255.255 misses
+    those to a network's own address), and ::.  Only one socket of a host hears a unicast
     datagram, so whoever hears one passes it on to the others, once, by THIS_HOST.
     """
 
     def __init__(self, port, targets):
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.port = port
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if not LINUX and hasattr(socket, "SO_REUSEPORT"):       # the BSDs share a port so
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        if IP_PKTINFO:
-            self.sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-        self.sock.setblocking(False)
+        self.groups = [target for target in targets if is_multicast(target.address)]
+        self.joined = {}            # target: the indexes of the interfaces on which it was joined
         try:
-            self.sock.bind(("", port))
+            self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True)}
+            if IP_PKTINFO:
+                self.socks[socket.AF_INET].setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            if socket.has_ipv6:
+                self.open_ipv6(required=any(":" in target.address for target in targets))
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "cannot listen on UDP port %d: %s" % (port, error.strerror)) from None
-        for target in targets:
-            if is_multicast(target.address):
-                self.join(target)
 
-    def join(self, target):
-        """Joins a multicast group on its device, or on every interface."""
-        indexes = [socket.if_nametoindex(target.device)] if target.device else [i.index for i in interfaces()]
-        for index in indexes or [0]:
-            member = struct.pack("@4s4si", socket.inet_aton(target.address), bytes(4), index)
+    def open_ipv6(self, required):
+        try:
+            sock = self.socks[socket.AF_INET6] = open_udp(socket.AF_INET6, "", self.port, shared=True)
+            if hasattr(socket, "IPV6_RECVPKTINFO"):
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        except OSError as error:    # a kernel without IPv6
+            if required:
+                raise
+            log.note("does not listen by IPv6: %s", error.strerror)
+
+    def join(self):
+        """Joins the multicast groups on their devices, or on every interface there is; whether there are any."""
+        for target in self.groups:
             try:
-                self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
-            except OSError as error:
-                log.note("cannot join %s on interface %d: %s", target.address, index, error.strerror)
+                present = {socket.if_nametoindex(target.device)} if target.device else {i.index for i in interfaces()}
+            except OSError:
+                present = set()     # the device is gone, and may come back
+            before = self.joined.get(target, set())
+            for index in present - before if present or target.device else {0} - before:
+                self.join_on(index, target.address)
+            self.joined[target] = present or {0}
+        return bool(self.groups)
 
-    def receive(self):
+    def join_on(self, index, address):
+        try:
+            if ":" in address:
+                member = PKTINFO6.pack(socket.inet_pton(socket.AF_INET6, address.partition("%")[0]), index)
+                self.socks[socket.AF_INET6].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, member)
+            else:
+                member = struct.pack("@4s4si", socket.inet_aton(address), bytes(4), index)
+                self.socks[socket.AF_INET].setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
+        except OSError as error:
+            log.note("cannot join %s on interface %d: %s", address, index, error.strerror)
+
+    def receive(self, sock):
         """(Datagram, sender's address, interface index), or None when there is no more.
 
         Raises ProtocolError for a datagram that does not parse.
         """
         try:
-            data, ancillary, _, sender = self.sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO.size))
+            data, ancillary, _, sender = sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO6.size))
+            address = address_of(sender)
         except OSError:
             return None
-        datagram, index = Datagram(data), 0
-        for level, kind, info in ancillary:
-            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
-                index, local, destination = PKTINFO.unpack(info)
-                if local == destination and not is_multicast(socket.inet_ntoa(local)):
-                    self.pass_on(datagram, sender[0])
-        return datagram, datagram.address or sender[0], index
+        datagram, (index, unicast) = Datagram(data), arrival(ancillary)
+        if unicast:
+            self.pass_on(datagram, address)
+        return datagram, datagram.address or address, index
 
-    def deliver(self, handler):
+    def deliver(self, sock, handler):
         """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too."""
         for _ in range(64):
             try:
-                heard = self.receive()
+                heard = self.receive(sock)
                 if heard is None:
                     return
                 handler(*heard)
@@ -1045,15 +1189,96 @@ class Listener:
     def pass_on(self, datagram, sender):
         copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
         try:
-            self.sock.sendto(copy, (THIS_HOST, self.port))
+            self.send(copy, THIS_HOST, self.port)
         except OSError as error:
             log.note("cannot pass on %s: %s", datagram, error.strerror)
+
+    def send(self, data, address, port):
+        """Sends a datagram to one address.  Raises OSError."""
+        if family_of(address) not in self.socks:
+            raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+        self.socks[family_of(address)].sendto(data, (address, port))
+
+    def close(self):
+        self.groups = []
+        for sock in self.socks.values():
+            sock.close()
+
+
+def arrival(ancillary):
+    """(interface index, whether it was sent to this host alone) by what the kernel says of a datagram."""
+    for level, kind, info in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
+            index, local, destination = PKTINFO.unpack(info)
+            return index, local == destination and not is_multicast(socket.inet_ntoa(local))
+        if level == socket.IPPROTO_IPV6 and len(info) == PKTINFO6.size:
+            destination, index = PKTINFO6.unpack(info)
+            return index, destination[0] != 0xff
+    return 0, False
 
 
 def open_listeners(group):
     """A Listener for each port of the group.  Raises Fatal (111)."""
     ports = sorted({target.port for target in group.targets})
     return [Listener(port, [t for t in group.targets if t.port == port]) for port in ports]
+
+
+class ReturnPort:
+    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
+
+    ports are tried in turn, [0] is any.  Raises Fatal (111).
+    """
+
+    def __init__(self, ports, loop, families, address=""):
+        self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
+        for port in ports * 16 if ports == [0] else ports:
+            self.port = port
+            try:
+                for family in families:
+                    self.open(family, address)
+                return
+            except OSError as caught:
+                error = caught
+                self.close()
+        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)" % error.strerror)
+
+    def open(self, family, address):
+        try:
+            listener = self.loop.own(socket.socket(family, socket.SOCK_STREAM))
+        except OSError:
+            if not self.listeners:
+                raise
+            return                  # a kernel without IPv6, which is only one of two
+        self.listeners.append(listener)
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((address, self.port))
+        listener.listen(128)
+        self.port = listener.getsockname()[1]
+        self.udp[family] = self.loop.own(open_udp(family, address, self.port))
+
+    def attend(self, hear, accept):
+        """Has hear(UDP socket) and accept(listening socket) called when something has come."""
+        for sock in self.udp.values():
+            self.loop.on_read(sock.fileno(), functools.partial(hear, sock))
+        for listener in self.listeners:
+            self.loop.on_read(listener.fileno(), functools.partial(accept, listener))
+
+    def deafen(self):
+        """Takes no more; datagrams can still be sent."""
+        for sock in list(self.udp.values()) + self.listeners:
+            self.loop.forget(sock.fileno())
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+
+    def close(self):
+        self.deafen()
+        for sock in self.udp.values():
+            sock.close()
+        self.udp = {}
 
 
 # ---------------------------------------------------------------------------
@@ -1187,9 +1412,22 @@ def lifted_away(fd, floor):
 
 
 def hear_all(loop, listeners, handler):
-    """Has handler(datagram, address, interface index) called for what the listeners hear."""
+    """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed."""
     for listener in listeners:
-        loop.on_read(listener.sock.fileno(), functools.partial(listener.deliver, handler))
+        for sock in listener.socks.values():
+            loop.on_read(sock.fileno(), functools.partial(listener.deliver, sock, handler))
+
+        def rejoin(listener=listener):
+            if listener.join():
+                loop.after(REJOIN_SECONDS, rejoin)
+        rejoin()
+
+
+def hear_no_more(loop, listeners):
+    for listener in listeners:
+        for sock in listener.socks.values():
+            loop.forget(sock.fileno())
+        listener.close()
 
 
 # ---------------------------------------------------------------------------
@@ -1345,7 +1583,7 @@ def begin_connection(address, port):
     """(a socket that connects, or None; what was wrong at once, or None); it is done when it can be written."""
     sock = None
     try:
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        sock = socket.socket(family_of(address), socket.SOCK_STREAM)
         sock.setblocking(False)
         error = sock.connect_ex((address, port))
     except OSError as caught:       # too many files; or an address of another host's making is none
@@ -2104,7 +2342,7 @@ def address_filter(accept, reject):
 
     def allowed(address):
         import ipaddress
-        address = ipaddress.ip_address(address)
+        address = ipaddress.ip_address(address.partition("%")[0])
         if any(address in network for network in rejected):
             return False
         return accepted is None or any(address in network for network in accepted)
@@ -2214,9 +2452,7 @@ class Search:
         self.candidates, self.avoid, self.complained = [], set(avoid), set()
         self.offers = self.attempt = 0
         self.context = self.asked = None
-        self.udp, self.listener = open_pair(job.ports, loop)
-        group.prepare(self.udp)
-        self.port = self.udp.getsockname()[1]
+        self.back = ReturnPort(job.ports, loop, group.families())
         self.began = self.answered = time.monotonic()
         self.ahead = None           # clients before us in a line, the last we heard
 
@@ -2230,7 +2466,7 @@ class Search:
         self.attempt += 1
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000))
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
-        pause = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
+        pause = max(min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10)), ways * SECONDS_A_WAY)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
     def complaint(self, now):
@@ -2245,16 +2481,15 @@ class Search:
     def listen(self):
         """Begins to take offers: not before ssl is there to take them."""
         self.context = tls_context()
-        self.loop.on_read(self.listener.fileno(), self.accept)
-        self.loop.on_read(self.udp.fileno(), self.hear)
+        self.back.attend(self.hear, self.accept)
 
     def send(self, kind, **fields):
-        return self.group.send(self.udp, make_datagram(kind, self.pub, self.nonce, self.port, **fields))
+        return self.group.send(self.back.udp, make_datagram(kind, self.pub, self.nonce, self.back.port, **fields))
 
-    def hear(self):
+    def hear(self, sock):
         """BUSY: somebody has us in a line."""
         try:
-            datagram = Datagram(self.udp.recv(DATAGRAM_MAX + 1))
+            datagram = Datagram(sock.recv(DATAGRAM_MAX + 1))
         except (OSError, ProtocolError) as error:
             return log.note("dropped a datagram: %s", error)
         if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
@@ -2264,11 +2499,12 @@ class Search:
         self.answered, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
 
-    def accept(self):
+    def accept(self, listener):
         """Takes every connection that has come, in the order in which they came."""
         while True:
             try:
-                sock, (address, _) = self.listener.accept()
+                sock, peer = listener.accept()
+                address = address_of(peer)
             except OSError:
                 return
             if not self.job.may_offer(address):
@@ -2341,31 +2577,7 @@ class Search:
         self.timer.cancel()
         for candidate in self.candidates:
             candidate.close()
-        self.loop.forget(self.listener.fileno())
-        self.loop.forget(self.udp.fileno())
-        self.listener.close()
-
-
-def open_pair(ports, loop, address=""):
-    """A UDP and a listening TCP socket with the same port number.  Raises Fatal (111)."""
-    error = None
-    for port in ports * 16 if ports == [0] else ports:
-        listener = loop.own(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-        udp = loop.own(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, port))
-            udp.bind((address, listener.getsockname()[1]))
-            listener.listen(128)
-        except OSError as caught:
-            error = caught
-            listener.close()
-            udp.close()
-            continue
-        listener.setblocking(False)
-        udp.setblocking(False)
-        return udp, listener
-    raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)" % error.strerror)
+        self.back.deafen()
 
 
 class Run(Carrier):
@@ -2637,7 +2849,7 @@ class Client:
         self.held.rewind()
         self.lost_workers.append(run.hello.worker_id)
         self.run = None
-        self.search.udp.close()
+        self.search.back.close()
         self.search = Search(self.loop, self.group, self.pub, self.job, self.begin, self.lost_workers)
         self.search.announce()
         self.search.listen()
@@ -2804,7 +3016,7 @@ class Offer:
             worker.loop.on_write(self.sock.fileno(), self.connected)
 
     def __repr__(self):
-        return "offer to %s:%d for %s" % (self.client.address, self.client.port, self.client.nonce.hex()[:8])
+        return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
 
     def connected(self):
         self.worker.loop.forget(self.sock.fileno())
@@ -2816,8 +3028,8 @@ class Offer:
     def link_ready(self, link):
         link.send(HELLO, version=PROTOCOL, options=HELLO_REPEATABLE * self.worker.settings.repeatable,
                   nonce=self.client.nonce, worker_id=self.worker.id,
-                  challenge=self.challenge, address=self.sock.getsockname()[0], host=socket.gethostname(),
-                  load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
+                  challenge=self.challenge, address=self.sock.getsockname()[0].partition("%")[0],
+                  host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
         if kind is AUTH and not self.proved:
@@ -2985,7 +3197,7 @@ class Worker:
         pub = Pub("", client.name, self.key.application, client_secret(self.key.master, client.name), b"")
         data = make_datagram(BUSY, pub, client.nonce, 0, attempt=client.attempt, ahead=self.line.ahead(client))
         try:
-            self.listeners[0].sock.sendto(data, (client.address, client.port))
+            self.listeners[0].send(data, client.address, client.port)
         except OSError as error:
             log.note("cannot tell %s that we are busy: %s", client.address, error.strerror)
 
@@ -2995,7 +3207,7 @@ class Worker:
         if not self.free_slots():
             return self.wait(client)
         self.offered[client.key] = True
-        log.note("offers %s:%d %s", client.address, client.port, client.nonce.hex()[:8])
+        log.note("offers %s %s", spelled(client.address, client.port), client.nonce.hex()[:8])
         self.offers[client.key] = Offer(self, client, self.load()[0], delay)
 
     def offer_ended(self, offer):
@@ -3117,9 +3329,7 @@ class Worker:
             return
         log.note("draining: %d jobs run", self.running())
         self.draining = True
-        for listener in self.listeners:
-            self.loop.forget(listener.sock.fileno())
-            listener.sock.close()
+        hear_no_more(self.loop, self.listeners)
         for key in list(self.offers) + list(self.delayed):
             self.forget(key)
         self.line = Line()
@@ -3294,9 +3504,9 @@ class Supervisor(Carrier):
         for variable in self.job.environment:
             name, _, value = variable.partition("=")
             values["PEER_" + name] = value
-        client, (address, port) = self.offer.client, sock.getsockname()[:2]
+        client, here = self.offer.client, sock.getsockname()
         values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
-                      SERVER_ADDR=address, SERVER_PORT=str(port))
+                      SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
         return values
 
     def fail_to_start(self, status, reason):
@@ -3710,7 +3920,7 @@ class Join:
 
     def close(self, reason):
         if not self.closed:
-            log.note("join of %s:%d ends: %s", *self.relay.client, reason)
+            log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
             self.closed = True
             self.timer.cancel()
             for sock in filter(None, (self.worker, self.client)):
@@ -3724,36 +3934,40 @@ class Relay:
 
     def __init__(self, proxy, client):
         self.proxy, self.client, self.joins = proxy, client, set()
-        self.udp, self.listener = open_pair([0], proxy.loop, proxy.address)
-        self.port = self.udp.getsockname()[1]
+        self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
         self.heard = time.monotonic()
-        proxy.loop.on_read(self.listener.fileno(), self.accept)
-        proxy.loop.on_read(self.udp.fileno(), self.hear)
+        self.back.attend(self.hear, self.accept)
 
-    def accept(self):
+    def accept(self, listener):
         try:
-            worker, address = self.listener.accept()
+            worker, address = listener.accept()
         except OSError:
             return
         if sum(len(relay.joins) for relay in self.proxy.relays.values()) >= JOINS_MAX:
             log.note("offer from %s: too many connections", address[0])
             return worker.close()
-        log.note("offer from %s:%d goes to %s:%d", *address[:2], *self.client)
+        log.note("offer from %s goes to %s", spelled(*address[:2]), spelled(*self.client))
         self.joins.add(Join(self, worker))
 
-    def hear(self):
+    def hear(self, sock):
         """What a worker says to the client, as it stands."""
         try:
-            datagram = Datagram(self.udp.recv(DATAGRAM_MAX + 1))
+            datagram = Datagram(sock.recv(DATAGRAM_MAX + 1))
             if datagram.kind is BUSY:
-                self.udp.sendto(datagram.data, self.client)
-        except (OSError, ProtocolError) as error:
+                self.proxy.udp[family_of(self.client[0])].sendto(datagram.data, self.client)
+        except (OSError, KeyError, ProtocolError) as error:
             log.note("dropped a datagram: %s", error)
 
-    def close(self):
-        for sock in (self.listener, self.udp):
-            self.proxy.loop.forget(sock.fileno())
-            sock.close()
+
+def open_speakers(address):
+    """{family: UDP socket}: bound to address for its family, and any for the other.  Raises OSError."""
+    socks = {family_of(address): open_udp(family_of(address), address)}
+    for family in {socket.AF_INET, socket.AF_INET6} - set(socks):
+        try:
+            socks[family] = open_udp(family)
+        except OSError:
+            pass                    # a kernel without IPv6
+    return socks
 
 
 class Proxy:
@@ -3761,12 +3975,10 @@ class Proxy:
 
     def __init__(self, loop, listeners, address, target):
         self.loop, self.address, self.target = loop, address, target
-        self.home = next((i.index for i in interfaces() if i.address == address), 0)
+        self.home = interface_of(address)[0]
         self.relayed = Memory()     # identities: what was sent on, or came from the target's own side
         self.relays = {}            # a client's (address, port): Relay
-        self.udp = target.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        self.udp.bind((address, 0))
-        self.udp.setblocking(False)
+        self.udp = open_speakers(address)
         hear_all(loop, listeners, self.hear)
         self.sweep()
 
@@ -3783,9 +3995,11 @@ class Proxy:
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
-            port = relay.port
-        self.target.send(self.udp, datagram.readdressed(self.address, port, datagram.hops + 1))
-        log.note("-> %r from %s, as %s:%d", datagram, address, self.address, port)
+            port = relay.back.port
+        # a link-local address means something on its link alone: there it is the sender's
+        self_address = None if "%" in self.address else self.address
+        self.target.send(self.udp, datagram.readdressed(self_address, port, datagram.hops + 1))
+        log.note("-> %r from %s, as %s", datagram, address, spelled(self.address, port))
 
     def reaches_home(self):
         """Whether the target is a broadcast or multicast on our address's own network."""
@@ -3800,7 +4014,7 @@ class Proxy:
             try:
                 relay = self.relays[client] = Relay(self, client)
             except (Fatal, OSError) as error:
-                return log.note("cannot relay %s:%d: %s", *client, error)
+                return log.note("cannot relay %s: %s", spelled(*client), error)
         relay.heard = time.monotonic()
         return relay
 
@@ -3812,7 +4026,7 @@ class Proxy:
         return True
 
     def give_up(self, relay):
-        relay.close()
+        relay.back.close()
         del self.relays[relay.client]
 
     def sweep(self):
@@ -3839,20 +4053,23 @@ def main_cproxy(argv):
     log.verbose = options.verbose
     loop, group = Loop(), Group()
     try:
-        socket.inet_aton(options.self)
-        target = options.target
-        if target is None:
-            home = [interface.name for interface in interfaces() if interface.address == options.self]
-            target = (home[0] + ":" if home else "") + ALL_NETWORKS
-        proxy = Proxy(loop, open_listeners(group), options.self, Group(target, group.targets[0].port))
+        address, = resolve(options.self.strip("[]"))
+        target = options.target or default_target(address)
+        proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port))
         make_room(2 * (RELAYS_MAX + JOINS_MAX) + 64)
-    except OSError as error:
+    except (OSError, UnicodeError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
     end_quietly()
     started_up()
-    log.note("from %s to %s, as %s", group.text, proxy.target.text, options.self)
+    log.note("from %s to %s, as %s", group.text, proxy.target.text, address)
     loop.run()
     return 0
+
+
+def default_target(address):
+    """The text of the group that is the broadcast of an address's own network; for IPv6 its all-nodes multicast."""
+    device = interface_of(address)[1]
+    return (device + ":" if device else "") + ("[%s]" % ALL_NODES if ":" in address else ALL_NETWORKS)
 
 
 # ---------------------------------------------------------------------------

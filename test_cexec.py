@@ -1156,7 +1156,7 @@ def test_send_counts_the_ways_and_keeps_the_last_error():
         far.bind(("127.0.0.1", port))
         far.settimeout(10)
         near.bind(("127.0.0.1", 0))     # from here 240.0.0.1 cannot be reached
-        assert group.send(group.prepare(near), b"hello") == 2 and group.error
+        assert group.send({socket.AF_INET: near}, b"hello") == 2 and group.error
         assert [far.recv(10), far.recv(10)] == [b"hello"] * 2
 
 
@@ -1168,17 +1168,17 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
     heard = [[], []]
     last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, attempt=2, waited=0)
     try:
-        with group.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        with cexec.open_udp(socket.AF_INET) as sock:
             sock.sendto(ANNOUNCEMENT, ("127.0.0.1", port))
 
             def all_heard(attempt):
                 for listener, got in zip(listeners, heard):
-                    found = listener.receive()
+                    found = listener.receive(listener.socks[socket.AF_INET])
                     if found:
                         got.append(found)
                 return all(attempt in [found[0].body.attempt for found in got] for got in heard)
             until(lambda: all_heard(1), "both listeners' hearing")
-            group.send(sock, last)      # what is still to come of the first comes before it
+            group.send({socket.AF_INET: sock}, last)      # what is still to come of the first comes before it
             until(lambda: all_heard(2), "both listeners' hearing")
         for got in heard:
             first = [found for found in got if found[0].body.attempt == 1]
@@ -1187,7 +1187,7 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
                 assert address == "127.0.0.1" and datagram.port == 4097 and datagram.proved_by(made_pub().secret)
     finally:
         for listener in listeners:
-            listener.sock.close()
+            listener.close()
 
 
 # ---------------------------------------------------------------------------
@@ -2107,19 +2107,20 @@ class Ear:
     def __init__(self, port):
         self.group = cexec.Group("127.255.255.255:%d" % port)
         self.listener = cexec.Listener(port, [])
+        self.sock = self.listener.socks[socket.AF_INET]
         self.heard = []                 # (Datagram, address)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.listener.sock.close()
+        self.listener.close()
 
     def hear(self):
         """Everything that has been heard by now, oldest first."""
         while True:
             try:
-                heard = self.listener.receive()
+                heard = self.listener.receive(self.sock)
             except cexec.ProtocolError:
                 continue
             if heard is None:
@@ -2132,7 +2133,7 @@ class Ear:
                                    and heard[0].nonce not in known), None), repr(kind))
 
     def say(self, data):
-        assert self.group.send(self.listener.sock, data) == 1
+        assert self.group.send(self.listener.socks, data) == 1
 
 
 class Peer:
@@ -2184,21 +2185,21 @@ class Asker:
         self.token = os.urandom(32)
         self.nonce = cexec.token_nonce(self.token)
         self.group = cexec.Group(cluster.env["GROUP"])
-        self.udp, self.listener = cexec.open_pair([0], cexec.Loop(), "127.0.0.1")
-        self.group.prepare(self.udp).setblocking(True)
+        self.back = cexec.ReturnPort([0], cexec.Loop(), [socket.AF_INET], "127.0.0.1")
+        self.udp, (self.listener,) = self.back.udp[socket.AF_INET], self.back.listeners
+        self.udp.setblocking(True)
         self.listener.settimeout(20)
-        self.port = self.listener.getsockname()[1]
+        self.port = self.back.port
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.listener.close()
-        self.udp.close()
+        self.back.close()
 
     def say(self, kind, nonce=None, **fields):
         data = cexec.make_datagram(kind, self.pub, nonce or self.nonce, self.port, **filled(kind, **fields))
-        assert self.group.send(self.udp, data) == 1
+        assert self.group.send(self.back.udp, data) == 1
 
     def offer(self, attempt=1):
         """Announces; the Peer that offers, its HELLO read."""
@@ -2626,11 +2627,10 @@ def test_a_hundred_thousand_garbage_datagrams(cluster):
     worker, crat, port = cluster.worker("cat"), cluster.logger(cluster.pub), free_port()
     pub = cexec.open_pub(cluster.pub)
     crat_pid = cluster.started[-1].pid
-    with Ear(port) as ear, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with Ear(port) as ear, cexec.open_udp(socket.AF_INET) as sock:
         client = searching_client(cluster, port)
         announced, address = ear.wait_for(cexec.ANNOUNCE)
         group = cexec.Group(cluster.env["GROUP"])
-        group.prepare(sock)
         assert cluster.client(input=b"before").stdout == b"before"
         processes = (worker.pid, crat_pid, client.pid)
         before = [rss(pid) for pid in processes]
@@ -2724,7 +2724,7 @@ class Middle:
 
     def work(self):
         while not self.stopped:
-            ready = select.select([self.ear.listener.sock, self.listener], [], [], 0.05)[0]
+            ready = select.select([self.ear.sock, self.listener], [], [], 0.05)[0]
             for datagram, address in self.ear.hear():
                 if datagram.kind is cexec.ANNOUNCE:
                     self.target = address, datagram.port
@@ -2764,8 +2764,8 @@ class Middle:
         self.stopped = True
         self.thread.join()
         self.listener.close()
-        self.ear.listener.sock.close()
-        self.mouth.listener.sock.close()
+        self.ear.sock.close()
+        self.mouth.sock.close()
 
 
 def test_a_flipped_bit_anywhere_is_never_a_wrong_success(cluster):
@@ -5522,7 +5522,7 @@ class Meddler:
     def __init__(self, group, fates=lambda datagram: [0]):
         self.port, self.fates, self.faults, self.last = free_port(), fates, [], None
         self.ear, self.group = Ear(self.port), cexec.Group(group)
-        self.mouth = self.group.prepare(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        self.mouth = cexec.open_udp(socket.AF_INET)
         self.backs = {}                 # nonce: [listener, UDP socket of that port, the client]
         self.later, self.count, self.error, self.stopped = [], 0, None, False
         self.threads = [threading.Thread(target=self.guarded)]
@@ -5540,7 +5540,7 @@ class Meddler:
         for listener, udp, _ in self.backs.values():
             listener.close()
             udp.close()
-        self.ear.listener.sock.close()
+        self.ear.sock.close()
         self.mouth.close()
         assert self.error is None, self.error
 
@@ -5557,7 +5557,7 @@ class Meddler:
 
     def turn(self):
         backs = list(self.backs.values())
-        sockets = [self.ear.listener.sock] + [sock for back in backs for sock in back[:2]]
+        sockets = [self.ear.sock] + [sock for back in backs for sock in back[:2]]
         ready = select.select(sockets, [], [], 0.01 if self.later else 0.1)[0]
         for datagram, address in self.ear.hear():
             self.to_workers(datagram, address)
@@ -5573,7 +5573,7 @@ class Meddler:
             if target:
                 sock.sendto(data, target)
             else:
-                self.group.send(sock, data)
+                self.group.send({socket.AF_INET: sock}, data)
 
     def schedule(self, datagram, sock, data, target=None):
         for delay in self.fates(datagram):
