@@ -903,6 +903,14 @@ def address_of(peer):
     return address + "%" + socket.if_indextoname(peer[3]) if peer[3:] and peer[3] else address
 
 
+def socket_address(address, port, index=0):
+    """What the calls of a socket take; of a link-local address the interface.  Raises OSError."""
+    if ":" not in address:
+        return address, port
+    address, _, device = address.partition("%")
+    return address, port, 0, socket.if_nametoindex(device) if device else index
+
+
 def spelled(address, port):
     return ("[%s]:%d" if ":" in address else "%s:%d") % (address, port)
 
@@ -1059,28 +1067,31 @@ class Group:
 
     def send(self, socks, data):
         """Sends a datagram every way there is, by {family: UDP socket}; the number of ways that worked."""
-        sent, self.error = 0, None
-        for index, address, port in self.ways():
+        sent, self.error, socks = 0, None, dict(socks)
+        for way in self.ways():
+            family = family_of(way[1])
             try:
-                send_through(socks[family_of(address)], data, index, address, port)
+                try:
+                    send_through(socks[family], data, *way)
+                except BlockingIOError:         # full of what waits for hosts that are not there
+                    socks[family] = open_udp(family)
+                    send_through(socks[family], data, *way)
                 sent += 1
             except OSError as error:
                 self.error = error.strerror or str(error)
             except KeyError:
-                self.error = "no IPv6 here" if ":" in address else "no IPv4 here"
+                self.error = "no IPv6 here" if family == socket.AF_INET6 else "no IPv4 here"
         return sent
 
 
 def send_through(sock, data, index, address, port):
     """One datagram, out of the interface with that index unless it is 0."""
-    ancillary, to = [], (address, port)
-    if ":" in address and "%" not in address:
-        to = (address, port, 0, index)
-        if index and hasattr(socket, "IPV6_PKTINFO"):
-            ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
-    elif index and IP_PKTINFO:
+    ancillary = []
+    if index and ":" in address and hasattr(socket, "IPV6_PKTINFO"):
+        ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
+    elif index and IP_PKTINFO and ":" not in address:
         ancillary = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, bytes(4), bytes(4)))]
-    sock.sendmsg([data], ancillary, 0, to)
+    sock.sendmsg([data], ancillary, 0, socket_address(address, port, index))
 
 
 def open_udp(family, address="", port=0, shared=False):
@@ -1098,7 +1109,7 @@ def open_udp(family, address="", port=0, shared=False):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if not LINUX and hasattr(socket, "SO_REUSEPORT"):       # the BSDs share a port so
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((address, port))
+        sock.bind(socket_address(address, port) if address else ("", port))
     except OSError:
         sock.close()
         raise
@@ -1197,7 +1208,7 @@ class Listener:
         """Sends a datagram to one address.  Raises OSError."""
         if family_of(address) not in self.socks:
             raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
-        self.socks[family_of(address)].sendto(data, (address, port))
+        self.socks[family_of(address)].sendto(data, socket_address(address, port))
 
     def close(self):
         self.groups = []
@@ -1254,7 +1265,7 @@ class ReturnPort:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((address, self.port))
+        listener.bind(socket_address(address, self.port) if address else ("", self.port))
         listener.listen(128)
         self.port = listener.getsockname()[1]
         self.udp[family] = self.loop.own(open_udp(family, address, self.port))
@@ -1585,7 +1596,7 @@ def begin_connection(address, port):
     try:
         sock = socket.socket(family_of(address), socket.SOCK_STREAM)
         sock.setblocking(False)
-        error = sock.connect_ex((address, port))
+        error = sock.connect_ex(socket_address(address, port))
     except OSError as caught:       # too many files; or an address of another host's making is none
         return sock, str(caught)
     return sock, None if error in (0, errno.EINPROGRESS) else os.strerror(error)
@@ -3954,7 +3965,7 @@ class Relay:
         try:
             datagram = Datagram(sock.recv(DATAGRAM_MAX + 1))
             if datagram.kind is BUSY:
-                self.proxy.udp[family_of(self.client[0])].sendto(datagram.data, self.client)
+                self.proxy.udp[family_of(self.client[0])].sendto(datagram.data, socket_address(*self.client))
         except (OSError, KeyError, ProtocolError) as error:
             log.note("dropped a datagram: %s", error)
 

@@ -213,6 +213,7 @@ class Cluster:
     def lan(self, name, hosts, network):
         """A bridge and a namespace for each host: {host: its namespace}; addresses network.1, .2, ...
 
+        A network with colons in it is IPv6's (network::1 and so on); None has link-local addresses alone.
         hosts are names; one that is a namespace already gets one more interface.
         """
         switch = self.space(name)
@@ -224,7 +225,11 @@ class Cluster:
             plug = "p%d" % number
             ip("-n", space, "link", "add", "name", name, "type", "veth", "peer", "name", plug, "netns", switch)
             ip("-n", switch, "link", "set", plug, "master", "switch", "up")
-            ip("-n", space, "address", "add", "%s.%d/24" % (network, number), "brd", "+", "dev", name)
+            ip("netns", "exec", space, "sysctl", "-qw", "net.ipv6.conf.%s.accept_dad=0" % name)
+            if network and ":" in network:
+                ip("-n", space, "address", "add", "%s::%d/64" % (network, number), "dev", name)
+            elif network:
+                ip("-n", space, "address", "add", "%s.%d/24" % (network, number), "brd", "+", "dev", name)
             ip("-n", space, "link", "set", name, "up")
             spaces[host] = space
         return spaces
@@ -1072,6 +1077,15 @@ LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("l
     ("239.1.2.3:1", [(None, "239.1.2.3", 1)]),
     (LOOPBACK + ":239.1.2.3", [(LOOPBACK, "239.1.2.3", 3010)]),
     (LOOPBACK + ":127.0.0.1:65535", [(LOOPBACK, "127.0.0.1", 65535)]),
+    ("[fd00::1]", [(None, "fd00::1", 3010)]),
+    ("[FF02::0:1]:7", [(None, "ff02::1", 7)]),
+    (LOOPBACK + ":[ff02::cec]:7", [(LOOPBACK, "ff02::cec", 7)]),
+    ("[fe80::1%" + LOOPBACK + "]", [(None, "fe80::1%" + LOOPBACK, 3010)]),
+    ("10.0.0.8/30:9", [(None, "10.0.0.9", 9), (None, "10.0.0.10", 9)]),
+    ("10.0.0.9/32", [(None, "10.0.0.9", 3010)]),
+    ("10.0.0.8/31", [(None, "10.0.0.8", 3010), (None, "10.0.0.9", 3010)]),
+    ("10.0.0.9/30,[fd00::/126]:9", [(None, "10.0.0.9", 3010), (None, "10.0.0.10", 3010)]
+     + [(None, "fd00::%d" % n, 9) for n in (1, 2, 3)]),
     ("127.0.0.1,10.0.0.255:4000, " + LOOPBACK + ":239.1.2.3:5",
      [(None, "127.0.0.1", 3010), (None, "10.0.0.255", 4000), (LOOPBACK, "239.1.2.3", 5)]),
 ])
@@ -1082,6 +1096,8 @@ def test_group(text, targets):
 @pytest.mark.parametrize("text", [
     "", ",", "127.0.0.1,", ":", ":127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:-1",
     "127.0.0.1:x", "127.0.0.256", "127.0.0", "1.2.3.4.5", "nosuchdevice0:127.0.0.1", "a:b:c:d", "1:2:3",
+    "fd00::1", "[fd00::1", "[fd00::1]x", "x[fd00::1]", "[10.0.0.1]", "[]", "[fd00::1]:0", "[fd00::g]", "[fe80::1%nosuch]",
+    "10.0.0.0/21", "10.0.0.0/x", "10.0.0.0/33", "10.0.0/24", "[fd00::/117]", "/24", "@", "@/nowhere", "@.",
     "no such host.invalid", "x" * 70 + ".invalid", "127.0.0.1:\xb2", "3010", LOOPBACK + ":", "staff"])
 def test_group_that_is_none(text, monkeypatch):
     def nobody(name, *rest):
@@ -1098,6 +1114,36 @@ def test_group_of_names(monkeypatch):
         return [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", (address, 0)) for address in known[name]]
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     assert cexec.parse_group("cluster.example:4000", 3010) == [(None, "10.0.0.1", 4000), (None, "10.0.0.2", 4000)]
+
+
+def test_group_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put("hosts", "# the workers\n10.0.0.1, 10.0.0.2:9   # two\n\n[fd00::1]\n10.1.0.0/30\n")
+    put("more", "10.9.0.1")
+    targets = cexec.parse_group("10.8.0.1,@hosts,@%s" % (tmp_path / "more"), 3010)
+    assert [cexec.spelled(target.address, target.port) for target in targets] == [
+        "10.8.0.1:3010", "10.0.0.1:3010", "10.0.0.2:9", "[fd00::1]:3010", "10.1.0.1:3010", "10.1.0.2:3010", "10.9.0.1:3010"]
+    for text, said in (("", "no address"), ("# none\n\n", "no address"), ("@more", "names a file"),
+                       ("10.0.0.1\nnonsense:::\n", "nonsense"), ("10.0.0.0/22\n" * 5, "more than 4096")):
+        put("wrong", text)
+        assert said in fatal(100, cexec.parse_group, "@wrong", 3010)
+
+
+def test_a_large_network_is_spoken_to_slowly():
+    """A client of a network of a thousand addresses announces every two seconds, not every one."""
+    assert len(cexec.parse_group("10.0.0.0/22", 3010)) == 1022
+    assert 1022 * cexec.SECONDS_A_WAY > 2
+
+
+def test_link_local_addresses_keep_their_interface():
+    """In a datagram that is passed on within a host, and only there."""
+    address = "fe80::1%" + LOOPBACK
+    assert cexec.unpack_address(cexec.pack_address(address)) == address
+    assert cexec.unpack_address(cexec.pack_address("fe80::1")) == "fe80::1"
+    with pytest.raises(cexec.ProtocolError):
+        cexec.unpack_address(bytes.fromhex("fe80ffffffff0000") + bytes(8))
+    with pytest.raises(cexec.ProtocolError):
+        cexec.unpack_address(bytes.fromhex("fe807fffffff0000") + bytes(8))
 
 
 def test_group_is_cexec_group_else_group_else_everywhere(monkeypatch):
@@ -1131,6 +1177,11 @@ HOST = [cexec.Interface(1, "lo", UP | LOOP, "127.0.0.1"),
     # one way for what is one place
     ("10.0.0.255", HOST, [(0, "10.0.0.255", 3010)]),
     ("10.0.0.7,127.0.0.1:5", HOST, [(0, "10.0.0.7", 3010), (0, "127.0.0.1", 5)]),
+    # IPv6: every interface that has multicast, and this host by ::1
+    ("[ff02::1]:9", HOST, [(2, "ff02::1", 9), (3, "ff02::1", 9), (4, "ff02::1", 9), (5, "ff02::1", 9), (0, "::1", 9)]),
+    ("[ff02::1]:9", [], [(0, "ff02::1", 9), (0, "::1", 9)]),
+    ("[fd00::7]:5,10.0.0.7", HOST, [(0, "fd00::7", 5), (0, "10.0.0.7", 3010)]),
+    (LOOPBACK + ":[ff02::1]", HOST, [(socket.if_nametoindex(LOOPBACK), "ff02::1", 3010)]),
     (LOOPBACK + ":239.1.2.3", HOST, [(socket.if_nametoindex(LOOPBACK), "239.1.2.3", 3010)]),
 ])
 def test_ways_to_a_group(text, host, ways, monkeypatch):
@@ -2647,7 +2698,7 @@ def test_a_hundred_thousand_garbage_datagrams(cluster):
         grown = [rss(pid) - old for pid, old in zip(processes, before)]
         assert max(grown) < 6 << 20, grown
         assert cluster.client(input=b"after").stdout == b"after"
-        group.send(sock, announced.readdressed("127.0.0.1", announced.port, 1))
+        group.send({socket.AF_INET: sock}, announced.readdressed("127.0.0.1", announced.port, 1))
         assert client.communicate(b"found", timeout=60)[0] == b"found" and client.returncode == 0
     for log in (worker.log, client.log):
         assert 80000 < read(log).count(b"dropped") < 110000     # the rest is for others, or of no kind for them
@@ -4640,16 +4691,24 @@ def test_an_interface_of_no_use_is_no_failure(hosts, left_over):
 
 @pytest.mark.parametrize("group", ["255.255.255.255", "10.77.0.255", "239.7.7.7", "lan:239.7.7.7",
                                    "lan:255.255.255.255:4010", "10.77.0.255:4010", "239.7.7.7:4010",
-                                   "10.77.0.2,10.77.0.3", "10.77.0.2:4010,lan:10.77.0.3:4011"])
-def test_everyone_hears_a_group(hosts, group):
+                                   "10.77.0.2,10.77.0.3", "10.77.0.2:4010,lan:10.77.0.3:4011",
+                                   "10.77.0.0/24", "lan:10.77.0.0/29:4010", "@hosts", "workers.test"])
+def test_everyone_hears_a_group(hosts, group, request):
     """Two workers and two loggers on one host, one of each on another."""
     spaces = hosts.lan("lan", ["client", "one", "two"], "10.77.0")
-    hosts.env["CEXEC_GROUP"] = group
+    hosts.env["CEXEC_GROUP"] = group if group != "workers.test" else "255.255.255.255"
     hosts.env["GROUP"] = "wheel"        # as in tcsh: CEXEC_GROUP goes first
+    put(hosts.path("hosts"), "# workers\n10.77.0.2\n10.77.0.3  # and this\n")
+    if group == "workers.test":
+        directory = os.path.join("/etc/netns", spaces["client"])    # ip-netns(8): `ip netns exec` binds it to /etc
+        os.makedirs(directory)
+        request.addfinalizer(lambda: shutil.rmtree(directory))
+        put(directory + "/hosts", "10.77.0.2 workers.test\n10.77.0.3 workers.test\n", 0o644)
     workers = [hosts.shell_worker(space=spaces[host]) for host in ("one", "one", "two")]
     loggers = [hosts.logger(hosts.pub, space=spaces[host]) for host in ("one", "one", "two")]
-    done = hosts.client("CMD=cat; echo $SERVER_ADDR; exit 5", space=spaces["client"], input=b"in\n")
-    assert done.returncode == 5 and done.stderr == b""
+    done = hosts.client("CMD=cat; echo $SERVER_ADDR; exit 5", space=spaces["client"], input=b"in\n",
+                        env={"CEXEC_GROUP": group})
+    assert done.returncode == 5 and done.stderr == b"", done.stderr
     assert done.stdout in (b"in\n10.77.0.2\n", b"in\n10.77.0.3\n")
     until(lambda: all(heard(worker) and heard(worker, b"ALERT") for worker in workers), "datagrams at every worker")
     line = "10.77.0.1 completed by %s for app.pub exit code 5" % done.stdout.split()[1].decode()
@@ -4657,6 +4716,134 @@ def test_everyone_hears_a_group(hosts, group):
         until(logger.lines, "a line of every logger")
     for logger in loggers:
         assert [text.startswith(line) for text in logger.lines()] == [True], logger.lines()
+
+
+def only_ipv6(hosts, names, network="fd00:77:0:0"):
+    """A LAN on which there is no IPv4."""
+    spaces = hosts.lan("lan", names, network)
+    for space in spaces.values():
+        if network:
+            until(lambda: b"tentative" not in subprocess.check_output(["ip", "-n", space, "address"]), "addresses")
+    return spaces
+
+
+@pytest.mark.parametrize("group, network", [
+    ("lan:[ff02::cec]", None), ("[ff02::cec]:4010", None), ("[ff02::1]", None), ("[fe80::%s%%lan]", None),
+    ("[ff05::cec]", "fd00:77:0:0"), ("lan:[ff05::cec]:4010", "fd00:77:0:0"), ("[ff02::1]", "fd00:77:0:0"),
+    ("[fd00:77::2],[fd00:77::3]", "fd00:77:0:0"), ("[fd00:77::/125]", "fd00:77:0:0"),
+    ("10.77.0.2,[fd00:77::2],[fd00:77::3]", "fd00:77:0:0"), ("255.255.255.255,[ff02::1]", None)])
+def test_everyone_hears_a_group_of_ipv6(hosts, group, network):
+    """As above, and there is no IPv4 but on loopback."""
+    spaces = only_ipv6(hosts, ["client", "one", "two"], network)
+    if "%s" in group:
+        address, = re.findall(rb"inet6 fe80::(\S+)/64", subprocess.check_output(["ip", "-n", spaces["one"], "address"]))
+        group = group % address.decode()
+    hosts.env["GROUP"] = group
+    names = ("one", "one", "one" if "%" in group else "two")
+    workers = [hosts.shell_worker(space=spaces[host]) for host in names]
+    loggers = [hosts.logger(hosts.pub, space=spaces[host]) for host in names]
+    done = hosts.client("CMD=cat; echo $SERVER_ADDR $REMOTE_ADDR; exit 5", space=spaces["client"], input=b"in\n")
+    assert done.returncode == 5 and done.stderr == b"", done.stderr
+    server, client = done.stdout.decode().splitlines()[1].split()
+    near = network is None or "ff02" in group           # the scope of the group's address is the sender's
+    assert re.fullmatch("fe80::[0-9a-f:]*%lan" if near else "fd00:77::[23]", server)
+    assert re.fullmatch("fe80::[0-9a-f:]*%lan" if near else "fd00:77::1", client)
+    until(lambda: all(heard(worker) and heard(worker, b"ALERT") for worker in workers), "datagrams at every worker")
+    for logger in loggers:
+        until(logger.lines, "a line of every logger")
+    for logger in loggers:
+        line = "%s completed by %s for app.pub exit code 5" % (client, server.partition("%")[0])
+        assert [text.startswith(line) for text in logger.lines()] == [True], logger.lines()
+
+
+def test_ipv6_carries_what_ipv4_does(hosts):
+    """The line, a lost worker, and a megabyte there and back."""
+    spaces = only_ipv6(hosts, ["client", "worker"], None)
+    hosts.env["GROUP"] = "lan:[ff02::1]"
+    worker = hosts.worker("cat", space=spaces["worker"], env={"CONCURRENCY": "1"})
+    payload = os.urandom(1000000)
+    assert hosts.client(space=spaces["client"], input=payload).stdout == payload
+    first = held_job(hosts, space=spaces["client"])
+    waiting = in_line(hosts, 0, space=spaces["client"])
+    os.kill(children_of(worker.pid)[0], signal.SIGKILL)
+    assert first.wait(30) == 111
+    outcome(waiting)
+
+
+def test_an_application_on_ipv6_beside_one_on_ipv4(hosts):
+    """A unicast datagram of IPv6 is heard by every worker and logger of the host, and answered by IPv6."""
+    spaces = only_ipv6(hosts, ["client", "host"])
+    loggers, keys = [hosts.logger(space=spaces["host"])], []
+    for number in range(3):
+        keys.append(hosts.path("app%d" % number))
+        hosts.run("ckeygen", keys[-1], check=True)
+        hosts.worker("sh", "-c", "echo %d $REMOTE_ADDR" % number, key=keys[-1], space=spaces["host"])
+    loggers.append(hosts.logger(space=spaces["host"]))
+    for number, key in enumerate(keys):
+        done = hosts.run("cexec", key + ".pub", space=spaces["client"], env={"GROUP": "[fd00:77::2]"})
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"%d fd00:77::1\n" % number, b"")
+    until(lambda: all(len(logger.lines()) >= 3 for logger in loggers), "three lines of each logger")
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "239.7.7.7", "lan:239.7.7.7", "[ff02::cec]", "lan:[ff02::cec]"])
+@pytest.mark.parametrize("change", ["down", "removed"])
+def test_an_interface_that_comes_back_is_heard_again(hosts, group, change):
+    """It goes down and up, or is another of the same name, while cservice and crat run."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.env["GROUP"] = group
+    hosts.worker("echo", "served", space=spaces["worker"])
+    logger = hosts.logger(hosts.pub, space=spaces["worker"])
+    space, switch = spaces["worker"], hosts.spaces[hosts.spaces.index(spaces["client"]) - 1]
+    assert hosts.client(space=spaces["client"]).stdout == b"served\n"
+    if change == "down":
+        ip("-n", space, "link", "set", "lan", "down")
+    else:
+        ip("-n", space, "link", "delete", "lan")
+    lost = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert (lost.returncode, lost.stdout) == (111, b"")
+    if change == "removed":
+        ip("-n", space, "link", "add", "name", "lan", "type", "veth", "peer", "name", "p2", "netns", switch)
+        ip("-n", switch, "link", "set", "p2", "master", "switch", "up")
+        ip("-n", space, "address", "add", "10.77.0.2/24", "brd", "+", "dev", "lan")
+    ip("-n", space, "link", "set", "lan", "up")
+    done = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "20"})
+    assert (done.returncode, done.stdout) == (0, b"served\n")
+    until(lambda: len(logger.lines()) == 2, "the second alert")
+
+
+def test_two_ipv6_networks_are_both_reached(hosts):
+    """Of a multicast group without a device; of two hosts with only link-local addresses each."""
+    left = only_ipv6(hosts, ["client", "worker"], None)
+    right = hosts.lan("right", [left["client"], "worker"], None)
+    hosts.env["GROUP"] = "[ff02::cec]"
+    workers = [hosts.shell_worker(space=spaces["worker"]) for spaces in (left, right)]
+    for worker, device in zip(workers, (b"lan", b"right")):
+        for other in workers:
+            os.kill(other.pid, signal.SIGCONT if other is worker else signal.SIGSTOP)
+        done = hosts.client("CMD=echo $SERVER_ADDR", space=left["client"])
+        assert done.returncode == 0 and done.stdout.endswith(b"%" + device + b"\n"), done
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGCONT)
+
+
+def test_cproxy_joins_ipv4_and_ipv6(hosts):
+    """A client that has only IPv4, workers that have only IPv6; and its line, and its crat."""
+    left = hosts.lan("left", ["client", "gate"], "10.77.0")
+    right = hosts.lan("right", [left["gate"], "worker"], "fd00:78:0:0")
+    hosts.env["GROUP"] = "255.255.255.255"
+    worker = hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=right["worker"], env={"CONCURRENCY": "1"})
+    logger = hosts.logger(hosts.pub, space=right["worker"])
+    proxy = hosts.start("cproxy", "fd00:78::1", space=left["gate"])
+    until(lambda: listening(proxy.pid), "the proxy")
+    done = hosts.client(space=left["client"], input=b"in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"in\nfd00:78::1\n", b"")
+    first = held_job(hosts, space=left["client"])
+    waiting = in_line(hosts, 0, space=left["client"])
+    outcome(first)
+    outcome(waiting)
+    until(lambda: len(logger.lines()) == 3, "the alerts")
+    assert logger.lines()[0].startswith("fd00:78::1 completed by "), logger.lines()
+    assert b"supervisor" in read(worker.log)
 
 
 def test_unicast_to_one_host_reaches_all_that_listen_there(hosts):
