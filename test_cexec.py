@@ -50,6 +50,8 @@ import cexec
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
 PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
+with open(PROGRAM) as program:
+    BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
 PORTS = itertools.count(random.randrange(20000))
 PATIENCE = 30.0                         # seconds until something that must happen has not
@@ -147,7 +149,7 @@ class Cluster:
 
     def argv(self, applet, *arguments, space=None):
         """The command line of an applet, in a network namespace if one is named."""
-        return (["ip", "netns", "exec", space] if space else []) + [PYTHON, PROGRAM, applet, *arguments]
+        return (["ip", "netns", "exec", space] if space else []) + [PYTHON, *BOOT, PROGRAM, applet, *arguments]
 
     def environment(self, env=None):
         values = dict(self.env, **(env or {}))
@@ -5567,12 +5569,12 @@ def children_of(pid):
     return []
 
 
-STORM_JOBS, STORM_BYTES = 20, 20000000
-STORM_COMMAND = "head -c 7000000; sleep 0.5; head -c 7000000; sleep 0.5; exec cat"
+STORM_JOBS, STORM_BYTES = 20, 50000000
+STORM_COMMAND = "head -c 17000000; sleep 0.5; head -c 17000000; sleep 0.5; exec cat"
 
 
 def test_twenty_jobs_while_workers_are_killed(cluster):
-    """A supervisor, or a whole worker, is killed every half second: every output is whole, every status 0."""
+    """A supervisor, or a whole worker, each second: every output is whole, every status 0, and crat tells which again."""
     chance, env = random.Random(5), {"CEXEC_RETRIES": "1000"}
     data = [noise(STORM_BYTES, seed) for seed in range(3)]
     names = [make_file(cluster, "in%d" % number, each) for number, each in enumerate(data)]
@@ -5585,12 +5587,12 @@ def test_twenty_jobs_while_workers_are_killed(cluster):
             done = cluster.run("cexec", cluster.pub, stdin=source, stdout=output, env=env, timeout=PATIENCE * 4)
         return done.returncode, done.stderr, read(cluster.path("out%d" % number)) == data[number % 3]
 
-    workers = [worker() for _ in range(3)]
+    workers, logger = [worker() for _ in range(3)], cluster.logger(cluster.pub)
     killed = {"supervisor": 0, "worker": 0}
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(one_job, number) for number in range(STORM_JOBS)]
         while not all(job.done() for job in jobs):
-            concurrent.futures.wait(jobs, 0.5)
+            concurrent.futures.wait(jobs, 1)
             index = chance.randrange(3)
             supervisors = children_of(workers[index].pid)
             if chance.random() < 0.3:
@@ -5605,6 +5607,64 @@ def test_twenty_jobs_while_workers_are_killed(cluster):
     assert [job.result() for job in jobs] == [(0, b"", True)] * STORM_JOBS
     print("killed:", killed)
     assert killed["supervisor"] > 2
+    until(lambda: sum(" completed by " in line for line in logger.lines()) == STORM_JOBS, "every job's alert")
+    assert any("lost, run again" in line for line in logger.lines())
+
+
+# ---------------------------------------------------------------------------
+# Many, really: two hundred clients, a hundred workers
+# ---------------------------------------------------------------------------
+
+def announced(worker):
+    """How many jobs a worker has heard of."""
+    return len(set(re.findall(rb"<- ANNOUNCE (\w+)", read(worker.log))))
+
+
+def test_two_hundred_clients_on_two_slots(cluster):
+    """All are served, in order within a name; the one client of a second name does not wait for the first name's."""
+    other = cluster.path("other.pub")
+    cluster.run("ckeygen", "-n", "other", cluster.key, other, check=True)
+    worker = cluster.worker("sh", "-c", "echo $PEER_N >>order; while [ $PEER_N = hold ] && [ ! -e go ]; do sleep 0.1; done",
+                            env={"CONCURRENCY": "2"})
+    holders = [cluster.start_client("N=hold") for _ in range(2)]
+    until(lambda: os.path.exists(cluster.path("order")) and read(cluster.path("order")).count(b"hold") == 2, "the hold")
+    clients = []
+    for number in range(200):
+        clients.append(cluster.start_client("N=%d" % number))
+        until(lambda number=number: announced(worker) >= number + 3, "client %d's announcement" % number)
+    clients.append(cluster.start("cexec", other, "N=other"))
+    until(lambda: announced(worker) >= 203, "the other's announcement")
+    put(cluster.path("go"), "")
+    assert [client.wait(200) for client in holders + clients] == [0] * 203
+    order = read(cluster.path("order")).decode().split()[2:]
+    assert order.index("other") < 6, order
+    numbers = [int(word) for word in order if word != "other"]
+    assert sorted(numbers) == list(range(200))
+    late = max(abs(place - number) for place, number in enumerate(numbers))
+    assert late <= 4, numbers           # two slots: neighbours may write their lines in either order
+
+
+def test_a_hundred_idle_workers(cluster):
+    """A hundred announcements make a few offers each, once the workers have learned how many they are."""
+    logs = [cluster.path("worker%d" % number) for number in range(100)]
+    for log in logs:
+        with open(log, "wb") as file:
+            cluster.start("cservice", "-v", cluster.key, "true", env={"CONCURRENCY": "1"}, stderr=file)
+    for log in logs:
+        until(lambda log=log: b"serves" in read(log), log, 120)
+    for _ in range(100):
+        assert cluster.client().returncode == 0
+    offers, first = collections.Counter(), {}
+    for log in logs:
+        text = read(log)
+        for nonce in set(re.findall(rb"<- ANNOUNCE (\w+)", text)):
+            first.setdefault(nonce, text.index(nonce))
+        offers.update(re.findall(rb"offers \S+ (\w+)", text))
+    counts = [offers[nonce] for nonce in sorted(first, key=first.get)]
+    late = sorted(counts[20:])
+    print("offers for each announcement:", counts)
+    print("after the first twenty: median %d, worst %d" % (late[len(late) // 2], late[-1]))
+    assert len(counts) == 100 and late[len(late) // 2] <= 10
 
 
 # ---------------------------------------------------------------------------
