@@ -8,7 +8,7 @@ BINDIR = $(DESTDIR)$(PREFIX)/bin
 MANDIR = $(DESTDIR)$(PREFIX)/share/man
 PAGES = $(APPLETS:=.1)
 VENV = .venv
-LINT = check --isolated --line-length 120 --select E,F,W,B,C4,PLE,RUF100 --per-file-ignores cexec.py:E402,test_cexec.py:B007,test_cexec.py:B023 --target-version py37
+LINT = check --isolated --line-length 120 --select E,F,W,B,C4,PLE,RUF100 --per-file-ignores cexec.py:E402,cexec.py:B905,test_cexec.py:B007,test_cexec.py:B023 --target-version py37
 
 # Sets $python to one that can import $tool: $(PYTHON), or else its own in $(VENV), made if need be.
 BASE = import sys; print(sys.base_prefix, sys.version)

@@ -150,6 +150,8 @@ OFFERS_WANTED = 3                   # offers an announcement that the spread ste
 OFFERS_IN_LINE = 2                  # and offers a client in the line, by the choice among the oldest few
 FEW_MAX = 64
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
+PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
+DENY_SECONDS = 0.2                  # between two answers to those who have no key
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
 CLOSE_SECONDS = 30.0                # what a worker waits for its client to close
 
@@ -195,13 +197,43 @@ def printable(text):
 log = Log()
 
 
+def show(line):
+    """A line on standard output, whatever its encoding."""
+    sys.stdout.buffer.write((line + "\n").encode(sys.stdout.encoding or "ascii", "backslashreplace"))
+    sys.stdout.flush()
+
+
+def columns(text):
+    """The columns that a text takes on a terminal: wide characters take two (Unicode annex 11)."""
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def table(heads, rows):
+    """Lines with the rows' texts in columns below their heads."""
+    rows = [heads] + [[printable(text) for text in row] for row in rows]
+    widths = [max(map(columns, column)) for column in zip(*rows)]
+    return ["  ".join(text + " " * (width - columns(text)) for text, width in zip(row, widths)).rstrip()
+            for row in rows]
+
+
+def duration(seconds):
+    """Seconds as people say them: 59s, 12m, 3h05m, 2d04h."""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if not minutes:
+        return "%ds" % seconds
+    if not hours:
+        return "%dm" % minutes
+    return "%dh%02dm" % (hours, minutes % 60) if not days else "%dd%02dh" % (days, hours % 24)
+
+
 def argument_parser(usage, text):
     """An ArgumentParser with the options of every applet; its errors are Fatal (100)."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, usage))
+            raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, usage.partition("\n")[0]))
 
     parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-v", dest="verbose", action="store_true", help="say on standard error what happens")
@@ -549,16 +581,21 @@ def by_code(*messages):
     return {message.code: message for message in messages}
 
 
-# Datagrams: to the group, and BUSY back from it.  Every body begins with COMMON.
+# Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I")          # waited: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
 BUSY = Message(4, "BUSY", attempt="I", ahead="I")
-DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY)
+QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer is longer
+REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
+                slots="H", waiting="I", uptime="I")                 # load: 1/1000, uptime: s
+DENY = Message(7, "DENY", worker="8s", why="B")                     # proves nothing: worker is an application id
+DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
+DENY_APPLICATION, DENY_NAME, DENY_SECRET = 1, 2, 3                  # DENY's why
 
 # Frames: on the channel.
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
@@ -2271,7 +2308,7 @@ class Job:
         self.linger = NO_LINGER if linger < 0 else linger * 1000
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20)
         self.may_offer = address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
-        self.ports = parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
+        self.ports = listen_ports()
         self.channels = inherited_channels(self.limit)
         self.empty = {channel for channel in self.channels
                       if empty == "all" or empty and self.has_number(channel, int(empty))}
@@ -2331,6 +2368,11 @@ def parse_ports(text):
     if not ports:
         raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: an empty range" % text)
     return ports
+
+
+def listen_ports():
+    """What CEXEC_LISTEN_PORTS says.  Raises Fatal (100)."""
+    return parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
 
 
 def address_filter(accept, reject):
@@ -2486,7 +2528,7 @@ class Search:
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
-            hint = "is cservice running with this key?"
+            hint = "is cservice running with this key? cexec -l finds out more"
         return "no worker answered in %d s on %s (%s)" % (now - self.answered, self.group.text, hint)
 
     def listen(self):
@@ -2866,7 +2908,159 @@ class Client:
         self.search.listen()
 
 
-CEXEC_USAGE = "cexec [-hrv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]"
+class Survey:
+    """cexec -l: asks who is there; when nobody answers, finds out why."""
+
+    ASK = (0.0, 0.2, 0.6)           # seconds: when it asks
+    ENOUGH, PATIENCE = 1.2, 3.0     # when it stops, if somebody has answered, and if nobody has
+
+    def __init__(self, group, pub, job_ports):
+        self.group, self.pub, self.loop = group, pub, Loop()
+        self.back = ReturnPort(job_ports, self.loop, group.families())
+        self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
+        self.connected, self.denied = set(), {}     # addresses of probes; (application id, why): addresses
+        self.heard, self.others, self.versions = 0, set(), set()
+        self.ways, self.errors = 0, set()
+        self.back.attend(self.rcvd_answer, self.rcvd_probe)
+        try:
+            self.listeners = open_listeners(group)
+        except Fatal as error:      # somebody else keeps the port to himself
+            log.note("%s", error)
+            self.listeners = []
+        hear_all(self.loop, self.listeners, self.overhear)
+
+    def work(self):
+        """Asks until there is enough to show."""
+        for seconds in self.ASK:
+            self.loop.after(seconds, self.ask)
+        for seconds in (self.ENOUGH, self.PATIENCE):
+            self.loop.after(seconds, self.stop_if_answered)
+        self.loop.after(self.PATIENCE, self.loop.stop)
+        self.loop.run()
+
+    def stop_if_answered(self):
+        if self.workers:
+            self.loop.stop()
+
+    def ask(self):
+        nonce = os.urandom(16)
+        self.asked[nonce] = time.monotonic()
+        self.ways = self.group.send(self.back.udp, make_datagram(
+            QUERY, self.pub, nonce, self.back.port, strangers=not self.workers and len(self.asked) > 1,
+            padding=bytes(240)))
+        self.errors |= {self.group.error} - {None}
+
+    def rcvd_answer(self, sock):
+        try:
+            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
+            datagram, address = Datagram(data), address_of(peer)
+        except (OSError, ProtocolError) as error:
+            return log.note("dropped a datagram: %s", error)
+        if datagram.nonce not in self.asked:
+            return
+        body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
+        if datagram.kind is REPLY and datagram.proved_by(self.pub.secret):
+            row = self.workers.setdefault(body.worker_id, {
+                "host": body.host, "address": body.address or address, "load": body.load / 1000,
+                "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
+                "uptime": body.uptime, "round_trip": round(seconds, 6)})
+            row["round_trip"] = min(row["round_trip"], round(seconds, 6))
+        elif datagram.kind is DENY:
+            self.denied.setdefault((body.worker, body.why), set()).add(address)
+
+    def rcvd_probe(self, listener):
+        try:
+            sock, peer = listener.accept()
+            sock.close()
+            self.connected.add(address_of(peer))
+        except OSError:
+            pass                    # it has gone already
+
+    def overhear(self, datagram, address, index):
+        """What goes about in the group besides."""
+        if datagram.nonce in self.asked:
+            self.heard += 1
+        else:
+            self.others.add(datagram.application)
+
+    # What it shows
+
+    def rows(self):
+        """The workers as dictionaries, the least loaded first."""
+        return sorted(self.workers.values(), key=lambda row: (row["load"], row["host"], row["address"]))
+
+    def troubles(self):
+        """Why a job would find no worker: lines with the cause and the remedy."""
+        if self.workers:
+            if not self.connected:
+                yield ("the workers answer, but their connections do not arrive: let TCP to this machine through the "
+                       "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+            return
+        yield "no worker answered on %s" % self.group.text
+        yield from self.sending_troubles()
+        for (application, why), addresses in sorted(self.denied.items()):
+            yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(application, why))
+        for version, address in sorted(self.versions):
+            yield "%s speaks protocol version %d, this is %d: copy one cexec.py to both" % (address, version, PROTOCOL)
+        if not self.denied and not self.versions:
+            if self.connected:
+                yield ("workers connect to us, but their datagrams do not arrive: let UDP to this machine through the "
+                       "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+            elif self.others:
+                yield ("other applications' datagrams are heard (%s): is cservice running with the key of %s?"
+                       % (", ".join(sorted(other.hex() for other in self.others)), self.pub.label))
+            else:
+                ports = ", ".join(sorted({str(target.port) for target in self.group.targets}))
+                yield ("no other cexec was heard: is cservice running, in the same network, with the same GROUP? "
+                       "does the firewall there let UDP port %s in?" % ports)
+
+    def sending_troubles(self):
+        names = dict(socket.if_nameindex())
+        own = {interface.index: interface.address for interface in interfaces()}
+        ways = sorted({"%s (%s)" % (names.get(index, "?"), own.get(index) or "no IPv4") if index else address
+                       for index, address, _ in self.group.ways()})
+        if set(ways) <= {THIS_HOST, ALL_NETWORKS}:
+            yield "no network is up: only this machine was asked (see ip address)"
+        elif not self.ways:
+            yield "nothing could be sent (%s): is there a network? see ip address" % ", ".join(self.errors)
+        else:
+            shown = ways[:8] + ["%d more" % (len(ways) - 8)] * (len(ways) > 8)
+            errors = "; not everywhere: %s" % ", ".join(sorted(self.errors)) if self.errors else ""
+            yield "asked by way of %s, from port %d%s" % (", ".join(shown), self.back.port, errors)
+
+    def denial(self, application, why):
+        if why == DENY_APPLICATION:
+            return ("a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or make "
+                    "the pub again" % (application.hex(), self.pub.label, self.pub.application.hex()))
+        if why == DENY_NAME:
+            return "a worker that refuses the client %s (cservice -x)" % self.pub.name
+        return "a worker of this application to which %s proves nothing: make the pub again (ckeygen)" % self.pub.label
+
+
+def list_workers(group, pub, ports, as_json):
+    """Prints who is there, a line a worker; EXIT_TEMPORARY, and why, if there is nobody."""
+    survey = Survey(group, pub, ports)
+    survey.work()
+    rows = survey.rows()
+    if as_json:
+        import json
+        lines = map(json.dumps, rows)
+    elif sys.stdout and sys.stdout.isatty():
+        lines = table(["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND TRIP"], [
+            [row["host"], row["address"], "%.2f" % row["load"], "%d/%d" % (row["running"], row["slots"]),
+             str(row["waiting"]), row["version"], duration(row["uptime"]), "%.1f ms" % (row["round_trip"] * 1000)]
+            for row in rows])
+    else:
+        lines = ["\t".join(printable(str(value)) for value in row.values()) for row in rows]
+    for line in lines:
+        show(line)
+    for line in survey.troubles():
+        log.say(line)
+    return 0 if rows else EXIT_TEMPORARY
+
+
+CEXEC_USAGE = """cexec [-hrv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
+       cexec -l [-jv] APP.pub"""
 CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
 this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
 
@@ -2876,10 +3070,12 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 
 def parse_cexec(argv):
-    """(words, empty, repeat): empty is None, "all", or the descriptor at which nothing is read."""
+    """(words, options); their n is None, "all", or the descriptor at which nothing is read."""
     if argv and not argv[0].startswith("-"):
-        return argv, None, False    # argparse takes 8 ms to import
+        return argv, SimpleNamespace(n=None, repeat=False, list=False)      # argparse takes 8 ms to import
     parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
+    parser.add_argument("-j", dest="json", action="store_true", help="with -l: JSON, an object a line")
+    parser.add_argument("-l", dest="list", action="store_true", help="list the workers, and why there are none")
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
     parser.add_argument("-r", dest="repeat", action="store_true", help="run the job again if its worker is lost")
     parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
@@ -2888,7 +3084,7 @@ def parse_cexec(argv):
         raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
     log.verbose = options.verbose
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    return words, options.n, options.repeat
+    return words, options
 
 
 def complete_n(argv):
@@ -2908,10 +3104,13 @@ def complete_n(argv):
 
 def main_cexec(argv):
     """Runs one job; its exit code."""
-    words, empty, repeat = parse_cexec(argv)
+    words, options = parse_cexec(argv)
     if not words:
-        raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE)
-    job = Job(parse_environment(words[1:]), empty, repeat)
+        raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE.partition("\n")[0])
+    if options.list:
+        fill_standard()
+        return list_workers(Group(), open_pub(words[0]), listen_ports(), options.json)
+    job = Job(parse_environment(words[1:]), options.n, options.repeat)
     pub, group = open_pub(words[0]), Group()
     fill_standard()
     return Client(pub, group, job).status()
@@ -2962,7 +3161,7 @@ class Waiting:
     """A client that announces a job, as a worker knows it."""
 
     def __init__(self, datagram, address, since):
-        self.name, self.nonce = datagram.name, datagram.nonce
+        self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
         self.address, self.port = address, datagram.port
         self.attempt = datagram.body.attempt
@@ -3073,6 +3272,34 @@ class Offer:
             self.sock.close()
 
 
+class Probe:
+    """A connection back to a client that asks who is there: it says nothing, that it arrives is the answer."""
+
+    def __init__(self, worker, address, port):
+        self.worker = worker
+        self.sock, error = begin_connection(address, port)
+        self.timer = worker.loop.after(0 if error else OFFER_SECONDS, self.end)
+        if not error:
+            worker.loop.on_write(self.sock.fileno(), self.end)
+
+    def end(self):
+        self.timer.cancel()
+        self.worker.probes.discard(self)
+        if self.sock:
+            self.worker.loop.forget(self.sock.fileno())
+            self.sock.close()
+
+
+def local_address(address):
+    """This host's own address, as whoever is at that one sees it; "" if there is no way to it."""
+    try:
+        with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
+            sock.connect(socket_address(address, PORT))
+            return sock.getsockname()[0].partition("%")[0]
+    except OSError:
+        return ""
+
+
 def check_job(job):
     """A JOB whose numbers, channels and variables are possible, or ProtocolError."""
     channels = {}
@@ -3121,20 +3348,27 @@ class Worker:
         self.offered = Memory()     # (name, nonce): whether a complaint may still come of our offer
         self.delayed = {}           # (name, nonce): the Timer of an offer to come
         self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
-        self.draining = False
+        self.queried = Memory()     # (name, nonce) of the questions that were answered
+        self.probes, self.next_denial = set(), 0.0
+        self.draining, self.began = False, time.monotonic()
         hear_all(loop, listeners, self.hear)
         self.sweep()
 
     # Datagrams
 
     def hear(self, datagram, address, index):
-        handler = {ANNOUNCE: self.rcvd_announce, CLAIM: self.rcvd_claim, ALERT: self.rcvd_alert}.get(datagram.kind)
-        if handler is None or datagram.application != self.key.application:
+        handler = {ANNOUNCE: self.rcvd_announce, CLAIM: self.rcvd_claim, ALERT: self.rcvd_alert,
+                   QUERY: self.rcvd_query}.get(datagram.kind)
+        if handler is None:
             return
+        if datagram.application != self.key.application:
+            return self.deny(datagram, address, DENY_APPLICATION)
         if datagram.name in self.settings.refused:
-            return log.note("dropped %r: the name is refused (-x)", datagram)
+            log.note("dropped %r: the name is refused (-x)", datagram)
+            return self.deny(datagram, address, DENY_NAME)
         if not datagram.proved_by(client_secret(self.key.master, datagram.name)):
-            return log.note("dropped %r: wrong MAC", datagram)
+            log.note("dropped %r: wrong MAC", datagram)
+            return self.deny(datagram, address, DENY_SECRET)
         log.note("<- %r from %s", datagram, address)
         handler(datagram, address)
 
@@ -3175,6 +3409,35 @@ class Worker:
             self.penalty = PENALTY
             log.note("a complaint about us: %s", body.reason)
 
+    def rcvd_query(self, datagram, address):
+        """Who is there: answered once; and a connection back shows the client whether offers would reach it."""
+        key = (datagram.name, datagram.nonce)
+        if key in self.queried or not datagram.port:
+            return
+        self.queried[key] = True
+        self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
+                    host=socket.gethostname()[:64], version=VERSION, load=u32(self.load()[0] * 1000),
+                    running=min(self.running(), 0xffff), slots=self.settings.slots, waiting=len(self.line),
+                    uptime=u32(time.monotonic() - self.began))
+        if len(self.probes) < PROBES_MAX:
+            self.probes.add(Probe(self, address, datagram.port))
+
+    def deny(self, datagram, address, why):
+        """Tells whoever asks for strangers that we are one, a few times a second at most; it proves nothing."""
+        now = time.monotonic()
+        if datagram.kind is QUERY and datagram.body.strangers and datagram.port and now >= self.next_denial:
+            self.next_denial = now + DENY_SECONDS
+            self.answer(DENY, datagram, address, worker=self.key.application, why=why)
+
+    def answer(self, kind, datagram, to, **fields):
+        """Sends a datagram back to the address where the client of another is."""
+        secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
+        pub = Pub("", datagram.name, datagram.application, secret, b"")
+        try:
+            self.listeners[0].send(make_datagram(kind, pub, datagram.nonce, 0, **fields), to, datagram.port)
+        except OSError as error:
+            log.note("cannot send %s to %s: %s", kind, to, error.strerror)
+
     # Slots, the line, offers
 
     def load(self):
@@ -3202,15 +3465,7 @@ class Worker:
             self.line.join(client)
         if client in self.line and now - client.told >= BUSY_SECONDS and not self.draining:
             client.told = now
-            self.tell_busy(client)
-
-    def tell_busy(self, client):
-        pub = Pub("", client.name, self.key.application, client_secret(self.key.master, client.name), b"")
-        data = make_datagram(BUSY, pub, client.nonce, 0, attempt=client.attempt, ahead=self.line.ahead(client))
-        try:
-            self.listeners[0].send(data, client.address, client.port)
-        except OSError as error:
-            log.note("cannot tell %s that we are busy: %s", client.address, error.strerror)
+            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.line.ahead(client))
 
     def offer(self, client, delay):
         """Connects to a client, if there is still a slot for it."""
@@ -3765,8 +4020,7 @@ class Logger:
             line = json.dumps(record)
         else:
             line = printable(alert_line(record))
-        sys.stdout.buffer.write((line + "\n").encode(sys.stdout.encoding or "ascii", "backslashreplace"))
-        sys.stdout.flush()
+        show(line)
 
 
 def alert_line(record):
@@ -3826,6 +4080,7 @@ def end_quietly():
 # cproxy, which joins networks
 # ---------------------------------------------------------------------------
 
+ANSWERS = (BUSY, REPLY, DENY)       # what comes back from workers
 HOPS_MAX = 8
 RELAYS_MAX = 256                    # clients whose offers are joined, at a time
 JOINS_MAX = 512                     # connections joined, at a time
@@ -3964,7 +4219,7 @@ class Relay:
         """What a worker says to the client, as it stands."""
         try:
             datagram = Datagram(sock.recv(DATAGRAM_MAX + 1))
-            if datagram.kind is BUSY:
+            if datagram.kind in ANSWERS:
                 self.proxy.udp[family_of(self.client[0])].sendto(datagram.data, socket_address(*self.client))
         except (OSError, KeyError, ProtocolError) as error:
             log.note("dropped a datagram: %s", error)
@@ -3994,7 +4249,7 @@ class Proxy:
         self.sweep()
 
     def hear(self, datagram, address, index):
-        if datagram.kind not in (ANNOUNCE, CLAIM, ALERT) or datagram.identity in self.relayed:
+        if datagram.kind in ANSWERS or datagram.identity in self.relayed:
             return
         self.relayed[datagram.identity] = True
         if datagram.hops >= HOPS_MAX:
@@ -4002,7 +4257,7 @@ class Proxy:
         if index and index == self.home and self.reaches_home():
             return                  # heard where it would be sent
         port = 0
-        if datagram.kind is ANNOUNCE:
+        if datagram.kind in (ANNOUNCE, QUERY):
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)

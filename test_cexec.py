@@ -381,7 +381,8 @@ def test_kept_code_that_may_be_another_is_not_run(linked, spoil):
 
 @pytest.mark.parametrize("changes", [
     {"XDG_CACHE_HOME": None, "HOME": None}, {"XDG_CACHE_HOME": "/dev/null"}, {"XDG_CACHE_HOME": "/proc"},
-    {"XDG_CACHE_HOME": "/nowhere/at/all"}, {"XDG_CACHE_HOME": "", "HOME": ""}, {"XDG_CACHE_HOME": None, "HOME": "foreign"}])
+    {"XDG_CACHE_HOME": "/nowhere/at/all"}, {"XDG_CACHE_HOME": "", "HOME": ""},
+    {"XDG_CACHE_HOME": None, "HOME": "foreign"}])
 def test_where_no_code_can_be_kept_it_is_compiled(linked, changes):
     need_root()
     os.mkdir(linked.path("foreign"))
@@ -750,6 +751,7 @@ NONCE, TOKEN = bytes(range(16)), bytes(range(32))
 SAMPLES = {
     "B": (0, 255), "H": (0, 65535), "I": (0, 2 ** 32 - 1), "Q": (0, 2 ** 64 - 1),
     "8s": (bytes(8), b"\xff" * 8), "16s": (bytes(16), NONCE), "32s": (bytes(32), TOKEN),
+    "240s": (bytes(240), TOKEN * 7 + NONCE),
     "text": ("", "name \xe9\u20ac \udcff\0"),
     "texts": ([], ["", "A=1", "B=\xe9\udcfe"]),
 }
@@ -1050,6 +1052,7 @@ def test_random_frames_are_only_protocol_errors_and_take_bounded_memory():
 
 
 PAGE_TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "8s": "bytes 8", "16s": "bytes 16", "32s": "bytes 32",
+              "240s": "bytes 240",
               "text": "text", "texts": "texts", "rows:HHB": "rows Pq u16 , u16 , u8",
               "rows:HQQ": "rows Pq u16 , u64 , u64"}
 
@@ -1098,8 +1101,9 @@ def test_group(text, targets):
 @pytest.mark.parametrize("text", [
     "", ",", "127.0.0.1,", ":", ":127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:-1",
     "127.0.0.1:x", "127.0.0.256", "127.0.0", "1.2.3.4.5", "nosuchdevice0:127.0.0.1", "a:b:c:d", "1:2:3",
-    "fd00::1", "[fd00::1", "[fd00::1]x", "x[fd00::1]", "[10.0.0.1]", "[]", "[fd00::1]:0", "[fd00::g]", "[fe80::1%nosuch]",
-    "10.0.0.0/21", "10.0.0.0/x", "10.0.0.0/33", "10.0.0/24", "[fd00::/117]", "/24", "@", "@/nowhere", "@.",
+    "fd00::1", "[fd00::1", "[fd00::1]x", "x[fd00::1]", "[10.0.0.1]", "[]", "[fd00::1]:0", "[fd00::g]",
+    "[fe80::1%nosuch]", "10.0.0.0/21", "10.0.0.0/x", "10.0.0.0/33", "10.0.0/24", "[fd00::/117]",
+    "/24", "@", "@/nowhere", "@.",
     "no such host.invalid", "x" * 70 + ".invalid", "127.0.0.1:\xb2", "3010", LOOPBACK + ":", "staff"])
 def test_group_that_is_none(text, monkeypatch):
     def nobody(name, *rest):
@@ -1124,7 +1128,8 @@ def test_group_of_files(tmp_path, monkeypatch):
     put("more", "10.9.0.1")
     targets = cexec.parse_group("10.8.0.1,@hosts,@%s" % (tmp_path / "more"), 3010)
     assert [cexec.spelled(target.address, target.port) for target in targets] == [
-        "10.8.0.1:3010", "10.0.0.1:3010", "10.0.0.2:9", "[fd00::1]:3010", "10.1.0.1:3010", "10.1.0.2:3010", "10.9.0.1:3010"]
+        "10.8.0.1:3010", "10.0.0.1:3010", "10.0.0.2:9", "[fd00::1]:3010", "10.1.0.1:3010", "10.1.0.2:3010",
+        "10.9.0.1:3010"]
     for text, said in (("", "no address"), ("# none\n\n", "no address"), ("@more", "names a file"),
                        ("10.0.0.1\nnonsense:::\n", "nonsense"), ("10.0.0.0/22\n" * 5, "more than 4096")):
         put("wrong", text)
@@ -1526,14 +1531,16 @@ def test_n_takes_a_number_or_nothing(words, words_for_argparse):
     ("-n7 app", ["app"], "7"), ("-v -n app", ["app"], "all"), ("app -n", ["app", "-n"], None)])
 def test_options_of_cexec(words, rest, empty, monkeypatch):
     monkeypatch.setattr(cexec.log, "verbose", False)
-    assert cexec.parse_cexec(words.split())[:2] == (rest, empty)
+    found, options = cexec.parse_cexec(words.split())
+    assert (found, options.n) == (rest, empty)
 
 
 @pytest.mark.parametrize("words", ["-n x7", "-nx app", "-n-1 app", "--nonsense", "-q app"])
 def test_options_of_cexec_that_are_none(words, monkeypatch):
     monkeypatch.setattr(cexec.log, "verbose", False)
     if words == "-n x7":
-        assert cexec.parse_cexec(words.split())[:2] == (["x7"], "all")
+        found, options = cexec.parse_cexec(words.split())
+        assert (found, options.n) == (["x7"], "all")
     else:
         fatal(100, cexec.parse_cexec, words.split())
 
@@ -4848,6 +4855,154 @@ def test_cproxy_joins_ipv4_and_ipv6(hosts):
     assert b"supervisor" in read(worker.log)
 
 
+# Who is there
+
+def survey(cluster, *words, pub=None, **options):
+    """What cexec -l says: a CompletedProcess with text."""
+    done = cluster.run("cexec", "-l", *words, pub or cluster.pub, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    no_defect(done.stderr.encode())
+    return done
+
+
+def test_list_of_workers(hosts):
+    """Load, jobs and line of each, as they are; in a pipe, as JSON, on a terminal."""
+    spaces = hosts.lan("lan", ["client", "one", "two"], "10.77.0")
+    for host, slots in (("one", "1"), ("two", "3")):
+        boost = "0" if host == "one" else "300000"
+        worker = hosts.worker("cat", space=spaces[host], env={"CONCURRENCY": slots, "BOOST": boost})
+    first = held_job(hosts, space=spaces["client"])
+    until(lambda: survey(hosts, space=spaces["client"]).stdout.count("\n") == 2, "two workers")
+    done = survey(hosts, "-j", space=spaces["client"])
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {row["address"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert list(map(set, rows.values())) == [{"host", "address", "load", "running", "slots", "waiting", "version",
+                                              "uptime", "round_trip"}] * 2
+    one, two = rows["10.77.0.2"], rows["10.77.0.3"]
+    assert (one["running"], one["slots"], two["running"], two["slots"]) == (1, 1, 0, 3)
+    assert one["load"] >= 1 and one["version"] == cexec.VERSION and 0 < one["round_trip"] < 3
+    assert one["host"] == socket.gethostname() and 0 <= one["uptime"] < 100
+    lines = survey(hosts, space=spaces["client"]).stdout.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["10.77.0.3", "10.77.0.2"]        # the least loaded first
+    assert {len(line.split("\t")) for line in lines} == {9}
+    shown = subprocess.run(["script", "-qec", shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"])),
+                            "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    head, *rows = shown.stdout.decode().splitlines()
+    assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP"]
+    assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2 and " 1/1 " in rows[1]
+    outcome(first)
+    assert worker.poll() is None
+
+
+def test_list_through_a_proxy(hosts):
+    left = hosts.lan("left", ["client", "gate"], "10.77.0")
+    right = hosts.lan("right", [left["gate"], "worker"], "10.78.0")
+    hosts.worker("cat", space=right["worker"])
+    proxy = hosts.start("cproxy", "10.78.0.1", space=left["gate"])
+    until(lambda: listening(proxy.pid), "the proxy")
+    done = survey(hosts, space=left["client"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\t")[1] == "10.78.0.2"
+
+
+def test_a_worker_answers_a_question_once_and_no_longer_than_it(cluster):
+    cluster.worker("cat")
+    with Asker(cluster) as asker:
+        asker.udp.settimeout(1)
+        for _ in range(3):
+            asker.say(cexec.QUERY, padding=bytes(240))
+        data = asker.udp.recv(2000)
+        question = cexec.make_datagram(cexec.QUERY, asker.pub, asker.nonce, 1, strangers=1, padding=bytes(240))
+        assert cexec.Datagram(data).kind is cexec.REPLY and len(data) <= len(question)
+        with pytest.raises(socket.timeout):
+            asker.udp.recv(2000)
+    longest = filled(cexec.REPLY, host="h" * 64, address="f" * 39, version="9" * 10)
+    assert len(cexec.make_datagram(cexec.REPLY, asker.pub, asker.nonce, 0, **longest)) <= len(question)
+    assert len(cexec.make_datagram(cexec.DENY, asker.pub, asker.nonce, 0, **filled(cexec.DENY))) <= len(question)
+
+
+def test_strangers_are_denied_only_if_they_ask_and_seldom(cluster):
+    """A worker of another application says so five times a second, however often it is asked."""
+    cluster.worker("cat")
+    other = cluster.path("other")
+    cluster.run("ckeygen", other, check=True)
+    with Asker(cluster, pub=cexec.open_pub(other)) as asker:
+        asker.udp.settimeout(1)
+        asker.say(cexec.QUERY, padding=bytes(240))
+        with pytest.raises(socket.timeout):
+            asker.udp.recv(2000)
+        began = time.monotonic()
+        for _ in range(50):
+            asker.say(cexec.QUERY, nonce=os.urandom(16), strangers=1, padding=bytes(240))
+        count = 0
+        with contextlib.suppress(socket.timeout):
+            while True:
+                assert cexec.Datagram(asker.udp.recv(2000)).kind is cexec.DENY
+                count += 1
+        assert 1 <= count <= 1 + (time.monotonic() - began) / cexec.DENY_SECONDS
+
+
+def block(space, *rule):
+    """Has a firewall drop what comes in."""
+    need("iptables")
+    subprocess.run(["ip", "netns", "exec", space, "iptables", "-A", "INPUT", *rule, "-j", "DROP"], check=True)
+
+
+def misconfigured(hosts, spaces, what):
+    """(the pub to use, the environment) after one thing was made wrong; there is one worker."""
+    client, worker, pub, env = spaces["client"], spaces["worker"], hosts.pub, {}
+    if what == "another key":
+        pub = hosts.path("other.pub")
+        hosts.run("ckeygen", hosts.path("other"), pub, check=True)
+    elif what == "refused":
+        pub = hosts.path("bob.pub")
+        hosts.run("ckeygen", "-n", "bob", hosts.key, pub, check=True)
+    elif what == "wrong secret":
+        words = read(hosts.pub).decode().split()
+        pub = hosts.path("wrong.pub")
+        put(pub, " ".join(words[:4] + ["ab" * 32] + words[5:]))
+    elif what == "no network":
+        ip("-n", client, "link", "set", "lan", "down")
+        ip("-n", client, "link", "set", "lo", "down")
+    elif what == "no route":
+        env["GROUP"] = "10.99.0.1"
+    elif what == "another port":
+        env["GROUP"] = "255.255.255.255:3011"
+    elif what == "firewall there":
+        block(worker, "-p", "udp")
+    elif what == "udp firewall here":
+        block(client, "-i", "lan", "-p", "udp")
+    elif what == "tcp firewall here":
+        block(client, "-i", "lan", "-p", "tcp", "--syn")
+    return pub, env
+
+
+@pytest.mark.parametrize("what, answered, said", [
+    ("nothing", True, ""),
+    ("another key", False, "10.77.0.2: a worker of another application, .*: was the key made anew"),
+    ("refused", False, r"10.77.0.2: a worker that refuses the client bob \(cservice -x\)"),
+    ("wrong secret", False, "10.77.0.2: a worker of this application to which wrong.pub proves nothing: make the pub"),
+    ("no network", False, "no network is up: only this machine was asked"),
+    ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
+    ("another port", False, "no other cexec was heard: .* firewall there let UDP port 3011 in"),
+    ("firewall there", False, "no other cexec was heard: is cservice running, in the same network, with the same"),
+    ("udp firewall here", False, "workers connect to us, but their datagrams do not arrive: let UDP"),
+    ("tcp firewall here", True, "the workers answer, but their connections do not arrive: let TCP"),
+])
+def test_list_says_what_is_wrong(hosts, what, answered, said):
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.worker("cat", options=("-x", "bob"), space=spaces["worker"])
+    pub, env = misconfigured(hosts, spaces, what)
+    done = survey(hosts, pub=pub, env=env, space=spaces["client"])
+    assert (done.returncode, bool(done.stdout)) == ((0, True) if answered else (111, False)), done
+    assert re.search(said, done.stderr) and bool(said) == bool(done.stderr), done.stderr
+    if not answered and not what.startswith("no "):
+        assert re.search(r"asked by way of .*lan \(10\.77\.0\.1\), from port \d+", done.stderr)
+    job = hosts.run("cexec", pub, env=dict(env, CEXEC_TIMEOUT_ACCEPT="1"), space=spaces["client"])
+    assert job.returncode == (0 if what in ("nothing", "udp firewall here") else 111)
+    assert job.returncode == 0 or what.startswith("no ") or b"cexec -l finds out more" in job.stderr
+
+
 def test_unicast_to_one_host_reaches_all_that_listen_there(hosts):
     spaces = hosts.lan("lan", ["client", "host"], "10.77.0")
     hosts.env["CEXEC_GROUP"] = "10.77.0.2"
@@ -5574,7 +5729,7 @@ STORM_COMMAND = "head -c 17000000; sleep 0.5; head -c 17000000; sleep 0.5; exec 
 
 
 def test_twenty_jobs_while_workers_are_killed(cluster):
-    """A supervisor, or a whole worker, each second: every output is whole, every status 0, and crat tells which again."""
+    """A supervisor, or a worker, each second: every output is whole, every status 0, and crat tells what ran again."""
     chance, env = random.Random(5), {"CEXEC_RETRIES": "1000"}
     data = [noise(STORM_BYTES, seed) for seed in range(3)]
     names = [make_file(cluster, "in%d" % number, each) for number, each in enumerate(data)]
@@ -5624,8 +5779,8 @@ def test_two_hundred_clients_on_two_slots(cluster):
     """All are served, in order within a name; the one client of a second name does not wait for the first name's."""
     other = cluster.path("other.pub")
     cluster.run("ckeygen", "-n", "other", cluster.key, other, check=True)
-    worker = cluster.worker("sh", "-c", "echo $PEER_N >>order; while [ $PEER_N = hold ] && [ ! -e go ]; do sleep 0.1; done",
-                            env={"CONCURRENCY": "2"})
+    command = "echo $PEER_N >>order; while [ $PEER_N = hold ] && [ ! -e go ]; do sleep 0.1; done"
+    worker = cluster.worker("sh", "-c", command, env={"CONCURRENCY": "2"})
     holders = [cluster.start_client("N=hold") for _ in range(2)]
     until(lambda: os.path.exists(cluster.path("order")) and read(cluster.path("order")).count(b"hold") == 2, "the hold")
     clients = []
