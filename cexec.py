@@ -174,10 +174,10 @@ class Log:
     def __init__(self):
         self.applet = "cexec"
         self.verbose = False
-        self.fd = 2
+        self.fd, self.newline = 2, "\n"
 
     def say(self, message):
-        line = "%s: %s\n" % (self.applet, printable(message))
+        line = "%s: %s%s" % (self.applet, printable(message), self.newline)
         try:
             os.write(self.fd, line.encode("utf-8", "backslashreplace"))
         except OSError:
@@ -195,6 +195,12 @@ def printable(text):
 
 
 log = Log()
+at_end = []                         # to be called before this process ends, however it does
+
+
+def tidy_up():
+    while at_end:
+        at_end.pop()()
 
 
 def show(line):
@@ -601,7 +607,8 @@ DENY_APPLICATION, DENY_NAME, DENY_SECRET = 1, 2, 3                  # DENY's why
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
-JOB = Message(3, "JOB", descriptors="rows:HHB", environment="texts", linger="I")   # linger: ms
+JOB = Message(3, "JOB", descriptors="rows:HHB", environment="texts", linger="I",   # linger: ms
+              term="text", lines="H", columns="H", modes="texts")   # of the terminal, if one is asked for
 ACCEPT = Message(4, "ACCEPT")
 REFUSE = Message(5, "REFUSE", reason="text")
 GO = Message(6, "GO")
@@ -614,7 +621,9 @@ PING = Message(12, "PING")
 PONG = Message(13, "PONG")
 LINGER = Message(14, "LINGER", status="B")
 EXIT = Message(15, "EXIT", how="B", status="B", reason="text", channels="rows:HQQ")
-FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT)
+RESIZE = Message(16, "RESIZE", lines="H", columns="H")
+FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT,
+                 RESIZE)
 
 HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
 NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
@@ -624,6 +633,9 @@ FLAG_INPUT = 1                      # the client reads it, the command can read 
 FLAG_OUTPUT = 2                     # the command writes it, the client gets it
 FLAG_SOCKET = 4                     # both ways: a socketpair for the command
 FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
+FLAG_TERMINAL = 16                  # both ways: a terminal for the command, which controls its session
+POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT,
+                  FLAG_INPUT | FLAG_OUTPUT | FLAG_SOCKET, FLAG_INPUT | FLAG_OUTPUT | FLAG_TERMINAL}
 
 HELLO_REPEATABLE = 1                # HELLO's options: the application may be run again
 
@@ -1673,7 +1685,7 @@ class End:
 
     def write(self, view):
         """The number of bytes written.  Raises OSError."""
-        return os.write(self.fd, view)
+        return os.write(self.fd, view[:select.PIPE_BUF] if self.patient else view)
 
     def done(self, half, whole=True):
         """Nothing more will be read, or written; whole: the peer has closed both."""
@@ -1717,15 +1729,6 @@ class SocketEnd(End):
         super().done(half, whole)
         if not self.halves:
             self.sock.close()
-
-
-class PatientEnd(End):
-    """A pipe that may not be opened again: small writes when there is room for them."""
-
-    patient = True
-
-    def write(self, view):
-        return os.write(self.fd, view[:select.PIPE_BUF])
 
 
 class Held:
@@ -1782,13 +1785,15 @@ class Source(Stream):
         super().__init__(carrier, channel, end)
         self.credit, self.sent = WINDOW, 0
         self.held = None            # the Held of a job that may be run again
-        self.closing = False        # end at the first moment that nothing is there
+        self.left = None            # once it is about to end: the most bytes to be read until then
         self.discarding = self.paused = False
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
         if self.held:
             self._replay()
+        while self.left is not None and self._wanted():
+            self.readable()
         self.loop.on_read(self.end.polled, self.readable if self._wanted() else None)
 
     def _wanted(self):
@@ -1801,7 +1806,8 @@ class Source(Stream):
 
     def _room(self):
         """Where to put what is read, behind room for a frame's head."""
-        return self.carrier.buffer[FRAME_HEAD.size:][:min(FRAME_MAX, self.credit)]
+        size = min(FRAME_MAX, self.credit) if self.left is None else min(FRAME_MAX, self.credit, self.left)
+        return self.carrier.buffer[FRAME_HEAD.size:][:size]
 
     def _send(self, count):
         self.sent += count
@@ -1827,7 +1833,7 @@ class Source(Stream):
         try:
             count = self.end.read_into(room)
         except (BlockingIOError, InterruptedError):
-            if self.closing:
+            if self.left is not None:
                 self.finish()
             return
         except OSError as error:
@@ -1840,6 +1846,10 @@ class Source(Stream):
         if self.held:
             self.held.keep(self.channel, room[:count])
         self._send(count)
+        if self.left is not None:
+            self.left -= count
+            if not self.left:
+                return self.finish()
         if not self._wanted():
             self.refresh()
 
@@ -1849,12 +1859,9 @@ class Source(Stream):
         self.refresh()
 
     def close_soon(self):
-        """Takes what is there already, and then is at its end."""
-        self.closing = True
-        self.loop.on_read(self.end.polled, None)
-        while self.state is OPEN and self.credit:
-            self.readable()
-        self.finish()
+        """Takes what is there already, no more than any pipe holds, and then is at its end."""
+        self.left = PIPE_SIZE
+        self.refresh()
 
     def finish(self):
         """The end of file: tells the peer."""
@@ -2132,6 +2139,32 @@ def make_room(numbers):
                         % (soft, numbers)) from None
 
 
+def is_controlling(fd):
+    """Whether it is our controlling terminal, by whatever name it was opened."""
+    try:
+        return os.tcgetpgrp(fd) > 0
+    except OSError:
+        return False
+
+
+def join_terminal(channels):
+    """Makes one channel, both ways, of all that is the first terminal among them: its members, or None."""
+    found = [members for members in channels.values() if members[0].kind == TERMINAL]
+    if not found:
+        return None
+    first = found[0][0]
+    joined = []
+    for members in found:
+        item = members[0]
+        if item.status.st_rdev == first.status.st_rdev or is_controlling(item.number) and is_controlling(first.number):
+            joined += channels.pop(item.number)
+    for item in joined:
+        item.readable = item.writable = True
+    joined.sort(key=lambda item: item.number)
+    channels[joined[0].number] = joined
+    return joined
+
+
 def inherited_channels(limit):
     """The descriptors below limit to carry, as {channel: [Inherited, ...]}.
 
@@ -2192,10 +2225,13 @@ def local_end(members, halves, floor):
         return SocketEnd(number, number, lambda: retire(numbers), halves)
     if item.kind == DEVICE:
         return End(number, number, lambda: retire(numbers), halves)
+    if item.kind == TERMINAL and len(halves) == 2:
+        return open_terminal(number, floor)
     try:
         opened = os.open(PROC_FD % number, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:                 # another user's
-        end = PatientEnd(number, number, lambda: retire(numbers), halves)
+        end = End(number, number, lambda: retire(numbers), halves)
+        end.patient = True
     else:
         fd = lifted_away(opened, floor)
         end = End(fd, number, lambda: (retire(numbers), os.close(fd)), halves)
@@ -2203,6 +2239,158 @@ def local_end(members, halves, floor):
             enlarge(fd)             # 64 KiB at a time would cost a fifth of the speed
     end.terminal = item.kind == TERMINAL
     return end
+
+
+class TerminalEnd(End):
+    """The client's terminal while a command has it: raw, from raw() until restore() or the end of this process.
+
+    What is typed is the command's, signals too, but for ssh's escapes at the beginning of a line.
+    """
+
+    terminal = True
+    HELP = "\r\nafter Enter: ~. hang up, ~^Z suspend cexec, ~~ a tilde, ~? this help\r\n"
+
+    def __init__(self, fd, number):
+        super().__init__(fd, number, self.restore, ["read", "write"])
+        self.saved = None           # while it is raw: the modes to go back to
+        self.at = "start"           # of a line; or after a "tilde" there, which is held back; or "within" one
+        self.signalled = None       # to be called for escapes that are as good as a signal
+
+    def size(self):
+        """Its lines and columns, as RESIZE has them; 0 where they are not known."""
+        try:
+            columns, lines = os.get_terminal_size(self.fd)
+        except OSError:
+            lines = columns = 0
+        return {"lines": lines, "columns": columns}
+
+    def raw(self):
+        """Makes every key a byte.  In the background that stops us, until we are in the foreground."""
+        import termios
+        import tty
+        while True:
+            try:
+                self.saved = self.saved or termios.tcgetattr(self.fd)
+                tty.setraw(self.fd, termios.TCSANOW)
+                break
+            except termios.error as error:
+                if error.args[0] != errno.EINTR:    # by the signal that lets us go on
+                    return log.note("the terminal stays as it is: %s", error.args[1])
+        log.newline = "\r\n" if os.isatty(log.fd) else "\n"
+
+    def restore(self):
+        """Puts it back to how it was, unless it is a shell's or another job's by now."""
+        import termios
+        saved, self.saved, log.newline = self.saved, None, "\n"
+        if saved and self.may_read():
+            try:
+                termios.tcsetattr(self.fd, termios.TCSANOW, saved)
+            except termios.error as error:
+                log.note("the terminal stays as it is: %s", error.args[1])
+
+    def read_into(self, view):
+        size = len(view) - (self.at == "tilde")
+        if not size:                # no room for the tilde and another: then it was no escape
+            self.at, view[0] = "within", ord("~")
+            return 1
+        typed = os.read(self.fd, size)
+        sent = self.without_escapes(typed)
+        if typed and not sent:
+            raise BlockingIOError
+        view[:len(sent)] = sent
+        return len(sent)
+
+    def without_escapes(self, typed):
+        """What of it is the command's.  Sees to the rest."""
+        sent = bytearray()
+        for code in typed:
+            if self.at == "tilde" and self.escape(code):
+                self.at = "start"
+                continue
+            if self.at == "tilde" and code != ord("~"):
+                sent += b"~"
+            elif self.at == "start" and code == ord("~"):
+                self.at = "tilde"
+                continue
+            sent.append(code)
+            self.at = "start" if code in b"\r\n" else "within"
+        return sent
+
+    def escape(self, code):
+        """Whether there is such an escape; sees to it."""
+        if code == ord("."):
+            self.signalled(signal.SIGHUP)
+        elif code == ord("Z") - 64:
+            os.kill(0, signal.SIGTSTP)          # us, and who else is in our pipeline
+        elif code == ord("?"):
+            os.write(self.fd, self.HELP.encode())
+        else:
+            return False
+        return True
+
+
+def open_terminal(number, floor):
+    """A TerminalEnd for a descriptor that is a terminal, opened again if that may be done."""
+    try:
+        fd = lifted_away(os.open(PROC_FD % number, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), floor)
+    except OSError:                 # another user's: su has been here
+        fd = number
+    end = TerminalEnd(fd, number)
+    end.patient = fd == number
+    return end
+
+
+# What of a terminal's modes is carried: the place in tcgetattr's list, and names of termios(3)
+TERMINAL_MODES = (
+    (0, "BRKINT ISTRIP INLCR IGNCR ICRNL IXON IXANY IXOFF IMAXBEL IUTF8"), (1, "OPOST ONLCR OCRNL"),
+    (3, "ISIG ICANON IEXTEN ECHO ECHOE ECHOK ECHONL ECHOCTL ECHOKE NOFLSH TOSTOP"),
+    (6, "VINTR VQUIT VERASE VKILL VEOF VEOL VSTART VSTOP VSUSP VREPRINT VWERASE VLNEXT"))
+
+
+def known_modes():
+    """Yields (name, place, and there the bit or the character's index) for what this system has."""
+    import termios
+    for place, names in TERMINAL_MODES:
+        for name in names.split():
+            bit = getattr(termios, name, 0x4000 if name == "IUTF8" else None)   # termbits.h: Python has no name for it
+            if bit is not None:
+                yield name, place, bit
+
+
+def terminal_modes(fd):
+    """The modes of a terminal as ["NAME=N", ...]: a character's code, else 0 or 1."""
+    import termios
+    now = termios.tcgetattr(fd)
+    return ["%s=%d" % (name, ord(now[6][bit]) if place == 6 else bool(now[place] & bit))
+            for name, place, bit in known_modes()]
+
+
+def set_terminal_modes(fd, modes):
+    """Sets what terminal_modes() gave of another; what this system does not have is left out."""
+    import termios
+    now, wanted = termios.tcgetattr(fd), dict(mode.split("=") for mode in modes)
+    for name, place, bit in known_modes():
+        value = int(wanted.get(name, -1))
+        if place == 6 and value >= 0:
+            now[6][bit] = bytes([value])
+        elif value > 0:
+            now[place] |= bit
+        elif value == 0:
+            now[place] &= ~bit
+    termios.tcsetattr(fd, termios.TCSANOW, now)
+
+
+def set_window(fd, lines, columns):
+    """Tells a terminal its size; its foreground process group gets WINCH if that is a new one."""
+    import termios
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+
+class PtyEnd(End):
+    """The worker's side of the command's terminal: it ends in both directions at once."""
+
+    def hung_up(self):
+        return True
 
 
 def unread(fd):
@@ -2214,31 +2402,31 @@ def unread(fd):
         return 0
 
 
-def session_members(leader):
-    """The processes of a session, other than its leader; None where there is no /proc."""
+def session_members(sessions):
+    """The processes of sessions, other than the first one's leader; None where there is no /proc."""
     try:
         names = os.listdir("/proc")
     except OSError:
         return None
     members = []
     for name in names:
-        if name.isdigit() and int(name) != leader:
+        if name.isdigit() and int(name) != sessions[0]:
             try:
                 with open("/proc/%s/stat" % name, "rb") as file:
                     state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
             except (OSError, ValueError):
                 continue            # it has just ended
-            if int(session) == leader and state != b"Z":
+            if int(session) in sessions and state != b"Z":
                 members.append(int(name))
     return members if "self" in names else None
 
 
-def signal_session(leader, group, *numbers):
-    """Signals every process of a session but its leader; whether there was one.
+def signal_sessions(sessions, group, *numbers):
+    """Signals every process of sessions but the first one's leader; whether there was one.
 
     Where there is no /proc to find them, the command's process group is signalled.
     """
-    members = session_members(leader)
+    members = session_members(sessions)
     if members is None:
         targets = [(os.killpg, group)] if group else []
     else:
@@ -2254,13 +2442,16 @@ def signal_session(leader, group, *numbers):
     return found
 
 
-def end_session(loop, leader, group, over):
-    """Ends what is left of a session: HUP, TERM and CONT, 5 s later KILL; over() when it is."""
+def end_sessions(loop, sessions, group, over):
+    """Ends what is left of the supervisor's session, and of the command's own if it has one.
+
+    HUP, TERM and CONT, 5 s later KILL; calls over() when nothing is left.
+    """
     deadline = time.monotonic() + KILL_SECONDS
 
     def look(*numbers):
         late = time.monotonic() > deadline
-        if signal_session(leader, group, *(numbers or [signal.SIGKILL if late else 0])):
+        if signal_sessions(sessions, group, *(numbers or [signal.SIGKILL if late else 0])):
             loop.after(0.05, look)
         else:
             over()
@@ -2296,7 +2487,7 @@ def system_load():
 class Job:
     """What the user wants done: the descriptors, the environment, the settings."""
 
-    def __init__(self, environment, empty=None, repeat=False):
+    def __init__(self, environment, empty=None, repeat=False, terminal=False):
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
         make_room(2 * self.limit + 16)
         self.environment, self.repeat = environment, repeat
@@ -2310,8 +2501,14 @@ class Job:
         self.may_offer = address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
         self.ports = listen_ports()
         self.channels = inherited_channels(self.limit)
+        self.terminal = None        # the TerminalEnd of -t
+        joined = join_terminal(self.channels) if terminal else None
+        if terminal and not joined:
+            log.say("-t: no descriptor is a terminal here, and so the command has none")
         self.empty = {channel for channel in self.channels
                       if empty == "all" or empty and self.has_number(channel, int(empty))}
+        if joined and joined[0].number in self.empty:
+            raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
         if self.report >= 0:
             try:
                 os.fstat(self.report)
@@ -2333,6 +2530,9 @@ class Job:
         for channel, members in self.channels.items():
             halves = ["read"] * members[0].readable + ["write"] * members[0].writable
             self.ends[channel] = local_end(members, halves, floor)
+            if isinstance(self.ends[channel], TerminalEnd):
+                self.terminal = self.ends[channel]
+                at_end.append(self.terminal.restore)
         self.origins = {channel: Origin(members[0]) for channel, members in self.channels.items()}
 
     def has_number(self, channel, number):
@@ -2352,9 +2552,18 @@ class Job:
             item = members[0]
             flags = FLAG_INPUT * item.readable | FLAG_OUTPUT * item.writable
             flags |= FLAG_COUNTED * (item.kind == FILE and item.readable)
-            flags |= FLAG_SOCKET * (item.readable and item.writable)
+            if item.readable and item.writable:
+                flags |= FLAG_TERMINAL if item.kind == TERMINAL else FLAG_SOCKET
             rows += [(member.number, channel, flags) for member in members]
         return rows
+
+    def terminal_fields(self):
+        """What JOB says of the terminal."""
+        if not self.terminal:
+            return {"term": "", "lines": 0, "columns": 0, "modes": []}
+        term = os.environ.get("TERM", "")
+        return {"term": term if is_name(term) else "dumb", "modes": terminal_modes(self.terminal.fd),
+                **self.terminal.size()}
 
 
 def parse_ports(text):
@@ -2593,7 +2802,7 @@ class Search:
         proof = client_proof(self.pub.secret, candidate.hello.challenge, self.nonce)
         candidate.link.send(AUTH, proof=proof)
         candidate.link.send(JOB, descriptors=self.job.rows(), environment=self.job.environment,
-                            linger=self.job.linger)
+                            linger=self.job.linger, **self.job.terminal_fields())
 
     def dropped(self, candidate, reason, violation):
         log.note("offer from %s: %s", candidate.address, reason)
@@ -2648,6 +2857,8 @@ class Run(Carrier):
             self.carry(channel, end)
             if channel in self.sources:
                 self.begin_input(channel, self.sources[channel])
+        if self.job.terminal:
+            self.take_terminal()
         self.last_tick = time.monotonic()
         self.tick = self.loop.after(self.tick_seconds(), self.check_life)
 
@@ -2720,6 +2931,8 @@ class Run(Carrier):
     def detach(self):
         """Leaves the descriptors alone: another run has them."""
         self.tick.cancel()
+        if self.job.terminal:
+            self.job.terminal.restore()
         if log.fd != 2:
             os.close(log.fd)
             log.fd = 2
@@ -2785,6 +2998,8 @@ class Run(Carrier):
 
     def signalled(self, number):
         now = time.monotonic()
+        if self.job.terminal and self.signalled_at_terminal(number):
+            return
         if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
             if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
                 self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, now - self.began)
@@ -2800,6 +3015,26 @@ class Run(Carrier):
         if number == signal.SIGCONT:
             self.refresh()
 
+    def signalled_at_terminal(self, number):
+        """With -t the keys for signals are the command's, and signals are cexec's: all but USR1 and USR2."""
+        if number == signal.SIGWINCH:
+            self.link.send(RESIZE, **self.job.terminal.size())
+        elif number == signal.SIGCONT:
+            self.take_terminal()
+            self.refresh()
+        elif number == signal.SIGTSTP:
+            self.job.terminal.restore()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif number not in (signal.SIGUSR1, signal.SIGUSR2):
+            self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, time.monotonic() - self.began)
+            die_of(number)
+        return number not in (signal.SIGUSR1, signal.SIGUSR2)
+
+    def take_terminal(self):
+        """At the job's start and whenever we go on after a stop: its size may be another by now."""
+        self.job.terminal.raw()
+        self.link.send(RESIZE, **self.job.terminal.size())
+
     def stop_here(self):
         """Stops like the command, once the link has taken the signal (or for a second not)."""
         deadline = time.monotonic() + 1.0
@@ -2811,6 +3046,7 @@ class Run(Carrier):
 
 def die_of(number):
     """Ends this process by a signal, as the shell that waits for it expects."""
+    tidy_up()
     signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     os.kill(os.getpid(), number)
@@ -2839,6 +3075,8 @@ class Client:
     def __init__(self, pub, group, job):
         self.pub, self.group, self.job, self.loop = pub, group, job, Loop(floor=job.limit)
         job.open_ends(self.loop.floor)
+        if job.terminal:
+            job.terminal.signalled = self.signalled
         self.search = Search(self.loop, group, pub, job, self.begin)
         self.run = self.held = None
         self.told_to_end, self.lost_workers = False, []
@@ -3059,7 +3297,7 @@ def list_workers(group, pub, ports, as_json):
     return 0 if rows else EXIT_TEMPORARY
 
 
-CEXEC_USAGE = """cexec [-hrv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
+CEXEC_USAGE = """cexec [-hrtv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
        cexec -l [-jv] APP.pub"""
 CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
 this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
@@ -3072,12 +3310,14 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 def parse_cexec(argv):
     """(words, options); their n is None, "all", or the descriptor at which nothing is read."""
     if argv and not argv[0].startswith("-"):
-        return argv, SimpleNamespace(n=None, repeat=False, list=False)      # argparse takes 8 ms to import
+        # argparse takes 8 ms to import
+        return argv, SimpleNamespace(n=None, repeat=False, terminal=False, list=False)
     parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
     parser.add_argument("-j", dest="json", action="store_true", help="with -l: JSON, an object a line")
     parser.add_argument("-l", dest="list", action="store_true", help="list the workers, and why there are none")
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
     parser.add_argument("-r", dest="repeat", action="store_true", help="run the job again if its worker is lost")
+    parser.add_argument("-t", dest="terminal", action="store_true", help="give the command a terminal, as ssh -t does")
     parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
     options = parser.parse_args(complete_n(argv))
     if options.n not in (None, "all") and not options.n.isdecimal():
@@ -3110,7 +3350,7 @@ def main_cexec(argv):
     if options.list:
         fill_standard()
         return list_workers(Group(), open_pub(words[0]), listen_ports(), options.json)
-    job = Job(parse_environment(words[1:]), options.n, options.repeat)
+    job = Job(parse_environment(words[1:]), options.n, options.repeat, options.terminal)
     pub, group = open_pub(words[0]), Group()
     fill_standard()
     return Client(pub, group, job).status()
@@ -3307,16 +3547,21 @@ def check_job(job):
         first = channels.setdefault(channel, (number, flags))
         if number >= MAXFD_LIMIT or first[1] != flags or first[0] != channel:
             raise ProtocolError("impossible descriptor %d" % number)
-        if not flags & (FLAG_INPUT | FLAG_OUTPUT) or flags & FLAG_COUNTED and not flags & FLAG_INPUT:
-            raise ProtocolError("descriptor %d is not for anything" % number)
-        if bool(flags & FLAG_SOCKET) != (flags & 3 == 3):
-            raise ProtocolError("descriptor %d both ways, or a socket one way" % number)
+        if flags not in POSSIBLE_FLAGS:
+            raise ProtocolError("descriptor %d is not for anything, with flags %d" % (number, flags))
     if len({number for number, _, _ in job.descriptors}) < len(job.descriptors):
         raise ProtocolError("a descriptor twice")
     for variable in job.environment:
         name, equals, value = variable.partition("=")
         if not equals or not is_variable(name) or "\0" in value:
             raise ProtocolError("impossible variable")
+    terminals = [flags for _, flags in channels.values() if flags & FLAG_TERMINAL]
+    if len(terminals) > 1 or not (is_name(job.term) if terminals else job.term == ""):
+        raise ProtocolError("impossible terminal")
+    for mode in job.modes:
+        name, _, value = mode.partition("=")
+        if not is_variable(name) or not value.isdecimal() or len(value) > 3 or int(value) > 255:
+            raise ProtocolError("impossible mode of a terminal")
     return job
 
 
@@ -3326,6 +3571,7 @@ class Forked:
     def __init__(self, pid, client, status):
         self.pid, self.client, self.status = pid, client, status
         self.group = None           # the command's process group, once it runs
+        self.sessions = [pid]       # and with a terminal the command's session
         self.done = False           # EXIT was sent: its slot is free
         self.said = b""
 
@@ -3528,7 +3774,7 @@ class Worker:
         log.note("supervisor %d forked for %s", pid, offer.client.address)
 
     def supervisor_says(self, job):
-        """Lines from a supervisor: "group N", "started", "failed", "done"."""
+        """Lines from a supervisor: "group N", "session N", "back", "failed", "done"."""
         try:
             data = os.read(job.status, 4096)
         except BlockingIOError:     # what poll has seen was of another pipe with that number
@@ -3542,8 +3788,9 @@ class Worker:
         for line in lines:
             word, _, value = line.decode().partition(" ")
             log.note("supervisor %d: %s", job.pid, line.decode())
-            if word == "group":
+            if word in ("group", "session"):
                 job.group, self.penalty = int(value), 0.0
+                job.sessions += [job.group] * (word == "session")
             elif word == "failed":
                 self.penalty = PENALTY
             elif word == "back":                # the client left before GO: it may ask again
@@ -3582,7 +3829,7 @@ class Worker:
             self.serve_line()
             self.stop_if_drained()
         self.jobs[-job.pid] = job
-        end_session(self.loop, job.pid, job.group, over)
+        end_sessions(self.loop, job.sessions, job.group, over)
 
     def signalled(self, number):
         if number == signal.SIGCHLD:
@@ -3640,6 +3887,7 @@ class Supervisor(Carrier):
         self.process = self.result = None
         self.gone = self.over = False
         self.inputs = {}            # channel of a counted input: a reader of what is left in it
+        self.terminal = None        # the channel of the command's terminal
 
     def work(self):
         """Runs the job to its end; this process's exit code."""
@@ -3653,7 +3901,7 @@ class Supervisor(Carrier):
         try:
             self.make_ends()
         except OSError as error:
-            self.link.send(REFUSE, reason="cannot make pipes: %s" % error.strerror)
+            self.link.send(REFUSE, reason="cannot make pipes or a terminal: %s" % error.strerror)
             self.say("back")
             return 1
         self.link.send(ACCEPT)
@@ -3671,11 +3919,14 @@ class Supervisor(Carrier):
     # The command's descriptors
 
     def make_ends(self):
-        """A pipe for each channel, or a socketpair; near ends carried, far ends kept for the command."""
+        """A pipe for each channel, a socketpair or a terminal; near ends carried, far ends kept for the command."""
         for number, channel, flags in self.job.descriptors:
             if number != channel:
                 continue
-            if flags & FLAG_SOCKET:
+            if flags & FLAG_TERMINAL:
+                far, end = self.make_terminal()
+                self.terminal = channel
+            elif flags & FLAG_SOCKET:
                 near, far = (lifted_away(end.detach(), self.loop.floor) for end in socket.socketpair())
                 end = SocketEnd(near, near, lambda near=near: os.close(near), ["read", "write"])
                 end.sock = self.loop.own(end.sock)
@@ -3686,9 +3937,28 @@ class Supervisor(Carrier):
                 os.set_blocking(near, False)
                 end = End(near, near, lambda near=near, channel=channel: self.release(near, channel), [half])
             if self.settings.user:          # whoever opens /dev/stdout opens the pipe anew
-                os.fchown(far, self.settings.user.pw_uid, self.settings.user.pw_gid)
+                os.fchown(far, self.settings.user.pw_uid, -1 if channel == self.terminal else self.settings.user.pw_gid)
             self.far[channel] = far
             self.carry(channel, end)
+
+    def make_terminal(self):
+        """(The command's end, ours) of a new pseudo terminal as the client described it.
+
+        We keep its other side open as well: it ends with the command, and not whenever nobody has it open.
+        """
+        near, far = (lifted_away(fd, self.loop.floor) for fd in os.openpty())
+        kept = lifted(far, self.loop.floor)
+        set_terminal_modes(far, self.job.modes)
+        set_window(near, self.job.lines, self.job.columns)
+        os.set_blocking(near, False)
+        return far, PtyEnd(near, near, lambda: (os.close(near), os.close(kept)), ["read", "write"])
+
+    def rcvd_resize(self, flags, channel, payload):
+        if self.terminal is None:
+            raise ProtocolError("RESIZE without a terminal")
+        end = self.sources[self.terminal].end
+        if end.halves:
+            set_window(end.fd, payload.lines, payload.columns)
 
     def release(self, near, channel):
         """Closes a pipe's near end; of a counted input, keeps a way to see what is left in it."""
@@ -3727,7 +3997,7 @@ class Supervisor(Carrier):
         except Exception as error:  # subprocess.SubprocessError: changing the user failed
             self.fail_to_start(EXIT_CANNOT_RUN, str(error))
         else:
-            self.say("group %d" % self.process.pid)
+            self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
             self.refresh()
         if self.link.mute or self.link.closed:
             self.abandon("the client has gone")
@@ -3743,7 +4013,7 @@ class Supervisor(Carrier):
         self.far = {}
         try:
             options = {"process_group": 0}
-            if sys.version_info < (3, 11) or self.settings.user:
+            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
                 options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
             self.process = subprocess.Popen(self.settings.command, env=self.environment(), close_fds=True,
                                             pass_fds=[number for number, _ in places if number > 2], **options)
@@ -3753,8 +4023,13 @@ class Supervisor(Carrier):
             fill_standard()
 
     def prepare(self):
-        """In the child, before exec: its own process group, its user."""
-        os.setpgid(0, 0)
+        """In the child, before exec: its own process group, or session with a terminal; its user."""
+        if self.terminal is None:
+            os.setpgid(0, 0)
+        else:
+            import termios
+            os.setsid()
+            fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
         user = self.settings.user
         if user:
             os.initgroups(user.pw_name, user.pw_gid)
@@ -3770,6 +4045,8 @@ class Supervisor(Carrier):
         for variable in self.job.environment:
             name, _, value = variable.partition("=")
             values["PEER_" + name] = value
+        if self.terminal is not None:
+            values["TERM"] = self.job.term
         client, here = self.offer.client, sock.getsockname()
         values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
                       SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
@@ -3801,6 +4078,8 @@ class Supervisor(Carrier):
         if self.process and self.result is None and self.process.poll() is not None:
             code = self.process.returncode
             self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
+            if self.terminal is not None:
+                self.sources[self.terminal].close_soon()
             if self.job.linger != NO_LINGER:
                 self.loop.after(self.job.linger / 1000, self.stop_lingering)
             self.loop.after(1.0, self.tell_lingering)
@@ -3872,7 +4151,8 @@ class Supervisor(Carrier):
             source.discard()
         for sink in self.sinks.values():            # left open: an early end of file could be taken for the true one
             self.loop.on_write(sink.end.polled, None)
-        end_session(loop=self.loop, leader=os.getpid(), group=self.process.pid, over=self.end)
+        sessions = [os.getpid()] + [self.process.pid] * (self.terminal is not None)
+        end_sessions(self.loop, sessions, self.process.pid, over=self.end)
 
     def end(self):
         self.say("done")
@@ -4545,7 +4825,8 @@ def main(argv):
             traceback.print_exc()
         log.say("internal error: %s: %s" % (type(error).__name__, error))
         code = EXIT_TEMPORARY
-    os._exit(code)                  # at once: there is nothing left to tidy up
+    tidy_up()
+    os._exit(code)                  # at once: there is nothing left to be done
 
 
 if __name__ == "__main__":
