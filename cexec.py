@@ -46,22 +46,26 @@ if __name__ == "__main__":
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]             # a socket.py lying beside this file is not imported
 
-import collections
-import errno
-import fcntl
-import functools
-import hashlib
-import heapq
-import hmac
-import os
-import select
-import selectors
-import signal
-import socket
-import stat
-import struct
-import time
-from types import SimpleNamespace
+try:
+    import collections
+    import errno
+    import fcntl
+    import functools
+    import hashlib
+    import heapq
+    import hmac
+    import os
+    import select
+    import selectors
+    import signal
+    import socket
+    import stat
+    import struct
+    import time
+    from types import SimpleNamespace
+except ImportError as error:        # fcntl on Windows, or a Python built without a part of its library
+    sys.stderr.write("cexec: this Python is not complete (%s): use another python3\n" % error)
+    sys.exit(111)
 
 ssl = None                          # imported by load_ssl: clients announce themselves first
 
@@ -122,6 +126,16 @@ class Fatal(Exception):
 
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
+
+    sender = "a peer"               # whose datagram it was, where that is known
+
+
+class OtherVersion(ProtocolError):
+    """A peer speaks another version of the protocol."""
+
+    def __init__(self, version):
+        super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
+        self.version = version
 
 
 class Log:
@@ -568,14 +582,14 @@ class Datagram:
     """
 
     def __init__(self, data):
+        if len(data) > DATAGRAM_MAX or data[:4] != MAGIC[:len(data)]:
+            raise ProtocolError("not a cexec datagram")
+        if len(data) > 4 and data[4] != PROTOCOL:       # in the same place in every version
+            raise OtherVersion(data[4])
         try:
-            magic, version, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
+            _, _, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
         except struct.error:
             raise ProtocolError("datagram cut short") from None
-        if magic != MAGIC or len(data) > DATAGRAM_MAX:
-            raise ProtocolError("not a cexec datagram")
-        if version != PROTOCOL:
-            raise ProtocolError("protocol version %d, this is %d" % (version, PROTOCOL))
         if code not in DATAGRAMS:
             raise ProtocolError("unknown datagram %d" % code)
         self.data, self.kind = data, DATAGRAMS[code]
@@ -695,6 +709,8 @@ class FrameReader:
                 self.start, self.data_flags, self.data_channel, self.data_left = body, flags, channel, size
             elif self.end - body < size:
                 return
+            elif kind is HELLO and size and self.view[body] != PROTOCOL:
+                raise OtherVersion(self.view[body])     # its first byte in every version, whatever follows
             else:
                 self.start = body + size
                 yield kind, flags, channel, kind.unpack(bytes(self.view[body:body + size]))
@@ -811,36 +827,59 @@ class Tls:
 
 LINUX = sys.platform.startswith("linux")
 ALL_NETWORKS = "255.255.255.255"    # out of every interface that broadcasts
-THIS_HOST = "127.255.255.255"       # a broadcast to every listener of this machine
+THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of this machine; macOS and the
+                                    # BSDs have no broadcast on loopback: one listener of their own hears it
 MULTICAST_TTL = 31                  # hops: within a site
-IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000
-SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915                          # netdevice(7)
-IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if LINUX else None)    # ip(7); Python names it from 3.14
+IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000 if LINUX else 0x8000
+if LINUX:
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = 0x8913, 0x8915, 0x8919      # netdevice(7)
+else:                               # sys/sockio.h: _IOWR('i', N, struct ifreq), of 32 bytes, on NetBSD 144
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (
+        0xc0000000 | (144 if sys.platform.startswith("netbsd") else 32) << 16 | 0x6900 | number
+        for number in (17, 33, 35))
+IP_PKTINFO = 8 if LINUX else None   # ip(7); Python names it from 3.14.  macOS and NetBSD have others of that name
 PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
 
 Interface = collections.namedtuple("Interface", "index name flags address")
 Target = collections.namedtuple("Target", "device address port")
 
 
+def ask_interface(sock, name, request):
+    """What an ioctl says of an interface: the 16 bytes after the name in struct ifreq.  Raises OSError."""
+    return fcntl.ioctl(sock, request, struct.pack("256s", os.fsencode(name)))[16:32]
+
+
 def interfaces():
-    """The interfaces that are up; none where the system does not tell (not Linux)."""
-    if not LINUX:
-        return []
+    """The interfaces that are up; none where the system does not tell."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for index, name in socket.if_nameindex():
-            request = struct.pack("256s", os.fsencode(name))
             try:
-                flags, = struct.unpack_from("H", fcntl.ioctl(probe, SIOCGIFFLAGS, request), 16)
+                flags, = struct.unpack_from("H", ask_interface(probe, name, SIOCGIFFLAGS))
             except OSError:
                 continue            # it went away meanwhile
             try:
-                address = socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
+                address = socket.inet_ntoa(ask_interface(probe, name, SIOCGIFADDR)[4:8])
             except OSError:
                 address = None      # no IPv4 address
             if flags & IFF_UP:
                 found.append(Interface(index, name, flags, address))
     return found
+
+
+def broadcast_address(name):
+    """An interface's own broadcast address, which leads out of it.  Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        return socket.inet_ntoa(ask_interface(probe, name, SIOCGIFBRDADDR)[4:8])
+
+
+def tells_interfaces(sock):
+    """Has the system tell and take a datagram's interface; whether it can."""
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    except (OSError, TypeError):    # not Linux, or an emulation of it
+        return False
+    return True
 
 
 def is_multicast(address):
@@ -884,9 +923,11 @@ class Group:
         self.text = text or os.environ.get("CEXEC_GROUP") or os.environ.get("GROUP") or ALL_NETWORKS
         self.targets = parse_group(self.text, default_port)
         self.error = None           # of the last send: the last reason why a way failed
+        self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
 
     def prepare(self, sock):
         """Sets what a UDP socket needs to send to a group."""
+        self.chooses = tells_interfaces(sock)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, MULTICAST_TTL)
         return sock
@@ -896,7 +937,7 @@ class Group:
         for device, address, port in self.targets:
             if device:
                 try:
-                    yield socket.if_nametoindex(device), address, port
+                    yield self.way_through(socket.if_nametoindex(device), device, address, port)
                 except OSError as error:        # it has been removed
                     self.error = "%s: %s" % (device, error.strerror)
             elif address == ALL_NETWORKS or is_multicast(address):
@@ -904,17 +945,29 @@ class Group:
             else:
                 yield 0, address, port
 
+    def way_through(self, index, name, address, port):
+        """The way out of one interface.  Raises OSError.
+
+        Where it can't be chosen a broadcast goes to the interface's own address for it, and
+        everything else where the system's routes lead.
+        """
+        if not self.chooses:
+            return 0, broadcast_address(name) if address == ALL_NETWORKS else address, port
+        return index, address, port
+
     def every_interface(self, address, port):
         wanted = IFF_MULTICAST if is_multicast(address) else IFF_BROADCAST
-        known = interfaces() if IP_PKTINFO else []
+        known, ways = interfaces(), {}
         for interface in known:
             if interface.flags & wanted and interface.address and not interface.flags & IFF_LOOPBACK:
-                yield interface.index, address, port
+                try:
+                    ways[self.way_through(interface.index, interface.name, address, port)] = True
+                except OSError:
+                    pass            # it has lost its address meanwhile
         if not known:
             yield 0, address, port
+        yield from ways             # each once
         yield 0, THIS_HOST, port    # this machine's own listeners, networks or none
-        if not LINUX:               # macOS and the BSDs have no broadcast on loopback
-            yield 0, "127.0.0.1", port
 
     def send(self, sock, data):
         """Sends a datagram every way there is; the number of ways that worked."""
@@ -931,7 +984,7 @@ class Group:
 def send_through(sock, data, index, address, port):
     """One datagram, out of the interface with that index unless it is 0."""
     ancillary = []
-    if index and IP_PKTINFO:
+    if index:
         ancillary = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, bytes(4), bytes(4)))]
     sock.sendmsg([data], ancillary, 0, (address, port))
 
@@ -948,11 +1001,12 @@ class Listener:
         self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.port = port
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if not LINUX and hasattr(socket, "SO_REUSEPORT"):       # the BSDs share a port so
+        if not LINUX and hasattr(socket, "SO_REUSEPORT"):
+            # macOS and the BSDs share a port so: there each socket hears a broadcast.  Linux would deal
+            # unicast datagrams out among such sockets, and share only those of one user.
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        if IP_PKTINFO:
-            self.sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        tells_interfaces(self.sock)             # or unicast is heard by one listener of the host alone
         self.sock.setblocking(False)
         try:
             self.sock.bind(("", port))
@@ -975,13 +1029,17 @@ class Listener:
     def receive(self):
         """(Datagram, sender's address, interface index), or None when there is no more.
 
-        Raises ProtocolError for a datagram that does not parse.
+        Raises ProtocolError for a datagram that does not parse, with the sender's address.
         """
         try:
             data, ancillary, _, sender = self.sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO.size))
         except OSError:
             return None
-        datagram, index = Datagram(data), 0
+        try:
+            datagram, index = Datagram(data), 0
+        except ProtocolError as error:
+            error.sender = sender[0]
+            raise
         for level, kind, info in ancillary:
             if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
                 index, local, destination = PKTINFO.unpack(info)
@@ -989,8 +1047,11 @@ class Listener:
                     self.pass_on(datagram, sender[0])
         return datagram, datagram.address or sender[0], index
 
-    def deliver(self, handler):
-        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too."""
+    def deliver(self, handler, stranger):
+        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too.
+
+        stranger(address, version) is told of those who speak another version of the protocol.
+        """
         for _ in range(64):
             try:
                 heard = self.receive()
@@ -998,7 +1059,9 @@ class Listener:
                     return
                 handler(*heard)
             except ProtocolError as error:
-                log.note("dropped a datagram: %s", error)
+                log.note("dropped a datagram from %s: %s", error.sender, error)
+                if stranger and isinstance(error, OtherVersion):
+                    stranger(error.sender, error.version)
 
     def pass_on(self, datagram, sender):
         copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
@@ -1030,12 +1093,15 @@ class Loop:
     """Calls back what can be read or written, what is due, and what was signalled.
 
     It waits by poll: epoll refuses regular files and /dev/null, and is shared across a
-    fork.  What nobody wants to read or write is not registered, or it would spin.
+    fork.  macOS's poll takes no terminals and devices (poll(2), BUGS), and Python leaves out
+    one that is broken: there it is select, which ends at descriptor 1023.  What nobody
+    wants to read or write is not registered, or it would spin.
     """
 
     def __init__(self, floor=0):
         self.floor = floor          # descriptors of our own keep to numbers from here up
-        self.selector = selectors.PollSelector()
+        broken = sys.platform == "darwin" or not hasattr(selectors, "PollSelector")
+        self.selector = selectors.SelectSelector() if broken else selectors.PollSelector()
         self.readers, self.writers = {}, {}
         self.timers, self.count = [], 0
         self.running = True
@@ -1144,10 +1210,13 @@ def lifted_away(fd, floor):
     return moved
 
 
-def hear_all(loop, listeners, handler):
-    """Has handler(datagram, address, interface index) called for what the listeners hear."""
+def hear_all(loop, listeners, handler, stranger=None):
+    """Has handler(datagram, address, interface index) called for what the listeners hear.
+
+    And, if it is there, stranger(address, version) for what is of another version of the protocol.
+    """
     for listener in listeners:
-        loop.on_read(listener.sock.fileno(), functools.partial(listener.deliver, handler))
+        loop.on_read(listener.sock.fileno(), functools.partial(listener.deliver, handler, stranger))
 
 
 # ---------------------------------------------------------------------------
@@ -1212,13 +1281,14 @@ class Link:
                 self.flush()
                 if not ready:
                     return
+                log.note("%s, %s", self.tls.object.version(), self.tls.object.cipher()[0])
                 self.owner.link_ready(self)
             self._deliver()
         except EOFError:
             self.fail("connection closed")
         except ProtocolError as error:
             self.flush()            # with TLS's own word on it
-            self.fail(str(error), violation=True)
+            self.fail(str(error), violation=error)
 
     def _deliver(self):
         while not self.closed:
@@ -1275,7 +1345,7 @@ class Link:
                 self.owner.link_writable(self)
 
     def fail(self, reason, violation=False):
-        """Closes, and tells the owner why."""
+        """Closes, and tells the owner why; violation is true, or the ProtocolError, if it is the peer's fault."""
         owner = self.owner
         if not self.closed:
             self.close()
@@ -1359,7 +1429,9 @@ class End:
         """Closes one direction of two."""
 
     def hung_up(self):
-        """Whether whoever has the other end has closed it entirely."""
+        """Whether whoever has the other end has closed it entirely; False where there is no poll to tell."""
+        if not hasattr(select, "poll"):
+            return False
         poll = select.poll()
         poll.register(self.polled, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
@@ -1434,6 +1506,9 @@ class Held:
 #       '--rcvd SHUT----------> SHUTDOWN           '-------write failed: send SHUT--> SHUTDOWN
 
 OPEN, ENDING, ENDED, SHUTDOWN = "OPEN", "ENDING", "ENDED", "SHUTDOWN"
+
+# The last is macOS's, of a socket that is just being torn down.
+READER_GONE = errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EPROTOTYPE
 
 
 class Stream:
@@ -1594,7 +1669,7 @@ class Sink(Stream):
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+            if error.errno not in READER_GONE:
                 self.carrier.local_error(self.channel, error)
             self.break_off(self.end.halves == {"write"} or self.end.hung_up())
             return 0
@@ -1697,8 +1772,10 @@ class Carrier:
 
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031 if LINUX else None)      # fcntl(2)
 O_PATH = getattr(os, "O_PATH", 0)
-TIOCGPTN = 0x80045430               # ioctl_tty(2): only a pty's master has a number
-PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd elsewhere is only a dup
+PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f}     # what only a pty's master
+                                    # answers: TIOCGPTN of ioctl_tty(2) and pts(4), macOS's TIOCPTYGNAME
+PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs is only a dup, which
+                                    # shares O_NONBLOCK with everybody else
 
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
 
@@ -1743,12 +1820,16 @@ class Inherited:
         with socket.socket(fileno=os.dup(self.number)) as sock:
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
                 return False
-            return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30))
+            # 30 is Linux's; macOS and the BSDs have 2, and some of them do not tell
+            try:
+                return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30 if LINUX else 2))
+            except OSError:
+                return True
 
     def _is_pty_master(self):
+        request = PTY_MASTER.get(sys.platform.rstrip("0123456789"))
         try:
-            fcntl.ioctl(self.number, TIOCGPTN, bytes(4))
-            return True
+            return request is not None and bool(fcntl.ioctl(self.number, request, bytes(128)))
         except OSError:
             return False
 
@@ -1849,10 +1930,22 @@ def retire(numbers):
     os.close(null)
 
 
+def opened_again(item):
+    """A new descriptor, without blocking, for a pipe or a terminal that was inherited.  Raises OSError."""
+    flags = item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open(PROC_FD % item.number, flags)
+    except OSError:
+        if item.kind != TERMINAL:
+            raise
+        return os.open(os.ttyname(item.number), flags)
+
+
 def local_end(members, halves, floor):
     """An End for one channel of inherited descriptors.
 
-    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again.  A regular
+    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again, a terminal by its
+    name where /proc does not do it; a pipe is then written to with patience.  A regular
     file would then begin at offset 0, so it is used as it is, and kept open for its
     offset to be put right at the end.
     """
@@ -1865,7 +1958,7 @@ def local_end(members, halves, floor):
     if item.kind == DEVICE:
         return End(number, number, lambda: retire(numbers), halves)
     try:
-        opened = os.open(PROC_FD % number, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
+        opened = opened_again(item)
     except OSError:                 # another user's
         end = PatientEnd(number, number, lambda: retire(numbers), halves)
     else:
@@ -1951,7 +2044,7 @@ def system_load():
     """(1-minute load average, processes runnable now besides this one)."""
     try:
         average = os.getloadavg()[0]
-    except OSError:
+    except (AttributeError, OSError):           # not every C library has it (Android's)
         average = 0.0
     try:
         with open("/proc/loadavg", "rb") as file:
@@ -2101,8 +2194,6 @@ class Candidate:
             raise ProtocolError("%s out of place" % kind)
 
     def rcvd_hello(self, hello):
-        if hello.version != PROTOCOL:
-            raise ProtocolError("protocol version %d, this is %d" % (hello.version, PROTOCOL))
         if len(hello.address) > 64 or len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
@@ -2177,6 +2268,7 @@ class Search:
         self.port = self.udp.getsockname()[1]
         self.began = self.answered = time.monotonic()
         self.ahead = None           # clients before us in a line, the last we heard
+        self.stranger = None        # what we heard of a worker of another version
 
     def announce(self):
         now = time.monotonic()
@@ -2197,7 +2289,7 @@ class Search:
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
-            hint = "is cservice running with this key?"
+            hint = self.stranger or "is cservice running with this key?"
         return "no worker answered in %d s on %s (%s)" % (now - self.answered, self.group.text, hint)
 
     def listen(self):
@@ -2211,10 +2303,14 @@ class Search:
 
     def hear(self):
         """BUSY: somebody has us in a line."""
+        address = "nobody"
         try:
-            datagram = Datagram(self.udp.recv(DATAGRAM_MAX + 1))
+            data, (address, _) = self.udp.recvfrom(DATAGRAM_MAX + 1)
+            datagram = Datagram(data)
         except (OSError, ProtocolError) as error:
-            return log.note("dropped a datagram: %s", error)
+            if isinstance(error, OtherVersion):
+                self.stranger = "%s speaks %s" % (address, error)
+            return log.note("dropped a datagram from %s: %s", address, error)
         if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
             return log.note("dropped %r", datagram)
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
@@ -2272,6 +2368,8 @@ class Search:
         if self.asked is candidate:
             self.asked = None
         if violation:
+            if isinstance(violation, OtherVersion):
+                self.stranger = "%s speaks %s" % (candidate.address, reason)
             self.offers -= 1
             if candidate.address not in self.complained and len(self.complained) < 16:
                 self.complained.add(candidate.address)
@@ -2511,14 +2609,14 @@ def die_of(number):
 
 
 def parse_environment(words):
-    """KEY=VALUE words as they stand.  Raises Fatal (100)."""
+    """KEY=VALUE words, byte for byte, as what the wire has as text.  Raises Fatal (100)."""
     for word in words:
         name, equals, _ = word.partition("=")
         if not equals or not is_variable(name):
             raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE (after the public key come variables for the command)" % word)
     if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
         raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
-    return list(words)
+    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]     # whatever the locale is
 
 
 def is_variable(name):
@@ -3178,9 +3276,20 @@ class Supervisor(Carrier):
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
                 self.inputs[channel] = lifted_away(reader, self.loop.floor)
-            except OSError:
-                pass
+            except OSError:         # no /proc
+                self.inputs[channel] = near
+                return self.close_when_empty(near, channel)
         os.close(near)
+
+    def close_when_empty(self, near, channel):
+        """Gives the command its end of file once it has read all: until then near tells how much that was.
+
+        At once on macOS and the BSDs, where only a pipe's reader can be asked: all counts as taken there.
+        """
+        if not self.over and unread(near):
+            self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
+        elif self.inputs.pop(channel, None) is not None:
+            os.close(near)
 
     def counted(self):
         return {channel for number, channel, flags in self.job.descriptors if flags & FLAG_COUNTED}
@@ -3251,7 +3360,7 @@ class Supervisor(Carrier):
             values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
         for variable in self.job.environment:
             name, _, value = variable.partition("=")
-            values["PEER_" + name] = value
+            values["PEER_" + name] = os.fsdecode(value.encode("utf-8", "surrogateescape"))
         client, (address, port) = self.offer.client, sock.getsockname()[:2]
         values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
                       SERVER_ADDR=address, SERVER_PORT=str(port))
@@ -3469,12 +3578,19 @@ class Logger:
     def __init__(self, loop, listeners, pubs, keys, as_json):
         self.pubs, self.keys, self.as_json = pubs, keys, as_json
         self.printed = Memory()     # identities: copies come by other ways
-        hear_all(loop, listeners, self.hear)
+        hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
         if datagram.kind is ALERT and datagram.identity not in self.printed:
             self.printed[datagram.identity] = True
-            self.print_alert(self.record(datagram, address))
+            self.print_line(self.record(datagram, address), alert_line)
+
+    def hear_stranger(self, address, version):
+        """Somebody has announced a job, or an alert, in another version: said once."""
+        if (address, version) not in self.printed:
+            self.printed[address, version] = True
+            self.print_line({"time": time.time(), "client": address, "event": "version", "version": version,
+                             "ours": PROTOCOL}, version_line)
 
     def prover(self, datagram):
         """The label of the pub or key that proves a datagram; None if none does."""
@@ -3488,7 +3604,7 @@ class Logger:
         return None
 
     def record(self, datagram, address):
-        """An alert as a dictionary, for -j and for print_alert."""
+        """An alert as a dictionary, for -j and for alert_line."""
         body, label = datagram.body, self.prover(datagram)
         event = {ALERT_EXITED: "exited", ALERT_SIGNALLED: "signalled", ALERT_COMPLAINT: "complaint"}.get(body.event)
         if event is None:
@@ -3498,12 +3614,12 @@ class Logger:
                 "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
                 "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
 
-    def print_alert(self, record):
+    def print_line(self, record, form):
         if self.as_json:
             import json
             line = json.dumps(record)
         else:
-            line = printable(alert_line(record))
+            line = printable(form(record))
         sys.stdout.buffer.write((line + "\n").encode(sys.stdout.encoding or "ascii", "backslashreplace"))
         sys.stdout.flush()
 
@@ -3517,6 +3633,12 @@ def alert_line(record):
     reason = ", {reason}" if record["reason"] else ""
     unverified = "" if record["verified"] else " (unverified)"
     return (form + unverified + ": " + detail + reason).format(**record)
+
+
+def version_line(record):
+    """crat's line for whoever speaks another version of the protocol."""
+    return "{client} speaks protocol version {version}, this is {ours} (cexec {program})".format(
+        program=VERSION, **record)
 
 
 CRAT_USAGE = "crat [-hjv] [--version] [APP.pub | APP ...]"
@@ -3534,6 +3656,8 @@ def main_crat(argv):
     parser.add_argument("keys", nargs="*", metavar="APP.pub")
     options = parser.parse_args(argv)
     log.verbose = options.verbose
+    if sys.stdout is None:
+        raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
     pubs, keys = [], []
     for path in options.keys:
         if is_private_key(path):
@@ -3703,12 +3827,13 @@ class Relay:
 
     def hear(self):
         """What a worker says to the client, as it stands."""
+        address = "nobody"
         try:
-            datagram = Datagram(self.udp.recv(DATAGRAM_MAX + 1))
-            if datagram.kind is BUSY:
-                self.udp.sendto(datagram.data, self.client)
+            data, (address, _) = self.udp.recvfrom(DATAGRAM_MAX + 1)
+            if Datagram(data).kind is BUSY:
+                self.udp.sendto(data, self.client)
         except (OSError, ProtocolError) as error:
-            log.note("dropped a datagram: %s", error)
+            log.note("dropped a datagram from %s: %s", address, error)
 
     def close(self):
         for sock in (self.listener, self.udp):
@@ -3824,6 +3949,8 @@ KEY_ROUNDS = 600000                 # of PBKDF2-HMAC-SHA256, for -stdin
 
 def stretch(secret):
     """The master (32 bytes) named by any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
+    if not hasattr(hashlib, "pbkdf2_hmac"):     # Python 3.12 and later have it from OpenSSL alone
+        raise Fatal(EXIT_TEMPORARY, "this Python has no OpenSSL for -stdin: use another python3")
     return fold(hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48))
 
 
@@ -3834,6 +3961,8 @@ def fold(wide):
 
 def read_secret():
     """Standard input for stretch().  HMAC hashes a key of more than 64 bytes first: so do we."""
+    if sys.stdin is None:
+        raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
     data, digest = sys.stdin.buffer.read(65), hashlib.sha256()
     if not data:
         raise Fatal(EXIT_USAGE, "-stdin: nothing to read on standard input")
@@ -3904,7 +4033,11 @@ def main_ckeygen(argv):
     log.verbose = options.verbose
     name = check_name(options.name) if options.name is not None else DEFAULT_NAME
     pub = options.pub or options.key + ("-" + name if options.name else "") + ".pub"
-    if os.path.abspath(pub) == os.path.abspath(options.key):
+    try:
+        same = os.path.abspath(pub) == os.path.abspath(options.key)
+    except OSError as error:        # it has been removed
+        raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
+    if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
     master = make_key(options.key, stretch(read_secret()) if options.stdin else None)
     try:
@@ -3961,6 +4094,8 @@ def install(words):
     if len(words) != 1:
         raise Fatal(EXIT_USAGE, "--install takes one directory")
     here = os.path.abspath(__file__)
+    if not os.path.isfile(here):
+        raise Fatal(EXIT_USAGE, "--install makes links to a file, and this program was read from standard input")
     try:
         os.makedirs(words[0], exist_ok=True)
     except OSError as error:
@@ -4016,6 +4151,9 @@ def main(argv):
         die_of(signal.SIGINT)
     except BrokenPipeError:
         die_of(signal.SIGPIPE)      # whoever read our output has gone
+    except ImportError as error:
+        log.say("this Python is not complete (%s): use another python3" % error)
+        code = EXIT_TEMPORARY
     except Exception as error:      # a defect of ours: one line all the same, the rest with -v
         if log.verbose:
             import traceback

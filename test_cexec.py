@@ -129,6 +129,7 @@ class Cluster:
                     if not key.startswith(("CEXEC_", "PEER_")) and key not in ours}
         self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "PYTHONDONTWRITEBYTECODE": "1"})
         self.started, self.spaces = [], []
+        self.launch = [PYTHON, PROGRAM]         # what the applets are run with
         self.key, self.pub = self.path("app"), self.path("app.pub")
         self.run("ckeygen", self.key, self.pub, check=True)
 
@@ -137,7 +138,7 @@ class Cluster:
 
     def argv(self, applet, *arguments, space=None):
         """The command line of an applet, in a network namespace if one is named."""
-        return (["ip", "netns", "exec", space] if space else []) + [PYTHON, PROGRAM, applet, *arguments]
+        return (["ip", "netns", "exec", space] if space else []) + [*self.launch, applet, *arguments]
 
     def environment(self, env=None):
         values = dict(self.env, **(env or {}))
