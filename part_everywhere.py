@@ -139,8 +139,8 @@ BSD = """
                 delattr(module, name)
     refuse(fcntl, 'fcntl', lambda fd, request, *rest: request == 1031, errno.EINVAL)
     refuse(socket.socket, 'setsockopt', lambda self, *rest: rest[:2] == (0, 8), errno.ENOPROTOOPT)
-    refuse(socket.socket, 'sendmsg', lambda self, data, ancillary=(), *rest: ancillary, errno.EINVAL)
-    refuse(socket.socket, 'sendto', lambda self, data, to: to[0] == "127.255.255.255", errno.EADDRNOTAVAIL)
+    refuse(socket.socket, 'sendmsg', lambda self, data, ancillary, flags, to: ancillary or to[0] == "127.255.255.255",
+           errno.EADDRNOTAVAIL)
     here = dict(zip((0xc0006911 | {size} << 16, 0xc0006921 | {size} << 16, 0xc0006923 | {size} << 16, 0x40807453),
                     (0x8913, 0x8915, 0x8919, 0x80045430)))
     linux = fcntl.ioctl
@@ -182,6 +182,12 @@ def same_as_here(cluster):
         done = cluster.client("CMD=read line; echo $line; kill -9 $$", stdin=source, stdout=output)
         assert (done.returncode, read(cluster.path("out"))) == (137, b"line 0\n")
         assert os.lseek(source.fileno(), 0, os.SEEK_CUR) == len("line 0\n")
+    near, far = socket.socketpair()
+    with near:
+        job = cluster.start_client("CMD=read line; echo got $line", stdin=far, stdout=far)
+        far.close()
+        near.sendall(b"a line\n")
+        assert near.makefile("rb").read() == b"got a line\n" and job.wait(PATIENCE) == 0
     job = cluster.start_client("CMD=sleep 1000 & echo started; sleep 1000", stdout=subprocess.PIPE)
     assert job.stdout.readline() == b"started\n"
     job.kill()                              # and nothing is left: the cluster's end sees to that
@@ -248,6 +254,29 @@ def test_a_terminal_is_read_without_proc(cluster):
     assert job.wait(PATIENCE) == 0
     assert b"got a line" in os.read(master, 1000)
     os.close(master)
+
+
+def test_a_terminal_is_opened_again_by_its_name(monkeypatch):
+    """And nobody else's O_NONBLOCK is changed; a pipe has no name."""
+    monkeypatch.setattr(cexec, "PROC_FD", "/nowhere/%d")
+    master, terminal = pty.openpty()
+    reader, writer = os.pipe()
+    try:
+        again = cexec.opened_again(cexec.Inherited(terminal))
+        assert not os.get_blocking(again) and os.get_blocking(terminal) and os.ttyname(again) == os.ttyname(terminal)
+        os.close(again)
+        with pytest.raises(OSError):
+            cexec.opened_again(cexec.Inherited(reader))
+    finally:
+        for fd in (master, terminal, reader, writer):
+            os.close(fd)
+
+
+def test_variables_are_bytes_in_any_locale(monkeypatch):
+    """In a locale of one byte a character what was typed goes as it is."""
+    monkeypatch.setattr(cexec.os, "fsencode", lambda word: word.encode("latin-1"))
+    word, = cexec.parse_environment(["X=\xe9\xff\xc3\xa9"])
+    assert cexec.pack_field("text", word)[2:] == b"X=\xe9\xff\xc3\xa9"
 
 
 @pytest.mark.parametrize("system, request_", [("linux", 0x80045430), ("darwin", 0x40807453), ("freebsd14", 0x4004740f),
