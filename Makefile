@@ -24,7 +24,13 @@ USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1
 		python=$(VENV)/bin/python; \
 	fi
 
-.PHONY: all bin demo test check bench soak install uninstall clean
+# The part of the tests that is run on every Python between the oldest and the newest of $(PYTHONS).
+SMALL = test_first_job or test_oracle or sigterm or twenty_megabytes
+PYTHONS ?= $(shell for n in 6 7 8 9 10 11 12 13 14 15; do \
+	ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python3.$$n /usr/local/bin/python3.$$n /usr/bin/python3.$$n \
+	2>/dev/null | head -n 1; done)
+
+.PHONY: all bin demo test test-all check bench soak install uninstall clean
 
 all: bin
 
@@ -37,6 +43,16 @@ demo:
 
 test:
 	@tool=pytest; $(USE_TOOL); "$$python" -m pytest -q test_cexec.py
+
+# Runs the tests under $(PYTHON), and what they test on each of $(PYTHONS), for half an hour or so.
+test-all:
+	@tool=pytest; $(USE_TOOL); \
+	for under_test in $(PYTHONS); do \
+		case $$under_test in $(firstword $(PYTHONS))|$(lastword $(PYTHONS))) some=;; *) some="$(SMALL)";; esac; \
+		echo "== $$under_test $${some:+, $$some}"; \
+		CEXEC_TEST_PYTHON=$$under_test "$$python" -m pytest -q test_cexec.py -k "$$some" || failed="$$failed $$under_test"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 bench:
 	@$(PYTHON) .ci/bench

@@ -88,22 +88,26 @@ if __name__ == "__main__":
         exec(code)
 # START
 
-import collections
-import errno
-import fcntl
-import functools
-import hashlib
-import heapq
-import hmac
-import os
-import select
-import selectors
-import signal
-import socket
-import stat
-import struct
-import time
-from types import SimpleNamespace
+try:
+    import collections
+    import errno
+    import fcntl
+    import functools
+    import hashlib
+    import heapq
+    import hmac
+    import os
+    import select
+    import selectors
+    import signal
+    import socket
+    import stat
+    import struct
+    import time
+    from types import SimpleNamespace
+except ImportError as error:        # fcntl on Windows, or a Python built without a part of its library
+    sys.stderr.write("cexec: this Python is not complete (%s): use another python3\n" % error)
+    sys.exit(111)
 
 ssl = None                          # imported by load_ssl: clients announce themselves first
 
@@ -166,6 +170,17 @@ class Fatal(Exception):
 
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
+
+    sender = "a peer"               # whose datagram it was, where that is known
+
+
+class OtherVersion(ProtocolError):
+    """A peer speaks another version of the protocol."""
+
+    def __init__(self, version):
+        super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
+        self.version = version
+        self.asks_at = 0            # the return port of a QUERY
 
 
 class Log:
@@ -601,7 +616,7 @@ DENY = Message(7, "DENY", worker="8s", why="B")                     # proves not
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
-DENY_APPLICATION, DENY_NAME, DENY_SECRET = 1, 2, 3                  # DENY's why
+DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's why
 
 # Frames: on the channel.
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
@@ -651,6 +666,15 @@ FRAME_HEAD = struct.Struct("!BBHI")             # kind, flags, channel, length o
 SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT")   # carried to the command
 
 
+def other_version(data):
+    """An OtherVersion for a datagram, whose head is alike in every version."""
+    error = OtherVersion(data[4])
+    if len(data) >= DATAGRAM_HEAD.size:
+        _, _, code, _, _, port = DATAGRAM_HEAD.unpack_from(data)
+        error.asks_at = port if code == QUERY.code else 0
+    return error
+
+
 class Datagram:
     """A datagram that parsed; whether it is true, proved_by() tells.
 
@@ -659,14 +683,14 @@ class Datagram:
     """
 
     def __init__(self, data):
+        if len(data) > DATAGRAM_MAX or data[:4] != MAGIC[:len(data)]:
+            raise ProtocolError("not a cexec datagram")
+        if len(data) > 4 and data[4] != PROTOCOL:       # in the same place in every version
+            raise other_version(data)
         try:
-            magic, version, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
+            _, _, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
         except struct.error:
             raise ProtocolError("datagram cut short") from None
-        if magic != MAGIC or len(data) > DATAGRAM_MAX:
-            raise ProtocolError("not a cexec datagram")
-        if version != PROTOCOL:
-            raise ProtocolError("protocol version %d, this is %d" % (version, PROTOCOL))
         if code not in DATAGRAMS:
             raise ProtocolError("unknown datagram %d" % code)
         self.data, self.kind = data, DATAGRAMS[code]
@@ -805,6 +829,8 @@ class FrameReader:
                 self.start, self.data_flags, self.data_channel, self.data_left = body, flags, channel, size
             elif self.end - body < size:
                 return
+            elif kind is HELLO and size and self.view[body] != PROTOCOL:
+                raise OtherVersion(self.view[body])     # its first byte in every version, whatever follows
             else:
                 self.start = body + size
                 yield kind, flags, channel, kind.unpack(bytes(self.view[body:body + size]))
@@ -922,15 +948,21 @@ class Tls:
 LINUX = sys.platform.startswith("linux")
 ALL_NETWORKS = "255.255.255.255"    # out of every interface that broadcasts
 ALL_NODES = "ff02::1"               # RFC 4291, 2.7.1: every IPv6 host of a network hears it unasked
-THIS_HOST = "127.255.255.255"       # a broadcast to every listener of this machine
+THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of this machine; macOS and the
+                                    # BSDs have no broadcast on loopback: one listener of their own hears it
 MULTICAST_TTL = 31                  # hops: within a site
 NETWORK_MAX = 1024                  # addresses of a network that a group may name: a /22
 TARGETS_MAX = 4096                  # addresses of a group in all
 SECONDS_A_WAY = 0.002               # a client in a network of a thousand addresses announces every two seconds
 REJOIN_SECONDS = 5.0                # an interface that has come up meanwhile is joined to a multicast group
-IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000
-SIOCGIFFLAGS, SIOCGIFADDR = 0x8913, 0x8915                          # netdevice(7)
-IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if LINUX else None)    # ip(7); Python names it from 3.14
+IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000 if LINUX else 0x8000
+if LINUX:
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = 0x8913, 0x8915, 0x8919      # netdevice(7)
+else:                               # sys/sockio.h: _IOWR('i', N, struct ifreq), of 32 bytes, on NetBSD 144
+    SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (
+        0xc0000000 | (144 if sys.platform.startswith("netbsd") else 32) << 16 | 0x6900 | number
+        for number in (17, 33, 35))
+IP_PKTINFO = 8 if LINUX else None   # ip(7); Python names it from 3.14.  macOS and NetBSD have others of that name
 PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
 PKTINFO6 = struct.Struct("@16sI")   # destination address, interface index: RFC 3542, 6.
 
@@ -964,20 +996,22 @@ def spelled(address, port):
     return ("[%s]:%d" if ":" in address else "%s:%d") % (address, port)
 
 
+def ask_interface(sock, name, request):
+    """What an ioctl says of an interface: the 16 bytes after the name in struct ifreq.  Raises OSError."""
+    return fcntl.ioctl(sock, request, struct.pack("256s", os.fsencode(name)))[16:32]
+
+
 def interfaces():
-    """The interfaces that are up, with their IPv4 addresses; none where the system does not tell (not Linux)."""
-    if not LINUX:
-        return []
+    """The interfaces that are up, with their IPv4 addresses; none where the system does not tell."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for index, name in socket.if_nameindex():
-            request = struct.pack("256s", os.fsencode(name))
             try:
-                flags, = struct.unpack_from("H", fcntl.ioctl(probe, SIOCGIFFLAGS, request), 16)
+                flags, = struct.unpack_from("H", ask_interface(probe, name, SIOCGIFFLAGS))
             except OSError:
                 continue            # it went away meanwhile
             try:
-                address = socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
+                address = socket.inet_ntoa(ask_interface(probe, name, SIOCGIFADDR)[4:8])
             except OSError:
                 address = None      # no IPv4 address
             if flags & IFF_UP:
@@ -998,6 +1032,21 @@ def interface_of(address):
     known = [(int(row[1], 16), row[5]) for row in rows if bytes.fromhex(row[0]) == pack_address(address)]
     known += [(interface.index, interface.name) for interface in interfaces() if interface.address == address]
     return known[0] if known else (0, None)
+
+
+def broadcast_address(name):
+    """An interface's own broadcast address, which leads out of it.  Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        return socket.inet_ntoa(ask_interface(probe, name, SIOCGIFBRDADDR)[4:8])
+
+
+def tells_interfaces(sock):
+    """Has the system tell and take a datagram's interface; whether it can."""
+    try:
+        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    except (OSError, TypeError):    # not Linux, or an emulation of it
+        return False
+    return True
 
 
 def parse_group(text, default_port):
@@ -1080,6 +1129,7 @@ class Group:
         self.text = text or os.environ.get("CEXEC_GROUP") or os.environ.get("GROUP") or ALL_NETWORKS
         self.targets = parse_group(self.text, default_port)
         self.error = None           # of the last send: the last reason why a way failed
+        self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
 
     def families(self):
         """The address families of the targets, IPv4 first."""
@@ -1090,7 +1140,7 @@ class Group:
         for device, address, port in self.targets:
             if device:
                 try:
-                    yield socket.if_nametoindex(device), address, port
+                    yield self.way_through(socket.if_nametoindex(device), device, address, port)
                 except OSError as error:        # it has been removed
                     self.error = "%s: %s" % (device, error.strerror)
             elif address == ALL_NETWORKS or is_multicast(address):
@@ -1098,25 +1148,36 @@ class Group:
             else:
                 yield 0, address, port
 
+    def way_through(self, index, name, address, port):
+        """The way out of one interface.  Raises OSError.
+
+        Where it can't be chosen a broadcast goes to the interface's own address for it, and
+        everything else where the system's routes lead.
+        """
+        if not self.chooses and ":" not in address:
+            return 0, broadcast_address(name) if address == ALL_NETWORKS else address, port
+        return index, address, port
+
     def every_interface(self, address, port):
         wanted = IFF_MULTICAST if is_multicast(address) else IFF_BROADCAST
-        known = interfaces() if IP_PKTINFO else []
+        known, ways = interfaces(), {}
         for interface in known:
+            if not interface.address and ":" not in address:
+                continue
             if interface.flags & wanted and not interface.flags & IFF_LOOPBACK:
-                if interface.address or ":" in address:
-                    yield interface.index, address, port
+                try:
+                    ways[self.way_through(interface.index, interface.name, address, port)] = True
+                except OSError:
+                    pass            # it has lost its address meanwhile
         if not known:
             yield 0, address, port
-        if ":" in address:          # this machine's own listeners, networks or none: IPv6 has no broadcast
-            yield 0, "::1", port
-        else:
-            yield 0, THIS_HOST, port
-            if not LINUX:           # macOS and the BSDs have no broadcast on loopback
-                yield 0, "127.0.0.1", port
+        yield from ways             # each once
+        yield 0, "::1" if ":" in address else THIS_HOST, port       # this machine's own listeners, networks or none
 
     def send(self, socks, data):
         """Sends a datagram every way there is, by {family: UDP socket}; the number of ways that worked."""
         sent, self.error, socks = 0, None, dict(socks)
+        self.chooses = socket.AF_INET in socks and tells_interfaces(socks[socket.AF_INET])
         for way in self.ways():
             family = family_of(way[1])
             try:
@@ -1138,7 +1199,7 @@ def send_through(sock, data, index, address, port):
     ancillary = []
     if index and ":" in address and hasattr(socket, "IPV6_PKTINFO"):
         ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
-    elif index and IP_PKTINFO and ":" not in address:
+    elif index and ":" not in address:
         ancillary = [(socket.IPPROTO_IP, IP_PKTINFO, PKTINFO.pack(index, bytes(4), bytes(4)))]
     sock.sendmsg([data], ancillary, 0, socket_address(address, port, index))
 
@@ -1156,7 +1217,9 @@ def open_udp(family, address="", port=0, shared=False):
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, MULTICAST_TTL)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if not LINUX and hasattr(socket, "SO_REUSEPORT"):       # the BSDs share a port so
+            if not LINUX and hasattr(socket, "SO_REUSEPORT"):
+                # macOS and the BSDs share a port so: there each socket hears a broadcast.  Linux would deal
+                # unicast datagrams out among such sockets, and share only those of one user.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(socket_address(address, port) if address else ("", port))
     except OSError:
@@ -1179,8 +1242,7 @@ class Listener:
         self.joined = {}            # target: the indexes of the interfaces on which it was joined
         try:
             self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True)}
-            if IP_PKTINFO:
-                self.socks[socket.AF_INET].setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            tells_interfaces(self.socks[socket.AF_INET])        # or unicast is heard by one listener of the host alone
             if socket.has_ipv6:
                 self.open_ipv6(required=any(":" in target.address for target in targets))
         except OSError as error:
@@ -1223,20 +1285,27 @@ class Listener:
     def receive(self, sock):
         """(Datagram, sender's address, interface index), or None when there is no more.
 
-        Raises ProtocolError for a datagram that does not parse.
+        Raises ProtocolError for a datagram that does not parse, with the sender's address.
         """
         try:
             data, ancillary, _, sender = sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO6.size))
             address = address_of(sender)
         except OSError:
             return None
-        datagram, (index, unicast) = Datagram(data), arrival(ancillary)
+        try:
+            datagram, (index, unicast) = Datagram(data), arrival(ancillary)
+        except ProtocolError as error:
+            error.sender = address
+            raise
         if unicast:
             self.pass_on(datagram, address)
         return datagram, datagram.address or address, index
 
-    def deliver(self, sock, handler):
-        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too."""
+    def deliver(self, sock, handler, stranger):
+        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too.
+
+        stranger(address, an OtherVersion) is told of those who speak another version of the protocol.
+        """
         for _ in range(64):
             try:
                 heard = self.receive(sock)
@@ -1244,7 +1313,9 @@ class Listener:
                     return
                 handler(*heard)
             except ProtocolError as error:
-                log.note("dropped a datagram: %s", error)
+                log.note("dropped a datagram from %s: %s", error.sender, error)
+                if stranger and isinstance(error, OtherVersion):
+                    stranger(error.sender, error)
 
     def pass_on(self, datagram, sender):
         copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
@@ -1357,12 +1428,15 @@ class Loop:
     """Calls back what can be read or written, what is due, and what was signalled.
 
     It waits by poll: epoll refuses regular files and /dev/null, and is shared across a
-    fork.  What nobody wants to read or write is not registered, or it would spin.
+    fork.  macOS's poll takes no terminals and devices (poll(2), BUGS), and Python leaves out
+    one that is broken: there it is select, which ends at descriptor 1023.  What nobody
+    wants to read or write is not registered, or it would spin.
     """
 
     def __init__(self, floor=0):
         self.floor = floor          # descriptors of our own keep to numbers from here up
-        self.selector = selectors.PollSelector()
+        broken = sys.platform == "darwin" or not hasattr(selectors, "PollSelector")
+        self.selector = selectors.SelectSelector() if broken else selectors.PollSelector()
         self.readers, self.writers = {}, {}
         self.timers, self.count = [], 0
         self.running = True
@@ -1471,11 +1545,14 @@ def lifted_away(fd, floor):
     return moved
 
 
-def hear_all(loop, listeners, handler):
-    """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed."""
+def hear_all(loop, listeners, handler, stranger=None):
+    """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
+
+    And, if it is there, stranger(address, an OtherVersion) for what is of another version of the protocol.
+    """
     for listener in listeners:
         for sock in listener.socks.values():
-            loop.on_read(sock.fileno(), functools.partial(listener.deliver, sock, handler))
+            loop.on_read(sock.fileno(), functools.partial(listener.deliver, sock, handler, stranger))
 
         def rejoin(listener=listener):
             if listener.join():
@@ -1552,13 +1629,14 @@ class Link:
                 self.flush()
                 if not ready:
                     return
+                log.note("%s, %s", self.tls.object.version(), self.tls.object.cipher()[0])
                 self.owner.link_ready(self)
             self._deliver()
         except EOFError:
             self.fail("connection closed")
         except ProtocolError as error:
             self.flush()            # with TLS's own word on it
-            self.fail(str(error), violation=True)
+            self.fail(str(error), violation=error)
 
     def _deliver(self):
         while not self.closed:
@@ -1615,7 +1693,7 @@ class Link:
                 self.owner.link_writable(self)
 
     def fail(self, reason, violation=False):
-        """Closes, and tells the owner why."""
+        """Closes, and tells the owner why; violation is true, or the ProtocolError, if it is the peer's fault."""
         owner = self.owner
         if not self.closed:
             self.close()
@@ -1699,7 +1777,9 @@ class End:
         """Closes one direction of two."""
 
     def hung_up(self):
-        """Whether whoever has the other end has closed it entirely."""
+        """Whether whoever has the other end has closed it entirely; False where there is no poll to tell."""
+        if not hasattr(select, "poll"):
+            return False
         poll = select.poll()
         poll.register(self.polled, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
@@ -1765,6 +1845,9 @@ class Held:
 #       '--rcvd SHUT----------> SHUTDOWN           '-------write failed: send SHUT--> SHUTDOWN
 
 OPEN, ENDING, ENDED, SHUTDOWN = "OPEN", "ENDING", "ENDED", "SHUTDOWN"
+
+# The last is macOS's, of a socket that is just being torn down.
+READER_GONE = errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EPROTOTYPE
 
 
 class Stream:
@@ -1929,7 +2012,7 @@ class Sink(Stream):
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+            if error.errno not in READER_GONE:
                 self.carrier.local_error(self.channel, error)
             self.break_off(self.end.halves == {"write"} or self.end.hung_up())
             return 0
@@ -2032,8 +2115,10 @@ class Carrier:
 
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031 if LINUX else None)      # fcntl(2)
 O_PATH = getattr(os, "O_PATH", 0)
-TIOCGPTN = 0x80045430               # ioctl_tty(2): only a pty's master has a number
-PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd elsewhere is only a dup
+PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f}     # what only a pty's master
+                                    # answers: TIOCGPTN of ioctl_tty(2) and pts(4), macOS's TIOCPTYGNAME
+PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs is only a dup, which
+                                    # shares O_NONBLOCK with everybody else
 
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
 
@@ -2078,12 +2163,16 @@ class Inherited:
         with socket.socket(fileno=os.dup(self.number)) as sock:
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
                 return False
-            return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30))
+            # 30 is Linux's; macOS and the BSDs have 2, and some of them do not tell
+            try:
+                return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30 if LINUX else 2))
+            except OSError:
+                return True
 
     def _is_pty_master(self):
+        request = PTY_MASTER.get(sys.platform.rstrip("0123456789"))
         try:
-            fcntl.ioctl(self.number, TIOCGPTN, bytes(4))
-            return True
+            return request is not None and bool(fcntl.ioctl(self.number, request, bytes(128)))
         except OSError:
             return False
 
@@ -2210,10 +2299,22 @@ def retire(numbers):
     os.close(null)
 
 
+def opened_again(item):
+    """A new descriptor, without blocking, for a pipe or a terminal that was inherited.  Raises OSError."""
+    flags = item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open(PROC_FD % item.number, flags)
+    except OSError:
+        if item.kind != TERMINAL:
+            raise
+        return os.open(os.ttyname(item.number), flags)
+
+
 def local_end(members, halves, floor):
     """An End for one channel of inherited descriptors.
 
-    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again.  A regular
+    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again, a terminal by its
+    name where /proc does not do it; a pipe is then written to with patience.  A regular
     file would then begin at offset 0, so it is used as it is, and kept open for its
     offset to be put right at the end.
     """
@@ -2228,7 +2329,7 @@ def local_end(members, halves, floor):
     if item.kind == TERMINAL and len(halves) == 2:
         return open_terminal(number, floor)
     try:
-        opened = os.open(PROC_FD % number, item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY)
+        opened = opened_again(item)
     except OSError:                 # another user's
         end = End(number, number, lambda: retire(numbers), halves)
         end.patient = True
@@ -2470,7 +2571,7 @@ def system_load():
     """(1-minute load average, processes runnable now besides this one)."""
     try:
         average = os.getloadavg()[0]
-    except OSError:
+    except (AttributeError, OSError):           # not every C library has it (Android's)
         average = 0.0
     try:
         with open("/proc/loadavg", "rb") as file:
@@ -2643,8 +2744,6 @@ class Candidate:
             raise ProtocolError("%s out of place" % kind)
 
     def rcvd_hello(self, hello):
-        if hello.version != PROTOCOL:
-            raise ProtocolError("protocol version %d, this is %d" % (hello.version, PROTOCOL))
         if len(hello.address) > 64 or len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
@@ -2717,6 +2816,7 @@ class Search:
         self.back = ReturnPort(job.ports, loop, group.families())
         self.began = self.answered = time.monotonic()
         self.ahead = None           # clients before us in a line, the last we heard
+        self.stranger = None        # what we heard of a worker of another version
 
     def announce(self):
         now = time.monotonic()
@@ -2737,8 +2837,9 @@ class Search:
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
-            hint = "is cservice running with this key? cexec -l finds out more"
-        return "no worker answered in %d s on %s (%s)" % (now - self.answered, self.group.text, hint)
+            hint = self.stranger or "is cservice running with this key?"
+        return ("no worker answered in %d s on %s (%s): cexec -l finds out more"
+                % (now - self.answered, self.group.text, hint))
 
     def listen(self):
         """Begins to take offers: not before ssl is there to take them."""
@@ -2750,10 +2851,15 @@ class Search:
 
     def hear(self, sock):
         """BUSY: somebody has us in a line."""
+        address = "nobody"
         try:
-            datagram = Datagram(sock.recv(DATAGRAM_MAX + 1))
+            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
+            address = address_of(peer)
+            datagram = Datagram(data)
         except (OSError, ProtocolError) as error:
-            return log.note("dropped a datagram: %s", error)
+            if isinstance(error, OtherVersion):
+                self.stranger = "%s speaks %s" % (address, error)
+            return log.note("dropped a datagram from %s: %s", address, error)
         if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
             return log.note("dropped %r", datagram)
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
@@ -2812,6 +2918,8 @@ class Search:
         if self.asked is candidate:
             self.asked = None
         if violation:
+            if isinstance(violation, OtherVersion):
+                self.stranger = "%s speaks %s" % (candidate.address, reason)
             self.offers -= 1
             if candidate.address not in self.complained and len(self.complained) < 16:
                 self.complained.add(candidate.address)
@@ -3054,14 +3162,14 @@ def die_of(number):
 
 
 def parse_environment(words):
-    """KEY=VALUE words as they stand.  Raises Fatal (100)."""
+    """KEY=VALUE words, byte for byte, as what the wire has as text.  Raises Fatal (100)."""
     for word in words:
         name, equals, _ = word.partition("=")
         if not equals or not is_variable(name):
             raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE (after the public key come variables for the command)" % word)
     if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
         raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
-    return list(words)
+    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]     # whatever the locale is
 
 
 def is_variable(name):
@@ -3165,7 +3273,7 @@ class Survey:
         except Fatal as error:      # somebody else keeps the port to himself
             log.note("%s", error)
             self.listeners = []
-        hear_all(self.loop, self.listeners, self.overhear)
+        hear_all(self.loop, self.listeners, self.overhear, self.overhear_stranger)
 
     def work(self):
         """Asks until there is enough to show."""
@@ -3191,7 +3299,10 @@ class Survey:
     def rcvd_answer(self, sock):
         try:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            datagram, address = Datagram(data), address_of(peer)
+            address = address_of(peer)
+            datagram = Datagram(data)
+        except OtherVersion as error:
+            return self.overhear_stranger(address, error)
         except (OSError, ProtocolError) as error:
             return log.note("dropped a datagram: %s", error)
         if datagram.nonce not in self.asked:
@@ -3220,6 +3331,9 @@ class Survey:
             self.heard += 1
         else:
             self.others.add(datagram.application)
+
+    def overhear_stranger(self, address, error):
+        self.versions.add((error.version, address))
 
     # What it shows
 
@@ -3595,9 +3709,9 @@ class Worker:
         self.delayed = {}           # (name, nonce): the Timer of an offer to come
         self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
         self.queried = Memory()     # (name, nonce) of the questions that were answered
-        self.probes, self.next_denial = set(), 0.0
+        self.probes, self.denied = set(), 0.0       # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
-        hear_all(loop, listeners, self.hear)
+        hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
 
     # Datagrams
@@ -3669,11 +3783,23 @@ class Worker:
             self.probes.add(Probe(self, address, datagram.port))
 
     def deny(self, datagram, address, why):
-        """Tells whoever asks for strangers that we are one, a few times a second at most; it proves nothing."""
-        now = time.monotonic()
-        if datagram.kind is QUERY and datagram.body.strangers and datagram.port and now >= self.next_denial:
-            self.next_denial = now + DENY_SECONDS
+        """Tells whoever asks for strangers that we are one; it proves nothing."""
+        if datagram.kind is QUERY and datagram.body.strangers and datagram.port and self.may_deny():
             self.answer(DENY, datagram, address, worker=self.key.application, why=why)
+
+    def may_deny(self):
+        """Whether the last time is long enough ago."""
+        last, now = self.denied, time.monotonic()
+        if now - last >= DENY_SECONDS:
+            self.denied = now
+        return now - last >= DENY_SECONDS
+
+    def hear_stranger(self, address, error):
+        """A question in another version of the protocol gets an answer in ours, which shows that one."""
+        if error.asks_at and self.may_deny():
+            asker = SimpleNamespace(application=self.key.application, name=DEFAULT_NAME, nonce=bytes(16),
+                                    port=error.asks_at)
+            self.answer(DENY, asker, address, worker=self.key.application, why=DENY_VERSION)
 
     def answer(self, kind, datagram, to, **fields):
         """Sends a datagram back to the address where the client of another is."""
@@ -3966,9 +4092,20 @@ class Supervisor(Carrier):
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
                 self.inputs[channel] = lifted_away(reader, self.loop.floor)
-            except OSError:
-                pass
+            except OSError:         # no /proc
+                self.inputs[channel] = near
+                return self.close_when_empty(near, channel)
         os.close(near)
+
+    def close_when_empty(self, near, channel):
+        """Gives the command its end of file once it has read all: until then near tells how much that was.
+
+        At once on macOS and the BSDs, where only a pipe's reader can be asked: all counts as taken there.
+        """
+        if not self.over and unread(near):
+            self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
+        elif self.inputs.pop(channel, None) is not None:
+            os.close(near)
 
     def counted(self):
         return {channel for number, channel, flags in self.job.descriptors if flags & FLAG_COUNTED}
@@ -4044,7 +4181,7 @@ class Supervisor(Carrier):
             values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
         for variable in self.job.environment:
             name, _, value = variable.partition("=")
-            values["PEER_" + name] = value
+            values["PEER_" + name] = os.fsdecode(value.encode("utf-8", "surrogateescape"))
         if self.terminal is not None:
             values["TERM"] = self.job.term
         client, here = self.offer.client, sock.getsockname()
@@ -4265,12 +4402,19 @@ class Logger:
     def __init__(self, loop, listeners, pubs, keys, as_json):
         self.pubs, self.keys, self.as_json = pubs, keys, as_json
         self.printed = Memory()     # identities: copies come by other ways
-        hear_all(loop, listeners, self.hear)
+        hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
         if datagram.kind is ALERT and datagram.identity not in self.printed:
             self.printed[datagram.identity] = True
-            self.print_alert(self.record(datagram, address))
+            self.print_line(self.record(datagram, address), alert_line)
+
+    def hear_stranger(self, address, error):
+        """Somebody has announced a job, or an alert, in another version: said once."""
+        if (address, error.version) not in self.printed:
+            self.printed[address, error.version] = True
+            self.print_line({"time": time.time(), "client": address, "event": "version", "version": error.version,
+                             "ours": PROTOCOL}, version_line)
 
     def prover(self, datagram):
         """The label of the pub or key that proves a datagram; None if none does."""
@@ -4284,7 +4428,7 @@ class Logger:
         return None
 
     def record(self, datagram, address):
-        """An alert as a dictionary, for -j and for print_alert."""
+        """An alert as a dictionary, for -j and for alert_line."""
         body, label = datagram.body, self.prover(datagram)
         event = {ALERT_EXITED: "exited", ALERT_SIGNALLED: "signalled", ALERT_COMPLAINT: "complaint"}.get(body.event)
         if event is None:
@@ -4294,12 +4438,12 @@ class Logger:
                 "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
                 "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
 
-    def print_alert(self, record):
+    def print_line(self, record, form):
         if self.as_json:
             import json
             line = json.dumps(record)
         else:
-            line = printable(alert_line(record))
+            line = printable(form(record))
         show(line)
 
 
@@ -4312,6 +4456,12 @@ def alert_line(record):
     reason = ", {reason}" if record["reason"] else ""
     unverified = "" if record["verified"] else " (unverified)"
     return (form + unverified + ": " + detail + reason).format(**record)
+
+
+def version_line(record):
+    """crat's line for whoever speaks another version of the protocol."""
+    return "{client} speaks protocol version {version}, this is {ours} (cexec {program})".format(
+        program=VERSION, **record)
 
 
 CRAT_USAGE = "crat [-hjv] [--version] [APP.pub | APP ...]"
@@ -4329,6 +4479,8 @@ def main_crat(argv):
     parser.add_argument("keys", nargs="*", metavar="APP.pub")
     options = parser.parse_args(argv)
     log.verbose = options.verbose
+    if sys.stdout is None:
+        raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
     pubs, keys = [], []
     for path in options.keys:
         if is_private_key(path):
@@ -4497,12 +4649,14 @@ class Relay:
 
     def hear(self, sock):
         """What a worker says to the client, as it stands."""
+        address = "nobody"
         try:
-            datagram = Datagram(sock.recv(DATAGRAM_MAX + 1))
-            if datagram.kind in ANSWERS:
-                self.proxy.udp[family_of(self.client[0])].sendto(datagram.data, socket_address(*self.client))
+            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
+            address = address_of(peer)
+            if Datagram(data).kind in ANSWERS:
+                self.proxy.udp[family_of(self.client[0])].sendto(data, socket_address(*self.client))
         except (OSError, KeyError, ProtocolError) as error:
-            log.note("dropped a datagram: %s", error)
+            log.note("dropped a datagram from %s: %s", address, error)
 
 
 def open_speakers(address):
@@ -4627,6 +4781,8 @@ KEY_ROUNDS = 600000                 # of PBKDF2-HMAC-SHA256, for -stdin
 
 def stretch(secret):
     """The master (32 bytes) named by any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
+    if not hasattr(hashlib, "pbkdf2_hmac"):     # Python 3.12 and later have it from OpenSSL alone
+        raise Fatal(EXIT_TEMPORARY, "this Python has no OpenSSL for -stdin: use another python3")
     return fold(hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48))
 
 
@@ -4637,6 +4793,8 @@ def fold(wide):
 
 def read_secret():
     """Standard input for stretch().  HMAC hashes a key of more than 64 bytes first: so do we."""
+    if sys.stdin is None:
+        raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
     data, digest = sys.stdin.buffer.read(65), hashlib.sha256()
     if not data:
         raise Fatal(EXIT_USAGE, "-stdin: nothing to read on standard input")
@@ -4707,7 +4865,11 @@ def main_ckeygen(argv):
     log.verbose = options.verbose
     name = check_name(options.name) if options.name is not None else DEFAULT_NAME
     pub = options.pub or options.key + ("-" + name if options.name else "") + ".pub"
-    if os.path.abspath(pub) == os.path.abspath(options.key):
+    try:
+        same = os.path.abspath(pub) == os.path.abspath(options.key)
+    except OSError as error:        # it has been removed
+        raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
+    if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
     master = make_key(options.key, stretch(read_secret()) if options.stdin else None)
     try:
@@ -4764,6 +4926,8 @@ def install(words):
     if len(words) != 1:
         raise Fatal(EXIT_USAGE, "--install takes one directory")
     here = os.path.abspath(__file__)
+    if not os.path.isfile(here):
+        raise Fatal(EXIT_USAGE, "--install makes links to a file, and this program was read from standard input")
     try:
         os.makedirs(words[0], exist_ok=True)
     except OSError as error:
@@ -4819,6 +4983,9 @@ def main(argv):
         die_of(signal.SIGINT)
     except BrokenPipeError:
         die_of(signal.SIGPIPE)      # whoever read our output has gone
+    except ImportError as error:
+        log.say("this Python is not complete (%s): use another python3" % error)
+        code = EXIT_TEMPORARY
     except Exception as error:      # a defect of ours: one line all the same, the rest with -v
         if log.verbose:
             import traceback

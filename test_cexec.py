@@ -141,6 +141,7 @@ class Cluster:
         self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "PYTHONDONTWRITEBYTECODE": "1",
                          "XDG_CACHE_HOME": cache()})
         self.started, self.spaces = [], []
+        self.launch = [PYTHON, *BOOT, PROGRAM]         # what the applets are run with
         self.key, self.pub = self.path("app"), self.path("app.pub")
         self.run("ckeygen", self.key, self.pub, check=True)
 
@@ -149,7 +150,7 @@ class Cluster:
 
     def argv(self, applet, *arguments, space=None):
         """The command line of an applet, in a network namespace if one is named."""
-        return (["ip", "netns", "exec", space] if space else []) + [PYTHON, *BOOT, PROGRAM, applet, *arguments]
+        return (["ip", "netns", "exec", space] if space else []) + [*self.launch, applet, *arguments]
 
     def environment(self, env=None):
         values = dict(self.env, **(env or {}))
@@ -4325,7 +4326,7 @@ def test_nobody_answers(one):
     done = one.client(env={"GROUP": "127.255.255.255:%d" % port, "CEXEC_TIMEOUT_ACCEPT": "1"})
     assert done.returncode == 111
     assert done.stderr.decode() == ("cexec: no worker answered in 1 s on 127.255.255.255:%d "
-                                    "(is cservice running with this key?)\n" % port)
+                                    "(is cservice running with this key?): cexec -l finds out more\n" % port)
 
 
 @pytest.mark.parametrize("words, env, status", [
@@ -4984,6 +4985,7 @@ def misconfigured(hosts, spaces, what):
     ("wrong secret", False, "10.77.0.2: a worker of this application to which wrong.pub proves nothing: make the pub"),
     ("no network", False, "no network is up: only this machine was asked"),
     ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
+    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 2, this is 1: copy one cexec.py to both"),
     ("another port", False, "no other cexec was heard: .* firewall there let UDP port 3011 in"),
     ("firewall there", False, "no other cexec was heard: is cservice running, in the same network, with the same"),
     ("udp firewall here", False, "workers connect to us, but their datagrams do not arrive: let UDP"),
@@ -4991,7 +4993,12 @@ def misconfigured(hosts, spaces, what):
 ])
 def test_list_says_what_is_wrong(hosts, what, answered, said):
     spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    if what == "another version there":
+        later = hosts.path("later.py")
+        put(later, read(PROGRAM).decode().replace("PROTOCOL = 1  ", "PROTOCOL = 2  "))
+        hosts.launch = [PYTHON, later]
     hosts.worker("cat", options=("-x", "bob"), space=spaces["worker"])
+    hosts.launch = [PYTHON, PROGRAM]
     pub, env = misconfigured(hosts, spaces, what)
     done = survey(hosts, pub=pub, env=env, space=spaces["client"])
     assert (done.returncode, bool(done.stdout)) == ((0, True) if answered else (111, False)), done
@@ -5062,7 +5069,7 @@ def test_nobody_there_names_the_group(hosts):
     done = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
     assert (done.returncode, done.stdout) == (111, b"")
     assert re.fullmatch(br"cexec: no worker answered in [12] s on 255\.255\.255\.255 "
-                        br"\(is cservice running with this key\?\)\n", done.stderr)
+                        br"\(is cservice running with this key\?\): cexec -l finds out more\n", done.stderr)
 
 
 # Whom the client lets in, and where
