@@ -3873,7 +3873,7 @@ class Proxy:
                 join.check()
             if not relay.joins and relay.heard < limit:
                 self.give_up(relay)
-        self.loop.after(5.0, self.sweep)
+        self.loop.after(1.0, self.sweep)
 
 
 def room_to_splice(numbers):
