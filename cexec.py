@@ -1228,6 +1228,17 @@ def open_udp(family, address="", port=0, shared=False):
     return sock
 
 
+def open_speakers(address=None):
+    """{family: UDP socket}, the one of an address's family bound to that.  Raises OSError."""
+    socks = {family_of(address): open_udp(family_of(address), address)} if address else {}
+    for family in {socket.AF_INET, socket.AF_INET6} - set(socks):
+        try:
+            socks[family] = open_udp(family)
+        except OSError:
+            pass                    # a kernel without IPv6
+    return socks
+
+
 class Listener:
     """UDP sockets that hear a group on one port, beside others of the same host.
 
@@ -4512,51 +4523,120 @@ def end_quietly():
 # cproxy, which joins networks
 # ---------------------------------------------------------------------------
 
-ANSWERS = (BUSY, REPLY, DENY)       # what comes back from workers
 HOPS_MAX = 8
-RELAYS_MAX = 256                    # clients whose offers are joined, at a time
-JOINS_MAX = 512                     # connections joined, at a time
+RELAYS_MAX = 512                    # clients whose offers are joined, at a time
+JOINS_MAX = 1024                    # connections joined, at a time
 RELAY_SECONDS = 70.0                # without announcements: a relay is given up
 HELLO_SECONDS = 10.0                # for the client's side to begin TLS
+SPLICE_FROM = 256 * 1024            # bytes one way: what a small job moves is not worth a pipe
+PIPE_LEAST = 256 * 1024             # bytes: through a pipe of 64 KiB it takes more time than to copy
+RESET = struct.pack("ii", 1, 0)     # SO_LINGER: what is closed so is reset
+SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # never a socket's own errors
+
+RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # to TARGET
+RETURNED = (BUSY, REPLY, DENY)                  # from a worker to its client
+
+
+class Copied:
+    """What one socket has given and another not yet taken: bytes in this process."""
+
+    def __init__(self):
+        self.waiting = memoryview(b"")
+
+    def fill(self, source):
+        """Takes what has come: how much, 0 at the end.  To be called when nothing waits.  Raises OSError."""
+        self.waiting = memoryview(source.recv(FRAME_MAX))
+        return len(self.waiting)
+
+    def drain(self, target):
+        """Gives what the target takes.  Raises OSError."""
+        self.waiting = self.waiting[target.send(self.waiting):]
+
+    def close(self):
+        self.waiting = memoryview(b"")
+
+
+class Spliced:
+    """The same in a pipe: its bytes do not come here.  Linux, Python 3.10; raises OSError if there is no pipe."""
+
+    def __init__(self):
+        self.waiting = 0
+        self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        enlarge(self.inlet)
+        if fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ) < PIPE_LEAST:    # pipe(7): the user has too many
+            self.close()
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+    def fill(self, source):
+        self.waiting = os.splice(source.fileno(), self.inlet, PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK)
+        return self.waiting
+
+    def drain(self, target):
+        self.waiting -= os.splice(self.outlet, target.fileno(), self.waiting, flags=os.SPLICE_F_NONBLOCK)
+
+    def close(self):
+        os.close(self.outlet)
+        os.close(self.inlet)
 
 
 class Pump:
-    """One direction of a Join: what comes from one socket goes to the other."""
+    """One direction of a Join: what comes from one socket goes to the other.
+
+    It reads no more before that is taken: a side that stalls stalls the other.
+    """
 
     def __init__(self, join, source, target):
         self.join, self.source, self.target = join, source, target
-        self.pending, self.ended, self.held = memoryview(b""), False, False
+        self.load, self.ended, self.held = Copied(), False, False
+        self.until_splice = SPLICE_FROM if join.relay.proxy.splices else None
 
     def refresh(self):
-        loop = self.join.loop
-        loop.on_read(self.source.fileno(), None if self.pending or self.ended or self.held else self.readable)
-        loop.on_write(self.target.fileno(), self.writable if self.pending else None)
+        loop, waiting = self.join.loop, self.load.waiting
+        loop.on_read(self.source.fileno(), None if waiting or self.ended or self.held else self.readable)
+        loop.on_write(self.target.fileno(), self.writable if waiting else None)
 
     def readable(self):
+        if self.until_splice is not None and self.until_splice <= 0:
+            self.splice()
         try:
-            data = self.source.recv(FRAME_MAX)
+            count = self.load.fill(self.source)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            return self.join.close(error.strerror)
-        if not self.join.admits(self, data):
-            return
-        self.pending, self.ended = memoryview(data), not data
-        self.writable()
-        if self.ended and not self.join.closed:
-            self.hang_up()
+            return self.failed(error)
+        if self.until_splice is not None:
+            self.until_splice -= count
+        if self.join.admits(self, count):
+            self.writable() if count else self.hang_up()
 
     def writable(self):
         try:
-            if self.pending:
-                self.pending = self.pending[self.target.send(self.pending):]
+            self.load.drain(self.target)
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            return self.join.close(error.strerror)
+            return self.join.close(error.strerror, reset=True)
         self.refresh()
 
+    def splice(self):
+        """From now on through a pipe, if there is one to be had."""
+        self.until_splice = None
+        try:
+            self.load = Spliced()
+        except OSError as error:
+            log.note("no pipe to splice through: %s", error.strerror)
+
+    def failed(self, error):
+        """The source's end, unless splicing it is what does not work."""
+        if error.errno not in SPLICE_REFUSED or not isinstance(self.load, Spliced):
+            return self.join.close(error.strerror, reset=True)
+        log.note("no splicing: %s", error.strerror)
+        self.load.close()
+        self.load = Copied()
+
     def hang_up(self):
+        self.ended = True
+        self.refresh()
         try:
             self.target.shutdown(socket.SHUT_WR)
         except OSError:
@@ -4594,14 +4674,14 @@ class Join:
         self.loop.forget(self.client.fileno())
         self.down.refresh()
 
-    def admits(self, pump, data):
-        """Whether the client's side may be joined, judged by its first bytes."""
+    def admits(self, pump, count):
+        """Whether what a pump has just taken may go on: the client's side is judged by its first bytes."""
         if pump is self.up or not self.up.held:
             return True
-        if not data:
+        if not count:
             self.close("the client's side closed")
             return False
-        self.first = (self.first + data)[:6]
+        self.first = (self.first + bytes(pump.load.waiting[:6]))[:6]
         head = self.first
         if head[:1] != b"\x16" or head[1:2] not in (b"", b"\x03") or head[5:6] not in (b"", b"\x01"):
             self.close("the client's side does not begin TLS")  # RFC 8446, 5.1: handshake, ClientHello
@@ -4616,15 +4696,28 @@ class Join:
         if self.up.ended and self.down.ended:
             self.close("done")
 
-    def close(self, reason):
-        if not self.closed:
-            log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
-            self.closed = True
-            self.timer.cancel()
-            for sock in filter(None, (self.worker, self.client)):
-                self.loop.forget(sock.fileno())
-                sock.close()
-            self.relay.joins.discard(self)
+    def check(self):
+        """Ends it if a side was reset: one that is not read from, as the other stalls, would not tell."""
+        for sock in filter(None, (self.worker, self.client)):
+            error = 0 if self.closed else sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                self.close(os.strerror(error), reset=True)
+
+    def close(self, reason, reset=False):
+        """Closes both sides; a reset of one is one of the other, not an end that could be believed."""
+        if self.closed:
+            return
+        log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
+        self.closed = True
+        self.timer.cancel()
+        for sock in filter(None, (self.worker, self.client)):
+            self.loop.forget(sock.fileno())
+            if reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            sock.close()
+        for pump in (self.up, self.down):
+            pump.load.close()
+        self.relay.joins.discard(self)
 
 
 class Relay:
@@ -4648,33 +4741,26 @@ class Relay:
         self.joins.add(Join(self, worker))
 
     def hear(self, sock):
-        """What a worker says to the client, as it stands."""
+        """What a worker says to the client, as it stands.
+
+        Not from SELF: a client whose host has no route there would not hear it (rp_filter).
+        """
         address = "nobody"
         try:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
             address = address_of(peer)
-            if Datagram(data).kind in ANSWERS:
-                self.proxy.udp[family_of(self.client[0])].sendto(data, socket_address(*self.client))
-        except (OSError, KeyError, ProtocolError) as error:
+            if Datagram(data).kind in RETURNED:
+                with open_udp(family_of(self.client[0])) as back:
+                    back.sendto(data, socket_address(*self.client))
+        except (OSError, ProtocolError) as error:
             log.note("dropped a datagram from %s: %s", address, error)
-
-
-def open_speakers(address):
-    """{family: UDP socket}: bound to address for its family, and any for the other.  Raises OSError."""
-    socks = {family_of(address): open_udp(family_of(address), address)}
-    for family in {socket.AF_INET, socket.AF_INET6} - set(socks):
-        try:
-            socks[family] = open_udp(family)
-        except OSError:
-            pass                    # a kernel without IPv6
-    return socks
 
 
 class Proxy:
     """Hears a group, sends on to another with its own address as the return address."""
 
-    def __init__(self, loop, listeners, address, target):
-        self.loop, self.address, self.target = loop, address, target
+    def __init__(self, loop, listeners, address, target, splices=False):
+        self.loop, self.address, self.target, self.splices = loop, address, target, splices
         self.home = interface_of(address)[0]
         self.relayed = Memory()     # identities: what was sent on, or came from the target's own side
         self.relays = {}            # a client's (address, port): Relay
@@ -4683,7 +4769,7 @@ class Proxy:
         self.sweep()
 
     def hear(self, datagram, address, index):
-        if datagram.kind in ANSWERS or datagram.identity in self.relayed:
+        if datagram.kind not in RELAYED or datagram.identity in self.relayed:
             return
         self.relayed[datagram.identity] = True
         if datagram.hops >= HOPS_MAX:
@@ -4732,9 +4818,22 @@ class Proxy:
     def sweep(self):
         limit = time.monotonic() - RELAY_SECONDS
         for relay in list(self.relays.values()):
+            for join in list(relay.joins):
+                join.check()
             if not relay.joins and relay.heard < limit:
                 self.give_up(relay)
-        self.loop.after(5.0, self.sweep)
+        self.loop.after(1.0, self.sweep)
+
+
+def room_to_splice(numbers):
+    """Whether there is os.splice, and room for all pipes that it needs beside so many descriptors."""
+    try:
+        if hasattr(os, "splice"):   # Linux, Python 3.10
+            make_room(numbers + 4 * JOINS_MAX)
+            return True
+    except Fatal as error:
+        log.note("no splicing: %s", error)
+    return False
 
 
 CPROXY_USAGE = "cproxy [-hv] [--version] SELF [TARGET]"
@@ -4755,8 +4854,10 @@ def main_cproxy(argv):
     try:
         address, = resolve(options.self.strip("[]"))
         target = options.target or default_target(address)
-        proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port))
-        make_room(2 * (RELAYS_MAX + JOINS_MAX) + 64)
+        numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
+        make_room(numbers)
+        proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port),
+                      room_to_splice(numbers))
     except (OSError, UnicodeError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
     end_quietly()
