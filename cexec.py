@@ -829,11 +829,19 @@ class FrameReader:
                 self.start, self.data_flags, self.data_channel, self.data_left = body, flags, channel, size
             elif self.end - body < size:
                 return
-            elif kind is HELLO and size and self.view[body] != PROTOCOL:
-                raise OtherVersion(self.view[body])     # its first byte in every version, whatever follows
             else:
                 self.start = body + size
-                yield kind, flags, channel, kind.unpack(bytes(self.view[body:body + size]))
+                yield kind, flags, channel, unpack_frame(kind, bytes(self.view[body:body + size]))
+
+
+def unpack_frame(kind, body):
+    """A frame's fields.  Raises ProtocolError, and OtherVersion for a HELLO that has fields of its own."""
+    try:
+        return kind.unpack(body)
+    except ProtocolError:
+        if kind is HELLO and body and body[0] != PROTOCOL:      # the first byte in every version
+            raise OtherVersion(body[0]) from None
+        raise
 
 
 def make_frame(kind, channel=0, flags=0, **fields):
@@ -2755,6 +2763,8 @@ class Candidate:
             raise ProtocolError("%s out of place" % kind)
 
     def rcvd_hello(self, hello):
+        if hello.version != PROTOCOL:
+            raise OtherVersion(hello.version)
         if len(hello.address) > 64 or len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:

@@ -1024,7 +1024,8 @@ def test_heads_of_frames(head, good):
 
 @pytest.mark.parametrize("kind", [k for k in cexec.FRAMES.values() if k is not cexec.DATA], ids=repr)
 def test_frame_with_a_byte_too_many(kind):
-    reader, payload = cexec.FrameReader(), kind.pack(**filled(kind)) + b"\0"
+    ours = {"version": cexec.PROTOCOL} if kind is cexec.HELLO else {}
+    reader, payload = cexec.FrameReader(), kind.pack(**filled(kind, **ours)) + b"\0"
     with pytest.raises(cexec.ProtocolError, match="too many"):
         all_frames(reader, cexec.FRAME_HEAD.pack(kind.code, 0, 0, len(payload)) + payload, size=100000)
 
@@ -1766,7 +1767,7 @@ class Holder(cexec.Carrier):
         self.ready = True
 
     def link_lost(self, link, reason, violation):
-        self.lost.append((reason, violation))
+        self.lost.append((reason, bool(violation)))
 
     def local_error(self, channel, error):
         self.errors.append((channel, error))
