@@ -51,7 +51,7 @@ PROGRAM = os.path.join(HERE, "cexec.py")
 PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 IN_CI = bool(os.environ.get("CI"))
 PORTS = itertools.count(random.randrange(20000))
-PATIENCE = 10.0                         # seconds until something that must happen has not
+PATIENCE = 30.0                         # seconds until something that must happen has not
 
 
 # ---------------------------------------------------------------------------
