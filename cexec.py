@@ -2385,17 +2385,16 @@ class TerminalEnd(End):
         return {"lines": lines, "columns": columns}
 
     def raw(self):
-        """Makes every key a byte.  In the background that stops us, until we are in the foreground."""
+        """Makes every key a byte.  In the background it stops us instead: to be called again after CONT."""
         import termios
         import tty
-        while True:
-            try:
-                self.saved = self.saved or termios.tcgetattr(self.fd)
-                tty.setraw(self.fd, termios.TCSANOW)
-                break
-            except termios.error as error:
-                if error.args[0] != errno.EINTR:    # by the signal that lets us go on
-                    return log.note("the terminal stays as it is: %s", error.args[1])
+        if not self.may_read():
+            return os.kill(0, signal.SIGTTOU)       # as tcsetattr would, where we could not hear of TERM
+        try:
+            self.saved = self.saved or termios.tcgetattr(self.fd)
+            tty.setraw(self.fd, termios.TCSANOW)
+        except termios.error as error:
+            return log.note("the terminal stays as it is: %s", error.args[1])
         log.newline = "\r\n" if os.isatty(log.fd) else "\n"
 
     def restore(self):
@@ -3149,7 +3148,7 @@ class Run(Carrier):
         if number == signal.SIGWINCH:
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
-            self.take_terminal()
+            self.loop.after(0, self.take_terminal)      # after a TERM that came meanwhile: that may stop us again
             self.refresh()
         elif number == signal.SIGTSTP:
             self.job.terminal.restore()

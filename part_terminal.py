@@ -262,6 +262,55 @@ def test_in_the_background_it_stops_until_it_is_in_the_foreground(tmux):
     tmux.shows("^here>$")
 
 
+@pytest.mark.parametrize("how", ("started there", "stopped there"))
+def test_killed_in_the_background(tmux, how):
+    """It ends, and leaves the terminal to whoever has it now."""
+    if how == "started there":
+        tmux.line("$RUN -t $PUB %s &" % THERE)
+    else:
+        tmux.line("$RUN -t $PUB " + THERE)
+        tmux.shows("^there>$")
+        os.kill(tmux.client(), signal.SIGSTOP)
+        tmux.shows("Stopped")
+    client = tmux.client()
+    until(lambda: state_of(client) == "T", "the stop")
+    tmux.line("clear; echo s'hell'")
+    tmux.shows("^shell\nhere>$")
+    before = tmux.modes()
+    os.kill(client, signal.SIGTERM)
+    os.kill(client, signal.SIGCONT)
+    until(lambda: state_of(client) is None, "its end")
+    assert tmux.modes() == before
+    tmux.line("stty -a; echo al'l'")
+    tmux.shows("^all")
+    assert "-icanon" not in tmux.screen()
+
+
+def test_a_worker_that_hangs_can_be_left(tmux):
+    mark = new_mark()
+    tmux.line("$RUN -t $PUB MARK=%s %s" % (mark, THERE))
+    tmux.shows("^there>$")
+    supervisor = parent_of(marked(mark)[0])
+    os.kill(supervisor, signal.SIGSTOP)
+    tmux.line("into the void")
+    tmux.keys("-l", "~.")
+    tmux.shows("^here>$")
+    os.kill(supervisor, signal.SIGCONT)
+    until(lambda: not marked(mark), "the end of the command")
+
+
+@pytest.mark.parametrize("ignored", (False, True))
+def test_a_terminal_that_goes_away_hangs_the_command_up(one, ignored):
+    mark = new_mark()
+    terminal = Terminal(one, ["sh", "-c", 'trap "" HUP; exec "$@"' if ignored else 'exec "$@"', "sh",
+                              *one.argv("cexec", "-t", one.pub, "MARK=" + mark),
+                              "CMD=trap 'exit 9' HUP; echo ready; " + FOREVER])
+    terminal.shows("ready")
+    os.close(terminal.master)
+    assert terminal.process.wait(PATIENCE) == (9 if ignored else -signal.SIGHUP)
+    until(lambda: not marked(mark), "the end of the command")
+
+
 def test_while_it_searches_the_keys_are_as_ever(tmux):
     tmux.line("GROUP=127.255.255.255:%d $RUN -v -t $PUB; echo sta'tus'=$?" % free_port())
     tmux.shows("try 2")

@@ -54,7 +54,7 @@ with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
 PORTS = itertools.count(random.randrange(20000))
-PATIENCE = 10.0                         # seconds until something that must happen has not
+PATIENCE = 30.0                         # seconds until something that must happen has not
 
 
 # ---------------------------------------------------------------------------
