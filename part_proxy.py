@@ -8,7 +8,7 @@ RESETS = struct.pack("ii", 1, 0)                # SO_LINGER: what is closed so i
 WAYS = {
     "spliced": "",
     "no splice": "vars(os).pop('splice', None)",
-    "splice refused": "os.splice = refused",
+    "splice refused": "if hasattr(os, 'splice'): os.splice = refused",
     "no pipes": "os.pipe2 = refused",
     "few descriptors": "cexec.make_room = few",
 }
@@ -37,8 +37,9 @@ class Between:
         self.ear.bind(("", self.far))
         self.log = cluster.path("between.log")
         with open(self.log, "wb") as file:
-            self.process = subprocess.Popen([PYTHON, "-c", CHANGED % (HERE, change, self.far)], stdout=file, stderr=file,
-                                            env=cluster.environment(), stdin=subprocess.DEVNULL)
+            argv = [PYTHON, "-c", CHANGED % (HERE, change, self.far)]
+            self.process = subprocess.Popen(argv, env=cluster.environment(), stdin=subprocess.DEVNULL, stdout=file,
+                                            stderr=file)
         cluster.started.append(self.process)
         self.pid = self.process.pid
         until(lambda: b"cproxy: from " in read(self.log) or self.process.poll() is not None, "a proxy's start")
@@ -192,12 +193,12 @@ def test_a_side_that_stalls_stalls_the_other(between, way):
     client, worker = proxy.join()
     worker.sendall(bytes(1 << 20))
     assert take(client, 1 << 20) == bytes(1 << 20)
-    before = rss(proxy.pid)
+    before = resident(proxy.pid)
     sent = fill(worker)
     proxy.rests()
     worker.shutdown(socket.SHUT_WR)         # now one side has ended, and the other stalls
     proxy.rests()
-    assert rss(proxy.pid) - before < 4 << 20
+    assert resident(proxy.pid) - before < 4 << 20
     client.sendall(b"the other way")
     assert take(worker, 13) == b"the other way"
     client.shutdown(socket.SHUT_WR)
@@ -207,7 +208,7 @@ def test_a_side_that_stalls_stalls_the_other(between, way):
     until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
 
 
-def rss(pid):
+def resident(pid):
     return int(read("/proc/%d/statm" % pid).split()[1]) * resource.getpagesize()
 
 
