@@ -193,12 +193,12 @@ def test_a_side_that_stalls_stalls_the_other(between, way):
     client, worker = proxy.join()
     worker.sendall(bytes(1 << 20))
     assert take(client, 1 << 20) == bytes(1 << 20)
-    before = resident(proxy.pid)
+    before = rss(proxy.pid)
     sent = fill(worker)
     proxy.rests()
     worker.shutdown(socket.SHUT_WR)         # now one side has ended, and the other stalls
     proxy.rests()
-    assert resident(proxy.pid) - before < 4 << 20
+    assert rss(proxy.pid) - before < 4 << 20
     client.sendall(b"the other way")
     assert take(worker, 13) == b"the other way"
     client.shutdown(socket.SHUT_WR)
@@ -206,10 +206,6 @@ def test_a_side_that_stalls_stalls_the_other(between, way):
     proxy.rests()
     assert len(take(client, sent + 1)) == sent
     until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
-
-
-def resident(pid):
-    return int(read("/proc/%d/statm" % pid).split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize("way", ["spliced", "no splice"])
