@@ -8,7 +8,7 @@ RESETS = struct.pack("ii", 1, 0)                # SO_LINGER: what is closed so i
 WAYS = {
     "spliced": "",
     "no splice": "vars(os).pop('splice', None)",
-    "splice refused": "os.splice = refused",
+    "splice refused": "if hasattr(os, 'splice'): os.splice = refused",
     "no pipes": "os.pipe2 = refused",
     "few descriptors": "cexec.make_room = few",
 }
@@ -37,8 +37,9 @@ class Between:
         self.ear.bind(("", self.far))
         self.log = cluster.path("between.log")
         with open(self.log, "wb") as file:
-            self.process = subprocess.Popen([PYTHON, "-c", CHANGED % (HERE, change, self.far)], stdout=file, stderr=file,
-                                            env=cluster.environment(), stdin=subprocess.DEVNULL)
+            argv = [PYTHON, "-c", CHANGED % (HERE, change, self.far)]
+            self.process = subprocess.Popen(argv, env=cluster.environment(), stdin=subprocess.DEVNULL, stdout=file,
+                                            stderr=file)
         cluster.started.append(self.process)
         self.pid = self.process.pid
         until(lambda: b"cproxy: from " in read(self.log) or self.process.poll() is not None, "a proxy's start")
@@ -205,10 +206,6 @@ def test_a_side_that_stalls_stalls_the_other(between, way):
     proxy.rests()
     assert len(take(client, sent + 1)) == sent
     until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
-
-
-def rss(pid):
-    return int(read("/proc/%d/statm" % pid).split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize("way", ["spliced", "no splice"])
