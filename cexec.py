@@ -189,14 +189,26 @@ class Log:
     def __init__(self):
         self.applet = "cexec"
         self.verbose = False
-        self.fd, self.newline = 2, "\n"
+        self.fd, self.newline, self.shown = 2, "\n", ""
 
     def say(self, message):
-        line = "%s: %s%s" % (self.applet, printable(message), self.newline)
+        shown = self.shown
+        self.status("")
+        self.write("%s: %s%s" % (self.applet, printable(message), self.newline))
+        self.status(shown)
+
+    def write(self, text):
         try:
-            os.write(self.fd, line.encode("utf-8", "backslashreplace"))
+            os.write(self.fd, text.encode("utf-8", "backslashreplace"))
         except OSError:
             pass                    # nobody is there to be told
+
+    def status(self, text):
+        """Keeps a line below the others, on a terminal; what was there before goes."""
+        if text or self.shown:
+            width = max(20, os.get_terminal_size(self.fd).columns - 1)
+            self.shown = fitted(printable(text), width)
+            self.write("\r\x1b[K" + self.shown)
 
     def note(self, message, *args):
         if self.verbose:
@@ -236,6 +248,13 @@ def table(heads, rows):
     widths = [max(map(columns, column)) for column in zip(*rows)]
     return ["  ".join(text + " " * (width - columns(text)) for text, width in zip(row, widths)).rstrip()
             for row in rows]
+
+
+def fitted(text, width):
+    """As much of a text as has room in so many columns."""
+    while columns(text) > width:
+        text = text[:-1]
+    return text
 
 
 def duration(seconds):
@@ -604,7 +623,7 @@ def by_code(*messages):
 
 # Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
-ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I")          # waited: ms
+ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", batch="8s")          # waited: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
@@ -635,7 +654,7 @@ SIGNAL = Message(11, "SIGNAL", signal="text")
 PING = Message(12, "PING")
 PONG = Message(13, "PONG")
 LINGER = Message(14, "LINGER", status="B")
-EXIT = Message(15, "EXIT", how="B", status="B", reason="text", channels="rows:HQQ")
+EXIT = Message(15, "EXIT", how="B", status="B", more="B", reason="text", channels="rows:HQQ")
 RESIZE = Message(16, "RESIZE", lines="H", columns="H")
 FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT,
                  RESIZE)
@@ -2603,22 +2622,37 @@ def system_load():
 # cexec, the client
 # ---------------------------------------------------------------------------
 
-class Job:
-    """What the user wants done: the descriptors, the environment, the settings."""
+class Terms:
+    """What the user wants of any job: its variables, and what the environment sets."""
 
-    def __init__(self, environment, empty=None, repeat=False, terminal=False):
-        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
-        make_room(2 * self.limit + 16)
-        self.environment, self.repeat = environment, repeat
+    batch = bytes(8)                # the id that the searches of a batch have in common
+
+    def __init__(self, environment):
+        self.environment = environment
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
         self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
         linger = setting("CEXEC_TIMEOUT_LINGER", -1, 0, 10 ** 6)
         self.linger = NO_LINGER if linger < 0 else linger * 1000
-        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20)
         self.may_offer = address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
         self.ports = listen_ports()
+
+    def job_fields(self):
+        """JOB's fields: here without descriptors and terminal."""
+        return {"descriptors": [], "environment": self.environment, "linger": self.linger,
+                "term": "", "lines": 0, "columns": 0, "modes": []}
+
+
+class Job(Terms):
+    """What the user wants done: the descriptors besides."""
+
+    def __init__(self, environment, empty=None, repeat=False, terminal=False):
+        super().__init__(environment)
+        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
+        make_room(2 * self.limit + 16)
+        self.repeat = repeat
+        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20)
         self.channels = inherited_channels(self.limit)
         self.terminal = None        # the TerminalEnd of -t
         joined = join_terminal(self.channels) if terminal else None
@@ -2676,13 +2710,13 @@ class Job:
             rows += [(member.number, channel, flags) for member in members]
         return rows
 
-    def terminal_fields(self):
-        """What JOB says of the terminal."""
-        if not self.terminal:
-            return {"term": "", "lines": 0, "columns": 0, "modes": []}
-        term = os.environ.get("TERM", "")
-        return {"term": term if is_name(term) else "dumb", "modes": terminal_modes(self.terminal.fd),
-                **self.terminal.size()}
+    def job_fields(self):
+        fields = dict(super().job_fields(), descriptors=self.rows())
+        if self.terminal:
+            term = os.environ.get("TERM", "")
+            fields.update(self.terminal.size(), term=term if is_name(term) else "dumb",
+                          modes=terminal_modes(self.terminal.fd))
+        return fields
 
 
 def parse_ports(text):
@@ -2844,12 +2878,15 @@ class Search:
         if accept and self.ahead is not None:
             accept = max(accept, BUSY_SECONDS + 2)      # in a line we hear that seldom
         if accept and now - self.answered > accept or wait and now - self.began > wait:
-            raise Fatal(EXIT_TEMPORARY, self.complaint(now))
+            return self.give_up(self.complaint(now))
         self.attempt += 1
-        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000))
+        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000), batch=self.job.batch)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         pause = max(min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10)), ways * SECONDS_A_WAY)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
+
+    def give_up(self, message):
+        raise Fatal(EXIT_TEMPORARY, message)
 
     def complaint(self, now):
         if self.ahead is not None:
@@ -2863,8 +2900,11 @@ class Search:
 
     def listen(self):
         """Begins to take offers: not before ssl is there to take them."""
-        self.context = tls_context()
+        self.context = self.tls()
         self.back.attend(self.hear, self.accept)
+
+    def tls(self):
+        return tls_context()
 
     def send(self, kind, **fields):
         return self.group.send(self.back.udp, make_datagram(kind, self.pub, self.nonce, self.back.port, **fields))
@@ -2927,8 +2967,10 @@ class Search:
         self.asked, candidate.state = candidate, "ASKED"
         proof = client_proof(self.pub.secret, candidate.hello.challenge, self.nonce)
         candidate.link.send(AUTH, proof=proof)
-        candidate.link.send(JOB, descriptors=self.job.rows(), environment=self.job.environment,
-                            linger=self.job.linger, **self.job.terminal_fields())
+        candidate.link.send(JOB, **self.job_for(candidate))
+
+    def job_for(self, candidate):
+        return self.job.job_fields()
 
     def dropped(self, candidate, reason, violation):
         log.note("offer from %s: %s", candidate.address, reason)
@@ -2970,25 +3012,81 @@ class Search:
         self.back.deafen()
 
 
-class Run(Carrier):
-    """A job after GO, at the client; status is the exit code once the loop has stopped."""
+class Served(Carrier):
+    """A job after GO at the client: what a command's and that of one file of a batch have in common."""
+
+    def __init__(self, loop, link, hello, silence_seconds):
+        super().__init__(loop, link)
+        self.hello, self.worker, self.silence_seconds = hello, hello.address, silence_seconds
+        self.exit = self.trouble = None
+        self.began = self.last_tick = time.monotonic()
+        self.tick = loop.after(self.tick_seconds(), self.check_life)
+        link.attach(loop, self)
+
+    def rcvd_exit(self, flags, channel, payload):
+        """EXIT counts if all output that it tells of has come."""
+        if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
+            raise ProtocolError("EXIT that tells nothing")
+        rows = {number: (sent, taken) for number, sent, taken in payload.channels}
+        for number, sink in self.sinks.items():
+            if sink.state is OPEN or sink.state is not SHUTDOWN and rows.get(number, (None,))[0] != sink.received:
+                raise ProtocolError("output is missing on descriptor %d" % number)
+        self.exit = payload
+        self.tick.cancel()
+        for source in self.sources.values():
+            self.loop.on_read(source.end.polled, None)
+        self.exited(rows)
+
+    def exited(self, rows):
+        """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
+        raise NotImplementedError
+
+    def rcvd_pong(self, flags, channel, payload):
+        pass                        # Link.heard tells what matters
+
+    def moved(self):
+        """(bytes sent to the worker, bytes received from it)."""
+        return (sum(source.sent for source in self.sources.values()),
+                sum(sink.received for sink in self.sinks.values()))
+
+    def alert_fields(self, event, status, reason):
+        sent, received = self.moved()
+        return {"event": event, "worker": self.worker, "worker_id": self.hello.worker_id, "status": status,
+                "milliseconds": u32((time.monotonic() - self.began) * 1000),
+                "bytes_in": sent, "bytes_out": received, "reason": reason[:200]}
+
+    # Signs of life
+
+    def tick_seconds(self):
+        return min(20.0, self.silence_seconds / 3)
+
+    def check_life(self):
+        """PING when it is quiet; whoever stays quiet is lost.  A stop of ours does not count."""
+        now, interval = time.monotonic(), self.tick_seconds()
+        if now - self.last_tick > interval * 2:
+            self.link.heard = now
+        self.last_tick = now
+        if now - self.link.heard > self.silence_seconds:
+            self.link.fail("no sign of life for %d s" % self.silence_seconds)
+        else:
+            self.link.send(PING)
+            self.tick = self.loop.after(interval, self.check_life)
+
+
+class Run(Served):
+    """The job of one cexec after GO; status is the exit code once it is over."""
 
     def __init__(self, client, search, winner):
-        super().__init__(search.loop, winner.link)
-        self.client, self.search, self.job, self.hello = client, search, search.job, winner.hello
-        self.worker = self.hello.address
-        self.exit = self.status = self.trouble = None
-        self.began, self.interrupted = time.monotonic(), 0.0
+        super().__init__(search.loop, winner.link, winner.hello, search.job.silence_seconds)
+        self.client, self.search, self.job = client, search, search.job
+        self.status, self.interrupted = None, 0.0
         log.fd = lifted(2, self.loop.floor)     # the command may close 2, and then something is to be said
-        self.link.attach(self.loop, self)
         for channel, end in self.job.ends.items():
             self.carry(channel, end)
             if channel in self.sources:
                 self.begin_input(channel, self.sources[channel])
         if self.job.terminal:
             self.take_terminal()
-        self.last_tick = time.monotonic()
-        self.tick = self.loop.after(self.tick_seconds(), self.check_life)
 
     def begin_input(self, channel, source):
         if channel in self.job.empty:
@@ -2998,18 +3096,9 @@ class Run(Carrier):
 
     # What the worker says
 
-    def rcvd_exit(self, flags, channel, payload):
-        if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
-            raise ProtocolError("EXIT that tells nothing")
-        rows = {number: (sent, taken) for number, sent, taken in payload.channels}
-        for number, sink in self.sinks.items():
-            if sink.state is OPEN or sink.state is not SHUTDOWN and rows.get(number, (None,))[0] != sink.received:
-                raise ProtocolError("output is missing on descriptor %d" % number)
-        self.exit = payload
-        self.tick.cancel()
+    def exited(self, rows):
         self.link.close()
         for number, source in self.sources.items():
-            self.loop.on_read(source.end.polled, None)
             if number in rows:
                 self.give_back(number, source.sent - rows[number][1])
         self.stream_ended()
@@ -3021,9 +3110,6 @@ class Run(Carrier):
                 os.lseek(number, -count, os.SEEK_CUR)
             except OSError as error:            # a file of /proc or the like
                 log.note("descriptor %d: %s", number, error.strerror)
-
-    def rcvd_pong(self, flags, channel, payload):
-        pass                        # Link.heard tells what matters
 
     def rcvd_linger(self, flags, channel, payload):
         if os.isatty(2):
@@ -3100,27 +3186,7 @@ class Run(Carrier):
         self.job.tell(status, word, self.worker, time.monotonic() - self.began)
 
     def alert(self, event, status, reason):
-        self.search.send(ALERT, event=event, worker=self.worker, worker_id=self.hello.worker_id, status=status,
-                         milliseconds=u32((time.monotonic() - self.began) * 1000),
-                         bytes_in=sum(source.sent for source in self.sources.values()),
-                         bytes_out=sum(sink.received for sink in self.sinks.values()), reason=reason[:200])
-
-    # Signs of life
-
-    def tick_seconds(self):
-        return min(20.0, self.job.silence_seconds / 3)
-
-    def check_life(self):
-        """PING when it is quiet; whoever stays quiet is lost.  A stop of ours does not count."""
-        now, interval = time.monotonic(), self.tick_seconds()
-        if now - self.last_tick > interval * 2:
-            self.link.heard = now
-        self.last_tick = now
-        if now - self.link.heard > self.job.silence_seconds:
-            self.link.fail("no sign of life for %d s" % self.job.silence_seconds)
-        else:
-            self.link.send(PING)
-            self.tick = self.loop.after(interval, self.check_life)
+        self.search.send(ALERT, **self.alert_fields(event, status, reason))
 
     # Signals
 
@@ -3189,7 +3255,12 @@ def parse_environment(words):
             raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE (after the public key come variables for the command)" % word)
     if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
         raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
-    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]     # whatever the locale is
+    return wire_texts(words)
+
+
+def wire_texts(words):
+    """The texts, byte for byte, as the wire has them whatever the locale is."""
+    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]
 
 
 def is_variable(name):
@@ -3273,6 +3344,10 @@ class Client:
         self.search.announce()
         self.search.listen()
 
+
+# ---------------------------------------------------------------------------
+# cexec -l: who is there
+# ---------------------------------------------------------------------------
 
 class Survey:
     """cexec -l: asks who is there; when nobody answers, finds out why."""
@@ -3431,8 +3506,480 @@ def list_workers(group, pub, ports, as_json):
     return 0 if rows else EXIT_TEMPORARY
 
 
+# ---------------------------------------------------------------------------
+# cexec -m: a batch of files, a job each
+# ---------------------------------------------------------------------------
+
+PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
+OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
+IN_LINE = 2                         # searches that wait while all that can run does
+FAILURES_MAX = 101                  # the exit status, as parallel has it: that many failures, or more than 100
+JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
+
+
+def fill_pattern(pattern, name):
+    """The pattern with {} the name, {.} without its extension, {/} its last part, {//} its directory, {/.} both."""
+    import re
+    values = {"": name, "/": os.path.basename(name), "//": os.path.dirname(name) or "."}
+    values.update({".": re.sub(r"\.[^/.]+$", "", name), "/.": re.sub(r"\.[^/.]+$", "", values["/"])})
+    return re.sub(PLACES, lambda match: values[match.group(1)], pattern)
+
+
+def batch_names(words, zero):
+    """The files of a batch: words, or for "-" the lines of standard input, with zero what NULs end.  Raises Fatal."""
+    if words != ["-"] and not (zero and not words):
+        return words
+    names = sys.stdin.buffer.read().split(b"\0" if zero else b"\n")
+    return [os.fsdecode(name) for name in names if name]
+
+
+def batch_tasks(names, pattern):
+    """The Tasks of a batch, in order.  Raises Fatal (100) where two would write one file, or their own input."""
+    tasks, taken = [], {}
+    for number, name in enumerate(names, 1):
+        output = None if pattern == "-" else fill_pattern(pattern, name)
+        if output is not None:
+            place = os.path.abspath(output)
+            if place == os.path.abspath(name):
+                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, name))
+            if place in taken:
+                raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
+                            % (pattern, taken[place], name, output))
+            taken[place] = name
+        tasks.append(Task(number, name, output))
+    return tasks
+
+
+class Task:
+    """A file of a batch, from its place in the list to its output.
+
+    The output is written beside its name, and gets that only when it is whole.  Without a
+    name for it (-o -) it goes to an unnamed file, from where it is copied in its turn.
+    """
+
+    def __init__(self, number, name, output):
+        self.number, self.name, self.output = number, name, output
+        self.part = output and os.path.join(os.path.dirname(output), ".%s.part" % os.path.basename(output))
+        self.tries, self.input, self.result, self.errors = 0, None, None, None
+        self.status = None          # once it is over: the exit status; 0 is a success
+        self.done_before = False
+
+    def is_done(self):
+        """Whether the output is there and no older than the input."""
+        try:
+            self.done_before = os.stat(self.output).st_mtime_ns >= os.stat(self.name).st_mtime_ns
+        except (OSError, TypeError):
+            pass                    # not there; or no name
+        return self.done_before
+
+    def open(self):
+        """Opens what it reads and writes, for one more try.  Raises OSError."""
+        import tempfile
+        try:
+            self.input = open(self.name, "rb")
+            self.stamp = self.state_of_input()
+            if stat.S_ISDIR(os.fstat(self.input.fileno()).st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
+            self.errors = tempfile.TemporaryFile()
+        except OSError:
+            self.close()
+            raise
+
+    def open_part(self):
+        """The file beside the output, empty, and nobody else's.  Raises OSError."""
+        while True:
+            part = open(os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(part.fileno()), os.stat(self.part)):
+                    part.truncate(0)
+                    return part
+            except FileNotFoundError:
+                pass                # who had it has just renamed or removed it
+            except OSError as error:
+                part.close()
+                raise OSError(error.errno, "another cexec is writing it", self.part) from None
+            part.close()
+
+    def state_of_input(self):
+        now = os.fstat(self.input.fileno())
+        return now.st_size, now.st_mtime_ns
+
+    def keep(self):
+        """Gives the output its name.  Raises OSError."""
+        if self.state_of_input() != self.stamp:
+            raise OSError(errno.EBUSY, "changed while it was read")
+        if self.output is not None:
+            os.rename(self.part, self.output)
+
+    def discard(self):
+        """Leaves nothing of an output that is not whole."""
+        if self.result and self.output is not None:
+            try:
+                os.unlink(self.part)
+            except OSError:
+                pass
+        self.close()
+
+    def close(self):
+        for file in (self.input, self.result, self.errors):
+            if file:
+                file.close()
+        self.input = self.result = self.errors = None
+
+
+class FileSearch(Search):
+    """A search for a worker for the next file of a batch, whichever that is by then."""
+
+    def __init__(self, batch):
+        self.batch = batch
+        super().__init__(batch.loop, batch.group, batch.pub, batch.terms, self.found)
+
+    def tls(self):
+        self.batch.context = self.batch.context or tls_context()
+        return self.batch.context
+
+    def ask(self, candidate):
+        candidate.task = self.batch.take()
+        if candidate.task:
+            super().ask(candidate)
+        else:
+            self.batch.end_search(self)
+
+    def job_for(self, candidate):
+        return self.batch.job_for(candidate.task)
+
+    def dropped(self, candidate, reason, violation):
+        if candidate is self.asked:
+            self.batch.put_back(candidate.task)
+        super().dropped(candidate, reason, violation)
+
+    def found(self, winner):
+        self.batch.begin(self, winner)
+
+    def give_up(self, message):
+        self.batch.not_found(self, message)
+
+
+class FileRun(Served):
+    """One file of a batch on a worker: after its EXIT the next one, if both want to."""
+
+    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]
+
+    def __init__(self, batch, link, hello, task):
+        super().__init__(batch.loop, link, hello, batch.terms.silence_seconds)
+        self.batch, self.task, self.started = batch, task, time.time()
+        for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
+            self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
+        self.refresh()
+
+    def exited(self, rows):
+        self.leave()
+        self.batch.ended(self)
+
+    def leave(self):
+        """Waits for its files no more."""
+        self.tick.cancel()
+        for source in self.sources.values():
+            self.loop.on_read(source.end.polled, None)
+
+    def local_error(self, channel, error):
+        names = (self.task.name, self.task.output or "standard output", "standard error")
+        self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
+
+    def stream_ended(self):
+        pass                        # EXIT comes when all of them have
+
+    def rcvd_linger(self, flags, channel, payload):
+        pass
+
+    def link_lost(self, link, reason, violation):
+        self.leave()
+        self.batch.lost(self, reason)
+
+
+class Batch:
+    """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
+
+    A worker that nobody else waits for takes the next file on the connection that it has;
+    for the rest there are searches, two more than can be served, or as many as -j leaves.
+    """
+
+    def __init__(self, pub, group, terms, tasks, jobs, joblog):
+        self.pub, self.group, self.terms, self.jobs, self.joblog = pub, group, terms, jobs, joblog
+        self.loop, self.context = Loop(), None
+        self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
+        self.searches, self.runs = [], []
+        self.began, self.failed, self.done = time.monotonic(), 0, 0
+        self.shown = 0              # how many outputs have had their turn on standard output
+        self.watched = os.isatty(2) and not log.verbose
+        self.udp = open_speakers()
+        terms.batch = os.urandom(8)
+
+    def status(self):
+        """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
+        self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
+        if self.watched:
+            self.show_progress()
+        try:
+            self.fill()
+            started_up()
+            while self.queue or self.runs or any(search.asked for search in self.searches):
+                self.loop.turn()
+        finally:
+            self.stop()
+        if self.watched:
+            log.say("%d files are done, %d have failed, after %s"
+                    % (self.done, self.failed, duration(int(time.monotonic() - self.began))))
+        return min(self.failed, FAILURES_MAX)
+
+    # Searches, and the files that go to whom they find
+
+    def fill(self):
+        """Has as many searches as there is use for."""
+        room = IN_LINE if self.jobs is None else self.jobs - len(self.runs)
+        while len(self.searches) < min(room, self.ready()):
+            search = FileSearch(self)
+            self.searches.append(search)
+            search.announce()
+            search.listen()
+        while len(self.searches) > max(0, room):
+            idle = [search for search in self.searches if not search.asked]
+            if not idle:
+                break
+            self.end_search(idle[-1])
+
+    def ready(self):
+        """How many files may be begun: with -o - not too many beyond the one whose turn it is."""
+        if self.queue and self.queue[0].output is None and self.queue[0].number > self.shown + OUTPUTS_MAX:
+            return 0
+        return len(self.queue)
+
+    def end_search(self, search):
+        if search in self.searches:
+            self.searches.remove(search)
+            if search.asked:
+                self.put_back(search.asked.task)
+            search.end()
+            search.back.close()
+
+    def not_found(self, search, message):
+        """A search has given up: no harm while others are served."""
+        self.end_search(search)
+        if not self.runs and not self.searches:
+            raise Fatal(EXIT_TEMPORARY, "%s; %s" % (message, self.rest()))
+
+    def take(self):
+        """The next Task that can be opened; None if there is none."""
+        while self.ready():
+            task = self.queue.popleft()
+            try:
+                task.open()
+                return task
+            except (OSError, ValueError) as error:
+                self.over(task, EXIT_TEMPORARY, getattr(error, "strerror", None) or str(error))
+        return None
+
+    def put_back(self, task):
+        task.discard()
+        self.queue.appendleft(task)
+
+    def job_for(self, task):
+        """JOB's fields for a Task."""
+        fields = self.terms.job_fields()
+        fields.update(descriptors=FileRun.ROWS, environment=self.terms.environment + wire_texts(["FILE=" + task.name]))
+        return fields
+
+    def begin(self, search, winner):
+        self.searches.remove(search)
+        search.back.close()
+        self.runs.append(FileRun(self, winner.link, winner.hello, winner.task))
+        self.fill()
+
+    # What comes of them
+
+    def ended(self, run):
+        """EXIT: the file is done, or has failed; and the worker may take the next."""
+        task, code = run.task, run.exit.status
+        reason = run.trouble or run.exit.reason
+        if run.trouble:
+            code = EXIT_TEMPORARY
+        elif run.exit.how == HOW_SIGNALLED:
+            code, reason = EXIT_SIGNAL + code, "killed by signal %d" % code
+        elif code == 0:
+            try:
+                task.keep()
+            except OSError as error:
+                code, reason = EXIT_TEMPORARY, "%s: %s" % (task.output or task.name, error.strerror)
+        self.alert(run, ALERT_SIGNALLED if run.exit.how == HOW_SIGNALLED else ALERT_EXITED, run.exit.status, reason)
+        self.runs.remove(run)
+        self.over(task, code, reason, run)
+        following = self.take() if run.exit.more and not self.crowded() else None
+        if following:
+            run.link.send(JOB, **self.job_for(following))
+            run.link.send(GO)
+            self.runs.append(FileRun(self, run.link, run.hello, following))
+        else:
+            run.link.close()
+        self.fill()
+
+    def crowded(self):
+        return self.jobs is not None and len(self.runs) >= self.jobs
+
+    def lost(self, run, reason):
+        """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
+        task, message = run.task, "worker %s lost: %s" % (run.worker, reason)
+        self.runs.remove(run)
+        task.tries += 1
+        if task.tries > self.terms.retries:
+            self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
+            self.over(task, EXIT_TEMPORARY, message, run)
+        else:
+            log.note("%s: %s; once more", task.name, message)
+            self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
+            self.put_back(task)
+        self.fill()
+
+    def over(self, task, status, reason, run=None):
+        """A file is done or has failed: says so, logs it, prints what is next in order."""
+        task.status = status
+        self.done, self.failed = self.done + (status == 0), self.failed + (status != 0)
+        if status:
+            self.tell_failure(task, status, reason)
+        if self.joblog:
+            self.log_job(task, run)
+        if status:
+            task.discard()
+        elif task.output is not None:
+            task.close()
+        self.print_outputs()
+
+    def tell_failure(self, task, status, reason):
+        log.status("")
+        log.say("%s: %s" % (task.name, reason or "exit status %d" % status))
+        if task.errors:
+            task.errors.seek(0)
+            copy_to(2, task.errors)         # what the command said
+
+    def log_job(self, task, run):
+        """A line as parallel's --joblog has it."""
+        signalled = run is not None and run.exit is not None and run.exit.how == HOW_SIGNALLED
+        sent, received = run.moved() if run else (0, 0)
+        seconds = time.monotonic() - run.began if run else 0.0
+        self.joblog.write("\t".join(map(str, [
+            task.number, run.worker if run else "-", "%.3f" % (run.started if run else time.time()), "%10.3f" % seconds,
+            sent, received, 0 if signalled else task.status, run.exit.status if signalled else 0,
+            printable(task.name)])) + "\n")
+        self.joblog.flush()
+
+    def print_outputs(self):
+        """With -o -: copies to standard output what is whole, in the order of the files."""
+        while self.shown < len(self.tasks) and (self.tasks[self.shown].status is not None):
+            task = self.tasks[self.shown]
+            self.shown += 1
+            if task.output is None and task.status == 0:
+                task.result.seek(0)
+                try:
+                    copy_to(1, task.result)
+                except BrokenPipeError:
+                    raise
+                except OSError as error:
+                    raise Fatal(EXIT_TEMPORARY, "standard output: %s" % error.strerror) from None
+                task.close()
+
+    def alert(self, run, event, status, reason):
+        """For crat.  A complaint names the job of the offer; the rest have one each, or would be taken for copies."""
+        nonce = run.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
+        self.group.send(self.udp, make_datagram(ALERT, self.pub, nonce, 0,
+                                                **run.alert_fields(event, status, reason)))
+
+    # The person who waits
+
+    def rest(self):
+        todo = sum(task.status != 0 and not task.done_before for task in self.tasks)
+        again = "" if self.tasks[0].output is None else "; the same command again does the rest"
+        return "%d of %d files are done%s" % (len(self.tasks) - todo, len(self.tasks), again)
+
+    def stop(self):
+        """Leaves: nothing runs on, nothing half-written stays."""
+        log.status("")
+        for search in list(self.searches):
+            self.end_search(search)
+        for run in self.runs:
+            run.leave()
+            run.link.close()
+            run.task.discard()
+        self.runs = []
+
+    def interrupted(self, number):
+        self.stop()
+        log.say("interrupted: " + self.rest())
+        die_of(number)
+
+    def show_progress(self):
+        log.status(self.progress())
+        self.loop.after(0.2, self.show_progress)
+
+    def progress(self):
+        seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
+        over = self.done + self.failed
+        rate = over / seconds if seconds else 0.0
+        text = "%d/%d done, %d running, %d failed" % (len(self.tasks) - left - self.failed, len(self.tasks),
+                                                      len(self.runs), self.failed)
+        if over:
+            text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
+        workers = collections.Counter(run.worker for run in self.runs)
+        return "  ".join([text] + ["%s*%d" % item for item in sorted(workers.items())])
+
+
+def copy_to(fd, file):
+    """Copies the rest of a file to a descriptor.  Raises OSError."""
+    while True:
+        view = memoryview(file.read(FRAME_MAX))
+        if not view:
+            return
+        while view:
+            try:
+                view = view[os.write(fd, view):]
+            except BlockingIOError:             # somebody made it so
+                select.select([], [fd], [])
+
+
+def main_batch(pub, group, words, options):
+    """Does a batch; its exit code."""
+    if "--" not in words and not options.zero:
+        raise Fatal(EXIT_USAGE, "-m: no files are named (-- FILE ..., or -- - for a list on standard input)")
+    place = words.index("--") if "--" in words else len(words)
+    words, files = words[:place], words[place + 1:]
+    tasks = batch_tasks(batch_names(files, options.zero), options.output)
+    terms = Terms(parse_environment(words))
+    joblog = open_joblog(options.joblog) if options.joblog else None
+    todo = [task for task in tasks if options.force or not task.is_done()]
+    log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
+    if not todo:
+        return 0
+    return Batch(pub, group, terms, tasks, options.jobs, joblog).status()
+
+
+def open_joblog(path):
+    """A file to append to, with parallel's heads if it is new.  Raises Fatal (111)."""
+    try:
+        file = open(path, "a", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
+    if not file.tell():
+        file.write("\t".join(JOBLOG) + "\n")
+    return file
+
+
+# ---------------------------------------------------------------------------
+# cexec, the applet
+# ---------------------------------------------------------------------------
+
 CEXEC_USAGE = """cexec [-hrtv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
-       cexec -l [-jv] APP.pub"""
+       cexec -l [-jv] APP.pub
+       cexec -m [-0fv] [-j N] [-o PATTERN] [--log FILE] APP.pub [KEY=VALUE ...] -- FILE ..."""
 CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
 this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
 
@@ -3443,35 +3990,63 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 def parse_cexec(argv):
     """(words, options); their n is None, "all", or the descriptor at which nothing is read."""
-    if argv and not argv[0].startswith("-"):
-        # argparse takes 8 ms to import
-        return argv, SimpleNamespace(n=None, repeat=False, terminal=False, list=False)
+    if argv and not argv[0].startswith("-"):    # argparse takes 8 ms to import
+        return argv, SimpleNamespace(n=None, repeat=False, terminal=False, list=False, batch=False)
     parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
-    parser.add_argument("-j", dest="json", action="store_true", help="with -l: JSON, an object a line")
+    parser.add_argument("-0", dest="zero", action="store_true", help="with -m: names from stdin, ended by NULs")
+    parser.add_argument("-f", dest="force", action="store_true", help="with -m: do what is done already as well")
+    parser.add_argument("-j", dest="jobs", metavar="N", default=None,
+                        help="with -m: files at a time; with -l: print JSON")
     parser.add_argument("-l", dest="list", action="store_true", help="list the workers, and why there are none")
+    parser.add_argument("--log", dest="joblog", metavar="FILE", help="with -m: append a line a file, as parallel has it")
+    parser.add_argument("-m", dest="batch", action="store_true", help="one job for each FILE, on its standard input")
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
+    parser.add_argument("-o", dest="output", metavar="PATTERN", default="{}.out",
+                        help="with -m: where outputs go, with {} {.} {/} {//} {/.}; - is standard output, in order")
     parser.add_argument("-r", dest="repeat", action="store_true", help="run the job again if its worker is lost")
     parser.add_argument("-t", dest="terminal", action="store_true", help="give the command a terminal, as ssh -t does")
     parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
-    options = parser.parse_args(complete_n(argv))
+    options = parser.parse_args(complete_numbers(argv))
     if options.n not in (None, "all") and not options.n.isdecimal():
         raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
+    check_modes(options)
     log.verbose = options.verbose
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     return words, options
 
 
-def complete_n(argv):
-    """Gives an -n that no number follows the word "all", so that it takes no other argument."""
+BATCH_OPTIONS = {"zero": False, "force": False, "joblog": None, "output": "{}.out"}
+
+
+def check_modes(options):
+    """Raises Fatal (100) for options that do not go together; turns -j's number into one."""
+    if options.batch + options.list + (options.n is not None or options.repeat or options.terminal) > 1:
+        raise Fatal(EXIT_USAGE, "-l, -m and the options of a single job (-n -r -t) do not go together")
+    if options.jobs is not None and options.jobs != "all" if options.list else options.jobs == "all":
+        raise Fatal(EXIT_USAGE, "-j has a number with -m, and none with -l")
+    for name, default in BATCH_OPTIONS.items():
+        if not options.batch and getattr(options, name) != default:
+            raise Fatal(EXIT_USAGE, "-0, -f, -o and --log are for -m")
+    if options.jobs is not None and not (options.batch or options.list):
+        raise Fatal(EXIT_USAGE, "-j is for -l or -m")
+    if options.batch and options.jobs is not None:
+        if not options.jobs.isdecimal() or not int(options.jobs):
+            raise Fatal(EXIT_USAGE, "-j %s: not a number of files" % options.jobs)
+        options.jobs = int(options.jobs)
+
+
+def complete_numbers(argv):
+    """Gives an -n or -j that no number follows the word "all", so that it takes no other argument."""
     done, rest = [], list(argv)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.pop(0)
-        before, _, after = word[1:].partition("n")
-        if word[1:2] != "-" and after.isalpha():
-            word, rest = "-" + before + after, ["-n"] + rest    # -nr is -r -n
-        alone = word[1:2] != "-" and word.endswith("n")
-        done.append(word + "all" if alone and not (rest and rest[0].isdecimal()) else word)
-        if alone and done[-1] == word:
+        letter = next((letter for letter in word if letter in "njo"), "") if word[1:2] != "-" else ""
+        after = word.partition(letter)[2] if letter else ""
+        if letter in ("n", "j") and after.isalpha():        # -nr is -n -r
+            word, after, rest = word[:-len(after)], "", ["-" + after] + rest
+        takes = word == "--log" or letter == "o" or letter and rest and rest[0].isdecimal()
+        done.append(word + "all" if letter and not after and not takes else word)
+        if takes and not after and rest:
             done.append(rest.pop(0))
     return done + rest
 
@@ -3483,7 +4058,10 @@ def main_cexec(argv):
         raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE.partition("\n")[0])
     if options.list:
         fill_standard()
-        return list_workers(Group(), open_pub(words[0]), listen_ports(), options.json)
+        return list_workers(Group(), open_pub(words[0]), listen_ports(), options.jobs is not None)
+    if options.batch:
+        fill_standard()
+        return main_batch(open_pub(words[0]), Group(), words[1:], options)
     job = Job(parse_environment(words[1:]), options.n, options.repeat, options.terminal)
     pub, group = open_pub(words[0]), Group()
     fill_standard()
@@ -3538,7 +4116,7 @@ class Waiting:
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
         self.address, self.port = address, datagram.port
-        self.attempt = datagram.body.attempt
+        self.attempt, self.batch = datagram.body.attempt, datagram.body.batch
         self.since = since              # when it began to wait, by our clock
         self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
 
@@ -3551,6 +4129,9 @@ class Line:
 
     def __len__(self):
         return sum(map(len, self.names.values()))
+
+    def __iter__(self):
+        return (client for members in self.names.values() for client in members.values())
 
     def __contains__(self, client):
         return client.nonce in self.names.get(client.name, ())
@@ -3566,7 +4147,7 @@ class Line:
 
     def expire(self, now):
         """Forgets whoever has not announced itself for a while."""
-        for client in [c for members in self.names.values() for c in members.values()]:
+        for client in list(self):
             if now - client.heard > LINE_SECONDS:
                 self.leave(client)
 
@@ -3898,7 +4479,7 @@ class Worker:
         """Hands the connection to a supervisor of its own."""
         old, near = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), None
         try:
-            near, far = os.pipe()
+            near, far = (end.detach() for end in socket.socketpair())
             pid = os.fork()
         except OSError as error:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
@@ -3920,7 +4501,7 @@ class Worker:
         log.note("supervisor %d forked for %s", pid, offer.client.address)
 
     def supervisor_says(self, job):
-        """Lines from a supervisor: "group N", "session N", "back", "failed", "done"."""
+        """Lines from a supervisor: "group N", "session N", "back", "failed", "more", "done"."""
         try:
             data = os.read(job.status, 4096)
         except BlockingIOError:     # what poll has seen was of another pipe with that number
@@ -3941,9 +4522,22 @@ class Worker:
                 self.penalty = PENALTY
             elif word == "back":                # the client left before GO: it may ask again
                 self.served.pop(job.client.key, None)
+            elif word == "more":
+                self.tell(job, b"yes\n" if self.may_go_on(job) else b"no\n")
             elif word == "done":
                 job.done = True
         self.serve_line()
+
+    def tell(self, job, word):
+        try:
+            os.write(job.status, word)
+        except OSError:
+            pass                    # it has just ended
+
+    def may_go_on(self, job):
+        """Whether a batch may have its next job on the connection that it has: if nobody else waits."""
+        self.line.expire(time.monotonic())
+        return not self.draining and all(client.batch == job.client.batch for client in self.line)
 
     def reap(self):
         """Sees to supervisors that have ended; what one left behind unfinished is killed."""
@@ -4031,7 +4625,9 @@ class Supervisor(Carrier):
         close_all_but([offer.link.sock.fileno(), self.status, log.fd])
         self.far = {}               # number: the command's end, until it has started
         self.process = self.result = None
-        self.gone = self.over = False
+        self.gone = self.over = self.started = False
+        self.resting = False        # between two jobs of a batch
+        self.timers = []            # of the job that runs
         self.inputs = {}            # channel of a counted input: a reader of what is left in it
         self.terminal = None        # the channel of the command's terminal
 
@@ -4154,6 +4750,7 @@ class Supervisor(Carrier):
         except Exception as error:  # subprocess.SubprocessError: changing the user failed
             self.fail_to_start(EXIT_CANNOT_RUN, str(error))
         else:
+            self.started = True
             self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
             self.refresh()
         if self.link.mute or self.link.closed:
@@ -4238,8 +4835,8 @@ class Supervisor(Carrier):
             if self.terminal is not None:
                 self.sources[self.terminal].close_soon()
             if self.job.linger != NO_LINGER:
-                self.loop.after(self.job.linger / 1000, self.stop_lingering)
-            self.loop.after(1.0, self.tell_lingering)
+                self.timers.append(self.loop.after(self.job.linger / 1000, self.stop_lingering))
+            self.timers.append(self.loop.after(1.0, self.tell_lingering))
             self.stream_ended()
 
     def stop_lingering(self):
@@ -4255,15 +4852,69 @@ class Supervisor(Carrier):
         """The job is over when the command has ended and all that it writes is closed and sent."""
         writing = any(source.state is OPEN for source in self.sources.values())
         if self.result and not writing and not self.over and not self.gone:
-            self.send_exit()
+            self.over = True
+            if self.offer.client.batch == Terms.batch or self.left_behind():
+                self.send_exit()
+            else:
+                self.ask_for_more()
 
-    def send_exit(self):
+    # Another job on this connection
+
+    def left_behind(self):
+        """Whether the command has left processes in its group: the next one's end is not to be theirs."""
+        try:
+            os.killpg(self.process.pid, 0)
+            return True
+        except (OSError, AttributeError):           # none; or it was never started
+            return False
+
+    def ask_for_more(self):
+        """Asks cservice whether this batch may go on here; it has a second to answer."""
+        self.patience = self.loop.after(1.0, lambda: self.rcvd_word(b""))
+        self.loop.on_read(self.status, lambda: self.rcvd_word(os.read(self.status, 16)))
+        self.say("more")
+
+    def rcvd_word(self, word):
+        self.patience.cancel()
+        self.loop.on_read(self.status, None)
+        self.send_exit(more=word == b"yes\n")
+
+    def rest(self):
+        """After EXIT with more: forgets the job, and waits for the next or for the client's leaving."""
+        for timer in self.timers:
+            timer.cancel()
+        for sink in self.sinks.values():
+            if sink.state in (OPEN, ENDING):
+                self.loop.on_write(sink.end.polled, None)
+                sink.end.done("write")
+        for fd in self.inputs.values():
+            os.close(fd)
+        self.sources, self.sinks, self.inputs, self.timers = {}, {}, {}, []
+        self.process = self.result = self.terminal = None
+        self.over, self.resting = False, True
+        self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no more jobs"))
+
+    def rcvd_job(self, flags, channel, payload):
+        """The next job of a batch; its GO is on the way."""
+        self.patience.cancel()
+        self.job, self.resting = check_job(payload), False
+        if any(number >= self.loop.floor for number, _, _ in self.job.descriptors):
+            raise ProtocolError("a job with higher descriptors than the first")
+        try:
+            self.make_ends()
+        except OSError as error:
+            self.link.fail("cannot make pipes or a terminal: %s" % error.strerror)
+
+    def send_exit(self, more=False):
         """EXIT, the last frame; then waits for the client to close, or its input would be reset."""
-        self.over = True
+        if self.gone:
+            return
         how, status, reason = self.result
         rows = [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
                 for number, channel, _ in self.job.descriptors if number == channel]
-        self.link.send(EXIT, how=how, status=status, reason=reason, channels=rows)
+        self.link.send(EXIT, how=how, status=status, more=more, reason=reason, channels=rows)
+        if more:
+            return self.rest()
         self.say("done")
         self.close_when_sent()
 
@@ -4282,7 +4933,11 @@ class Supervisor(Carrier):
     def link_frame(self, link, kind, flags, channel, payload):
         if self.over or self.gone:
             return                  # whatever still comes after EXIT is of no interest
-        if not self.process and kind not in (GO, PING):
+        if self.resting and kind not in (JOB, PING):
+            return                  # of the job that is over
+        if kind is JOB and not self.resting:
+            raise ProtocolError("JOB within a job")
+        if not self.process and kind not in (GO, PING, JOB):
             raise ProtocolError("%s before GO" % kind)
         super().link_frame(link, kind, flags, channel, payload)
 
@@ -4302,7 +4957,7 @@ class Supervisor(Carrier):
         self.gone = True
         self.link.close()
         if not self.process:
-            self.say("back")
+            self.say("done" if self.started else "back")
             return self.loop.stop()
         for source in self.sources.values():
             source.discard()

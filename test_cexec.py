@@ -1523,9 +1523,11 @@ def test_lists_of_addresses_that_are_none(text, monkeypatch):
     ("app", "app"), ("-n app", "-nall app"), ("-n 3 app", "-n 3 app"), ("-n3 app", "-n3 app"), ("-n", "-nall"),
     ("-vn app A=1", "-vnall app A=1"), ("-vn 0 app", "-vn 0 app"), ("-n -v app", "-nall -v app"),
     ("-v -- -n", "-v -- -n"), ("-v app -n", "-v app -n"), ("--version", "--version"), ("-n 3 4", "-n 3 4"),
-    ("- -n", "- -n"), ("", "")])
+    ("- -n", "- -n"), ("", ""), ("-nr app", "-nall -r app"), ("-nx7 app", "-nx7 app"),
+    ("-lj app", "-ljall app"), ("-m -j 4 -o n app", "-m -j 4 -o n app"), ("-mj4 app", "-mj4 app"),
+    ("-mon.out app", "-mon.out app"), ("--log -n app", "--log -n app"), ("-jl app", "-jall -l app")])
 def test_n_takes_a_number_or_nothing(words, words_for_argparse):
-    assert cexec.complete_n(words.split()) == words_for_argparse.split()
+    assert cexec.complete_numbers(words.split()) == words_for_argparse.split()
 
 
 @pytest.mark.parametrize("words, rest, empty", [
