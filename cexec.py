@@ -3998,7 +3998,7 @@ def parse_cexec(argv):
     parser.add_argument("-j", dest="jobs", metavar="N", default=None,
                         help="with -m: files at a time; with -l: print JSON")
     parser.add_argument("-l", dest="list", action="store_true", help="list the workers, and why there are none")
-    parser.add_argument("--log", dest="joblog", metavar="FILE", help="with -m: append a line a file, as parallel has it")
+    parser.add_argument("--log", dest="joblog", metavar="FILE", help="with -m: append a line a file, as parallel does")
     parser.add_argument("-m", dest="batch", action="store_true", help="one job for each FILE, on its standard input")
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
     parser.add_argument("-o", dest="output", metavar="PATTERN", default="{}.out",

@@ -48,7 +48,7 @@ class Between:
 
     def announce(self, port):
         """What a worker hears of a client at that port; None if the proxy drops it."""
-        sent = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), port, attempt=1, waited=0)
+        sent = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), port, **FIRST_TRY)
         self.ear.sendto(sent, ("127.255.255.255", int(self.near)))
         until(lambda: select.select([self.ear], [], [], 0.1)[0] or self.refused(), "the announcement or a refusal")
         if select.select([self.ear], [], [], 0)[0]:

@@ -53,6 +53,7 @@ PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
+FIRST_TRY = {"attempt": 1, "waited": 0, "batch": bytes(8)}      # ANNOUNCE's fields
 PORTS = itertools.count(random.randrange(20000))
 PATIENCE = 30.0                         # seconds until something that must happen has not
 
@@ -813,7 +814,7 @@ def test_codes_and_names_are_unique():
     (lambda: cexec.make_frame(cexec.AUTH, proof=TOKEN), "0200000000000020" + TOKEN.hex()),
     (lambda: cexec.COMMON.pack(application=b"application"[:8], client="bob", nonce=NONCE),
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
-    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3), "0000000200000003"),
+    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, batch=bytes(8)), "00000002000000030000000000000000"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: cexec.make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
      "43455843" + "01" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
@@ -825,7 +826,7 @@ def test_bytes_on_the_wire(made, wire):
 
 def test_the_mac_of_a_datagram_is_hmac_sha256_of_what_it_proves():
     pub = made_pub()
-    data = cexec.make_datagram(cexec.ANNOUNCE, pub, NONCE, 9, attempt=1, waited=0)
+    data = cexec.make_datagram(cexec.ANNOUNCE, pub, NONCE, 9, **FIRST_TRY)
     proved = b"datagram" + data[:6] + data[25:-16]
     assert data[-16:] == cexec.hmac.new(pub.secret, proved, "sha256").digest()[:16]
 
@@ -849,7 +850,7 @@ def test_datagram_there_and_back():
 def test_datagram_of_another_client_is_not_proved():
     """A name is part of what is proved, and goes with one secret."""
     alice, bob = made_pub(name="alice"), made_pub(name="bob")
-    data = cexec.make_datagram(cexec.ANNOUNCE, bob._replace(name="alice"), NONCE, 1, attempt=1, waited=0)
+    data = cexec.make_datagram(cexec.ANNOUNCE, bob._replace(name="alice"), NONCE, 1, **FIRST_TRY)
     assert cexec.Datagram(data).proved_by(bob.secret) and not cexec.Datagram(data).proved_by(alice.secret)
 
 
@@ -857,7 +858,7 @@ def with_byte(data, place, value):
     return data[:place] + bytes([value]) + data[place + 1:]
 
 
-ANNOUNCEMENT = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 4097, attempt=1, waited=0)
+ANNOUNCEMENT = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 4097, **FIRST_TRY)
 NAMED = made_pub()._replace
 
 
@@ -877,10 +878,10 @@ NAMED = made_pub()._replace
     (with_byte(ANNOUNCEMENT, 34, 7), "ANNOUNCE cut short"),
     (with_byte(ANNOUNCEMENT, 34, 5), "too many"),
     (with_byte(ANNOUNCEMENT, 35, 0), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name=""), NONCE, 1, attempt=1, waited=0), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a" * 65), NONCE, 1, attempt=1, waited=0), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a/b"), NONCE, 1, attempt=1, waited=0), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="\udcff"), NONCE, 1, attempt=1, waited=0), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name=""), NONCE, 1, **FIRST_TRY), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a" * 65), NONCE, 1, **FIRST_TRY), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a/b"), NONCE, 1, **FIRST_TRY), "name"),
+    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="\udcff"), NONCE, 1, **FIRST_TRY), "name"),
 ], ids=lambda value: value if isinstance(value, str) else "%d-bytes" % len(value))
 def test_datagram_that_does_not_parse(data, word):
     with pytest.raises(cexec.ProtocolError, match=word):
@@ -1226,7 +1227,7 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
     group = cexec.Group("127.255.255.255:%d" % port)
     listeners = cexec.open_listeners(group) + cexec.open_listeners(group)
     heard = [[], []]
-    last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, attempt=2, waited=0)
+    last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, attempt=2, waited=0, batch=bytes(8))
     try:
         with cexec.open_udp(socket.AF_INET) as sock:
             sock.sendto(ANNOUNCEMENT, ("127.0.0.1", port))
@@ -1668,7 +1669,7 @@ def test_spread_delay_is_a_fraction_of_it():
 
 def waiting(name, number, since, heard=0.0):
     pub, nonce = made_pub()._replace(name=name), bytes([number]) * 16
-    data = cexec.make_datagram(cexec.ANNOUNCE, pub, nonce, 9, attempt=1, waited=0)
+    data = cexec.make_datagram(cexec.ANNOUNCE, pub, nonce, 9, **FIRST_TRY)
     client = cexec.Waiting(cexec.Datagram(data), "127.0.0.1", since)
     client.heard = heard
     return client
@@ -5054,7 +5055,7 @@ def test_a_return_address_that_is_no_address_here(hosts, address):
     pub, limit = cexec.open_pub(hosts.pub), {"CEXEC_TIMEOUT_ACCEPT": "5"}
     with udp_socket(spaces["client"]) as mouth:
         def forge():
-            data = cexec.make_datagram(cexec.ANNOUNCE, pub, os.urandom(16), 9, attempt=1, waited=0)
+            data = cexec.make_datagram(cexec.ANNOUNCE, pub, os.urandom(16), 9, **FIRST_TRY)
             mouth.sendto(cexec.Datagram(data).readdressed(address, 9, 0), ("10.77.0.255", GROUP_PORT))
         forge()                         # for an offer
         done = hosts.client(space=spaces["client"], input=b"still there\n", env=limit)
@@ -6502,7 +6503,7 @@ BOTH_EOF = cexec.make_frame(cexec.EOF, 1) + cexec.make_frame(cexec.EOF, 2)
 
 
 def exit_frame(*rows):
-    return cexec.make_frame(cexec.EXIT, how=cexec.HOW_EXITED, status=0, reason="", channels=list(rows))
+    return cexec.make_frame(cexec.EXIT, how=cexec.HOW_EXITED, status=0, more=0, reason="", channels=list(rows))
 
 
 # What a worker says behind ACCEPT, and the reason why the job is lost
