@@ -206,8 +206,11 @@ class Log:
     def status(self, text):
         """Keeps a line below the others, on a terminal; what was there before goes."""
         if text or self.shown:
-            width = max(20, os.get_terminal_size(self.fd).columns - 1)
-            self.shown = fitted(printable(text), width)
+            try:
+                width = os.get_terminal_size(self.fd).columns or 80
+            except OSError:         # it is none any more
+                width = 80
+            self.shown = fitted(printable(text), max(20, width - 1))
             self.write("\r\x1b[K" + self.shown)
 
     def note(self, message, *args):
@@ -248,6 +251,15 @@ def table(heads, rows):
     widths = [max(map(columns, column)) for column in zip(*rows)]
     return ["  ".join(text + " " * (width - columns(text)) for text, width in zip(row, widths)).rstrip()
             for row in rows]
+
+
+def size(count):
+    """Bytes as people say them: 999 B, 1.0 kB, 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.95:
+            return ("%d %s" if unit == "B" else "%.1f %s") % (count, unit)
+        count /= 1000
+    return "%.1f TB" % count
 
 
 def fitted(text, width):
@@ -2626,6 +2638,7 @@ class Terms:
     """What the user wants of any job: its variables, and what the environment sets."""
 
     batch = bytes(8)                # the id that the searches of a batch have in common
+    progress = False                # whether cexec -p shows how far it is
 
     def __init__(self, environment):
         self.environment = environment
@@ -3238,6 +3251,52 @@ class Run(Served):
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+class Progress:
+    """cexec -p: how far the job is, four times a second below a terminal's other lines, elsewhere a line every ten."""
+
+    def __init__(self, client):
+        self.client, self.loop = client, client.loop
+        self.on_terminal, self.began = os.isatty(log.fd), time.monotonic()
+        self.samples = collections.deque([(self.began, 0)], maxlen=9)       # (when, bytes) of the last two seconds
+        at_end.append(lambda: log.status(""))
+        self.tick()
+
+    def tick(self):
+        seconds = 0.25 if self.on_terminal else 10.0
+        if self.on_terminal:
+            log.status(self.text())
+        elif time.monotonic() - self.began >= seconds:
+            log.say(self.text())
+        self.loop.after(seconds, self.tick)
+
+    def text(self):
+        run, search, now = self.client.run, self.client.search, time.monotonic()
+        if run is None:
+            wait = "in line, %d ahead" % search.ahead if search.ahead is not None else "looking for a worker"
+            return "%s, %s" % (wait, duration(int(now - search.began)))
+        self.samples.append((now, sum(run.moved())))
+        seconds, count = (last - first for first, last in zip(self.samples[0], self.samples[-1]))
+        return self.line(run, duration(int(now - run.began)), count, seconds)
+
+    def line(self, run, lasted, count, seconds):
+        sent, received = run.moved()
+        return "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, size(sent), self.share(run), size(received),
+                                                  size(count / seconds if seconds else 0))
+
+    def share(self, run):
+        """How much of its regular input files was sent, as " (42%)"."""
+        files = [(run.sources[channel].sent, origin.size - origin.offset)
+                 for channel, origin in self.client.job.origins.items() if channel in run.sources and origin.file]
+        whole = sum(total for _, total in files)
+        return " (%d%%)" % min(100, 100 * sum(sent for sent, _ in files) // whole) if whole > 0 else ""
+
+    def end(self, run):
+        """The last line."""
+        seconds = time.monotonic() - run.began
+        log.status("")
+        log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
+
+
 def die_of(number):
     """Ends this process by a signal, as the shell that waits for it expects."""
     tidy_up()
@@ -3299,8 +3358,11 @@ class Client:
         try:
             self.search.announce()
             self.search.listen()
+            progress = Progress(self) if self.job.progress else None
             while self.run is None or self.run.status is None:
                 self.loop.turn()
+            if progress:
+                progress.end(self.run)
         except Fatal as error:
             self.search.end()
             self.job.tell(error.code, "failed=%s" % error)
@@ -3977,7 +4039,7 @@ def open_joblog(path):
 # cexec, the applet
 # ---------------------------------------------------------------------------
 
-CEXEC_USAGE = """cexec [-hrtv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
+CEXEC_USAGE = """cexec [-hprtv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
        cexec -l [-jv] APP.pub
        cexec -m [-0fv] [-j N] [-o PATTERN] [--log FILE] APP.pub [KEY=VALUE ...] -- FILE ..."""
 CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
@@ -3991,7 +4053,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 def parse_cexec(argv):
     """(words, options); their n is None, "all", or the descriptor at which nothing is read."""
     if argv and not argv[0].startswith("-"):    # argparse takes 8 ms to import
-        return argv, SimpleNamespace(n=None, repeat=False, terminal=False, list=False, batch=False)
+        return argv, SimpleNamespace(n=None, repeat=False, terminal=False, progress=False, list=False, batch=False)
     parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
     parser.add_argument("-0", dest="zero", action="store_true", help="with -m: names from stdin, ended by NULs")
     parser.add_argument("-f", dest="force", action="store_true", help="with -m: do what is done already as well")
@@ -4003,6 +4065,7 @@ def parse_cexec(argv):
     parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
     parser.add_argument("-o", dest="output", metavar="PATTERN", default="{}.out",
                         help="with -m: where outputs go, with {} {.} {/} {//} {/.}; - is standard output, in order")
+    parser.add_argument("-p", dest="progress", action="store_true", help="show how far the job is")
     parser.add_argument("-r", dest="repeat", action="store_true", help="run the job again if its worker is lost")
     parser.add_argument("-t", dest="terminal", action="store_true", help="give the command a terminal, as ssh -t does")
     parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
@@ -4020,8 +4083,11 @@ BATCH_OPTIONS = {"zero": False, "force": False, "joblog": None, "output": "{}.ou
 
 def check_modes(options):
     """Raises Fatal (100) for options that do not go together; turns -j's number into one."""
-    if options.batch + options.list + (options.n is not None or options.repeat or options.terminal) > 1:
-        raise Fatal(EXIT_USAGE, "-l, -m and the options of a single job (-n -r -t) do not go together")
+    single = options.n is not None or options.repeat or options.terminal or options.progress
+    if options.batch + options.list + single > 1:
+        raise Fatal(EXIT_USAGE, "-l, -m and the options of a single job (-n -p -r -t) do not go together")
+    if options.terminal and options.progress:
+        raise Fatal(EXIT_USAGE, "-p and -t: the terminal is the command's")
     if options.jobs is not None and options.jobs != "all" if options.list else options.jobs == "all":
         raise Fatal(EXIT_USAGE, "-j has a number with -m, and none with -l")
     for name, default in BATCH_OPTIONS.items():
@@ -4063,6 +4129,7 @@ def main_cexec(argv):
         fill_standard()
         return main_batch(open_pub(words[0]), Group(), words[1:], options)
     job = Job(parse_environment(words[1:]), options.n, options.repeat, options.terminal)
+    job.progress = options.progress
     pub, group = open_pub(words[0]), Group()
     fill_standard()
     return Client(pub, group, job).status()

@@ -5778,6 +5778,73 @@ def test_twenty_jobs_while_workers_are_killed(cluster):
 
 
 # ---------------------------------------------------------------------------
+# How far a job is
+# ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count, said", [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999949, "999.9 kB"),
+                                         (999950, "1.0 MB"), (12.34e9, "12.3 GB"), (5e15, "5000.0 TB")])
+def test_size_of_bytes(count, said):
+    assert cexec.size(count) == said
+
+
+@pytest.mark.parametrize("seconds, said", [(0, "0s"), (59, "59s"), (60, "1m"), (3599, "59m"), (3600, "1h00m"),
+                                           (86399, "23h59m"), (86400, "1d00h"), (900000, "10d10h")])
+def test_duration_of_seconds(seconds, said):
+    assert cexec.duration(seconds) == said
+
+
+def test_columns_of_wide_and_combining_characters():
+    assert [cexec.columns(text) for text in ("abc", "\u65e5\u672c", "e\u0301", "")] == [3, 4, 1, 0]
+    assert [cexec.fitted("\u65e5\u672c\u8a9e", width) for width in (6, 5, 4, 1)] == [
+        "\u65e5\u672c\u8a9e", "\u65e5\u672c", "\u65e5\u672c", ""]
+    lines = cexec.table(["A", "B"], [["\u65e5\u672c", "x"], ["y", "z\n"]])
+    assert lines == ["A     B", "\u65e5\u672c  x", "y     z\\n"]
+
+
+def test_progress_ends_with_the_sums(cluster):
+    """Not on a terminal: a line at the end, whatever the command's own standard error says."""
+    cluster.worker("sh", "-c", "head -c 1000000; cat >/dev/null; echo said >&2; exit 3")
+    done = cluster.run("cexec", "-p", cluster.pub, stdin=open(make_file(cluster, "in", bytes(4000000))))
+    assert (done.returncode, len(done.stdout)) == (3, 1000000)
+    sums = rb"said\ncexec: 127\.0\.0\.1, \d+\.\d s, 4\.0 MB in \(100%\), 1\.0 MB out, [0-9.]+ [kMG]?B/s\n"
+    assert re.fullmatch(sums, done.stderr), done.stderr
+
+
+def test_progress_on_a_terminal(cluster):
+    """Below the other lines while it goes on: in line, then the share of the input; and it leaves no trace."""
+    command = "head -c 4000000 >/dev/null; echo half >&2; cat <&3; cat >/dev/null"
+    cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
+    os.mkfifo(cluster.path("fifo"))
+    first = cluster.start_client("N=1", stdin=subprocess.PIPE, pass_fds=())
+    until(lambda: children_of(cluster.started[0].pid), "the first job")
+    make_file(cluster, "in", bytes(8000000))
+    near, far = pty.openpty()
+    termios.tcsetwinsize(far, (24, 100)) if hasattr(termios, "tcsetwinsize") else None
+    shell = 'exec "$@" <in 3<fifo'
+    process = subprocess.Popen(["sh", "-c", shell, "sh", *cluster.argv("cexec", "-p", cluster.pub)],
+                               env=cluster.environment(), cwd=cluster.directory, stderr=far, stdout=subprocess.DEVNULL)
+    cluster.started.append(process)
+    os.close(far)
+    opened = open(cluster.path("fifo"), "wb")
+    shown = bytearray()
+
+    def seen(pattern):
+        with contextlib.suppress(OSError):
+            if select.select([near], [], [], 0.05)[0]:
+                shown.extend(os.read(near, 4096))
+        return re.search(pattern, shown)
+    until(lambda: seen(rb"\r\x1b\[Kin line, 0 ahead, \d+s"), "a place in the line")
+    first.stdin.close()
+    until(lambda: seen(rb"half\r\n"), "the command's own line")
+    until(lambda: seen(rb"\r\x1b\[K127\.0\.0\.1, \d+s, [78]\.\d MB in \((9\d|100)%\), 5 B out, "), "the share")
+    opened.close()
+    assert process.wait(30) == 0
+    sums = rb"\r\x1b\[Kcexec: 127\.0\.0\.1, [0-9.]+ s, 8\.0 MB in \(100%\), 5 B out, [^\n]*\r\n"
+    until(lambda: seen(sums), "the sums")
+    os.close(near)
+
+
+# ---------------------------------------------------------------------------
 # Many, really: two hundred clients, a hundred workers
 # ---------------------------------------------------------------------------
 
