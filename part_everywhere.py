@@ -16,7 +16,8 @@ BODY = random.Random(4).getrandbits(8 * 2000000).to_bytes(2000000, "big")
 @functools.lru_cache(None)
 def pythons():
     """{(3, N): path} of the Pythons of this machine, from 3.6 up: pyenv's, those of PATH, and the one under test."""
-    places = [os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv")) + "/versions/*/bin/python3.*"]
+    pyenvs = {os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv")) + "/versions", sys.base_prefix + "/.."}
+    places = [versions + "/*/bin/python3.*" for versions in sorted(pyenvs)]
     places += [directory + "/python3.*" for directory in os.environ["PATH"].split(":") if "/shims" not in directory]
     found = {}
     for path in itertools.chain.from_iterable(map(glob.glob, places)):
