@@ -105,7 +105,8 @@ def test_tls_1_2_on_one_side(cluster, side, age):
 
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
 
-# Taken away before the first line of the program.  os.memfd_create always is, or cservice would start anew without this.
+# Taken away before the first line of the program.  os.memfd_create always is, or cservice would start
+# anew without this.
 TAKEN_AWAY = {
     "memfd_create": "",
     "sched_getaffinity": "del os.sched_getaffinity",
