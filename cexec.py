@@ -282,6 +282,9 @@ def duration(seconds):
 def argument_parser(usage, text):
     """An ArgumentParser with the options of every applet; its errors are Fatal (100)."""
     import argparse
+    import io
+    if sys.stderr is None:          # Python 3.6's argparse prints there if standard output is closed too
+        sys.stderr = io.StringIO()
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
