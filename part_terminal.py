@@ -260,6 +260,9 @@ def test_in_the_background_it_stops_until_it_is_in_the_foreground(tmux):
     tmux.shows("^shell 30 100$")
     tmux.line("exit")
     tmux.shows("^here>$")
+    tmux.line("clear; stty -a; echo al'l'")
+    tmux.shows("^all")
+    assert "isig icanon iexten echo " in tmux.screen()
 
 
 @pytest.mark.parametrize("how", ("started there", "stopped there"))
@@ -335,9 +338,10 @@ def on_terminal(side, text, command, size=(33, 77), modes=None, typed=(), last=b
         ["sh", "-c", text.replace("RUN", run)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         env=side.cluster.environment({"CMD": command, "DATA": side.cluster.data, "TERM": "vt100"}), cwd=side.directory,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-    shown, answers = b"", list(typed)
+    shown, answers, deadline = b"", list(typed), time.monotonic() + PATIENCE
     try:
         while process.poll() is None or select.select([master], [], [], 0)[0]:
+            assert time.monotonic() < deadline, shown[-1000:]
             if select.select([master], [], [], 0.05)[0]:
                 shown += os.read(master, 1 << 16)
             if answers and answers[0][0] in shown:
@@ -426,7 +430,7 @@ def test_a_command_that_closes_its_terminal_goes_on(one, tmp_path):
 def test_the_terminal_ends_with_the_command(one, tmp_path):
     """Whatever it has left behind, and however much that writes."""
     side = There(one, tmp_path / "there")
-    command = "trap '' HUP; (while echo y; do :; done) 2>/dev/null & sleep 0.1; exit 6"
+    command = "trap '' HUP; exec 2>/dev/null; yes & yes & yes & sleep 0.1; exit 6"
     status, shown, _ = on_terminal(side, "RUN", command)
     assert status == 6 and set(shown) <= set(b"y\r\n")
 
@@ -631,3 +635,78 @@ def test_modes_of_one_terminal_set_at_another():
     finally:
         for fd in (near, far, one_more, other):
             os.close(fd)
+
+
+def is_raw(master):
+    return not termios.tcgetattr(master)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+
+def test_the_terminal_is_raw_only_while_a_command_has_it(one):
+    """Not while cexec is stopped, and not while it waits for a pipe when the command has ended."""
+    go = one.path(new_mark())
+    command = "trap '' HUP; (%s) 0<&- >/dev/null & echo ready; read x; echo got $x" % wait_for(go)
+    run = " ".join(map(shlex.quote, one.argv("cexec", "-t", one.pub))) + ' CMD="$WHAT"'
+    terminal = Terminal(one, ["sh", "-c", "exec %s 2>/dev/null" % run], {"WHAT": command})
+    terminal.shows("ready")
+    assert is_raw(terminal.master)
+    os.kill(terminal.process.pid, signal.SIGTSTP)
+    until(lambda: state_of(terminal.process.pid) == "T", "the stop")
+    assert not is_raw(terminal.master)
+    os.kill(terminal.process.pid, signal.SIGCONT)
+    until(lambda: is_raw(terminal.master), "the raw terminal")
+    terminal.type("a line\r")
+    terminal.shows("got a line")
+    until(lambda: not is_raw(terminal.master), "the terminal as it was")
+    assert terminal.process.poll() is None
+    touch(go)
+    assert terminal.process.wait(PATIENCE) == 0
+    terminal.close()
+
+
+def test_while_it_searches_again_the_keys_are_as_ever(tmux):
+    mark, before = new_mark(), tmux.modes()
+    tmux.line("$RUN -rvt $PUB MARK=%s CMD='exec sleep 1000'" % mark)
+    until(lambda: marked(mark), "the command")
+    until(lambda: tmux.modes() != before, "the raw terminal")
+    os.kill(parent_of(marked(mark)[0]), signal.SIGKILL)
+    tmux.shows("runs the job again")
+    until(lambda: "try 2," in tmux.screen().partition("again")[2], "the next search")
+    tmux.keys("C-c")
+    tmux.shows("^here>$")
+    tmux.line("echo sta'tus'=$?")
+    tmux.shows("^status=130$")
+
+
+def test_the_size_is_there_from_the_start(cluster):
+    cluster.worker("stty", "size")
+    with Asker(cluster) as asker, asker.offer() as peer:
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB, descriptors=[(0, 0, T), (1, 0, T)], term="vt100", lines=34, columns=56, linger=cexec.NO_LINGER)
+        peer.expect(cexec.ACCEPT)
+        peer.send(cexec.GO)
+        assert peer.expect(cexec.DATA) == b"34 56\r\n"
+
+
+def test_nothing_is_taken_from_a_terminal_in_the_background(monkeypatch):
+    near, far = pty.openpty()
+    sent, end = [], terminal_end(far)
+    monkeypatch.setattr(end, "may_read", lambda: False)
+    monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
+    before = termios.tcgetattr(far)
+    end.raw()
+    assert (end.saved, sent, termios.tcgetattr(far)) == (None, [(0, signal.SIGTTOU)], before)
+    os.close(near)
+    os.close(far)
+
+
+def test_a_source_that_is_to_end_waits_for_credit_and_not_for_an_endless_writer():
+    zero = os.open("/dev/zero", os.O_RDONLY)
+    link = SimpleNamespace(congested=False, closed=False, send=lambda *words: None, send_data=lambda *words: None)
+    carrier = SimpleNamespace(loop=cexec.Loop(), link=link, stream_ended=lambda: None, sinks={},
+                              buffer=memoryview(bytearray(cexec.FRAME_HEAD.size + cexec.FRAME_MAX)))
+    source = cexec.Source(carrier, 1, cexec.End(zero, zero, lambda: os.close(zero), ["read"]))
+    source.credit = 1000
+    source.close_soon()
+    assert (source.sent, source.state) == (1000, cexec.OPEN)
+    source.rcvd_credit(cexec.WINDOW)
+    assert (source.sent, source.state) == (cexec.PIPE_SIZE, cexec.ENDED)
