@@ -15,6 +15,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import heapq
 import itertools
@@ -36,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -6672,3 +6674,1072 @@ def test_a_worker_whose_command_cannot_run_waits_until_it_can(cluster):
     assert one_job() == (6, True)
     assert one_job() == (6, False)
     no_defect(read(worker.log))
+
+
+# ---------------------------------------------------------------------------
+# cproxy: pumps, chains, rings, limits, NAT
+# ---------------------------------------------------------------------------
+
+# A proxy between sockets of the test's own
+
+BEGINNING = b"\x16\x03\x01\x00\x05\x01"         # of a TLS ClientHello
+RESETS = struct.pack("ii", 1, 0)                # SO_LINGER: what is closed so is reset
+WAYS = {
+    "spliced": "",
+    "no splice": "vars(os).pop('splice', None)",
+    "splice refused": "if hasattr(os, 'splice'): os.splice = refused",
+    "no pipes": "os.pipe2 = refused",
+    "few descriptors": "cexec.make_room = few",
+}
+CHANGED = """import errno, os, sys
+sys.path.insert(0, %r)
+def refused(*_, **__):
+    raise OSError(errno.EINVAL, "refused")
+def few(numbers, make_room=cexec.make_room):
+    if numbers > 6000:
+        raise cexec.Fatal(111, "no more than 6000 descriptors are allowed")
+    make_room(numbers)
+%s
+cexec.main(["changed", "cproxy", "-v", "127.0.0.2", "127.255.255.255:%d"])
+"""
+
+
+class Between:
+    """A cproxy on this host, changed or not; sockets that stand for the clients and workers of its two sides."""
+
+    def __init__(self, cluster, change=""):
+        self.near, self.far, self.opened, self.refusals = cluster.env["GROUP"].rpartition(":")[2], free_port(), [], 0
+        self.ear = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.ear.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.ear.bind(("", self.far))
+        self.log = cluster.path("between.log")
+        with open(self.log, "wb") as file:
+            argv = [PYTHON, "-c", CHANGED % (HERE, change, self.far)]
+            self.process = subprocess.Popen(argv, env=cluster.environment(), stdin=subprocess.DEVNULL, stdout=file,
+                                            stderr=file)
+        cluster.started.append(self.process)
+        self.pid = self.process.pid
+        until(lambda: b"cproxy: from " in read(self.log) or self.process.poll() is not None, "a proxy's start")
+        assert self.process.poll() is None, read(self.log)
+        self.files = open_files(self.pid)
+
+    def announce(self, port):
+        """What a worker hears of a client at that port; None if the proxy drops it."""
+        sent = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), port, **FIRST_TRY)
+        self.ear.sendto(sent, ("127.255.255.255", int(self.near)))
+        until(lambda: select.select([self.ear], [], [], 0.1)[0] or self.refused(), "the announcement or a refusal")
+        if select.select([self.ear], [], [], 0)[0]:
+            relayed = cexec.Datagram(self.ear.recv(2000))
+            assert relayed.identity == cexec.Datagram(sent).identity
+            return relayed.address, relayed.port
+        self.refusals += 1
+        return None
+
+    def refused(self):
+        return read(self.log).count(b": too many clients") > self.refusals
+
+    def client(self):
+        """A client that listens for offers."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.opened.append(listener)
+        listener.settimeout(PATIENCE)
+        return listener
+
+    def offer(self, listener, address):
+        """The two ends of a connection through the proxy: the client's, the worker's."""
+        worker = socket.create_connection(address, PATIENCE)
+        client = listener.accept()[0]
+        self.opened += [client, worker]
+        client.settimeout(PATIENCE)
+        client.sendall(BEGINNING)
+        assert worker.recv(100) == BEGINNING
+        return client, worker
+
+    def join(self):
+        listener = self.client()
+        return self.offer(listener, self.announce(listener.getsockname()[1]))
+
+    def pipes(self):
+        found = 0
+        for fd in os.listdir("/proc/%d/fd" % self.pid):
+            with contextlib.suppress(OSError):
+                found += os.readlink("/proc/%d/fd/%s" % (self.pid, fd)).startswith("pipe:")
+        return found
+
+    def ticks(self):
+        fields = read("/proc/%d/stat" % self.pid).rpartition(b")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    def rests(self):
+        """Waits until it uses no processor any more."""
+        def quiet():
+            before = self.ticks()
+            time.sleep(0.3)
+            return self.ticks() == before
+        until(quiet, "a proxy at rest")
+
+    def tidy(self):
+        """All connections have been closed: it has no descriptor more than at its beginning, but its two relays'."""
+        relays = 2 * read(self.log).count(b"-> ANNOUNCE")
+        until(lambda: open_files(self.pid) <= self.files + relays, "the end of its pipes and connections")
+
+    def close(self):
+        for sock in [*self.opened, self.ear]:
+            sock.close()
+
+
+@pytest.fixture
+def between(cluster):
+    made = []
+
+    def make(way="spliced"):
+        made.append(Between(cluster, WAYS[way]))
+        return made[0]
+    yield make
+    for one in made:
+        one.close()
+
+
+def in_thread(call, *arguments):
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def take(sock, size):
+    """So many bytes, or those until the end."""
+    data = bytearray()
+    while len(data) < size:
+        piece = sock.recv(min(1 << 16, size - len(data)))
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
+def fill(sock):
+    """Sends until nothing more is taken; how much was."""
+    sock.setblocking(False)
+    sent, since = 0, time.monotonic()
+    piece = bytes(range(256)) * 256
+    while time.monotonic() < since + 0.5:
+        try:
+            sent += sock.send(piece[sent % 256:])
+            since = time.monotonic()
+        except BlockingIOError:
+            time.sleep(0.01)
+    sock.settimeout(PATIENCE)
+    return sent
+
+
+def spliced(way):
+    """Whether a proxy changed this way splices, on the Python under test."""
+    has = subprocess.run([PYTHON, "-c", "import os, sys; sys.exit(not hasattr(os, 'splice'))"]).returncode == 0
+    return way == "spliced" and has
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_goes_through_a_proxy_comes_out(between, way):
+    """Both ways at once; then one side ends and the other does not; then nothing of it is left."""
+    proxy = between(way)
+    client, worker = proxy.join()
+    there, back = os.urandom(6 << 20), os.urandom(6 << 20)
+    senders = [in_thread(client.sendall, there), in_thread(worker.sendall, back)]
+    got = []
+    reader = in_thread(lambda: got.append(take(worker, len(there))))
+    assert take(client, len(back)) == back
+    for thread in [reader, *senders]:
+        thread.join(PATIENCE)
+    assert got == [there]
+    assert proxy.pipes() == (4 if spliced(way) else 0), read(proxy.log)[-500:]
+    client.shutdown(socket.SHUT_WR)
+    assert worker.recv(1) == b""
+    worker.sendall(back[:1 << 20])
+    assert take(client, 1 << 20) == back[:1 << 20]
+    worker.close()
+    assert client.recv(1) == b""
+    until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
+    proxy.tidy()
+    assert b"internal error" not in read(proxy.log) and proxy.process.poll() is None
+
+
+@pytest.mark.parametrize("way", ["spliced", "no splice"])
+def test_a_side_that_stalls_stalls_the_other(between, way):
+    """Without a storm of wake-ups, and with no more memory than a buffer; then all of it comes, and the end."""
+    proxy = between(way)
+    client, worker = proxy.join()
+    worker.sendall(bytes(1 << 20))
+    assert take(client, 1 << 20) == bytes(1 << 20)
+    before = rss(proxy.pid)
+    sent = fill(worker)
+    proxy.rests()
+    worker.shutdown(socket.SHUT_WR)         # now one side has ended, and the other stalls
+    proxy.rests()
+    assert rss(proxy.pid) - before < 4 << 20
+    client.sendall(b"the other way")
+    assert take(worker, 13) == b"the other way"
+    client.shutdown(socket.SHUT_WR)
+    assert worker.recv(1) == b""
+    proxy.rests()
+    assert len(take(client, sent + 1)) == sent
+    until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
+
+
+@pytest.mark.parametrize("way", ["spliced", "no splice"])
+@pytest.mark.parametrize("side", ["client", "worker"])
+@pytest.mark.parametrize("state", ["quiet", "stalled", "half closed"])
+def test_a_reset_crosses_a_proxy_as_a_reset(between, way, side, state):
+    """Never as an end of file; also where the proxy reads no more from it, as the other side stalls."""
+    proxy = between(way)
+    ends = dict(zip(("client", "worker"), proxy.join()))
+    one, other = ends.pop(side), ends.popitem()[1]
+    one.sendall(bytes(1 << 20))
+    assert take(other, 1 << 20) == bytes(1 << 20)
+    if state == "stalled":
+        fill(one)
+    elif state == "half closed":
+        other.shutdown(socket.SHUT_WR)
+        assert one.recv(1) == b""
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESETS)
+    one.close()
+    until(lambda: other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET, "the reset")
+    other.close()
+    proxy.tidy()
+
+
+def test_hundreds_of_connections_through_one_proxy(cluster, between):
+    """500 raw ones that begin like TLS, a client each; then all there may be; a refusal; a job goes through."""
+    wanted = 2 * (cexec.JOINS_MAX + cexec.RELAYS_MAX) + 500
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        skip("%d descriptors are needed" % wanted)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    try:
+        crowd(cluster, between())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def crowd(cluster, proxy):
+    listeners = [proxy.client() for _ in range(500)]
+    ports = [proxy.announce(listener.getsockname()[1]) for listener in listeners]
+    joins = [proxy.offer(*pair) for pair in zip(listeners, ports)]
+    each_its_own(joins)
+    through(cluster, proxy, b"among them\n")
+    while len(listeners) < cexec.RELAYS_MAX:        # that of the job gives way: it has no connection any more
+        listeners.append(proxy.client())
+        ports.append(proxy.announce(listeners[-1].getsockname()[1]))
+        joins.append(proxy.offer(listeners[-1], ports[-1]))
+    assert proxy.announce(proxy.client().getsockname()[1]) is None      # and no client that is served does
+    for number in range(len(joins), cexec.JOINS_MAX):
+        joins.append(proxy.offer(listeners[number % len(listeners)], ports[number % len(ports)]))
+    with socket.create_connection(ports[0], PATIENCE) as late:
+        assert late.recv(1) == b""          # closed at once
+    assert read(proxy.log).count(b"too many connections") == 1
+    each_its_own(joins)
+    for sock in proxy.opened:
+        sock.close()
+    through(cluster, proxy, b"after them\n")
+    proxy.rests()
+
+
+def through(cluster, proxy, data):
+    """A job gets through, with a worker that is gone then: it would hear all else."""
+    worker = cluster.worker("cat", env={"GROUP": "127.255.255.255:%d" % proxy.far})
+    done = cluster.client(input=data)
+    assert (done.returncode, done.stdout, done.stderr) == (0, data, b"")
+    worker.terminate()
+    worker.wait(PATIENCE)
+    while select.select([proxy.ear], [], [], 0.3)[0]:
+        proxy.ear.recv(2000)
+
+
+def each_its_own(joins):
+    """Each connection carries what was sent on it, both ways."""
+    for number, (client, worker) in enumerate(joins):
+        client.sendall(b"to %6d" % number)
+        worker.sendall(b"from %6d" % number)
+    for number, (client, worker) in enumerate(joins):
+        assert take(worker, 9) == b"to %6d" % number
+        assert take(client, 11) == b"from %6d" % number
+
+
+# Networks of them
+
+def start_proxy(hosts, space, *arguments):
+    log = hosts.path("proxy-%s.log" % os.urandom(4).hex())
+    with open(log, "wb") as file:
+        process = hosts.start("cproxy", "-v", *arguments, space=space, stdout=file, stderr=file)
+    process.log = log
+    until(lambda: b"cproxy: from " in read(log) or process.poll() is not None, "a proxy's start")
+    assert process.poll() is None, read(log)
+    return process
+
+
+class Census:
+    """How often each datagram is on each network, as the hosts there see it."""
+
+    def __init__(self, places):
+        self.captures = {network: Capture(space) for network, space in places.items()}
+
+    def copies(self):
+        """{network: {identity: times}}."""
+        return {network: collections.Counter(datagram.identity for interface, datagram in capture.datagrams()
+                                             if interface == network)
+                for network, capture in self.captures.items()}
+
+    def most(self):
+        return {network: max(counts.values(), default=0) for network, counts in self.copies().items()}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for capture in self.captures.values():
+            capture.sock.close()
+
+
+COUNTED = "echo run >>runs; cat; echo oh >&2; exit 7"
+
+
+def job_crosses(hosts, space, worker, runs):
+    """A job gets through, once, with its bytes and status."""
+    data = os.urandom(3 << 20)
+    done = hosts.client("CMD=" + COUNTED, space=space, input=data)
+    assert (done.returncode, done.stderr) == (7, b"oh\n") and done.stdout == data
+    assert read(hosts.path("runs")) == b"run\n" * runs
+    worker.terminate()
+    assert worker.wait(PATIENCE) == 0
+
+
+def test_a_chain_of_three_proxies(hosts):
+    """Four networks in a row: each datagram is once in each of them."""
+    client, one = hosts.lan("na", ["client", "one"], "10.71.0").values()
+    two = hosts.lan("nb", [one, "two"], "10.72.0")["two"]
+    three = hosts.lan("nc", [two, "three"], "10.73.0")["three"]
+    far = hosts.lan("nd", [three, "worker"], "10.74.0")["worker"]
+    for space, address in ((one, "10.72.0.1"), (two, "10.73.0.1"), (three, "10.74.0.1")):
+        start_proxy(hosts, space, address)
+    worker = hosts.shell_worker(space=far, env={"CONCURRENCY": "1"})
+    logger = hosts.logger(hosts.pub, space=far)
+    with Census({"na": client, "nb": one, "nc": two, "nd": far}) as census:
+        first = held_job(hosts, "CMD=exec cat", space=client)
+        second = in_line(hosts, 0, "CMD=true", space=client)        # BUSY comes back through all three
+        outcome(first)
+        outcome(second)
+        job_crosses(hosts, client, worker, 1)
+        until(lambda: len(logger.lines()) >= 3, "the alerts")
+        copies = until(lambda: (lambda c: c if len({frozenset(n) for n in c.values()}) == 1 else None)(
+            census.copies()), "the same datagrams everywhere")
+        print("chain: %d datagrams, copies at most %s" % (len(copies["na"]), census.most()))
+        assert set(census.most().values()) == {1}
+    assert len(logger.lines()) == 3 and all("10.74.0.1 completed by 10.74.0.2" in line for line in logger.lines())
+
+
+def test_jobs_both_ways_through_two_proxies(hosts):
+    left, gate, _ = hosts.lan("na", ["left", "gate", "more"], "10.71.0").values()
+    right = hosts.lan("nb", [gate, "right"], "10.72.0")["right"]
+    for address in ("10.72.0.1", "10.71.0.2"):
+        start_proxy(hosts, gate, address)
+    with Census({"na": left, "nb": right}) as census:
+        job_crosses(hosts, left, hosts.shell_worker(space=right), 1)
+        job_crosses(hosts, right, hosts.shell_worker(space=left), 2)
+        copies = census.copies()
+        assert len(copies["na"]) >= 6 and copies["na"].keys() == copies["nb"].keys()
+        print("opposite: %d datagrams, copies at most %s" % (len(copies["na"]), census.most()))
+        assert set(census.most().values()) == {1}
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_ring_of_three_networks(hosts, directions):
+    """A proxy from each network to the next, or one each way: nothing goes round, jobs get where they can."""
+    spaces = hosts.lan("na", ["ca", "gone", "gthree"], "10.71.0")
+    client_a, one, three = spaces["ca"], spaces["gone"], spaces["gthree"]
+    _, client_b, two = hosts.lan("nb", [one, "cb", "gtwo"], "10.72.0").values()
+    client_c = hosts.lan("nc", [two, three, "cc"], "10.73.0")["cc"]
+    forward = [(one, "10.72.0.1"), (two, "10.73.0.1"), (three, "10.71.0.3")]
+    backward = [(one, "10.71.0.2"), (two, "10.72.0.3"), (three, "10.73.0.2")]
+    for space, address in forward + backward * (directions - 1):
+        start_proxy(hosts, space, address)
+    with Census({"na": client_a, "nb": client_b, "nc": client_c}) as census:
+        done = hosts.client(space=client_a, env={"CEXEC_TIMEOUT_ACCEPT": "2"})      # tries that nobody answers
+        assert done.returncode == 111
+        for runs, (client, place) in enumerate([(client_a, client_b), (client_a, client_c), (client_b, client_a)], 1):
+            job_crosses(hosts, client, hosts.shell_worker(space=place), runs)
+        copies, most = census.copies(), census.most()
+        print("ring, directions %d: %d datagrams, copies at most %s" % (directions, len(copies["na"]), most))
+        assert len(copies["na"]) >= 12
+        assert copies["na"].keys() == copies["nb"].keys() == copies["nc"].keys()
+        assert max(most.values()) <= directions + 1     # its own, or one of each proxy that sends there
+
+
+# What ends a proxy, and what it stands between
+
+@pytest.fixture
+def gate(hosts):
+    """Two networks, a client, a worker, and a gate between: .proxy() starts one there."""
+    client, space = hosts.lan("left", ["client", "gate"], "10.77.0").values()
+    worker = hosts.lan("right", [space, "worker"], "10.78.0")["worker"]
+    return SimpleNamespace(client=client, space=space, worker=worker,
+                           proxy=lambda: start_proxy(hosts, space, "10.78.0.1"))
+
+
+def job_in_flight(hosts, gate, mark, command, proxy, **env):
+    """A job that sends, or takes, as fast as it can."""
+    with open("/dev/zero", "rb") as zero:
+        job = hosts.start_client("CMD=" + command, mark, space=gate.client, stdin=zero, env=env,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert len(job.stdout.read(4 << 20)) == 4 << 20
+    assert any("pipe:" in os.readlink("/proc/%d/fd/%s" % (proxy.pid, fd))
+               for fd in os.listdir("/proc/%d/fd" % proxy.pid)) == spliced("spliced")
+    return job, in_thread(job.stdout.read)
+
+
+@pytest.mark.parametrize("command", ["exec cat", "exec cat /dev/zero"])
+def test_a_proxy_killed_while_much_is_moved(hosts, gate, command):
+    mark = "MARK=" + os.urandom(8).hex()
+    hosts.shell_worker(space=gate.worker)
+    proxy = gate.proxy()
+    job, reader = job_in_flight(hosts, gate, mark, command, proxy)
+    proxy.kill()
+    assert job.wait(PATIENCE) == 111            # long before CEXEC_TIMEOUT_PINGPONG
+    reader.join(PATIENCE)
+    assert re.fullmatch(r"cexec: worker 10\.78\.0\.2 lost after \d+\.\d s: "
+                        r"(connection closed|Connection reset by peer)\n", job.stderr.read().decode())
+    until(lambda: not processes_with("PEER_" + mark), "the end of the command")
+
+
+@pytest.mark.parametrize("command", ["exec cat", "exec cat /dev/zero"])
+def test_a_proxy_stopped_while_much_is_moved(hosts, gate, command):
+    mark = "MARK=" + os.urandom(8).hex()
+    hosts.shell_worker(space=gate.worker)
+    proxy = gate.proxy()
+    job, reader = job_in_flight(hosts, gate, mark, command, proxy, CEXEC_TIMEOUT_PINGPONG="2")
+    proxy.send_signal(signal.SIGSTOP)
+    assert job.wait(PATIENCE) == 111
+    reader.join(PATIENCE)
+    assert re.fullmatch(r"cexec: worker 10\.78\.0\.2 lost after \d+\.\d s: no sign of life[^\n]*\n",
+                        job.stderr.read().decode())
+    proxy.send_signal(signal.SIGCONT)
+    until(lambda: not processes_with("PEER_" + mark), "the end of the command")
+    done = hosts.client("CMD=cat; exit 3", space=gate.client, input=b"again\n")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"again\n", b"")
+
+
+def test_a_reset_in_mid_job_is_no_success(hosts, gate):
+    """The gate's worker's side is reset, all that has come until then looks whole: 111."""
+    need("ss")
+    mark = "MARK=" + os.urandom(8).hex()
+    hosts.shell_worker(space=gate.worker)
+    gate.proxy()
+    job = held_job(hosts, "CMD=exec cat", mark, space=gate.client)
+    subprocess.run(["ip", "netns", "exec", gate.worker, "ss", "-tK", "dst", "10.78.0.1"], check=True,
+                   stdout=subprocess.DEVNULL)
+    if "Connection reset" not in lost(job, "10.78.0.2"):
+        skip("the kernel has no SOCK_DESTROY")
+    until(lambda: not processes_with("PEER_" + mark), "the end of the command")
+
+
+def test_busy_reaches_a_host_that_checks_where_it_comes_from(hosts, gate):
+    """rp_filter, and no route to the workers: what came from there would be dropped."""
+    subprocess.run(["ip", "netns", "exec", gate.client, "sh", "-ec",
+                    "for name in all left; do echo 1 >/proc/sys/net/ipv4/conf/$name/rp_filter; done"], check=True)
+    hosts.worker(*ORDERLY, space=gate.worker, env={"CONCURRENCY": "1"})
+    gate.proxy()
+    first = held_job(hosts, "N=0", space=gate.client)
+    second = in_line(hosts, 0, "N=1", space=gate.client)
+    outcome(first)
+    outcome(second)
+    assert order(hosts) == ["anyone0", "anyone1"]
+
+
+def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
+    """No worker can reach it by itself, though they hear it."""
+    need("nft")
+    client, gateway = hosts.lan("home", ["client", "gateway"], "192.168.7").values()
+    outside = hosts.lan("wide", [gateway, "worker"], "10.78.0")["worker"]
+    ip("-n", client, "route", "add", "default", "via", "192.168.7.2")
+    rules = ("table ip nat { chain out { type nat hook postrouting priority 100; policy accept;"
+             " oifname wide masquerade; }; }")
+    subprocess.run(["ip", "netns", "exec", gateway, "sh", "-ec",
+                    "echo 1 >/proc/sys/net/ipv4/ip_forward; nft -f -"], input=rules.encode(), check=True)
+    with udp_socket(client) as mouth, udp_socket(outside, 9999) as ear:
+        mouth.sendto(b"who am I?", ("10.78.0.2", 9999))
+        assert ear.recvfrom(100)[1][0] == "10.78.0.1"
+    worker = hosts.shell_worker(space=outside, env={"CONCURRENCY": "1"})
+    for group in (None, "10.78.0.2"):
+        done = hosts.client("CMD=cat", space=client, env={"CEXEC_TIMEOUT_ACCEPT": "2", "GROUP": group})
+        assert done.returncode == 111 and b"no worker answered" in done.stderr
+    assert heard(worker)
+    start_proxy(hosts, gateway, "10.78.0.1")
+    data = os.urandom(3 << 20)
+    done = hosts.client("CMD=cat; echo $REMOTE_ADDR >&2; exit 5", space=client, input=data)
+    assert (done.returncode, done.stderr) == (5, b"10.78.0.1\n") and done.stdout == data
+    first = held_job(hosts, "CMD=exec cat", space=client)
+    second = in_line(hosts, 0, "CMD=true", space=client)
+    outcome(first)
+    outcome(second)
+
+
+# ---------------------------------------------------------------------------
+# Every Python, every system, bare boxes
+# ---------------------------------------------------------------------------
+
+"""Every Python, every system, every version, every box."""
+
+
+
+# ---------------------------------------------------------------------------
+# Everywhere: other Pythons, other systems, other versions, bare boxes
+# ---------------------------------------------------------------------------
+
+BODY = random.Random(4).getrandbits(8 * 2000000).to_bytes(2000000, "big")
+
+
+@functools.lru_cache(None)
+def pythons():
+    """{(3, N): path} of the Pythons of this machine, from 3.6 up: pyenv's, those of PATH, and the one under test."""
+    pyenvs = {os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv")) + "/versions", sys.base_prefix + "/.."}
+    places = [versions + "/*/bin/python3.*" for versions in sorted(pyenvs)]
+    places += [directory + "/python3.*" for directory in os.environ["PATH"].split(":") if "/shims" not in directory]
+    found = {}
+    for path in itertools.chain.from_iterable(map(glob.glob, places)):
+        name = re.fullmatch(r"python3\.(\d+)", os.path.basename(path))
+        if name and int(name.group(1)) >= 6:
+            found.setdefault((3, int(name.group(1))), path)
+    if not found:
+        found[sys.version_info[:2]] = PYTHON
+    return dict(sorted(found.items()))
+
+
+def oldest_and_newest():
+    versions = list(pythons().values())
+    if len(versions) < 2:
+        skip("there is one Python on this machine")
+    return {"oldest": versions[0], "newest": versions[-1]}
+
+
+AGES = ["oldest", "newest"]
+BETWEEN = list(pythons().values())[1:-1]
+
+
+def there_and_back(cluster, command="CMD=cat; echo oh >&2; exit 5"):
+    """A job of some megabytes, whose every byte and status come back."""
+    done = cluster.client(command, input=BODY)
+    assert (done.returncode, done.stderr) == (5, b"oh\n") and done.stdout == BODY, done.stderr
+
+
+@pytest.mark.parametrize("proxy", AGES)
+@pytest.mark.parametrize("worker", AGES)
+@pytest.mark.parametrize("client", AGES)
+def test_old_and_new_pythons_together(cluster, client, worker, proxy):
+    """A job there and back through a proxy, and the alert; each party on the oldest or the newest Python."""
+    python, far = oldest_and_newest(), "127.255.255.255:%d" % free_port()
+    cluster.launch = [python[worker], PROGRAM]
+    cluster.shell_worker(env={"GROUP": far})
+    logger = cluster.logger(cluster.pub, env={"GROUP": far})
+    cluster.launch = [python[proxy], PROGRAM]
+    between = cluster.start("cproxy", "-v", "127.0.0.2", far, stderr=subprocess.PIPE)
+    assert b"cproxy: from " in between.stderr.readline()
+    cluster.launch = [python[client], PROGRAM]
+    there_and_back(cluster)
+    until(logger.lines, "the alert's way")
+    assert "127.0.0.2 completed by 127.0.0.1 for app.pub exit code 5" in logger.lines()[0]
+
+
+@pytest.mark.parametrize("python", BETWEEN, ids=os.path.basename)
+def test_a_python_between(cluster, python):
+    """A job there and back: all on that Python, and each side with the Python under test."""
+    own, other = [python, PROGRAM], cluster.launch
+    for worker, clients in ((own, [own, other]), (other, [own])):
+        cluster.launch = worker
+        process = cluster.shell_worker()
+        for cluster.launch in clients:
+            there_and_back(cluster)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    cluster.launch = own
+    cluster.run("ckeygen", cluster.path("app"), cluster.path("again.pub"), check=True)
+    assert read(cluster.pub) == read(cluster.path("again.pub"))
+
+
+@pytest.mark.parametrize("age", AGES)
+@pytest.mark.parametrize("side", ["client", "worker"])
+def test_tls_1_2_on_one_side(cluster, side, age):
+    """OpenSSL's own settings, of a distribution or a company, allow one side no TLS 1.3."""
+    settings = put(cluster.path("openssl.cnf"), textwrap.dedent("""\
+        openssl_conf = all
+        [all]
+        ssl_conf = ssl
+        [ssl]
+        system_default = limits
+        [limits]
+        MaxProtocol = TLSv1.2
+        """))
+    cluster.launch[0] = oldest_and_newest()[age]
+    env = {"OPENSSL_CONF": settings}
+    cluster.shell_worker(env=env if side == "worker" else {})
+    if side == "client":
+        cluster.env.update(env)
+    done = cluster.run("cexec", "-v", cluster.pub, "CMD=cat; exit 5", input=BODY)
+    assert done.returncode == 5 and done.stdout == BODY and b"cexec: TLSv1.2, " in done.stderr
+
+
+# What a system may not have
+
+WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+
+# Taken away before the first line of the program.  os.memfd_create always is, or cservice would start
+# anew without this.
+TAKEN_AWAY = {
+    "memfd_create": "",
+    "sched_getaffinity": "del os.sched_getaffinity",
+    "getloadavg": "del os.getloadavg",
+    "getloadavg fails": """
+        def getloadavg():
+            raise OSError
+        os.getloadavg = getloadavg""",
+    "poll": "del select.poll, selectors.PollSelector",
+    "F_SETPIPE_SZ": "refuse(fcntl, 'fcntl', lambda fd, request, *rest: request == 1031, errno.EINVAL)",
+    "SO_ACCEPTCONN": "del socket.SO_ACCEPTCONN",
+    "SO_ACCEPTCONN fails": """
+        refuse(socket.socket, 'getsockopt', lambda self, *rest: rest[1] == socket.SO_ACCEPTCONN, errno.ENOPROTOOPT)""",
+    "IP_PKTINFO": """
+        refuse(socket.socket, 'setsockopt', lambda self, *rest: rest[:2] == (0, 8), errno.ENOPROTOOPT)
+        refuse(socket.socket, 'sendmsg', lambda self, data, ancillary=(), *rest: ancillary, errno.EINVAL)""",
+    "interface ioctls": """
+        refuse(fcntl, 'ioctl', lambda fd, request, *rest: request >> 8 == 0x89, errno.ENOTTY)""",
+    "TCP_KEEPIDLE": "del socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT",
+    "/proc": "",
+}
+
+# A Linux that looks like a BSD, as far as Python tells: BSD's numbers of ioctls work, Linux's do not.
+BSD = """
+    sys.platform = {platform!r}
+    for module, names in ((os, "sched_getaffinity O_PATH splice pidfd_open eventfd getrandom"),
+                          (socket, "IP_PKTINFO SO_BINDTODEVICE TCP_KEEPIDLE"), (fcntl, "F_SETPIPE_SZ"),
+                          (select, "epoll " + {lost!r}), (selectors, "EpollSelector DevpollSelector")):
+        for name in names.split():
+            if hasattr(module, name):
+                delattr(module, name)
+    refuse(fcntl, 'fcntl', lambda fd, request, *rest: request == 1031, errno.EINVAL)
+    refuse(socket.socket, 'setsockopt', lambda self, *rest: rest[:2] == (0, 8), errno.ENOPROTOOPT)
+    refuse(socket.socket, 'sendmsg', lambda self, data, ancillary, flags, to: ancillary or to[0] == "127.255.255.255",
+           errno.EADDRNOTAVAIL)
+    here = dict(zip((0xc0006911 | {size} << 16, 0xc0006921 | {size} << 16, 0xc0006923 | {size} << 16, 0x40807453),
+                    (0x8913, 0x8915, 0x8919, 0x80045430)))
+    linux = fcntl.ioctl
+    def ioctl(fd, request, *rest):
+        if request in here:
+            return linux(fd, here[request], *rest)
+        if request in here.values():
+            raise OSError(errno.ENOTTY, "not of this system")
+        return linux(fd, request, *rest)
+    fcntl.ioctl = ioctl
+"""
+SYSTEMS = {"darwin": BSD.format(platform="darwin", lost="poll", size=32),
+           "freebsd14": BSD.format(platform="freebsd14", lost="", size=32),
+           "netbsd10": BSD.format(platform="netbsd10", lost="", size=144)}
+
+
+def take_away(cluster, code):
+    """Has the cluster's applets run without what the code deletes."""
+    shim = put(cluster.path("shim.py"), textwrap.dedent("""\
+        import errno, fcntl, hashlib, os, runpy, select, selectors, socket, sys
+        def refuse(place, name, when, error):
+            inner = getattr(place, name)
+            def outer(*words, **named):
+                if when(*words, **named):
+                    raise OSError(error, os.strerror(error))
+                return inner(*words, **named)
+            setattr(place, name, outer)
+        if hasattr(os, "memfd_create"):
+            del os.memfd_create
+        """) + textwrap.dedent(code) + "\nsys.argv.pop(0)\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    cluster.launch = [PYTHON, shim, PROGRAM]
+
+
+def same_as_here(cluster):
+    """Jobs over cexec end as they do here: bytes, status, what is left of the input, a signal, a dead client."""
+    there_and_back(cluster)
+    path = put(cluster.path("lines"), "".join("line %d\n" % number for number in range(2000)))
+    with open(path, "rb") as source, open(cluster.path("out"), "wb") as output:
+        done = cluster.client("CMD=read line; echo $line; kill -9 $$", stdin=source, stdout=output)
+        assert (done.returncode, read(cluster.path("out"))) == (137, b"line 0\n")
+        assert os.lseek(source.fileno(), 0, os.SEEK_CUR) == len("line 0\n")
+    near, far = socket.socketpair()
+    with near:
+        job = cluster.start_client("CMD=read line; echo got $line", stdin=far, stdout=far)
+        far.close()
+        near.sendall(b"a line\n")
+        assert near.makefile("rb").read() == b"got a line\n" and job.wait(PATIENCE) == 0
+    job = cluster.start_client("CMD=sleep 1000 & echo started; sleep 1000", stdout=subprocess.PIPE)
+    assert job.stdout.readline() == b"started\n"
+    job.kill()                              # and nothing is left: the cluster's end sees to that
+
+
+@pytest.mark.parametrize("what", TAKEN_AWAY)
+def test_a_linux_without(cluster, what):
+    take_away(cluster, TAKEN_AWAY[what])
+    if what == "/proc":
+        need_root()
+        need("unshare")
+        cluster.launch = WITHOUT_PROC + cluster.launch
+    cluster.shell_worker()
+    same_as_here(cluster)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_that_is_not_linux(hosts, system):
+    """On one host, without a network: only one listener of a host hears what comes from the host itself."""
+    need("unshare")
+    space = hosts.space("one")
+    take_away(hosts, SYSTEMS[system])
+    hosts.launch = ["ip", "netns", "exec", space] + WITHOUT_PROC + hosts.launch
+    worker = hosts.shell_worker()
+    there_and_back(hosts)
+    master, terminal = pty.openpty()
+    talk = hosts.start_client("CMD=read line; echo got $line", stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    os.write(master, b"a line\n")
+    assert talk.wait(PATIENCE) == 0 and b"got a line" in os.read(master, 1000)
+    os.close(master)
+    job = hosts.start_client("CMD=sleep 1000 & echo started; sleep 1000", stdout=subprocess.PIPE)
+    assert job.stdout.readline() == b"started\n"
+    job.kill()
+    until(lambda: b"ended, done" in read(worker.log).partition(b"abandons")[2], "the end of the job")
+
+
+@pytest.mark.parametrize("system", [*SYSTEMS, "IP_PKTINFO"])
+def test_every_network_is_reached_without_pktinfo(hosts, system):
+    """The client sends to the broadcast address of each network that it is in; no route leads to all of them."""
+    near = hosts.lan("near", ["client", "one"], "10.77.0")
+    far = hosts.lan("far", [near["client"], "two"], "10.78.0")
+    take_away(hosts, {**SYSTEMS, **TAKEN_AWAY}[system])
+    for device, place, address in ((None, near["one"], "10.77.0.2"), (None, far["two"], "10.78.0.2"),
+                                   ("far", far["two"], "10.78.0.2")):
+        worker = hosts.shell_worker(space=place)
+        done = hosts.client("CMD=echo $SERVER_ADDR", space=near["client"],
+                            env={"GROUP": device + ":255.255.255.255"} if device else {})
+        assert (done.returncode, done.stdout, done.stderr) == (0, address.encode() + b"\n", b"")
+        worker.terminate()
+        assert worker.wait(PATIENCE) == 0
+
+
+def test_a_terminal_is_read_without_proc(cluster):
+    """It is opened again by its name."""
+    need_root()
+    need("unshare")
+    cluster.launch = WITHOUT_PROC + cluster.launch
+    cluster.shell_worker()
+    master, terminal = pty.openpty()
+    job = cluster.start_client("CMD=read line; echo got $line", stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    os.write(master, b"a line\n")
+    assert job.wait(PATIENCE) == 0
+    assert b"got a line" in os.read(master, 1000)
+    os.close(master)
+
+
+def test_a_terminal_is_opened_again_by_its_name(monkeypatch):
+    """And nobody else's O_NONBLOCK is changed; a pipe has no name."""
+    monkeypatch.setattr(cexec, "PROC_FD", "/nowhere/%d")
+    master, terminal = pty.openpty()
+    reader, writer = os.pipe()
+    try:
+        again = cexec.opened_again(cexec.Inherited(terminal))
+        assert not os.get_blocking(again) and os.get_blocking(terminal) and os.ttyname(again) == os.ttyname(terminal)
+        os.close(again)
+        with pytest.raises(OSError):
+            cexec.opened_again(cexec.Inherited(reader))
+    finally:
+        for fd in (master, terminal, reader, writer):
+            os.close(fd)
+
+
+def test_variables_are_bytes_in_any_locale(monkeypatch):
+    """In a locale of one byte a character what was typed goes as it is."""
+    monkeypatch.setattr(cexec.os, "fsencode", lambda word: word.encode("latin-1"))
+    word, = cexec.parse_environment(["X=\xe9\xff\xc3\xa9"])
+    assert cexec.pack_field("text", word)[2:] == b"X=\xe9\xff\xc3\xa9"
+
+
+@pytest.mark.parametrize("system, request_", [("linux", 0x80045430), ("darwin", 0x40807453), ("freebsd14", 0x4004740f),
+                                              ("netbsd10", None)])
+def test_masters_of_terminals_are_known_by_each_systems_ioctl(system, request_, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cexec.sys, "platform", system)
+    monkeypatch.setattr(cexec.fcntl, "ioctl", lambda fd, request, *rest: asked.append(request) or b"1")
+    item = SimpleNamespace(number=0)
+    assert cexec.Inherited._is_pty_master(item) == bool(request_) and asked == [request_] * bool(request_)
+
+
+@pytest.mark.parametrize("module, applets", [("ssl", ["cexec", "cservice"]), ("fcntl", ["cexec", "crat"]),
+                                             ("resource", ["cexec", "cservice"]), ("subprocess", ["cservice"]),
+                                             ("argparse", ["ckeygen"])])
+def test_a_python_without(keys, module, applets):
+    """One line says what it lacks, and nothing has run."""
+    take_away(keys, "sys.modules[%r] = None" % module)
+    words = {"cexec": [keys.pub], "cservice": [keys.key, "cat"], "crat": [keys.pub], "ckeygen": [keys.key]}
+    for applet in applets:
+        done = keys.run(applet, *words[applet])
+        assert module in refusal(done, 111, "another python3")
+
+
+def test_keys_are_made_without_ssl(keys):
+    take_away(keys, "sys.modules['ssl'] = None")
+    keys.run("ckeygen", keys.path("new"), keys.path("new.pub"), check=True)
+    take_away(keys, "del hashlib.pbkdf2_hmac")
+    refusal(keys.run("ckeygen", "-stdin", keys.path("other"), input=b"word"), 111, "another python3")
+
+
+# Other versions
+
+def other_version(cluster):
+    """The program as it will be in the next version of the protocol, with a longer HELLO."""
+    text = read(PROGRAM).decode()
+    for old, new in (("\nPROTOCOL = 1 ", "\nPROTOCOL = 2 "),
+                     ('load="I", delay="I")', 'load="I", delay="I", more="I")'),
+                     ("delay=u32(self.delay * 1e6))", "delay=u32(self.delay * 1e6), more=1)"),
+                     ('waited="I", batch="8s")', 'waited="I", batch="8s", more="I")'),
+                     ("batch=self.job.batch)\n", "batch=self.job.batch, more=1)\n")):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return put(cluster.path("next.py"), text)
+
+
+def test_a_peer_of_another_version_is_named(cluster):
+    """By the worker, crat and a proxy that hear it; and it ends with 111, in its own time."""
+    group, other = cluster.env["GROUP"], "127.255.255.255:%d" % free_port()
+    worker = cluster.worker("cat")
+    plain, as_json = cluster.logger(), cluster.logger("-j")
+    proxy_log = cluster.path("proxy.log")
+    with open(proxy_log, "wb") as file:
+        cluster.start("cproxy", "-v", "127.0.0.2", other, stderr=file)
+    until(lambda: b"from " in read(proxy_log), "the proxy's start")
+    cluster.launch = [PYTHON, other_version(cluster)]
+    done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
+    refusal(done, 111, "no worker answered in 1 s on %s (is cservice running" % group)
+    said = "127.0.0.1 speaks protocol version 2, this is 1 (cexec %s)" % cexec.VERSION
+    until(lambda: plain.lines() and as_json.lines(), "crat's lines")
+    dropped = b"dropped a datagram from 127.0.0.1: protocol version 2, this is 1"
+    for log in (worker.log, proxy_log):
+        until(lambda: dropped in read(log), "a line in %s" % log)
+    cluster.launch = [PYTHON, PROGRAM]
+    assert cluster.client(input=b"mine").stdout == b"mine"      # its alert comes after all that
+    until(lambda: len(plain.lines()) > 1 and len(as_json.lines()) > 1, "the alert")
+    assert plain.lines()[0] == said and "completed" in plain.lines()[1] and len(plain.lines()) == 2
+    record = json.loads(as_json.lines()[0])
+    assert record.pop("time") > 1e9
+    assert record == {"client": "127.0.0.1", "event": "version", "version": 2, "ours": 1}
+
+
+@pytest.mark.parametrize("how", ["BUSY", "HELLO", "a longer HELLO"])
+def test_a_client_names_a_worker_of_another_version(cluster, how, worker_key):
+    """The search goes on, and its end tells: never a hang."""
+    port = free_port()
+    with Ear(port) as ear:
+        client = searching_client(cluster, port, CEXEC_TIMEOUT_ACCEPT="1")
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        if how == "BUSY":
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.sendto(b"CEXC\7", (address, announced.port))
+        else:
+            key = cexec.open_key(cluster.key)
+            with Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+                body = cexec.HELLO.pack(**filled(cexec.HELLO, version=7)) + bytes(99) * (how != "HELLO")
+                peer.raw(cexec.FRAME_HEAD.pack(cexec.HELLO.code, 0, 0, len(body)) + body)
+                assert peer.next() is None
+            complaint = ear.wait_for(cexec.ALERT)[0].body
+            assert complaint.reason == "protocol version 7, this is 1"
+        assert client.wait(PATIENCE) == 111
+    last = read(client.log).decode().splitlines()
+    assert any("(127.0.0.1 speaks protocol version 7, this is 1)" in line for line in last), last
+    assert any("127.0.0.1: protocol version 7, this is 1" in line for line in last), last
+
+
+@pytest.mark.parametrize("rest", [b"", b"\0", bytes(20), bytes(1195), b"\xff" * 60])
+def test_magic_and_version_are_read_whatever_follows(rest):
+    with pytest.raises(cexec.OtherVersion) as caught:
+        cexec.Datagram(b"CEXC\2" + rest)
+    assert (caught.value.version, str(caught.value)) == (2, "protocol version 2, this is 1")
+    with pytest.raises(cexec.ProtocolError, match="not a cexec datagram"):
+        cexec.Datagram(b"CEXD\2" + rest)
+
+
+# Bare boxes
+
+def bare(cluster, **variables):
+    """Leaves the applets nothing in their environment but the group and these variables."""
+    name = cluster.marker.partition("=")[0]
+    cluster.env = {**{key: cluster.env[key] for key in ("GROUP", name)}, **variables}
+
+
+@pytest.mark.parametrize("age", AGES)
+@pytest.mark.parametrize("locale", [None, "C", "C.utf8", "xx_YY.nonsense"])
+def test_no_environment_and_any_bytes(cluster, age, locale):
+    """No HOME, USER, PATH and locale; names and values are bytes, whatever the locale makes of them."""
+    cluster.launch[0] = oldest_and_newest()[age]
+    directory = os.fsencode(cluster.path("")) + b"\xff d\xc3\xa9 \xe2\x82\xac"
+    os.mkdir(directory)
+    key, value = directory + b"/k\xe9y", b"\xff\xc3\xa9\xe9 \xe2\x82\xac"
+    shutil.copy(cluster.key, key)
+    shutil.copy(cluster.pub, key + b".pub")
+    bare(cluster, **{"LC_ALL": locale} if locale else {})
+    cluster.worker("/bin/sh", "-c", b'printf %s "$PEER_X" "$1"; exit 5', "sh", value, key=key)
+    logger = cluster.logger(key + b".pub")
+    done = cluster.run("cexec", "-v", key, b"X=" + value)
+    assert (done.returncode, done.stdout) == (5, value * 2), done.stderr
+    until(logger.lines, "crat's line")
+    assert " for k" in logger.lines()[0] and "y.pub exit code 5" in logger.lines()[0]
+    no_defect(done.stderr)
+    refusal(cluster.run("cexec", directory + b"/none"), 111, "no such public key")
+
+
+CLOSED = [numbers for count in (1, 2, 3) for numbers in itertools.combinations(range(3), count)]
+
+
+@pytest.mark.parametrize("closed", CLOSED, ids=lambda numbers: "".join(map(str, numbers)))
+def test_standard_descriptors_closed(cluster, closed):
+    """A worker without them serves whole jobs, a client has what it has, and ckeygen works."""
+    close = placed(dict.fromkeys(closed))
+
+    def start(applet, *words):
+        process = subprocess.Popen(cluster.argv(applet, *words), env=cluster.environment(), cwd=cluster.directory,
+                                   close_fds=False, preexec_fn=close)
+        cluster.started.append(process)
+        return process
+    worker = start("cservice", cluster.key, "sh", "-c", 'eval "$PEER_CMD"')
+    until(lambda: listening(worker.pid), "a worker's start")
+    there_and_back(cluster)
+    look = "CMD=for n in 0 1 2; do [ -e /proc/$$/fd/$n ] && touch %s$n; done; exit 6" % cluster.path("seen")
+    assert start("cexec", cluster.pub, look).wait(PATIENCE) == 6
+    assert [number for number in range(3) if not os.path.exists(cluster.path("seen%d" % number))] == list(closed)
+    assert start("ckeygen", cluster.path("new"), cluster.path("new.pub")).wait(PATIENCE) == 0
+    assert read(cluster.path("new.pub")).startswith(b"cexec-public-key")
+    assert start("cexec", "--version").wait(PATIENCE) == 0
+    logger = start("crat", cluster.pub)
+    if 1 in closed:
+        assert logger.wait(PATIENCE) == 100
+    else:
+        until(lambda: listening(logger.pid), "a logger's start")
+    relay = start("cproxy", "127.0.0.1", "127.255.255.255:9")
+    until(lambda: listening(relay.pid), "a proxy's start")
+
+
+def test_crat_and_ckeygen_say_what_is_closed(keys):
+    for words, closed, message in ((["crat", keys.pub], 1, "standard output is closed"),
+                                   (["ckeygen", "-stdin", keys.path("new")], 0, "standard input is closed")):
+        reader, writer = os.pipe()
+        process = subprocess.Popen(keys.argv(*words), env=keys.environment(), close_fds=False,
+                                   preexec_fn=placed({2: writer, closed: None}))
+        os.close(writer)
+        with os.fdopen(reader, "rb") as errors:
+            line = errors.read().decode()
+        assert process.wait(PATIENCE) == 100 and message in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["read-only", "removed"])
+def test_current_directory(cluster, how):
+    need_root()
+    need("unshare")
+    place = cluster.path("place")
+    os.mkdir(place)
+    enter = 'cd "$0"; mount --bind -o ro . . && cd "$0"' if how == "read-only" else 'cd "$0"; rmdir "$0"'
+    plain = cluster.launch
+    cluster.launch = ["unshare", "--mount", "sh", "-c", enter + ' && exec "$@"; exit 99', place, *plain]
+    cluster.worker("cat")               # a shell would have a word to say on the directory
+    os.makedirs(place, exist_ok=True)
+    done = cluster.client(input=BODY)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == BODY
+    os.makedirs(place, exist_ok=True)
+    refusal(cluster.run("ckeygen", "new"), 103, "Read-only" if how == "read-only" else "current directory")
+    os.makedirs(place, exist_ok=True)
+    assert cluster.run("ckeygen", cluster.key, cluster.pub).returncode == 0
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_no_network(hosts, age):
+    """Not even loopback is up: the client says so, and the others wait for better times."""
+    hosts.launch[0] = oldest_and_newest()[age]
+    space = hosts.space("dark")
+    ip("-n", space, "link", "set", "lo", "down")
+    hosts.shell_worker(space=space)
+    hosts.logger(space=space)
+    done = hosts.client(space=space, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert "is there a network?" in refusal(done, 111, "no worker answered in 1 s")
+    ip("-n", space, "link", "set", "lo", "up")
+    done = hosts.client("CMD=exit 5", space=space)
+    assert (done.returncode, done.stderr) == (5, b"")
+
+
+@pytest.mark.parametrize("age", AGES)
+@pytest.mark.parametrize("options", [["-I", "-S"], ["-E", "-OO"], ["-bb", "-W", "error"]], ids=" ".join)
+def test_options_of_python(cluster, age, options):
+    cluster.launch = [oldest_and_newest()[age], *options, PROGRAM]
+    cluster.shell_worker()
+    there_and_back(cluster)
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_the_program_on_standard_input(cluster, age):
+    """cservice serves; a job of cexec has the end of the file for input."""
+    cluster.launch = [oldest_and_newest()[age], "-"]
+    log = cluster.path("log")
+    with open(PROGRAM, "rb") as program, open(log, "wb") as file:
+        cluster.start("cservice", "-v", cluster.key, "sh", "-c", 'eval "$PEER_CMD"', stdin=program, stdout=file,
+                      stderr=file)
+    until(lambda: b"serves" in read(log), "the worker's start")
+    with open(PROGRAM, "rb") as program:
+        done = cluster.client("CMD=wc -c; exit 5", stdin=program)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (5, b"0", b"")
+    done = cluster.client("CMD=wc -c; exit 5", input=read(PROGRAM))
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (5, b"0", b"")
+    refusal(cluster.run("--install", "bin", input=read(PROGRAM)), 100, "standard input")
+    cluster.launch = [PYTHON, PROGRAM]
+    there_and_back(cluster)
+
+
+@pytest.fixture
+def run_sshd():
+    """The directory that sshd wants to see, if it is started by root."""
+    made = not os.getuid() and not os.path.isdir("/run/sshd")
+    if made:
+        os.makedirs("/run/sshd", 0o755)
+    yield
+    if made:
+        os.rmdir("/run/sshd")
+
+
+def test_a_worker_over_ssh_with_the_program_on_standard_input(run_sshd, cluster):
+    """As the README has it: nothing but the key is on the worker's machine."""
+    need("ssh", "ssh-keygen")
+    server = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
+    if not server:
+        skip("sshd is not installed")
+    host, user, port = cluster.path("host"), cluster.path("user"), free_port()
+    for key in (host, user):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    put(cluster.path("known"), "[127.0.0.1]:%d %s" % (port, read(host + ".pub").decode()))
+    put(cluster.path("config"), "Port %d\nListenAddress 127.0.0.1\nHostKey %s\nAuthorizedKeysFile %s\nPidFile none\n"
+        "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\n" % (port, host, user + ".pub"))
+    daemon = subprocess.Popen([server, "-D", "-e", "-f", cluster.path("config")], stderr=subprocess.PIPE,
+                              env=cluster.environment())
+    cluster.started.append(daemon)
+    until(lambda: b"listening" in daemon.stderr.readline(), "sshd's start")
+    words = ["env", cluster.marker, "GROUP=" + cluster.env["GROUP"], PYTHON, "-", "cservice", "-v", cluster.key,
+             "sh", "-c", 'eval "$PEER_CMD"']
+    log = cluster.path("ssh.log")
+    with open(PROGRAM, "rb") as program, open(log, "wb") as file:
+        far = subprocess.Popen(["ssh", "-F", "none", "-i", user, "-p", str(port), "-o", "BatchMode=yes",
+                                "-o", "UserKnownHostsFile=" + cluster.path("known"), "-o", "IdentitiesOnly=yes",
+                                "127.0.0.1", " ".join(map(shlex.quote, words))],
+                               stdin=program, stdout=file, stderr=file, env=cluster.environment())
+    cluster.started.append(far)
+    until(lambda: b"serves" in read(log) or far.poll() is not None, "the worker's start")
+    there_and_back(cluster)
+    for pid in cluster.alive():
+        if b"cservice" in read("/proc/%d/cmdline" % pid).split(b"\0"):
+            os.kill(pid, signal.SIGTERM)            # it outlives its ssh, which gave it no terminal
+    assert far.wait(PATIENCE) == 0
