@@ -1,6 +1,7 @@
 """cexec -t."""
 from test_cexec import *  # noqa: F401,F403
-from test_cexec import contextlib, fcntl, os, pty, pytest, re, shlex, signal, struct, subprocess, tempfile, termios, threading, time
+from test_cexec import (contextlib, fcntl, os, pty, pytest, re, shlex, signal, struct, subprocess, tempfile, termios,
+                        threading, time)
 import cexec
 import pwd
 
@@ -553,7 +554,8 @@ def terminal_end(fd):
 @pytest.mark.parametrize("typed, sent, signals", [
     (b"echo ~\r", b"echo ~\r", 0), (b"~~x", b"~x", 0), (b"~x", b"~x", 0), (b"~\r~~~", b"~\r~~", 0),
     (b"~~~.", b"~~.", 0), (b"a~.", b"a~.", 0), (b"~.", b"", 1), (b"a\r~.", b"a\r", 1), (b"a\n~.b", b"a\nb", 1),
-    (b"~?~.", b"", 1), (b"~?~~", b"~", 0), (b"\r\r~", b"\r\r", 0), (b"", b"", 0), (bytes(range(256)), bytes(range(256)), 0)])
+    (b"~?~.", b"", 1), (b"~?~~", b"~", 0), (b"\r\r~", b"\r\r", 0), (b"", b"", 0),
+    (bytes(range(256)), bytes(range(256)), 0)])
 def test_escapes_in_what_is_typed(typed, sent, signals):
     for size in (1, 2, 3, 1000):
         end = terminal_end(os.open(os.devnull, os.O_RDWR))
@@ -595,7 +597,8 @@ T = cexec.FLAG_INPUT | cexec.FLAG_OUTPUT | cexec.FLAG_TERMINAL
     ([(0, 0, T)], {"term": "vt100", "modes": ["VERASE=256"]}, False),
     ([(0, 0, T)], {"term": "vt100", "modes": ["VERASE=-1"]}, False),
     ([(0, 0, T)], {"term": "vt100", "modes": ["VERASE=0001"]}, False),
-    ([(0, 0, T)], {"term": "vt100", "modes": ["A=1=1"]}, False), ([(0, 0, T)], {"term": "vt100", "modes": ["=1"]}, False),
+    ([(0, 0, T)], {"term": "vt100", "modes": ["A=1=1"]}, False),
+    ([(0, 0, T)], {"term": "vt100", "modes": ["=1"]}, False),
 ])
 def test_what_a_job_may_ask_of_a_terminal(rows, given, good):
     job = cexec.JOB.unpack(cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, **given)))
@@ -681,7 +684,8 @@ def test_the_size_is_there_from_the_start(cluster):
     cluster.worker("stty", "size")
     with Asker(cluster) as asker, asker.offer() as peer:
         peer.send(cexec.AUTH, proof=asker.proof(peer))
-        peer.send(cexec.JOB, descriptors=[(0, 0, T), (1, 0, T)], term="vt100", lines=34, columns=56, linger=cexec.NO_LINGER)
+        peer.send(cexec.JOB, descriptors=[(0, 0, T), (1, 0, T)], term="vt100", lines=34, columns=56,
+                  linger=cexec.NO_LINGER)
         peer.expect(cexec.ACCEPT)
         peer.send(cexec.GO)
         assert peer.expect(cexec.DATA) == b"34 56\r\n"
