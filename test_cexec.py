@@ -7756,9 +7756,11 @@ class Tmux:
 
     def __init__(self, cluster, env=None):
         self.cluster, self.words = cluster, ["tmux", "-S", cluster.path("tmux"), "-f", "/dev/null"]
+        run = " ".join(map(shlex.quote, cluster.argv("cexec")))
+        put(cluster.path("run"), "#!/bin/sh\nexec %s \"$@\"\n" % run, 0o700)
         self.do("new-session", "-d", "-x", "100", "-y", "30", "PS1='here> ' exec bash --norc --noprofile",
                 env=cluster.environment(dict({"HISTFILE": None, "TMUX": None, "LC_ALL": "C.UTF-8",
-                                              "PUB": cluster.pub, "RUN": " ".join(cluster.argv("cexec"))},
+                                              "PUB": cluster.pub, "RUN": cluster.path("run")},
                                              **(env or {}))))
         self.shows("here>")
         self.pid = int(self.do("display-message", "-p", "#{pane_pid}"))
