@@ -391,7 +391,7 @@ Pub = collections.namedtuple("Pub", "label name application secret fingerprint")
 Pub.__doc__ = """What a client holds: its name, the application id (8 bytes), its secret (32)
 and the SHA-256 of the workers' certificate (32).  label is the file's name, for messages."""
 
-Key = collections.namedtuple("Key", "label path master application fingerprint")
+Key = collections.namedtuple("Key", "label path master application")
 Key.__doc__ = """What a worker holds: the master (32 bytes), the rest derived from it."""
 
 
@@ -443,11 +443,11 @@ def parse_key(text, path):
     """
     if text.startswith(PUB_MAGIC):
         raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed" % path)
-    der, certificate = unpem("EC PRIVATE KEY", text), unpem("CERTIFICATE", text)
-    if not der or not certificate or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
+    der = unpem("EC PRIVATE KEY", text)
+    if not der or not unpem("CERTIFICATE", text) or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
         raise Fatal(EXIT_USAGE, "%s: not a cexec private key (make one with ckeygen)" % path)
     master = der[7:39]
-    return Key(os.path.basename(path), path, master, application_id(master), hashlib.sha256(certificate).digest())
+    return Key(os.path.basename(path), path, master, application_id(master))
 
 
 def read_text(path):
@@ -882,105 +882,6 @@ def make_frame(kind, channel=0, flags=0, **fields):
     """A frame's bytes; for DATA see Link.send_data."""
     payload = kind.pack(**fields)
     return FRAME_HEAD.pack(kind.code, flags, channel, len(payload)) + payload
-
-
-def load_ssl():
-    """Imports ssl when the first bytes need it.  Raises Fatal (111)."""
-    global ssl
-    if ssl is None:
-        try:
-            import ssl as module
-        except ImportError as error:
-            raise Fatal(EXIT_TEMPORARY, "this Python has no ssl module (%s): use another python3" % error) from None
-        ssl = module
-    return ssl
-
-
-def tls_context(key=None):
-    """The TLS settings of a worker (with its Key) or a client (without).  Raises Fatal.
-
-    The client checks the certificate by its hash alone: no clock, names or authorities.
-    """
-    load_ssl()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if key else ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    if hasattr(context, "minimum_version"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-    else:                           # Python 3.6
-        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-    if key and hasattr(context, "num_tickets"):
-        context.num_tickets = 0     # nobody resumes, and a ticket is one more thing to send
-    if key:
-        try:
-            context.load_cert_chain(key.path)
-        except (OSError, ValueError) as error:
-            raise Fatal(EXIT_USAGE, "%s: invalid private key (%s)" % (key.path, error)) from None
-    return context
-
-
-class Tls:
-    """One end of a TLS connection as a matter of bytes: feed(), take(), read(), write()."""
-
-    def __init__(self, context, server_side):
-        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
-        self.ready = False
-
-    def feed(self, data):
-        """Bytes that came from the peer."""
-        self.incoming.write(data)
-
-    def take(self):
-        """Bytes to send to the peer."""
-        return self.outgoing.read()
-
-    def handshake(self):
-        """One more step; True when it is done.  Raises ProtocolError."""
-        try:
-            self.object.do_handshake()
-            self.ready = True
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLError as error:
-            raise ProtocolError("TLS: %s" % (error.reason or error)) from None
-        return self.ready
-
-    def fingerprint(self):
-        """The SHA-256 of the peer's certificate, 32 bytes."""
-        return hashlib.sha256(self.object.getpeercert(True) or b"").digest()
-
-    def read_into(self, view):
-        """The number of bytes now in view: 0 when more must be fed first.
-
-        Raises ProtocolError on damage, EOFError when the peer has closed properly.
-        """
-        count = 0
-        try:
-            while count < len(view):
-                got = self.object.read(len(view) - count, view[count:])
-                if not got:
-                    break
-                count += got
-        except ssl.SSLWantReadError:
-            pass
-        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            if not count:
-                raise EOFError from None
-        except ssl.SSLError as error:
-            raise ProtocolError("TLS: %s" % (error.reason or error)) from None
-        return count
-
-    def write(self, data):
-        self.object.write(data)
-
-    def close(self):
-        """Says that nothing more will be sent."""
-        try:
-            self.object.unwrap()
-        except (ssl.SSLError, OSError, ValueError):
-            pass                    # the peer's own farewell has not come yet, or never will
 
 
 # ---------------------------------------------------------------------------
@@ -1621,8 +1522,107 @@ def hear_no_more(loop, listeners):
 
 
 # ---------------------------------------------------------------------------
-# The channel: a link of frames, and the streams of descriptors over it
+# The channel: TLS, a link of frames, and the streams of descriptors over it
 # ---------------------------------------------------------------------------
+
+def load_ssl():
+    """Imports ssl when the first bytes need it.  Raises Fatal (111)."""
+    global ssl
+    if ssl is None:
+        try:
+            import ssl as module
+        except ImportError as error:
+            raise Fatal(EXIT_TEMPORARY, "this Python has no ssl module (%s): use another python3" % error) from None
+        ssl = module
+    return ssl
+
+
+def tls_context(key=None):
+    """The TLS settings of a worker (with its Key) or a client (without).  Raises Fatal.
+
+    The client checks the certificate by its hash alone: no clock, names or authorities.
+    """
+    load_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if key else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:                           # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if key and hasattr(context, "num_tickets"):
+        context.num_tickets = 0     # nobody resumes, and a ticket is one more thing to send
+    if key:
+        try:
+            context.load_cert_chain(key.path)
+        except (OSError, ValueError) as error:
+            raise Fatal(EXIT_USAGE, "%s: invalid private key (%s)" % (key.path, error)) from None
+    return context
+
+
+class Tls:
+    """One end of a TLS connection as a matter of bytes: feed(), take(), read(), write()."""
+
+    def __init__(self, context, server_side):
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
+        self.ready = False
+
+    def feed(self, data):
+        """Bytes that came from the peer."""
+        self.incoming.write(data)
+
+    def take(self):
+        """Bytes to send to the peer."""
+        return self.outgoing.read()
+
+    def handshake(self):
+        """One more step; True when it is done.  Raises ProtocolError."""
+        try:
+            self.object.do_handshake()
+            self.ready = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            raise ProtocolError("TLS: %s" % (error.reason or error)) from None
+        return self.ready
+
+    def fingerprint(self):
+        """The SHA-256 of the peer's certificate, 32 bytes."""
+        return hashlib.sha256(self.object.getpeercert(True) or b"").digest()
+
+    def read_into(self, view):
+        """The number of bytes now in view: 0 when more must be fed first.
+
+        Raises ProtocolError on damage, EOFError when the peer has closed properly.
+        """
+        count = 0
+        try:
+            while count < len(view):
+                got = self.object.read(len(view) - count, view[count:])
+                if not got:
+                    break
+                count += got
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            if not count:
+                raise EOFError from None
+        except ssl.SSLError as error:
+            raise ProtocolError("TLS: %s" % (error.reason or error)) from None
+        return count
+
+    def write(self, data):
+        self.object.write(data)
+
+    def close(self):
+        """Says that nothing more will be sent."""
+        try:
+            self.object.unwrap()
+        except (ssl.SSLError, OSError, ValueError):
+            pass                    # the peer's own farewell has not come yet, or never will
+
 
 class Link:
     """Frames over TLS over one non-blocking socket.
@@ -2865,7 +2865,7 @@ class Origin:
         return (not self.item.flags & os.O_APPEND and self.offset == self.size and
                 os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
 
-    def restore(self, source, sink):
+    def restore(self, sink):
         """Puts a regular file back to how it was.  Raises OSError."""
         if self.file and sink and sink.written:
             os.ftruncate(self.number, self.size)
@@ -3140,7 +3140,11 @@ class Run(Served):
         """Once the command has closed 2 and goes on: whoever reads there is to see the end."""
         closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
                      for channel, sink in self.sinks.items())
-        if closed and self.exit is None and log.fd != 2:
+        if closed and self.exit is None:
+            self.log_as_before()
+
+    def log_as_before(self):
+        if log.fd != 2:
             os.close(log.fd)
             log.fd = 2
 
@@ -3163,9 +3167,7 @@ class Run(Served):
         self.tick.cancel()
         if self.job.terminal:
             self.job.terminal.restore()
-        if log.fd != 2:
-            os.close(log.fd)
-            log.fd = 2
+        self.log_as_before()
         for end in self.job.ends.values():
             self.loop.forget(end.polled)
 
@@ -3399,7 +3401,7 @@ class Client:
         """Puts everything back to how it was before the job, and looks for another worker."""
         run.detach()
         for channel, origin in self.job.origins.items():
-            origin.restore(run.sources.get(channel), run.sinks.get(channel))
+            origin.restore(run.sinks.get(channel))
             self.job.reopen(channel)
         self.held.rewind()
         self.lost_workers.append(run.hello.worker_id)
