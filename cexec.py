@@ -3528,7 +3528,7 @@ def fill_pattern(pattern, name):
     """The pattern with {} the name, {.} without its extension, {/} its last part, {//} its directory, {/.} both."""
     import re
     values = {"": name, "/": os.path.basename(name), "//": os.path.dirname(name) or "."}
-    values.update({".": re.sub(r"\.[^/.]+$", "", name), "/.": re.sub(r"\.[^/.]+$", "", values["/"])})
+    values.update({".": re.sub(r"\.[^/.]*$", "", name), "/.": re.sub(r"\.[^/.]*$", "", values["/"])})
     return re.sub(PLACES, lambda match: values[match.group(1)], pattern)
 
 
@@ -4450,8 +4450,7 @@ class Worker:
         if key in self.offers or key in self.delayed:
             return
         if self.free_slots() and not self.line:
-            delay = self.delay(first=client.attempt == 1)
-            self.delayed[key] = self.loop.after(delay, lambda: self.offer(client, delay))
+            self.offer_after(client, self.delay(first=client.attempt == 1))
         else:
             self.wait(client)
 
@@ -4545,6 +4544,9 @@ class Worker:
             client.told = now
             self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.line.ahead(client))
 
+    def offer_after(self, client, delay):
+        self.delayed[client.key] = self.loop.after(delay, lambda: self.offer(client, delay))
+
     def offer(self, client, delay):
         """Connects to a client, if there is still a slot for it."""
         self.delayed.pop(client.key, None)
@@ -4559,10 +4561,14 @@ class Worker:
         self.serve_line()
 
     def serve_line(self):
-        """Offers every free slot to whoever is next in line."""
+        """Offers every free slot to whoever is next in line; later, and to whom it still helps, after a failure."""
         self.line.expire(time.monotonic())
         while self.line and self.free_slots() > 0:
-            self.offer(self.line.take(self.few, random_fraction()), 0.0)
+            client = self.line.take(self.few, random_fraction())
+            if self.penalty:
+                self.offer_after(client, self.penalty)
+            else:
+                self.offer(client, 0.0)
 
     def forget(self, key):
         """Takes back an offer that is no longer wanted."""
