@@ -5008,7 +5008,13 @@ class Supervisor(Carrier):
     def rest_when_sent(self):
         """The client's time begins once EXIT has left: before that it may be slow to take the output."""
         if not self.link.congested:
-            self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no more jobs"))
+            self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
+
+    def rest_for_good(self):
+        """Frees the slot, and goes on as after an EXIT that is the last: the client may still be reading."""
+        self.over, self.resting = True, False
+        self.say("done")
+        self.close_when_sent()
 
     def rcvd_job(self, flags, channel, payload):
         """The next job of a batch; its GO is on the way."""
