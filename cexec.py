@@ -198,8 +198,12 @@ class Log:
         self.status(shown)
 
     def write(self, text):
+        self.copy(text.encode("utf-8", "backslashreplace"))
+
+    def copy(self, data):
         try:
-            os.write(self.fd, text.encode("utf-8", "backslashreplace"))
+            while data:
+                data = data[os.write(self.fd, data):]
         except OSError:
             pass                    # nobody is there to be told
 
@@ -3588,7 +3592,7 @@ def fill_pattern(pattern, name):
     """The pattern with {} the name, {.} without its extension, {/} its last part, {//} its directory, {/.} both."""
     import re
     values = {"": name, "/": os.path.basename(name), "//": os.path.dirname(name) or "."}
-    values.update({".": re.sub(r"\.[^/.]+$", "", name), "/.": re.sub(r"\.[^/.]+$", "", values["/"])})
+    values.update({".": re.sub(r"\.[^/.]*$", "", name), "/.": re.sub(r"\.[^/.]*$", "", values["/"])})
     return re.sub(PLACES, lambda match: values[match.group(1)], pattern)
 
 
@@ -3596,25 +3600,59 @@ def batch_names(words, zero):
     """The files of a batch: words, or for "-" the lines of standard input, with zero what NULs end.  Raises Fatal."""
     if words != ["-"] and not (zero and not words):
         return words
-    names = sys.stdin.buffer.read().split(b"\0" if zero else b"\n")
+    try:
+        with open(0, "rb", closefd=False) as file:
+            names = file.read().split(b"\0" if zero else b"\n")
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
     return [os.fsdecode(name) for name in names if name]
 
 
 def batch_tasks(names, pattern):
-    """The Tasks of a batch, in order.  Raises Fatal (100) where two would write one file, or their own input."""
-    tasks, taken = [], {}
+    """The Tasks of a batch, in order.  Raises Fatal (100) where an output is no place for one.
+
+    That is another's output, any file of the batch, and what is there and is no regular file.
+    """
+    if pattern == "-":
+        return [Task(number, name, None) for number, name in enumerate(names, 1)]
+    place_of, tasks, taken = Places(), [], {}
+    inputs = {place_of(name): name for name in names}
     for number, name in enumerate(names, 1):
-        output = None if pattern == "-" else fill_pattern(pattern, name)
-        if output is not None:
-            place = os.path.abspath(output)
-            if place == os.path.abspath(name):
-                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, name))
-            if place in taken:
-                raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
-                            % (pattern, taken[place], name, output))
-            taken[place] = name
+        output = fill_pattern(pattern, name)
+        place = place_of(output)
+        if place in inputs:
+            raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, inputs[place]))
+        if place in taken:
+            raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
+                        % (pattern, taken[place], name, output))
+        if output[-1:] in ("", "/") or not may_be_replaced(output):
+            raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
+        taken[place] = name
         tasks.append(Task(number, name, output))
     return tasks
+
+
+class Places(dict):
+    """Where a file is, whatever way its name leads there: its directory's real path (each looked up once), its name."""
+
+    def __call__(self, name):
+        directory, base = os.path.split(name)
+        return os.path.join(self[directory], base)
+
+    def __missing__(self, directory):
+        try:
+            self[directory] = os.path.realpath(directory)
+        except ValueError:          # a name with a NUL in it
+            self[directory] = directory
+        return self[directory]
+
+
+def may_be_replaced(path):
+    """Whether there is nothing but a regular file, if anything at all."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return True
 
 
 class Task:
@@ -3629,28 +3667,29 @@ class Task:
         self.part = output and os.path.join(os.path.dirname(output), ".%s.part" % os.path.basename(output))
         self.tries, self.input, self.result, self.errors = 0, None, None, None
         self.status = None          # once it is over: the exit status; 0 is a success
+        self.signal = 0             # that killed the command
         self.done_before = False
 
     def is_done(self):
         """Whether the output is there and no older than the input."""
         try:
             self.done_before = os.stat(self.output).st_mtime_ns >= os.stat(self.name).st_mtime_ns
-        except (OSError, TypeError):
-            pass                    # not there; or no name
+        except (OSError, TypeError, ValueError):
+            pass                    # not there; no name; an impossible one
         return self.done_before
 
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
         try:
-            self.input = open(self.name, "rb")
             self.stamp = self.state_of_input()
-            if stat.S_ISDIR(os.fstat(self.input.fileno()).st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not stat.S_ISREG(self.stamp[0]):
+                raise OSError(errno.EINVAL, "not a regular file")
+            self.input = open(self.name, "rb", 0)
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
             self.errors = tempfile.TemporaryFile()
         except OSError:
-            self.close()
+            self.discard()
             raise
 
     def open_part(self):
@@ -3664,19 +3703,23 @@ class Task:
                     return part
             except FileNotFoundError:
                 pass                # who had it has just renamed or removed it
-            except OSError as error:
+            except BlockingIOError:
                 part.close()
-                raise OSError(error.errno, "another cexec is writing it", self.part) from None
+                raise OSError(errno.EBUSY, "another cexec is writing it", self.part) from None
+            except OSError:
+                part.close()
+                raise
             part.close()
 
     def state_of_input(self):
-        now = os.fstat(self.input.fileno())
-        return now.st_size, now.st_mtime_ns
+        """What tells that the name stands for the same file as before, unchanged.  Raises OSError."""
+        now = os.stat(self.name)
+        return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def keep(self):
         """Gives the output its name.  Raises OSError."""
         if self.state_of_input() != self.stamp:
-            raise OSError(errno.EBUSY, "changed while it was read")
+            raise OSError(errno.EBUSY, "changed while it was read", self.name)
         if self.output is not None:
             os.rename(self.part, self.output)
 
@@ -3689,11 +3732,40 @@ class Task:
                 pass
         self.close()
 
-    def close(self):
-        for file in (self.input, self.result, self.errors):
+    def close(self, *names):
+        """Closes what is open, or what is named of it."""
+        for name in names or ("input", "result", "errors"):
+            file = getattr(self, name)
             if file:
                 file.close()
-        self.input = self.result = self.errors = None
+            setattr(self, name, None)
+
+
+def why(error, name):
+    """What an OSError of a Task says, with the file's name where that is not the Task's."""
+    other = getattr(error, "filename", None)
+    text = getattr(error, "strerror", None) or str(error)
+    return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
+
+
+def open_joblog(path):
+    """A file to append to, with parallel's heads if it is new.  Raises Fatal (111)."""
+    try:
+        file = open(path, "a", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
+    if not file.tell():
+        write_joblog(file, "\t".join(JOBLOG))
+    return file
+
+
+def write_joblog(file, line):
+    """Adds a line.  Raises Fatal (111)."""
+    try:
+        file.write(line + "\n")
+        file.flush()
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
 class FileSearch(Search):
@@ -3734,12 +3806,21 @@ class FileRun(Served):
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]
 
-    def __init__(self, batch, link, hello, task):
+    def __init__(self, batch, link, hello, task, accepted):
         super().__init__(batch.loop, link, hello, batch.terms.silence_seconds)
         self.batch, self.task, self.started = batch, task, time.time()
+        self.accepted = accepted    # on a connection that was kept we don't wait for ACCEPT
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
         self.refresh()
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if kind is ACCEPT if self.accepted else kind not in (ACCEPT, PONG):
+            raise ProtocolError("%s out of place" % kind)
+        super().link_frame(link, kind, flags, channel, payload)
+
+    def rcvd_accept(self, flags, channel, payload):
+        self.accepted = True
 
     def exited(self, rows):
         self.leave()
@@ -3763,14 +3844,14 @@ class FileRun(Served):
 
     def link_lost(self, link, reason, violation):
         self.leave()
-        self.batch.lost(self, reason)
+        self.batch.lost(self, reason, violation)
 
 
 class Batch:
     """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
 
     A worker that nobody else waits for takes the next file on the connection that it has;
-    for the rest there are searches, two more than can be served, or as many as -j leaves.
+    for the rest there are two searches at a time, or fewer if -j leaves no more.
     """
 
     def __init__(self, pub, group, terms, tasks, jobs, joblog):
@@ -3779,7 +3860,8 @@ class Batch:
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failed, self.done = time.monotonic(), 0, 0
-        self.shown = 0              # how many outputs have had their turn on standard output
+        self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
+        self.shown, self.printing, self.unprinted = 0, None, b""    # outputs on standard output, the Task whose turn it is
         self.watched = os.isatty(2) and not log.verbose
         self.udp = open_speakers()
         terms.batch = os.urandom(8)
@@ -3792,7 +3874,7 @@ class Batch:
         try:
             self.fill()
             started_up()
-            while self.queue or self.runs or any(search.asked for search in self.searches):
+            while self.queue or self.runs or self.printing or any(search.asked for search in self.searches):
                 self.loop.turn()
         finally:
             self.stop()
@@ -3805,9 +3887,15 @@ class Batch:
 
     def fill(self):
         """Has as many searches as there is use for."""
-        room = IN_LINE if self.jobs is None else self.jobs - len(self.runs)
+        room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
-            search = FileSearch(self)
+            try:
+                search = FileSearch(self)
+            except Fatal as error:  # CEXEC_LISTEN_PORTS has only one
+                if not self.searches and not self.runs:
+                    raise
+                log.note("%s", error)
+                break
             self.searches.append(search)
             search.announce()
             search.listen()
@@ -3845,7 +3933,7 @@ class Batch:
                 task.open()
                 return task
             except (OSError, ValueError) as error:
-                self.over(task, EXIT_TEMPORARY, getattr(error, "strerror", None) or str(error))
+                self.over(task, EXIT_TEMPORARY, why(error, task.name))
         return None
 
     def put_back(self, task):
@@ -3861,7 +3949,7 @@ class Batch:
     def begin(self, search, winner):
         self.searches.remove(search)
         search.back.close()
-        self.runs.append(FileRun(self, winner.link, winner.hello, winner.task))
+        self.runs.append(FileRun(self, winner.link, winner.hello, winner.task, accepted=True))
         self.fill()
 
     # What comes of them
@@ -3873,12 +3961,13 @@ class Batch:
         if run.trouble:
             code = EXIT_TEMPORARY
         elif run.exit.how == HOW_SIGNALLED:
+            task.signal = code
             code, reason = EXIT_SIGNAL + code, "killed by signal %d" % code
         elif code == 0:
             try:
                 task.keep()
             except OSError as error:
-                code, reason = EXIT_TEMPORARY, "%s: %s" % (task.output or task.name, error.strerror)
+                code, reason = EXIT_TEMPORARY, why(error, task.name)
         self.alert(run, ALERT_SIGNALLED if run.exit.how == HOW_SIGNALLED else ALERT_EXITED, run.exit.status, reason)
         self.runs.remove(run)
         self.over(task, code, reason, run)
@@ -3886,18 +3975,22 @@ class Batch:
         if following:
             run.link.send(JOB, **self.job_for(following))
             run.link.send(GO)
-            self.runs.append(FileRun(self, run.link, run.hello, following))
+            self.runs.append(FileRun(self, run.link, run.hello, following, accepted=False))
         else:
             run.link.close()
         self.fill()
 
     def crowded(self):
-        return self.jobs is not None and len(self.runs) >= self.jobs
+        return len(self.runs) >= self.jobs
 
-    def lost(self, run, reason):
+    def lost(self, run, reason, violation):
         """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
         task, message = run.task, "worker %s lost: %s" % (run.worker, reason)
         self.runs.remove(run)
+        if not run.accepted and not violation:
+            log.note("%s: %s before it began", task.name, message)      # we, or the JOB, came too late
+            self.put_back(task)
+            return self.fill()
         task.tries += 1
         if task.tries > self.terms.retries:
             self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
@@ -3920,6 +4013,8 @@ class Batch:
             task.discard()
         elif task.output is not None:
             task.close()
+        else:
+            task.close("input", "errors")
         self.print_outputs()
 
     def tell_failure(self, task, status, reason):
@@ -3927,33 +4022,50 @@ class Batch:
         log.say("%s: %s" % (task.name, reason or "exit status %d" % status))
         if task.errors:
             task.errors.seek(0)
-            copy_to(2, task.errors)         # what the command said
+            for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
+                log.copy(part)      # what the command said
 
     def log_job(self, task, run):
         """A line as parallel's --joblog has it."""
-        signalled = run is not None and run.exit is not None and run.exit.how == HOW_SIGNALLED
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
-        self.joblog.write("\t".join(map(str, [
+        line = "\t".join(map(str, [
             task.number, run.worker if run else "-", "%.3f" % (run.started if run else time.time()), "%10.3f" % seconds,
-            sent, received, 0 if signalled else task.status, run.exit.status if signalled else 0,
-            printable(task.name)])) + "\n")
-        self.joblog.flush()
+            sent, received, 0 if task.signal else task.status, task.signal, printable(task.name)]))
+        write_joblog(self.joblog, line)
 
     def print_outputs(self):
-        """With -o -: copies to standard output what is whole, in the order of the files."""
-        while self.shown < len(self.tasks) and (self.tasks[self.shown].status is not None):
+        """With -o -: begins to print the next output, if its turn has come and it is there."""
+        while self.out and not self.printing and self.shown < len(self.tasks):
             task = self.tasks[self.shown]
-            self.shown += 1
-            if task.output is None and task.status == 0:
+            if task.status is None:
+                return
+            if task.status:
+                self.shown += 1
+            else:
+                self.printing = task
                 task.result.seek(0)
-                try:
-                    copy_to(1, task.result)
-                except BrokenPipeError:
-                    raise
-                except OSError as error:
-                    raise Fatal(EXIT_TEMPORARY, "standard output: %s" % error.strerror) from None
-                task.close()
+                self.loop.on_write(self.out.polled, self.print_more)
+
+    def print_more(self):
+        """Prints as much as standard output takes now: whoever reads there may be slow.  Raises Fatal (111)."""
+        log.status("")
+        self.unprinted = self.unprinted or memoryview(self.printing.result.read(FRAME_MAX))
+        if self.unprinted:
+            try:
+                self.unprinted = self.unprinted[self.out.write(self.unprinted):]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.rest())) from None
+            return
+        self.loop.on_write(self.out.polled, None)
+        self.printing.close()
+        self.printing, self.shown = None, self.shown + 1
+        self.print_outputs()
+        self.fill()
 
     def alert(self, run, event, status, reason):
         """For crat.  A complaint names the job of the offer; the rest have one each, or would be taken for copies."""
@@ -4000,17 +4112,17 @@ class Batch:
         return "  ".join([text] + ["%s*%d" % item for item in sorted(workers.items())])
 
 
-def copy_to(fd, file):
-    """Copies the rest of a file to a descriptor.  Raises OSError."""
-    while True:
-        view = memoryview(file.read(FRAME_MAX))
-        if not view:
-            return
-        while view:
-            try:
-                view = view[os.write(fd, view):]
-            except BlockingIOError:             # somebody made it so
-                select.select([], [fd], [])
+def files_at_once():
+    """For how many files there are descriptors: three and a connection each, besides searches and outputs in line."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        soft = max(soft, wanted)
+    except (OSError, ValueError):
+        pass                        # macOS allows fewer than it says
+    return max(1, (soft - OUTPUTS_MAX - 256) // 4)
 
 
 def main_batch(pub, group, words, options):
@@ -4026,18 +4138,8 @@ def main_batch(pub, group, words, options):
     log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if not todo:
         return 0
-    return Batch(pub, group, terms, tasks, options.jobs, joblog).status()
-
-
-def open_joblog(path):
-    """A file to append to, with parallel's heads if it is new.  Raises Fatal (111)."""
-    try:
-        file = open(path, "a", encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
-    if not file.tell():
-        file.write("\t".join(JOBLOG) + "\n")
-    return file
+    jobs = min(options.jobs or MEMORY, files_at_once())
+    return Batch(pub, group, terms, tasks, jobs, joblog).status()
 
 
 # ---------------------------------------------------------------------------
@@ -4417,8 +4519,7 @@ class Worker:
         if key in self.offers or key in self.delayed:
             return
         if self.free_slots() and not self.line:
-            delay = self.delay(first=client.attempt == 1)
-            self.delayed[key] = self.loop.after(delay, lambda: self.offer(client, delay))
+            self.offer_after(client, self.delay(first=client.attempt == 1))
         else:
             self.wait(client)
 
@@ -4512,6 +4613,9 @@ class Worker:
             client.told = now
             self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.line.ahead(client))
 
+    def offer_after(self, client, delay):
+        self.delayed[client.key] = self.loop.after(delay, lambda: self.offer(client, delay))
+
     def offer(self, client, delay):
         """Connects to a client, if there is still a slot for it."""
         self.delayed.pop(client.key, None)
@@ -4526,10 +4630,14 @@ class Worker:
         self.serve_line()
 
     def serve_line(self):
-        """Offers every free slot to whoever is next in line."""
+        """Offers every free slot to whoever is next in line; later, and to whom it still helps, after a failure."""
         self.line.expire(time.monotonic())
         while self.line and self.free_slots() > 0:
-            self.offer(self.line.take(self.few, random_fraction()), 0.0)
+            client = self.line.take(self.few, random_fraction())
+            if self.penalty:
+                self.offer_after(client, self.penalty)
+            else:
+                self.offer(client, 0.0)
 
     def forget(self, key):
         """Takes back an offer that is no longer wanted."""
@@ -4589,7 +4697,7 @@ class Worker:
             log.note("supervisor %d: %s", job.pid, line.decode())
             if word in ("group", "session"):
                 job.group, self.penalty = int(value), 0.0
-                job.sessions += [job.group] * (word == "session")
+                job.sessions = [job.pid] + [job.group] * (word == "session")
             elif word == "failed":
                 self.penalty = PENALTY
             elif word == "back":                # the client left before GO: it may ask again
@@ -4925,8 +5033,8 @@ class Supervisor(Carrier):
         writing = any(source.state is OPEN for source in self.sources.values())
         if self.result and not writing and not self.over and not self.gone:
             self.over = True
-            if self.offer.client.batch == Terms.batch or self.left_behind():
-                self.send_exit()
+            if self.offer.client.batch == Terms.batch or self.process is None or self.left_behind():
+                self.send_exit()    # who can't start its command is not to fail a whole batch
             else:
                 self.ask_for_more()
 
@@ -4937,7 +5045,7 @@ class Supervisor(Carrier):
         try:
             os.killpg(self.process.pid, 0)
             return True
-        except (OSError, AttributeError):           # none; or it was never started
+        except OSError:
             return False
 
     def ask_for_more(self):
@@ -4964,18 +5072,31 @@ class Supervisor(Carrier):
         self.sources, self.sinks, self.inputs, self.timers = {}, {}, {}, []
         self.process = self.result = self.terminal = None
         self.over, self.resting = False, True
-        self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no more jobs"))
+        self.rest_when_sent()
+
+    def rest_when_sent(self):
+        """The client's time begins once EXIT has left: before that it may be slow to take the output."""
+        if not self.link.congested:
+            self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
+
+    def rest_for_good(self):
+        """Frees the slot, and goes on as after an EXIT that is the last: the client may still be reading."""
+        self.over, self.resting = True, False
+        self.say("done")
+        self.close_when_sent()
 
     def rcvd_job(self, flags, channel, payload):
         """The next job of a batch; its GO is on the way."""
         self.patience.cancel()
+        self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
         self.job, self.resting = check_job(payload), False
         if any(number >= self.loop.floor for number, _, _ in self.job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         try:
             self.make_ends()
         except OSError as error:
-            self.link.fail("cannot make pipes or a terminal: %s" % error.strerror)
+            return self.link.fail("cannot make pipes or a terminal: %s" % error.strerror)
+        self.link.send(ACCEPT)      # the client does not wait for it, but can tell what was begun
 
     def send_exit(self, more=False):
         """EXIT, the last frame; then waits for the client to close, or its input would be reset."""
@@ -4999,6 +5120,8 @@ class Supervisor(Carrier):
     def link_writable(self, link):
         if self.over:
             self.close_when_sent()
+        elif self.resting:
+            self.rest_when_sent()
         else:
             super().link_writable(link)
 
