@@ -2052,7 +2052,7 @@ TOO_MUCH = [data_frame(1, bytes(cexec.FRAME_MAX))] * (cexec.WINDOW // cexec.FRAM
     ([cexec.make_frame(cexec.CREDIT, 2, bytes=2 ** 32 - 1)], "more credit"),
     ([cexec.make_frame(cexec.HELLO, **filled(cexec.HELLO))], "HELLO out of place"),
     ([cexec.make_frame(cexec.AUTH, **filled(cexec.AUTH))], "AUTH out of place"),
-    ([cexec.make_frame(cexec.JOB, **filled(cexec.JOB))], "JOB within a job"),
+    ([cexec.make_frame(cexec.JOB, **filled(cexec.JOB))], "JOB out of place"),
     ([cexec.make_frame(cexec.ACCEPT)], "ACCEPT out of place"),
     ([cexec.make_frame(cexec.REFUSE, reason="no")], "REFUSE out of place"),
     ([cexec.FRAME_HEAD.pack(cexec.DATA.code, 0, 1, cexec.FRAME_MAX + 1)], "frame of kind 7"),
@@ -2430,7 +2430,7 @@ def proof_of(change):
 
 
 INTRUSIONS = [
-    ("JOB first", b"JOB within a job", lambda asker, peer: peer.send(cexec.JOB)),
+    ("JOB first", b"JOB out of place", lambda asker, peer: peer.send(cexec.JOB)),
     ("GO first", b"GO out of place", lambda asker, peer: peer.send(cexec.GO)),
     ("DATA first", b"DATA out of place", lambda asker, peer: peer.raw(data_frame(0, b"x" * 100000))),
     ("no proof", b"a wrong proof", proof_of(lambda asker, peer: bytes(32))),
@@ -4891,13 +4891,14 @@ def test_list_of_workers(hosts):
     assert one["load"] >= 1 and one["version"] == cexec.VERSION and 0 < one["round_trip"] < 3
     assert one["host"] == socket.gethostname() and 0 <= one["uptime"] < 100
     lines = survey(hosts, space=spaces["client"]).stdout.splitlines()
-    assert [line.split("\t")[1] for line in lines] == ["10.77.0.3", "10.77.0.2"]        # the least loaded first
+    loads = [float(line.split("\t")[2]) for line in lines]
+    assert len(loads) == 2 and loads == sorted(loads)   # the least loaded first
     assert {len(line.split("\t")) for line in lines} == {9}
     shown = subprocess.run(["script", "-qec", shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"])),
                             "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     head, *rows = shown.stdout.decode().splitlines()
     assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP"]
-    assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2 and " 1/1 " in rows[1]
+    assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2 and any(" 1/1 " in row for row in rows)
     outcome(first)
     assert worker.poll() is None
 
