@@ -3907,7 +3907,7 @@ class Batch:
         self.alert(run, ALERT_SIGNALLED if run.exit.how == HOW_SIGNALLED else ALERT_EXITED, run.exit.status, reason)
         self.runs.remove(run)
         self.over(task, code, reason, run)
-        following = self.take() if run.exit.more and not self.crowded() else None
+        following = self.take() if run.exit.more else None
         if following:
             run.link.send(JOB, **self.job_for(following))
             run.link.send(GO)
@@ -3915,9 +3915,6 @@ class Batch:
         else:
             run.link.close()
         self.fill()
-
-    def crowded(self):
-        return len(self.runs) >= self.jobs
 
     def lost(self, run, reason, violation):
         """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
