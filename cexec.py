@@ -3797,7 +3797,7 @@ class Batch:
         self.searches, self.runs = [], []
         self.began, self.failed, self.done = time.monotonic(), 0, 0
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
-        self.shown, self.printing, self.unprinted = 0, None, b""    # outputs on standard output, the Task whose turn it is
+        self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
         self.watched = os.isatty(2) and not log.verbose
         self.udp = open_speakers()
         terms.batch = os.urandom(8)
