@@ -3861,7 +3861,7 @@ class Batch:
         self.searches, self.runs = [], []
         self.began, self.failed, self.done = time.monotonic(), 0, 0
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
-        self.shown, self.printing, self.unprinted = 0, None, b""    # outputs on standard output, the Task whose turn it is
+        self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
         self.watched = os.isatty(2) and not log.verbose
         self.udp = open_speakers()
         terms.batch = os.urandom(8)
@@ -3971,7 +3971,7 @@ class Batch:
         self.alert(run, ALERT_SIGNALLED if run.exit.how == HOW_SIGNALLED else ALERT_EXITED, run.exit.status, reason)
         self.runs.remove(run)
         self.over(task, code, reason, run)
-        following = self.take() if run.exit.more and not self.crowded() else None
+        following = self.take() if run.exit.more else None
         if following:
             run.link.send(JOB, **self.job_for(following))
             run.link.send(GO)
@@ -3979,9 +3979,6 @@ class Batch:
         else:
             run.link.close()
         self.fill()
-
-    def crowded(self):
-        return len(self.runs) >= self.jobs
 
     def lost(self, run, reason, violation):
         """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
