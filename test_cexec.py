@@ -58,6 +58,7 @@ with open(PROGRAM) as program:
 IN_CI = bool(os.environ.get("CI"))
 FIRST_TRY = {"attempt": 1, "waited": 0, "batch": bytes(8)}      # ANNOUNCE's fields
 PORTS = itertools.count(5000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + random.randrange(2500))
+HEAVY = pytest.mark.xdist_group("heavy")        # not two of these at a time
 PATIENCE = 30.0                         # seconds until something that must happen has not
 
 
@@ -2690,6 +2691,7 @@ def drained(*ports):
         assert time.monotonic() < deadline, "nobody reads what was sent"
 
 
+@HEAVY
 def test_a_hundred_thousand_garbage_datagrams(cluster):
     """To a worker, a logger and a searching client, all of them read; then a job runs as ever."""
     worker, crat, port = cluster.worker("cat"), cluster.logger(cluster.pub), free_port()
@@ -2731,6 +2733,7 @@ def client_hello():
     return tls.take()
 
 
+@HEAVY
 def test_a_thousand_garbage_connections(cluster):
     """To a searching client, from many addresses: silent, closed at once, noise, what begins like TLS."""
     worker, port, chance = cluster.worker("cat"), free_port(), random.Random(11)
@@ -4894,8 +4897,9 @@ def test_list_of_workers(hosts):
     loads = [float(line.split("\t")[2]) for line in lines]
     assert len(loads) == 2 and loads == sorted(loads)   # the least loaded first
     assert {len(line.split("\t")) for line in lines} == {9}
-    shown = subprocess.run(["script", "-qec", shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"])),
-                            "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    words = shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"]))
+    shown = subprocess.run(["script", "-qec", words, "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE)
     head, *rows = shown.stdout.decode().splitlines()
     assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP"]
     assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2 and any(" 1/1 " in row for row in rows)
@@ -5743,6 +5747,7 @@ STORM_JOBS, STORM_BYTES = 20, 50000000
 STORM_COMMAND = "head -c 17000000; sleep 0.5; head -c 17000000; sleep 0.5; exec cat"
 
 
+@HEAVY
 def test_twenty_jobs_while_workers_are_killed(cluster):
     """A supervisor, or a worker, each second: every output is whole, every status 0, and crat tells what ran again."""
     chance, env = random.Random(5), {"CEXEC_RETRIES": "1000"}
@@ -5857,6 +5862,7 @@ def announced(worker):
     return len(set(re.findall(rb"<- ANNOUNCE (\w+)", read(worker.log))))
 
 
+@HEAVY
 def test_two_hundred_clients_on_two_slots(cluster):
     """All are served, in order within a name; the one client of a second name does not wait for the first name's."""
     other = cluster.path("other.pub")
@@ -5881,6 +5887,7 @@ def test_two_hundred_clients_on_two_slots(cluster):
     assert late <= 4, numbers           # two slots: neighbours may write their lines in either order
 
 
+@HEAVY
 def test_a_hundred_idle_workers(cluster):
     """A hundred announcements make a few offers each, once the workers have learned how many they are."""
     logs = [cluster.path("worker%d" % number) for number in range(100)]
@@ -6911,6 +6918,7 @@ def test_a_reset_crosses_a_proxy_as_a_reset(between, way, side, state):
     proxy.tidy()
 
 
+@HEAVY
 def test_hundreds_of_connections_through_one_proxy(cluster, between):
     """500 raw ones that begin like TLS, a client each; then all there may be; a refusal; a job goes through."""
     wanted = 2 * (cexec.JOINS_MAX + cexec.RELAYS_MAX) + 500
