@@ -4902,7 +4902,8 @@ def test_list_of_workers(hosts):
                            stdout=subprocess.PIPE)
     head, *rows = shown.stdout.decode().splitlines()
     assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP"]
-    assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2 and any(" 1/1 " in row for row in rows)
+    assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2
+    assert any(" 1/1 " in row for row in rows)
     outcome(first)
     assert worker.poll() is None
 
