@@ -483,9 +483,9 @@ def cexec_port():
 def test_few_descriptors_are_enough(cluster):
     """Where more slots are free than there are descriptors for."""
     names = made_files(cluster, 36)
-    cluster.worker("sh", "-c", "cat; sleep 0.15", env={"CONCURRENCY": "40", "BOOST": "0"})
+    cluster.worker("sh", "-c", "cat; sleep 0.25", env={"CONCURRENCY": "40", "BOOST": "0"})
     done = batch(cluster, *names, options=["-j", "1000"],
-                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)))
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90)))
     assert (done.returncode, done.stderr) == (0, b"")
 
 
@@ -875,6 +875,8 @@ def test_thousands_of_jobs_on_one_connection(cluster, rows):
                 figures.append((open_files(supervisor), rss(supervisor), open_files(worker.pid), rss(worker.pid)))
             client.peer.send(cexec.JOB, descriptors=rows, term="x" if rows[0][2] == 19 else "")
             client.peer.send(cexec.GO)
+            if rows[0][2] == 9:
+                client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
     print(figures)
     early, late = figures
     assert late[0] <= early[0] and late[2] <= early[2]
