@@ -3655,6 +3655,12 @@ def may_be_replaced(path):
         return True
 
 
+def part_name(name):
+    """What an output is called until it is whole; a long name's is a hash, for there is a limit."""
+    raw = os.fsencode(name)
+    return ".%s.part" % (name if len(raw) < 240 else hashlib.sha256(raw).hexdigest())
+
+
 class Task:
     """A file of a batch, from its place in the list to its output.
 
@@ -3664,7 +3670,7 @@ class Task:
 
     def __init__(self, number, name, output):
         self.number, self.name, self.output = number, name, output
-        self.part = output and os.path.join(os.path.dirname(output), ".%s.part" % os.path.basename(output))
+        self.part = output and os.path.join(os.path.dirname(output), part_name(os.path.basename(output)))
         self.tries, self.input, self.result, self.errors = 0, None, None, None
         self.status = None          # once it is over: the exit status; 0 is a success
         self.signal = 0             # that killed the command
