@@ -237,9 +237,14 @@ def tidy_up():
         at_end.pop()()
 
 
+def encoded(text):
+    """The bytes of a text on standard output, whatever its encoding."""
+    return text.encode(sys.stdout.encoding or "ascii", "backslashreplace")
+
+
 def show(line):
-    """A line on standard output, whatever its encoding."""
-    sys.stdout.buffer.write((line + "\n").encode(sys.stdout.encoding or "ascii", "backslashreplace"))
+    """A line on standard output."""
+    sys.stdout.buffer.write(encoded(line + "\n"))
     sys.stdout.flush()
 
 
@@ -268,8 +273,10 @@ def size(count):
 
 def fitted(text, width):
     """As much of a text as has room in so many columns."""
-    while columns(text) > width:
-        text = text[:-1]
+    for place, character in enumerate(text):
+        width -= columns(character)
+        if width < 0:
+            return text[:place]
     return text
 
 
@@ -3861,7 +3868,7 @@ class Batch:
         self.searches, self.runs = [], []
         self.began, self.failed, self.done = time.monotonic(), 0, 0
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
-        self.shown, self.printing, self.unprinted = 0, None, b""    # outputs on standard output, the Task whose turn it is
+        self.shown, self.printing, self.unprinted = 0, None, b""    # outputs on stdout, the Task whose turn it is
         self.watched = os.isatty(2) and not log.verbose
         self.udp = open_speakers()
         terms.batch = os.urandom(8)
@@ -5267,24 +5274,24 @@ def find_user(name):
 # ---------------------------------------------------------------------------
 
 class Logger:
-    """Prints a line for every alert that it hears."""
+    """Calls tell(record, a function that makes crat's line of it) for every alert that it hears."""
 
-    def __init__(self, loop, listeners, pubs, keys, as_json):
-        self.pubs, self.keys, self.as_json = pubs, keys, as_json
-        self.printed = Memory()     # identities: copies come by other ways
+    def __init__(self, loop, listeners, pubs, keys, tell):
+        self.pubs, self.keys, self.tell = pubs, keys, tell
+        self.told = Memory()        # identities: copies come by other ways
         hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
-        if datagram.kind is ALERT and datagram.identity not in self.printed:
-            self.printed[datagram.identity] = True
-            self.print_line(self.record(datagram, address), alert_line)
+        if datagram.kind is ALERT and datagram.identity not in self.told:
+            self.told[datagram.identity] = True
+            self.tell(self.record(datagram, address), alert_line)
 
     def hear_stranger(self, address, error):
         """Somebody has announced a job, or an alert, in another version: said once."""
-        if (address, error.version) not in self.printed:
-            self.printed[address, error.version] = True
-            self.print_line({"time": time.time(), "client": address, "event": "version", "version": error.version,
-                             "ours": PROTOCOL}, version_line)
+        if (address, error.version) not in self.told:
+            self.told[address, error.version] = True
+            self.tell({"time": time.time(), "client": address, "event": "version", "version": error.version,
+                       "ours": PROTOCOL}, version_line)
 
     def prover(self, datagram):
         """The label of the pub or key that proves a datagram; None if none does."""
@@ -5308,13 +5315,14 @@ class Logger:
                 "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
                 "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
 
-    def print_line(self, record, form):
-        if self.as_json:
-            import json
-            line = json.dumps(record)
-        else:
-            line = printable(form(record))
-        show(line)
+
+def print_line(record, form):
+    show(printable(form(record)))
+
+
+def print_json(record, form):
+    import json
+    show(json.dumps(record))
 
 
 def alert_line(record):
@@ -5334,7 +5342,221 @@ def version_line(record):
         program=VERSION, **record)
 
 
-CRAT_USAGE = "crat [-hjv] [--version] [APP.pub | APP ...]"
+REDRAW_SECONDS = 0.25               # between two drawings of the screen, however many alerts come
+WORKERS_MAX = 4096                  # workers of which the screen keeps account
+LINES_KEPT = 500                    # of the log, for a window that grows
+NAME_COLUMNS = 40                   # of a worker's name
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # xterm's other screen; without a
+                                    # cursor and wrapped lines; and back
+BOLD, REVERSED, DIM, RED, YELLOW = "1", "7", "2", "31", "33"
+STYLES = {"complaint": RED, "signalled": YELLOW}
+
+
+class Tally:
+    """What was heard of a worker, or of all."""
+
+    HEADS = ["WORKER", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
+
+    def __init__(self):
+        self.done = self.failed = self.complaints = self.bytes_in = self.bytes_out = 0
+        self.seconds, self.heard = 0.0, time.monotonic()
+
+    def add(self, record):
+        good = record["event"] == "exited" and record["status"] == 0
+        self.heard = time.monotonic()
+        if record["event"] == "complaint":
+            self.complaints += 1
+            return
+        self.done, self.failed = self.done + good, self.failed + (not good)
+        self.seconds += record["seconds"]
+        self.bytes_in += record["bytes_in"]
+        self.bytes_out += record["bytes_out"]
+
+    def activity(self):
+        return self.done + self.failed + self.complaints
+
+    def row(self, name):
+        """The texts below HEADS."""
+        mean = self.seconds / max(1, self.done + self.failed)
+        return [name, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
+                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean,
+                duration(int(time.monotonic() - self.heard)) + " ago"]
+
+    def text(self):
+        return "%d done, %d failed, %d complained about" % (self.done, self.failed, self.complaints)
+
+
+class Tallies:
+    """What was heard of workers, proved and not: the latter are apart, and can push none of the former out."""
+
+    def __init__(self):
+        self.began = time.monotonic()
+        self.all = {True: Tally(), False: Tally()}      # by whether it is verified
+        self.workers = {True: Memory(WORKERS_MAX), False: Memory(WORKERS_MAX)}
+
+    def add(self, record):
+        verified, name = record["verified"], printable(record["worker"])[:64]
+        tally = self.workers[verified].get(name) or Tally()
+        self.workers[verified][name] = tally
+        for each in (tally, self.all[verified]):
+            each.add(record)
+
+    def total(self):
+        """A line on all of it."""
+        proved, rest = self.all[True], self.all[False]
+        text = "%s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
+        return text + "; unverified: " + rest.text() if rest.activity() else text
+
+    def table(self, room):
+        """At most so many lines: the workers that did most, and below them those of whom nothing is proved."""
+        known = []
+        for verified, mark in ((True, ""), (False, " (unverified)")):
+            known += [(tally, fitted(name, NAME_COLUMNS) + mark) for name, tally in sorted(
+                self.workers[verified].items(), key=lambda item: (-item[1].activity(), item[0]))]
+        if not known or room < 2:
+            return []
+        shown = known if len(known) < room else known[:room - 2]
+        lines = table(Tally.HEADS, [tally.row(name) for tally, name in shown])
+        return lines + ["%d more" % (len(known) - len(shown))] * (len(shown) < len(known))
+
+
+class Screen:
+    """crat -t: the log as a screen of its own, and a summary where the shell was when it ends.
+
+    The terminal is opened again, not to block: one that takes nothing for a while misses
+    drawings, and we hear alerts and signals all the same.
+    """
+
+    def __init__(self, loop, title):
+        self.loop, self.title, self.tallies = loop, title, Tallies()
+        self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
+        self.end = open_terminal(1, 0)
+        self.saved, self.waiting, self.drawn = None, b"", 0.0    # the modes to go back to; bytes not taken yet; when
+        self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
+        loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
+                    signal.SIGWINCH], self.signalled)
+        at_end.append(self.close)
+        self.take()
+        self.tick()
+
+    def tell(self, record, form):
+        """One more line of the log."""
+        if record["event"] != "version":
+            self.tallies.add(record)
+        style = STYLES.get(record["event"], YELLOW if record.get("status") else "")
+        text = printable(form(record))[:1000]
+        self.lines.append((time.strftime("%H:%M:%S ") + text, style if record.get("verified") else DIM))
+        self.changed = True
+
+    # The terminal
+
+    def take(self):
+        """Begins to draw.  In the background it stops us instead, until CONT."""
+        import termios
+        import tty
+        if not self.end.may_read():
+            return os.kill(0, signal.SIGTTOU)
+        try:
+            self.saved = self.saved or termios.tcgetattr(self.end.fd)
+            tty.setcbreak(self.end.fd, termios.TCSANOW)         # what is typed does not show, and q comes at once
+        except termios.error as error:
+            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.args[1]) from None
+        self.loop.on_read(self.end.fd, self.typed)
+        self.waiting, self.changed = self.waiting + ENTER.encode(), True
+        self.flush()
+
+    def give_back(self, text=""):
+        """Leaves the terminal as it was before, and a text there; if it takes nothing for a second, then not."""
+        import termios
+        saved, self.saved = self.saved, None
+        if saved:
+            self.loop.forget(self.end.fd)
+            self.waiting += encoded(LEAVE + text)
+            deadline = time.monotonic() + 1.0
+            while self.waiting and time.monotonic() < deadline:
+                select.select([], [self.end.fd], [], 0.1)
+                self.flush()
+            try:
+                termios.tcsetattr(self.end.fd, termios.TCSANOW, saved)
+            except termios.error:
+                pass                # it has been hung up
+
+    def close(self):
+        """The end, however it comes: the summary goes to the screen that stays."""
+        lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
+                 self.tallies.total()] + self.tallies.table(self.size()[0] - 4)
+        self.give_back("".join(self.spoken(line, "") + "\r\n" for line in lines))
+
+    def flush(self):
+        try:
+            self.waiting = self.waiting[os.write(self.end.fd, self.waiting):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self.waiting = b""      # it has been hung up
+        if self.saved:
+            self.loop.on_write(self.end.fd, self.flush if self.waiting else None)
+
+    def typed(self):
+        try:
+            keys = os.read(self.end.fd, 256)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            keys = b""
+        if not keys or b"q" in keys:            # hung up, or enough of it
+            self.loop.stop()
+        self.changed = True
+
+    def signalled(self, number):
+        if number == signal.SIGTSTP:
+            self.give_back()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif number == signal.SIGCONT:
+            self.take()
+        elif number == signal.SIGWINCH:
+            self.changed = True
+        else:
+            die_of(number)
+
+    # What is drawn
+
+    def size(self):
+        """(lines, columns) of the terminal."""
+        known = self.end.size()
+        return known["lines"] or 24, known["columns"] or 80
+
+    def tick(self):
+        """Draws if there is something new, or a second has gone by; not before the last drawing was taken."""
+        self.loop.after(REDRAW_SECONDS, self.tick)
+        now = time.monotonic()
+        if self.saved and not self.waiting and (self.changed or now - self.drawn >= 1.0):
+            self.changed, self.drawn = False, now
+            lines = self.picture(self.size()[0])
+            self.waiting += encoded("\x1b[H" + "\r\n".join("\x1b[m\x1b[K" + self.spoken(*line) for line in lines)
+                                    + "\x1b[m\x1b[J")
+            self.flush()
+
+    def picture(self, room):
+        """(text, style) of each line: at most so many."""
+        lasted = duration(int(time.monotonic() - self.tallies.began))
+        lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD)]
+        for_log = min(len(self.lines), max(3, room // 3)) + 1
+        workers = self.tallies.table(room - len(lines) - 1 - for_log)
+        if workers:
+            lines += [("", ""), (workers[0], BOLD)] + [(text, "") for text in workers[1:]]
+        rest = room - len(lines) - 1
+        if self.lines and rest > 0:
+            lines += [("", "")] + list(self.lines)[-rest:]
+        return lines[:room]
+
+    def spoken(self, text, style):
+        """A line that has room, with its style."""
+        text = fitted(encoded(text).decode(sys.stdout.encoding or "ascii"), self.size()[1])
+        return "\x1b[%sm%s\x1b[m" % (style, text) if style and self.coloured else text
+
+
+CRAT_USAGE = "crat [-hjtv] [--version] [APP.pub | APP ...]"
 CRAT_HELP = """Print a line for every job that was completed, and for every complaint.
 
 A public key proves the alerts of its own client, a private key everybody's; the
@@ -5346,11 +5568,15 @@ def main_crat(argv):
     """Logs until it is ended."""
     parser = argument_parser(CRAT_USAGE, CRAT_HELP)
     parser.add_argument("-j", dest="json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("-t", dest="screen", action="store_true",
+                        help="show the workers and the last lines on the whole terminal; q ends it")
     parser.add_argument("keys", nargs="*", metavar="APP.pub")
     options = parser.parse_args(argv)
     log.verbose = options.verbose
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
+    if options.screen:
+        check_screen(options)
     pubs, keys = [], []
     for path in options.keys:
         if is_private_key(path):
@@ -5358,11 +5584,27 @@ def main_crat(argv):
         else:
             pubs.append(open_pub(path))
     group, loop = Group(), Loop()
-    Logger(loop, open_listeners(group), pubs, keys, options.json)
-    end_quietly()
+    listeners = open_listeners(group)
+    if options.screen:
+        labels = ", ".join(key.label for key in pubs + keys)
+        tell = Screen(loop, printable("%s, %s" % (group.text, labels or "no key"))).tell
+    else:
+        tell = print_json if options.json else print_line
+        end_quietly()
+    Logger(loop, listeners, pubs, keys, tell)
     started_up()
     loop.run()
     return 0
+
+
+def check_screen(options):
+    """Raises Fatal (100) where -t has no place."""
+    if options.json:
+        raise Fatal(EXIT_USAGE, "-j and -t: lines for a program, or a screen for a person")
+    if not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
+        raise Fatal(EXIT_USAGE, "-t: standard output is no terminal that can be drawn on (without -t the log is lines)")
+    if options.verbose and os.isatty(2):
+        raise Fatal(EXIT_USAGE, "-t and -v: what -v says would spoil the screen (redirect it: 2> file)")
 
 
 def is_private_key(path):
@@ -5933,6 +6175,7 @@ def main(argv):
         if sys.stdout:
             sys.stdout.flush()
     except Fatal as error:
+        tidy_up()                   # first, or the message might go with the screen that it is on
         log.say(str(error))
         code = error.code
     except SystemExit as error:     # argparse, after --help and --version
@@ -5947,6 +6190,7 @@ def main(argv):
         log.say("this Python is not complete (%s): use another python3" % error)
         code = EXIT_TEMPORARY
     except Exception as error:      # a defect of ours: one line all the same, the rest with -v
+        tidy_up()
         if log.verbose:
             import traceback
             traceback.print_exc()
