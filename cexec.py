@@ -301,7 +301,8 @@ def argument_parser(usage, text):
         def error(self, message):
             raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, usage.partition("\n")[0]))
 
-    parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="environment variables, examples and the rest: %s(1)" % log.applet)
     parser.add_argument("-v", dest="verbose", action="store_true", help="say on standard error what happens")
     parser.add_argument("--version", action="version", version="cexec " + VERSION)
     return parser
@@ -416,7 +417,7 @@ def parse_pub(text, label):
     """The Pub in a pub file's text; Fatal (100) says what is wrong with it."""
     words = text.split()
     if words[:1] != [PUB_MAGIC]:
-        raise Fatal(EXIT_USAGE, "%s: not a cexec public key (make one with ckeygen)" % label)
+        raise Fatal(EXIT_USAGE, "%s: not a cexec public key (ckeygen makes them)" % label)
     if words[1:2] != [PUB_VERSION]:
         raise Fatal(EXIT_USAGE, "%s: a public key of another version than %s" % (label, PUB_VERSION))
     try:
@@ -453,7 +454,7 @@ def parse_key(text, path):
     certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
     """
     if text.startswith(PUB_MAGIC):
-        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed" % path)
+        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (that is the other file of ckeygen)" % path)
     der = unpem("EC PRIVATE KEY", text)
     if not der or not unpem("CERTIFICATE", text) or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
         raise Fatal(EXIT_USAGE, "%s: not a cexec private key (make one with ckeygen)" % path)
@@ -475,10 +476,19 @@ def open_pub(path):
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise Fatal(EXIT_TEMPORARY, "%s: %s" % (name, error.strerror)) from None
+            raise unreadable(name, error, "public key") from None
         if text.startswith(PUB_MAGIC) or name != path or not os.path.exists(path + ".pub"):
             return parse_pub(text, name)
-    raise Fatal(EXIT_TEMPORARY, "%s: no such public key (make one with: ckeygen APP APP.pub)" % path)
+    raise Fatal(EXIT_TEMPORARY, "%s: no such public key, and no %s.pub: is the name right? (ckeygen makes keys)"
+                % (path, path))
+
+
+def unreadable(path, error, kind):
+    """The Fatal for a key that can't be read."""
+    remedy = {errno.ENOENT: ": is the name right? (ckeygen makes keys)",
+              errno.EISDIR: ": name the %s in it" % kind,
+              errno.EACCES: ": let the user with the id %d read it" % os.geteuid()}.get(error.errno, "")
+    return Fatal(EXIT_TEMPORARY, "%s: %s%s" % (path, error.strerror, remedy))
 
 
 def open_key(path):
@@ -487,7 +497,7 @@ def open_key(path):
         text = read_text(path)
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "%s: %s (make a key with: ckeygen APP APP.pub)" % (path, error.strerror)) from None
+        raise unreadable(path, error, "private key") from None
     if mode & 0o077:
         log.say("warning: %s can be read by others (chmod 600 it)" % path)
     return parse_key(text, path)
@@ -1048,14 +1058,22 @@ def parse_target(item, text, port):
         port = int(words.pop())
     device = words.pop(0) if len(words) > 1 else None
     if not well_formed or len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
-        raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s (set CEXEC_GROUP)"
+        raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s"
                     % (text, ", IPv6 in brackets" if item.count(":") > 2 else ""))
     if device and device not in (name for _, name in socket.if_nameindex()):
         raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
     try:
         return [Target(device, address, port) for address in resolve(words[0])]
     except (OSError, UnicodeError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "group %s: not an address: %s (set CEXEC_GROUP)" % (text, error)) from None
+        raise Fatal(EXIT_USAGE, "group %s: %s" % (text, no_address(words[0], error))) from None
+
+
+def no_address(text, error):
+    """What is wrong with a text that resolve() does not take."""
+    if isinstance(error, socket.gaierror):
+        return "not an address, and the name %s has none: %s" % (text, error.strerror)
+    known = getattr(error, "strerror", None) or (None if isinstance(error, (OSError, UnicodeError)) else str(error))
+    return "not an address: %s" % (known or text)
 
 
 def resolve(name):
@@ -1080,8 +1098,13 @@ class Group:
     """The addresses to speak to; send() never fails, it says how many ways worked."""
 
     def __init__(self, text=None, default_port=PORT):
-        self.text = text or os.environ.get("CEXEC_GROUP") or os.environ.get("GROUP") or ALL_NETWORKS
-        self.targets = parse_group(self.text, default_port)
+        named = next((name for name in ("CEXEC_GROUP", "GROUP") if os.environ.get(name)), None)
+        self.text = text or os.environ.get(named or "", ALL_NETWORKS)
+        try:
+            self.targets = parse_group(self.text, default_port)
+        except Fatal as error:
+            source = {"CEXEC_GROUP": "CEXEC_GROUP says so", "GROUP": "GROUP says so; CEXEC_GROUP comes before it"}
+            raise Fatal(error.code, "%s (%s)" % (error, "TARGET" if text else source[named])) from None
         self.error = None           # of the last send: the last reason why a way failed
         self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
 
@@ -2184,6 +2207,7 @@ PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f} 
 PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs is only a dup, which
                                     # shares O_NONBLOCK with everybody else
 
+STANDARD = ("standard input", "standard output", "standard error")
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
 
 
@@ -3169,7 +3193,8 @@ class Run(Served):
             log.note("%s; runs the job again", message)
             self.alert(ALERT_COMPLAINT, 0, "lost, run again: " + reason)
             return self.client.run_again(self)
-        log.say(message + ("; not run again: " + objection if objection else ""))
+        log.say(message + ("; not run again: " + objection if objection else
+                           "; the command may have run (cexec -r runs it again)"))
         self.alert(ALERT_COMPLAINT, 0, "lost: " + reason)
         self.finish(EXIT_TEMPORARY, "lost=%s" % reason)
 
@@ -3184,7 +3209,8 @@ class Run(Served):
 
     def local_error(self, channel, error):
         if not self.trouble:
-            self.trouble = "descriptor %d: %s" % (channel, error.strerror)
+            name = STANDARD[channel] if channel < 3 else "descriptor %d" % channel
+            self.trouble = "%s: %s" % (name, error.strerror)
 
     def stream_ended(self):
         """After EXIT the job is over when every output has been written here."""
@@ -3204,7 +3230,7 @@ class Run(Served):
             self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
         else:
             if kind == HOW_NOT_STARTED:
-                log.say("%s: %s" % (self.worker, self.exit.reason))
+                log.say("worker %s cannot run its command: %s" % (self.worker, self.exit.reason))
             self.alert(ALERT_EXITED, code, self.exit.reason)
             self.finish(code, ("notstarted=%d" if kind == HOW_NOT_STARTED else "exited=%d") % code)
 
@@ -3327,10 +3353,19 @@ def parse_environment(words):
     for word in words:
         name, equals, _ = word.partition("=")
         if not equals or not is_variable(name):
-            raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE (after the public key come variables for the command)" % word)
+            raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE: %s" % (word, variable_rule(word, equals)))
     if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
         raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
     return wire_texts(words)
+
+
+def variable_rule(word, equals):
+    """What is to be said of a word that is no variable."""
+    if equals:
+        return "a KEY has letters, digits and _, and no digit first"
+    if word.startswith("-"):
+        return "options come before the public key"
+    return "the command and its arguments are the worker's, see cservice(1)"
 
 
 def wire_texts(words):
@@ -3840,7 +3875,7 @@ class FileRun(Served):
             self.loop.on_read(source.end.polled, None)
 
     def local_error(self, channel, error):
-        names = (self.task.name, self.task.output or "standard output", "standard error")
+        names = (self.task.name, self.task.output or STANDARD[1], STANDARD[2])
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
@@ -4189,6 +4224,8 @@ def parse_cexec(argv):
     check_modes(options)
     log.verbose = options.verbose
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if options.n == "all" and len(words) > 1 and "=" not in words[1] and not os.path.exists(words[0]):
+        raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % words[0])
     return words, options
 
 
@@ -4934,8 +4971,9 @@ class Supervisor(Carrier):
         except OSError as error:
             found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
             self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno))
-        except Exception as error:  # subprocess.SubprocessError: changing the user failed
-            self.fail_to_start(EXIT_CANNOT_RUN, str(error))
+        except Exception as error:  # subprocess.SubprocessError: prepare() failed
+            user = self.settings.user
+            self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
         else:
             self.started = True
             self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
@@ -4996,6 +5034,7 @@ class Supervisor(Carrier):
     def fail_to_start(self, status, reason):
         self.say("failed")
         self.result = HOW_NOT_STARTED, status, "%s: %s" % (self.settings.command[0], reason)
+        log.say("%s (%s gets %d)" % (self.result[2], self.offer.client.address, status))
         for source in self.sources.values():
             source.finish()
         self.stream_ended()
@@ -5220,6 +5259,7 @@ def main_cservice(argv):
                         None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
                         find_user(options.user) if options.user else None, options.repeatable)
     key, group = open_key(options.key), Group()
+    warn_of_command(options.command[0])
     context, listeners = tls_context(key), open_listeners(group)
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
@@ -5228,6 +5268,17 @@ def main_cservice(argv):
     log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
     loop.run()
     return 0
+
+
+def warn_of_command(name):
+    """Says at once what every client would be told; it may be put there yet."""
+    places = [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
+    files = [place for place in places if os.path.isfile(place)]
+    if not files:
+        log.say("warning: %s: no such command%s: until there is one, clients get exit status 127"
+                % (name, "" if "/" in name else " in PATH"))
+    elif not any(os.access(file, os.X_OK) for file in files):
+        log.say("warning: %s: not executable: until it is (chmod +x), clients get exit status 126" % files[0])
 
 
 def slim_down(words):
@@ -5952,20 +6003,32 @@ def main_cproxy(argv):
     options = parser.parse_args(argv)
     log.verbose = options.verbose
     loop, group = Loop(), Group()
-    try:
-        address, = resolve(options.self.strip("[]"))
-        target = options.target or default_target(address)
-        numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
-        make_room(numbers)
-        proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port),
-                      room_to_splice(numbers))
-    except (OSError, UnicodeError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
+    address = own_address(options.self)
+    target = options.target or default_target(address)
+    numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
+    make_room(numbers)
+    proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port), room_to_splice(numbers))
     end_quietly()
     started_up()
     log.note("from %s to %s, as %s", group.text, proxy.target.text, address)
     loop.run()
     return 0
+
+
+def own_address(text):
+    """The one IP address of this machine that a text stands for.  Raises Fatal (100)."""
+    try:
+        found = resolve(text.strip("[]"))
+        if len(found) != 1:
+            raise Fatal(EXIT_USAGE, "SELF %s: one address is needed, and these are %d" % (text, len(found)))
+        open_udp(family_of(found[0]), found[0]).close()
+        return found[0]
+    except (OSError, UnicodeError, ValueError) as error:
+        why = no_address(text, error)
+        if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            own = ", ".join(interface.address for interface in interfaces() if interface.address)
+            why = "not an address of this machine (which has %s)" % (own or "none of IPv4")
+        raise Fatal(EXIT_USAGE, "SELF %s: %s" % (text, why)) from None
 
 
 def default_target(address):

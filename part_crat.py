@@ -102,8 +102,10 @@ def test_the_screen_is_left_however_it_ends(cluster, alerts, window, end, status
         window.keys(end)
     else:
         os.kill(crat_pid(cluster), end)
+    window.shows("^1 done, 0 failed, .*\nWORKER .*\n10.0.0.3 ")
+    if end == "C-c":                # then bash leaves out the rest of the line
+        window.line("echo sta'tus'=$?")
     window.shows("^status=%d$" % status)
-    window.shows("^1 done, 0 failed")
     assert "before" in window.screen() and window.modes() == modes
     assert window.do("display-message", "-p", "#{cursor_flag} #{alternate_on} #{wrap_flag}").split() == ["1", "0", "1"]
 
@@ -124,6 +126,8 @@ def test_the_screen_stopped_and_continued(cluster, alerts, window):
     alerts.say()
     window.shows("^1 done")
     window.keys("q")
+    window.shows("^1 done.*\nWORKER .*\n10.0.0.3 .*\n")
+    window.line("echo sta'tus'=$?")
     window.shows("^status=0$")
     assert window.modes() == modes
 
@@ -139,11 +143,11 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     more = int(next(line for line in screen if line.endswith(" more")).split()[0])
     assert more + sum(line.startswith("10.0.0.") for line in screen) == 50
     assert "10.0.0.49" in screen[29] and "10.0.0.48" in screen[28]
-    for columns, lines in ((60, 12), (30, 5), (20, 2), (120, 70)):
+    for columns, lines in ((60, 12), (30, 5), (20, 2), (120, 120)):
         window.do("resize-window", "-x", str(columns), "-y", str(lines))
         fits = lambda: len(window.screen().rstrip("\n").splitlines()) <= lines     # noqa: E731
         until(lambda: fits() and window.screen().startswith("crat: ") and (
-            lines < 5 or "10.0.0.49"[:columns - 31] in window.screen()), "a picture of that size")
+            columns < 60 or "10.0.0.49" in window.screen()), "a picture of that size")
     assert "more" not in window.screen()
     window.do("resize-window", "-x", "100", "-y", "20")
     window.keys("q")
@@ -273,3 +277,50 @@ def test_no_screen_on_this_terminal(cluster, window, options, env, message):
                 % (env, " ".join(map(shlex.quote, cluster.argv("crat"))), options))
     window.shows("^status=100$")
     assert message in window.screen().replace("\n", "")
+
+
+# ---------------------------------------------------------------------------
+# Messages
+# ---------------------------------------------------------------------------
+
+def test_a_command_that_is_not_there_yet(cluster):
+    """cservice says so at once, and goes on: it serves as soon as there is one."""
+    command = cluster.path("later")
+    worker = cluster.worker(command)
+    assert "cservice: warning: %s: no such command: until there is one" % command in read(worker.log).decode()
+    put(command, "#!/bin/sh\nexec cat\n", 0o600)
+    other = cluster.worker(command)
+    assert "cservice: warning: %s: not executable: until it is (chmod +x)" % command in read(other.log).decode()
+    os.chmod(command, 0o700)
+    assert cluster.client(input=b"hello").stdout == b"hello"
+    third = cluster.worker("no-such-command-here")
+    assert "no-such-command-here: no such command in PATH: until" in read(third.log).decode()
+    fourth = cluster.worker("cat", verbose=False)
+    assert read(fourth.log) == b""
+
+
+def test_a_key_that_may_not_be_read(cluster):
+    if os.getuid():
+        pytest.skip("needs root")
+    os.chmod(cluster.directory, 0o755)
+    for applet, words in (("cexec", [cluster.pub]), ("cservice", [cluster.key, "true"])):
+        def nobody():
+            os.setgid(65534)
+            os.setuid(65534)
+        os.chmod(words[0], 0o600)
+        reach = cluster.environment({"XDG_CACHE_HOME": "/nowhere"})
+        done = subprocess.run(["cat", cexec.__file__], stdout=subprocess.DEVNULL, preexec_fn=nobody,
+                              stderr=subprocess.DEVNULL)
+        parent = subprocess.run(["test", "-x", cluster.directory], preexec_fn=nobody)
+        if done.returncode or parent.returncode:
+            pytest.skip("nobody cannot get here")
+        done = subprocess.run(cluster.argv(applet, *words), env=reach, preexec_fn=nobody, stderr=subprocess.PIPE,
+                              stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stderr.decode()) == (
+            111, "%s: %s: Permission denied: let the user with the id 65534 read it\n" % (applet, words[0]))
+
+
+@pytest.mark.parametrize("applet", sorted(cexec.APPLETS))
+def test_help_tells_where_the_environment_is_explained(one, applet):
+    assert one.run(applet, "-h").stdout.decode().endswith(
+        "environment variables, examples and the rest: %s(1)\n" % applet)
