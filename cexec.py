@@ -237,9 +237,14 @@ def tidy_up():
         at_end.pop()()
 
 
+def encoded(text):
+    """The bytes of a text on standard output, whatever its encoding."""
+    return text.encode(sys.stdout.encoding or "ascii", "backslashreplace")
+
+
 def show(line):
-    """A line on standard output, whatever its encoding."""
-    sys.stdout.buffer.write((line + "\n").encode(sys.stdout.encoding or "ascii", "backslashreplace"))
+    """A line on standard output."""
+    sys.stdout.buffer.write(encoded(line + "\n"))
     sys.stdout.flush()
 
 
@@ -268,8 +273,10 @@ def size(count):
 
 def fitted(text, width):
     """As much of a text as has room in so many columns."""
-    while columns(text) > width:
-        text = text[:-1]
+    for place, character in enumerate(text):
+        width -= columns(character)
+        if width < 0:
+            return text[:place]
     return text
 
 
@@ -294,7 +301,8 @@ def argument_parser(usage, text):
         def error(self, message):
             raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, usage.partition("\n")[0]))
 
-    parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="environment variables, examples and the rest: %s(1)" % log.applet)
     parser.add_argument("-v", dest="verbose", action="store_true", help="say on standard error what happens")
     parser.add_argument("--version", action="version", version="cexec " + VERSION)
     return parser
@@ -409,7 +417,7 @@ def parse_pub(text, label):
     """The Pub in a pub file's text; Fatal (100) says what is wrong with it."""
     words = text.split()
     if words[:1] != [PUB_MAGIC]:
-        raise Fatal(EXIT_USAGE, "%s: not a cexec public key (make one with ckeygen)" % label)
+        raise Fatal(EXIT_USAGE, "%s: not a cexec public key (ckeygen makes them)" % label)
     if words[1:2] != [PUB_VERSION]:
         raise Fatal(EXIT_USAGE, "%s: a public key of another version than %s" % (label, PUB_VERSION))
     try:
@@ -446,7 +454,7 @@ def parse_key(text, path):
     certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
     """
     if text.startswith(PUB_MAGIC):
-        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed" % path)
+        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (that is the other file of ckeygen)" % path)
     der = unpem("EC PRIVATE KEY", text)
     if not der or not unpem("CERTIFICATE", text) or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
         raise Fatal(EXIT_USAGE, "%s: not a cexec private key (make one with ckeygen)" % path)
@@ -468,10 +476,19 @@ def open_pub(path):
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise Fatal(EXIT_TEMPORARY, "%s: %s" % (name, error.strerror)) from None
+            raise unreadable(name, error, "public key") from None
         if text.startswith(PUB_MAGIC) or name != path or not os.path.exists(path + ".pub"):
             return parse_pub(text, name)
-    raise Fatal(EXIT_TEMPORARY, "%s: no such public key (make one with: ckeygen APP APP.pub)" % path)
+    raise Fatal(EXIT_TEMPORARY, "%s: no such public key, and no %s.pub: is the name right? (ckeygen makes keys)"
+                % (path, path))
+
+
+def unreadable(path, error, kind):
+    """The Fatal for a key that can't be read."""
+    remedy = {errno.ENOENT: ": is the name right? (ckeygen makes keys)",
+              errno.EISDIR: ": name the %s in it" % kind,
+              errno.EACCES: ": let the user with the id %d read it" % os.geteuid()}.get(error.errno, "")
+    return Fatal(EXIT_TEMPORARY, "%s: %s%s" % (path, error.strerror, remedy))
 
 
 def open_key(path):
@@ -480,7 +497,7 @@ def open_key(path):
         text = read_text(path)
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "%s: %s (make a key with: ckeygen APP APP.pub)" % (path, error.strerror)) from None
+        raise unreadable(path, error, "private key") from None
     if mode & 0o077:
         log.say("warning: %s can be read by others (chmod 600 it)" % path)
     return parse_key(text, path)
@@ -1041,14 +1058,22 @@ def parse_target(item, text, port):
         port = int(words.pop())
     device = words.pop(0) if len(words) > 1 else None
     if not well_formed or len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
-        raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s (set CEXEC_GROUP)"
+        raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s"
                     % (text, ", IPv6 in brackets" if item.count(":") > 2 else ""))
     if device and device not in (name for _, name in socket.if_nameindex()):
         raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
     try:
         return [Target(device, address, port) for address in resolve(words[0])]
     except (OSError, UnicodeError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "group %s: not an address: %s (set CEXEC_GROUP)" % (text, error)) from None
+        raise Fatal(EXIT_USAGE, "group %s: %s" % (text, no_address(words[0], error))) from None
+
+
+def no_address(text, error):
+    """What is wrong with a text that resolve() does not take."""
+    if isinstance(error, socket.gaierror):
+        return "not an address, and the name %s has none: %s" % (text, error.strerror)
+    known = getattr(error, "strerror", None) or (None if isinstance(error, (OSError, UnicodeError)) else str(error))
+    return "not an address: %s" % (known or text)
 
 
 def resolve(name):
@@ -1073,8 +1098,13 @@ class Group:
     """The addresses to speak to; send() never fails, it says how many ways worked."""
 
     def __init__(self, text=None, default_port=PORT):
-        self.text = text or os.environ.get("CEXEC_GROUP") or os.environ.get("GROUP") or ALL_NETWORKS
-        self.targets = parse_group(self.text, default_port)
+        named = next((name for name in ("CEXEC_GROUP", "GROUP") if os.environ.get(name)), None)
+        self.text = text or os.environ.get(named or "", ALL_NETWORKS)
+        try:
+            self.targets = parse_group(self.text, default_port)
+        except Fatal as error:
+            source = {"CEXEC_GROUP": "CEXEC_GROUP says so", "GROUP": "GROUP says so: set CEXEC_GROUP"}
+            raise Fatal(error.code, "%s (%s)" % (error, "TARGET" if text else source[named])) from None
         self.error = None           # of the last send: the last reason why a way failed
         self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
 
@@ -2177,6 +2207,7 @@ PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f} 
 PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs is only a dup, which
                                     # shares O_NONBLOCK with everybody else
 
+STANDARD = ("standard input", "standard output", "standard error")
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
 
 
@@ -3162,7 +3193,8 @@ class Run(Served):
             log.note("%s; runs the job again", message)
             self.alert(ALERT_COMPLAINT, 0, "lost, run again: " + reason)
             return self.client.run_again(self)
-        log.say(message + ("; not run again: " + objection if objection else ""))
+        log.say(message + ("; not run again: " + objection if objection else
+                           "; the command may have run (cexec -r runs it again)"))
         self.alert(ALERT_COMPLAINT, 0, "lost: " + reason)
         self.finish(EXIT_TEMPORARY, "lost=%s" % reason)
 
@@ -3177,7 +3209,8 @@ class Run(Served):
 
     def local_error(self, channel, error):
         if not self.trouble:
-            self.trouble = "descriptor %d: %s" % (channel, error.strerror)
+            name = STANDARD[channel] if channel < 3 else "descriptor %d" % channel
+            self.trouble = "%s: %s" % (name, error.strerror)
 
     def stream_ended(self):
         """After EXIT the job is over when every output has been written here."""
@@ -3197,7 +3230,7 @@ class Run(Served):
             self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
         else:
             if kind == HOW_NOT_STARTED:
-                log.say("%s: %s" % (self.worker, self.exit.reason))
+                log.say("worker %s cannot run its command: %s" % (self.worker, self.exit.reason))
             self.alert(ALERT_EXITED, code, self.exit.reason)
             self.finish(code, ("notstarted=%d" if kind == HOW_NOT_STARTED else "exited=%d") % code)
 
@@ -3320,10 +3353,19 @@ def parse_environment(words):
     for word in words:
         name, equals, _ = word.partition("=")
         if not equals or not is_variable(name):
-            raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE (after the public key come variables for the command)" % word)
+            raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE: %s" % (word, variable_rule(word, equals)))
     if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
         raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
     return wire_texts(words)
+
+
+def variable_rule(word, equals):
+    """What is to be said of a word that is no variable."""
+    if equals:
+        return "a KEY has letters, digits and _, and no digit first"
+    if word.startswith("-"):
+        return "options come before the public key"
+    return "the command and its arguments are the worker's, see cservice(1)"
 
 
 def wire_texts(words):
@@ -3839,7 +3881,7 @@ class FileRun(Served):
             self.loop.on_read(source.end.polled, None)
 
     def local_error(self, channel, error):
-        names = (self.task.name, self.task.output or "standard output", "standard error")
+        names = (self.task.name, self.task.output or STANDARD[1], STANDARD[2])
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
@@ -4185,6 +4227,8 @@ def parse_cexec(argv):
     check_modes(options)
     log.verbose = options.verbose
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if options.n == "all" and len(words) > 1 and "=" not in words[1] and not os.path.exists(words[0]):
+        raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % words[0])
     return words, options
 
 
@@ -4930,8 +4974,9 @@ class Supervisor(Carrier):
         except OSError as error:
             found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
             self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno))
-        except Exception as error:  # subprocess.SubprocessError: changing the user failed
-            self.fail_to_start(EXIT_CANNOT_RUN, str(error))
+        except Exception as error:  # subprocess.SubprocessError: prepare() failed
+            user = self.settings.user
+            self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
         else:
             self.started = True
             self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
@@ -4992,6 +5037,7 @@ class Supervisor(Carrier):
     def fail_to_start(self, status, reason):
         self.say("failed")
         self.result = HOW_NOT_STARTED, status, "%s: %s" % (self.settings.command[0], reason)
+        log.say("%s (%s gets %d)" % (self.result[2], self.offer.client.address, status))
         for source in self.sources.values():
             source.finish()
         self.stream_ended()
@@ -5216,6 +5262,7 @@ def main_cservice(argv):
                         None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
                         find_user(options.user) if options.user else None, options.repeatable)
     key, group = open_key(options.key), Group()
+    warn_of_command(options.command[0])
     context, listeners = tls_context(key), open_listeners(group)
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
@@ -5224,6 +5271,17 @@ def main_cservice(argv):
     log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
     loop.run()
     return 0
+
+
+def warn_of_command(name):
+    """Says at once what every client would be told; it may be put there yet."""
+    places = [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
+    files = [place for place in places if os.path.isfile(place)]
+    if not files:
+        log.say("warning: %s: no such command%s: until there is one, clients get exit status 127"
+                % (name, "" if "/" in name else " in PATH"))
+    elif not any(os.access(file, os.X_OK) for file in files):
+        log.say("warning: %s: not executable: until it is (chmod +x), clients get exit status 126" % files[0])
 
 
 def slim_down(words):
@@ -5270,24 +5328,24 @@ def find_user(name):
 # ---------------------------------------------------------------------------
 
 class Logger:
-    """Prints a line for every alert that it hears."""
+    """Calls tell(record, a function that makes crat's line of it) for every alert that it hears."""
 
-    def __init__(self, loop, listeners, pubs, keys, as_json):
-        self.pubs, self.keys, self.as_json = pubs, keys, as_json
-        self.printed = Memory()     # identities: copies come by other ways
+    def __init__(self, loop, listeners, pubs, keys, tell):
+        self.pubs, self.keys, self.tell = pubs, keys, tell
+        self.told = Memory()        # identities: copies come by other ways
         hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
-        if datagram.kind is ALERT and datagram.identity not in self.printed:
-            self.printed[datagram.identity] = True
-            self.print_line(self.record(datagram, address), alert_line)
+        if datagram.kind is ALERT and datagram.identity not in self.told:
+            self.told[datagram.identity] = True
+            self.tell(self.record(datagram, address), alert_line)
 
     def hear_stranger(self, address, error):
         """Somebody has announced a job, or an alert, in another version: said once."""
-        if (address, error.version) not in self.printed:
-            self.printed[address, error.version] = True
-            self.print_line({"time": time.time(), "client": address, "event": "version", "version": error.version,
-                             "ours": PROTOCOL}, version_line)
+        if (address, error.version) not in self.told:
+            self.told[address, error.version] = True
+            self.tell({"time": time.time(), "client": address, "event": "version", "version": error.version,
+                       "ours": PROTOCOL}, version_line)
 
     def prover(self, datagram):
         """The label of the pub or key that proves a datagram; None if none does."""
@@ -5311,13 +5369,14 @@ class Logger:
                 "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
                 "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
 
-    def print_line(self, record, form):
-        if self.as_json:
-            import json
-            line = json.dumps(record)
-        else:
-            line = printable(form(record))
-        show(line)
+
+def print_line(record, form):
+    show(printable(form(record)))
+
+
+def print_json(record, form):
+    import json
+    show(json.dumps(record))
 
 
 def alert_line(record):
@@ -5337,7 +5396,221 @@ def version_line(record):
         program=VERSION, **record)
 
 
-CRAT_USAGE = "crat [-hjv] [--version] [APP.pub | APP ...]"
+REDRAW_SECONDS = 0.25               # between two drawings of the screen, however many alerts come
+WORKERS_MAX = 4096                  # workers of which the screen keeps account
+LINES_KEPT = 500                    # of the log, for a window that grows
+NAME_COLUMNS = 40                   # of a worker's name
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # xterm's other screen; without a
+                                    # cursor and wrapped lines; and back
+BOLD, REVERSED, DIM, RED, YELLOW = "1", "7", "2", "31", "33"
+STYLES = {"complaint": RED, "signalled": YELLOW}
+
+
+class Tally:
+    """What was heard of a worker, or of all."""
+
+    HEADS = ["WORKER", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
+
+    def __init__(self):
+        self.done = self.failed = self.complaints = self.bytes_in = self.bytes_out = 0
+        self.seconds, self.heard = 0.0, time.monotonic()
+
+    def add(self, record):
+        good = record["event"] == "exited" and record["status"] == 0
+        self.heard = time.monotonic()
+        if record["event"] == "complaint":
+            self.complaints += 1
+            return
+        self.done, self.failed = self.done + good, self.failed + (not good)
+        self.seconds += record["seconds"]
+        self.bytes_in += record["bytes_in"]
+        self.bytes_out += record["bytes_out"]
+
+    def activity(self):
+        return self.done + self.failed + self.complaints
+
+    def row(self, name):
+        """The texts below HEADS."""
+        mean = self.seconds / max(1, self.done + self.failed)
+        return [name, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
+                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean,
+                duration(int(time.monotonic() - self.heard)) + " ago"]
+
+    def text(self):
+        return "%d done, %d failed, %d complained about" % (self.done, self.failed, self.complaints)
+
+
+class Tallies:
+    """What was heard of workers, proved and not: the latter are apart, and can push none of the former out."""
+
+    def __init__(self):
+        self.began = time.monotonic()
+        self.all = {True: Tally(), False: Tally()}      # by whether it is verified
+        self.workers = {True: Memory(WORKERS_MAX), False: Memory(WORKERS_MAX)}
+
+    def add(self, record):
+        verified, name = record["verified"], printable(record["worker"])[:64]
+        tally = self.workers[verified].get(name) or Tally()
+        self.workers[verified][name] = tally
+        for each in (tally, self.all[verified]):
+            each.add(record)
+
+    def total(self):
+        """A line on all of it."""
+        proved, rest = self.all[True], self.all[False]
+        text = "%s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
+        return text + "; unverified: " + rest.text() if rest.activity() else text
+
+    def table(self, room):
+        """At most so many lines: the workers that did most, and below them those of whom nothing is proved."""
+        known = []
+        for verified, mark in ((True, ""), (False, " (unverified)")):
+            known += [(tally, fitted(name, NAME_COLUMNS) + mark) for name, tally in sorted(
+                self.workers[verified].items(), key=lambda item: (-item[1].activity(), item[0]))]
+        if not known or room < 2:
+            return []
+        shown = known if len(known) < room else known[:room - 2]
+        lines = table(Tally.HEADS, [tally.row(name) for tally, name in shown])
+        return lines + ["%d more" % (len(known) - len(shown))] * (len(shown) < len(known))
+
+
+class Screen:
+    """crat -t: the log as a screen of its own, and a summary where the shell was when it ends.
+
+    The terminal is opened again, not to block: one that takes nothing for a while misses
+    drawings, and we hear alerts and signals all the same.
+    """
+
+    def __init__(self, loop, title):
+        self.loop, self.title, self.tallies = loop, title, Tallies()
+        self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
+        self.end = open_terminal(1, 0)
+        self.saved, self.waiting, self.drawn = None, b"", 0.0    # the modes to go back to; bytes not taken yet; when
+        self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
+        loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
+                    signal.SIGWINCH], self.signalled)
+        at_end.append(self.close)
+        self.take()
+        self.tick()
+
+    def tell(self, record, form):
+        """One more line of the log."""
+        if record["event"] != "version":
+            self.tallies.add(record)
+        style = STYLES.get(record["event"], YELLOW if record.get("status") else "")
+        text = printable(form(record))[:1000]
+        self.lines.append((time.strftime("%H:%M:%S ") + text, style if record.get("verified") else DIM))
+        self.changed = True
+
+    # The terminal
+
+    def take(self):
+        """Begins to draw.  In the background it stops us instead, until CONT."""
+        import termios
+        import tty
+        if not self.end.may_read():
+            return os.kill(0, signal.SIGTTOU)
+        try:
+            self.saved = self.saved or termios.tcgetattr(self.end.fd)
+            tty.setcbreak(self.end.fd, termios.TCSANOW)         # what is typed does not show, and q comes at once
+        except termios.error as error:
+            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.args[1]) from None
+        self.loop.on_read(self.end.fd, self.typed)
+        self.waiting, self.changed = self.waiting + ENTER.encode(), True
+        self.flush()
+
+    def give_back(self, text=""):
+        """Leaves the terminal as it was before, and a text there; if it takes nothing for a second, then not."""
+        import termios
+        saved, self.saved = self.saved, None
+        if saved:
+            self.loop.forget(self.end.fd)
+            self.waiting += encoded(LEAVE + text)
+            deadline = time.monotonic() + 1.0
+            while self.waiting and time.monotonic() < deadline:
+                select.select([], [self.end.fd], [], 0.1)
+                self.flush()
+            try:
+                termios.tcsetattr(self.end.fd, termios.TCSANOW, saved)
+            except termios.error:
+                pass                # it has been hung up
+
+    def close(self):
+        """The end, however it comes: the summary goes to the screen that stays."""
+        lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
+                 self.tallies.total()] + self.tallies.table(self.size()[0] - 4)
+        self.give_back("".join(self.spoken(line, "") + "\r\n" for line in lines))
+
+    def flush(self):
+        try:
+            self.waiting = self.waiting[os.write(self.end.fd, self.waiting):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self.waiting = b""      # it has been hung up
+        if self.saved:
+            self.loop.on_write(self.end.fd, self.flush if self.waiting else None)
+
+    def typed(self):
+        try:
+            keys = os.read(self.end.fd, 256)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            keys = b""
+        if not keys or b"q" in keys:            # hung up, or enough of it
+            self.loop.stop()
+        self.changed = True
+
+    def signalled(self, number):
+        if number == signal.SIGTSTP:
+            self.give_back()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif number == signal.SIGCONT:
+            self.take()
+        elif number == signal.SIGWINCH:
+            self.changed = True
+        else:
+            die_of(number)
+
+    # What is drawn
+
+    def size(self):
+        """(lines, columns) of the terminal."""
+        known = self.end.size()
+        return known["lines"] or 24, known["columns"] or 80
+
+    def tick(self):
+        """Draws if there is something new, or a second has gone by; not before the last drawing was taken."""
+        self.loop.after(REDRAW_SECONDS, self.tick)
+        now = time.monotonic()
+        if self.saved and not self.waiting and (self.changed or now - self.drawn >= 1.0):
+            self.changed, self.drawn = False, now
+            lines = self.picture(self.size()[0])
+            self.waiting += encoded("\x1b[H" + "\r\n".join("\x1b[m\x1b[K" + self.spoken(*line) for line in lines)
+                                    + "\x1b[m\x1b[J")
+            self.flush()
+
+    def picture(self, room):
+        """(text, style) of each line: at most so many."""
+        lasted = duration(int(time.monotonic() - self.tallies.began))
+        lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD)]
+        for_log = min(len(self.lines), max(3, room // 3)) + 1
+        workers = self.tallies.table(room - len(lines) - 1 - for_log)
+        if workers:
+            lines += [("", ""), (workers[0], BOLD)] + [(text, "") for text in workers[1:]]
+        rest = room - len(lines) - 1
+        if self.lines and rest > 0:
+            lines += [("", "")] + list(self.lines)[-rest:]
+        return lines[:room]
+
+    def spoken(self, text, style):
+        """A line that has room, with its style."""
+        text = fitted(encoded(text).decode(sys.stdout.encoding or "ascii"), self.size()[1])
+        return "\x1b[%sm%s\x1b[m" % (style, text) if style and self.coloured else text
+
+
+CRAT_USAGE = "crat [-hjtv] [--version] [APP.pub | APP ...]"
 CRAT_HELP = """Print a line for every job that was completed, and for every complaint.
 
 A public key proves the alerts of its own client, a private key everybody's; the
@@ -5349,11 +5622,15 @@ def main_crat(argv):
     """Logs until it is ended."""
     parser = argument_parser(CRAT_USAGE, CRAT_HELP)
     parser.add_argument("-j", dest="json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("-t", dest="screen", action="store_true",
+                        help="show the workers and the last lines on the whole terminal; q ends it")
     parser.add_argument("keys", nargs="*", metavar="APP.pub")
     options = parser.parse_args(argv)
     log.verbose = options.verbose
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
+    if options.screen:
+        check_screen(options)
     pubs, keys = [], []
     for path in options.keys:
         if is_private_key(path):
@@ -5361,11 +5638,27 @@ def main_crat(argv):
         else:
             pubs.append(open_pub(path))
     group, loop = Group(), Loop()
-    Logger(loop, open_listeners(group), pubs, keys, options.json)
-    end_quietly()
+    listeners = open_listeners(group)
+    if options.screen:
+        labels = ", ".join(key.label for key in pubs + keys)
+        tell = Screen(loop, printable("%s, %s" % (group.text, labels or "no key"))).tell
+    else:
+        tell = print_json if options.json else print_line
+        end_quietly()
+    Logger(loop, listeners, pubs, keys, tell)
     started_up()
     loop.run()
     return 0
+
+
+def check_screen(options):
+    """Raises Fatal (100) where -t has no place."""
+    if options.json:
+        raise Fatal(EXIT_USAGE, "-j and -t: lines for a program, or a screen for a person")
+    if not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
+        raise Fatal(EXIT_USAGE, "-t: standard output is no terminal that can be drawn on (without -t the log is lines)")
+    if options.verbose and os.isatty(2):
+        raise Fatal(EXIT_USAGE, "-t and -v: what -v says would spoil the screen (redirect it: 2> file)")
 
 
 def is_private_key(path):
@@ -5713,20 +6006,32 @@ def main_cproxy(argv):
     options = parser.parse_args(argv)
     log.verbose = options.verbose
     loop, group = Loop(), Group()
-    try:
-        address, = resolve(options.self.strip("[]"))
-        target = options.target or default_target(address)
-        numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
-        make_room(numbers)
-        proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port),
-                      room_to_splice(numbers))
-    except (OSError, UnicodeError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "SELF %s: not an address of this machine (%s)" % (options.self, error)) from None
+    address = own_address(options.self)
+    target = options.target or default_target(address)
+    numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
+    make_room(numbers)
+    proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port), room_to_splice(numbers))
     end_quietly()
     started_up()
     log.note("from %s to %s, as %s", group.text, proxy.target.text, address)
     loop.run()
     return 0
+
+
+def own_address(text):
+    """The one IP address of this machine that a text stands for.  Raises Fatal (100)."""
+    try:
+        found = resolve(text.strip("[]"))
+        if len(found) != 1:
+            raise Fatal(EXIT_USAGE, "SELF %s: one address is needed, and these are %d" % (text, len(found)))
+        open_udp(family_of(found[0]), found[0]).close()
+        return found[0]
+    except (OSError, UnicodeError, ValueError) as error:
+        why = no_address(text, error)
+        if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            own = ", ".join(interface.address for interface in interfaces() if interface.address)
+            why = "not an address of this machine (which has %s)" % (own or "none of IPv4")
+        raise Fatal(EXIT_USAGE, "SELF %s: %s" % (text, why)) from None
 
 
 def default_target(address):
@@ -5936,6 +6241,7 @@ def main(argv):
         if sys.stdout:
             sys.stdout.flush()
     except Fatal as error:
+        tidy_up()                   # first, or the message might go with the screen that it is on
         log.say(str(error))
         code = error.code
     except SystemExit as error:     # argparse, after --help and --version
@@ -5950,6 +6256,7 @@ def main(argv):
         log.say("this Python is not complete (%s): use another python3" % error)
         code = EXIT_TEMPORARY
     except Exception as error:      # a defect of ours: one line all the same, the rest with -v
+        tidy_up()
         if log.verbose:
             import traceback
             traceback.print_exc()

@@ -3600,7 +3600,7 @@ def test_full_disk(one):
         with open("/dev/full", "wb") as full:
             done = one.client("CMD=" + command, stdout=full)
         assert done.returncode == 111
-        assert done.stderr.decode() == "cexec: descriptor 1: No space left on device\n"
+        assert done.stderr.decode() == "cexec: standard output: No space left on device\n"
 
 
 def test_linger_is_bounded(one):
@@ -3636,8 +3636,10 @@ def test_command_that_cannot_run(cluster, command, status, reason):
     worker = cluster.worker(command)
     done = cluster.client(input=bytes(9000000))
     assert (done.returncode, done.stdout) == (status, b"")
-    assert done.stderr.decode() == "cexec: 127.0.0.1: %s: %s\n" % (command, reason)
+    assert done.stderr.decode() == (
+        "cexec: worker 127.0.0.1 cannot run its command: %s: %s\n" % (command, reason))
     until(lambda: b": failed" in read(worker.log), "the worker's note of it")
+    until(lambda: "cservice: %s: %s (127.0.0.1 gets %d)\n" % (command, reason, status) in read(worker.log).decode())
 
 
 def test_n(one):
@@ -4250,15 +4252,19 @@ WRONG = [
     wrong("cexec", 100, "-Z", "-Z", "app.pub"),
     wrong("cexec", 100, "-n 5x: not a descriptor's number", "-n5x", "app.pub"),
     wrong("cexec", 100, "-n ²: not a descriptor's number", "-n²", "app.pub"),
-    wrong("cexec", 111, "missing.pub: no such public key (make one with: ckeygen APP APP.pub)", "missing.pub"),
-    wrong("cexec", 111, "directory: Is a directory", "directory"),
+    wrong("cexec", 111, "missing.pub: no such public key, and no missing.pub.pub: is the name right?", "missing.pub"),
+    wrong("cexec", 111, "directory: Is a directory: name the public key in it", "directory"),
+    wrong("cexec", 100, "-n x: not a descriptor's number", "-n", "x", "app.pub"),
+    wrong("cexec", 111, "missing: no such public key", "-n", "missing"),
+    wrong("cexec", 111, "missing: no such public key", "-n", "missing", "A=b"),
     wrong("cexec", 100, "junk: not a cexec public key", "junk"),
     wrong("cexec", 100, "empty: not a cexec public key", "empty"),
     wrong("cexec", 100, "lonely: not a cexec public key", "lonely"),
     wrong("cexec", 100, "short.pub: damaged public key", "short.pub"),
     wrong("cexec", 100, "later.pub: a public key of another version", "later.pub"),
-    wrong("cexec", 100, "novalue: not KEY=VALUE", "app.pub", "novalue"),
-    wrong("cexec", 100, "=x: not KEY=VALUE", "app.pub", "=x"),
+    wrong("cexec", 100, "novalue: not KEY=VALUE: the command and its arguments are the worker's", "app.pub", "novalue"),
+    wrong("cexec", 100, "-v: not KEY=VALUE: options come before the public key", "app.pub", "-v"),
+    wrong("cexec", 100, "=x: not KEY=VALUE: a KEY has letters, digits and _", "app.pub", "=x"),
     wrong("cexec", 100, "1A=x: not KEY=VALUE", "app.pub", "1A=x"),
     wrong("cexec", 100, "A-B=x: not KEY=VALUE", "app.pub", "A-B=x"),
     wrong("cexec", 100, "é=x: not KEY=VALUE", "app.pub", "é=x"),
@@ -4281,12 +4287,21 @@ WRONG = [
                              ("127.0.0.1:99999", "not [DEVICE:]ADDRESS[:PORT]"), (":", "not [DEVICE:]ADDRESS[:PORT]"),
                              ("127.0.0.1,", "not [DEVICE:]ADDRESS[:PORT]"),
                              ("nodevice:127.255.255.255", "no such device: nodevice"))),
+    wrong("cexec", 100, "group nosuch.invalid: not an address, and the name nosuch.invalid has none: ", "app.pub",
+          GROUP="nosuch.invalid"),
+    wrong("cexec", 100, "(GROUP says so; CEXEC_GROUP comes before it)", "app.pub", GROUP="staff:"),
+    wrong("cexec", 100, "(CEXEC_GROUP says so)", "app.pub", CEXEC_GROUP="127.0.0"),
+    wrong("cproxy", 100, "group a:b:c: not [DEVICE:]ADDRESS[:PORT] (TARGET)", "127.0.0.1", "a:b:c"),
+    wrong("cproxy", 100, "SELF 192.0.2.99: not an address of this machine (which has 127.0.0.1", "192.0.2.99"),
+    wrong("cproxy", 100, "SELF nosuch.invalid: not an address, and the name nosuch.invalid has none", "nosuch.invalid"),
+    wrong("cproxy", 100, "SELF 127.0.0.300: not an address: 127.0.0.300", "127.0.0.300"),
+    wrong("cproxy", 100, "SELF 127.0.0.0/30: one address is needed, and these are 2", "127.0.0.0/30"),
     wrong("cservice", 100, "required"),
     wrong("cservice", 100, "no command is named", "app"),
     wrong("cservice", 100, "-Z", "-Z", "app", "true"),
     wrong("cservice", 100, "-u", "-u"),
-    wrong("cservice", 111, "missing: No such file or directory (make a key with: ckeygen", "missing", "true"),
-    wrong("cservice", 111, "directory: Is a directory", "directory", "true"),
+    wrong("cservice", 111, "missing: No such file or directory: is the name right? (ckeygen", "missing", "true"),
+    wrong("cservice", 111, "directory: Is a directory: name the private key in it", "directory", "true"),
     wrong("cservice", 100, "app.pub: a public key where the private key is needed", "app.pub", "true"),
     wrong("cservice", 100, "junk: not a cexec private key", "junk", "true"),
     wrong("cservice", 100, "empty: not a cexec private key", "empty", "true"),
@@ -4453,11 +4468,15 @@ def outcome(process, *, status=0):
     return out, err
 
 
+MAY_HAVE_RUN = re.escape("; the command may have run (cexec -r runs it again)")
+
+
 def lost(job, worker):
     """Waits until a held job ends, its stdin still open: with 111 and one line; the reason that it gives."""
     assert job.wait(PATIENCE) == 111
     out, err = outcome(job, status=111)
-    found = re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: ([^\n]+)\n" % re.escape(worker), err.decode())
+    found = re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: ([^\n]+)%s\n" % (re.escape(worker), MAY_HAVE_RUN),
+                         err.decode())
     assert out == b"" and found, (out, err)
     return found.group(1)
 
@@ -7118,7 +7137,7 @@ def test_a_proxy_killed_while_much_is_moved(hosts, gate, command):
     assert job.wait(PATIENCE) == 111            # long before CEXEC_TIMEOUT_PINGPONG
     reader.join(PATIENCE)
     assert re.fullmatch(r"cexec: worker 10\.78\.0\.2 lost after \d+\.\d s: "
-                        r"(connection closed|Connection reset by peer)\n", job.stderr.read().decode())
+                        r"(connection closed|Connection reset by peer)%s\n" % MAY_HAVE_RUN, job.stderr.read().decode())
     until(lambda: not processes_with("PEER_" + mark), "the end of the command")
 
 
@@ -7979,7 +7998,7 @@ def test_terminal_is_put_back_when_the_worker_is_lost(tmux):
     tmux.line("$RUN -t $PUB MARK=%s %s; echo sta'tus'=$?" % (mark, THERE))
     tmux.shows("^there>$")
     os.kill(parent_of(marked(mark)[0]), signal.SIGKILL)
-    tmux.shows("cexec: worker 127.0.0.1 lost after .*: connection closed$")
+    tmux.shows("cexec: worker 127.0.0.1 lost after .*: connection closed; the command may have run")
     tmux.shows("^status=111$")
     until(lambda: tmux.modes() == before, "the modes of before")
     until(lambda: not marked(mark), "the end of the command")
