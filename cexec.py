@@ -454,7 +454,7 @@ def parse_key(text, path):
     certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
     """
     if text.startswith(PUB_MAGIC):
-        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (that is the other file of ckeygen)" % path)
+        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (the other file of ckeygen)" % path)
     der = unpem("EC PRIVATE KEY", text)
     if not der or not unpem("CERTIFICATE", text) or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
         raise Fatal(EXIT_USAGE, "%s: not a cexec private key (make one with ckeygen)" % path)

@@ -4289,7 +4289,7 @@ WRONG = [
                              ("nodevice:127.255.255.255", "no such device: nodevice"))),
     wrong("cexec", 100, "group nosuch.invalid: not an address, and the name nosuch.invalid has none: ", "app.pub",
           GROUP="nosuch.invalid"),
-    wrong("cexec", 100, "(GROUP says so; CEXEC_GROUP comes before it)", "app.pub", GROUP="staff:"),
+    wrong("cexec", 100, "(GROUP says so: set CEXEC_GROUP)", "app.pub", GROUP="staff:"),
     wrong("cexec", 100, "(CEXEC_GROUP says so)", "app.pub", CEXEC_GROUP="127.0.0"),
     wrong("cproxy", 100, "group a:b:c: not [DEVICE:]ADDRESS[:PORT] (TARGET)", "127.0.0.1", "a:b:c"),
     wrong("cproxy", 100, "SELF 192.0.2.99: not an address of this machine (which has 127.0.0.1", "192.0.2.99"),
