@@ -420,7 +420,9 @@ def test_make_ends_with_the_compilers_error(compiling):
     ("-MMD -MFother -MTthat -c f1.c -o z.o", "other"), ("-S f1.c", "f1.s"),
     ("-shared -fPIC f1.c f2.c -o b.so", "b.so"),
     ("-O3 -std=c99 -fno-common -c f1.c", "f1.o"), ("-c f1.c f2.c", "f2.o"), ("-E f1.c -o e", "e"),
-    ("-march=native -c f1.c", "f1.o"), ("-g3 -c f1.c", "f1.o"), ("-Wa,--noexecstack -c f1.c", "f1.o")])
+    ("-march=native -c f1.c", "f1.o"), ("-g3 -c f1.c", "f1.o"), ("-pg -c f1.c", "f1.o"),
+    ("-include include/all.h -D Y -c f1.c", "f1.o"), ("--param=ssp-buffer-size=4 -c f1.c", "f1.o"),
+    ("-Wa,--noexecstack -c f1.c", "f1.o")])
 def test_ccexec_is_as_cc(compiling, words, made):
     os.mkdir(compiling.path("x"))
     results = []
