@@ -1,7 +1,20 @@
 """crat -t, messages, recipes."""
+import contextlib
+import functools
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+
+import cexec
 from test_cexec import *  # noqa: F401,F403
-from test_cexec import (PATIENCE, Tmux, cexec, contextlib, os, pty, pytest, re, read, signal, shlex, subprocess, time,
-                        until, put, need, Cluster, free_port, SimpleNamespace)
+from test_cexec import PATIENCE, Tmux, free_port, need, put, read, until
 
 
 # ---------------------------------------------------------------------------
@@ -85,8 +98,8 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     window.shows("^status=0$")
     screen = window.screen()
     assert "before" in screen and "q ends it" not in screen
-    assert re.search(r"^crat: \S+, app.pub, \d+s\n4 done, 2 failed, 1 complained about.*\nWORKER.*\n10.0.0.3 .*\n10.0.0.4 .*\n"
-                     "status=0$", screen, re.M)
+    assert re.search(r"^crat: \S+, app.pub, \d+s\n4 done, 2 failed, 1 complained about.*\nWORKER.*\n10.0.0.3 .*\n"
+                     r"10.0.0.4 .*\nstatus=0$", screen, re.M)
     assert window.modes() == modes
     assert window.do("display-message", "-p", "#{cursor_flag} #{alternate_on} #{wrap_flag}").split() == ["1", "0", "1"]
 
@@ -132,6 +145,13 @@ def test_the_screen_stopped_and_continued(cluster, alerts, window):
     assert window.modes() == modes
 
 
+def is_whole_picture(window, columns, lines):
+    """Whether the first line and, where there is room, the last alert of the log are on the screen, and no more."""
+    shown = window.screen().rstrip("\n").splitlines()
+    return shown and len(shown) <= lines and shown[0].startswith("crat: ") and (
+        columns < 60 or "10.0.0.49" in shown[-1])
+
+
 def test_the_screen_fits_the_window(cluster, alerts, window):
     """More workers than lines: those that did most, and how many more; the last lines of the log below."""
     window.crat()
@@ -145,9 +165,7 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     assert "10.0.0.49" in screen[29] and "10.0.0.48" in screen[28]
     for columns, lines in ((60, 12), (30, 5), (20, 2), (120, 120)):
         window.do("resize-window", "-x", str(columns), "-y", str(lines))
-        fits = lambda: len(window.screen().rstrip("\n").splitlines()) <= lines     # noqa: E731
-        until(lambda: fits() and window.screen().startswith("crat: ") and (
-            columns < 60 or "10.0.0.49" in window.screen()), "a picture of that size")
+        until(functools.partial(is_whole_picture, window, columns, lines), "a picture of that size")
     assert "more" not in window.screen()
     window.do("resize-window", "-x", "100", "-y", "20")
     window.keys("q")
@@ -202,7 +220,6 @@ def on_a_pty(cluster, *words, env=None):
     process.master, process.seen = master, b""
 
     def look():
-        import select
         while select.select([master], [], [], 0)[0]:
             process.seen += os.read(master, 65536)
         return process.seen
