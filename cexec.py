@@ -416,6 +416,9 @@ def format_pub(master, name, fingerprint):
 def parse_pub(text, label):
     """The Pub in a pub file's text; Fatal (100) says what is wrong with it."""
     words = text.split()
+    if "-----BEGIN" in text:
+        raise Fatal(EXIT_USAGE, "%s: a private key where the public key is needed (ckeygen %s writes it)"
+                    % (label, label))
     if words[:1] != [PUB_MAGIC]:
         raise Fatal(EXIT_USAGE, "%s: not a cexec public key (ckeygen makes them)" % label)
     if words[1:2] != [PUB_VERSION]:
@@ -454,7 +457,7 @@ def parse_key(text, path):
     certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
     """
     if text.startswith(PUB_MAGIC):
-        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (the other file of ckeygen)" % path)
+        raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (its name is without .pub)" % path)
     der = unpem("EC PRIVATE KEY", text)
     if not der or not unpem("CERTIFICATE", text) or len(der) < 39 or der[2:7] != b"\x02\x01\x01\x04\x20":
         raise Fatal(EXIT_USAGE, "%s: not a cexec private key (make one with ckeygen)" % path)
@@ -1072,8 +1075,9 @@ def no_address(text, error):
     """What is wrong with a text that resolve() does not take."""
     if isinstance(error, socket.gaierror):
         return "not an address, and the name %s has none: %s" % (text, error.strerror)
-    known = getattr(error, "strerror", None) or (None if isinstance(error, (OSError, UnicodeError)) else str(error))
-    return "not an address: %s" % (known or text)
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return str(error)           # of a network
+    return "not an address: %s" % (getattr(error, "strerror", None) or text)
 
 
 def resolve(name):
@@ -1103,8 +1107,8 @@ class Group:
         try:
             self.targets = parse_group(self.text, default_port)
         except Fatal as error:
-            source = {"CEXEC_GROUP": "CEXEC_GROUP says so", "GROUP": "GROUP says so: set CEXEC_GROUP"}
-            raise Fatal(error.code, "%s (%s)" % (error, "TARGET" if text else source[named])) from None
+            source = "TARGET" if text else "from GROUP: set CEXEC_GROUP" if named == "GROUP" else "from CEXEC_GROUP"
+            raise Fatal(error.code, "%s (%s)" % (error, source)) from None
         self.error = None           # of the last send: the last reason why a way failed
         self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
 

@@ -1,7 +1,20 @@
 """crat -t, messages, recipes."""
+import contextlib
+import functools
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+
+import cexec
 from test_cexec import *  # noqa: F401,F403
-from test_cexec import (PATIENCE, Tmux, cexec, contextlib, os, pty, pytest, re, read, signal, shlex, subprocess, time,
-                        until, put, need, Cluster, free_port, SimpleNamespace)
+from test_cexec import PATIENCE, Tmux, free_port, need, put, read, until
 
 
 # ---------------------------------------------------------------------------
@@ -85,8 +98,8 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     window.shows("^status=0$")
     screen = window.screen()
     assert "before" in screen and "q ends it" not in screen
-    assert re.search(r"^crat: \S+, app.pub, \d+s\n4 done, 2 failed, 1 complained about.*\nWORKER.*\n10.0.0.3 .*\n10.0.0.4 .*\n"
-                     "status=0$", screen, re.M)
+    assert re.search(r"^crat: \S+, app.pub, \d+s\n4 done, 2 failed, 1 complained about.*\nWORKER.*\n10.0.0.3 .*\n"
+                     r"10.0.0.4 .*\nstatus=0$", screen, re.M)
     assert window.modes() == modes
     assert window.do("display-message", "-p", "#{cursor_flag} #{alternate_on} #{wrap_flag}").split() == ["1", "0", "1"]
 
@@ -132,6 +145,13 @@ def test_the_screen_stopped_and_continued(cluster, alerts, window):
     assert window.modes() == modes
 
 
+def is_whole_picture(window, columns, lines):
+    """Whether the first line and, where there is room, the last alert of the log are on the screen, and no more."""
+    shown = window.screen().rstrip("\n").splitlines()
+    return shown and len(shown) <= lines and shown[0].startswith("crat: ") and (
+        columns < 60 or "10.0.0.49" in shown[-1])
+
+
 def test_the_screen_fits_the_window(cluster, alerts, window):
     """More workers than lines: those that did most, and how many more; the last lines of the log below."""
     window.crat()
@@ -145,9 +165,7 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     assert "10.0.0.49" in screen[29] and "10.0.0.48" in screen[28]
     for columns, lines in ((60, 12), (30, 5), (20, 2), (120, 120)):
         window.do("resize-window", "-x", str(columns), "-y", str(lines))
-        fits = lambda: len(window.screen().rstrip("\n").splitlines()) <= lines     # noqa: E731
-        until(lambda: fits() and window.screen().startswith("crat: ") and (
-            columns < 60 or "10.0.0.49" in window.screen()), "a picture of that size")
+        until(functools.partial(is_whole_picture, window, columns, lines), "a picture of that size")
     assert "more" not in window.screen()
     window.do("resize-window", "-x", "100", "-y", "20")
     window.keys("q")
@@ -202,7 +220,6 @@ def on_a_pty(cluster, *words, env=None):
     process.master, process.seen = master, b""
 
     def look():
-        import select
         while select.select([master], [], [], 0)[0]:
             process.seen += os.read(master, 65536)
         return process.seen
@@ -324,3 +341,170 @@ def test_a_key_that_may_not_be_read(cluster):
 def test_help_tells_where_the_environment_is_explained(one, applet):
     assert one.run(applet, "-h").stdout.decode().endswith(
         "environment variables, examples and the rest: %s(1)\n" % applet)
+
+
+# ---------------------------------------------------------------------------
+# The manual's recipes
+# ---------------------------------------------------------------------------
+
+def recipe(page, beginning):
+    """A literal block of a manual page, as man shows it."""
+    text = read(os.path.join(os.path.dirname(cexec.__file__), "man", page)).decode()
+    for block in re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", text, re.M | re.S):
+        plain = block.replace("\\&", "").replace("\\(dq", '"').replace("\\e", "\\")
+        if plain.startswith(beginning):
+            return plain
+    raise AssertionError("%s has no block that begins with %r" % (page, beginning))
+
+
+@pytest.fixture
+def linked_cluster(cluster):
+    """A cluster with the applets' links in PATH; linked_cluster.sh(command) runs one in its directory."""
+    links = cluster.path("links")
+    os.mkdir(links)
+    os.symlink(cluster.launch[0], os.path.join(links, "python3"))
+    cluster.run("--install", links, check=True)
+    cluster.env["PATH"] = links + ":" + cluster.env["PATH"]
+
+    def sh(command, **env):
+        return subprocess.run(["bash", "-c", command], cwd=cluster.directory, env=cluster.environment(env),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=PATIENCE * 2)
+    cluster.sh = sh
+    return cluster
+
+
+def script(cluster, page, name):
+    put(cluster.path(name), recipe(page, "#!/bin/sh\n# %s:" % name), 0o700)
+
+
+@pytest.fixture
+def compiling(linked_cluster):
+    """A project in C, a worker that compiles, and the two scripts of the manual."""
+    need("cc", "make", "bash")
+    cluster = linked_cluster
+    for name in ("ccexec", "ccworker"):
+        script(cluster, "cexec.1", name)
+    cluster.env["CCEXEC_PUB"] = cluster.pub
+    cluster.env["TMPDIR"] = cluster.path("tmp")
+    os.mkdir(cluster.path("tmp"))
+    os.mkdir(cluster.path("include"))
+    put(cluster.path("include/all.h"), "#define EACH %s\n#define X(n) int f##n(int);\nEACH\n#undef X\n"
+        % " ".join("X(%d)" % n for n in range(12)))
+    for n in range(12):
+        put(cluster.path("f%d.c" % n), '#include "all.h"\nint f%d(int x) { return x + %d * FACTOR; }\n' % (n, n))
+    put(cluster.path("main.c"), '#include "all.h"\n#include <stdio.h>\nint main(void) { int s = 0;\n'
+        "#define X(n) s = f##n(s);\nEACH\n" 'printf("%d\\n", s); return 0; }\n')
+    put(cluster.path("Makefile"), "CFLAGS = -O2 -Wall -MMD -Iinclude -DFACTOR=2\nobjects = $(patsubst %.c,%.o,"
+        "$(wildcard *.c))\nprogram: $(objects)\n\t$(CC) -o $@ $(objects)\n-include $(objects:.o=.d)\n")
+    cluster.compiler = cluster.worker(cluster.path("ccworker"))
+    return cluster
+
+
+def compiled(cluster):
+    names = [name for name in os.listdir(cluster.directory) if name.endswith((".o", ".d"))]
+    return {name: read(cluster.path(name)) for name in names}
+
+
+def test_make_compiles_on_workers(compiling):
+    """The objects and dependencies are those of the compiler here."""
+    done = compiling.sh("make -j8 CC=./ccexec && ./program")
+    assert done.returncode == 0 and done.stdout.endswith(b"\n132\n"), done.stdout
+    there = compiled(compiling)
+    assert len(there) == 26 and read(compiling.compiler.log).count(b"ended, done") == 13
+    compiling.sh("rm -f *.o *.d program; make -j8 CC=cc")
+    assert compiled(compiling) == there
+    assert not os.listdir(compiling.path("tmp"))
+    compiling.sh("touch -d '1 hour' include/all.h")
+    assert compiling.sh("make -q CC=./ccexec").returncode == 1          # by the dependencies of -MMD
+
+
+def test_make_ends_with_the_compilers_error(compiling):
+    put(compiling.path("f7.c"), "int f7(int x)\n{\n    return undeclared;\n}\n")
+    done = compiling.sh("make -k -j8 CC=./ccexec")
+    assert done.returncode == 2 and b"f7.c:3:12: error: " in done.stdout, done.stdout
+    assert not os.path.exists(compiling.path("f7.o")) and len([n for n in compiled(compiling) if n[-1] == "o"]) == 12
+    assert compiling.sh("./ccexec -c f7.c").returncode == 1
+    nobody = {"GROUP": "127.255.255.255:%d" % free_port(), "CEXEC_TIMEOUT_ACCEPT": "1"}
+    done = compiling.sh("./ccexec -DFACTOR=1 -Iinclude -c f8.c -o new.o", **nobody)
+    assert done.returncode == 111 and done.stdout.startswith(b"cexec: no worker answered"), done.stdout
+    assert not os.path.exists(compiling.path("new.o")) and not os.listdir(compiling.path("tmp"))
+
+
+@pytest.mark.parametrize("words, made", [
+    ("-c f1.c", "f1.o"), ("-c -o'a b.o' f1.c", "a b.o"), ("f1.c -c -o x/y.o -MD", "x/y.d"),
+    ("-c -DQ='\"a b\"' f1.c", "f1.o"),
+    ("-MMD -MFother -MTthat -c f1.c -o z.o", "other"), ("-S f1.c", "f1.s"),
+    ("-shared -fPIC f1.c f2.c -o b.so", "b.so"),
+    ("-O3 -std=c99 -fno-common -c f1.c", "f1.o"), ("-c f1.c f2.c", "f2.o"), ("-E f1.c -o e", "e"),
+    ("-march=native -c f1.c", "f1.o"), ("-g3 -c f1.c", "f1.o"), ("-pg -c f1.c", "f1.o"),
+    ("-include include/all.h -D Y -c f1.c", "f1.o"), ("--param=ssp-buffer-size=4 -c f1.c", "f1.o"),
+    ("-Wa,--noexecstack -c f1.c", "f1.o")])
+def test_ccexec_is_as_cc(compiling, words, made):
+    os.mkdir(compiling.path("x"))
+    results = []
+    for compiler in ("cc", "./ccexec"):
+        done = compiling.sh("%s -Iinclude -DFACTOR=3 %s" % (compiler, words))
+        assert done.returncode == 0, done.stdout
+        results.append((done.stdout, compiled(compiling), read(compiling.path(made))))
+        os.unlink(compiling.path(made))
+    assert results[0] == results[1]
+
+
+SOUNDS = ["a b", "it's", 'quo"te', "$HOME", "plain"]
+
+
+@pytest.mark.parametrize("tool", ["xargs", "parallel"])
+def test_a_job_for_each_file_by(linked_cluster, tool):
+    need(tool, "bash")
+    linked_cluster.worker("tr", "a-z", "A-Z")
+    put(linked_cluster.path("ogg.pub"), read(linked_cluster.pub).decode())
+    commands = recipe("cexec.1", "find . -name '*.wav' -print0 | xargs")
+    place = commands.index("parallel -j")
+    for name in SOUNDS:
+        put(linked_cluster.path(name + ".wav"), name)
+    done = linked_cluster.sh(commands[:place] if tool == "xargs" else commands[place:], HOME=linked_cluster.directory)
+    assert done.returncode == 0, done.stdout
+    assert [read(linked_cluster.path(name + ".ogg")).decode() for name in SOUNDS] == [name.upper() for name in SOUNDS]
+
+
+def test_readme_has_the_same_recipes():
+    text = read(os.path.join(os.path.dirname(cexec.__file__), "README")).decode()
+    for line in recipe("cexec.1", "find . -name").replace("\\\n        ", "").splitlines():
+        assert "    " + line + "\n" in text
+
+
+def test_the_unit_for_systemd(linked_cluster):
+    need("systemd-analyze")
+    unit = recipe("cservice.1", "[Unit]")
+    assert "\nKillMode=mixed\n" in unit
+    path = linked_cluster.path("cexec-ogg.service")
+    put(path, unit.replace("/usr/local/bin/cservice", linked_cluster.path("links/cservice")))
+    done = linked_cluster.sh("systemd-analyze verify " + path)
+    assert (done.returncode, done.stdout) == (0, b"")
+
+
+def test_the_run_script_of_daemontools(linked_cluster):
+    """As supervise runs it, and as svc -d ends it: with TERM and CONT, to the script's process alone."""
+    if os.getuid():
+        pytest.skip("needs root")
+    script_text = recipe("cservice.1", "#!/bin/sh\nexec 2>&1\n")
+    os.mkdir(linked_cluster.path("service"))
+    put(linked_cluster.path("service/run"), script_text.replace("oggenc -Q -o- -", "cat"), 0o700)
+    os.rename(linked_cluster.key, linked_cluster.path("service/key"))
+    with open(linked_cluster.path("log"), "wb") as log:
+        service = subprocess.Popen(["./run"], cwd=linked_cluster.path("service"), stdin=subprocess.DEVNULL,
+                                   env=linked_cluster.environment(), stdout=log)
+    linked_cluster.started.append(service)
+    with linked_cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:
+        job.stdin.write(b"begun\n")
+        job.stdin.flush()
+        assert job.stdout.readline() == b"begun\n"
+        service.terminate()
+        service.send_signal(signal.SIGCONT)
+        assert linked_cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"}).returncode == 111
+        assert service.poll() is None
+        job.stdin.write(b"end\n")
+        job.stdin.close()
+        assert job.stdout.read() == b"end\n" and job.wait(PATIENCE) == 0
+    assert service.wait(PATIENCE) == 0 and read(linked_cluster.path("log")) == b""
