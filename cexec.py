@@ -243,7 +243,9 @@ def encoded(text):
 
 
 def show(line):
-    """A line on standard output."""
+    """A line on standard output.  Raises Fatal (100) if that is closed."""
+    if sys.stdout is None:
+        raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
     sys.stdout.buffer.write(encoded(line + "\n"))
     sys.stdout.flush()
 
@@ -700,6 +702,7 @@ FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, 
 
 HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
 NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
+NO_BATCH = bytes(8)                                                 # ANNOUNCE's batch: a job of its own
 
 # A row of JOB's descriptors: the command's number, its channel, and these flags.
 FLAG_INPUT = 1                      # the client reads it, the command can read it
@@ -1673,7 +1676,7 @@ class Link:
     received = memoryview(bytearray(FRAME_MAX))     # between recv and TLS: shared by all
 
     def __init__(self, loop, sock, context, owner, server_side=False):
-        self.loop, self.sock, self.owner = loop, sock, owner
+        self.sock = sock
         self.tls = Tls(context, server_side)
         self.reader = FrameReader()
         self.sending = memoryview(b"")              # what the socket has not taken yet
@@ -1933,7 +1936,7 @@ class Held:
 #   Source (reads an End, sends DATA)          Sink (gets DATA, writes an End)
 #
 #     OPEN --end of file: send EOF--> ENDED      OPEN --rcvd EOF--> ENDING --drained--> ENDED
-#       '--rcvd SHUT----------> SHUTDOWN           '-------write failed: send SHUT--> SHUTDOWN
+#       '--rcvd SHUT----------> SHUTDOWN           '--------'---write failed: send SHUT--> SHUTDOWN
 
 OPEN, ENDING, ENDED, SHUTDOWN = "OPEN", "ENDING", "ENDED", "SHUTDOWN"
 
@@ -2569,7 +2572,10 @@ def set_terminal_modes(fd, modes):
             now[place] |= bit
         elif value == 0:
             now[place] &= ~bit
-    termios.tcsetattr(fd, termios.TCSANOW, now)
+    try:
+        termios.tcsetattr(fd, termios.TCSANOW, now)
+    except termios.error as error:
+        raise OSError(*error.args) from None
 
 
 def set_window(fd, lines, columns):
@@ -2679,7 +2685,7 @@ def system_load():
 class Terms:
     """What the user wants of any job: its variables, and what the environment sets."""
 
-    batch = bytes(8)                # the id that the searches of a batch have in common
+    batch = NO_BATCH                # the id that the searches of a batch have in common
     progress = False                # whether cexec -p shows how far it is
 
     def __init__(self, environment):
@@ -3064,6 +3070,7 @@ class Search:
         self.timer.cancel()
         for candidate in self.candidates:
             candidate.close()
+        self.candidates = []
         self.back.deafen()
 
 
@@ -3491,8 +3498,7 @@ class Survey:
         """Asks until there is enough to show."""
         for seconds in self.ASK:
             self.loop.after(seconds, self.ask)
-        for seconds in (self.ENOUGH, self.PATIENCE):
-            self.loop.after(seconds, self.stop_if_answered)
+        self.loop.after(self.ENOUGH, self.stop_if_answered)
         self.loop.after(self.PATIENCE, self.loop.stop)
         self.loop.run()
 
@@ -3583,7 +3589,7 @@ class Survey:
         own = {interface.index: interface.address for interface in interfaces()}
         ways = sorted({"%s (%s)" % (names.get(index, "?"), own.get(index) or "no IPv4") if index else address
                        for index, address, _ in self.group.ways()})
-        if set(ways) <= {THIS_HOST, ALL_NETWORKS}:
+        if set(ways) <= {THIS_HOST, ALL_NETWORKS, "::1"}:
             yield "no network is up: only this machine was asked (see ip address)"
         elif not self.ways:
             yield "nothing could be sent (%s): is there a network? see ip address" % ", ".join(self.errors)
@@ -4737,6 +4743,8 @@ class Worker:
             data = os.read(job.status, 4096)
         except BlockingIOError:     # what poll has seen was of another pipe with that number
             return
+        except OSError:             # it has ended without reading our answer
+            data = b""
         if not data:
             self.loop.forget(job.status)
             os.close(job.status)
@@ -4752,7 +4760,8 @@ class Worker:
             elif word == "failed":
                 self.penalty = PENALTY
             elif word == "back":                # the client left before GO: it may ask again
-                self.served.pop(job.client.key, None)
+                if job.client.key not in self.claimed:
+                    self.served.pop(job.client.key, None)
             elif word == "more":
                 self.tell(job, b"yes\n" if self.may_go_on(job) else b"no\n")
             elif word == "done":
@@ -4826,24 +4835,41 @@ class Worker:
 
 def become_supervisor(worker, offer, job, status):
     """The child's side of the fork; does not return."""
-    code = 1
+    code, supervisor = 1, None
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
-        code = Supervisor(worker, offer, job, status).work()
+        supervisor = Supervisor(worker, offer, job, status)
+        code = supervisor.work()
     except BaseException as error:
         log.say("supervisor: %s: %s" % (type(error).__name__, error))
         offer.link.send(REFUSE, reason=str(error))
-        os.write(status, b"back\n")
+        if supervisor is None:
+            os.write(status, b"back\n")
+        elif not supervisor.started:
+            supervisor.say("back")
     finally:
         os._exit(code)
 
 
-class Supervisor(Carrier):
-    """The worker's process for one job: leads a session, starts the command, carries its streams.
+# A supervisor's states, which only _set() changes:
+#
+#   WAITING --GO--> RUNNING --all has ended: send EXIT--------------> OVER --the client closes--> the end
+#      A               '------the same, of a batch: ask cservice--> ASKING --no: send EXIT--> OVER
+#      '--JOB-- RESTING <--yes: send EXIT, more------------------------'
+#                  '--3 s without a JOB--> OVER
+#
+#   from any but OVER: the client has gone, or TERM: GONE, until the session is ended
 
-    Its own descriptors keep to numbers above the command's, so that the command's ends
-    can be put in place here, and its start has nothing left to map.
+WAITING, RUNNING, ASKING, RESTING, OVER, GONE = "WAITING", "RUNNING", "ASKING", "RESTING", "OVER", "GONE"
+
+
+class Supervisor(Carrier):
+    """The worker's process for one job, or for several of a batch in turn.
+
+    It leads a session, starts the command and carries its streams.  Its own descriptors
+    keep to numbers above the command's, so that the command's ends can be put in place
+    here, and its start has nothing left to map.
     """
 
     def __init__(self, worker, offer, job, status):
@@ -4856,8 +4882,7 @@ class Supervisor(Carrier):
         close_all_but([offer.link.sock.fileno(), self.status, log.fd])
         self.far = {}               # number: the command's end, until it has started
         self.process = self.result = None
-        self.gone = self.over = self.started = False
-        self.resting = False        # between two jobs of a batch
+        self.state, self.started = WAITING, False   # started: whether any command was
         self.timers = []            # of the job that runs
         self.inputs = {}            # channel of a counted input: a reader of what is left in it
         self.terminal = None        # the channel of the command's terminal
@@ -4881,6 +4906,10 @@ class Supervisor(Carrier):
         self.patience = loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
         loop.run()
         return 0
+
+    def _set(self, state):
+        log.note("supervisor %s -> %s", self.state, state)
+        self.state = state
 
     def say(self, words):
         """A line to cservice, which may be dead."""
@@ -4930,12 +4959,15 @@ class Supervisor(Carrier):
         if self.terminal is None:
             raise ProtocolError("RESIZE without a terminal")
         end = self.sources[self.terminal].end
-        if end.halves:
-            set_window(end.fd, payload.lines, payload.columns)
+        try:
+            if end.halves:
+                set_window(end.fd, payload.lines, payload.columns)
+        except OSError as error:
+            log.note("the terminal's size: %s", error.strerror)
 
     def release(self, near, channel):
         """Closes a pipe's near end; of a counted input, keeps a way to see what is left in it."""
-        if channel in self.counted() and not self.over:
+        if channel in self.counted() and self.state is RUNNING:
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
                 self.inputs[channel] = lifted_away(reader, self.loop.floor)
@@ -4949,7 +4981,7 @@ class Supervisor(Carrier):
 
         At once on macOS and the BSDs, where only a pipe's reader can be asked: all counts as taken there.
         """
-        if not self.over and unread(near):
+        if self.state is RUNNING and unread(near):
             self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
         elif self.inputs.pop(channel, None) is not None:
             os.close(near)
@@ -4970,8 +5002,9 @@ class Supervisor(Carrier):
     # The command
 
     def rcvd_go(self, flags, channel, payload):
-        if self.process or self.result:
+        if self.state is not WAITING:
             raise ProtocolError("GO twice")
+        self._set(RUNNING)
         self.patience.cancel()
         try:
             self.start()
@@ -5078,15 +5111,14 @@ class Supervisor(Carrier):
                 source.close_soon()
 
     def tell_lingering(self):
-        if not self.over:
+        if self.state is RUNNING:
             self.link.send(LINGER, status=self.result[1])
 
     def stream_ended(self):
         """The job is over when the command has ended and all that it writes is closed and sent."""
         writing = any(source.state is OPEN for source in self.sources.values())
-        if self.result and not writing and not self.over and not self.gone:
-            self.over = True
-            if self.offer.client.batch == Terms.batch or self.process is None or self.left_behind():
+        if self.result and not writing and self.state is RUNNING:
+            if self.offer.client.batch == NO_BATCH or self.process is None or self.left_behind():
                 self.send_exit()    # who can't start its command is not to fail a whole batch
             else:
                 self.ask_for_more()
@@ -5097,20 +5129,30 @@ class Supervisor(Carrier):
         """Whether the command has left processes in its group: the next one's end is not to be theirs."""
         try:
             os.killpg(self.process.pid, 0)
-            return True
-        except OSError:
+        except ProcessLookupError:
             return False
+        except OSError:
+            pass                    # another user's
+        return True
 
     def ask_for_more(self):
         """Asks cservice whether this batch may go on here; it has a second to answer."""
-        self.patience = self.loop.after(1.0, lambda: self.rcvd_word(b""))
-        self.loop.on_read(self.status, lambda: self.rcvd_word(os.read(self.status, 16)))
+        self._set(ASKING)
+        self.patience = self.loop.after(1.0, lambda: self.answered(b"no\n"))
+        self.loop.on_read(self.status, self.rcvd_answer)
         self.say("more")
 
-    def rcvd_word(self, word):
+    def rcvd_answer(self):
+        try:
+            self.answered(os.read(self.status, 16))
+        except OSError:             # cservice has ended without reading all that we said
+            self.answered(b"no\n")
+
+    def answered(self, word):
         self.patience.cancel()
         self.loop.on_read(self.status, None)
-        self.send_exit(more=word == b"yes\n")
+        if self.state is ASKING:
+            self.send_exit(more=word == b"yes\n")
 
     def rest(self):
         """After EXIT with more: forgets the job, and waits for the next or for the client's leaving."""
@@ -5124,25 +5166,27 @@ class Supervisor(Carrier):
             os.close(fd)
         self.sources, self.sinks, self.inputs, self.timers = {}, {}, {}, []
         self.process = self.result = self.terminal = None
-        self.over, self.resting = False, True
+        self._set(RESTING)
         self.rest_when_sent()
 
     def rest_when_sent(self):
         """The client's time begins once EXIT has left: before that it may be slow to take the output."""
+        self.patience.cancel()
         if not self.link.congested:
             self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
 
     def rest_for_good(self):
         """Frees the slot, and goes on as after an EXIT that is the last: the client may still be reading."""
-        self.over, self.resting = True, False
+        self._set(OVER)
         self.say("done")
         self.close_when_sent()
 
     def rcvd_job(self, flags, channel, payload):
         """The next job of a batch; its GO is on the way."""
+        self._set(WAITING)
         self.patience.cancel()
         self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
-        self.job, self.resting = check_job(payload), False
+        self.job = check_job(payload)
         if any(number >= self.loop.floor for number, _, _ in self.job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         try:
@@ -5153,14 +5197,13 @@ class Supervisor(Carrier):
 
     def send_exit(self, more=False):
         """EXIT, the last frame; then waits for the client to close, or its input would be reset."""
-        if self.gone:
-            return
         how, status, reason = self.result
         rows = [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
                 for number, channel, _ in self.job.descriptors if number == channel]
         self.link.send(EXIT, how=how, status=status, more=more, reason=reason, channels=rows)
         if more:
             return self.rest()
+        self._set(OVER)
         self.say("done")
         self.close_when_sent()
 
@@ -5171,21 +5214,19 @@ class Supervisor(Carrier):
         self.loop.after(CLOSE_SECONDS, self.loop.stop)
 
     def link_writable(self, link):
-        if self.over:
+        if self.state is OVER:
             self.close_when_sent()
-        elif self.resting:
+        elif self.state is RESTING:
             self.rest_when_sent()
         else:
             super().link_writable(link)
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if self.over or self.gone:
-            return                  # whatever still comes after EXIT is of no interest
-        if self.resting and kind not in (JOB, PING):
-            return                  # of the job that is over
-        if kind is JOB and not self.resting:
+        if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (JOB, PING):
+            return                  # of a job that is over: of no interest
+        if kind is JOB and self.state is not RESTING:
             raise ProtocolError("JOB within a job")
-        if not self.process and kind not in (GO, PING, JOB):
+        if self.state is WAITING and kind not in (GO, PING):
             raise ProtocolError("%s before GO" % kind)
         super().link_frame(link, kind, flags, channel, payload)
 
@@ -5193,16 +5234,18 @@ class Supervisor(Carrier):
         log.say("descriptor %d: %s" % (channel, error.strerror))
 
     def link_lost(self, link, reason, violation):
-        if self.over:
+        if self.state is OVER:
             return self.loop.stop()
         self.abandon(reason)
 
     def abandon(self, reason):
         """The client has gone: ends the command and whatever it has started."""
-        if self.gone:
+        if self.state is OVER and not self.link.congested:
+            return self.loop.stop()
+        if self.state in (OVER, GONE):
             return
         log.note("abandons the job: %s", reason)
-        self.gone = True
+        self._set(GONE)
         self.link.close()
         if not self.process:
             self.say("done" if self.started else "back")
