@@ -738,7 +738,7 @@ def test_the_wrong_kind_of_file_as_a_key_or_pub(keys):
     refusal(keys.run("cservice", other, "true"), 100, "not a cexec private key")
     refusal(keys.run("cservice", mixed, "true"), 100, "invalid private key")
     refusal(keys.run("cservice", keys.path("none"), "true"), 111, "No such file")
-    refusal(keys.run("cexec", lonely), 100, "not a cexec public key")
+    refusal(keys.run("cexec", lonely), 100, "a private key where the public key is needed")
     refusal(keys.run("cexec", other), 100, "not a cexec public key")
     refusal(keys.run("cexec", keys.directory), 111, "Is a directory")
     refusal(keys.run("cexec", keys.path("none")), 111, "no such public key")
