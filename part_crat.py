@@ -1,5 +1,6 @@
 """crat -t, messages, recipes."""
 import contextlib
+import errno
 import fcntl
 import functools
 import os
@@ -15,7 +16,7 @@ import pytest
 
 import cexec
 from test_cexec import *  # noqa: F401,F403
-from test_cexec import PATIENCE, Tmux, free_port, need, put, read, until
+from test_cexec import PATIENCE, Tmux, fatal, free_port, need, need_root, put, read, until
 
 
 # ---------------------------------------------------------------------------
@@ -330,25 +331,16 @@ def test_a_command_that_is_not_there_yet(cluster):
     assert read(fourth.log) == b""
 
 
-def test_a_key_that_may_not_be_read(cluster):
-    if os.getuid():
-        pytest.skip("needs root")
-    os.chmod(cluster.directory, 0o755)
-    for applet, words in (("cexec", [cluster.pub]), ("cservice", [cluster.key, "true"])):
-        def nobody():
-            os.setgid(65534)
-            os.setuid(65534)
-        os.chmod(words[0], 0o600)
-        reach = cluster.environment({"XDG_CACHE_HOME": "/nowhere"})
-        done = subprocess.run(["cat", cexec.__file__], stdout=subprocess.DEVNULL, preexec_fn=nobody,
-                              stderr=subprocess.DEVNULL)
-        parent = subprocess.run(["test", "-x", cluster.directory], preexec_fn=nobody)
-        if done.returncode or parent.returncode:
-            pytest.skip("nobody cannot get here")
-        done = subprocess.run(cluster.argv(applet, *words), env=reach, preexec_fn=nobody, stderr=subprocess.PIPE,
-                              stdin=subprocess.DEVNULL)
-        assert (done.returncode, done.stderr.decode()) == (
-            111, "%s: %s: Permission denied: let the user with the id 65534 read it\n" % (applet, words[0]))
+@pytest.mark.parametrize("code, said", [
+    (errno.EACCES, "Permission denied: let the user with the id %d read it" % os.geteuid()), (errno.EIO, ""),
+    (errno.EISDIR, ": name the %s key in it")])
+def test_a_key_that_cannot_be_read(monkeypatch, code, said):
+    def refuse(path):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(cexec, "read_text", refuse)
+    for name, opening in (("public", cexec.open_pub), ("private", cexec.open_key)):
+        message = fatal(111, opening, "app")
+        assert message.startswith("app: " + os.strerror(code)) and (said % name if "%" in said else said) in message
 
 
 @pytest.mark.parametrize("applet", sorted(cexec.APPLETS))
@@ -500,8 +492,7 @@ def test_the_unit_for_systemd(linked_cluster):
 
 def test_the_run_script_of_daemontools(linked_cluster):
     """As supervise runs it, and as svc -d ends it: with TERM and CONT, to the script's process alone."""
-    if os.getuid():
-        pytest.skip("needs root")
+    need_root()
     script_text = recipe("cservice.1", "#!/bin/sh\nexec 2>&1\n")
     os.mkdir(linked_cluster.path("service"))
     put(linked_cluster.path("service/run"), script_text.replace("oggenc -Q -o- -", "cat"), 0o700)
