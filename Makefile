@@ -10,7 +10,7 @@ PAGES = $(APPLETS:=.1)
 VENV = .venv
 LINT = check --isolated --line-length 120 --select E,F,W,B,C4,PLE,RUF100 --per-file-ignores cexec.py:E402,cexec.py:B905,test_cexec.py:B007,test_cexec.py:B023 --target-version py37
 
-# Sets $python to one that can import $tool: $(PYTHON), or else its own in $(VENV), made if need be.
+# Sets $python to one that can import $tool: $(PYTHON), or else its own in $(VENV), made if need be, with $packages.
 BASE = import sys; print(sys.base_prefix, sys.version)
 USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1; \
 	if ! "$$python" -c "import $$tool" 2>/dev/null; then \
@@ -19,10 +19,14 @@ USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1
 		fi; \
 		if ! $(VENV)/bin/python -c "import $$tool" 2>/dev/null; then \
 			echo "$$python has no $$tool: installing it into $(VENV)"; \
-			$(VENV)/bin/python -m pip install -q $$tool || exit 1; \
+			$(VENV)/bin/python -m pip install -q $$packages || exit 1; \
 		fi; \
 		python=$(VENV)/bin/python; \
 	fi
+
+WITH_PYTEST = tool=xdist packages="pytest pytest-xdist"; $(USE_TOOL)
+# Tests at a time: they mostly wait.
+AT_ONCE = 3
 
 # The part of the tests that is run on every Python between the oldest and the newest of $(PYTHONS).
 SMALL = test_first_job or test_oracle or sigterm or twenty_megabytes
@@ -42,15 +46,15 @@ demo:
 	@PYTHON="$(PYTHON)" sh .ci/demo
 
 test:
-	@tool=pytest; $(USE_TOOL); "$$python" -m pytest -q test_cexec.py
+	@$(WITH_PYTEST); "$$python" -m pytest -q -n $(AT_ONCE) --dist loadgroup test_cexec.py
 
 # Runs the tests under $(PYTHON), and what they test on each of $(PYTHONS), for half an hour or so.
 test-all:
-	@tool=pytest; $(USE_TOOL); \
+	@$(WITH_PYTEST); \
 	for under_test in $(PYTHONS); do \
 		case $$under_test in $(firstword $(PYTHONS))|$(lastword $(PYTHONS))) some=;; *) some="$(SMALL)";; esac; \
 		echo "== $$under_test $${some:+, $$some}"; \
-		CEXEC_TEST_PYTHON=$$under_test "$$python" -m pytest -q test_cexec.py -k "$$some" || failed="$$failed $$under_test"; \
+		CEXEC_TEST_PYTHON=$$under_test "$$python" -m pytest -q -n $(AT_ONCE) --dist loadgroup test_cexec.py -k "$$some" || failed="$$failed $$under_test"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
@@ -61,7 +65,7 @@ soak:
 	@$(PYTHON) .ci/soak
 
 check:
-	@tool=ruff; $(USE_TOOL); set -x; "$$python" -m ruff $(LINT) cexec.py test_cexec.py .ci/bench .ci/soak
+	@tool=ruff packages=ruff; $(USE_TOOL); set -x; "$$python" -m ruff $(LINT) cexec.py test_cexec.py .ci/bench .ci/soak
 	@if command -v mandoc >/dev/null; then set -x; mandoc -Tlint -W warning man/*.[17]; \
 	else echo "mandoc is not installed: the manual pages were not checked"; test -z "$$CI"; fi
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run .ci/demo; \

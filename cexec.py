@@ -1107,8 +1107,8 @@ class Group:
         try:
             self.targets = parse_group(self.text, default_port)
         except Fatal as error:
-            source = "from %s%s" % (named, ", which CEXEC_GROUP overrides" if named == "GROUP" else "")
-            raise Fatal(error.code, "%s (%s)" % (error, "TARGET" if text else source)) from None
+            source = "TARGET" if text else "from GROUP: set CEXEC_GROUP" if named == "GROUP" else "from CEXEC_GROUP"
+            raise Fatal(error.code, "%s (%s)" % (error, source)) from None
         self.error = None           # of the last send: the last reason why a way failed
         self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
 
@@ -3701,6 +3701,12 @@ def may_be_replaced(path):
         return True
 
 
+def part_name(name):
+    """What an output is called until it is whole; a long name's is a hash, for there is a limit."""
+    raw = os.fsencode(name)
+    return ".%s.part" % (name if len(raw) < 240 else hashlib.sha256(raw).hexdigest())
+
+
 class Task:
     """A file of a batch, from its place in the list to its output.
 
@@ -3710,7 +3716,7 @@ class Task:
 
     def __init__(self, number, name, output):
         self.number, self.name, self.output = number, name, output
-        self.part = output and os.path.join(os.path.dirname(output), ".%s.part" % os.path.basename(output))
+        self.part = output and os.path.join(os.path.dirname(output), part_name(os.path.basename(output)))
         self.tries, self.input, self.result, self.errors = 0, None, None, None
         self.status = None          # once it is over: the exit status; 0 is a success
         self.signal = 0             # that killed the command
@@ -3907,7 +3913,7 @@ class Batch:
         self.searches, self.runs = [], []
         self.began, self.failed, self.done = time.monotonic(), 0, 0
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
-        self.shown, self.printing, self.unprinted = 0, None, b""    # outputs on stdout, the Task whose turn it is
+        self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
         self.watched = os.isatty(2) and not log.verbose
         self.udp = open_speakers()
         terms.batch = os.urandom(8)
@@ -4017,7 +4023,7 @@ class Batch:
         self.alert(run, ALERT_SIGNALLED if run.exit.how == HOW_SIGNALLED else ALERT_EXITED, run.exit.status, reason)
         self.runs.remove(run)
         self.over(task, code, reason, run)
-        following = self.take() if run.exit.more and not self.crowded() else None
+        following = self.take() if run.exit.more else None
         if following:
             run.link.send(JOB, **self.job_for(following))
             run.link.send(GO)
@@ -4025,9 +4031,6 @@ class Batch:
         else:
             run.link.close()
         self.fill()
-
-    def crowded(self):
-        return len(self.runs) >= self.jobs
 
     def lost(self, run, reason, violation):
         """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
