@@ -5633,9 +5633,9 @@ class Screen:
         now = time.monotonic()
         if self.saved and not self.waiting and (self.changed or now - self.drawn >= 1.0):
             self.changed, self.drawn = False, now
-            lines = self.picture(self.size()[0])
-            self.waiting += encoded("\x1b[H" + "\r\n".join("\x1b[m\x1b[K" + self.spoken(*line) for line in lines)
-                                    + "\x1b[m\x1b[J")
+            room = self.size()[0]
+            lines = ["\x1b[K" + self.spoken(*line) for line in self.picture(room)]
+            self.waiting += encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room)))
             self.flush()
 
     def picture(self, room):
