@@ -28,15 +28,15 @@ The way of a job:
        |  ALERT completed ---------- group ---> |   crat
 
 Until GO nothing has run, and any loss means that the search goes on; after it, a
-loss is exit status 111, or another run where the job may be repeated (cexec -r, cservice
--i) and nobody can tell.  EXIT is the last frame of a job: without it, and without
-every byte that it counts, no job is a success.
+loss is exit status 111, or another run where nobody can tell: of a file of a batch (cexec
+-m), and of a job that may be repeated (cexec -r, cservice -i).  EXIT is the last frame of
+a job: without it, and without every byte that it counts, no job is a success.
 
 Not promised: that a worker with load to spare is found where no datagram reaches it;
 secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
 
-The file goes from the leaves up: a section calls only those above it.  The wire,
-key and channel sections take and return bytes; sockets come after them.
+The file goes from the leaves up: a section calls only those above it.  Keys and
+messages are a matter of bytes; of the channel section, Link alone has a socket.
 """
 # START
 import gc
@@ -49,19 +49,25 @@ def compiled(path):
     To compile it takes longer than a short job.  What is there counts if this user wrote
     it, for this Python, of the file at path just as it is now.
     """
+    import hashlib
     import marshal
     import os
+    import stat
     path, file = os.path.realpath(path), os.stat(path)
     of = repr((path, sys.version, file.st_ino, file.st_size, file.st_mtime, file.st_ctime)).encode() + b"\n"
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME") or os.devnull
-    cache = os.path.join(home, "" if "XDG_CACHE_HOME" in os.environ else ".cache", "cexec")
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative one is none
+    cache = os.path.join(home, "" if home is xdg else ".cache", "cexec")
     kept = os.path.join(cache, sys.implementation.cache_tag + path.replace("/", "%"))
     part = "%s.%d.part" % (kept, os.getpid())
     try:
-        with open(kept, "rb") as code:
+        with open(os.open(kept, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as code:    # it may be a FIFO
             status = os.fstat(code.fileno())
-            if status.st_uid == os.geteuid() and not status.st_mode & 0o022 and code.readline() == of:
-                return marshal.loads(code.read())
+            if (status.st_uid == os.geteuid() and not status.st_mode & 0o022 and stat.S_ISREG(status.st_mode)
+                    and code.readline() == of):
+                digest, body = code.read(32), code.read()
+                if hashlib.sha256(body).digest() == digest:     # or the interpreter may crash
+                    return marshal.loads(body)
     except (OSError, EOFError, ValueError, TypeError):
         pass
     with open(path, "rb") as source:
@@ -69,9 +75,13 @@ def compiled(path):
     try:
         if os.stat(home).st_uid == os.geteuid():
             os.makedirs(cache, 0o700, exist_ok=True)
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as code:
-                code.write(of + marshal.dumps(fresh))
-            os.rename(part, kept)
+            fd, body = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), marshal.dumps(fresh)
+            try:
+                with open(fd, "wb") as code:
+                    code.write(of + hashlib.sha256(body).digest() + body)
+                os.rename(part, kept)
+            except OSError:
+                os.unlink(part)
     except OSError:
         pass                        # a disk that is full or read-only: the next time it is compiled again
     return fresh
@@ -154,6 +164,7 @@ OFFERS_WANTED = 3                   # offers an announcement that the spread ste
 OFFERS_IN_LINE = 2                  # and offers a client in the line, by the choice among the oldest few
 FEW_MAX = 64
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
+QUERIES_MAX = 64                    # questions who is there that a worker answers, a second
 PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
 DENY_SECONDS = 0.2                  # between two answers to those who have no key
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
@@ -334,6 +345,11 @@ def started_up():
     gc.enable()
 
 
+def cut(text, limit):
+    """As much of a text as fits so many bytes of UTF-8."""
+    return text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+
+
 def u32(number):
     """A whole number that fits a field of 32 bits."""
     return min(int(number), 0xffffffff)
@@ -467,10 +483,13 @@ def parse_key(text, path):
     return Key(os.path.basename(path), path, master, application_id(master))
 
 
-def read_text(path):
+def read_text(path, limit=CONTROL_MAX):
     """A small text file's contents.  Raises OSError."""
     with open(path, "rb") as file:
-        return file.read(CONTROL_MAX).decode("latin-1")
+        text = file.read(limit + 1).decode("latin-1")
+    if len(text) > limit:           # a part of it could be taken for the whole
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return text
 
 
 def open_pub(path):
@@ -923,6 +942,7 @@ THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of 
 MULTICAST_TTL = 31                  # hops: within a site
 NETWORK_MAX = 1024                  # addresses of a network that a group may name: a /22
 TARGETS_MAX = 4096                  # addresses of a group in all
+GROUP_FILE_MAX = 1024 * 1024        # bytes of a file of them
 SECONDS_A_WAY = 0.002               # a client in a network of a thousand addresses announces every two seconds
 REJOIN_SECONDS = 5.0                # an interface that has come up meanwhile is joined to a multicast group
 IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000 if LINUX else 0x8000
@@ -1040,7 +1060,7 @@ def parse_group(text, default_port):
 def parse_group_file(path, default_port):
     """The Targets of a file: lists, one or more lines; what follows a # is a comment."""
     try:
-        lines = [line.partition("#")[0].strip() for line in read_text(path).splitlines()]
+        lines = [line.partition("#")[0].strip() for line in read_text(path, GROUP_FILE_MAX).splitlines()]
     except OSError as error:
         raise Fatal(EXIT_USAGE, "group @%s: %s" % (path, error.strerror)) from None
     if any("@" in line for line in lines):
@@ -1126,7 +1146,7 @@ class Group:
                 try:
                     yield self.way_through(socket.if_nametoindex(device), device, address, port)
                 except OSError as error:        # it has been removed
-                    self.error = "%s: %s" % (device, error.strerror)
+                    self.error = "%s: %s" % (device, error.strerror or error)
             elif address == ALL_NETWORKS or is_multicast(address):
                 yield from self.every_interface(address, port)
             else:
@@ -1188,12 +1208,15 @@ def send_through(sock, data, index, address, port):
     sock.sendmsg([data], ancillary, 0, socket_address(address, port, index))
 
 
-def open_udp(family, address="", port=0, shared=False):
-    """A UDP socket that can speak to groups, not blocking; shared: beside others on the same port.  Raises OSError."""
+def open_udp(family, address="", port=0, shared=False, broadcasts=True):
+    """A UDP socket, not blocking; shared: beside others on the same port; broadcasts: may speak to groups of hosts.
+
+    Answers go to a return address that anybody may have forged: to one host, then.  Raises OSError.
+    """
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, broadcasts)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, MULTICAST_TTL)
@@ -1236,7 +1259,7 @@ class Listener:
         self.groups = [target for target in targets if is_multicast(target.address)]
         self.joined = {}            # target: the indexes of the interfaces on which it was joined
         try:
-            self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True)}
+            self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True, broadcasts=False)}
             tells_interfaces(self.socks[socket.AF_INET])        # or unicast is heard by one listener of the host alone
             if socket.has_ipv6:
                 self.open_ipv6(required=any(":" in target.address for target in targets))
@@ -1313,14 +1336,17 @@ class Listener:
                     stranger(error.sender, error)
 
     def pass_on(self, datagram, sender):
-        copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
         try:
-            self.send(copy, THIS_HOST, self.port)
+            copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
+            with open_udp(socket.AF_INET) as sock:
+                sock.sendto(copy, (THIS_HOST, self.port))
         except OSError as error:
             log.note("cannot pass on %s: %s", datagram, error.strerror)
 
     def send(self, data, address, port):
         """Sends a datagram to one address.  Raises OSError."""
+        if is_multicast(address):
+            raise OSError(errno.EADDRNOTAVAIL, "not a host's address")
         if family_of(address) not in self.socks:
             raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
         self.socks[family_of(address)].sendto(data, socket_address(address, port))
@@ -3051,10 +3077,10 @@ class Search:
 
     def complain(self, candidate, reason):
         hello = candidate.hello
-        self.send(ALERT, event=ALERT_COMPLAINT, worker=candidate.address,
+        self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
                   worker_id=hello.worker_id if hello else bytes(8), status=0,
                   milliseconds=u32((time.monotonic() - self.began) * 1000), bytes_in=0, bytes_out=0,
-                  reason=reason[:200])
+                  reason=cut(reason, 400))
 
     def won(self, candidate):
         """ACCEPT: the job is committed with GO, and everybody else may forget it."""
@@ -3113,9 +3139,9 @@ class Served(Carrier):
 
     def alert_fields(self, event, status, reason):
         sent, received = self.moved()
-        return {"event": event, "worker": self.worker, "worker_id": self.hello.worker_id, "status": status,
+        return {"event": event, "worker": cut(self.worker, 64), "worker_id": self.hello.worker_id, "status": status,
                 "milliseconds": u32((time.monotonic() - self.began) * 1000),
-                "bytes_in": sent, "bytes_out": received, "reason": reason[:200]}
+                "bytes_in": sent, "bytes_out": received, "reason": cut(reason, 400)}
 
     # Signs of life
 
@@ -3400,7 +3426,8 @@ class Client:
         self.search = Search(self.loop, group, pub, job, self.begin)
         self.run = self.held = None
         self.told_to_end, self.lost_workers = False, []
-        self.loop.catch([getattr(signal, "SIG" + name) for name in SIGNALS], self.signalled)
+        deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
+        self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
 
     def signalled(self, number):
         if self.run:
@@ -3476,6 +3503,8 @@ class Client:
 class Survey:
     """cexec -l: asks who is there; when nobody answers, finds out why."""
 
+    STRANGERS_MAX = 16              # anybody can send any number of them: the first ones are kept
+
     ASK = (0.0, 0.2, 0.6)           # seconds: when it asks
     ENOUGH, PATIENCE = 1.2, 3.0     # when it stops, if somebody has answered, and if nobody has
 
@@ -3484,7 +3513,7 @@ class Survey:
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
         self.connected, self.denied = set(), {}     # addresses of probes; (application id, why): addresses
-        self.heard, self.others, self.versions = 0, set(), set()
+        self.heard, self.others, self.versions = 0, {}, {}      # application id, (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.rcvd_answer, self.rcvd_probe)
         try:
@@ -3533,7 +3562,7 @@ class Survey:
                 "uptime": body.uptime, "round_trip": round(seconds, 6)})
             row["round_trip"] = min(row["round_trip"], round(seconds, 6))
         elif datagram.kind is DENY:
-            self.denied.setdefault((body.worker, body.why), set()).add(address)
+            self.note_stranger(self.denied, (body.worker, body.why), address)
 
     def rcvd_probe(self, listener):
         try:
@@ -3548,10 +3577,17 @@ class Survey:
         if datagram.nonce in self.asked:
             self.heard += 1
         else:
-            self.others.add(datagram.application)
+            self.note_stranger(self.others, datagram.application, address)
 
     def overhear_stranger(self, address, error):
-        self.versions.add((error.version, address))
+        self.note_stranger(self.versions, (error.version, address), address)
+
+    def note_stranger(self, known, what, address):
+        """Adds an address to those of what is known, as long as they are few."""
+        if what in known or len(known) < self.STRANGERS_MAX:
+            addresses = known.setdefault(what, set())
+            if len(addresses) < self.STRANGERS_MAX:
+                addresses.add(address)
 
     # What it shows
 
@@ -3650,7 +3686,9 @@ def fill_pattern(pattern, name):
 
 def batch_names(words, zero):
     """The files of a batch: words, or for "-" the lines of standard input, with zero what NULs end.  Raises Fatal."""
-    if words != ["-"] and not (zero and not words):
+    if zero and words not in ([], ["-"]):
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
+    if words != ["-"] and words:
         return words
     try:
         with open(0, "rb", closefd=False) as file:
@@ -3671,15 +3709,15 @@ def batch_tasks(names, pattern):
     inputs = {place_of(name): name for name in names}
     for number, name in enumerate(names, 1):
         output = fill_pattern(pattern, name)
-        place = place_of(output)
-        if place in inputs:
-            raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, inputs[place]))
-        if place in taken:
-            raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
-                        % (pattern, taken[place], name, output))
+        for written in map(place_of, (output, part_of(output))):
+            if written in inputs:
+                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, inputs[written]))
+            if written in taken:
+                raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
+                            % (pattern, taken[written], name, output))
+            taken[written] = name
         if output[-1:] in ("", "/") or not may_be_replaced(output):
             raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
-        taken[place] = name
         tasks.append(Task(number, name, output))
     return tasks
 
@@ -3707,10 +3745,11 @@ def may_be_replaced(path):
         return True
 
 
-def part_name(name):
-    """What an output is called until it is whole; a long name's is a hash, for there is a limit."""
-    raw = os.fsencode(name)
-    return ".%s.part" % (name if len(raw) < 240 else hashlib.sha256(raw).hexdigest())
+def part_of(output):
+    """The name beside an output's under which it is written; a long one's is a hash, for there is a limit."""
+    directory, base = os.path.split(output)
+    raw = os.fsencode(base)
+    return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
 
 class Task:
@@ -3722,7 +3761,7 @@ class Task:
 
     def __init__(self, number, name, output):
         self.number, self.name, self.output = number, name, output
-        self.part = output and os.path.join(os.path.dirname(output), part_name(os.path.basename(output)))
+        self.part = output and part_of(output)
         self.tries, self.input, self.result, self.errors = 0, None, None, None
         self.status = None          # once it is over: the exit status; 0 is a success
         self.signal = 0             # that killed the command
@@ -3753,10 +3792,19 @@ class Task:
     def open_part(self):
         """The file beside the output, empty, and nobody else's.  Raises OSError."""
         while True:
-            part = open(os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
+            flags, ours = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, True
+            try:
+                fd = os.open(self.part, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                fd, ours = os.open(self.part, flags), False
+            part = open(fd, "r+b", 0)
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(part.fileno()), os.stat(self.part)):
+                status = os.fstat(fd)
+                if not ours and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+                                 or status.st_uid != os.geteuid()):
+                    raise OSError(errno.EEXIST, "is not a file that cexec has left there", self.part)
+                if os.path.samestat(status, os.stat(self.part)):
                     part.truncate(0)
                     return part
             except FileNotFoundError:
@@ -3881,6 +3929,9 @@ class FileRun(Served):
         self.accepted = True
 
     def exited(self, rows):
+        for sink in self.sinks.values():        # a short write: the disk is about to be full, and says so next time
+            while sink.queue:
+                sink.writable()
         self.leave()
         self.batch.ended(self)
 
@@ -3889,6 +3940,8 @@ class FileRun(Served):
         self.tick.cancel()
         for source in self.sources.values():
             self.loop.on_read(source.end.polled, None)
+        for sink in self.sinks.values():
+            self.loop.on_write(sink.end.polled, None)
 
     def local_error(self, channel, error):
         names = (self.task.name, self.task.output or STANDARD[1], STANDARD[2])
@@ -4026,7 +4079,10 @@ class Batch:
                 task.keep()
             except OSError as error:
                 code, reason = EXIT_TEMPORARY, why(error, task.name)
-        self.alert(run, ALERT_SIGNALLED if run.exit.how == HOW_SIGNALLED else ALERT_EXITED, run.exit.status, reason)
+        if task.signal:
+            self.alert(run, ALERT_SIGNALLED, task.signal, reason)
+        else:
+            self.alert(run, ALERT_EXITED, code, reason)
         self.runs.remove(run)
         self.over(task, code, reason, run)
         following = self.take() if run.exit.more else None
@@ -4159,8 +4215,8 @@ class Batch:
         seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
         over = self.done + self.failed
         rate = over / seconds if seconds else 0.0
-        text = "%d/%d done, %d running, %d failed" % (len(self.tasks) - left - self.failed, len(self.tasks),
-                                                      len(self.runs), self.failed)
+        done = sum(task.status == 0 or task.done_before for task in self.tasks)
+        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failed)
         if over:
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
         workers = collections.Counter(run.worker for run in self.runs)
@@ -4177,6 +4233,8 @@ def files_at_once():
         soft = max(soft, wanted)
     except (OSError, ValueError):
         pass                        # macOS allows fewer than it says
+    if not LINUX:
+        soft = min(soft, 1024)      # what select can wait for
     return max(1, (soft - OUTPUTS_MAX - 256) // 4)
 
 
@@ -4252,7 +4310,7 @@ def check_modes(options):
         raise Fatal(EXIT_USAGE, "-l, -m and the options of a single job (-n -p -r -t) do not go together")
     if options.terminal and options.progress:
         raise Fatal(EXIT_USAGE, "-p and -t: the terminal is the command's")
-    if options.jobs is not None and options.jobs != "all" if options.list else options.jobs == "all":
+    if options.list and options.jobs not in (None, "all") or options.batch and options.jobs == "all":
         raise Fatal(EXIT_USAGE, "-j has a number with -m, and none with -l")
     for name, default in BATCH_OPTIONS.items():
         if not options.batch and getattr(options, name) != default:
@@ -4603,9 +4661,10 @@ class Worker:
     def rcvd_query(self, datagram, address):
         """Who is there: answered once; and a connection back shows the client whether offers would reach it."""
         key = (datagram.name, datagram.nonce)
-        if key in self.queried or not datagram.port:
+        if key in self.queried or not datagram.port or self.answered >= QUERIES_MAX:
             return
         self.queried[key] = True
+        self.answered += 1
         self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
                     host=socket.gethostname()[:64], version=VERSION, load=u32(self.load()[0] * 1000),
                     running=min(self.running(), 0xffff), slots=self.settings.slots, waiting=len(self.line),
@@ -4706,7 +4765,7 @@ class Worker:
 
     def sweep(self):
         """Every second.  What is runnable counts if it was so then as well: a process that starts is no load."""
-        self.runnable = system_load()[1]
+        self.runnable, self.answered = system_load()[1], 0
         self.serve_line()
         self.loop.after(1.0, self.sweep)
 
@@ -5728,6 +5787,7 @@ def end_quietly():
 HOPS_MAX = 8
 RELAYS_MAX = 512                    # clients whose offers are joined, at a time
 JOINS_MAX = 1024                    # connections joined, at a time
+JOINS_A_CLIENT = 256                # and of one client's address: anybody can hold what he joined to himself
 RELAY_SECONDS = 70.0                # without announcements: a relay is given up
 HELLO_SECONDS = 10.0                # for the client's side to begin TLS
 SPLICE_FROM = 256 * 1024            # bytes one way: what a small job moves is not worth a pipe
@@ -5936,7 +5996,9 @@ class Relay:
             worker, address = listener.accept()
         except OSError:
             return
-        if sum(len(relay.joins) for relay in self.proxy.relays.values()) >= JOINS_MAX:
+        relays = self.proxy.relays.values()
+        if (sum(len(relay.joins) for relay in relays) >= JOINS_MAX or
+                sum(len(relay.joins) for relay in relays if relay.client[0] == self.client[0]) >= JOINS_A_CLIENT):
             log.note("offer from %s: too many connections", address[0])
             return worker.close()
         log.note("offer from %s goes to %s", spelled(*address[:2]), spelled(*self.client))
@@ -5952,7 +6014,7 @@ class Relay:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
             address = address_of(peer)
             if Datagram(data).kind in RETURNED:
-                with open_udp(family_of(self.client[0])) as back:
+                with open_udp(family_of(self.client[0]), broadcasts=False) as back:
                     back.sendto(data, socket_address(*self.client))
         except (OSError, ProtocolError) as error:
             log.note("dropped a datagram from %s: %s", address, error)
@@ -6255,8 +6317,11 @@ def install(words):
             os.symlink(os.path.relpath(here, os.path.realpath(words[0])), path)
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
-    if not os.access(here, os.X_OK):
-        os.chmod(here, 0o755)
+    try:
+        if not os.access(here, os.X_OK):
+            os.chmod(here, 0o755)
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "%s: %s (chmod +x it)" % (here, error.strerror)) from None
     return 0
 
 

@@ -353,15 +353,34 @@ def only_file(directory):
     return os.path.join(directory, name)
 
 
+def make_another(kept):
+    """Has the kept code be version 2.0, as if it had been compiled so."""
+    of, _, rest = read(kept).partition(b"\n")
+    code = rest[32:].replace(b"\x031.0", b"\x032.0")
+    assert code != rest[32:]
+    with open(kept, "r+b") as file:
+        file.write(of + b"\n" + hashlib.sha256(code).digest() + code)
+
+
+def replace_by_fifo(path):
+    os.unlink(path)
+    os.mkfifo(path)
+
+
+def flip_a_bit(path):
+    with open(path, "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes([byte ^ 4]))
+
+
 def test_compiled_code_is_kept_and_taken_again(linked):
     """What the second start runs is the file in the cache: seen by changing that."""
     assert linked.version() == "cexec 1.0"
     kept = only_file(linked.cache)
     assert stat.S_IMODE(os.stat(kept).st_mode) == 0o600
-    code = read(kept)
-    assert code.count(b"cexec 1.0") + code.count(b"1.0") and b"no such applet" in code
-    with open(kept, "r+b") as file:
-        file.write(code.replace(b"\x031.0", b"\x032.0"))
+    make_another(kept)
     assert linked.version() == "cexec 2.0"
 
 
@@ -370,17 +389,17 @@ def test_compiled_code_is_kept_and_taken_again(linked):
     lambda linked: os.chmod(only_file(linked.cache), 0o622),
     lambda linked: os.truncate(only_file(linked.cache), 5000),
     lambda linked: os.truncate(only_file(linked.cache), 0),
+    lambda linked: flip_a_bit(only_file(linked.cache)),
+    lambda linked: replace_by_fifo(only_file(linked.cache)),
     lambda linked: os.chown(only_file(linked.cache), 1, 1),
     lambda linked: os.rename(linked.copy + ".new", linked.copy),
-], ids=["old", "touched", "writable", "cut", "empty", "foreign", "replaced"])
+], ids=["old", "touched", "writable", "cut", "empty", "flipped", "fifo", "foreign", "replaced"])
 def test_kept_code_that_may_be_another_is_not_run(linked, spoil):
     need_root()
     shutil.copy2(linked.copy, linked.copy + ".new")
     linked.version()
-    kept = only_file(linked.cache)
-    code = read(kept)
-    with open(kept, "r+b") as file:
-        file.write(code.replace(b"\x031.0", b"\x032.0"))
+    make_another(only_file(linked.cache))
+    assert linked.version() == "cexec 2.0"
     spoil(linked)
     assert linked.version() == "cexec 1.0"
 
@@ -8945,6 +8964,55 @@ def test_disk_that_is_full(cluster):
     ends = [(row["Command"], row["Exitval"], row["Signal"]) for row in rows_of_log(cluster.path("log"))]
     assert ends == [("little", "0", "0"), ("large", "111", "0"), ("last", "0", "0")]
     no_defect(read(worker.log))
+
+
+@pytest.mark.parametrize("length", [155000, 156000, 157000, 158000, 160000])
+def test_output_that_just_does_not_fit(cluster, length):
+    """The last write is a short one, and the next, which would say so, comes after EXIT."""
+    need_root()
+    need("unshare", "mount")
+    os.mkdir(cluster.path("small"))
+    data = make_file(cluster, "in", noise(length))
+    cluster.worker("cat")
+    words = cluster.argv("cexec", *batch_words(cluster, ["in"], ["-o", "small/out"]))
+    script = ('mount -t tmpfs -o size=300k none small && head -c 150000 /dev/zero >small/fill && "$@"; '
+              'echo $? >status; if [ -e small/out ]; then cp small/out copy; fi; rm -f small/fill; ls -A small >listed')
+    subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *words], env=cluster.environment(),
+                   cwd=cluster.directory, stderr=subprocess.PIPE, timeout=PATIENCE)
+    if read(cluster.path("status")) == b"0\n":
+        assert read(cluster.path("copy")) == read(data)
+    else:
+        assert read(cluster.path("status")) == b"1\n" and read(cluster.path("listed")) == b""
+
+
+@pytest.mark.parametrize("part", ["an input", "a link to a file", "a fifo", "another user's", "left behind"])
+def test_what_stands_where_an_output_is_to_be_written(cluster, part):
+    """Only what cexec itself may have left there is written over."""
+    need_root()
+    make_file(cluster, "a", b"A")
+    make_file(cluster, "keep", b"precious")
+    place, names = cluster.path(".a.out.part"), ["a"]
+    if part == "an input":
+        make_file(cluster, ".a.out.part", b"precious")
+        names.append(".a.out.part")
+    elif part == "a link to a file":
+        os.link(cluster.path("keep"), place)
+    elif part == "a fifo":
+        os.mkfifo(place)
+    else:
+        make_file(cluster, ".a.out.part", b"old")
+        os.chmod(place, 0o666)
+        if part == "another user's":
+            os.chown(place, 1, 1)
+    cluster.worker("cat")
+    done = batch(cluster, *names)
+    assert read(cluster.path("keep")) == b"precious"
+    if part == "left behind":
+        assert done.returncode == 0 and read(cluster.path("a.out")) == b"A" and not os.path.exists(place)
+    else:
+        assert done.returncode == (100 if part == "an input" else 1) and not os.path.exists(cluster.path("a.out"))
+        assert part != "an input" or read(place) == b"precious"
+        assert part == "an input" or b"is not a file that cexec has left there" in done.stderr
 
 
 def test_log_on_a_full_disk(cluster):
