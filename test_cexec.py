@@ -9292,18 +9292,12 @@ def test_stopped_client_goes_on(cluster):
     assert all(os.path.getsize(cluster.path(name + ".out")) > 3000000 for name in names)
 
 
-def other_pythons():
-    for version in ("3.6.15", "3.13.0"):
-        path = os.path.expanduser("~/.pyenv/versions/%s/bin/python3" % version)
-        yield pytest.param(path, marks=pytest.mark.skipif(not os.path.exists(path), reason="no " + version), id=version)
-
-
-@pytest.mark.parametrize("other", list(other_pythons()))
+@pytest.mark.parametrize("age", AGES)
 @pytest.mark.parametrize("who", ["client", "worker"])
-def test_other_pythons(cluster, other, who):
+def test_a_batch_on_old_and_new_pythons(cluster, age, who):
     names = made_files(cluster, 30)
     usual = cluster.launch
-    strange = [other, *usual[1:]]
+    strange = [oldest_and_newest()[age], *usual[1:]]
     cluster.launch = strange if who == "worker" else usual
     worker = cluster.worker("sh", "-c", 'echo "$PEER_FILE $PEER_X"; cat', env={"CONCURRENCY": "2"})
     cluster.launch = strange if who == "client" else usual
