@@ -2645,10 +2645,12 @@ def session_members(sessions):
     return members if "self" in names else None
 
 
-def signal_sessions(sessions, group, *numbers):
+def signal_sessions(sessions, group, told, late):
     """Signals every process of sessions but the first one's leader; whether there was one.
 
-    Where there is no /proc to find them, the command's process group is signalled.
+    Each gets HUP, TERM and CONT once, for it may have been forked since the last time, and
+    KILL when it is late.  told has those that got them.  Where there is no /proc to find
+    them, the command's process group is signalled.
     """
     members = session_members(sessions)
     if members is None:
@@ -2657,10 +2659,12 @@ def signal_sessions(sessions, group, *numbers):
         targets = [(os.kill, member) for member in members]
     found = False
     for kill, target in targets:
+        first = signal.SIGHUP, signal.SIGTERM, signal.SIGCONT
         try:
-            for number in numbers:
+            for number in (signal.SIGKILL,) if late else (0,) if target in told else first:
                 kill(target, number)
             found = True
+            told.add(target)
         except OSError:
             pass                    # it has just ended
     return found
@@ -2671,15 +2675,14 @@ def end_sessions(loop, sessions, group, over):
 
     HUP, TERM and CONT, 5 s later KILL; calls over() when nothing is left.
     """
-    deadline = time.monotonic() + KILL_SECONDS
+    deadline, told = time.monotonic() + KILL_SECONDS, set()
 
-    def look(*numbers):
-        late = time.monotonic() > deadline
-        if signal_sessions(sessions, group, *(numbers or [signal.SIGKILL if late else 0])):
+    def look():
+        if signal_sessions(sessions, group, told, late=time.monotonic() > deadline):
             loop.after(0.05, look)
         else:
             over()
-    look(signal.SIGHUP, signal.SIGTERM, signal.SIGCONT)
+    look()
 
 
 def processors():

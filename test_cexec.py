@@ -548,7 +548,7 @@ WORDS = PUB_LINE.split()
 @pytest.mark.parametrize("text, word", [
     ("", "not a cexec public key"),
     ("\0" * 300, "not a cexec public key"),
-    (cexec.format_key(MASTER)[0], "not a cexec public key"),
+    (cexec.format_key(MASTER)[0], "a private key where the public key is needed"),
     (PUB_LINE.replace(" 1 ", " 2 ", 1), "another version"),
     ("cexec-public-key", "another version"),
     (" ".join(WORDS[:5]), "damaged"),
@@ -2195,14 +2195,18 @@ class Ear:
     def __init__(self, port):
         self.group = cexec.Group("127.255.255.255:%d" % port)
         self.listener = cexec.Listener(port, [])
-        self.sock = self.listener.socks[socket.AF_INET]
+        self.sock, self.mouth = self.listener.socks[socket.AF_INET], cexec.open_udp(socket.AF_INET)
         self.heard = []                 # (Datagram, address)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
         self.listener.close()
+        self.mouth.close()
 
     def hear(self):
         """Everything that has been heard by now, oldest first."""
@@ -2221,7 +2225,7 @@ class Ear:
                                    and heard[0].nonce not in known), None), repr(kind))
 
     def say(self, data):
-        assert self.group.send(self.listener.socks, data) == 1
+        assert self.group.send({socket.AF_INET: self.mouth}, data) == 1
 
 
 class Peer:
@@ -2854,8 +2858,8 @@ class Middle:
         self.stopped = True
         self.thread.join()
         self.listener.close()
-        self.ear.sock.close()
-        self.mouth.sock.close()
+        self.ear.close()
+        self.mouth.close()
 
 
 def test_a_flipped_bit_anywhere_is_never_a_wrong_success(cluster):
@@ -6073,7 +6077,7 @@ class Meddler:
         for listener, udp, _ in self.backs.values():
             listener.close()
             udp.close()
-        self.ear.sock.close()
+        self.ear.close()
         self.mouth.close()
         assert self.error is None, self.error
 
@@ -6760,6 +6764,7 @@ class Between:
     """A cproxy on this host, changed or not; sockets that stand for the clients and workers of its two sides."""
 
     def __init__(self, cluster, change=""):
+        self.announced = 0
         self.near, self.far, self.opened, self.refusals = cluster.env["GROUP"].rpartition(":")[2], free_port(), [], 0
         self.ear = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -6779,6 +6784,8 @@ class Between:
     def announce(self, port):
         """What a worker hears of a client at that port; None if the proxy drops it."""
         sent = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), port, **FIRST_TRY)
+        self.announced += 1                     # clients of eight hosts in turn
+        sent = cexec.Datagram(sent).readdressed("127.0.1.%d" % (1 + self.announced % 8), port, 0)
         self.ear.sendto(sent, ("127.255.255.255", int(self.near)))
         until(lambda: select.select([self.ear], [], [], 0.1)[0] or self.refused(), "the announcement or a refusal")
         if select.select([self.ear], [], [], 0)[0]:
@@ -6793,7 +6800,7 @@ class Between:
 
     def client(self):
         """A client that listens for offers."""
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server(("", 0))
         self.opened.append(listener)
         listener.settimeout(PATIENCE)
         return listener
@@ -8196,10 +8203,11 @@ def test_oracle_typed_bytes(one, tmp_path):
 
 
 def test_oracle_interrupt_and_end_of_file_keys(one, tmp_path):
-    command = "trap 'echo int' INT; echo ready; while read x; do echo got $x; done; echo eof; read x; echo $x; exit 5"
-    typed = [(b"ready", b"\x03"), (b"int", b"one\n"), (b"got one", b"\x04"), (b"eof", b"end\n")]
+    command = ("trap 'echo int; exit 6' INT; echo ready; while read x; do echo got $x; done; echo eof; read x; "
+               "echo done-$x; while :; do sleep 0.1; done")
+    typed = [(b"ready", b"one\n"), (b"got one", b"\x04"), (b"eof", b"end\n"), (b"done-end", b"\x03")]
     status, shown, _ = both(one, tmp_path, lambda side: on_terminal(side, "exec RUN", command, typed=typed))
-    assert status == 5 and b"int" in shown
+    assert status == 6 and b"int" in shown
 
 
 @pytest.mark.parametrize("command, status", [("exit 0", 0), ("exit 255", 255), ("kill -TERM $$", 143),
