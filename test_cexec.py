@@ -6119,10 +6119,9 @@ class Meddler:
 
     def to_workers(self, datagram, address):
         if datagram.nonce not in self.backs:
-            listener, udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(16)
-            udp.bind(listener.getsockname())
+            back = cexec.ReturnPort([0], cexec.Loop(), [socket.AF_INET], "127.0.0.1")
+            (listener,), udp = back.listeners, back.udp[socket.AF_INET]
+            listener.setblocking(True)
             self.backs[datagram.nonce] = [listener, udp, None]
         back = self.backs[datagram.nonce]
         if datagram.kind is cexec.ANNOUNCE:
