@@ -57,7 +57,8 @@ with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
 FIRST_TRY = {"attempt": 1, "waited": 0, "batch": bytes(8)}      # ANNOUNCE's fields
-PORTS = itertools.count(5000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) + random.randrange(2500))
+# Each of the processes that share the tests has ports of its own.
+PORTS = itertools.count(6600 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
 PATIENCE = 30.0                         # seconds until something that must happen has not
 
