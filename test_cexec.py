@@ -6280,12 +6280,6 @@ PARTIES = {
 }
 
 
-def state_of_process(pid):
-    with contextlib.suppress(OSError):
-        return read("/proc/%d/stat" % pid).rpartition(b")")[2].split()[0].decode()
-    return None
-
-
 def open_files(pid):
     return len(os.listdir("/proc/%d/fd" % pid))
 
@@ -6356,7 +6350,7 @@ class Stage:
         pid = children_of(self.service.pid)[0] if self.party == "supervisor" else getattr(self, self.party).pid
         os.kill(pid, number)
         if number == signal.SIGSTOP:
-            until(lambda: state_of_process(pid) == "T", "a stop")
+            until(lambda: state_of(pid) == "T", "a stop")
 
     def end(self, killed):
         """What must come of it; then nothing is left of the client, and the worker serves as before."""
@@ -9517,6 +9511,7 @@ def test_thousands_of_jobs_on_one_connection(cluster, rows):
                 pass
             if number in (count // 10, count - 1):
                 supervisor, = children_of(worker.pid)
+                until(lambda: state_of(supervisor) == state_of(worker.pid) == "S", "both to wait for what comes next")
                 figures.append((open_files(supervisor), rss(supervisor), open_files(worker.pid), rss(worker.pid)))
             client.peer.send(cexec.JOB, descriptors=rows, term="x" if rows[0][2] == 19 else "")
             client.peer.send(cexec.GO)
