@@ -8,6 +8,8 @@ BINDIR = $(DESTDIR)$(PREFIX)/bin
 MANDIR = $(DESTDIR)$(PREFIX)/share/man
 PAGES = $(APPLETS:=.1)
 VENV = .venv
+# What mandoc finds wrong with pages that refer to others, where these are not installed.
+NOT_INSTALLED = referenced manual not found\|mandoc.db
 LINT = check --isolated --line-length 120 --select E,F,W,B,C4,PLE,RUF100 --per-file-ignores cexec.py:E402,cexec.py:B905,test_cexec.py:B007,test_cexec.py:B023 --target-version py37
 
 # Sets $python to one that can import $tool: $(PYTHON), or else its own in $(VENV), made if need be, with $packages.
@@ -66,7 +68,7 @@ soak:
 
 check:
 	@tool=ruff packages=ruff; $(USE_TOOL); set -x; "$$python" -m ruff $(LINT) cexec.py test_cexec.py .ci/bench .ci/soak
-	@if command -v mandoc >/dev/null; then set -x; mandoc -Tlint -W warning man/*.[17]; \
+	@if command -v mandoc >/dev/null; then set -x; ! mandoc -Tlint man/*.[17] 2>&1 | grep -v '$(NOT_INSTALLED)'; \
 	else echo "mandoc is not installed: the manual pages were not checked"; test -z "$$CI"; fi
 	@if command -v shellcheck >/dev/null; then set -x; shellcheck .ci/run .ci/demo; \
 	else echo "shellcheck is not installed: the scripts were not checked"; test -z "$$CI"; fi

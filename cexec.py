@@ -54,7 +54,7 @@ def compiled(path):
     import os
     import stat
     path, file = os.path.realpath(path), os.stat(path)
-    of = repr((path, sys.version, file.st_ino, file.st_size, file.st_mtime, file.st_ctime)).encode() + b"\n"
+    stamp = repr((path, sys.version, file.st_ino, file.st_size, file.st_mtime, file.st_ctime)).encode() + b"\n"
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative one is none
     cache = os.path.join(home, "" if home is xdg else ".cache", "cexec")
@@ -64,7 +64,7 @@ def compiled(path):
         with open(os.open(kept, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as code:    # it may be a FIFO
             status = os.fstat(code.fileno())
             if (status.st_uid == os.geteuid() and not status.st_mode & 0o022 and stat.S_ISREG(status.st_mode)
-                    and code.readline() == of):
+                    and code.readline() == stamp):
                 digest, body = code.read(32), code.read()
                 if hashlib.sha256(body).digest() == digest:     # or the interpreter may crash
                     return marshal.loads(body)
@@ -78,7 +78,7 @@ def compiled(path):
             fd, body = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), marshal.dumps(fresh)
             try:
                 with open(fd, "wb") as code:
-                    code.write(of + hashlib.sha256(body).digest() + body)
+                    code.write(stamp + hashlib.sha256(body).digest() + body)
                 os.rename(part, kept)
             except OSError:
                 os.unlink(part)
@@ -248,6 +248,15 @@ def tidy_up():
         at_end.pop()()
 
 
+def die_of(number):
+    """Ends this process by a signal, as the shell that waits for it expects."""
+    tidy_up()
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+    os._exit(EXIT_SIGNAL + number)
+
+
 def encoded(text):
     """The bytes of a text on standard output, whatever its encoding."""
     return text.encode(sys.stdout.encoding or "ascii", "backslashreplace")
@@ -407,6 +416,7 @@ def client_proof(secret, challenge, nonce):
 
 
 def is_name(name):
+    """Whether it can be a client's name; a terminal's type (TERM) is held to the same."""
     return 0 < len(name) <= NAME_MAX and NAME_CHARACTERS.issuperset(name)
 
 
@@ -581,11 +591,11 @@ def ecdsa_sign(master, message):
 def der(tag, *parts):
     """One DER object (X.690): tag, length, contents."""
     body = b"".join(parts)
-    size = len(body)
-    if size < 128:
-        return bytes([tag, size]) + body
-    width = (size.bit_length() + 7) // 8
-    return bytes([tag, 128 | width]) + size.to_bytes(width, "big") + body
+    length = len(body)
+    if length < 128:
+        return bytes([tag, length]) + body
+    width = (length.bit_length() + 7) // 8
+    return bytes([tag, 128 | width]) + length.to_bytes(width, "big") + body
 
 
 def der_integer(number):
@@ -677,6 +687,16 @@ def unpack_field(kind, view):
     return (value[0] if len(value) == 1 else value), view[form.size:]
 
 
+def wire_texts(words):
+    """The texts, byte for byte, as the wire has them whatever the locale is."""
+    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]
+
+
+def is_variable(name):
+    """Whether it can name an environment variable in a shell."""
+    return name.isidentifier() and all(character < "\x7f" for character in name)
+
+
 def by_code(*messages):
     return {message.code: message for message in messages}
 
@@ -691,7 +711,7 @@ BUSY = Message(4, "BUSY", attempt="I", ahead="I")
 QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer is longer
 REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
                 slots="H", waiting="I", uptime="I")                 # load: 1/1000, uptime: s
-DENY = Message(7, "DENY", worker="8s", why="B")                     # proves nothing: worker is an application id
+DENY = Message(7, "DENY", serves="8s", why="B")                     # proves nothing; serves: an application id
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
@@ -1479,15 +1499,12 @@ class Loop:
         if before == (call is not None):
             return
         events = (selectors.EVENT_READ * (fd in self.readers)) | (selectors.EVENT_WRITE * (fd in self.writers))
-        try:
-            if not events:
-                self.selector.unregister(fd)
-            elif fd in self.selector.get_map():
-                self.selector.modify(fd, events)
-            else:
-                self.selector.register(fd, events)
-        except KeyError:
-            pass
+        if not events:
+            self.selector.unregister(fd)
+        elif fd in self.selector.get_map():
+            self.selector.modify(fd, events)
+        else:
+            self.selector.register(fd, events)
 
     def forget(self, fd):
         """To be called before fd is closed."""
@@ -2898,6 +2915,12 @@ class Candidate:
         self.search.answered = time.monotonic()
         self.search.choose()
 
+    def ask(self, secret, job_fields):
+        """Proves who we are, and what the job is."""
+        self.state = "ASKED"
+        self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
+        self.link.send(JOB, **job_fields)
+
     def link_writable(self, link):
         pass                        # nothing large is sent before GO
 
@@ -3054,10 +3077,8 @@ class Search:
             self.loop.after(wait, self.choose)
 
     def ask(self, candidate):
-        self.asked, candidate.state = candidate, "ASKED"
-        proof = client_proof(self.pub.secret, candidate.hello.challenge, self.nonce)
-        candidate.link.send(AUTH, proof=proof)
-        candidate.link.send(JOB, **self.job_for(candidate))
+        self.asked = candidate
+        candidate.ask(self.pub.secret, self.job_for(candidate))
 
     def job_for(self, candidate):
         return self.job.job_fields()
@@ -3123,10 +3144,14 @@ class Served(Carrier):
             if sink.state is OPEN or sink.state is not SHUTDOWN and rows.get(number, (None,))[0] != sink.received:
                 raise ProtocolError("output is missing on descriptor %d" % number)
         self.exit = payload
+        self.send_no_more()
+        self.exited(rows)
+
+    def send_no_more(self):
+        """The worker wants nothing more: neither input nor signs of life."""
         self.tick.cancel()
         for source in self.sources.values():
             self.loop.on_read(source.end.polled, None)
-        self.exited(rows)
 
     def exited(self, rows):
         """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
@@ -3379,15 +3404,6 @@ class Progress:
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
-def die_of(number):
-    """Ends this process by a signal, as the shell that waits for it expects."""
-    tidy_up()
-    signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
-    os.kill(os.getpid(), number)
-    os._exit(EXIT_SIGNAL + number)
-
-
 def parse_environment(words):
     """KEY=VALUE words, byte for byte, as what the wire has as text.  Raises Fatal (100)."""
     for word in words:
@@ -3406,16 +3422,6 @@ def variable_rule(word, equals):
     if word.startswith("-"):
         return "options come before the public key"
     return "the command and its arguments are the worker's, see cservice(1)"
-
-
-def wire_texts(words):
-    """The texts, byte for byte, as the wire has them whatever the locale is."""
-    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]
-
-
-def is_variable(name):
-    """Whether it can name an environment variable in a shell."""
-    return name.isidentifier() and all(character < "\x7f" for character in name)
 
 
 class Client:
@@ -3516,7 +3522,7 @@ class Survey:
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
         self.connected, self.denied = set(), {}     # addresses of probes; (application id, why): addresses
-        self.heard, self.others, self.versions = 0, {}, {}      # application id, (version, address): addresses
+        self.others, self.versions = {}, {}         # application id: addresses; (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.rcvd_answer, self.rcvd_probe)
         try:
@@ -3565,7 +3571,7 @@ class Survey:
                 "uptime": body.uptime, "round_trip": round(seconds, 6)})
             row["round_trip"] = min(row["round_trip"], round(seconds, 6))
         elif datagram.kind is DENY:
-            self.note_stranger(self.denied, (body.worker, body.why), address)
+            self.note_stranger(self.denied, (body.serves, body.why), address)
 
     def rcvd_probe(self, listener):
         try:
@@ -3577,9 +3583,7 @@ class Survey:
 
     def overhear(self, datagram, address, index):
         """What goes about in the group besides."""
-        if datagram.nonce in self.asked:
-            self.heard += 1
-        else:
+        if datagram.nonce not in self.asked:
             self.note_stranger(self.others, datagram.application, address)
 
     def overhear_stranger(self, address, error):
@@ -3671,6 +3675,18 @@ def list_workers(group, pub, ports, as_json):
 # ---------------------------------------------------------------------------
 # cexec -m: a batch of files, a job each
 # ---------------------------------------------------------------------------
+#
+# The first file of a connection is a job like any other.  Then:
+#
+#   client (Batch, a FileRun for each file)     worker (Supervisor)
+#     |  <----------------------- EXIT, more=1  |  asks cservice: nobody else waits; the slot is kept
+#     |  JOB, GO, DATA ... EOF ------------->   |  none in 3 s: gives the slot back
+#     |  <------------------------------ ACCEPT |  the command starts
+#     |     lost before it: nothing has run, the file goes back to the head of the queue
+#     |  <------------------- DATA, EOF ...     |
+#     |     lost after it: its output was never shown; done again, CEXEC_RETRIES times
+#     |  <----------------------- EXIT, more=1  |  and so on; more=0: the client closes, and searches
+#     |  closes when no file is left            |  gives the slot back
 
 PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
@@ -3708,7 +3724,7 @@ def batch_tasks(names, pattern):
     """
     if pattern == "-":
         return [Task(number, name, None) for number, name in enumerate(names, 1)]
-    place_of, tasks, taken = Places(), [], {}
+    tasks, taken = [], {}
     inputs = {place_of(name): name for name in names}
     for number, name in enumerate(names, 1):
         output = fill_pattern(pattern, name)
@@ -3725,19 +3741,18 @@ def batch_tasks(names, pattern):
     return tasks
 
 
-class Places(dict):
-    """Where a file is, whatever way its name leads there: its directory's real path (each looked up once), its name."""
+def place_of(name):
+    """Where a file is, whatever way its name leads there: its directory's real path, and its name there."""
+    directory, base = os.path.split(name)
+    return os.path.join(real_directory(directory), base)
 
-    def __call__(self, name):
-        directory, base = os.path.split(name)
-        return os.path.join(self[directory], base)
 
-    def __missing__(self, directory):
-        try:
-            self[directory] = os.path.realpath(directory)
-        except ValueError:          # a name with a NUL in it
-            self[directory] = directory
-        return self[directory]
+@functools.lru_cache(maxsize=MEMORY)
+def real_directory(path):
+    try:
+        return os.path.realpath(path)
+    except ValueError:              # a name with a NUL in it
+        return path
 
 
 def may_be_replaced(path):
@@ -3850,8 +3865,8 @@ class Task:
             setattr(self, name, None)
 
 
-def why(error, name):
-    """What an OSError of a Task says, with the file's name where that is not the Task's."""
+def told_of_task(error, name):
+    """What is said of a Task's OSError, with the file's name where that is not the Task's."""
     other = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
     return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
@@ -3924,7 +3939,8 @@ class FileRun(Served):
         self.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if kind is ACCEPT if self.accepted else kind not in (ACCEPT, PONG):
+        expected = kind is not ACCEPT if self.accepted else kind in (ACCEPT, PONG)
+        if not expected:
             raise ProtocolError("%s out of place" % kind)
         super().link_frame(link, kind, flags, channel, payload)
 
@@ -3940,9 +3956,7 @@ class FileRun(Served):
 
     def leave(self):
         """Waits for its files no more."""
-        self.tick.cancel()
-        for source in self.sources.values():
-            self.loop.on_read(source.end.polled, None)
+        self.send_no_more()
         for sink in self.sinks.values():
             self.loop.on_write(sink.end.polled, None)
 
@@ -4000,7 +4014,7 @@ class Batch:
     # Searches, and the files that go to whom they find
 
     def fill(self):
-        """Has as many searches as there is use for."""
+        """Begins as many searches as there is use for: a run more is always a search less."""
         room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
             try:
@@ -4013,11 +4027,6 @@ class Batch:
             self.searches.append(search)
             search.announce()
             search.listen()
-        while len(self.searches) > max(0, room):
-            idle = [search for search in self.searches if not search.asked]
-            if not idle:
-                break
-            self.end_search(idle[-1])
 
     def ready(self):
         """How many files may be begun: with -o - not too many beyond the one whose turn it is."""
@@ -4047,7 +4056,7 @@ class Batch:
                 task.open()
                 return task
             except (OSError, ValueError) as error:
-                self.over(task, EXIT_TEMPORARY, why(error, task.name))
+                self.over(task, EXIT_TEMPORARY, told_of_task(error, task.name))
         return None
 
     def put_back(self, task):
@@ -4081,7 +4090,7 @@ class Batch:
             try:
                 task.keep()
             except OSError as error:
-                code, reason = EXIT_TEMPORARY, why(error, task.name)
+                code, reason = EXIT_TEMPORARY, told_of_task(error, task.name)
         if task.signal:
             self.alert(run, ALERT_SIGNALLED, task.signal, reason)
         else:
@@ -4601,8 +4610,9 @@ class Worker:
         self.offered = Memory()     # (name, nonce): whether a complaint may still come of our offer
         self.delayed = {}           # (name, nonce): the Timer of an offer to come
         self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
+        self.remains = set()        # the Forked that were lost, until all that they left has ended
         self.queried = Memory()     # (name, nonce) of the questions that were answered
-        self.probes, self.denied = set(), 0.0       # the Probes under way; when we last sent DENY
+        self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
@@ -4678,13 +4688,13 @@ class Worker:
     def deny(self, datagram, address, why):
         """Tells whoever asks for strangers that we are one; it proves nothing."""
         if datagram.kind is QUERY and datagram.body.strangers and datagram.port and self.may_deny():
-            self.answer(DENY, datagram, address, worker=self.key.application, why=why)
+            self.answer(DENY, datagram, address, serves=self.key.application, why=why)
 
     def may_deny(self):
         """Whether the last time is long enough ago."""
-        last, now = self.denied, time.monotonic()
+        last, now = self.last_denial, time.monotonic()
         if now - last >= DENY_SECONDS:
-            self.denied = now
+            self.last_denial = now
         return now - last >= DENY_SECONDS
 
     def hear_stranger(self, address, error):
@@ -4692,7 +4702,7 @@ class Worker:
         if error.asks_at and self.may_deny():
             asker = SimpleNamespace(application=self.key.application, name=DEFAULT_NAME, nonce=bytes(16),
                                     port=error.asks_at)
-            self.answer(DENY, asker, address, worker=self.key.application, why=DENY_VERSION)
+            self.answer(DENY, asker, address, serves=self.key.application, why=DENY_VERSION)
 
     def answer(self, kind, datagram, to, **fields):
         """Sends a datagram back to the address where the client of another is."""
@@ -4718,10 +4728,10 @@ class Worker:
         return self.load()[1] + spread + self.penalty
 
     def running(self):
-        return sum(not job.done for job in self.jobs.values())
+        return sum(not job.done for job in self.jobs.values()) + len(self.remains)
 
     def free_slots(self):
-        return 0 if self.draining else self.settings.slots - self.running() - len(self.offers)
+        return 0 if self.draining else max(0, self.settings.slots - self.running() - len(self.offers))
 
     def wait(self, client):
         """Puts a client in the line, and tells it so at first and every ten seconds."""
@@ -4751,7 +4761,7 @@ class Worker:
     def serve_line(self):
         """Offers every free slot to whoever is next in line; later, and to whom it still helps, after a failure."""
         self.line.expire(time.monotonic())
-        while self.line and self.free_slots() > 0:
+        while self.line and self.free_slots():
             client = self.line.take(self.few, random_fraction())
             if self.penalty:
                 self.offer_after(client, self.penalty)
@@ -4867,10 +4877,10 @@ class Worker:
     def kill_session(self, job):
         """Ends what a lost supervisor has left; its slot is taken until that is over."""
         def over():
-            del self.jobs[-job.pid]
+            self.remains.discard(job)
             self.serve_line()
             self.stop_if_drained()
-        self.jobs[-job.pid] = job
+        self.remains.add(job)
         end_sessions(self.loop, job.sessions, job.group, over)
 
     def signalled(self, number):
@@ -4879,8 +4889,7 @@ class Worker:
         if self.draining:
             log.note("a second signal: ends the running jobs")
             for pid in self.jobs:
-                if pid > 0:
-                    os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGTERM)
             return
         log.note("draining: %d jobs run", self.running())
         self.draining = True
@@ -4891,7 +4900,7 @@ class Worker:
         self.stop_if_drained()
 
     def stop_if_drained(self):
-        if self.draining and not self.jobs:
+        if self.draining and not self.jobs and not self.remains:
             self.loop.stop()
 
 
