@@ -4007,7 +4007,7 @@ class Batch:
         finally:
             self.stop()
         if self.watched:
-            log.say("%d files are done, %d have failed, after %s"
+            log.say("%d done, %d failed, after %s"
                     % (self.done, self.failed, duration(int(time.monotonic() - self.began))))
         return min(self.failed, FAILURES_MAX)
 
@@ -4357,6 +4357,8 @@ def main_cexec(argv):
     if not words:
         raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE.partition("\n")[0])
     if options.list:
+        if len(words) > 1:
+            raise Fatal(EXIT_USAGE, "-l has nothing but a public key: %s is one too many" % words[1])
         fill_standard()
         return list_workers(Group(), open_pub(words[0]), listen_ports(), options.jobs is not None)
     if options.batch:
@@ -5238,13 +5240,7 @@ class Supervisor(Carrier):
         self.sources, self.sinks, self.inputs, self.timers = {}, {}, {}, []
         self.process = self.result = self.terminal = None
         self._set(RESTING)
-        self.rest_when_sent()
-
-    def rest_when_sent(self):
-        """The client's time begins once EXIT has left: before that it may be slow to take the output."""
-        self.patience.cancel()
-        if not self.link.congested:
-            self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
+        self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
 
     def rest_for_good(self):
         """Frees the slot, and goes on as after an EXIT that is the last: the client may still be reading."""
@@ -5287,8 +5283,6 @@ class Supervisor(Carrier):
     def link_writable(self, link):
         if self.state is OVER:
             self.close_when_sent()
-        elif self.state is RESTING:
-            self.rest_when_sent()
         else:
             super().link_writable(link)
 

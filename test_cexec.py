@@ -340,9 +340,9 @@ def linked(cluster):
     env = cluster.environment({"PATH": cluster.path("bin") + ":" + os.environ["PATH"],
                                "XDG_CACHE_HOME": cluster.path("cache")})
 
-    def version(**changes):
+    def version(before="", **changes):
         values = {key: value for key, value in dict(env, **changes).items() if value is not None}
-        done = subprocess.run([link, "--version"], env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        done = subprocess.run(["sh", "-c", before + 'exec "$0" --version', link], env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               timeout=PATIENCE)
         assert done.returncode == 0, done.stdout
         return done.stdout.decode().strip()
@@ -417,6 +417,11 @@ def test_where_no_code_can_be_kept_it_is_compiled(linked, changes):
         changes = dict(changes, HOME=linked.path("foreign"))
     assert linked.version(**changes) == "cexec 1.0"
     assert not os.listdir(linked.path("foreign")) and not os.path.exists(linked.cache)
+
+
+def test_where_there_is_no_room_for_code_no_half_of_it_is_left(linked):
+    assert linked.version("ulimit -f 1; ") == "cexec 1.0"
+    assert os.listdir(linked.cache) == []
 
 
 @pytest.mark.parametrize("env", [{}, {"PYTHONSAFEPATH": "1"}])
@@ -1243,6 +1248,23 @@ def test_send_counts_the_ways_and_keeps_the_last_error():
         near.bind(("127.0.0.1", 0))     # from here 240.0.0.1 cannot be reached
         assert group.send({socket.AF_INET: near}, b"hello") == 2 and group.error
         assert [far.recv(10), far.recv(10)] == [b"hello"] * 2
+
+
+def test_a_device_that_has_been_removed_is_no_way(monkeypatch):
+    group = cexec.Group(LOOPBACK + ":239.1.2.3")
+
+    def no_such(name):
+        raise OSError(errno.ENODEV, "No such device")
+    monkeypatch.setattr(socket, "if_nametoindex", no_such)
+    assert list(group.ways()) == [] and group.error == LOOPBACK + ": No such device"
+
+
+def test_a_family_for_which_there_is_no_socket_is_said():
+    port = free_port()
+    group = cexec.Group("[::1]:%d,127.0.0.1:%d" % (port, port))
+    with cexec.open_udp(socket.AF_INET) as sock:
+        assert (group.send({socket.AF_INET: sock}, b"x"), group.error) == (1, "no IPv6 here")
+    assert (group.send({}, b"x"), group.error) == (0, "no IPv4 here")
 
 
 def test_listener_passes_a_unicast_datagram_on_to_the_others():
@@ -2625,6 +2647,40 @@ def test_success_is_only_what_a_worker_has_said_in_full(cluster):
                 assert (out, errors) == (b"hello", b""), name
             else:
                 assert errors.startswith(b"cexec: worker 127.0.0.1 lost") and errors.count(b"\n") == 1, (name, errors)
+
+
+@pytest.mark.parametrize("field, length", [("host", 256), ("address", 65)])
+def test_an_offer_with_a_name_that_is_too_long_is_none(cluster, field, length):
+    key = cexec.open_key(cluster.key)
+    with Ear(group_port(cluster)) as ear:
+        client = searching_client(cluster, group_port(cluster))
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        for over in (0, 1):
+            with Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+                peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=os.urandom(8),
+                          **{field: "x" * (length - 1 + over)})
+                assert (peer.next() is None) == bool(over)
+        client.terminate()
+        assert client.wait(PATIENCE) == -signal.SIGTERM
+        until(lambda: [heard for heard, _ in ear.hear() if heard.kind is cexec.ALERT
+                       and heard.body.reason == "a name that is too long"], "the complaint")
+
+
+def test_busy_that_answers_an_old_announcement_is_none(cluster):
+    """It may be a replay, and would make a client wait in a line that is gone."""
+    pub = cexec.open_pub(cluster.pub)
+    with Ear(group_port(cluster)) as ear:
+        client = searching_client(cluster, group_port(cluster))
+        ear.wait_for(cexec.ANNOUNCE)
+        last = until(lambda: next((heard for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE
+                                   and heard.body.attempt > cexec.FRESH_TRIES + 1), None), "a fifth try")
+        for attempt, said in ((1, b": an old one"), (last.body.attempt, b"every slot of a worker is busy, 7 ahead")):
+            assert said not in read(client.log)
+            ear.mouth.sendto(cexec.make_datagram(cexec.BUSY, pub, last.nonce, 0, attempt=attempt, ahead=7),
+                             ("127.0.0.1", last.port))
+            until(lambda: said in read(client.log), said)
+        client.terminate()
+        assert client.wait(PATIENCE) == -signal.SIGTERM
 
 
 REFUSALS = [
@@ -4238,6 +4294,18 @@ def test_status_line_of_a_command_that_cannot_run(cluster):
     assert status_line(cluster, "", expected=127)[2:] == ["status=127", "notstarted=127\n"]
 
 
+def test_status_line_that_cannot_be_written_is_said_and_changes_nothing(one):
+    full = os.open("/dev/full", os.O_WRONLY)
+    with job(one, "exit 3", outputs=(2,), fds={40: full}, env={"CEXEC_FD_FOR_ERRORS": "40"}) as process:
+        os.close(full)
+        assert finish(process, 2) == (3, b"cexec: CEXEC_FD_FOR_ERRORS=40: No space left on device\n")
+
+
+def test_too_few_descriptors_are_said(cluster):
+    cluster.launch = ["sh", "-c", 'ulimit -n 79; exec "$@"', "sh"] + cluster.launch
+    refusal(cluster.client(), 111, "no more than 79 descriptors are allowed, 80 are needed (see ulimit -n)")
+
+
 def test_status_line_is_not_carried(one):
     """The command does not see the descriptor, and what it writes there is its own."""
     with job(one, python(NUMBERS), outputs=(1, 40), env={"CEXEC_FD_FOR_ERRORS": "40"}) as process:
@@ -4279,6 +4347,13 @@ WRONG = [
     wrong("cexec", 111, "missing.pub: no such public key, and no missing.pub.pub: is the name right?", "missing.pub"),
     wrong("cexec", 111, "directory: Is a directory: name the public key in it", "directory"),
     wrong("cexec", 100, "-n x: not a descriptor's number", "-n", "x", "app.pub"),
+    *(wrong("cexec", 100, "-l, -m and the options of a single job (-n -p -r -t) do not go together", words, "app.pub")
+      for words in ("-lm", "-lr", "-mt", "-mp", "-nl")),
+    wrong("cexec", 100, "-l has nothing but a public key: A=b is one too many", "-l", "app.pub", "A=b"),
+    wrong("cexec", 100, "-j has a number with -m, and none with -l", "-l", "-j", "5", "app.pub"),
+    wrong("cexec", 100, "-j has a number with -m, and none with -l", "-m", "-j", "app.pub", "--", "x"),
+    wrong("cexec", 111, "large: File too large", "large"),
+    wrong("cservice", 111, "large: File too large", "large", "true"),
     wrong("cexec", 111, "missing: no such public key", "-n", "missing"),
     wrong("cexec", 111, "missing: no such public key", "-n", "missing", "A=b"),
     wrong("cexec", 100, "junk: not a cexec public key", "junk"),
@@ -4352,7 +4427,7 @@ def blunders(shared):
     with open(shared.key) as key, open(shared.path("lonely")) as lonely:
         own, other = key.read(), lonely.read()
     certificate = other.index("-----BEGIN CERTIFICATE")
-    for name, text in (("junk", "junk\n"), ("empty", ""), ("short.pub", " ".join(words)[:-2] + "\n"),
+    for name, text in (("junk", "junk\n"), ("empty", ""), ("large", own + " " * cexec.CONTROL_MAX), ("short.pub", " ".join(words)[:-2] + "\n"),
                        ("later.pub", " ".join(words[:1] + ["2"] + words[2:]) + "\n"),
                        ("mixed", own[:own.index("-----BEGIN CERTIFICATE")] + other[certificate:])):
         with open(shared.path(name), "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -4911,6 +4986,21 @@ def test_cproxy_joins_ipv4_and_ipv6(hosts):
     assert b"supervisor" in read(worker.log)
 
 
+def test_cproxy_with_a_link_local_address(hosts):
+    """On a network that has no other: there the return address is its datagrams' own."""
+    left = hosts.lan("left", ["client", "gate"], "10.77.0")
+    right = hosts.lan("right", [left["gate"], "worker"], None)
+    hosts.env["GROUP"] = "255.255.255.255"
+    shown = subprocess.check_output(["ip", "-n", left["gate"], "address", "show", "dev", "right"]).decode()
+    address, = re.findall(r"inet6 (fe80::\S+)/64", shown)
+    hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=right["worker"], env={"CONCURRENCY": "1"})
+    proxy = hosts.start("cproxy", address + "%right", space=left["gate"])
+    until(lambda: listening(proxy.pid), "the proxy")
+    for _ in range(2):
+        done = hosts.client(space=left["client"], input=b"in\n")
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"in\n%s%%right\n" % address.encode(), b"")
+
+
 # Who is there
 
 def survey(cluster, *words, pub=None, **options):
@@ -5229,6 +5319,18 @@ def test_u_runs_the_command_as_another_user(hosts):
 
 
 # Hosts that vanish, and workers that are told to end
+
+def test_u_without_the_power_to_become_anybody(cluster):
+    need_root()
+    need("setpriv")
+    cluster.launch = ["setpriv", "--bounding-set=-setuid,-setgid"] + cluster.launch
+    worker = cluster.worker("touch", "ran", options=("-u", "nobody"))
+    done = cluster.client()
+    assert done.returncode == 126 and not os.path.exists(cluster.path("ran"))
+    assert done.stderr == (b"cexec: worker 127.0.0.1 cannot run its command: "
+                           b"touch: cannot become the user nobody (-u)\n")
+    no_defect(read(worker.log))
+
 
 def test_a_worker_cut_off_in_mid_job(hosts):
     spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
@@ -5864,6 +5966,15 @@ def test_progress_ends_with_the_sums(cluster):
     assert (done.returncode, len(done.stdout)) == (3, 1000000)
     sums = rb"said\ncexec: 127\.0\.0\.1, \d+\.\d s, 4\.0 MB in \(100%\), 1\.0 MB out, [0-9.]+ [kMG]?B/s\n"
     assert re.fullmatch(sums, done.stderr), done.stderr
+
+
+def test_progress_in_a_file_is_a_line_every_ten_seconds(cluster):
+    cluster.worker("sh", "-c", "cat; sleep 11")
+    done = cluster.run("cexec", "-p", cluster.pub, input=b"twelve bytes")
+    assert done.returncode == 0
+    line, last = done.stderr.decode().splitlines()
+    assert re.fullmatch(r"cexec: 127\.0\.0\.1, (9|1\d)s, 12 B in, 12 B out, [0-9.]+ k?B/s", line), line
+    assert re.match(r"cexec: 127\.0\.0\.1, 1[12]\.\d s, 12 B in, 12 B out, ", last), last
 
 
 def test_progress_on_a_terminal(cluster):
@@ -7340,6 +7451,35 @@ def test_tls_1_2_on_one_side(cluster, side, age):
     assert done.returncode == 5 and done.stdout == BODY and b"cexec: TLSv1.2, " in done.stderr
 
 
+def test_install_says_what_it_cannot_do(cluster):
+    make_file(cluster, "file")
+    refusal(cluster.run("--install", "file"), 111, "file: File exists")
+    refusal(cluster.run("--install", "file/links"), 111, "file/links: Not a directory")
+    os.makedirs(cluster.path("links/crat"))
+    refusal(cluster.run("--install", "links"), 111, "links/crat: File exists")
+    refusal(cluster.run("--install"), 100, "--install takes one directory")
+
+
+def test_install_makes_the_program_executable(cluster):
+    copy = shutil.copy(PROGRAM, cluster.path("copied.py"))
+    os.chmod(copy, 0o644)
+    subprocess.run([PYTHON, copy, "--install", cluster.path("links")], check=True, env=cluster.environment())
+    assert os.access(copy, os.X_OK)
+    assert {os.path.realpath(cluster.path("links/" + name)) for name in cexec.APPLETS} == {copy}
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_defect_is_one_line_and_111(verbose, tmp_path):
+    """And with -v where it happened."""
+    broken = put(str(tmp_path / "broken.py"), read(PROGRAM).decode().replace(
+        'def main_cexec(argv):\n', 'def main_cexec(argv):\n    log.verbose = %s\n    {}["x"]\n' % verbose))
+    done = subprocess.run([PYTHON, broken, "cexec", "app.pub"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    *before, line = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, line) == (111, b"", "cexec: internal error: KeyError: 'x'")
+    assert bool(before) == verbose and (not before or before[0].startswith("Traceback"))
+
+
 # What a system may not have
 
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
@@ -7442,6 +7582,19 @@ def test_a_linux_without(cluster, what):
         cluster.launch = WITHOUT_PROC + cluster.launch
     cluster.shell_worker()
     same_as_here(cluster)
+
+
+def test_a_kernel_without_ipv6(cluster):
+    """What is spoken to besides is spoken to, and what can't be is said."""
+    port = group_port(cluster)
+    take_away(cluster, "refuse(socket.socket, '__init__', "
+                       "lambda self, family=-1, *rest, **named: family == socket.AF_INET6, errno.EAFNOSUPPORT)")
+    cluster.env["GROUP"] = "127.255.255.255:%d,[::1]:%d" % (port, port)
+    refusal(cluster.run("cservice", cluster.key, "true"), 111, "cannot listen on UDP port %d: Address family" % port)
+    cluster.shell_worker(env={"GROUP": "127.255.255.255:%d" % port})
+    same_as_here(cluster)
+    assert b"cservice: does not listen by IPv6" in read(cluster.started[0].log)
+    refusal(cluster.client(env={"GROUP": "[::1]:%d" % port, "CEXEC_TIMEOUT_ACCEPT": "1"}), 111, "Address family")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -7692,6 +7845,12 @@ def test_crat_and_ckeygen_say_what_is_closed(keys):
         with os.fdopen(reader, "rb") as errors:
             line = errors.read().decode()
         assert process.wait(PATIENCE) == 100 and message in line and line.count("\n") == 1
+
+
+def test_list_of_workers_with_standard_output_closed(cluster):
+    cluster.worker("true")
+    cluster.launch = ["sh", "-c", 'exec "$@" >&-', "sh"] + cluster.launch
+    refusal(cluster.run("cexec", "-l", cluster.pub), 100, "standard output is closed: there is nowhere to print")
 
 
 @pytest.mark.parametrize("how", ["read-only", "removed"])
@@ -8758,6 +8917,16 @@ def test_names_with_zeros_need_no_dash(cluster):
     assert (done.returncode, done.stderr, read(cluster.path("two\nlines.x"))) == (0, b"", b"1")
 
 
+def test_names_that_can_not_be(cluster):
+    make_file(cluster, "good", b"in")
+    cluster.worker("cat")
+    done = batch(cluster, "-", input=b"a\0b\ngood\n" + b"n" * 300 + b"\n")
+    assert done.returncode == 2 and read(cluster.path("good.out")) == b"in"
+    said = done.stderr.decode().splitlines()
+    assert re.match(r"cexec: a\\x00b: .*null (byte|character)", said[0]), said
+    assert said[1:] == ["cexec: %s: File name too long" % ("n" * 300)]
+
+
 def test_no_names_are_no_work(cluster):
     for words in (["-"], []):
         assert batch(cluster, *words, input=b"").returncode == 0
@@ -8869,6 +9038,39 @@ def test_signal_while_nobody_reads_the_outputs(cluster, number):
     client.send_signal(number)
     assert client.wait(PATIENCE) == -number
     assert client.said() == "cexec: interrupted: 3 of 3 files are done\n"
+
+
+def test_a_batch_on_a_terminal(cluster):
+    """A line below the others tells how far it is, who works and what has failed; nothing of it stays."""
+    need("tmux", "bash")
+    names = made_files(cluster, 5)
+    command = ('until [ -e "go.$PEER_FILE" ]; do sleep 0.05; done; '
+               'case $PEER_FILE in f001) echo oops >&2; exit 3;; esac; cat')
+    for _ in range(2):
+        cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
+
+    def go(*files):
+        for name in files:
+            make_file(cluster, "go." + name)
+    with contextlib.closing(Tmux(cluster)) as tmux:
+        tmux.line("cd %s; clear; $RUN -m -j 2 $PUB -- f00?; echo sta'tus'=$?" % shlex.quote(cluster.directory))
+        tmux.shows(r"^0/5 done, 2 running, 0 failed  127\.0\.0\.1\*2$")
+        go("f000")
+        tmux.shows(r"^1/5 done, 2 running, 0 failed, \d+\.\d/s, \d+s left  127\.0\.0\.1\*2$")
+        go("f001")
+        tmux.shows(r"^cexec: f001: exit status 3\noops\n1/5 done, 2 running, 1 failed, ")
+        tmux.keys("C-c")
+        tmux.shows(r"oops\ncexec: interrupted: 1 of 5 files are done; the same command again does the rest\n+here> *$")
+        assert "running" not in tmux.screen()
+        go(*names)
+        make_file(cluster, "f004", b"newer")
+        tmux.line("clear; $RUN -m $PUB -- f00?; echo sta'tus'=$?")
+        tmux.shows(r"^cexec: 3 done, 1 failed, after \d+s\nstatus=1$")
+        assert "running" not in tmux.screen()
+        tmux.line("clear; $RUN -m $PUB -- f000 f002; echo sta'tus'=$?")
+        tmux.shows(r"\Astatus=0$")
+    assert sorted(name for name in os.listdir(cluster.directory) if name.endswith(".out")) == [
+        name + ".out" for name in names if name != "f001"]
 
 
 # What fails
