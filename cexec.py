@@ -118,6 +118,9 @@ try:
 except ImportError as error:        # fcntl on Windows, or a Python built without a part of its library
     sys.stderr.write("cexec: this Python is not complete (%s): use another python3\n" % error)
     sys.exit(111)
+except SystemError:                 # 3.13.0's import of socket, by -c, without a current directory
+    sys.stderr.write("cexec: this Python does not work where the current directory was removed: go to another\n")
+    sys.exit(111)
 
 ssl = None                          # imported by load_ssl: clients announce themselves first
 
@@ -3875,19 +3878,22 @@ def told_of_task(error, name):
 def open_joblog(path):
     """A file to append to, with parallel's heads if it is new.  Raises Fatal (111)."""
     try:
-        file = open(path, "a", encoding="utf-8", errors="surrogateescape")
+        # not buffered: a line that finds no room is not tried again; not "ab", with which 3.6 takes no pipe
+        file = open(path, "wb", 0, opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
+        size_before = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
-    if not file.tell():
+    if not size_before:
         write_joblog(file, "\t".join(JOBLOG))
     return file
 
 
 def write_joblog(file, line):
     """Adds a line.  Raises Fatal (111)."""
+    data = (line + "\n").encode("utf-8", "surrogateescape")
     try:
-        file.write(line + "\n")
-        file.flush()
+        while data:
+            data = data[file.write(data):]
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
