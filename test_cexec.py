@@ -342,8 +342,8 @@ def linked(cluster):
 
     def version(before="", **changes):
         values = {key: value for key, value in dict(env, **changes).items() if value is not None}
-        done = subprocess.run(["sh", "-c", before + 'exec "$0" --version', link], env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              timeout=PATIENCE)
+        done = subprocess.run(["sh", "-c", before + 'exec "$0" --version', link], env=values,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout
         return done.stdout.decode().strip()
     return SimpleNamespace(version=version, copy=copy, cache=cluster.path("cache/cexec"), path=cluster.path)
@@ -4427,7 +4427,8 @@ def blunders(shared):
     with open(shared.key) as key, open(shared.path("lonely")) as lonely:
         own, other = key.read(), lonely.read()
     certificate = other.index("-----BEGIN CERTIFICATE")
-    for name, text in (("junk", "junk\n"), ("empty", ""), ("large", own + " " * cexec.CONTROL_MAX), ("short.pub", " ".join(words)[:-2] + "\n"),
+    for name, text in (("junk", "junk\n"), ("empty", ""), ("large", own + " " * cexec.CONTROL_MAX),
+                       ("short.pub", " ".join(words)[:-2] + "\n"),
                        ("later.pub", " ".join(words[:1] + ["2"] + words[2:]) + "\n"),
                        ("mixed", own[:own.index("-----BEGIN CERTIFICATE")] + other[certificate:])):
         with open(shared.path(name), "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
