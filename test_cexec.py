@@ -7594,6 +7594,8 @@ def test_a_kernel_without_ipv6(cluster):
     refusal(cluster.run("cservice", cluster.key, "true"), 111, "cannot listen on UDP port %d: Address family" % port)
     cluster.shell_worker(env={"GROUP": "127.255.255.255:%d" % port})
     same_as_here(cluster)
+    make_file(cluster, "in", b"in")
+    assert batch(cluster, "in", variables=["CMD=cat"]).returncode == 0
     assert b"cservice: does not listen by IPv6" in read(cluster.started[0].log)
     refusal(cluster.client(env={"GROUP": "[::1]:%d" % port, "CEXEC_TIMEOUT_ACCEPT": "1"}), 111, "Address family")
 
