@@ -102,6 +102,8 @@ def free_port():
         port = 10000 + next(PORTS) % 20000          # below the ports of those who ask for any, and never twice
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.bind(("127.0.0.1", port))
+            # for a child that is being forked by another thread, and has it until its exec: a Listener shares it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             return port
 
 
