@@ -5895,6 +5895,13 @@ def children_of(pid):
     return []
 
 
+def kill_with_supervisors(worker):
+    """As if its host had lost power; one of its supervisors may have ended just now."""
+    for pid in [worker.pid, *children_of(worker.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 STORM_JOBS, STORM_BYTES = 20, 50000000
 STORM_COMMAND = "head -c 17000000; sleep 0.5; head -c 17000000; sleep 0.5; exec cat"
 
@@ -8812,8 +8819,7 @@ def test_five_hundred_files_a_kill_and_an_interrupt(cluster):
 
     second = client()
     until(lambda: len(begun(cluster)) >= 360, "more of the batch")
-    for pid in [workers[2].pid, *children_of(workers[2].pid)]:
-        os.kill(pid, signal.SIGKILL)
+    kill_with_supervisors(workers[2])
     assert second.wait(PATIENCE * 2) == FAILING, second.said()
     good = [name for name in names if not name.startswith(b"fail")]
     assert whole() == {name + b".done" for name in good} and not parts(cluster.path("out"))
@@ -9404,8 +9410,7 @@ def test_workers_lost_one_after_another(cluster):
     client = start_batch(cluster, *names)
     for number, worker in enumerate(workers[:3]):
         until(lambda number=number: len(begun(cluster)) > 15 * (number + 1), "some more of the batch")
-        for pid in [worker.pid, *children_of(worker.pid)]:
-            os.kill(pid, signal.SIGKILL)
+        kill_with_supervisors(worker)
     assert client.wait(PATIENCE) == 0 and client.said() == ""
     for name in names:
         assert read(cluster.path(name + ".out")) == read(cluster.path(name))
