@@ -9902,6 +9902,7 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
         until(functools.partial(is_whole_picture, window, columns, lines), "a picture of that size")
     assert "more" not in window.screen()
     window.do("resize-window", "-x", "100", "-y", "20")
+    until(functools.partial(is_whole_picture, window, 100, 20), "a picture of that size")       # crat knows of it
     window.keys("q")
     window.shows("^status=0$")
     assert len(window.screen().splitlines()) == 20 and re.search(r"^crat: .*\n51 done", window.screen(), re.M)
