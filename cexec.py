@@ -3727,11 +3727,11 @@ def batch_tasks(names, pattern):
     """
     if pattern == "-":
         return [Task(number, name, None) for number, name in enumerate(names, 1)]
-    tasks, taken = [], {}
-    inputs = {place_of(name): name for name in names}
+    tasks, taken, places = [], {}, {}
+    inputs = {place_of(name, places): name for name in names}
     for number, name in enumerate(names, 1):
         output = fill_pattern(pattern, name)
-        for written in map(place_of, (output, part_of(output))):
+        for written in (place_of(output, places), place_of(part_of(output), places)):
             if written in inputs:
                 raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, inputs[written]))
             if written in taken:
@@ -3744,18 +3744,18 @@ def batch_tasks(names, pattern):
     return tasks
 
 
-def place_of(name):
-    """Where a file is, whatever way its name leads there: its directory's real path, and its name there."""
+def place_of(name, known):
+    """Where a file is, whatever way its name leads there: its directory's real path, and its name there.
+
+    known keeps the real paths of directories: each is looked up once.
+    """
     directory, base = os.path.split(name)
-    return os.path.join(real_directory(directory), base)
-
-
-@functools.lru_cache(maxsize=MEMORY)
-def real_directory(path):
-    try:
-        return os.path.realpath(path)
-    except ValueError:              # a name with a NUL in it
-        return path
+    if directory not in known:
+        try:
+            known[directory] = os.path.realpath(directory)
+        except ValueError:          # a name with a NUL in it
+            known[directory] = directory
+    return os.path.join(known[directory], base)
 
 
 def may_be_replaced(path):
@@ -3868,7 +3868,7 @@ class Task:
             setattr(self, name, None)
 
 
-def told_of_task(error, name):
+def error_of_task(error, name):
     """What is said of a Task's OSError, with the file's name where that is not the Task's."""
     other = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
@@ -4062,7 +4062,7 @@ class Batch:
                 task.open()
                 return task
             except (OSError, ValueError) as error:
-                self.over(task, EXIT_TEMPORARY, told_of_task(error, task.name))
+                self.over(task, EXIT_TEMPORARY, error_of_task(error, task.name))
         return None
 
     def put_back(self, task):
@@ -4096,7 +4096,7 @@ class Batch:
             try:
                 task.keep()
             except OSError as error:
-                code, reason = EXIT_TEMPORARY, told_of_task(error, task.name)
+                code, reason = EXIT_TEMPORARY, error_of_task(error, task.name)
         if task.signal:
             self.alert(run, ALERT_SIGNALLED, task.signal, reason)
         else:

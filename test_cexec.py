@@ -2673,14 +2673,19 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
     pub = cexec.open_pub(cluster.pub)
     with Ear(group_port(cluster)) as ear:
         client = searching_client(cluster, group_port(cluster))
-        ear.wait_for(cexec.ANNOUNCE)
-        last = until(lambda: next((heard for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE
-                                   and heard.body.attempt > cexec.FRESH_TRIES + 1), None), "a fifth try")
-        for attempt, said in ((1, b": an old one"), (last.body.attempt, b"every slot of a worker is busy, 7 ahead")):
-            assert said not in read(client.log)
-            ear.mouth.sendto(cexec.make_datagram(cexec.BUSY, pub, last.nonce, 0, attempt=attempt, ahead=7),
-                             ("127.0.0.1", last.port))
-            until(lambda: said in read(client.log), said)
+        client_of, address = ear.wait_for(cexec.ANNOUNCE)
+
+        def tries():
+            return max(heard.body.attempt for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE)
+
+        def said(words, attempt):
+            data = cexec.make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7)
+            ear.mouth.sendto(data, (address, client_of.port))
+            return words in read(client.log)
+        until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
+        until(lambda: said(b": an old one", 1), "a word on it")
+        assert b"is busy" not in read(client.log)
+        until(lambda: said(b"every slot of a worker is busy, 7 ahead", tries()), "a place in a line")
         client.terminate()
         assert client.wait(PATIENCE) == -signal.SIGTERM
 
@@ -4471,6 +4476,35 @@ def test_wrong_with_stderr_closed(one, words, env, status):
     assert (read_all(reader), process.wait(PATIENCE)) == (b"", status)
 
 
+def test_install_says_what_it_cannot_do(cluster):
+    make_file(cluster, "file")
+    refusal(cluster.run("--install", "file"), 111, "file: File exists")
+    refusal(cluster.run("--install", "file/links"), 111, "file/links: Not a directory")
+    os.makedirs(cluster.path("links/crat"))
+    refusal(cluster.run("--install", "links"), 111, "links/crat: File exists")
+    refusal(cluster.run("--install"), 100, "--install takes one directory")
+
+
+def test_install_makes_the_program_executable(cluster):
+    copy = shutil.copy(PROGRAM, cluster.path("copied.py"))
+    os.chmod(copy, 0o644)
+    subprocess.run([PYTHON, copy, "--install", cluster.path("links")], check=True, env=cluster.environment())
+    assert os.access(copy, os.X_OK)
+    assert {os.path.realpath(cluster.path("links/" + name)) for name in cexec.APPLETS} == {copy}
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_defect_is_one_line_and_111(verbose, tmp_path):
+    """And with -v where it happened."""
+    broken = put(str(tmp_path / "broken.py"), read(PROGRAM).decode().replace(
+        'def main_cexec(argv):\n', 'def main_cexec(argv):\n    log.verbose = %s\n    {}["x"]\n' % verbose))
+    done = subprocess.run([PYTHON, broken, "cexec", "app.pub"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    *before, line = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, line) == (111, b"", "cexec: internal error: KeyError: 'x'")
+    assert bool(before) == verbose and (not before or before[0].startswith("Traceback"))
+
+
 # ---------------------------------------------------------------------------
 # Jobs: real programs
 # ---------------------------------------------------------------------------
@@ -5321,8 +5355,6 @@ def test_u_runs_the_command_as_another_user(hosts):
         assert worker.wait(30) == 0
 
 
-# Hosts that vanish, and workers that are told to end
-
 def test_u_without_the_power_to_become_anybody(cluster):
     need_root()
     need("setpriv")
@@ -5334,6 +5366,8 @@ def test_u_without_the_power_to_become_anybody(cluster):
                            b"touch: cannot become the user nobody (-u)\n")
     no_defect(read(worker.log))
 
+
+# Hosts that vanish, and workers that are told to end
 
 def test_a_worker_cut_off_in_mid_job(hosts):
     spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
@@ -5979,12 +6013,17 @@ def test_progress_ends_with_the_sums(cluster):
 
 
 def test_progress_in_a_file_is_a_line_every_ten_seconds(cluster):
-    cluster.worker("sh", "-c", "cat; sleep 11")
-    done = cluster.run("cexec", "-p", cluster.pub, input=b"twelve bytes")
-    assert done.returncode == 0
-    line, last = done.stderr.decode().splitlines()
-    assert re.fullmatch(r"cexec: 127\.0\.0\.1, (9|1\d)s, 12 B in, 12 B out, [0-9.]+ k?B/s", line), line
-    assert re.match(r"cexec: 127\.0\.0\.1, 1[12]\.\d s, 12 B in, 12 B out, ", last), last
+    cluster.worker("sh", "-c", "cat; until [ -e go ]; do sleep 0.05; done")
+    put(cluster.path("in"), "twelve bytes")
+    with open(cluster.path("said"), "wb") as said, open(cluster.path("in")) as source:
+        client = cluster.start("cexec", "-p", cluster.pub, stdin=source, stdout=subprocess.DEVNULL, stderr=said)
+    until(lambda: read(cluster.path("said")).endswith(b"\n"), "a line")
+    make_file(cluster, "go")
+    assert client.wait(PATIENCE) == 0
+    *lines, last = read(cluster.path("said")).decode().splitlines()
+    for line in lines:
+        assert re.fullmatch(r"cexec: 127\.0\.0\.1, \d\d?s, 12 B in \(100%\), 12 B out, [0-9.]+ k?B/s", line), line
+    assert lines and re.match(r"cexec: 127\.0\.0\.1, \d+\.\d s, 12 B in \(100%\), 12 B out, ", last), last
 
 
 def test_progress_on_a_terminal(cluster):
@@ -7461,35 +7500,6 @@ def test_tls_1_2_on_one_side(cluster, side, age):
     assert done.returncode == 5 and done.stdout == BODY and b"cexec: TLSv1.2, " in done.stderr
 
 
-def test_install_says_what_it_cannot_do(cluster):
-    make_file(cluster, "file")
-    refusal(cluster.run("--install", "file"), 111, "file: File exists")
-    refusal(cluster.run("--install", "file/links"), 111, "file/links: Not a directory")
-    os.makedirs(cluster.path("links/crat"))
-    refusal(cluster.run("--install", "links"), 111, "links/crat: File exists")
-    refusal(cluster.run("--install"), 100, "--install takes one directory")
-
-
-def test_install_makes_the_program_executable(cluster):
-    copy = shutil.copy(PROGRAM, cluster.path("copied.py"))
-    os.chmod(copy, 0o644)
-    subprocess.run([PYTHON, copy, "--install", cluster.path("links")], check=True, env=cluster.environment())
-    assert os.access(copy, os.X_OK)
-    assert {os.path.realpath(cluster.path("links/" + name)) for name in cexec.APPLETS} == {copy}
-
-
-@pytest.mark.parametrize("verbose", [False, True])
-def test_a_defect_is_one_line_and_111(verbose, tmp_path):
-    """And with -v where it happened."""
-    broken = put(str(tmp_path / "broken.py"), read(PROGRAM).decode().replace(
-        'def main_cexec(argv):\n', 'def main_cexec(argv):\n    log.verbose = %s\n    {}["x"]\n' % verbose))
-    done = subprocess.run([PYTHON, broken, "cexec", "app.pub"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
-    *before, line = done.stderr.decode().splitlines()
-    assert (done.returncode, done.stdout, line) == (111, b"", "cexec: internal error: KeyError: 'x'")
-    assert bool(before) == verbose and (not before or before[0].startswith("Traceback"))
-
-
 # What a system may not have
 
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
@@ -7865,17 +7875,19 @@ def test_list_of_workers_with_standard_output_closed(cluster):
     refusal(cluster.run("cexec", "-l", cluster.pub), 100, "standard output is closed: there is nowhere to print")
 
 
+@pytest.mark.parametrize("age", AGES)
 @pytest.mark.parametrize("how", ["read-only", "removed"])
-def test_current_directory(cluster, how):
+def test_current_directory(cluster, how, age):
     need_root()
     need("unshare")
+    cluster.launch[0] = oldest_and_newest()[age]
     place = cluster.path("place")
     os.mkdir(place)
     enter = 'cd "$0"; mount --bind -o ro . . && cd "$0"' if how == "read-only" else 'cd "$0"; rmdir "$0"'
     plain = cluster.launch
     there = ["unshare", "--mount", "sh", "-c", enter + ' && exec "$@"; exit 99', place]
     cluster.launch = there + plain
-    if subprocess.run([*there, PYTHON, "-S", "-c", "import socket"], stderr=subprocess.DEVNULL).returncode:
+    if subprocess.run([*there, plain[0], "-S", "-c", "import socket"], stderr=subprocess.DEVNULL).returncode:
         os.mkdir(place)                 # Python 3.13.0
         refusal(cluster.client(), 111, "does not work where the current directory was removed")
         return
@@ -9073,16 +9085,15 @@ def test_a_batch_on_a_terminal(cluster):
         tmux.line("cd %s; clear; $RUN -m -j 2 $PUB -- f00?; echo sta'tus'=$?" % shlex.quote(cluster.directory))
         tmux.shows(r"^0/5 done, 2 running, 0 failed  127\.0\.0\.1\*2$")
         go("f000")
-        tmux.shows(r"^1/5 done, 2 running, 0 failed, \d+\.\d/s, \d+s left  127\.0\.0\.1\*2$")
+        tmux.shows(r"^1/5 done, 2 running, 0 failed, \d+\.\d/s, \S+ left  127\.0\.0\.1\*2$")
         go("f001")
         tmux.shows(r"^cexec: f001: exit status 3\noops\n1/5 done, 2 running, 1 failed, ")
         tmux.keys("C-c")
         tmux.shows(r"oops\ncexec: interrupted: 1 of 5 files are done; the same command again does the rest\n+here> *$")
         assert "running" not in tmux.screen()
         go(*names)
-        make_file(cluster, "f004", b"newer")
         tmux.line("clear; $RUN -m $PUB -- f00?; echo sta'tus'=$?")
-        tmux.shows(r"^cexec: 3 done, 1 failed, after \d+s\nstatus=1$")
+        tmux.shows(r"^cexec: 3 done, 1 failed, after \S+\nstatus=1$")
         assert "running" not in tmux.screen()
         tmux.line("clear; $RUN -m $PUB -- f000 f002; echo sta'tus'=$?")
         tmux.shows(r"\Astatus=0$")
