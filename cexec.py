@@ -108,7 +108,6 @@ try:
     import hmac
     import os
     import select
-    import selectors
     import signal
     import socket
     import stat
@@ -130,7 +129,7 @@ ssl = None                          # imported by load_ssl: clients announce the
 # ---------------------------------------------------------------------------
 
 VERSION = "1.0"
-PROTOCOL = 1                        # the version in every datagram and in HELLO
+PROTOCOL = 2                        # the version in every datagram and in HELLO
 
 EXIT_USAGE = 100                    # a bad option or argument: permanent
 EXIT_BAD_KEY = 101                  # ckeygen: the private key is there and invalid
@@ -146,6 +145,9 @@ PORT = 3010                         # UDP: announcements, claims, alerts
 DATAGRAM_MAX = 1200                 # bytes: fits an Ethernet frame through any tunnel
 FRAME_MAX = 256 * 1024              # bytes of DATA in one frame
 CONTROL_MAX = 64 * 1024             # bytes of any other frame's payload
+WORDS_MAX = 6 * 1024 * 1024         # bytes of a job's words, each with its NUL and 8 more for its pointer: what
+                                    # Linux's execve(2) takes at most, 3/4 of 8 MiB whatever the stack's limit is
+WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 WINDOW = 4 * 1024 * 1024            # bytes of credit for each channel and direction
 PIPE_SIZE = 1024 * 1024             # bytes asked for in the command's pipes
 MAXFD = 32                          # descriptors below this number are carried
@@ -333,10 +335,10 @@ def argument_parser(usage, text):
     return parser
 
 
-def setting(name, default, low, high):
+def setting(name, default, low, high, hint=""):
     """The number in the environment variable NAME, or the default.
 
-    Raises Fatal (100) if it is no whole number within low..high.
+    Raises Fatal (100), which ends with the hint, if it is no whole number within low..high.
     """
     text = os.environ.get(name, "")
     if not text:
@@ -346,7 +348,7 @@ def setting(name, default, low, high):
     except ValueError:
         value = None
     if value is None or not low <= value <= high:
-        raise Fatal(EXIT_USAGE, "%s=%s: not a whole number from %d to %d" % (name, text, low, high))
+        raise Fatal(EXIT_USAGE, "%s=%s: not a whole number from %d to %d%s" % (name, text, low, high, hint))
     return value
 
 
@@ -630,7 +632,7 @@ def format_key(master):
 # ---------------------------------------------------------------------------
 #
 # A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
-# UTF-8), "texts" (16-bit count) or "rows:FORMAT" (16-bit count of tuples).
+# UTF-8), "texts" (16-bit count), "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
 
 class Message:
     """One kind of datagram or frame: code, name, and its fields in wire order."""
@@ -661,6 +663,8 @@ class Message:
 
 
 def pack_field(kind, value):
+    if kind == "rest":
+        return value
     if kind == "text":
         data = value.encode("utf-8", "surrogateescape")
         return struct.pack("!H", len(data)) + data
@@ -673,6 +677,8 @@ def pack_field(kind, value):
 
 def unpack_field(kind, view):
     """(value, the rest of the view).  Raises struct.error if the view is too short."""
+    if kind == "rest":
+        return bytes(view), view[len(view):]
     if kind == "text":
         size, = struct.unpack_from("!H", view)
         if len(view) < 2 + size:
@@ -688,11 +694,6 @@ def unpack_field(kind, view):
     form = struct.Struct("!" + kind)
     value = form.unpack_from(view)
     return (value[0] if len(value) == 1 else value), view[form.size:]
-
-
-def wire_texts(words):
-    """The texts, byte for byte, as the wire has them whatever the locale is."""
-    return [os.fsencode(word).decode("utf-8", "surrogateescape") for word in words]
 
 
 def is_variable(name):
@@ -724,7 +725,7 @@ DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
-JOB = Message(3, "JOB", descriptors="rows:HHB", environment="texts", linger="I",   # linger: ms
+JOB = Message(3, "JOB", descriptors="rows:HHB", variables="I", arguments="I", linger="I",     # linger: ms
               term="text", lines="H", columns="H", modes="texts")   # of the terminal, if one is asked for
 ACCEPT = Message(4, "ACCEPT")
 REFUSE = Message(5, "REFUSE", reason="text")
@@ -739,8 +740,9 @@ PONG = Message(13, "PONG")
 LINGER = Message(14, "LINGER", status="B")
 EXIT = Message(15, "EXIT", how="B", status="B", more="B", reason="text", channels="rows:HQQ")
 RESIZE = Message(16, "RESIZE", lines="H", columns="H")
+WORDS = Message(17, "WORDS", bytes="rest")                          # before JOB: its words, each ended by a NUL
 FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT,
-                 RESIZE)
+                 RESIZE, WORDS)
 
 HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
 NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
@@ -953,6 +955,46 @@ def make_frame(kind, channel=0, flags=0, **fields):
     return FRAME_HEAD.pack(kind.code, flags, channel, len(payload)) + payload
 
 
+# A job's words, its variables (KEY=VALUE) and then its arguments, are bytes and may be large.  They
+# go ahead of JOB, which has their numbers, in WORDS: as in /proc/PID/environ, cut anywhere.
+
+def words_size(words):
+    """The bytes that words take of WORDS_MAX."""
+    return sum(len(word) + 9 for word in words)
+
+
+def send_job(link, environment=(), arguments=(), **fields):
+    """Sends a job's words and JOB; the number of WORDS, each of which is answered with PONG."""
+    data = b"".join(word + b"\0" for word in (*environment, *arguments))
+    places = range(0, len(data), WORDS_CHUNK)
+    for place in places:
+        link.send(WORDS, bytes=data[place:place + WORDS_CHUNK])
+    link.send(JOB, variables=len(environment), arguments=len(arguments), **fields)
+    return len(places)
+
+
+class Words:
+    """The words of a job as they arrive."""
+
+    def __init__(self):
+        self.data, self.count = bytearray(), 0
+
+    def add(self, data):
+        """Takes what WORDS has.  Raises ProtocolError if it is more than any command can be given."""
+        self.data += data
+        self.count += data.count(b"\0")
+        if not data or len(self.data) + 8 * self.count > WORDS_MAX:
+            raise ProtocolError("no words, or more than %d MiB of them" % (WORDS_MAX >> 20))
+
+    def take(self, variables, arguments):
+        """(a list of so many words, a list of so many more).  Raises ProtocolError unless these are all."""
+        if self.count != variables + arguments or self.data and self.data[-1]:
+            raise ProtocolError("other words than JOB says")
+        words = bytes(self.data).split(b"\0")[:-1]
+        self.__init__()
+        return words[:variables], words[variables:]
+
+
 # ---------------------------------------------------------------------------
 # Groups: where announcements go, how they are heard, where answers come back
 # ---------------------------------------------------------------------------
@@ -985,6 +1027,14 @@ Target = collections.namedtuple("Target", "device address port")
 
 def family_of(address):
     return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def is_address(text):
+    """Whether it is an IPv4 or IPv6 address, and nothing more."""
+    try:
+        return bool(socket.inet_pton(family_of(text), text))
+    except (OSError, ValueError):   # ValueError: a NUL, or what has no encoding
+        return False
 
 
 def is_multicast(address):
@@ -1468,20 +1518,47 @@ class Timer:
         self.call = None
 
 
+# poll(2): the same numbers everywhere; Python has no names for them where poll is broken.
+POLLIN, POLLOUT, POLLERR, POLLHUP = 1, 4, 8, 16
+
+
+class SelectPoll:
+    """select.poll's methods by select, which does not tell that the other end has closed."""
+
+    def __init__(self):
+        self.events = {}
+
+    def register(self, fd, events):
+        self.events[fd] = events
+
+    def unregister(self, fd):
+        del self.events[fd]
+
+    def poll(self, milliseconds=None):
+        wanted = [[fd for fd, events in self.events.items() if events & bit] for bit in (POLLIN, POLLOUT)]
+        readable, writable, _ = select.select(*wanted, [], None if milliseconds is None else milliseconds / 1000)
+        return [(fd, POLLIN * (fd in readable) | POLLOUT * (fd in writable)) for fd in {*readable, *writable}]
+
+
+def new_poll():
+    """A select.poll, or what does instead."""
+    broken = sys.platform == "darwin" or not hasattr(select, "poll")
+    return SelectPoll() if broken else select.poll()
+
+
 class Loop:
     """Calls back what can be read or written, what is due, and what was signalled.
 
     It waits by poll: epoll refuses regular files and /dev/null, and is shared across a
     fork.  macOS's poll takes no terminals and devices (poll(2), BUGS), and Python leaves out
     one that is broken: there it is select, which ends at descriptor 1023.  What nobody
-    wants to read or write is not registered, or it would spin.
+    wants to read or write, or waits to see left, is not registered, or it would spin.
     """
 
     def __init__(self, floor=0):
         self.floor = floor          # descriptors of our own keep to numbers from here up
-        broken = sys.platform == "darwin" or not hasattr(selectors, "PollSelector")
-        self.selector = selectors.SelectSelector() if broken else selectors.PollSelector()
-        self.readers, self.writers = {}, {}
+        self.poll, self.registered = new_poll(), set()
+        self.readers, self.writers, self.leavers = {}, {}, {}
         self.timers, self.count = [], 0
         self.running = True
 
@@ -1493,6 +1570,10 @@ class Loop:
         """Calls when fd can be written; None ends that."""
         self._want(self.writers, fd, call)
 
+    def on_leave(self, fd, call):
+        """Calls when nobody reads the other end any more; None ends that.  It is to end it itself."""
+        self._want(self.leavers, fd, call)
+
     def _want(self, calls, fd, call):
         before = fd in calls
         if call:
@@ -1501,18 +1582,19 @@ class Loop:
             calls.pop(fd, None)
         if before == (call is not None):
             return
-        events = (selectors.EVENT_READ * (fd in self.readers)) | (selectors.EVENT_WRITE * (fd in self.writers))
-        if not events:
-            self.selector.unregister(fd)
-        elif fd in self.selector.get_map():
-            self.selector.modify(fd, events)
+        events = POLLIN * (fd in self.readers) | POLLOUT * (fd in self.writers)
+        if events or fd in self.leavers:        # poll tells of errors unasked
+            self.registered.add(fd)
+            self.poll.register(fd, events)
         else:
-            self.selector.register(fd, events)
+            self.registered.discard(fd)
+            self.poll.unregister(fd)
 
     def forget(self, fd):
         """To be called before fd is closed."""
         self.on_read(fd, None)
         self.on_write(fd, None)
+        self.on_leave(fd, None)
 
     def after(self, seconds, call):
         """Calls once, that much later, unless the Timer that it returns is cancelled."""
@@ -1523,11 +1605,13 @@ class Loop:
 
     def turn(self):
         """Waits for something to happen and sees to it: first what came, then what is due."""
-        for key, events in self.selector.select(self._patience()):
-            if events & selectors.EVENT_READ and key.fd in self.readers:
-                self.readers[key.fd]()
-            if events & selectors.EVENT_WRITE and key.fd in self.writers:
-                self.writers[key.fd]()
+        for fd, events in self.poll.poll(self._patience()):
+            if events & ~POLLOUT and fd in self.readers:
+                self.readers[fd]()
+            if events & ~POLLIN and fd in self.writers:
+                self.writers[fd]()
+            if events & (POLLERR | POLLHUP) and fd in self.leavers:
+                self.leavers[fd]()
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             _, _, timer = heapq.heappop(self.timers)
@@ -1537,7 +1621,8 @@ class Loop:
     def _patience(self):
         while self.timers and self.timers[0][2].call is None:
             heapq.heappop(self.timers)
-        return max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+        seconds = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+        return None if seconds is None else min(2 ** 31 - 1, int(seconds * 1000 + 0.999999))
 
     def run(self):
         """Turns until stop()."""
@@ -1887,6 +1972,7 @@ class End:
 
     patient = False                 # to be written only when poll says so, PIPE_BUF at most
     terminal = False                # to be read only in the foreground, or it would stop us
+    watched = False                 # a pipe or socket, of which poll tells that the other end has closed
 
     def __init__(self, fd, polled, release, halves):
         self.fd, self.polled, self.release, self.halves = fd, polled, release, set(halves)
@@ -1925,8 +2011,28 @@ class End:
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
+class FileEnd(End):
+    """A regular file as input, read at an offset of our own: the common one is everybody's who has the file open."""
+
+    def __init__(self, fd, offset):
+        super().__init__(fd, fd, lambda: None, ["read"])
+        self.offset = offset
+
+    def read_into(self, view):
+        if hasattr(os, "preadv"):               # Python 3.7
+            count = os.preadv(self.fd, [view], self.offset)
+        else:
+            data = os.pread(self.fd, len(view), self.offset)
+            count = len(data)
+            view[:count] = data
+        self.offset += count
+        return count
+
+
 class SocketEnd(End):
     """A stream socket: used without blocking, whatever its flags say."""
+
+    watched = True
 
     def __init__(self, fd, polled, release, halves):
         super().__init__(fd, polled, release, halves)
@@ -2096,6 +2202,12 @@ class Source(Stream):
             if whole and "write" in self.end.halves:
                 self.carrier.sinks[self.channel].break_off(True)
 
+    def leave_alone(self):
+        """The end of file for the peer, of what others are to read here: a socket stays open both ways."""
+        self._set(ENDED)
+        self.carrier.link.send(EOF, self.channel, FLAG_WHOLE if self.end.halves == {"read"} else 0)
+        self._leave(True)
+
     def rcvd_credit(self, count):
         self.credit += count
         if self.credit > WINDOW:
@@ -2123,6 +2235,8 @@ class Sink(Stream):
         self.received = self.written = self.owed = 0
         self.allowed = WINDOW       # bytes that the peer may still send
         self.whole = False
+        if end.watched:
+            self.loop.on_leave(end.polled, self.reader_left)
 
     def rcvd_data(self, view):
         self.allowed -= len(view)
@@ -2185,8 +2299,13 @@ class Sink(Stream):
             self.carrier.link.send(SHUT, self.channel, FLAG_WHOLE if whole else 0)
             self._leave(whole)
 
+    def reader_left(self):
+        """Seen though nothing was to be written: whoever writes at the peer may be waiting for nothing else."""
+        self.break_off(self.end.halves == {"write"})
+
     def _leave(self, whole):
         self.loop.on_write(self.end.polled, None)
+        self.loop.on_leave(self.end.polled, None)
         self.end.done("write", whole)
         self.carrier.stream_ended()
 
@@ -2273,7 +2392,7 @@ class Inherited:
         self.status = os.fstat(number)
         self.kind = self._kind()
         access = self.flags & os.O_ACCMODE
-        if self.kind in (FILE, TERMINAL, DEVICE) and access == os.O_RDWR:
+        if self.kind != SOCKET and access == os.O_RDWR:     # the other half is somebody else's: a FIFO's tokens, say
             access = os.O_WRONLY if number else os.O_RDONLY
         self.readable, self.writable = access != os.O_WRONLY, access != os.O_RDONLY
 
@@ -2282,7 +2401,7 @@ class Inherited:
         mode = self.status.st_mode
         if self.flags & O_PATH and O_PATH:
             return None
-        if stat.S_ISREG(mode):
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
             return FILE if self._has_offset() else DEVICE
         if stat.S_ISFIFO(mode):
             return PIPE
@@ -2290,11 +2409,13 @@ class Inherited:
             return SOCKET if self._is_stream() else None
         if stat.S_ISCHR(mode) and os.isatty(self.number):
             return None if self._is_pty_master() else TERMINAL
-        return DEVICE if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+        return DEVICE if stat.S_ISCHR(mode) else None
 
     def _has_offset(self):
         try:
             os.lseek(self.number, 0, os.SEEK_CUR)
+            if self.flags & os.O_ACCMODE != os.O_WRONLY:
+                os.pread(self.number, 0, 0)
             return True
         except OSError:
             return False            # some files of /proc
@@ -2318,24 +2439,91 @@ class Inherited:
             return False
 
     def same_as(self, other):
-        """Whether both numbers are one open file: then the command gets one as well."""
-        mine, its = self.status, other.status
-        if (mine.st_dev, mine.st_ino, self.flags) != (its.st_dev, its.st_ino, other.flags):
-            return False
+        """Whether both numbers are one open file, or one end of a pipe: then the command gets one as well."""
         if (self.readable, self.writable) != (other.readable, other.writable):
             return False            # a terminal, once as input and once as output
-        return self.kind != FILE or shares_offset(self.number, other.number)
+        if not os.path.samestat(self.status, other.status):
+            return False
+        if self.kind == PIPE:       # opened twice, it is still one queue, from which the one would take the other's
+            return True
+        return self.flags == other.flags and (self.kind != FILE or shares_offset(self.number, other.number))
+
+    def is_other_end_of(self, output):
+        """Whether what is written to that output would be read here."""
+        if self.kind == PIPE:
+            return output.kind == PIPE and os.path.samestat(self.status, output.status)
+        return self.kind == output.kind == SOCKET and are_peers(self.number, output.number)
+
+
+F_DUPFD_QUERY = 1027                # fcntl(2), Linux 6.10: whether two descriptors are one open file
+F_SETOWN, F_GETOWN = fcntl.F_SETOWN, fcntl.F_GETOWN
 
 
 def shares_offset(one, two):
-    """Whether two descriptors of a regular file have a common offset, found by moving it."""
-    here = os.lseek(one, 0, os.SEEK_CUR)
-    if os.lseek(two, 0, os.SEEK_CUR) != here:
-        return False
-    os.lseek(one, here + 1, os.SEEK_SET)
-    shared = os.lseek(two, 0, os.SEEK_CUR) == here + 1
-    os.lseek(one, here, os.SEEK_SET)
+    """Whether two descriptors of a regular file have a common offset, which stays where it is.
+
+    Others may write there at this very moment.  Where fcntl(2) does not tell it by itself, one
+    is given an owner, of which regular files make no use: is it the other's too?  Several
+    cexec may do so at once, but each sets only its own id or none, so that an id that has
+    stayed at one, and is not at two, is an answer.
+    """
+    if LINUX:
+        try:
+            return fcntl.fcntl(one, F_DUPFD_QUERY, two) == 1
+        except OSError:
+            pass                    # an older kernel
+    try:
+        for _ in range(100):
+            fcntl.fcntl(one, F_SETOWN, os.getpid())
+            shared = fcntl.fcntl(two, F_GETOWN) == os.getpid()
+            settled = shared or fcntl.fcntl(one, F_GETOWN) == os.getpid()
+            fcntl.fcntl(one, F_SETOWN, 0)
+            if settled:
+                return shared
+    except OSError:
+        pass                        # macOS and the BSDs, of a regular file, which O_NONBLOCK does nothing to
+    flags = fcntl.fcntl(one, fcntl.F_GETFL)
+    fcntl.fcntl(one, fcntl.F_SETFL, flags ^ os.O_NONBLOCK)
+    shared = (fcntl.fcntl(two, fcntl.F_GETFL) ^ flags) & os.O_NONBLOCK != 0
+    fcntl.fcntl(one, fcntl.F_SETFL, flags)
     return shared
+
+
+SOCK_DIAG = struct.Struct("@IHHII BBHIIIII")    # nlmsghdr, unix_diag_req: sock_diag(7)
+SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, UDIAG_SHOW_PEER, UNIX_DIAG_PEER, ANY_STATE = 20, 1, 4, 2, 0xffffffff
+
+
+def peer_inode(inode):
+    """The inode of the socket that a Unix socket is connected to; None where the system does not tell."""
+    request = SOCK_DIAG.pack(SOCK_DIAG.size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0, socket.AF_UNIX, 0, 0,
+                             ANY_STATE, inode, UDIAG_SHOW_PEER, ANY_STATE, ANY_STATE)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as sock:      # NETLINK_SOCK_DIAG
+            sock.settimeout(1.0)
+            sock.send(request)
+            answer = sock.recv(8192)
+    except (OSError, AttributeError):
+        return None                 # no unix_diag in this kernel; no netlink in this system
+    place = 32                      # behind nlmsghdr and unix_diag_msg: attributes
+    while struct.unpack_from("@H", answer, 4) == (SOCK_DIAG_BY_FAMILY,) and place + 8 <= len(answer):
+        length, kind, value = struct.unpack_from("@HHI", answer, place)
+        if kind == UNIX_DIAG_PEER:
+            return value
+        place += max(4, length + 3 & ~3)
+    return None
+
+
+def are_peers(one, two):
+    """Whether two stream sockets are the ends of one connection."""
+    with socket.socket(fileno=os.dup(one)) as first, socket.socket(fileno=os.dup(two)) as second:
+        if first.family != second.family:
+            return False
+        if first.family == getattr(socket, "AF_UNIX", None):
+            return peer_inode(os.fstat(one).st_ino) == os.fstat(two).st_ino
+        try:
+            return first.getsockname() == second.getpeername() and first.getpeername() == second.getsockname()
+        except OSError:
+            return False            # not connected, or no longer
 
 
 def jobserver_numbers():
@@ -2417,7 +2605,19 @@ def inherited_channels(limit):
                 break
         else:
             channels[number] = [item]
-    return channels
+    return without_own_outputs(channels)
+
+
+def without_own_outputs(channels):
+    """The channels, but for inputs from 3 up that would take the command's own output away from its reader.
+
+    Whoever started us has left them open; a local command would just not read there.
+    """
+    outputs = [members[0] for members in channels.values() if members[0].writable]
+
+    def is_own(item):
+        return item.readable and item.number > 2 and any(item.is_other_end_of(output) for output in outputs)
+    return {channel: members for channel, members in channels.items() if not is_own(members[0])}
 
 
 def fill_standard():
@@ -2461,6 +2661,8 @@ def local_end(members, halves, floor):
     """
     item = members[0]
     number, numbers = item.number, [member.number for member in members]
+    if item.kind == FILE and item.readable:
+        return FileEnd(number, os.lseek(number, 0, os.SEEK_CUR))
     if item.kind == FILE:
         return End(number, number, lambda: None, halves)
     if item.kind == SOCKET:
@@ -2479,7 +2681,7 @@ def local_end(members, halves, floor):
         end = End(fd, number, lambda: (retire(numbers), os.close(fd)), halves)
         if item.kind == PIPE and halves == ["read"]:
             enlarge(fd)             # 64 KiB at a time would cost a fifth of the speed
-    end.terminal = item.kind == TERMINAL
+    end.terminal, end.watched = item.kind == TERMINAL, item.kind == PIPE
     return end
 
 
@@ -2732,7 +2934,7 @@ def system_load():
 # ---------------------------------------------------------------------------
 
 class Terms:
-    """What the user wants of any job: its variables, and what the environment sets."""
+    """What the user wants of any job: its variables (KEY=VALUE, bytes), and what the environment sets."""
 
     batch = NO_BATCH                # the id that the searches of a batch have in common
     progress = False                # whether cexec -p shows how far it is
@@ -2749,7 +2951,7 @@ class Terms:
         self.ports = listen_ports()
 
     def job_fields(self):
-        """JOB's fields: here without descriptors and terminal."""
+        """What send_job() sends: here without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "linger": self.linger,
                 "term": "", "lines": 0, "columns": 0, "modes": []}
 
@@ -2760,10 +2962,11 @@ class Job(Terms):
     def __init__(self, environment, empty=None, repeat=False, terminal=False):
         super().__init__(environment)
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
-        make_room(2 * self.limit + 16)
         self.repeat = repeat
-        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20)
+        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
+                              "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
         self.channels = inherited_channels(self.limit)
+        make_room(self.limit + len(self.channels) + 16)     # one more each, and what finds a worker
         self.terminal = None        # the TerminalEnd of -t
         joined = join_terminal(self.channels) if terminal else None
         if terminal and not joined:
@@ -2804,7 +3007,9 @@ class Job(Terms):
     def reopen(self, channel):
         """Makes an End fit for another run: an input that has ended is at its end there as well."""
         end, item = self.ends[channel], self.channels[channel][0]
-        if item.kind == FILE or not end.halves:
+        if item.kind == FILE and item.readable:
+            self.ends[channel] = FileEnd(item.number, self.origins[channel].offset)
+        elif item.kind == FILE or not end.halves:
             halves = ["read"] * item.readable + ["write"] * item.writable
             self.ends[channel] = End(item.number, item.number, lambda: None, halves)
 
@@ -2899,6 +3104,8 @@ class Candidate:
             self.rcvd_hello(payload)
         elif kind is ACCEPT and self.state == "ASKED":
             self.search.won(self)
+        elif kind is PONG and self.state == "ASKED":
+            self.rcvd_pong()
         elif kind is REFUSE and self.state == "ASKED":
             self.search.avoid.add(self.hello.worker_id)
             link.fail("refused: " + payload.reason)
@@ -2908,8 +3115,10 @@ class Candidate:
     def rcvd_hello(self, hello):
         if hello.version != PROTOCOL:
             raise OtherVersion(hello.version)
-        if len(hello.address) > 64 or len(hello.host) > 255:
+        if len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
+        if not is_address(hello.address):       # it is in what we say, to programs too
+            raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
             return self.link.fail("an offer that we do not take")
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
@@ -2922,10 +3131,19 @@ class Candidate:
         """Proves who we are, and what the job is."""
         self.state = "ASKED"
         self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
-        self.link.send(JOB, **job_fields)
+        self.unanswered = send_job(self.link, **job_fields)
+
+    def rcvd_pong(self):
+        """Some more of the job's words have arrived, however slowly."""
+        self.unanswered -= 1
+        if self.unanswered < 0:
+            raise ProtocolError("PONG out of place")
+        self.timer.cancel()
+        self.timer = self.search.loop.after(OFFER_SECONDS, self.silent)
+        self.search.answered = time.monotonic()
 
     def link_writable(self, link):
-        pass                        # nothing large is sent before GO
+        pass                        # nothing waits for it before GO: the link sends a job's words as it can
 
     def link_lost(self, link, reason, violation):
         self.search.dropped(self, reason, violation)
@@ -2965,11 +3183,18 @@ class Origin:
         return (not self.item.flags & os.O_APPEND and self.offset == self.size and
                 os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
 
+    def advance(self, count):
+        """Moves the offset of a regular file that is input over what the command has taken of it."""
+        if self.file and count:
+            try:
+                os.lseek(self.number, self.offset + count, os.SEEK_SET)
+            except OSError as error:            # a file of /proc or the like
+                log.note("descriptor %d: %s", self.number, error.strerror)
+
     def restore(self, sink):
-        """Puts a regular file back to how it was.  Raises OSError."""
+        """Puts a regular file that is output back to how it was.  Raises OSError."""
         if self.file and sink and sink.written:
             os.ftruncate(self.number, self.size)
-        if self.file:
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
@@ -3142,6 +3367,8 @@ class Served(Carrier):
         """EXIT counts if all output that it tells of has come."""
         if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
             raise ProtocolError("EXIT that tells nothing")
+        if payload.how == HOW_SIGNALLED and not 0 < payload.status < EXIT_SIGNAL:
+            raise ProtocolError("EXIT by signal %d" % payload.status)
         rows = {number: (sent, taken) for number, sent, taken in payload.channels}
         for number, sink in self.sinks.items():
             if sink.state is OPEN or sink.state is not SHUTDOWN and rows.get(number, (None,))[0] != sink.received:
@@ -3209,7 +3436,7 @@ class Run(Served):
 
     def begin_input(self, channel, source):
         if channel in self.job.empty:
-            source.finish()
+            source.leave_alone()
         elif self.client.held and not self.job.origins[channel].file:
             source.held = self.client.held
 
@@ -3219,16 +3446,8 @@ class Run(Served):
         self.link.close()
         for number, source in self.sources.items():
             if number in rows:
-                self.give_back(number, source.sent - rows[number][1])
+                self.job.origins[number].advance(min(rows[number][1], source.sent))
         self.stream_ended()
-
-    def give_back(self, number, count):
-        """Sets a regular file's offset back over what the command has not taken."""
-        if self.job.channels[number][0].kind == FILE and count > 0:
-            try:
-                os.lseek(number, -count, os.SEEK_CUR)
-            except OSError as error:            # a file of /proc or the like
-                log.note("descriptor %d: %s", number, error.strerror)
 
     def rcvd_linger(self, flags, channel, payload):
         if os.isatty(2):
@@ -3240,8 +3459,8 @@ class Run(Served):
             self.lost(reason)
 
     def let_go_of_stderr(self):
-        """Once the command has closed 2 and goes on: whoever reads there is to see the end."""
-        closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
+        """Once the command has closed 2 and goes on: whoever reads there, if that is so, is to see the end."""
+        closed = any(sink.state in (ENDED, SHUTDOWN) and sink.end.watched and self.job.has_number(channel, 2)
                      for channel, sink in self.sinks.items())
         if closed and self.exit is None:
             self.log_as_before()
@@ -3354,9 +3573,10 @@ class Run(Served):
 
     def stop_here(self):
         """Stops like the command, once the link has taken the signal (or for a second not)."""
-        deadline = time.monotonic() + 1.0
+        deadline, poll = time.monotonic() + 1.0, new_poll()
+        poll.register(self.link.sock.fileno(), POLLOUT)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
-            select.select([], [self.link.sock], [], 0.1)
+            poll.poll(100)
             self.link.flush()
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -3408,14 +3628,15 @@ class Progress:
 
 
 def parse_environment(words):
-    """KEY=VALUE words, byte for byte, as what the wire has as text.  Raises Fatal (100)."""
+    """KEY=VALUE words as bytes.  Raises Fatal (100)."""
     for word in words:
         name, equals, _ = word.partition("=")
         if not equals or not is_variable(name):
             raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE: %s" % (word, variable_rule(word, equals)))
-    if sum(len(os.fsencode(word)) + 2 for word in words) > CONTROL_MAX - 8192:
-        raise Fatal(EXIT_USAGE, "more than %d KiB of variables" % ((CONTROL_MAX - 8192) // 1024))
-    return wire_texts(words)
+    variables = [os.fsencode(word) for word in words]
+    if words_size(variables) > WORDS_MAX:
+        raise Fatal(EXIT_USAGE, "more than %d MiB of variables" % (WORDS_MAX >> 20))
+    return variables
 
 
 def variable_rule(word, equals):
@@ -4072,7 +4293,8 @@ class Batch:
     def job_for(self, task):
         """JOB's fields for a Task."""
         fields = self.terms.job_fields()
-        fields.update(descriptors=FileRun.ROWS, environment=self.terms.environment + wire_texts(["FILE=" + task.name]))
+        variables = self.terms.environment + [b"FILE=" + os.fsencode(task.name)]
+        fields.update(descriptors=FileRun.ROWS, environment=variables)
         return fields
 
     def begin(self, search, winner):
@@ -4105,7 +4327,7 @@ class Batch:
         self.over(task, code, reason, run)
         following = self.take() if run.exit.more else None
         if following:
-            run.link.send(JOB, **self.job_for(following))
+            send_job(run.link, **self.job_for(following))
             run.link.send(GO)
             self.runs.append(FileRun(self, run.link, run.hello, following, accepted=False))
         else:
@@ -4482,7 +4704,8 @@ class Offer:
     def __init__(self, worker, client, load, delay):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.challenge, self.proved, self.link = os.urandom(32), False, None
-        self.timer = worker.loop.after(OFFER_SECONDS, lambda: self.end("no job in %g s" % OFFER_SECONDS))
+        self.words = Words()
+        self.be_patient()
         self.sock, error = begin_connection(client.address, client.port)
         if error:
             worker.loop.after(0, lambda: self.end(error))
@@ -4491,6 +4714,9 @@ class Offer:
 
     def __repr__(self):
         return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
+
+    def be_patient(self):
+        self.timer = self.worker.loop.after(OFFER_SECONDS, lambda: self.end("no job in %g s" % OFFER_SECONDS))
 
     def connected(self):
         self.worker.loop.forget(self.sock.fileno())
@@ -4511,8 +4737,13 @@ class Offer:
             if not hmac.compare_digest(payload.proof, client_proof(secret, self.challenge, self.client.nonce)):
                 raise ProtocolError("a wrong proof")
             self.proved = True
+        elif kind is WORDS and self.proved:
+            self.words.add(payload.bytes)
+            self.timer.cancel()
+            self.be_patient()
+            link.send(PONG)
         elif kind is JOB and self.proved:
-            self.worker.fork(self, check_job(payload))
+            self.worker.fork(self, check_job(payload, self.words))
         else:
             raise ProtocolError("%s out of place" % kind)
 
@@ -4564,8 +4795,11 @@ def local_address(address):
         return ""
 
 
-def check_job(job):
-    """A JOB whose numbers, channels and variables are possible, or ProtocolError."""
+def check_job(job, words):
+    """A JOB, with its environment, whose numbers, channels and variables are possible, or ProtocolError."""
+    job.environment, arguments = words.take(job.variables, job.arguments)
+    if arguments:
+        raise ProtocolError("arguments for a command that takes none")
     channels = {}
     for number, channel, flags in job.descriptors:
         first = channels.setdefault(channel, (number, flags))
@@ -4576,8 +4810,8 @@ def check_job(job):
     if len({number for number, _, _ in job.descriptors}) < len(job.descriptors):
         raise ProtocolError("a descriptor twice")
     for variable in job.environment:
-        name, equals, value = variable.partition("=")
-        if not equals or not is_variable(name) or "\0" in value:
+        name, equals, _ = variable.partition(b"=")
+        if not equals or not is_variable(name.decode("latin-1")):
             raise ProtocolError("impossible variable")
     terminals = [flags for _, flags in channels.values() if flags & FLAG_TERMINAL]
     if len(terminals) > 1 or not (is_name(job.term) if terminals else job.term == ""):
@@ -4955,7 +5189,7 @@ class Supervisor(Carrier):
         floor = max([256] + [number + 1 for number, _, _ in job.descriptors])
         make_room(floor + 4 * len(job.descriptors) + 16)
         super().__init__(Loop(floor=floor), offer.link)
-        self.job, self.offer, self.settings = job, offer, worker.settings
+        self.job, self.offer, self.settings, self.words = job, offer, worker.settings, Words()
         offer.link.sock = self.loop.own(offer.link.sock)
         self.status, log.fd = lifted(status, floor), lifted(2, floor)
         close_all_but([offer.link.sock.fileno(), self.status, log.fd])
@@ -5017,6 +5251,7 @@ class Supervisor(Carrier):
                 near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
                 os.set_blocking(near, False)
                 end = End(near, near, lambda near=near, channel=channel: self.release(near, channel), [half])
+                end.watched = True
             if self.settings.user:          # whoever opens /dev/stdout opens the pipe anew
                 os.fchown(far, self.settings.user.pw_uid, -1 if channel == self.terminal else self.settings.user.pw_gid)
             self.far[channel] = far
@@ -5089,7 +5324,8 @@ class Supervisor(Carrier):
             self.start()
         except OSError as error:
             found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
-            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno))
+            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno),
+                               ours=error.errno != errno.E2BIG)
         except Exception as error:  # subprocess.SubprocessError: prepare() failed
             user = self.settings.user
             self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
@@ -5141,8 +5377,8 @@ class Supervisor(Carrier):
         if user:
             values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
         for variable in self.job.environment:
-            name, _, value = variable.partition("=")
-            values["PEER_" + name] = os.fsdecode(value.encode("utf-8", "surrogateescape"))
+            name, _, value = os.fsdecode(variable).partition("=")
+            values["PEER_" + name] = value
         if self.terminal is not None:
             values["TERM"] = self.job.term
         client, here = self.offer.client, sock.getsockname()
@@ -5150,8 +5386,9 @@ class Supervisor(Carrier):
                       SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
         return values
 
-    def fail_to_start(self, status, reason):
-        self.say("failed")
+    def fail_to_start(self, status, reason, ours=True):
+        if ours:                    # not the client's, who gives it more than it can take
+            self.say("failed")
         self.result = HOW_NOT_STARTED, status, "%s: %s" % (self.settings.command[0], reason)
         log.say("%s (%s gets %d)" % (self.result[2], self.offer.client.address, status))
         for source in self.sources.values():
@@ -5239,7 +5476,7 @@ class Supervisor(Carrier):
             timer.cancel()
         for sink in self.sinks.values():
             if sink.state in (OPEN, ENDING):
-                self.loop.on_write(sink.end.polled, None)
+                self.loop.forget(sink.end.polled)
                 sink.end.done("write")
         for fd in self.inputs.values():
             os.close(fd)
@@ -5254,12 +5491,19 @@ class Supervisor(Carrier):
         self.say("done")
         self.close_when_sent()
 
+    def rcvd_words(self, flags, channel, payload):
+        """Of the next job of a batch."""
+        self.words.add(payload.bytes)
+        self.patience.cancel()
+        self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
+        self.link.send(PONG)
+
     def rcvd_job(self, flags, channel, payload):
         """The next job of a batch; its GO is on the way."""
         self._set(WAITING)
         self.patience.cancel()
         self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
-        self.job = check_job(payload)
+        self.job = check_job(payload, self.words)
         if any(number >= self.loop.floor for number, _, _ in self.job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         try:
@@ -5273,6 +5517,8 @@ class Supervisor(Carrier):
         how, status, reason = self.result
         rows = [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
                 for number, channel, _ in self.job.descriptors if number == channel]
+        for sink in self.sinks.values():
+            self.loop.on_leave(sink.end.polled, None)       # no SHUT follows
         self.link.send(EXIT, how=how, status=status, more=more, reason=reason, channels=rows)
         if more:
             return self.rest()
@@ -5293,10 +5539,10 @@ class Supervisor(Carrier):
             super().link_writable(link)
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (JOB, PING):
+        if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (WORDS, JOB, PING):
             return                  # of a job that is over: of no interest
-        if kind is JOB and self.state is not RESTING:
-            raise ProtocolError("JOB within a job")
+        if kind in (WORDS, JOB) and self.state is not RESTING:
+            raise ProtocolError("%s within a job" % kind)
         if self.state is WAITING and kind not in (GO, PING):
             raise ProtocolError("%s before GO" % kind)
         super().link_frame(link, kind, flags, channel, payload)
