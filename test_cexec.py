@@ -1408,6 +1408,43 @@ def test_a_callback_may_be_replaced_and_forgotten_in_the_same_turn():
             sock.close()
 
 
+@pytest.mark.parametrize("make", [os.pipe, lambda: [sock.detach() for sock in socket.socketpair()]],
+                         ids=["pipe", "socket"])
+def test_a_loop_tells_that_the_reader_has_left(make):
+    """Once, and it does not spin before."""
+    loop, (reader, writer), left, turns = cexec.Loop(), make(), [], []
+    loop.on_leave(writer, lambda: (left.append(True), loop.on_leave(writer, None)))
+    loop.after(0.2, lambda: turns.append(len(left)))
+    count = 0
+    while not turns:
+        loop.turn()
+        count += 1
+    assert turns == [0] and count < 5
+    os.close(reader)
+    loop.turn()
+    assert left == [True] and not loop.registered
+    loop.on_leave(writer, lambda: None)
+    loop.on_write(writer, lambda: None)
+    loop.forget(writer)
+    assert not loop.registered and not loop.leavers
+    os.close(writer)
+
+
+def test_a_stop_under_congestion_with_high_descriptors(monkeypatch):
+    """CEXEC_MAXFD=1024 and TSTP: select() ends at 1023."""
+    near, far = socket.socketpair()
+    loop = cexec.Loop(floor=1024)
+    cexec.make_room(1100)
+    with contextlib.closing(loop.own(near)) as sock, far:
+        sock.setblocking(False)
+        flushed, stopped = [], []
+        link = SimpleNamespace(sock=sock, closed=False, congested=True)
+        link.flush = lambda: (flushed.append(True), setattr(link, "congested", False))
+        monkeypatch.setattr(cexec.os, "kill", lambda *words: stopped.append(words))
+        cexec.Run.stop_here(SimpleNamespace(link=link))
+        assert flushed and stopped == [(os.getpid(), signal.SIGSTOP)]
+
+
 def test_a_loop_moves_its_own_sockets_out_of_the_way():
     loop = cexec.Loop(floor=300)
     sock = loop.own(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
@@ -1442,6 +1479,47 @@ def test_shared_offsets_are_found_and_left_as_they_were(flags, tmp_path):
     finally:
         for fd in (one, other, copy):
             os.close(fd)
+
+
+@pytest.mark.parametrize("other_way", ["by an owner", "by O_NONBLOCK"])
+def test_shared_offsets_are_found_without_moving_them(other_way, tmp_path, monkeypatch):
+    """Whoever writes to a log that is shared has none of its lines overwritten."""
+    monkeypatch.setattr(cexec.os, "lseek", None)
+    for flags in (os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_RDWR):
+        shares_as_opened(flags, tmp_path)
+        with monkeypatch.context() as without:
+            without.setattr(cexec, "F_DUPFD_QUERY", 9999)
+            if other_way == "by O_NONBLOCK":
+                without.setattr(cexec, "F_SETOWN", 9999)
+            shares_as_opened(flags, tmp_path)
+
+
+def shares_as_opened(flags, tmp_path):
+    path = put(tmp_path / "file", "bytes")
+    one, other = os.open(path, flags), os.open(path, flags)
+    copy = os.dup(one)
+    try:
+        assert cexec.shares_offset(one, copy) and cexec.shares_offset(copy, one)
+        assert not cexec.shares_offset(one, other) and not cexec.shares_offset(other, one)
+        assert {fcntl.fcntl(fd, fcntl.F_GETFL) & ~0o100000 for fd in (one, copy, other)} == {flags}
+        assert {fcntl.fcntl(fd, fcntl.F_GETOWN) for fd in (one, copy, other)} == {0}
+    finally:
+        for fd in (one, other, copy):
+            os.close(fd)
+
+
+def test_a_disk_is_read_at_an_offset_of_our_own(tmp_path, monkeypatch):
+    """It has one that others share, as a regular file does."""
+    fd = os.open(put(tmp_path / "disk", "sectors"), os.O_RDONLY)
+    status = os.fstat(fd)
+    monkeypatch.setattr(cexec.os, "fstat", lambda fd: os.stat_result((stat.S_IFBLK | 0o600,) + status[1:]))
+    item = cexec.Inherited(fd)
+    end = cexec.local_end([item], ["read"], 3)
+    view = memoryview(bytearray(3))
+    assert item.kind == cexec.FILE and end.read_into(view) == 3 and bytes(view) == b"sec"
+    assert end.read_into(memoryview(bytearray(9))) == 4 and end.read_into(view) == 0
+    assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+    os.close(fd)
 
 
 LIST_CHANNELS = """
@@ -3389,6 +3467,13 @@ def case(name, command, script, stdout):
     return pytest.param(command, script, stdout, id=name)
 
 
+WAIT_FOR_READER = """
+import os, select
+os.write(1, b"first\\n")
+poll = select.poll()
+poll.register(1, 0)
+os._exit(7 if poll.poll(30000) else 1)
+"""
 LINES = "for i in 1 2 3 4 5 6 7 8 9; do echo out $i; echo err $i >&2; done"
 INTERLEAVED = "".join("out %d\nerr %d\n" % (i, i) for i in range(1, 10))
 
@@ -3448,7 +3533,15 @@ ORACLE = [
          "abefabXYef"),
     case("fifo_as_input", "cat", "mkfifo f; echo through >f & RUN <f; wait", "through\n"),
     case("fifo_as_output", "echo through", "mkfifo f; cat f >copy & RUN >f; wait; cat copy", "through\n"),
-    case("fifo_both_ways", "echo around >&3; head -n 1 <&3", "mkfifo f; RUN 3<>f", "around\n"),
+    case("tokens_in_a_fifo", "true", "mkfifo f; exec 3<>f; echo token >&3; RUN; read x <&3; echo $x", "token\n"),
+    case("token_put_back", "echo token >&3", "mkfifo f; exec 3<>f; RUN; read x <&3; echo $x", "token\n"),
+    case("output_to_a_fifo_both_ways", "echo out", "mkfifo f; exec 4<>f; RUN >&4; read x <&4; echo $x", "out\n"),
+    case("input_from_a_fifo_both_ways", "head -n 1", "mkfifo f; exec 4<>f; echo in >&4; RUN <&4 4>&-", "in\n"),
+    case("one_fifo_opened_twice", "cat", "mkfifo f; cat $DATA/words >f & exec <f; RUN 5</dev/stdin; wait",
+         "alpha\nbeta\ngamma\ndelta\n"),
+    case("reader_that_has_left", python(WAIT_FOR_READER), "{ RUN; echo $? >status; } | head -n 1; cat status",
+         "first\n7\n"),
+    case("a_file_at_5_that_is_not_read", "true", "exec 5<$DATA/words; RUN; cat <&5", "alpha\nbeta\ngamma\ndelta\n"),
     case("closed_stdin", "cat; echo $?", "RUN <&-", "1\n"),
     case("closed_stdout", "cat", "RUN <$DATA/words >&-; echo $?", "1\n"),
     case("closed_stderr", "echo gone >&2; echo $?", "RUN 2>&-", "2\n"),
@@ -3886,6 +3979,78 @@ def test_descriptors_that_are_not_carried(one):
         carried = stack.enter_context(open(os.devnull))
         fds = {3: directory, 4: server, 5: master, 6: datagrams, 7: path, 8: carried, 9: slave}
         assert numbers_in_the_command(one, fds) == [0, 1, 2, 8, 9]
+
+
+@pytest.mark.parametrize("number", [3, 9])
+@pytest.mark.parametrize("make", [
+    lambda: os.pipe()[::-1], lambda: [sock.detach() for sock in socketpair(socket.AF_UNIX)],
+    lambda: [sock.detach() for sock in socketpair(socket.AF_INET)]], ids=["pipe", "socket", "TCP"])
+def test_output_whose_other_end_is_inherited_too(one, make, number):
+    """A parent without close-on-exec; nobody but it reads what the command writes."""
+    output, other = make()
+    with job(one, "echo hello", outputs=(), fds={1: output, number: other}) as process:
+        assert process.wait(PATIENCE) == 0
+        os.close(output)
+        assert read_all(other) == b"hello\n"
+
+
+def test_a_pipe_at_both_ends_of_a_job(one):
+    """At 0 it is the command's input, whoever writes it."""
+    reader, writer = os.pipe()
+    with job(one, "echo round >&4; head -n 1", fds={0: reader, 4: writer}) as process:
+        assert finish(process) == (0, b"round\n")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_file_that_others_read_meanwhile(one):
+    """Its offset stays while the job runs, and moves by what the command took only at its end."""
+    with open(one.path("data/words"), "rb", 0) as file:
+        with job(one, "read a <&5; echo $a; read b", fds={5: file}) as process:
+            assert finish(process)[1] == b"alpha\n"
+        assert file.tell() == 6
+        ours, theirs = os.pipe()
+        with job(one, "echo ready; head -n 1 >&2; head -c 3 <&5", outputs=(1, 2), fds={0: ours, 5: file}) as process:
+            assert read_count(process.out[1], 6) == b"ready\n"
+            assert file.tell() == 6
+            os.write(theirs, b"go\n")
+            assert finish(process) == (0, b"bet")
+        assert file.tell() == 9
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_lost_job_leaves_its_input_where_it_was(one):
+    with open(one.path("data/words"), "rb", 0) as file:
+        file.seek(6)
+        with job(one, "head -n 1; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000", fds={0: file}) as process:
+            assert finish(process) == (111, b"beta\n")
+        assert file.tell() == 6
+
+
+def test_n_takes_nothing_from_a_socket(one):
+    """Nor the other direction of it: whoever has it as well goes on."""
+    near, far = socket.socketpair()
+    with near, far:
+        with job(one, "cat; echo out", "-n", outputs=(), fds={0: far, 1: far}) as process:
+            assert process.wait(PATIENCE) == 0
+        assert near.recv(100) == b"out\n"
+        near.sendall(b"later")
+        assert far.recv(100) == b"later"
+
+
+def test_a_writer_sees_that_the_command_has_closed_its_input(one):
+    """Though it writes nothing."""
+    reader, writer = os.pipe()
+    with job(one, "exec <&-; echo closed; sleep 1000", fds={0: reader}) as process:
+        os.close(reader)
+        assert read_count(process.out[1], 7) == b"closed\n"
+        poll = select.poll()
+        poll.register(writer, 0)
+        assert poll.poll(PATIENCE * 1000) == [(writer, select.POLLERR)]
+        process.terminate()
+        assert process.wait(PATIENCE) == 143
+    os.close(writer)
 
 
 def test_jobserver_is_not_carried(one):
