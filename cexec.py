@@ -1,6 +1,8 @@
 #!/bin/sh
-""":"   # for sh: Python without its site packages, which we don't use, begins with the START below
+""":"; [ -d /dev/stdin ] && { echo "${0##*/}: standard input is a directory" >&2; exit 100; }
 exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().split("# START\n")[1])' "$0" "$@"
+# That is for sh: Python, which can't start where standard input is a directory, begins with the
+# START below, without its site packages, which we don't use.
 
 cexec: run a command on the least loaded machine of the network.
 

@@ -4568,6 +4568,48 @@ def test_too_few_descriptors_are_said(cluster):
     assert cluster.client(input=b"with few").stdout == b"with few"
 
 
+@pytest.mark.parametrize("address", ["1\nworker=2", "10.0.0.1 status=0", "\udcff", "", "fe80::1%eth0\n", "10.0.0.300",
+                                     "1.2.3.4\0"])
+def test_a_worker_whose_address_is_none_gets_no_job(cluster, address):
+    """It would be in a line that programs read."""
+    key = cexec.open_key(cluster.key)
+    report = os.open(cluster.path("report"), os.O_CREAT | os.O_WRONLY, 0o600)
+    with Ear(group_port(cluster)) as ear:
+        client = cluster.start("cexec", cluster.pub, stdout=subprocess.PIPE, pass_fds=[report],
+                               env={"CEXEC_FD_FOR_ERRORS": str(report), "CEXEC_MAXFD": "3"})
+        os.close(report)
+        announced, there = ear.wait_for(cexec.ANNOUNCE)
+        with Peer(socket.create_connection((there, announced.port), 20), key) as peer:
+            peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, address=address)
+            assert peer.next() is None
+        assert ear.wait_for(cexec.ALERT)[0].body.reason == "an impossible address"
+    cluster.worker("echo", "a true one")
+    assert client.communicate(timeout=PATIENCE) == (b"a true one\n", None)
+    assert re.fullmatch(r"worker=127\.0\.0\.1 seconds=[\d.]+ status=0 exited=0\n", read(cluster.path("report")).decode())
+
+
+def test_who_was_lost_is_said_though_the_command_has_closed_2(one):
+    """A file has no reader who waits for its end."""
+    reader, writer = os.pipe()
+    with open(one.path("errors"), "wb") as errors:
+        with job(one, "exec 2>&-; echo closed; read x; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000",
+                 fds={0: reader, 2: errors}) as process:
+            assert read_count(process.out[1], 7) == b"closed\n"
+            time.sleep(1.5)             # a pipe would be closed by now, so that whoever reads it sees its end
+            os.write(writer, b"go\n")
+            assert finish(process) == (111, b"")
+    assert read(one.path("errors")).startswith(b"cexec: worker 127.0.0.1 lost after")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_standard_input_that_is_a_directory_is_said(cluster):
+    cluster.launch = ["sh", PROGRAM]
+    fd = os.open("/", os.O_RDONLY)
+    refusal(cluster.client(stdin=fd), 100, "standard input is a directory")
+    os.close(fd)
+
+
 def test_status_line_is_not_carried(one):
     """The command does not see the descriptor, and what it writes there is its own."""
     with job(one, python(NUMBERS), outputs=(1, 40), env={"CEXEC_FD_FOR_ERRORS": "40"}) as process:
@@ -4629,11 +4671,11 @@ WRONG = [
     wrong("cexec", 100, "1A=x: not KEY=VALUE", "app.pub", "1A=x"),
     wrong("cexec", 100, "A-B=x: not KEY=VALUE", "app.pub", "A-B=x"),
     wrong("cexec", 100, "é=x: not KEY=VALUE", "app.pub", "é=x"),
-    wrong("cexec", 100, "KiB of variables", "app.pub", "A=" + "x" * 60000),
     *(wrong("cexec", 100, "%s=%s: not a whole number" % (name, value), "app.pub", **{name: value})
       for name in NUMBER_SETTINGS for value in ("x", "-2", "1.5", "99999999999999")),
     wrong("cexec", 100, "MAXFD=2: not a whole number from 3 to 1024", "app.pub", MAXFD="2"),
-    wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=31: not a whole number from 32", "app.pub", CEXEC_FD_FOR_ERRORS="31"),
+    wrong("cexec", 100, "=31: not a whole number from 32 to 1048576; CEXEC_MAXFD, which can be lowered, is 32", "app.pub",
+          CEXEC_FD_FOR_ERRORS="31"),
     wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=77: Bad file descriptor", "app.pub", CEXEC_FD_FOR_ERRORS="77"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=x: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="x"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=²: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="²"),
@@ -4761,8 +4803,168 @@ def test_a_defect_is_one_line_and_111(verbose, tmp_path):
 
 
 # ---------------------------------------------------------------------------
+# Jobs: large variables
+# ---------------------------------------------------------------------------
+
+MANY = ["V%d=%s" % (number, chr(97 + number) * (130000 - number)) for number in range(12)]      # execve takes 2 MiB
+MANY_SEEN = "".join("PEER_%s\n" % word for word in MANY)
+
+
+def test_variables_as_large_as_the_systems(cluster):
+    cluster.worker("sh", "-c", "env | grep ^PEER_V | sort -V")
+    done = cluster.client(*MANY)
+    assert (done.returncode, done.stdout.decode() == MANY_SEEN, done.stderr) == (0, True, b"")
+
+
+def test_variables_of_a_batch_and_of_a_job_that_is_run_again(cluster):
+    """Every job has them; so has the second try."""
+    cluster.worker("sh", "-c", 'test -e %s || { touch %s; kill -KILL $PPID; sleep 1000; }; env | grep ^PEER_V | sort -V'
+                   % ((shlex.quote(cluster.path("lost")),) * 2), env={"CONCURRENCY": "2"})
+    names = made_files(cluster, 3)
+    done = batch(cluster, *names, variables=MANY)
+    assert done.returncode == 0, done.stderr
+    assert {read(cluster.path(name + ".out")).decode() == MANY_SEEN for name in names} == {True}
+
+
+def test_more_variables_than_the_worker_s_system_takes(cluster):
+    """The command cannot be run, and that is not the worker's fault."""
+    launch = cluster.launch
+    cluster.launch = ["sh", "-c", 'ulimit -s 512; exec "$@"', "sh"] + launch
+    worker = cluster.worker("cat")
+    cluster.launch = launch
+    done = cluster.client(*MANY[:2])
+    assert (done.returncode, done.stdout) == (126, b"")
+    assert done.stderr == b"cexec: worker 127.0.0.1 cannot run its command: cat: Argument list too long\n"
+    until(lambda: b"supervisor" in read(worker.log) and b": done" in read(worker.log), "the job's end")
+    assert b": failed" not in read(worker.log)
+    assert cluster.client("A=1", input=b"x").stdout == b"x"
+
+
+def test_words_over_a_slow_connection(cluster):
+    """Either side waits for as long as some of them arrive, though all take longer than an offer may."""
+    worker, key, port = cluster.worker("cat"), cexec.open_key(cluster.key), free_port()
+    count = -(-len(MANY[0]) // cexec.WORDS_CHUNK)
+    with Asker(cluster) as asker, asker.offer() as slow, Ear(port) as ear:
+        client = searching_client(cluster, port, *MANY[:1])
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        slow.send(cexec.AUTH, proof=asker.proof(slow))
+        with play_worker(announced, address, key) as peer:
+            peer.expect(cexec.AUTH)
+            began = time.monotonic()
+            for _ in range(count):
+                kind, payload = peer.next_frame()
+                peer.words.add(payload.bytes)
+                peer.send(cexec.PONG)
+                slow.send(cexec.WORDS, bytes=b"A=1\0")
+                time.sleep(0.5)
+            assert time.monotonic() > began + cexec.OFFER_SECONDS
+            assert peer.expect(cexec.JOB).environment == [MANY[0].encode()]
+            peer.send(cexec.ACCEPT)
+            peer.expect(cexec.GO)
+        assert client.wait(PATIENCE) == 111         # lost, after GO
+        slow.send(cexec.JOB, variables=count)
+        slow.expect(cexec.ACCEPT)
+    no_defect(read(worker.log))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_more_pongs_than_words(cluster, count):
+    """A worker does not hold a client that waits for its ACCEPT by PONGs for nothing."""
+    key, port = cexec.open_key(cluster.key), free_port()
+    with Ear(port) as ear:
+        client = searching_client(cluster, port, *["A=1"] * count)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        with play_worker(announced, address, key) as peer:
+            peer.expect(cexec.AUTH)
+            peer.expect(cexec.JOB)
+            for _ in range(count + 1):
+                peer.send(cexec.PONG)
+            assert peer.next() is None
+        assert ear.wait_for(cexec.ALERT)[0].body.reason == "PONG out of place"
+        client.terminate()
+        client.wait(PATIENCE)
+
+
+# ---------------------------------------------------------------------------
 # Jobs: real programs
 # ---------------------------------------------------------------------------
+
+def program(cluster, name, *words):
+    """An executable that runs cexec."""
+    path = put(cluster.path(name), "#!/bin/sh\n%s\n" % " ".join(words))
+    os.chmod(path, 0o755)
+    return path
+
+
+def cexec_in_a_shell(cluster):
+    return " ".join(map(shlex.quote, cluster.argv("cexec", cluster.pub)))
+
+
+@pytest.mark.parametrize("size", [0, 5, 12813, 3000000])
+def test_git_with_a_filter(cluster, size):
+    """git leaves the file open for its filter, which does not read it there."""
+    need("git")
+    cluster.worker("tr", "a-zA-Z", "n-za-mN-ZA-M")
+    repository, filter_ = cluster.path("repository"), cexec_in_a_shell(cluster)
+    env = cluster.environment({"HOME": cluster.directory, "GIT_CONFIG_NOSYSTEM": "1"})
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=repository, env=env, stdout=subprocess.PIPE, check=True).stdout
+    os.mkdir(repository)
+    git("init", "-q")
+    git("config", "filter.rot.clean", filter_)
+    git("config", "filter.rot.smudge", filter_)
+    git("config", "filter.rot.required", "true")
+    put(repository + "/.gitattributes", "file filter=rot\n")
+    text = ("Any text, line after line.\n" * (size // 27 + 1))[:size]
+    put(repository + "/file", text)
+    git("add", "file")
+    assert git("cat-file", "blob", ":file").decode() == text.translate(ROT13)
+    os.unlink(repository + "/file")
+    git("checkout", "file")
+    assert read(repository + "/file").decode() == text
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ROT13 = str.maketrans(LETTERS + LETTERS.upper(), LETTERS[13:] + LETTERS[:13] + (LETTERS[13:] + LETTERS[:13]).upper())
+
+
+def test_sftp(cluster):
+    """Its protocol over cexec, as -D has it with a server of this host."""
+    need("sftp")
+    servers = [path for path in ("/usr/lib/openssh/sftp-server", "/usr/libexec/sftp-server") if os.path.exists(path)]
+    if not servers:
+        skip("sftp-server is not installed")
+    cluster.worker(servers[0])
+    data = noise(3000000)
+    make_file(cluster, "here", data)
+    commands = "put here there\nget there back\nrename there moved\nls -l moved\nrm moved\n"
+    done = subprocess.run(["sftp", "-q", "-b", "-", "-D", program(cluster, "server", "exec", cexec_in_a_shell(cluster))],
+                          cwd=cluster.directory, env=cluster.environment(), input=commands.encode(),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE * 2)
+    assert done.returncode == 0 and b" 3000000 " in done.stdout, done
+    assert read(cluster.path("back")) == data and not os.path.exists(cluster.path("moved"))
+
+
+def test_rsync(cluster):
+    """There and back, where cexec is the remote shell; then what has changed alone."""
+    need("rsync")
+    cluster.shell_worker()
+    data = noise(3000000)
+    for name, content in (("large", data), ("empty", b""), ("d/small", b"x"), ("d/e/\xe9 name", b"\0\xff")):
+        os.makedirs(os.path.dirname(cluster.path("from/" + name)), exist_ok=True)
+        make_file(cluster, "from/" + name, content)
+    shell = program(cluster, "rsh", "shift\nexec", cexec_in_a_shell(cluster), 'CMD="$*"')
+
+    def copy(source, target):
+        subprocess.run(["rsync", "-a", "-e", shell, source, target], cwd=cluster.directory, env=cluster.environment(),
+                       check=True, timeout=PATIENCE * 2)
+        subprocess.run(["diff", "-r", "from", target.partition(":")[2] or target], cwd=cluster.directory, check=True)
+    copy("from/", "host:" + cluster.path("there"))
+    make_file(cluster, "from/large", data[:1000000] + b"changed" + data[1000000:])
+    copy("from/", "host:" + cluster.path("there"))
+    copy("host:" + cluster.path("there") + "/", "back")
+
 
 def test_oggenc(cluster):
     """The first example of the manual: the same bytes as oggenc gives here."""
@@ -7046,6 +7248,9 @@ LIES = [
     ("output is missing on descriptor 2", BOTH_EOF + exit_frame((1, 0, 0), (2, 2 ** 64 - 1, 0))),
     ("output is missing on descriptor 1", BOTH_EOF + exit_frame()),
     ("output is missing on descriptor 1", data_frame(1, b"12345") + exit_frame((1, 5, 0), (2, 0, 0))),
+    *[("EXIT by signal %d" % number, BOTH_EOF + cexec.make_frame(cexec.EXIT, how=cexec.HOW_SIGNALLED, status=number, more=0,
+                                                                 reason="", channels=[(1, 0, 0), (2, 0, 0)]))
+      for number in (0, 128, 255)],     # 128 + 128 would be success
     ("DATA without credit", b"".join(data_frame(1, bytes(cexec.FRAME_MAX)) for _ in range(40))),    # nobody reads it
     ("more credit than a window", cexec.make_frame(cexec.CREDIT, 0, bytes=2 ** 32 - 1)),
     ("no channel 7", data_frame(7, b"x")),
