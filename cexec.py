@@ -21,7 +21,7 @@ The way of a job:
        |  <---------------- certificate, finish |
        |  hash pinned in the pub? else: complain, close
        |  <-------- HELLO nonce, id, challenge  |
-       |  AUTH hmac, JOB fds, environment --->  |   hmac good? else: close
+       |  AUTH hmac, WORDS, JOB fds --------->  |   hmac good? else: close
        |  <------------------ ACCEPT or REFUSE  |   supervisor forked, nothing run
        |  GO -------------------------------->  |   the command starts
        |  CLAIM token  ------------ group --->  |   other workers forget the job
@@ -1974,7 +1974,7 @@ class End:
 
     patient = False                 # to be written only when poll says so, PIPE_BUF at most
     terminal = False                # to be read only in the foreground, or it would stop us
-    watched = False                 # a pipe or socket, of which poll tells that the other end has closed
+    watched = False                 # whether poll tells that nobody will ever read the other end again
 
     def __init__(self, fd, polled, release, halves):
         self.fd, self.polled, self.release, self.halves = fd, polled, release, set(halves)
@@ -2450,10 +2450,19 @@ class Inherited:
             return True
         return self.flags == other.flags and (self.kind != FILE or shares_offset(self.number, other.number))
 
+    def is_nameless_pipe(self):
+        """Whether nobody can open it any more: the readers of a FIFO come and go."""
+        made = os.pipe()
+        try:
+            return self.kind == PIPE and self.status.st_dev == os.fstat(made[0]).st_dev
+        finally:
+            for fd in made:
+                os.close(fd)
+
     def is_other_end_of(self, output):
         """Whether what is written to that output would be read here."""
         if self.kind == PIPE:
-            return output.kind == PIPE and os.path.samestat(self.status, output.status)
+            return output.kind == PIPE and self.status.st_ino and os.path.samestat(self.status, output.status)
         return self.kind == output.kind == SOCKET and are_peers(self.number, output.number)
 
 
@@ -2683,7 +2692,7 @@ def local_end(members, halves, floor):
         end = End(fd, number, lambda: (retire(numbers), os.close(fd)), halves)
         if item.kind == PIPE and halves == ["read"]:
             enlarge(fd)             # 64 KiB at a time would cost a fifth of the speed
-    end.terminal, end.watched = item.kind == TERMINAL, item.kind == PIPE
+    end.terminal, end.watched = item.kind == TERMINAL, item.is_nameless_pipe()
     return end
 
 
@@ -3462,8 +3471,8 @@ class Run(Served):
 
     def let_go_of_stderr(self):
         """Once the command has closed 2 and goes on: whoever reads there, if that is so, is to see the end."""
-        closed = any(sink.state in (ENDED, SHUTDOWN) and sink.end.watched and self.job.has_number(channel, 2)
-                     for channel, sink in self.sinks.items())
+        closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
+                     and self.job.channels[channel][0].kind in (PIPE, SOCKET) for channel, sink in self.sinks.items())
         if closed and self.exit is None:
             self.log_as_before()
 
@@ -5283,7 +5292,7 @@ class Supervisor(Carrier):
 
     def release(self, near, channel):
         """Closes a pipe's near end; of a counted input, keeps a way to see what is left in it."""
-        if channel in self.counted() and self.state is RUNNING:
+        if channel in self.counted() and self.state in (RUNNING, ASKING):
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
                 self.inputs[channel] = lifted_away(reader, self.loop.floor)

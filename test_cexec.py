@@ -1751,7 +1751,8 @@ def test_words_without_an_end():
             words.take(count, 0)
 
 
-@pytest.mark.parametrize("piece", [b"x" * cexec.CONTROL_MAX, bytes(cexec.CONTROL_MAX), b""], ids=["long", "many", "none"])
+@pytest.mark.parametrize("piece", [b"x" * cexec.CONTROL_MAX, bytes(cexec.CONTROL_MAX), b""],
+                         ids=["long", "many", "none"])
 def test_words_without_bounds(piece):
     words = cexec.Words()
     with pytest.raises(cexec.ProtocolError, match="more than 6 MiB"):
@@ -2655,7 +2656,8 @@ INTRUSIONS = [
     ("an oversized JOB", b"frame of kind 3", oversized),
     ("a variable without a name", b"impossible variable", proved((cexec.JOB, {"environment": ["=x"]}))),
     ("a variable with a zero", b"other words than JOB", proved((cexec.JOB, {"environment": ["A=x\0LD_PRELOAD=y"]}))),
-    ("words that JOB does not have", b"other words than JOB", proved((cexec.WORDS, {"bytes": b"A=1\0"}), (cexec.JOB, {}))),
+    ("words that JOB does not have", b"other words than JOB",
+     proved((cexec.WORDS, {"bytes": b"A=1\0"}), (cexec.JOB, {}))),
     ("words without end", b"more than 6 MiB", proved(*[(cexec.WORDS, {"bytes": b"x" * cexec.CONTROL_MAX})] * 97)),
     ("words before a proof", b"WORDS out of place", lambda asker, peer: peer.send(cexec.WORDS, bytes=b"A=1\0")),
     ("arguments", b"takes none", proved((cexec.WORDS, {"bytes": b"x\0"}), (cexec.JOB, {"arguments": 1}))),
@@ -3541,6 +3543,8 @@ ORACLE = [
          "alpha\nbeta\ngamma\ndelta\n"),
     case("reader_that_has_left", python(WAIT_FOR_READER), "{ RUN; echo $? >status; } | head -n 1; cat status",
          "first\n7\n"),
+    case("readers_of_a_fifo_that_come_and_go", "echo one >&3; until [ -e over ]; do sleep 0.02; done; echo two >&3",
+         "mkfifo f; RUN 3>f & read x <f; echo $x; sleep 0.2; { sleep 0.2; : >over; } & read x <f; echo $x; wait", "one\ntwo\n"),
     case("a_file_at_5_that_is_not_read", "true", "exec 5<$DATA/words; RUN; cat <&5", "alpha\nbeta\ngamma\ndelta\n"),
     case("closed_stdin", "cat; echo $?", "RUN <&-", "1\n"),
     case("closed_stdout", "cat", "RUN <$DATA/words >&-; echo $?", "1\n"),
@@ -4585,7 +4589,8 @@ def test_a_worker_whose_address_is_none_gets_no_job(cluster, address):
         assert ear.wait_for(cexec.ALERT)[0].body.reason == "an impossible address"
     cluster.worker("echo", "a true one")
     assert client.communicate(timeout=PATIENCE) == (b"a true one\n", None)
-    assert re.fullmatch(r"worker=127\.0\.0\.1 seconds=[\d.]+ status=0 exited=0\n", read(cluster.path("report")).decode())
+    report = read(cluster.path("report")).decode()
+    assert re.fullmatch(r"worker=127\.0\.0\.1 seconds=[\d.]+ status=0 exited=0\n", report)
 
 
 def test_who_was_lost_is_said_though_the_command_has_closed_2(one):
@@ -4674,8 +4679,8 @@ WRONG = [
     *(wrong("cexec", 100, "%s=%s: not a whole number" % (name, value), "app.pub", **{name: value})
       for name in NUMBER_SETTINGS for value in ("x", "-2", "1.5", "99999999999999")),
     wrong("cexec", 100, "MAXFD=2: not a whole number from 3 to 1024", "app.pub", MAXFD="2"),
-    wrong("cexec", 100, "=31: not a whole number from 32 to 1048576; CEXEC_MAXFD, which can be lowered, is 32", "app.pub",
-          CEXEC_FD_FOR_ERRORS="31"),
+    wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=31: not a whole number from 32 to 1048576; CEXEC_MAXFD, which can be lowered,"
+          " is 32", "app.pub", CEXEC_FD_FOR_ERRORS="31"),
     wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=77: Bad file descriptor", "app.pub", CEXEC_FD_FOR_ERRORS="77"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=x: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="x"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=²: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="²"),
@@ -4939,7 +4944,8 @@ def test_sftp(cluster):
     data = noise(3000000)
     make_file(cluster, "here", data)
     commands = "put here there\nget there back\nrename there moved\nls -l moved\nrm moved\n"
-    done = subprocess.run(["sftp", "-q", "-b", "-", "-D", program(cluster, "server", "exec", cexec_in_a_shell(cluster))],
+    server = program(cluster, "server", "exec", cexec_in_a_shell(cluster))
+    done = subprocess.run(["sftp", "-q", "-b", "-", "-D", server],
                           cwd=cluster.directory, env=cluster.environment(), input=commands.encode(),
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE * 2)
     assert done.returncode == 0 and b" 3000000 " in done.stdout, done
@@ -7248,9 +7254,9 @@ LIES = [
     ("output is missing on descriptor 2", BOTH_EOF + exit_frame((1, 0, 0), (2, 2 ** 64 - 1, 0))),
     ("output is missing on descriptor 1", BOTH_EOF + exit_frame()),
     ("output is missing on descriptor 1", data_frame(1, b"12345") + exit_frame((1, 5, 0), (2, 0, 0))),
-    *[("EXIT by signal %d" % number, BOTH_EOF + cexec.make_frame(cexec.EXIT, how=cexec.HOW_SIGNALLED, status=number, more=0,
-                                                                 reason="", channels=[(1, 0, 0), (2, 0, 0)]))
-      for number in (0, 128, 255)],     # 128 + 128 would be success
+    *[("EXIT by signal %d" % number,            # 128 + 128 would be success
+       BOTH_EOF + cexec.make_frame(cexec.EXIT, how=cexec.HOW_SIGNALLED, status=number, more=0, reason="",
+                                   channels=[(1, 0, 0), (2, 0, 0)])) for number in (0, 128, 255)],
     ("DATA without credit", b"".join(data_frame(1, bytes(cexec.FRAME_MAX)) for _ in range(40))),    # nobody reads it
     ("more credit than a window", cexec.make_frame(cexec.CREDIT, 0, bytes=2 ** 32 - 1)),
     ("no channel 7", data_frame(7, b"x")),
