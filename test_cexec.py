@@ -3544,7 +3544,8 @@ ORACLE = [
     case("reader_that_has_left", python(WAIT_FOR_READER), "{ RUN; echo $? >status; } | head -n 1; cat status",
          "first\n7\n"),
     case("readers_of_a_fifo_that_come_and_go", "echo one >&3; until [ -e over ]; do sleep 0.02; done; echo two >&3",
-         "mkfifo f; RUN 3>f & read x <f; echo $x; sleep 0.2; { sleep 0.2; : >over; } & read x <f; echo $x; wait", "one\ntwo\n"),
+         "mkfifo f; RUN 3>f & read x <f; echo $x; sleep 0.2; { sleep 0.2; : >over; } & read x <f; echo $x; wait",
+         "one\ntwo\n"),
     case("a_file_at_5_that_is_not_read", "true", "exec 5<$DATA/words; RUN; cat <&5", "alpha\nbeta\ngamma\ndelta\n"),
     case("closed_stdin", "cat; echo $?", "RUN <&-", "1\n"),
     case("closed_stdout", "cat", "RUN <$DATA/words >&-; echo $?", "1\n"),
@@ -4679,8 +4680,8 @@ WRONG = [
     *(wrong("cexec", 100, "%s=%s: not a whole number" % (name, value), "app.pub", **{name: value})
       for name in NUMBER_SETTINGS for value in ("x", "-2", "1.5", "99999999999999")),
     wrong("cexec", 100, "MAXFD=2: not a whole number from 3 to 1024", "app.pub", MAXFD="2"),
-    wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=31: not a whole number from 32 to 1048576; CEXEC_MAXFD, which can be lowered,"
-          " is 32", "app.pub", CEXEC_FD_FOR_ERRORS="31"),
+    wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=31: not a whole number from 32 to 1048576; CEXEC_MAXFD, which can be "
+          "lowered, is 32", "app.pub", CEXEC_FD_FOR_ERRORS="31"),
     wrong("cexec", 100, "CEXEC_FD_FOR_ERRORS=77: Bad file descriptor", "app.pub", CEXEC_FD_FOR_ERRORS="77"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=x: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="x"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=²: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="²"),
