@@ -3543,9 +3543,9 @@ ORACLE = [
          "alpha\nbeta\ngamma\ndelta\n"),
     case("reader_that_has_left", python(WAIT_FOR_READER), "{ RUN; echo $? >status; } | head -n 1; cat status",
          "first\n7\n"),
-    case("readers_of_a_fifo_that_come_and_go", "echo one >&3; until [ -e over ]; do sleep 0.02; done; echo two >&3",
-         "mkfifo f; RUN 3>f & read x <f; echo $x; sleep 0.2; { sleep 0.2; : >over; } & read x <f; echo $x; wait",
-         "one\ntwo\n"),
+    case("readers_of_a_fifo_that_come_and_go", "echo one >&3; read go; echo two >&3",
+         "mkfifo f g; RUN <g 3>f & exec 9>g; read x <f; echo $x; sleep 0.2; { sleep 0.2; echo >&9; } & read x <f; "
+         "echo $x; wait", "one\ntwo\n"),
     case("a_file_at_5_that_is_not_read", "true", "exec 5<$DATA/words; RUN; cat <&5", "alpha\nbeta\ngamma\ndelta\n"),
     case("closed_stdin", "cat; echo $?", "RUN <&-", "1\n"),
     case("closed_stdout", "cat", "RUN <$DATA/words >&-; echo $?", "1\n"),
@@ -4595,16 +4595,17 @@ def test_a_worker_whose_address_is_none_gets_no_job(cluster, address):
 
 
 def test_who_was_lost_is_said_though_the_command_has_closed_2(one):
-    """A file has no reader who waits for its end."""
+    """A terminal has no reader who waits for its end."""
     reader, writer = os.pipe()
-    with open(one.path("errors"), "wb") as errors:
-        with job(one, "exec 2>&-; echo closed; read x; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000",
-                 fds={0: reader, 2: errors}) as process:
-            assert read_count(process.out[1], 7) == b"closed\n"
-            time.sleep(1.5)             # a pipe would be closed by now, so that whoever reads it sees its end
-            os.write(writer, b"go\n")
-            assert finish(process) == (111, b"")
-    assert read(one.path("errors")).startswith(b"cexec: worker 127.0.0.1 lost after")
+    master, terminal = pty.openpty()
+    command = "exec 2>&-; echo closed; read x; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000"
+    with job(one, command, fds={0: reader, 2: terminal}) as process:
+        assert read_count(process.out[1], 7) == b"closed\n"
+        time.sleep(1.5)                 # a pipe would be closed by now, so that whoever reads it sees its end
+        os.write(writer, b"go\n")
+        assert finish(process) == (111, b"")
+    os.close(terminal)
+    assert read_all(master).startswith(b"cexec: worker 127.0.0.1 lost after")
     os.close(reader)
     os.close(writer)
 
