@@ -56,7 +56,7 @@ PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
-FIRST_TRY = {"attempt": 1, "waited": 0, "batch": bytes(8)}      # ANNOUNCE's fields
+FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
 PORTS = itertools.count(6600 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
@@ -845,10 +845,11 @@ def test_codes_and_names_are_unique():
     (lambda: cexec.make_frame(cexec.AUTH, proof=TOKEN), "0200000000000020" + TOKEN.hex()),
     (lambda: cexec.COMMON.pack(application=b"application"[:8], client="bob", nonce=NONCE),
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
-    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, batch=bytes(8)), "00000002000000030000000000000000"),
+    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8)), "0000000200000003" + "00000004" + "00" * 8),
+    (lambda: cexec.BUSY.pack(attempt=2, ahead=3, failures=4), "00000002" + "00000003" + "0004"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: cexec.make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
-     "43455843" + "01" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
+     "43455843" + "02" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
      + NONCE.hex() + TOKEN.hex() + "0001"),
 ])
 def test_bytes_on_the_wire(made, wire):
@@ -902,7 +903,7 @@ NAMED = made_pub()._replace
     (b"XEXC" + ANNOUNCEMENT[4:], "not a cexec datagram"),
     (ANNOUNCEMENT + bytes(1201 - len(ANNOUNCEMENT)), "not a cexec datagram"),
     (with_byte(ANNOUNCEMENT, 4, 0), "protocol version 0"),
-    (with_byte(ANNOUNCEMENT, 4, 2), "protocol version 2"),
+    (with_byte(ANNOUNCEMENT, 4, 3), "protocol version 3"),
     (with_byte(ANNOUNCEMENT, 5, 0), "unknown datagram 0"),
     (with_byte(ANNOUNCEMENT, 5, 255), "unknown datagram 255"),
     (with_byte(ANNOUNCEMENT, 33, 255), "cut short"),
@@ -2679,7 +2680,7 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             return max(heard.body.attempt for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE)
 
         def said(words, attempt):
-            data = cexec.make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7)
+            data = cexec.make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7, failures=0)
             ear.mouth.sendto(data, (address, client_of.port))
             return words in read(client.log)
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
@@ -5170,7 +5171,7 @@ def misconfigured(hosts, spaces, what):
     ("wrong secret", False, "10.77.0.2: a worker of this application to which wrong.pub proves nothing: make the pub"),
     ("no network", False, "no network is up: only this machine was asked"),
     ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
-    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 2, this is 1: copy one cexec.py to both"),
+    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 3, this is 2: copy one cexec.py to both"),
     ("another port", False, "no other cexec was heard: .* firewall there let UDP port 3011 in"),
     ("firewall there", False, "no other cexec was heard: is cservice running, in the same network, with the same"),
     ("udp firewall here", False, "workers connect to us, but their datagrams do not arrive: let UDP"),
@@ -5180,7 +5181,7 @@ def test_list_says_what_is_wrong(hosts, what, answered, said):
     spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
     if what == "another version there":
         later = hosts.path("later.py")
-        put(later, read(PROGRAM).decode().replace("PROTOCOL = 1  ", "PROTOCOL = 2  "))
+        put(later, read(PROGRAM).decode().replace("PROTOCOL = 2  ", "PROTOCOL = 3  "))
         hosts.launch = [PYTHON, later]
     hosts.worker("cat", options=("-x", "bob"), space=spaces["worker"])
     hosts.launch = [PYTHON, PROGRAM]
@@ -7728,10 +7729,10 @@ def test_keys_are_made_without_ssl(keys):
 def other_version(cluster):
     """The program as it will be in the next version of the protocol, with a longer HELLO."""
     text = read(PROGRAM).decode()
-    for old, new in (("\nPROTOCOL = 1 ", "\nPROTOCOL = 2 "),
+    for old, new in (("\nPROTOCOL = 2 ", "\nPROTOCOL = 3 "),
                      ('load="I", delay="I")', 'load="I", delay="I", more="I")'),
                      ("delay=u32(self.delay * 1e6))", "delay=u32(self.delay * 1e6), more=1)"),
-                     ('waited="I", batch="8s")', 'waited="I", batch="8s", more="I")'),
+                     ('pause="I", batch="8s")', 'pause="I", batch="8s", more="I")'),
                      ("batch=self.job.batch)\n", "batch=self.job.batch, more=1)\n")):
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -7750,9 +7751,9 @@ def test_a_peer_of_another_version_is_named(cluster):
     cluster.launch = [PYTHON, other_version(cluster)]
     done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
     refusal(done, 111, "no worker answered in 1 s on %s (is cservice running" % group)
-    said = "127.0.0.1 speaks protocol version 2, this is 1 (cexec %s)" % cexec.VERSION
+    said = "127.0.0.1 speaks protocol version 3, this is 2 (cexec %s)" % cexec.VERSION
     until(lambda: plain.lines() and as_json.lines(), "crat's lines")
-    dropped = b"dropped a datagram from 127.0.0.1: protocol version 2, this is 1"
+    dropped = b"dropped a datagram from 127.0.0.1: protocol version 3, this is 2"
     for log in (worker.log, proxy_log):
         until(lambda: dropped in read(log), "a line in %s" % log)
     cluster.launch = [PYTHON, PROGRAM]
@@ -7761,7 +7762,7 @@ def test_a_peer_of_another_version_is_named(cluster):
     assert plain.lines()[0] == said and "completed" in plain.lines()[1] and len(plain.lines()) == 2
     record = json.loads(as_json.lines()[0])
     assert record.pop("time") > 1e9
-    assert record == {"client": "127.0.0.1", "event": "version", "version": 2, "ours": 1}
+    assert record == {"client": "127.0.0.1", "event": "version", "version": 3, "ours": 2}
 
 
 @pytest.mark.parametrize("how", ["BUSY", "HELLO", "a longer HELLO"])
@@ -7781,20 +7782,20 @@ def test_a_client_names_a_worker_of_another_version(cluster, how, worker_key):
                 peer.raw(cexec.FRAME_HEAD.pack(cexec.HELLO.code, 0, 0, len(body)) + body)
                 assert peer.next() is None
             complaint = ear.wait_for(cexec.ALERT)[0].body
-            assert complaint.reason == "protocol version 7, this is 1"
+            assert complaint.reason == "protocol version 7, this is 2"
         assert client.wait(PATIENCE) == 111
     last = read(client.log).decode().splitlines()
-    assert any("(127.0.0.1 speaks protocol version 7, this is 1)" in line for line in last), last
-    assert any("127.0.0.1: protocol version 7, this is 1" in line for line in last), last
+    assert any("(127.0.0.1 speaks protocol version 7, this is 2)" in line for line in last), last
+    assert any("127.0.0.1: protocol version 7, this is 2" in line for line in last), last
 
 
 @pytest.mark.parametrize("rest", [b"", b"\0", bytes(20), bytes(1195), b"\xff" * 60])
 def test_magic_and_version_are_read_whatever_follows(rest):
     with pytest.raises(cexec.OtherVersion) as caught:
-        cexec.Datagram(b"CEXC\2" + rest)
-    assert (caught.value.version, str(caught.value)) == (2, "protocol version 2, this is 1")
+        cexec.Datagram(b"CEXC\3" + rest)
+    assert (caught.value.version, str(caught.value)) == (3, "protocol version 3, this is 2")
     with pytest.raises(cexec.ProtocolError, match="not a cexec datagram"):
-        cexec.Datagram(b"CEXD\2" + rest)
+        cexec.Datagram(b"CEXD\3" + rest)
 
 
 # Bare boxes
