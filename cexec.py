@@ -14,7 +14,7 @@ The way of a job:
      client                                   worker
        | ANNOUNCE nonce, port  ---- group --->  |   MAC good? key known? not served?
        |                                        |   wait load x 20 ms
-       |  <------------------------- TCP connect|   an offer: it holds a slot for 3 s
+       |  <------------------------- TCP connect|   an offer: it holds a slot
        |  TLS ClientHello ------------------->  |   the worker is the TLS server
        |  <---------------- certificate, finish |
        |  hash pinned in the pub? else: complain, close
