@@ -155,7 +155,8 @@ RETRIES = 3                         # times that such a job is run again
 MEMORY = 10000                      # jobs, datagrams remembered by anyone
 
 OFFER_SECONDS = 3.0                 # an offer is open for this long
-HOLD_SECONDS = 0.25                 # and holds a slot for this long before TLS is up
+HOLD_SECONDS = 0.25                 # and holds a slot for this long before TLS is up,
+HOLD_MAX = 1.0                      # or this, if it took longer than that the last time
 LATE_MAX = 64                       # offers beyond that, which hold no slot, at a time
 BACKOFF_MAX = 16.0                  # seconds until a client to which no connection gets through is tried again
 LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
@@ -3121,6 +3122,10 @@ class Search:
         log.note("connections of %s to us fail", address)
         if not self.arrived:
             self.blocked = True
+            self.loop.after(1.0, self.say_blocked)      # we may have been stopped, and be about to take one
+
+    def say_blocked(self):
+        if self.blocked:
             log.once(TCP_BLOCKED)
 
     def refused(self, candidate, reason):
@@ -4544,6 +4549,10 @@ class Waiting:
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
+    def reached(self):
+        """A connection has got through."""
+        self.failures, self.retry_at = 0, 0.0
+
     def failed(self, now):
         """No connection gets through: backs off, for seconds that double."""
         self.retry_at = now + min(BACKOFF_MAX, 2.0 ** min(self.failures, 10))
@@ -4945,9 +4954,9 @@ class Worker:
     def reached(self, offer):
         """TLS is up: whether there is a slot for it.  Without one the client goes (back) to its place in the line."""
         client, free = offer.client, offer.state == "CONNECTING" or self.free_slots()
-        client.failures, client.retry_at = 0, 0.0
+        client.reached()
         if time.monotonic() - offer.began > HOLD_SECONDS:   # far away, or slow: it would never get one
-            self.holds[client.address] = OFFER_SECONDS
+            self.holds[client.address] = HOLD_MAX
         elif offer.hold < HOLD_SECONDS:                     # who failed before is trusted again by and by
             self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
         if not free:
@@ -6281,9 +6290,11 @@ class Proxy:
             return                  # heard where it would be sent
         port = 0
         if datagram.kind in (ANNOUNCE, QUERY):
+            if is_multicast(address):           # answers to a broadcast address the system refuses
+                return log.note("dropped %r: %s is not a host's address", datagram, address)
             relay = self.relay_for((address, datagram.port))
             if relay is None:
-                return log.note("dropped %r: its client can't be relayed, or there are too many", datagram)
+                return log.note("dropped %r: too many clients", datagram)
             relay.asked[datagram.nonce] = datagram.kind
             port = relay.back.port
         # a link-local address means something on its link alone: there it is the sender's
@@ -6299,9 +6310,7 @@ class Proxy:
     def relay_for(self, client):
         relay = self.relays.get(client)
         if relay is None:
-            if not client[1] or is_multicast(client[0]):        # a broadcast the system refuses
-                return None
-            if len(self.relays) >= RELAYS_MAX and not self.give_up_oldest():
+            if not client[1] or len(self.relays) >= RELAYS_MAX and not self.give_up_oldest():
                 return None
             try:
                 relay = self.relays[client] = Relay(self, client)
