@@ -1753,7 +1753,7 @@ class Link:
         return bool(self.sending)
 
     def undelivered(self):
-        """The bytes that the peer's host has not acknowledged: 0, or what we know of, if the system does not tell."""
+        """The bytes that the peer's host has not acknowledged; where the system does not tell, what is still here."""
         return len(self.sending) + unacknowledged(self.sock)
 
     def start(self):
