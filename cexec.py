@@ -16,7 +16,7 @@ The way of a job:
      client                                   worker
        | ANNOUNCE nonce, port  ---- group --->  |   MAC good? key known? not served?
        |                                        |   wait load x 20 ms
-       |  <------------------------- TCP connect|   an offer: it holds a slot for 3 s
+       |  <------------------------- TCP connect|   an offer: it holds a slot
        |  TLS ClientHello ------------------->  |   the worker is the TLS server
        |  <---------------- certificate, finish |
        |  hash pinned in the pub? else: complain, close
@@ -158,13 +158,21 @@ HELD_MAX = 8 * 1024 * 1024          # bytes of input held for a job that may be 
 RETRIES = 3                         # times that such a job is run again
 MEMORY = 10000                      # jobs, datagrams remembered by anyone
 
-OFFER_SECONDS = 3.0                 # an offer holds a slot for this long
-LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence
+OFFER_SECONDS = 3.0                 # an offer is open for this long
+HOLD_SECONDS = 0.25                 # and holds a slot for this long before TLS is up,
+HOLD_MAX = 1.0                      # or this, if it took longer than that the last time
+LATE_MAX = 64                       # offers beyond that, which hold no slot, at a time
+BACKOFF_MAX = 16.0                  # seconds until a client to which no connection gets through is tried again
+LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
+LINE_PAUSES = 4                     # or after so many pauses between its announcements, if these are longer
+PAUSE_MAX = 15.0                    # seconds: none announces itself more seldom, whatever it says
 FRESH_TRIES = 3                     # a BUSY that answers an earlier announcement than that is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
 PENALTY = 2.0                       # seconds more for a worker that has failed
+COMPLAINT_SECONDS = 600.0           # who has complained of another worker in this time may have a bad link
+MUCH_MOVED = 1024 * 1024            # bytes taken by a worker or sent by it: it works, if its client can be reached
 SPREAD_MIN = 0.002                  # a random spread below this is none
 SPREAD_MAX = 1.0
 OFFERS_WANTED = 3                   # offers an announcement that the spread steers for
@@ -208,6 +216,13 @@ class Log:
         self.applet = "cexec"
         self.verbose = False
         self.fd, self.newline, self.shown = 2, "\n", ""
+        self.said = set()           # by once()
+
+    def once(self, message):
+        """Says what it has not said before."""
+        if message not in self.said:
+            self.said.add(message)
+            self.say(message)
 
     def say(self, message):
         shown = self.shown
@@ -709,14 +724,14 @@ def by_code(*messages):
 
 # Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
-ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", batch="8s")          # waited: ms
+ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s")   # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
-BUSY = Message(4, "BUSY", attempt="I", ahead="I")
+BUSY = Message(4, "BUSY", attempt="I", ahead="I", failures="H")     # failures: connections that did not get through
 QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer is longer
 REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
-                slots="H", waiting="I", uptime="I")                 # load: 1/1000, uptime: s
+                slots="H", waiting="I", uptime="I", draining="B")   # load: 1/1000, uptime: s
 DENY = Message(7, "DENY", serves="8s", why="B")                     # proves nothing; serves: an application id
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 
@@ -1494,18 +1509,18 @@ class ReturnPort:
             self.loop.on_read(listener.fileno(), functools.partial(accept, listener))
 
     def deafen(self):
-        """Takes no more; datagrams can still be sent."""
-        for sock in list(self.udp.values()) + self.listeners:
-            self.loop.forget(sock.fileno())
-        for listener in self.listeners:
-            listener.close()
-        self.listeners = []
+        """Takes no more, and leaves the port to others; datagrams can still be sent."""
+        families = list(self.udp)
+        self.close()
+        self.port = 0               # nothing comes back
+        for family in families:
+            self.udp[family] = self.loop.own(open_udp(family))
 
     def close(self):
-        self.deafen()
-        for sock in self.udp.values():
+        for sock in list(self.udp.values()) + self.listeners:
+            self.loop.forget(sock.fileno())
             sock.close()
-        self.udp = {}
+        self.udp, self.listeners = {}, []
 
 
 # ---------------------------------------------------------------------------
@@ -1688,13 +1703,6 @@ def hear_all(loop, listeners, handler, stranger=None):
         rejoin()
 
 
-def hear_no_more(loop, listeners):
-    for listener in listeners:
-        for sock in listener.socks.values():
-            loop.forget(sock.fileno())
-        listener.close()
-
-
 # ---------------------------------------------------------------------------
 # The channel: TLS, a link of frames, and the streams of descriptors over it
 # ---------------------------------------------------------------------------
@@ -1831,6 +1839,10 @@ class Link:
         """Whether the socket takes no more: whoever has data for it had better wait."""
         return bool(self.sending)
 
+    def undelivered(self):
+        """The bytes that the peer's host has not acknowledged; where the system does not tell, what is still here."""
+        return len(self.sending) + unacknowledged(self.sock)
+
     def start(self):
         """Begins the handshake (the client's side has something to say at once)."""
         self._digest()
@@ -1954,6 +1966,15 @@ def begin_connection(address, port):
     except OSError as caught:       # too many files; or an address of another host's making is none
         return sock, str(caught)
     return sock, None if error in (0, errno.EINPROGRESS) else os.strerror(error)
+
+
+def unacknowledged(sock):
+    """The bytes in a TCP socket's send queue (SIOCOUTQ, tcp(7)); 0 where the system does not tell."""
+    import termios
+    try:
+        return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+    except OSError:
+        return 0
 
 
 def keep_alive(sock):
@@ -3118,7 +3139,7 @@ class Candidate:
         elif kind is PONG and self.state == "ASKED":
             self.rcvd_pong()
         elif kind is REFUSE and self.state == "ASKED":
-            self.search.avoid.add(self.hello.worker_id)
+            self.search.refused(self, payload.reason)
             link.fail("refused: " + payload.reason)
         else:
             raise ProtocolError("%s out of place" % kind)
@@ -3209,40 +3230,81 @@ class Origin:
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
+class Avoided:
+    """The workers that are not asked: for good, or for seconds, which double with each time that one refuses."""
+
+    def __init__(self):
+        self.until, self.seconds = {}, {}           # worker_id: a time of ours; for how long the last time
+
+    def __contains__(self, worker_id):
+        return time.monotonic() < self.until.get(worker_id, 0.0)
+
+    def for_good(self, worker_id):
+        self.until[worker_id] = float("inf")
+
+    def for_now(self, worker_id):
+        self.seconds[worker_id] = 2 * self.seconds.get(worker_id, 0.5)
+        self.until[worker_id] = time.monotonic() + self.seconds[worker_id]
+
+    def forgive(self, worker_id):
+        self.seconds.pop(worker_id, None)
+
+
+TCP_BLOCKED = ("the workers answer, but their connections do not arrive: let TCP to this machine through the "
+               "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+
+
 class Search:
     """Announces a job until a worker has accepted it; then calls begin(the Candidate)."""
 
-    def __init__(self, loop, group, pub, job, begin, avoid=()):
+    def __init__(self, loop, group, pub, job, begin, avoid):
         self.loop, self.group, self.pub, self.job, self.begin = loop, group, pub, job, begin
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
-        self.candidates, self.avoid, self.complained = [], set(avoid), set()
+        self.candidates, self.avoid, self.complained = [], avoid, set()
         self.offers = self.attempt = 0
         self.context = self.asked = None
         self.back = ReturnPort(job.ports, loop, group.families())
         self.began = self.answered = time.monotonic()
         self.ahead = None           # clients before us in a line, the last we heard
         self.stranger = None        # what we heard of a worker of another version
+        self.refusal = None         # what the last worker said that refused the job
+        self.not_allowed = set()    # addresses of workers that answered, and may not
+        self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
+
+    def pause(self):
+        """The seconds until the next announcement, a quarter less or more."""
+        seconds = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
+        return max(seconds, len(self.group.targets) * SECONDS_A_WAY)
 
     def announce(self):
         now = time.monotonic()
         accept, wait = self.job.accept_seconds, self.job.wait_seconds
-        if accept and self.ahead is not None:
-            accept = max(accept, BUSY_SECONDS + 2)      # in a line we hear that seldom
+        if accept and self.ahead is not None:           # in a line we hear that seldom
+            accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.answered > accept or wait and now - self.began > wait:
             return self.give_up(self.complaint(now))
         self.attempt += 1
-        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000), batch=self.job.batch)
+        pause = self.pause()
+        ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000),
+                         pause=u32(pause * 1250), batch=self.job.batch)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
-        pause = max(min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10)), ways * SECONDS_A_WAY)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
     def give_up(self, message):
         raise Fatal(EXIT_TEMPORARY, message)
 
     def complaint(self, now):
+        if self.blocked:
+            return "no worker reached us in %d s: %s" % (now - self.began, TCP_BLOCKED)
+        if self.refusal:
+            return "no worker took the job in %d s: %s" % (now - self.began, self.refusal)
         if self.ahead is not None:
             return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
+        if self.not_allowed:
+            return ("%d of the workers answered in %d s and were not allowed (CEXEC_ACCEPT_SERVER, "
+                    "CEXEC_REJECT_SERVERS): %s" % (len(self.not_allowed), now - self.answered,
+                                                   ", ".join(sorted(self.not_allowed)[:8])))
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
@@ -3276,8 +3338,37 @@ class Search:
             return log.note("dropped %r", datagram)
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
             return log.note("dropped %r: an old one", datagram)
+        if not self.allows(address):
+            return
+        if datagram.body.failures:
+            return self.not_reached(address)
         self.answered, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
+
+    def allows(self, address):
+        """Whether this worker may do the job."""
+        allowed = self.job.may_offer(address)
+        if not allowed:
+            log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
+            self.not_allowed.add(address)
+        return allowed
+
+    def not_reached(self, address):
+        """A worker says that its connections to us fail, which is no answer if nobody's arrive."""
+        log.note("connections of %s to us fail", address)
+        if not self.arrived:
+            self.blocked = True
+            self.loop.after(1.0, self.say_blocked)      # we may have been stopped, and be about to take one
+
+    def say_blocked(self):
+        if self.blocked:
+            log.once(TCP_BLOCKED)
+
+    def refused(self, candidate, reason):
+        """REFUSE: an answer of a worker that has a trouble, which may be over in a moment."""
+        self.avoid.for_now(candidate.hello.worker_id)
+        self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
+        self.answered = time.monotonic()
 
     def accept(self, listener):
         """Takes every connection that has come, in the order in which they came."""
@@ -3287,8 +3378,8 @@ class Search:
                 address = address_of(peer)
             except OSError:
                 return
-            if not self.job.may_offer(address):
-                log.note("offer from %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
+            self.arrived, self.blocked = True, False
+            if not self.allows(address):
                 sock.close()
                 continue
             self.offers += 1
@@ -3350,6 +3441,7 @@ class Search:
         candidate.link.send(GO)
         candidate.timer.cancel()
         self.candidates.remove(candidate)
+        self.avoid.forgive(candidate.hello.worker_id)
         self.end()
         self.begin(candidate)
 
@@ -3667,9 +3759,10 @@ class Client:
         job.open_ends(self.loop.floor)
         if job.terminal:
             job.terminal.signalled = self.signalled
-        self.search = Search(self.loop, group, pub, job, self.begin)
+        self.avoid = Avoided()
+        self.search = Search(self.loop, group, pub, job, self.begin, self.avoid)
         self.run = self.held = None
-        self.told_to_end, self.lost_workers = False, []
+        self.told_to_end, self.losses = False, 0
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
 
@@ -3704,7 +3797,7 @@ class Client:
 
     def begin(self, winner):
         started_up()
-        if not self.lost_workers and (self.job.repeat or winner.hello.options & HELLO_REPEATABLE):
+        if not self.losses and (self.job.repeat or winner.hello.options & HELLO_REPEATABLE):
             self.held = Held()
         self.run = Run(self, self.search, winner)
         self.run.refresh()
@@ -3713,8 +3806,8 @@ class Client:
         """Why a lost job is not run again: None if it is, "" if nobody has asked for it."""
         if self.held is None:
             return ""
-        if len(self.lost_workers) >= self.job.retries:
-            return "that was try %d (CEXEC_RETRIES)" % (len(self.lost_workers) + 1)
+        if self.losses >= self.job.retries:
+            return "that was try %d (CEXEC_RETRIES)" % (self.losses + 1)
         if self.told_to_end:
             return "it was told to end"
         if run.trouble:
@@ -3732,10 +3825,11 @@ class Client:
             origin.restore(run.sinks.get(channel))
             self.job.reopen(channel)
         self.held.rewind()
-        self.lost_workers.append(run.hello.worker_id)
+        self.losses += 1
+        self.avoid.for_good(run.hello.worker_id)
         self.run = None
         self.search.back.close()
-        self.search = Search(self.loop, self.group, self.pub, self.job, self.begin, self.lost_workers)
+        self.search = Search(self.loop, self.group, self.pub, self.job, self.begin, self.avoid)
         self.search.announce()
         self.search.listen()
 
@@ -3756,8 +3850,9 @@ class Survey:
         self.group, self.pub, self.loop = group, pub, Loop()
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
-        self.connected, self.denied = set(), {}     # addresses of probes; (application id, why): addresses
-        self.others, self.versions = {}, {}         # application id: addresses; (version, address): addresses
+        self.connected, self.denied = set(), {}     # addresses of probes; why: addresses of our application's workers
+        self.foreign, self.others = {}, {}          # application id: addresses of its workers; of who speaks for it
+        self.versions = {}                          # (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.rcvd_answer, self.rcvd_probe)
         try:
@@ -3803,10 +3898,13 @@ class Survey:
             row = self.workers.setdefault(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
-                "uptime": body.uptime, "round_trip": round(seconds, 6)})
+                "uptime": body.uptime, "round_trip": round(seconds, 6),
+                "state": "draining" if body.draining else "serving"})
             row["round_trip"] = min(row["round_trip"], round(seconds, 6))
+        elif datagram.kind is DENY and body.serves == self.pub.application:
+            self.note_stranger(self.denied, body.why, address)
         elif datagram.kind is DENY:
-            self.note_stranger(self.denied, (body.serves, body.why), address)
+            self.note_stranger(self.foreign, body.serves, address)
 
     def rcvd_probe(self, listener):
         try:
@@ -3841,26 +3939,42 @@ class Survey:
         """Why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
             if not self.connected:
-                yield ("the workers answer, but their connections do not arrive: let TCP to this machine through the "
-                       "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+                yield TCP_BLOCKED
+            elif all(row["state"] == "draining" for row in self.workers.values()):
+                yield "all of them are draining: they take no more jobs"
             return
+        causes = list(self.causes())
         yield "no worker answered on %s" % self.group.text
+        yield from causes
         yield from self.sending_troubles()
-        for (application, why), addresses in sorted(self.denied.items()):
-            yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(application, why))
+        if causes and self.foreign:
+            yield "workers of other applications answered too (%s)" % ", ".join(sorted(map(bytes.hex, self.foreign)))
+        elif not causes:
+            yield from self.guesses()
+
+    def causes(self):
+        """What is certainly wrong."""
+        for why, addresses in sorted(self.denied.items()):
+            yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(why))
         for version, address in sorted(self.versions):
             yield "%s speaks protocol version %d, this is %d: copy one cexec.py to both" % (address, version, PROTOCOL)
-        if not self.denied and not self.versions:
-            if self.connected:
-                yield ("workers connect to us, but their datagrams do not arrive: let UDP to this machine through the "
-                       "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
-            elif self.others:
-                yield ("other applications' datagrams are heard (%s): is cservice running with the key of %s?"
-                       % (", ".join(sorted(other.hex() for other in self.others)), self.pub.label))
-            else:
-                ports = ", ".join(sorted({str(target.port) for target in self.group.targets}))
-                yield ("no other cexec was heard: is cservice running, in the same network, with the same GROUP? "
-                       "does the firewall there let UDP port %s in?" % ports)
+        if self.connected:
+            yield ("workers connect to us, but their datagrams do not arrive: let UDP to this machine through the "
+                   "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+
+    def guesses(self):
+        """What may be wrong, where nothing is certain."""
+        for application, addresses in sorted(self.foreign.items()):
+            yield ("%s: a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or "
+                   "make the pub again" % (", ".join(sorted(addresses)), application.hex(), self.pub.label,
+                                           self.pub.application.hex()))
+        if self.others and not self.foreign:
+            yield ("other applications' datagrams are heard (%s): is cservice running with the key of %s?"
+                   % (", ".join(sorted(other.hex() for other in self.others)), self.pub.label))
+        elif not self.foreign:
+            ports = ", ".join(sorted({str(target.port) for target in self.group.targets}))
+            yield ("no other cexec was heard: is cservice running, in the same network, with the same GROUP? "
+                   "does the firewall there let UDP port %s in?" % ports)
 
     def sending_troubles(self):
         names = dict(socket.if_nameindex())
@@ -3876,10 +3990,7 @@ class Survey:
             errors = "; not everywhere: %s" % ", ".join(sorted(self.errors)) if self.errors else ""
             yield "asked by way of %s, from port %d%s" % (", ".join(shown), self.back.port, errors)
 
-    def denial(self, application, why):
-        if why == DENY_APPLICATION:
-            return ("a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or make "
-                    "the pub again" % (application.hex(), self.pub.label, self.pub.application.hex()))
+    def denial(self, why):
         if why == DENY_NAME:
             return "a worker that refuses the client %s (cservice -x)" % self.pub.name
         return "a worker of this application to which %s proves nothing: make the pub again (ckeygen)" % self.pub.label
@@ -3895,7 +4006,8 @@ def list_workers(group, pub, ports, as_json):
         lines = map(json.dumps, rows)
     elif sys.stdout and sys.stdout.isatty():
         lines = table(["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND TRIP"], [
-            [row["host"], row["address"], "%.2f" % row["load"], "%d/%d" % (row["running"], row["slots"]),
+            [row["host"], row["address"], "%.2f" % row["load"],
+             "%d/%d" % (row["running"], row["slots"]) + " draining" * (row["state"] == "draining"),
              str(row["waiting"]), row["version"], duration(row["uptime"]), "%.1f ms" % (row["round_trip"] * 1000)]
             for row in rows])
     else:
@@ -4135,7 +4247,7 @@ class FileSearch(Search):
 
     def __init__(self, batch):
         self.batch = batch
-        super().__init__(batch.loop, batch.group, batch.pub, batch.terms, self.found)
+        super().__init__(batch.loop, batch.group, batch.pub, batch.terms, self.found, batch.avoid)
 
     def tls(self):
         self.batch.context = self.batch.context or tls_context()
@@ -4224,7 +4336,7 @@ class Batch:
         self.pub, self.group, self.terms, self.jobs, self.joblog = pub, group, terms, jobs, joblog
         self.loop, self.context = Loop(), None
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
-        self.searches, self.runs = [], []
+        self.searches, self.runs, self.avoid = [], [], Avoided()
         self.began, self.failed, self.done = time.monotonic(), 0, 0
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
         self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
@@ -4659,8 +4771,25 @@ class Waiting:
         self.key = self.name, self.nonce
         self.address, self.port = address, datagram.port
         self.attempt, self.batch = datagram.body.attempt, datagram.body.batch
+        self.patience = LINE_SECONDS    # how long it may be silent in the line
         self.since = since              # when it began to wait, by our clock
         self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
+        self.failures, self.retry_at = 0, 0.0       # connections to it that failed, in a row; not before then again
+
+    def announced(self, datagram, address, now):
+        """It has said so again, and may have moved."""
+        self.heard, self.attempt = now, datagram.body.attempt
+        self.address, self.port = address, datagram.port
+        self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
+
+    def reached(self):
+        """A connection has got through."""
+        self.failures, self.retry_at = 0, 0.0
+
+    def failed(self, now):
+        """No connection gets through: backs off, for seconds that double."""
+        self.retry_at = now + min(BACKOFF_MAX, 2.0 ** min(self.failures, 10))
+        self.failures += 1
 
 
 class Line:
@@ -4690,7 +4819,7 @@ class Line:
     def expire(self, now):
         """Forgets whoever has not announced itself for a while."""
         for client in list(self):
-            if now - client.heard > LINE_SECONDS:
+            if now - client.heard > client.patience:
                 self.leave(client)
 
     def ahead(self, client):
@@ -4710,16 +4839,23 @@ class Line:
 
 
 class Offer:
-    """A worker's connection to a client, until the job is forked or the client has gone."""
+    """A worker's connection to a client, until the job is forked or the client has gone.
 
-    def __init__(self, worker, client, load, delay):
+    CONNECTING (holds a slot) --TLS is up--------------------------> OPEN (holds one)
+         '--hold seconds are over--> LATE (holds none) --the same, and a slot is free--^
+    """
+
+    def __init__(self, worker, client, load, delay, hold):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
+        self.state, self.began = "CONNECTING" if hold else "LATE", time.monotonic()
         self.challenge, self.proved, self.link = os.urandom(32), False, None
         self.words = Words()
         self.be_patient()
+        self.hold, self.holding = hold, worker.loop.after(hold, self.late)
         self.sock, error = begin_connection(client.address, client.port)
         if error:
-            worker.loop.after(0, lambda: self.end(error))
+            # without a socket the trouble is ours: that the client can't be reached is not known
+            worker.loop.after(0, functools.partial(self.lost if self.sock else self.end, error))
         else:
             worker.loop.on_write(self.sock.fileno(), self.connected)
 
@@ -4727,16 +4863,25 @@ class Offer:
         return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
 
     def be_patient(self):
-        self.timer = self.worker.loop.after(OFFER_SECONDS, lambda: self.end("no job in %g s" % OFFER_SECONDS))
+        self.timer = self.worker.loop.after(OFFER_SECONDS, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
+
+    def late(self):
+        """What is slow to connect, or never does, keeps nobody from the slot."""
+        if self.state == "CONNECTING":
+            self.state = "LATE"
+            self.worker.slow(self)
 
     def connected(self):
         self.worker.loop.forget(self.sock.fileno())
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            return self.end(os.strerror(error))
+            return self.lost(os.strerror(error))
         self.link = Link(self.worker.loop, self.sock, self.worker.context, self, server_side=True)
 
     def link_ready(self, link):
+        if not self.worker.reached(self):
+            return
+        self.state = "OPEN"
         link.send(HELLO, version=PROTOCOL, options=HELLO_REPEATABLE * self.worker.settings.repeatable,
                   nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=self.sock.getsockname()[0].partition("%")[0],
@@ -4762,7 +4907,13 @@ class Offer:
         pass                        # nothing large is sent before GO
 
     def link_lost(self, link, reason, violation):
+        self.lost(reason)
+
+    def lost(self, reason):
+        """The connection has failed, or the client has left it."""
         self.end(reason)
+        if self.state != "OPEN":
+            self.worker.not_reached(self)
 
     def end(self, reason):
         log.note("%r: %s", self, reason)
@@ -4771,6 +4922,7 @@ class Offer:
 
     def close(self):
         self.timer.cancel()
+        self.holding.cancel()
         if self.link:
             self.link.close()
         elif self.sock:
@@ -4861,12 +5013,15 @@ class Worker:
         self.served = Memory()      # (name, nonce) of jobs that are served or given up
         self.claimed = Memory()     # those of which we have heard the CLAIM
         self.offered = Memory()     # (name, nonce): whether a complaint may still come of our offer
+        self.complainers = Memory()                 # (name, address): when it complained of another worker
+        self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
         self.delayed = {}           # (name, nonce): the Timer of an offer to come
         self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
         self.remains = set()        # the Forked that were lost, until all that they left has ended
         self.queried = Memory()     # (name, nonce) of the questions that were answered
         self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
+        self.trouble = None         # why we refuse jobs, since we last took one
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
 
@@ -4886,7 +5041,8 @@ class Worker:
             log.note("dropped %r: wrong MAC", datagram)
             return self.deny(datagram, address, DENY_SECRET)
         log.note("<- %r from %s", datagram, address)
-        handler(datagram, address)
+        if handler == self.rcvd_query or not self.draining:
+            handler(datagram, address)
 
     def rcvd_announce(self, datagram, address):
         key, now = (datagram.name, datagram.nonce), time.monotonic()
@@ -4895,11 +5051,10 @@ class Worker:
             return                  # served, or a copy, or a replay
         if client is None:
             client = self.clients[key] = Waiting(datagram, address, now - datagram.body.waited / 1000)
-        client.heard, client.attempt = now, datagram.body.attempt
-        client.address, client.port = address, datagram.port
-        if key in self.offers or key in self.delayed:
+        client.announced(datagram, address, now)
+        if key in self.offers or key in self.delayed or now < client.retry_at:
             return
-        if self.free_slots() and not self.line:
+        if not self.hold(client) or self.free_slots() and not self.line:
             self.offer_after(client, self.delay(first=client.attempt == 1))
         else:
             self.wait(client)
@@ -4909,20 +5064,36 @@ class Worker:
         if token_nonce(datagram.body.token) != datagram.nonce or key in self.claimed:
             return
         self.claimed[key] = self.served[key] = True
-        self.spread = next_spread(self.spread, datagram.body.offers)
-        self.few = next_few(self.few, datagram.body.offers)
         self.forget(key)
         client = self.clients.pop(key, None)
-        if client:
+        if client:                  # what we heard no announcement of may be made up
+            self.spread = next_spread(self.spread, datagram.body.offers)
+            self.few = next_few(self.few, datagram.body.offers)
             self.line.leave(client)
 
     def rcvd_alert(self, datagram, address):
-        """A complaint about us counts if we made that job an offer, and once."""
+        """A complaint about us counts if we made that job an offer, once, and if the client's link is not to blame."""
         body, key = datagram.body, (datagram.name, datagram.nonce)
-        if body.event == ALERT_COMPLAINT and body.worker_id == self.id and self.offered.get(key):
+        if body.event != ALERT_COMPLAINT:
+            return
+        if body.worker_id != self.id:
+            self.complainers[datagram.name, address] = time.monotonic()
+        elif self.offered.get(key):
             self.offered[key] = False
-            self.penalty = PENALTY
-            log.note("a complaint about us: %s", body.reason)
+            excuse = self.excuse(body, self.complainers.get((datagram.name, address)))
+            self.penalty = self.penalty if excuse else PENALTY
+            log.note("a complaint about us: %s%s", body.reason, "; of no weight: " + excuse if excuse else "")
+
+    def excuse(self, complaint, other):
+        """Why a complaint tells more of its client's link than of us; None if it does not.
+
+        other is when its client last complained of another worker, or None.
+        """
+        if other is not None and time.monotonic() - other < COMPLAINT_SECONDS:
+            return "its client complains of others too"
+        if complaint.bytes_out + max(0, complaint.bytes_in - WINDOW) >= MUCH_MOVED:     # beyond it we gave credit
+            return "much was moved before"
+        return None
 
     def rcvd_query(self, datagram, address):
         """Who is there: answered once; and a connection back shows the client whether offers would reach it."""
@@ -4934,7 +5105,7 @@ class Worker:
         self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
                     host=socket.gethostname()[:64], version=VERSION, load=u32(self.load()[0] * 1000),
                     running=min(self.running(), 0xffff), slots=self.settings.slots, waiting=len(self.line),
-                    uptime=u32(time.monotonic() - self.began))
+                    uptime=u32(time.monotonic() - self.began), draining=self.draining)
         if len(self.probes) < PROBES_MAX:
             self.probes.add(Probe(self, address, datagram.port))
 
@@ -4971,7 +5142,7 @@ class Worker:
     def load(self):
         """(load, delay in seconds) as of now."""
         average, runnable = system_load()
-        return load_delay(len(self.offers) + self.running(), self.settings.slots,
+        return load_delay(self.in_use(), self.settings.slots,
                           average, min(runnable, self.runnable), processors())
 
     def delay(self, first):
@@ -4983,8 +5154,18 @@ class Worker:
     def running(self):
         return sum(not job.done for job in self.jobs.values()) + len(self.remains)
 
+    def in_use(self):
+        return self.running() + sum(offer.state != "LATE" for offer in self.offers.values())
+
     def free_slots(self):
-        return 0 if self.draining else max(0, self.settings.slots - self.running() - len(self.offers))
+        return 0 if self.draining else max(0, self.settings.slots - self.in_use())
+
+    def hold(self, client):
+        """The seconds for which an offer holds a slot until TLS is up; 0 if the last one here did not get through.
+
+        By address as well, or a client would only have to take another nonce.
+        """
+        return 0.0 if client.failures else self.holds.get(client.address, HOLD_SECONDS)
 
     def wait(self, client):
         """Puts a client in the line, and tells it so at first and every ten seconds."""
@@ -4993,23 +5174,53 @@ class Worker:
             self.line.join(client)
         if client in self.line and now - client.told >= BUSY_SECONDS and not self.draining:
             client.told = now
-            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.line.ahead(client))
+            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.line.ahead(client), failures=0)
 
     def offer_after(self, client, delay):
+        self.line.leave(client)
         self.delayed[client.key] = self.loop.after(delay, lambda: self.offer(client, delay))
 
     def offer(self, client, delay):
         """Connects to a client, if there is still a slot for it."""
         self.delayed.pop(client.key, None)
-        if not self.free_slots():
+        hold = self.hold(client)
+        if hold and not self.free_slots():
             return self.wait(client)
+        if not hold and sum(offer.state == "LATE" for offer in self.offers.values()) >= LATE_MAX:
+            return                  # it asks again
         self.offered[client.key] = True
         log.note("offers %s %s", spelled(client.address, client.port), client.nonce.hex()[:8])
-        self.offers[client.key] = Offer(self, client, self.load()[0], delay)
+        self.offers[client.key] = Offer(self, client, self.load()[0], delay, hold)
 
     def offer_ended(self, offer):
         self.offers.pop(offer.client.key, None)
         self.serve_line()
+
+    def reached(self, offer):
+        """TLS is up: whether there is a slot for it.  Without one the client goes (back) to its place in the line."""
+        client, free = offer.client, offer.state == "CONNECTING" or self.free_slots()
+        client.reached()
+        if time.monotonic() - offer.began > HOLD_SECONDS:   # far away, or slow: it would never get one
+            self.holds[client.address] = HOLD_MAX
+        elif offer.hold < HOLD_SECONDS:                     # who failed before is trusted again by and by
+            self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
+        if not free:
+            offer.end("no slot is free any more")
+            self.wait(client)
+        return bool(free)
+
+    def slow(self, offer):
+        """An offer keeps others waiting: the next one to that address holds no slot until TLS is up."""
+        self.holds[offer.client.address] = 0.0
+        self.serve_line()
+
+    def not_reached(self, offer):
+        """A connection failed: the client loses its place, and is told so."""
+        client = offer.client
+        client.failed(time.monotonic())
+        if client.key not in self.served:
+            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=0,
+                        failures=min(client.failures, 0xffff))
 
     def serve_line(self):
         """Offers every free slot to whoever is next in line; later, and to whom it still helps, after a failure."""
@@ -5048,7 +5259,8 @@ class Worker:
             if near is not None:
                 os.close(near)
                 os.close(far)
-            offer.link.send(REFUSE, reason="cannot fork: %s" % error.strerror)
+            self.refuses("cannot fork: %s" % error.strerror)
+            offer.link.send(REFUSE, reason=self.trouble)
             return offer.end(error.strerror)
         if pid == 0:
             become_supervisor(self, offer, job, far)
@@ -5062,8 +5274,15 @@ class Worker:
         self.offers.pop(offer.client.key, None)
         log.note("supervisor %d forked for %s", pid, offer.client.address)
 
+    def refuses(self, reason):
+        """We can take no job for now: others had better, and whoever runs us is told, once."""
+        self.penalty = PENALTY
+        if self.trouble is None:
+            log.say("refuses jobs until there is room: " + reason)
+        self.trouble = reason
+
     def supervisor_says(self, job):
-        """Lines from a supervisor: "group N", "session N", "back", "failed", "more", "done"."""
+        """Lines from a supervisor: "group N", "session N", "refused WHY", "back", "failed", "more", "done"."""
         try:
             data = os.read(job.status, 4096)
         except BlockingIOError:     # what poll has seen was of another pipe with that number
@@ -5080,10 +5299,12 @@ class Worker:
             word, _, value = line.decode().partition(" ")
             log.note("supervisor %d: %s", job.pid, line.decode())
             if word in ("group", "session"):
-                job.group, self.penalty = int(value), 0.0
+                job.group, self.penalty, self.trouble = int(value), 0.0, None
                 job.sessions = [job.pid] + [job.group] * (word == "session")
             elif word == "failed":
                 self.penalty = PENALTY
+            elif word == "refused":
+                self.refuses(value)
             elif word == "back":                # the client left before GO: it may ask again
                 if job.client.key not in self.claimed:
                     self.served.pop(job.client.key, None)
@@ -5145,8 +5366,7 @@ class Worker:
                 os.kill(pid, signal.SIGTERM)
             return
         log.note("draining: %d jobs run", self.running())
-        self.draining = True
-        hear_no_more(self.loop, self.listeners)
+        self.draining = True        # and goes on to hear who asks
         for key in list(self.offers) + list(self.delayed):
             self.forget(key)
         self.line = Line()
@@ -5166,10 +5386,11 @@ def become_supervisor(worker, offer, job, status):
         supervisor = Supervisor(worker, offer, job, status)
         code = supervisor.work()
     except BaseException as error:
-        log.say("supervisor: %s: %s" % (type(error).__name__, error))
+        if not isinstance(error, (OSError, Fatal)) or supervisor:
+            log.say("supervisor: %s: %s" % (type(error).__name__, error))
         offer.link.send(REFUSE, reason=str(error))
         if supervisor is None:
-            os.write(status, b"back\n")
+            os.write(status, b"refused %s\nback\n" % str(error).encode())
         elif not supervisor.started:
             supervisor.say("back")
     finally:
@@ -5223,8 +5444,9 @@ class Supervisor(Carrier):
         try:
             self.make_ends()
         except OSError as error:
-            self.link.send(REFUSE, reason="cannot make pipes or a terminal: %s" % error.strerror)
-            self.say("back")
+            reason = "cannot make pipes or a terminal: %s" % error.strerror
+            self.link.send(REFUSE, reason=reason)
+            self.say("refused %s\nback" % reason)
             return 1
         self.link.send(ACCEPT)
         self.patience = loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
@@ -5494,7 +5716,19 @@ class Supervisor(Carrier):
         self.sources, self.sinks, self.inputs, self.timers = {}, {}, {}, []
         self.process = self.result = self.terminal = None
         self._set(RESTING)
-        self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
+        self.await_delivery(self.link.undelivered(), time.monotonic())
+
+    def await_delivery(self, left, since):
+        """The time for the next JOB begins when EXIT has arrived: until then what is under way must get less."""
+        now, rest = time.monotonic(), self.link.undelivered()
+        if rest < left:
+            since = now
+        if not rest:
+            self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
+        elif now - since > CLOSE_SECONDS:
+            self.rest_for_good()
+        else:
+            self.patience = self.loop.after(0.1, lambda: self.await_delivery(rest, since))
 
     def rest_for_good(self):
         """Frees the slot, and goes on as after an EXIT that is the last: the client may still be reading."""
@@ -6065,7 +6299,7 @@ RESET = struct.pack("ii", 1, 0)     # SO_LINGER: what is closed so is reset
 SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # never a socket's own errors
 
 RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # to TARGET
-RETURNED = (BUSY, REPLY, DENY)                  # from a worker to its client
+ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # from a worker to its client: what it answers
 
 
 class Copied:
@@ -6256,6 +6490,7 @@ class Relay:
 
     def __init__(self, proxy, client):
         self.proxy, self.client, self.joins = proxy, client, set()
+        self.asked = Memory(16)     # nonces of what it has announced and asked: only that is answered
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
         self.heard = time.monotonic()
         self.back.attend(self.hear, self.accept)
@@ -6282,7 +6517,8 @@ class Relay:
         try:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
             address = address_of(peer)
-            if Datagram(data).kind in RETURNED:
+            datagram = Datagram(data)
+            if datagram.nonce in self.asked and self.asked[datagram.nonce] is ANSWERS.get(datagram.kind):
                 with open_udp(family_of(self.client[0]), broadcasts=False) as back:
                     back.sendto(data, socket_address(*self.client))
         except (OSError, ProtocolError) as error:
@@ -6311,9 +6547,12 @@ class Proxy:
             return                  # heard where it would be sent
         port = 0
         if datagram.kind in (ANNOUNCE, QUERY):
+            if is_multicast(address):           # answers to a broadcast address the system refuses
+                return log.note("dropped %r: %s is not a host's address", datagram, address)
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
+            relay.asked[datagram.nonce] = datagram.kind
             port = relay.back.port
         # a link-local address means something on its link alone: there it is the sender's
         self_address = None if "%" in self.address else self.address

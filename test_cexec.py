@@ -56,7 +56,7 @@ PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
-FIRST_TRY = {"attempt": 1, "waited": 0, "batch": bytes(8)}      # ANNOUNCE's fields
+FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
 PORTS = itertools.count(6600 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
@@ -848,7 +848,9 @@ def test_codes_and_names_are_unique():
     (lambda: cexec.make_frame(cexec.AUTH, proof=TOKEN), "0200000000000020" + TOKEN.hex()),
     (lambda: cexec.COMMON.pack(application=b"application"[:8], client="bob", nonce=NONCE),
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
-    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, batch=bytes(8)), "00000002000000030000000000000000"),
+    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8)),
+     "00000002" + "00000003" + "00000004" + "00" * 8),
+    (lambda: cexec.BUSY.pack(attempt=2, ahead=3, failures=4), "00000002" + "00000003" + "0004"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: cexec.make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
      "43455843" + "02" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
@@ -1278,7 +1280,7 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
     group = cexec.Group("127.255.255.255:%d" % port)
     listeners = cexec.open_listeners(group) + cexec.open_listeners(group)
     heard = [[], []]
-    last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, attempt=2, waited=0, batch=bytes(8))
+    last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, **dict(FIRST_TRY, attempt=2))
     try:
         with cexec.open_udp(socket.AF_INET) as sock:
             sock.sendto(ANNOUNCEMENT, ("127.0.0.1", port))
@@ -1927,6 +1929,157 @@ def test_line_forgets_whoever_is_silent():
     assert len(line) == 2
     line.expire(100.1 + cexec.LINE_SECONDS)
     assert silent not in line and alive in line and list(line.names) == ["b"]
+
+
+@pytest.mark.parametrize("pause, patience", [(0, 5), (62, 5), (1250, 5), (10240, 40.96), (2 ** 32 - 1, 60)])
+def test_line_is_as_patient_as_an_announcement_says(pause, patience):
+    """A group of thousands of addresses is announced to every ten seconds."""
+    line, client = cexec.Line(), waiting("a", 1, 0.0)
+    data = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 9, **dict(FIRST_TRY, pause=pause))
+    client.announced(cexec.Datagram(data), "127.0.0.1", 100.0)
+    line.join(client)
+    line.expire(100.0 + patience - 0.1)
+    assert client in line
+    line.expire(100.0 + patience + 0.1)
+    assert client not in line
+
+
+def test_announcement_says_its_pace(cluster):
+    """That of 4096 addresses, and the longest that its randomness makes of it."""
+    group = "127.0.2.0/22,127.0.8.0/22,127.0.16.0/22,127.0.24.0/22:%d" % group_port(cluster)
+    with Ear(group_port(cluster)) as ear:
+        client = cluster.start_client(env={"GROUP": group + ",127.255.255.255:%d" % group_port(cluster)})
+        many = ear.wait_for(cexec.ANNOUNCE)[0].body.pause
+        client.terminate()
+        client.wait(PATIENCE)
+        few = searching_client(cluster, group_port(cluster))
+        announced = until(lambda: [heard.body for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE
+                                   and heard.body.pause < many], "a short one")
+        few.terminate()
+    assert many == int((4 * 1022 + 1) * 2 * 1.25) and announced[0].pause == 62
+
+
+class StillLoop(cexec.Loop):
+    """No connection ever gets anywhere: what becomes of an offer, the test decides."""
+
+    def on_write(self, fd, call):
+        pass
+
+
+@pytest.fixture
+def desk():
+    """A Worker with one slot, in this process: it hears announce() and say(), and said is what it answers."""
+    settings = cexec.Settings(["cat"], 1, 0.0, [], None, False)
+    key = SimpleNamespace(master=MASTER, application=made_pub().application)
+    made = cexec.Worker(StillLoop(), key, None, [], settings)
+    made.said = []
+    made.answer = lambda kind, client, to, **fields: made.said.append((kind, client.nonce, fields))
+    made.say = lambda kind, nonce, address, name="anyone", **fields: made.hear(
+        cexec.Datagram(cexec.make_datagram(kind, made_pub(name=name), nonce, 9, **fields)), address, 0)
+
+    def announce(nonce, address, attempt=1):
+        made.say(cexec.ANNOUNCE, nonce, address, **dict(FIRST_TRY, attempt=attempt))
+        for timer in list(made.delayed.values()):       # BOOST is 0
+            call, timer.call = timer.call, None
+            call()
+        return made.offers.get(("anyone", nonce))
+    made.announce = announce
+    yield made
+    for offer in list(made.offers.values()):
+        offer.close()
+
+
+BAD, GOOD, THIRD = (bytes([number]) * 16 for number in (1, 2, 3))
+
+
+def test_an_offer_that_hangs_leaves_the_only_slot_to_others(desk):
+    hanging = desk.announce(BAD, "127.0.0.2")
+    assert desk.free_slots() == 0 and desk.announce(GOOD, "127.0.0.3") is None and len(desk.line) == 1
+    hanging.late()
+    assert ("anyone", GOOD) in desk.offers and len(desk.line) == 0
+    assert desk.free_slots() == 0 and ("anyone", BAD) in desk.offers
+
+
+def test_a_failed_connection_costs_the_client_its_place(desk):
+    """It is told so, and tried again later, and neither that nor another nonce of its host holds the slot."""
+    hanging = desk.announce(BAD, "127.0.0.2")
+    hanging.late()
+    hanging.lost("no answer")
+    assert desk.said == [(cexec.BUSY, BAD, {"attempt": 1, "ahead": 0, "failures": 1})]
+    assert desk.announce(BAD, "127.0.0.2", attempt=2) is None and len(desk.line) == 0     # not yet
+    another = desk.announce(THIRD, "127.0.0.2")
+    assert another and desk.free_slots() == 1
+    good = desk.announce(GOOD, "127.0.0.3")
+    assert good and desk.free_slots() == 0
+    client = desk.clients["anyone", BAD]
+    client.retry_at = 0.0
+    again = desk.announce(BAD, "127.0.0.2", attempt=3)          # though no slot is free
+    assert again and desk.free_slots() == 0
+    again.lost("no answer")
+    assert desk.said[-1] == (cexec.BUSY, BAD, {"attempt": 3, "ahead": 0, "failures": 2})
+
+
+def test_a_client_that_is_slow_to_connect_finds_its_place_in_the_line(desk):
+    """If the slot is taken by then; and the next time it is waited for."""
+    far = desk.announce(BAD, "127.0.0.2")
+    far.late()
+    near = desk.announce(GOOD, "127.0.0.3")
+    far.began -= 1.0
+    far.link_ready(None)
+    assert desk.offers == {("anyone", GOOD): near}
+    assert [client.nonce for client in desk.line] == [BAD] and desk.said[-1][2]["failures"] == 0
+    near.end("it has another worker")
+    far = desk.offers["anyone", BAD]
+    assert far.hold == cexec.HOLD_MAX and desk.free_slots() == 0
+
+
+def test_backoff_of_a_client_doubles_up_to_a_bound():
+    client, waits = waiting("a", 1, 0.0), []
+    for _ in range(2000):
+        client.failed(100.0)
+        waits.append(client.retry_at - 100.0)
+    assert waits[:6] == [1, 2, 4, 8, 16, 16] and waits[-1] == cexec.BACKOFF_MAX
+
+
+def test_our_own_lack_of_descriptors_is_no_failure_of_the_client(desk, monkeypatch):
+    monkeypatch.setattr(cexec, "begin_connection", lambda address, port: (None, "Too many open files"))
+    offer = desk.announce(BAD, "127.0.0.2")
+    desk.loop.turn()
+    assert offer and not desk.offers and desk.said == [] and desk.clients["anyone", BAD].failures == 0
+
+
+def test_only_claims_of_announced_jobs_steer_the_spread(desk):
+    for _ in range(50):
+        token = os.urandom(32)
+        desk.say(cexec.CLAIM, cexec.token_nonce(token), "127.0.0.2", token=token, offers=65535)
+    assert (desk.spread, desk.few) == (cexec.SPREAD_MIN / 2, 1.0)
+    desk.announce(cexec.token_nonce(token), "127.0.0.2")
+    assert not desk.offers                      # it is remembered, all the same
+    nonce = cexec.token_nonce(TOKEN)
+    desk.announce(nonce, "127.0.0.2")
+    desk.say(cexec.CLAIM, nonce, "127.0.0.2", token=TOKEN, offers=65535)
+    assert desk.spread > cexec.SPREAD_MIN and desk.few == 4.0
+
+
+MUCH = cexec.MUCH_MOVED
+
+
+@pytest.mark.parametrize("others, fields, counts", [
+    ([], {}, True),
+    (["127.0.0.3"], {}, True),                  # another client's complaint, of another worker
+    (["127.0.0.2"], {}, False),                 # its own: who complains of everyone
+    ([], {"bytes_out": MUCH}, False),
+    ([], {"bytes_out": MUCH - 1}, True),
+    ([], {"bytes_in": cexec.WINDOW}, True),     # that much is sent unasked
+    ([], {"bytes_in": cexec.WINDOW + MUCH}, False)])
+def test_weight_of_a_complaint(desk, others, fields, counts):
+    """A client with a bad link of its own does not penalise a worker for everybody."""
+    desk.announce(NONCE, "127.0.0.2")
+    complaint = filled(cexec.ALERT, event=cexec.ALERT_COMPLAINT, bytes_in=0, bytes_out=0, reason="lost: gone")
+    for address in others:
+        desk.say(cexec.ALERT, THIRD, address, **dict(complaint, worker_id=os.urandom(8)))
+    desk.say(cexec.ALERT, NONCE, "127.0.0.2", **dict(complaint, worker_id=desk.id, **fields))
+    assert desk.penalty == (cexec.PENALTY if counts else 0.0)
 
 
 def test_line_leave_and_join_again():
@@ -2844,7 +2997,7 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             return max(heard.body.attempt for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE)
 
         def said(words, attempt):
-            data = cexec.make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7)
+            data = cexec.make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7, failures=0)
             ear.mouth.sendto(data, (address, client_of.port))
             return words in read(client.log)
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
@@ -2853,6 +3006,74 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
         until(lambda: said(b"every slot of a worker is busy, 7 ahead", tries()), "a place in a line")
         client.terminate()
         assert client.wait(PATIENCE) == -signal.SIGTERM
+
+
+def test_a_worker_that_refuses_is_avoided_for_seconds_and_its_reason_told(cluster):
+    key, port, worker_id = cexec.open_key(cluster.key), free_port(), os.urandom(8)
+    with Ear(port) as ear:
+        client = searching_client(cluster, port, CEXEC_TIMEOUT_ACCEPT="3")
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+
+        def offer():
+            peer = Peer(socket.create_connection((address, announced.port), 20), key)
+            peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=worker_id,
+                      address="127.0.0.1", host="test")
+            asked = peer.next()
+            if asked:
+                peer.expect(cexec.JOB)
+                peer.send(cexec.REFUSE, reason="cannot fork: Resource temporarily unavailable")
+            peer.sock.close()
+            return asked
+        assert offer() and not offer()
+        until(offer, "another try")             # in a second
+        assert not offer()
+        assert client.wait(PATIENCE) == 111
+    last = read(client.log).decode().splitlines()[-1]
+    assert re.fullmatch(r"cexec: no worker took the job in \d+ s: 127\.0\.0\.1 refused it: cannot fork: "
+                        "Resource temporarily unavailable", last), last
+
+
+def test_how_long_a_worker_is_avoided():
+    avoided, now = cexec.Avoided(), time.monotonic()
+    for seconds in (1, 2, 4):
+        avoided.for_now(b"a")
+        assert b"a" in avoided and b"b" not in avoided and avoided.seconds[b"a"] == seconds
+    assert 0 < avoided.until[b"a"] - now
+    avoided.until[b"a"] = now
+    assert b"a" not in avoided
+    avoided.forgive(b"a")
+    avoided.for_now(b"a")
+    assert avoided.seconds[b"a"] == 1
+    avoided.for_good(b"b")
+    assert b"b" in avoided and avoided.until[b"b"] > now + 1e9
+
+
+def test_a_worker_without_descriptors_refuses_and_serves_later(cluster):
+    """Says so itself, once; the clients find it again when that is over."""
+    worker = cluster.worker("cat", env={"BOOST": "0"})
+    limit, hard = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/%d/fd" % worker.pid)))
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (highest + 2, hard))
+    clients = [cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    until(lambda: read(worker.log).count(b"-> REFUSE") >= 2, "two refusals")
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    for client in clients:
+        assert client.communicate(b"served", timeout=60)[0] == b"served"
+    assert refusals_said(worker) == ["refuses jobs until there is room: cannot fork: Too many open files"]
+
+
+def refusals_said(worker):
+    return re.findall("refuses jobs until .*", read(worker.log).decode())
+
+
+def test_a_worker_that_can_never_serve_a_job_says_so_and_so_does_the_client(cluster):
+    worker = cluster.worker("cat", env={"BOOST": "0"})
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (100, 100))
+    for _ in range(2):
+        done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+        refusal(done, 111, "no worker took the job in ")
+        assert b"127.0.0.1 refused it: no more than 100 descriptors are allowed" in done.stderr
+    assert len(refusals_said(worker)) == 1 and b"supervisor: Fatal" not in read(worker.log)
 
 
 REFUSALS = [
@@ -5525,7 +5746,7 @@ def test_list_of_workers(hosts):
     assert (done.returncode, done.stderr) == (0, "")
     rows = {row["address"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert list(map(set, rows.values())) == [{"host", "address", "load", "running", "slots", "waiting", "version",
-                                              "uptime", "round_trip"}] * 2
+                                              "uptime", "round_trip", "state"}] * 2
     one, two = rows["10.77.0.2"], rows["10.77.0.3"]
     assert (one["running"], one["slots"], two["running"], two["slots"]) == (1, 1, 0, 3)
     assert one["load"] >= 1 and one["version"] == cexec.VERSION and 0 < one["round_trip"] < 3
@@ -5533,7 +5754,7 @@ def test_list_of_workers(hosts):
     lines = survey(hosts, space=spaces["client"]).stdout.splitlines()
     loads = [float(line.split("\t")[2]) for line in lines]
     assert len(loads) == 2 and loads == sorted(loads)   # the least loaded first
-    assert {len(line.split("\t")) for line in lines} == {9}
+    assert {tuple(line.split("\t")[9:]) for line in lines} == {("serving",)}
     words = shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"]))
     shown = subprocess.run(["script", "-qec", words, "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL,
                            stdout=subprocess.PIPE)
@@ -5543,6 +5764,43 @@ def test_list_of_workers(hosts):
     assert any(" 1/1 " in row for row in rows)
     outcome(first)
     assert worker.poll() is None
+
+
+def test_workers_that_drain_are_listed_and_marked(cluster):
+    worker = cluster.worker("cat", env={"CONCURRENCY": "2"})
+    job = held_job(cluster)
+    worker.terminate()
+    until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
+    assert [json.loads(line)["state"] for line in survey(cluster, "-j").stdout.splitlines()] == ["draining"]
+    done = survey(cluster)
+    assert done.stdout.endswith("\tdraining\n") and done.returncode == 0
+    assert done.stderr == "cexec: all of them are draining: they take no more jobs\n"
+    words = shlex.join(cluster.argv("cexec", "-l", cluster.pub))
+    shown = subprocess.run(["script", "-qec", words, "/dev/null"], env=cluster.environment(), stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE)
+    assert b" 1/2 draining " in shown.stdout
+    late = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert late.returncode == 111 and b"no worker answered" in late.stderr
+    assert outcome(job) == (b"", b"") and worker.wait(PATIENCE) == 0
+
+
+def test_list_says_the_true_cause_first_where_others_share_the_network(cluster):
+    """Workers of other applications are one line then, and no advice; without a cause they are the clue."""
+    cluster.worker("cat", options=("-x", "bob"))
+    for name in ("other", "another"):
+        cluster.run("ckeygen", cluster.path(name), check=True)
+        cluster.worker("cat", key=cluster.path(name))
+    cluster.run("ckeygen", "-n", "bob", cluster.key, cluster.path("bob.pub"), check=True)
+    words = read(cluster.pub).decode().split()
+    put(cluster.path("wrong.pub"), " ".join(words[:4] + ["ab" * 32] + words[5:]))
+    for pub, cause in (("bob.pub", "a worker that refuses the client bob"), ("wrong.pub", "wrong.pub proves nothing")):
+        lines = survey(cluster, pub=cluster.path(pub)).stderr.splitlines()
+        assert cause in lines[1], lines
+        foreign = [line for line in lines if "other application" in line]
+        assert len(foreign) == 1 and "key" not in foreign[0] and foreign[0] == lines[-1], lines
+    put(cluster.path("foreign.pub"), " ".join(words[:3] + ["ab" * 8] + words[4:]))
+    lines = survey(cluster, pub=cluster.path("foreign.pub")).stderr.splitlines()
+    assert sum("was the key made anew" in line for line in lines) == 3, lines
 
 
 def test_list_through_a_proxy(hosts):
@@ -5660,6 +5918,59 @@ def test_list_says_what_is_wrong(hosts, what, answered, said):
     assert job.returncode == 0 or what.startswith("no ") or b"cexec -l finds out more" in job.stderr
 
 
+def test_clients_that_no_connection_reaches_keep_nobody_from_the_only_slot(hosts):
+    """A good client's jobs are begun while offers to the bad ones hang, which say what is wrong, and give up."""
+    spaces = hosts.lan("lan", ["good", "bad", "worse", "worker"], "10.77.0")
+    worker = hosts.worker("cat", space=spaces["worker"], env={"CONCURRENCY": "1"})
+    bad = []
+    for space in (spaces["bad"], spaces["worse"]):
+        block(space, "-i", "lan", "-p", "tcp")
+        bad += [verbose_client(hosts, space=space, env={"CEXEC_TIMEOUT_ACCEPT": "8"}) for _ in range(2)]
+
+    def failures():
+        return [client.said().count("connections of 10.77.0.4 to us fail") for client in bad]
+    until(lambda: re.search(rb"offers 10\.77\.0\.[23]:", read(worker.log)), "an offer to one of them")
+    for number in range(10):
+        done = hosts.client(space=spaces["good"], input=b"%d" % number)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"%d" % number, b"")
+        if number == 0:
+            assert b"no job in 3 s" not in read(worker.log)     # it did not wait for that
+    for client in bad:
+        assert client.wait(PATIENCE) == 111
+        lines = client.said().splitlines()
+        assert lines.count("cexec: " + cexec.TCP_BLOCKED) == 1
+        assert re.fullmatch("cexec: no worker reached us in \\d+ s: " + re.escape(cexec.TCP_BLOCKED), lines[-1])
+    assert all(1 <= count <= 3 for count in failures()), failures()     # and it is not tried over and over
+
+
+def test_a_stopped_client_in_line_is_not_told_of_a_firewall(hosts):
+    """Nothing gets through to it while it is stopped; then it is served."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    worker = hosts.worker(*ORDERLY, space=spaces["worker"], env={"CONCURRENCY": "1"})
+    first = held_job(hosts, "N=0", space=spaces["client"])
+    stopped = in_line(hosts, 0, "N=1", space=spaces["client"])
+    stopped.send_signal(signal.SIGSTOP)
+    outcome(first)
+    until(lambda: b": no job in 3 s" in read(worker.log), "the end of the offer")
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(PATIENCE) == 0 and order(hosts) == ["anyone0", "anyone1"]
+    assert "connections of 10.77.0.2 to us fail" in stopped.said() and cexec.TCP_BLOCKED not in stopped.said()
+
+
+def test_a_client_in_line_that_no_connection_reaches_says_so(hosts):
+    """When its turn has come; the clients behind it are served."""
+    spaces = hosts.lan("lan", ["client", "bad", "worker"], "10.77.0")
+    hosts.worker(*ORDERLY, space=spaces["worker"], env={"CONCURRENCY": "1"})
+    first = held_job(hosts, "N=0", space=spaces["client"])
+    block(spaces["bad"], "-i", "lan", "-p", "tcp")
+    bad = in_line(hosts, 0, "N=1", space=spaces["bad"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    last = in_line(hosts, 1, "N=2", space=spaces["client"])
+    outcome(first)
+    outcome(last)
+    assert order(hosts) == ["anyone0", "anyone2"]
+    assert bad.wait(PATIENCE) == 111 and bad.said().count(cexec.TCP_BLOCKED) == 2
+
+
 def test_unicast_to_one_host_reaches_all_that_listen_there(hosts):
     spaces = hosts.lan("lan", ["client", "host"], "10.77.0")
     hosts.env["CEXEC_GROUP"] = "10.77.0.2"
@@ -5738,7 +6049,9 @@ def test_accepted_and_rejected_servers(hosts, rule, servers):
         done = hosts.client("CMD=echo $SERVER_ADDR", space=spaces["client"], env=dict(rule, CEXEC_TIMEOUT_ACCEPT="1"))
         if not servers:
             assert (done.returncode, done.stdout) == (111, b"")
-            assert done.stderr.startswith(b"cexec: no worker answered in 1 s"), done.stderr
+            assert re.fullmatch(br"cexec: 2 of the workers answered in [12] s and were not allowed "
+                                br"\(CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS\): 10\.77\.0\.2, 10\.77\.0\.3\n",
+                                done.stderr), done.stderr
             assert all(b"offer to" in read(worker.log) for worker in workers)   # they would have
             break
         assert (done.returncode, done.stderr) == (0, b"") and done.stdout.strip() in servers
@@ -5751,13 +6064,17 @@ def test_listen_ports_are_a_port_a_range_and_none_left(hosts):
     def client(ports):
         return held_job(hosts, "CMD=head -n1; echo $REMOTE_PORT; exec cat", space=spaces["client"],
                         env={"CEXEC_LISTEN_PORTS": ports})
-    jobs = [client(ports) for ports in ("5005", "5005-5007", "5000-5000,5005-5006")]
+    taken = [udp_socket(spaces["client"], port) for port in (5000, 5006)]
+    jobs = [client(ports) for ports in ("5005", "5005-5007", "5000-5000,5006-5007", "5000,5006,5005")]
     ports = [job.stdout.readline() for job in jobs]
-    assert ports == [b"5005\n", b"5006\n", b"5000\n"]
+    assert ports == [b"5005\n", b"5005\n", b"5007\n", b"5005\n"]      # a job that runs needs none
+    taken.append(udp_socket(spaces["client"], 5005))
     done = hosts.client("CMD=true", space=spaces["client"], env={"CEXEC_LISTEN_PORTS": "5000,5005-5006"})
     assert (done.returncode, done.stdout) == (111, b"")
     assert done.stderr == (b"cexec: no free port to listen on: Address already in use "
                            b"(see CEXEC_LISTEN_PORTS)\n")
+    for sock in taken:
+        sock.close()
     for job in jobs:
         outcome(job)
     done = hosts.client("CMD=echo $REMOTE_PORT", space=spaces["client"], env={"CEXEC_LISTEN_PORTS": "5005"})
@@ -6145,6 +6462,41 @@ def test_a_forged_return_address_gets_not_one_byte(hosts, crossing):
     finally:
         for sock in sockets:
             sock.close()
+
+
+def test_a_proxy_passes_on_only_answers_and_to_hosts_alone(hosts, crossing):
+    """Not every BUSY, REPLY or DENY that somebody sends to its port, and to whom its client's address is forged."""
+    announced, forged, broadcast = captured_announcements(hosts, crossing, 3)
+    crossing.proxy("10.78.0.1")
+    pub = cexec.open_pub(hosts.pub)
+    ear, mouth = udp_socket(crossing.worker, GROUP_PORT), udp_socket(crossing.client, 5555)
+    neighbour = udp_socket(crossing.other, 5555)
+    with ear, mouth, neighbour:
+        mouth.settimeout(PATIENCE)
+        mouth.sendto(forged.readdressed("239.1.2.3", 5555, 0), ("10.77.0.255", GROUP_PORT))
+        mouth.sendto(broadcast.readdressed("10.77.0.255", 5555, 0), ("10.77.0.255", GROUP_PORT))
+        mouth.sendto(announced.readdressed("10.77.0.1", 5555, 0), ("10.77.0.255", GROUP_PORT))
+        relayed = [cexec.Datagram(ear.recv(2000))]
+        while relayed[-1].identity != announced.identity:
+            relayed.append(cexec.Datagram(ear.recv(2000)))
+        assert forged.identity not in [datagram.identity for datagram in relayed]
+
+        def say(kind, nonce, to, **fields):
+            data = cexec.make_datagram(kind, pub, nonce, 0, **filled(kind, **fields))
+            ear.sendto(data, (to.address, to.port))
+        say(cexec.BUSY, broadcast.nonce, relayed[0])
+        say(cexec.BUSY, os.urandom(16), relayed[-1])            # of nobody's job
+        say(cexec.REPLY, announced.nonce, relayed[-1])          # it has asked no question
+        say(cexec.DENY, announced.nonce, relayed[-1])
+        say(cexec.ANNOUNCE, announced.nonce, relayed[-1])
+        say(cexec.BUSY, announced.nonce, relayed[-1], ahead=7)
+        data, (sender, port) = mouth.recvfrom(2000)
+        assert (sender, port) != ("10.77.0.1", 5555)
+        answer = cexec.Datagram(data)
+        assert (answer.kind, answer.nonce, answer.body.ahead) == (cexec.BUSY, announced.nonce, 7)
+        neighbour.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            neighbour.recv(2000)
 
 
 def test_garbage_at_a_proxys_ports(hosts, crossing):
@@ -7852,7 +8204,7 @@ def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
     worker = hosts.shell_worker(space=outside, env={"CONCURRENCY": "1"})
     for group in (None, "10.78.0.2"):
         done = hosts.client("CMD=cat", space=client, env={"CEXEC_TIMEOUT_ACCEPT": "2", "GROUP": group})
-        assert done.returncode == 111 and b"no worker answered" in done.stderr
+        assert done.returncode == 111 and (b"no worker reached us" if group else b"no worker answered") in done.stderr
     assert heard(worker)
     start_proxy(hosts, gateway, "10.78.0.1")
     data = os.urandom(3 << 20)
@@ -8199,7 +8551,7 @@ def other_version(cluster):
     for old, new in (("\nPROTOCOL = 2 ", "\nPROTOCOL = 3 "),
                      ('load="I", delay="I")', 'load="I", delay="I", more="I")'),
                      ("delay=u32(self.delay * 1e6))", "delay=u32(self.delay * 1e6), more=1)"),
-                     ('waited="I", batch="8s")', 'waited="I", batch="8s", more="I")'),
+                     ('pause="I", batch="8s")', 'pause="I", batch="8s", more="I")'),
                      ("batch=self.job.batch)\n", "batch=self.job.batch, more=1)\n")):
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -10158,6 +10510,28 @@ def test_frames_of_the_job_before_do_nothing(cluster):
         assert client.end(b"last")[0] == b"last"
     free_again(cluster, worker)
     assert supervisors(worker) == 2
+
+
+def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
+    """A client that is slow to read: the connection is kept for it, though another waits, and its next JOB is taken."""
+    worker = cluster.worker("sh", "-c", "cat; head -c 4000000 /dev/zero", env={"CONCURRENCY": "1"})
+    with BatchPeer(cluster) as client:
+        client.peer.raw(data_frame(0, b"one"))
+        client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
+        until(lambda: b"-> EXIT" in read(worker.log), "the end of the first job")
+        other = verbose_client(cluster)
+        until(lambda: "try 10, " in other.said(), "more than the time that a JOB has")
+        assert "-> GO" not in other.said()
+        size, end = 0, None
+        while end is None:
+            kind, payload = client.peer.next()
+            size += len(payload) if kind is cexec.DATA else 0
+            end = payload if kind is cexec.EXIT else None
+        assert size == 4000003 and end.more == 1
+        client.begin()
+        client.peer.expect(cexec.ACCEPT)
+    assert other.wait(PATIENCE) == 0
+    no_defect(read(worker.log))
 
 
 WRONG_NEXT = [
