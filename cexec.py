@@ -4,6 +4,11 @@ exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().split("# START\n")
 
 cexec: run a command on the least loaded machine of the network.
 
+    cservice -s box1,box2 sort sort          # starts a worker on each host, over ssh, until Ctrl-C
+    cexec sort.pub < file                    # in another window: sorts it on the least loaded of them
+
+And where workers stay:
+
     ckeygen ogg ogg.pub                      # once: a keypair names the application
     cservice ogg oggenc -o- -                # on every worker
     crat ogg.pub                             # anywhere: who did what
@@ -6729,8 +6734,8 @@ class Starter:
         heard = {worker_id.hex() for worker_id in survey.workers}
         for host in self.in_state(SERVING):
             if host.worker_id not in heard:
-                host.say("serves, but is not heard on %s: let UDP port %s in through its firewall, or set GROUP here to "
-                         "its address (cexec(1), The group)", survey.group.text,
+                host.say("serves, but is not heard on %s: let UDP port %s in through its firewall, or set GROUP here "
+                         "to its address (cexec(1), The group)", survey.group.text,
                          ", ".join(sorted({str(target.port) for target in survey.group.targets})))
 
     def signalled(self, number):

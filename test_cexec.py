@@ -8028,7 +8028,7 @@ class Boxes:
         put(cluster.path("known"), known)
         self.ssh = "ssh -F " + cluster.path("config")
 
-    def open(self, name, read_only=False, port=22):
+    def open(self, name, read_only=False):
         """Starts a host's sshd."""
         home, path = self.cluster.path("home-" + name), self.cluster.path
         shells = {"sh": "/bin/sh", "bash": "/bin/bash", "csh": "/bin/csh", "fish": "/usr/bin/fish"}
@@ -8037,9 +8037,9 @@ class Boxes:
         rows = ["%s:%s:0:0::%s:%s" % (login, password.decode().strip(), home, shell)
                 for login, shell in shells.items()]
         put(path("passwd-" + name), read("/etc/passwd").decode() + "\n".join(rows) + "\n", 0o644)
-        put(path("sshd-" + name), "Port %d\nHostKey %s\nAuthorizedKeysFile %s\nPidFile none\nStrictModes no\nUsePAM no\n"
+        put(path("sshd-" + name), "HostKey %s\nAuthorizedKeysFile %s\nPidFile none\nStrictModes no\nUsePAM no\n"
             "PermitRootLogin yes\nPasswordAuthentication yes\nMaxStartups 100\nSetEnv %s PYTHONDONTWRITEBYTECODE=1 "
-            "PATH=%s:/usr/bin:/bin\n" % (port, path("hostkey"), path("user.pub"), self.cluster.marker, path("bin")))
+            "PATH=%s:/usr/bin:/bin\n" % (path("hostkey"), path("user.pub"), self.cluster.marker, path("bin")))
         setup = ("mount --bind %s /etc/passwd && mount -t tmpfs tmpfs /run && mkdir /run/sshd || exit 9\n"
                  % path("passwd-" + name))
         if read_only:
@@ -8063,8 +8063,9 @@ class Boxes:
         """Starts cservice -s; .said() is what it has said on standard error, .shown() on standard output."""
         log = self.cluster.path("start-%s" % uuid.uuid4().hex[:6])
         with open(log + ".out", "wb") as out, open(log, "wb") as err:
-            process = self.cluster.start("cservice", "-s", hosts, *words, key or self.key, *command, stdout=out,
-                                         stderr=err, space=self.spaces["here"], env=dict({"CEXEC_SSH": self.ssh}, **env))
+            process = self.cluster.start("cservice", "-s", hosts, *words, key or self.key, *command,
+                                         stdout=out, stderr=err, space=self.spaces["here"], start_new_session=True,
+                                         env=dict({"CEXEC_SSH": self.ssh}, **env))
         process.said = lambda: read(log).decode()
         process.shown = lambda: read(log + ".out").decode()
         return process
@@ -8128,7 +8129,7 @@ def test_a_cluster_in_one_command(boxes, age):
     rows = farm.up(process, 3)
     assert sorted(row.split("\t")[1] for row in rows) == ["10.0.9.2", "10.0.9.3", "10.0.9.4"]
     assert stat.S_IMODE(os.stat(farm.key).st_mode) == 0o600
-    answers = {farm.client(input=b"x").stdout for _ in range(12)}
+    answers = {farm.client(input=b"x").stdout for _ in range(6)}
     assert {answer.split()[2] for answer in answers} <= {b"10.0.9.2", b"10.0.9.3", b"10.0.9.4"}
     assert all(rss(pid) < 30 << 20 for name in "abc" for pid in farm.workers(name))
     process.send_signal(signal.SIGINT)
@@ -8241,7 +8242,7 @@ def test_no_host_starts(boxes):
     assert process.wait(PATIENCE) == 111
     for name in "ab":
         assert "%s: cservice: -u no-such-user: no such user\n" % name in process.said()
-        assert "cservice: %s: the worker ended with exit status 100, and is not started again\n" % name in process.said()
+        assert "cservice: %s: the worker ended with exit status 100, and is not started" % name in process.said()
     farm.empty()
 
 
@@ -8271,13 +8272,13 @@ def test_the_first_signal_drains_and_the_second_ends_the_jobs(boxes):
     process = farm.start("a,b", *JOB, CONCURRENCY="1")
     farm.up(process, 2)
     (one, go), (two, _) = started_job(farm), started_job(farm)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)       # as a terminal does it
     until(lambda: "cservice: drains" in process.said(), "the drain")
     touch(go)
     assert outcome(one)[0] == b"done\n"
     until(lambda: sum(bool(farm.workers(name)) for name in "ab") == 1, "the end of the idle worker")
     assert process.poll() is None and two.poll() is None
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     out, err = outcome(two, status=111)
     assert b"lost" in err
     assert process.wait(PATIENCE) == 0
@@ -8417,6 +8418,24 @@ def test_a_login_that_hangs_makes_room(impatient, local):
     for name in names[:8]:
         for line in ("no worker after 2 s", "ssh was killed; tries again in 1 s"):
             assert "cservice: %s: %s\n" % (name, line) in local.said()
+
+
+def test_the_third_signal_leaves_at_once(local):
+    """Also if what is run for ssh does not end when it is told to."""
+    process = local.serve("trap 'echo term >> $1' TERM; echo > $1; while :; do sleep 1; done", "one,two", local.key,
+                          "cat")
+
+    def lines(count):
+        return all(os.path.exists(local.path(name)) and read(local.path(name)).count(b"\n") == count
+                   for name in ("one", "two"))
+    until(lambda: lines(1), "two logins")
+    process.send_signal(signal.SIGINT)
+    until(lambda: lines(2), "the first signal's effect")
+    process.send_signal(signal.SIGINT)
+    until(lambda: "cservice: ends the jobs\n" in local.said(), "the second's")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 111
 
 
 @pytest.mark.parametrize("status, says", [
