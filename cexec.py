@@ -5457,6 +5457,8 @@ class Lifeline:
     def read(self):
         try:
             data = os.read(0, 4096)
+        except BlockingIOError:     # to sshd 0 and 1 are one socket
+            return
         except OSError:
             data = b""
         self.timer.cancel()
@@ -6485,13 +6487,13 @@ def key_to_send(path):
 def first_input(argv, key, group):
     """What every host gets at standard input before it serves, as bytes.
 
-    A host reads no file of addresses of ours and has other devices; and a csh there sets
-    GROUP to something else.
+    A host has no file of addresses of ours, and other devices; and a csh there sets GROUP
+    to something else.
     """
     if not os.path.isfile(__file__):
         raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
     text = group.text
-    if "@" in text or any(target.device for target in group.targets):
+    if "@" in text or "%" in text or any(target.device for target in group.targets):
         text = ",".join(dict.fromkeys(spelled(target.address.partition("%")[0], target.port)
                                       for target in group.targets))
     variables = {name: os.environb[name] for name in (b"CONCURRENCY", b"BOOST") if name in os.environb}

@@ -7,6 +7,7 @@
 Everything is sent over loopback (each test has a port of its own) or inside network
 namespaces that a test makes and removes.  A test that leaves a process behind fails.
 """
+import ast
 import atexit
 import collections
 import concurrent.futures
@@ -8486,6 +8487,24 @@ def test_hosts_of_s(tmp_path, monkeypatch, words, found):
     monkeypatch.chdir(tmp_path)
     put("list", "# all\none # first\n\n   u@two\n")
     assert cexec.parse_hosts(words) == found
+
+
+@pytest.mark.parametrize("text, there", [
+    (None, "255.255.255.255"), ("10.0.0.0/30", "10.0.0.0/30"),
+    ("239.1.2.3:4000", "239.1.2.3:4000"), ("lo:255.255.255.255", "255.255.255.255:3010"),
+    ("@list", "10.0.0.1:3010,[fd00::1]:4000"), ("[fe80::1%lo]", "[fe80::1]:3010")])
+def test_the_group_there(tmp_path, monkeypatch, text, there):
+    """As it is here, without what is of this machine alone: files and devices."""
+    monkeypatch.chdir(tmp_path)
+    put("list", "10.0.0.1 # one\n[fd00::1]:4000\n")
+    monkeypatch.delenv("GROUP", raising=False)
+    if text:
+        monkeypatch.setenv("CEXEC_GROUP", text)
+    line = cexec.first_input(["app", "cat"], "key", cexec.Group()).partition(b"\n")[0].decode()
+    namespace = {}
+    assert line.startswith("exec(") and exec(ast.literal_eval(line[5:-1]).partition("\n")[0], namespace) is None
+    assert namespace["variables"][b"CEXEC_GROUP"].decode() == there
+    assert namespace["words"] == [b"-s", b"-", b"app", b"cat"]
 
 
 @pytest.mark.parametrize("words, says", [
