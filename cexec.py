@@ -6400,8 +6400,8 @@ def make_key(path, derived):
 #       |  <-------------------- its exit status  |   0 as told, 111 lost, 100 something is wrong
 
 # Without a file in between: nothing reads ahead, so each reader finds its own part of standard input.  These
-# quotes and words mean the same to sh, csh and fish.
-REMOTE = "exec python3 -Sc 'f=open(0,\"rb\",0,closefd=0);exec(f.readline())'"
+# quotes and words mean the same to sh, csh and fish; the last one is for ps alone.
+REMOTE = "exec python3 -Sc 'f=open(0,\"rb\",0,closefd=0);exec(f.readline())' cservice"
 FIRST = """
 import os, sys
 if sys.version_info < (3, 6):

@@ -8170,7 +8170,7 @@ def test_options_and_settings_hold_there(boxes):
     assert done.returncode == 111
     until(lambda: "a: cservice: dropped" in process.said(), "the refusal")
     worker, = farm.workers("a")
-    assert b"-iv" in words_of(worker)
+    assert b"-iv" in words_of(worker) or b"-Sc" in words_of(worker)         # Python 3.6 and 3.7 have no memfd
     assert read(farm.key).split()[5] not in read("/proc/%d/cmdline" % worker) + read("/proc/%d/environ" % worker)
 
 
