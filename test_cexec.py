@@ -8304,14 +8304,14 @@ def test_nothing_is_left_when_the_starter_is_killed(boxes):
 
 
 @pytest.fixture
-def impatient(hosts):
+def impatient(cluster):
     """The program with a silence of 3 seconds and a login of 2."""
     text = read(PROGRAM).decode()
     for name, value in (("ALIVE_SECONDS", "0.5"), ("SILENCE_SECONDS", "3.0"), ("LOGIN_SECONDS", "2.0")):
         text, count = re.subn(r"(?m)^%s = [\d.]+" % name, "%s = %s" % (name, value), text)
         assert count == 1
-    hosts.launch = [PYTHON, put(hosts.path("impatient.py"), text)]
-    return hosts
+    cluster.launch = [PYTHON, put(cluster.path("impatient.py"), text)]
+    return cluster
 
 
 def test_the_network_to_a_host_is_lost(impatient, boxes):
@@ -8412,7 +8412,6 @@ def test_eight_logins_at_a_time(local):
 
 
 def test_a_login_that_hangs_makes_room(impatient, local):
-    local.env["GROUP"] = "127.255.255.255:%d" % free_port()
     names = ["hangs%d" % number for number in range(8)] + ["good"]
     local.serve('case $1 in hangs*) exec sleep 100;; esac; exec sh -c "$2"', ",".join(names), local.key, "cat")
     until(lambda: local.client(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": "1"}).stdout == b"x", "the ninth")
@@ -8437,6 +8436,15 @@ def test_the_third_signal_leaves_at_once(local):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 111
+
+
+def test_a_worker_stays_for_longer_than_the_silence_that_ends_it(impatient, local):
+    local.serve('exec sh -c "$2"', "box", local.key, "cat")
+
+    def uptimes():
+        return [json.loads(line)["uptime"] for line in local.run("cexec", "-lj", local.pub).stdout.splitlines()]
+    until(lambda: any(uptime > 4 for uptime in uptimes()), "some age")
+    assert "again" not in local.said()
 
 
 @pytest.mark.parametrize("status, says", [
