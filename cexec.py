@@ -40,8 +40,9 @@ a job: without it, and without every byte that it counts, no job is a success.
 Not promised: that a worker with load to spare is found where no datagram reaches it;
 secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
 
-The file goes from the leaves up: a section calls only those above it.  Keys and
-messages are a matter of bytes; of the channel section, Link alone has a socket.
+The file goes from the leaves up: a section calls only those above it, but for
+main_cservice, whose -s comes after ckeygen.  Keys and messages are a matter of bytes; of
+the channel section, Link alone has a socket.
 """
 # START
 import gc

@@ -8545,6 +8545,17 @@ def test_the_command_that_logs_in(monkeypatch):
         assert caught.value.code == 100
 
 
+@pytest.mark.parametrize("gone", [["app", "app.pub"], ["app.pub"], []])
+def test_keys_are_made_for_s_if_there_are_none(keys, gone):
+    before = read(keys.key)
+    for name in gone:
+        os.unlink(keys.path(name))
+    text, pub = cexec.key_to_send(keys.key)
+    assert text.encode() == read(keys.key) and cexec.open_pub(keys.pub) == pub
+    assert (text.encode() == before) == ("app" not in gone)
+    assert pub.fingerprint == cexec.format_key(cexec.parse_key(text, "").master)[1]
+
+
 def test_what_stops_s_before_any_login(local):
     """Wrong words and keys are said once, here."""
     def fails(*words, env=None, code=100):
