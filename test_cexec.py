@@ -8545,6 +8545,26 @@ def test_the_command_that_logs_in(monkeypatch):
         assert caught.value.code == 100
 
 
+def test_a_worker_whose_words_nobody_reads_still_drains(local, monkeypatch):
+    """As when its starter is stopped: what it has to say is lost."""
+    monkeypatch.setenv("CEXEC_GROUP", local.env["GROUP"])
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"full")
+    os.set_blocking(writer, True)
+    worker = subprocess.Popen(["sh", "-c", cexec.REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writer,
+                              env=local.environment(), cwd=local.directory)
+    local.started.append(worker)
+    os.close(writer)
+    worker.stdin.write(cexec.first_input(["-v", local.key, "cat"], read(local.key).decode(), cexec.Group()))
+    worker.stdin.close()
+    assert worker.wait(PATIENCE) == 111
+    assert worker.stdout.read().startswith(b"\n" + cexec.UP)
+    os.close(reader)
+
+
 @pytest.mark.parametrize("gone", [["app", "app.pub"], ["app.pub"], []])
 def test_keys_are_made_for_s_if_there_are_none(keys, gone):
     before = read(keys.key)
