@@ -6,6 +6,11 @@ exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().split("# START\n")
 
 cexec: run a command on the least loaded machine of the network.
 
+    cservice -s box1,box2 sort sort          # starts a worker on each host, over ssh, until Ctrl-C
+    cexec sort.pub < file                    # in another window: sorts it on the least loaded of them
+
+And where workers stay:
+
     ckeygen ogg ogg.pub                      # once: a keypair names the application
     cservice ogg oggenc -o- -                # on every worker
     crat ogg.pub                             # anywhere: who did what
@@ -37,8 +42,9 @@ a job: without it, and without every byte that it counts, no job is a success.
 Not promised: that a worker with load to spare is found where no datagram reaches it;
 secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
 
-The file goes from the leaves up: a section calls only those above it.  Keys and
-messages are a matter of bytes; of the channel section, Link alone has a socket.
+The file goes from the leaves up: a section calls only those above it, but for
+main_cservice, whose -s comes after ckeygen.  Keys and messages are a matter of bytes; of
+the channel section, Link alone has a socket.
 """
 # START
 import gc
@@ -1719,10 +1725,11 @@ def load_ssl():
     return ssl
 
 
-def tls_context(key=None):
+def tls_context(key=None, text=None):
     """The TLS settings of a worker (with its Key) or a client (without).  Raises Fatal.
 
     The client checks the certificate by its hash alone: no clock, names or authorities.
+    text is the key file's, where there is no file.
     """
     load_ssl()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if key else ssl.PROTOCOL_TLS_CLIENT)
@@ -1736,11 +1743,23 @@ def tls_context(key=None):
     if key and hasattr(context, "num_tickets"):
         context.num_tickets = 0     # nobody resumes, and a ticket is one more thing to send
     if key:
+        pipes = [full_pipe(text.encode()), full_pipe(text.encode())] if text else []    # each is read once
         try:
-            context.load_cert_chain(key.path)
+            context.load_cert_chain(*["/dev/fd/%d" % pipe for pipe in pipes] or [key.path])
         except (OSError, ValueError) as error:
             raise Fatal(EXIT_USAGE, "%s: invalid private key (%s)" % (key.path, error)) from None
+        finally:
+            for pipe in pipes:
+                os.close(pipe)
     return context
+
+
+def full_pipe(data):
+    """The reading end of a pipe with this in it, which must fit: for what wants a path, without a file."""
+    reader, writer = os.pipe()
+    with open(writer, "wb", 0) as file:
+        file.write(data)
+    return reader
 
 
 class Tls:
@@ -3846,8 +3865,8 @@ class Survey:
     ASK = (0.0, 0.2, 0.6)           # seconds: when it asks
     ENOUGH, PATIENCE = 1.2, 3.0     # when it stops, if somebody has answered, and if nobody has
 
-    def __init__(self, group, pub, job_ports):
-        self.group, self.pub, self.loop = group, pub, Loop()
+    def __init__(self, group, pub, job_ports, loop):
+        self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
         self.connected, self.denied = set(), {}     # addresses of probes; why: addresses of our application's workers
@@ -3862,17 +3881,16 @@ class Survey:
             self.listeners = []
         hear_all(self.loop, self.listeners, self.overhear, self.overhear_stranger)
 
-    def work(self):
-        """Asks until there is enough to show."""
+    def begin(self, over):
+        """Asks, and calls over() when there is enough to show."""
         for seconds in self.ASK:
             self.loop.after(seconds, self.ask)
-        self.loop.after(self.ENOUGH, self.stop_if_answered)
-        self.loop.after(self.PATIENCE, self.loop.stop)
-        self.loop.run()
+        self.loop.after(self.ENOUGH, lambda: over() if self.workers else self.loop.after(
+            self.PATIENCE - self.ENOUGH, over))
 
-    def stop_if_answered(self):
-        if self.workers:
-            self.loop.stop()
+    def close(self):
+        self.back.close()
+        hear_no_more(self.loop, self.listeners)
 
     def ask(self):
         nonce = os.urandom(16)
@@ -3998,8 +4016,14 @@ class Survey:
 
 def list_workers(group, pub, ports, as_json):
     """Prints who is there, a line a worker; EXIT_TEMPORARY, and why, if there is nobody."""
-    survey = Survey(group, pub, ports)
-    survey.work()
+    survey = Survey(group, pub, ports, Loop())
+    survey.begin(survey.loop.stop)
+    survey.loop.run()
+    return show_workers(survey, as_json)
+
+
+def show_workers(survey, as_json):
+    """Prints who has answered, and says what is wrong; EXIT_TEMPORARY if nobody has."""
     rows = survey.rows()
     if as_json:
         import json
@@ -5840,7 +5864,14 @@ def close_all_but(kept):
 
 Settings = collections.namedtuple("Settings", "command slots boost refused user repeatable")
 
-CSERVICE_USAGE = "cservice [-hiv] [-u USER] [-x NAME] [--version] APP COMMAND [ARGUMENT ...]"
+# What cservice -s and the workers that it starts say to each other.
+OVER_SSH = "-"                      # as the first -s: this is such a worker
+UP = b"cexec: serves "              # at the beginning of a line of its standard output: and here is its id
+ALIVE, DRAIN, END = b".", b"D", b"E"
+ALIVE_SECONDS = 10.0                # how often the starter says ALIVE
+SILENCE_SECONDS = 60.0              # and after how long without a word a worker drains
+
+CSERVICE_USAGE = "cservice [-hiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP COMMAND [ARGUMENT ...]"
 CSERVICE_HELP = """Run COMMAND for whoever holds a public key of the application.
 
 Whoever can make COMMAND run code of theirs has what this user has, the private key
@@ -5853,6 +5884,8 @@ def main_cservice(argv):
     parser = argument_parser(CSERVICE_USAGE, CSERVICE_HELP)
     parser.add_argument("-i", dest="repeatable", action="store_true",
                         help="the command may be run again: jobs whose worker is lost are")
+    parser.add_argument("-s", dest="hosts", metavar="HOST,...", action="append", default=[],
+                        help="serve on these hosts, over ssh, until this process ends; @FILE has a host a line")
     parser.add_argument("-u", dest="user", metavar="USER", help="run the command as USER (needs root)")
     parser.add_argument("-x", dest="refused", metavar="NAME", action="append", default=[],
                         help="refuse the client NAME (may be repeated)")
@@ -5862,24 +5895,82 @@ def main_cservice(argv):
     log.verbose = options.verbose
     if not options.command:
         parser.error("no command is named")
+    slots = setting("CONCURRENCY", processors(), 1, 10000)
+    boost, refused = setting("BOOST", -1, 0, 10 ** 9), frozenset(map(check_name, options.refused))
+    if options.hosts and options.hosts[0] != OVER_SSH:
+        return serve_on_hosts(options.hosts, options.key, argv)
     fill_standard()
     slim_down(argv)
-    slots = setting("CONCURRENCY", processors(), 1, 10000)
     make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
-    boost = setting("BOOST", -1, 0, 10 ** 9)
-    settings = Settings(options.command, slots,
-                        None if boost < 0 else boost / 1e6, frozenset(map(check_name, options.refused)),
+    settings = Settings(options.command, slots, None if boost < 0 else boost / 1e6, refused,
                         find_user(options.user) if options.user else None, options.repeatable)
-    key, group = open_key(options.key), Group()
+    text = handed_key() if options.hosts else None
+    key, group = parse_key(text, options.key) if text else open_key(options.key), Group()
     warn_of_command(options.command[0])
-    context, listeners = tls_context(key), open_listeners(group)
+    context, listeners = tls_context(key, text), open_listeners(group)
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
     loop.catch(WORKER_SIGNALS, worker.signalled)
+    starter = Lifeline(loop, worker) if options.hosts else None
     started_up()
     log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
     loop.run()
-    return 0
+    return EXIT_TEMPORARY if starter and starter.lost else 0
+
+
+def handed_key():
+    """The text of the private key that `cservice -s` sends behind the program: a line of hexadecimal digits."""
+    line = open(0, "rb", 0, closefd=False).readline()
+    try:
+        return bytes.fromhex(line.decode().strip() or "none").decode()
+    except ValueError:
+        raise Fatal(EXIT_USAGE, "-s %s is what cservice -s starts on hosts: name a host" % OVER_SSH) from None
+
+
+class Lifeline:
+    """What a worker that `cservice -s` has started hears of its starter, over ssh.
+
+    The connection can end unseen, and a process that was stopped says nothing: without a
+    word for SILENCE_SECONDS, as at the end of its input, the worker drains.
+    """
+
+    def __init__(self, loop, worker):
+        self.loop, self.worker = loop, worker
+        self.lost = False           # whether it drains because its starter is lost
+        self.timer = loop.after(SILENCE_SECONDS, self.lose)
+        for number in (1, 2):
+            os.set_blocking(number, False)      # a worker whose starter does not read must still drain
+        try:                        # a login may have left a line unfinished
+            os.write(1, b"\n%s%s\n" % (UP, worker.id.hex().encode()))
+        except OSError:
+            pass                    # nobody is there: read() will see it
+        loop.on_read(0, self.read)
+
+    def read(self):
+        try:
+            data = os.read(0, 4096)
+        except BlockingIOError:     # to sshd 0 and 1 are one socket
+            return
+        except OSError:
+            data = b""
+        self.timer.cancel()
+        if not data:
+            self.loop.forget(0)
+            return self.lose()
+        self.timer = self.loop.after(SILENCE_SECONDS, self.lose)
+        if DRAIN in data or END in data:
+            self.drain()
+        if END in data:
+            self.drain(True)
+
+    def drain(self, again=False):
+        if again or not self.worker.draining:
+            self.worker.signalled(signal.SIGTERM)
+
+    def lose(self):
+        log.note("the starter is lost")
+        self.lost = not self.worker.draining
+        self.drain()
 
 
 def warn_of_command(name):
@@ -6756,14 +6847,18 @@ def main_ckeygen(argv):
         raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
     if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
-    master = make_key(options.key, stretch(read_secret()) if options.stdin else None)
-    try:
-        if os.path.exists(pub) and not read_text(pub).startswith(PUB_MAGIC):
-            raise Fatal(EXIT_NO_PUB, "%s: is there and no public key: not overwritten" % pub)
-        write_new(pub, format_pub(master, name, format_key(master)[1]), replace=True)
-    except OSError as error:
-        raise Fatal(EXIT_NO_PUB, "cannot write %s: %s" % (pub, error.strerror)) from None
+    make_pub(pub, make_key(options.key, stretch(read_secret()) if options.stdin else None), name)
     return 0
+
+
+def make_pub(path, master, name):
+    """Writes the public key of a client; another one may be there already."""
+    try:
+        if os.path.exists(path) and not read_text(path).startswith(PUB_MAGIC):
+            raise Fatal(EXIT_NO_PUB, "%s: is there and no public key: not overwritten" % path)
+        write_new(path, format_pub(master, name, format_key(master)[1]), replace=True)
+    except OSError as error:
+        raise Fatal(EXIT_NO_PUB, "cannot write %s: %s" % (path, error.strerror)) from None
 
 
 def make_key(path, derived):
@@ -6784,6 +6879,406 @@ def make_key(path, derived):
     except OSError as error:
         raise Fatal(EXIT_NO_KEY, "cannot write %s: %s" % (path, error.strerror)) from None
     return master
+
+
+# ---------------------------------------------------------------------------
+# cservice -s: workers on other hosts, over ssh
+# ---------------------------------------------------------------------------
+
+#     here                                      there
+#       | ssh HOST REMOTE  -------------------->  |   sh, csh or fish runs python3
+#       | a line of Python -------------------->  |   runs it
+#       | this file, as many bytes as it said ->  |   compiles it, starts it: cservice -s - ...
+#       | the private key in hexadecimal ------>  |   serves
+#       |  <------------ what a login has to say  |
+#       |  <------------------------- UP, its id  |
+#       | ALIVE, every ten seconds ------------>  |   drains after a minute without
+#       | DRAIN, END, end of file ------------->  |   drains, ends its jobs, drains
+#       |  <-------------------- its exit status  |   0 as told, 111 lost, 100 something is wrong
+
+# Without a file in between: nothing reads ahead, so each reader finds its own part of standard input.  These
+# quotes and words mean the same to sh, csh and fish; the last one is for ps alone.
+REMOTE = "exec python3 -Sc 'f=open(0,\"rb\",0,closefd=0);exec(f.readline())' cservice"
+FIRST = """
+import os, sys
+if sys.version_info < (3, 6):
+    sys.stderr.write("Python %d.%d is too old: cexec needs 3.6 or newer\\n" % sys.version_info[:2])
+    os._exit(100)
+program = b""
+while len(program) < count:
+    piece = f.read(count - len(program))
+    if not piece:
+        os._exit(111)
+    program += piece
+sys.argv, __file__ = ["cservice"] + [os.fsdecode(word) for word in words], "<ssh>"
+os.environb.update(variables)
+code = compile(program, "cexec.py", "exec")
+try:
+    import importlib.util, marshal
+    path = "/dev/fd/%d" % os.memfd_create("cexec", 0)
+    with open(path, "wb") as file:
+        file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
+    os.execv(sys.executable, [sys.executable, "-S", path] + sys.argv)
+except (AttributeError, OSError):
+    pass
+exec(code)
+"""
+
+LOGINS = 8                          # at a time: sshd refuses some of too many (MaxStartups)
+LOGIN_SECONDS = 60.0                # one that takes longer is ended: others wait for their turn
+SSH_FAILED = 255                    # its exit status, ssh(1)
+RETRY_MAX = 60.0                    # seconds between two tries, from one second up
+SAID_MAX = 8192                     # bytes of a line that is shown
+
+
+def parse_hosts(words):
+    """The hosts of all -s, each once: HOST,... or @FILE, with a host a line and # before comments."""
+    names = []
+    for word in words:
+        for item in word.split(","):
+            if item.startswith("@"):
+                try:
+                    lines = read_text(item[1:], GROUP_FILE_MAX).splitlines()
+                except OSError as error:
+                    raise Fatal(EXIT_USAGE, "-s %s: %s" % (item, error.strerror)) from None
+                names += filter(None, (line.partition("#")[0].strip() for line in lines))
+            else:
+                names.append(item)
+    for name in names:              # what begins with - would be an option of ssh
+        if not name or name.startswith("-") or " " in name or not name.isprintable():
+            raise Fatal(EXIT_USAGE, "-s %s: not a host, or [USER@]HOST,..., or @FILE" % name)
+    if not names:
+        raise Fatal(EXIT_USAGE, "-s %s: no host in it" % words[0])
+    return list(dict.fromkeys(names))
+
+
+def ssh_words(several):
+    """The command line of ssh, up to the host."""
+    import shlex
+    import shutil
+    text = os.environ.get("CEXEC_SSH") or "ssh"
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Fatal(EXIT_USAGE, "CEXEC_SSH=%s: %s" % (text, error)) from None
+    if not words or not shutil.which(words[0]):
+        raise Fatal(EXIT_USAGE, "%s: no such command: install ssh, or set CEXEC_SSH" % (words[0] if words else text))
+    if os.path.basename(words[0]) == "ssh":     # it takes the first of two values: options that are there count
+        words += ["-T", "-o", "ServerAliveInterval=15", "-o", "ConnectTimeout=15"] + ["-o", "BatchMode=yes"] * several
+    return words
+
+
+def key_to_send(path):
+    """The text of the private key and its Pub; both are made if there are none.  Raises Fatal."""
+    pub = path + ".pub"
+    if not os.path.lexists(path) and os.path.lexists(pub):
+        raise Fatal(EXIT_USAGE, "%s: is there without the private key %s: bring that, or name another" % (pub, path))
+    if not os.path.lexists(pub):
+        make_pub(pub, make_key(path, None), DEFAULT_NAME)
+    key, public = open_key(path), open_pub(pub)
+    if public.application != key.application:
+        raise Fatal(EXIT_USAGE, "%s: of another key than %s: make it again (ckeygen %s)" % (pub, path, path))
+    return read_text(path), public
+
+
+def first_input(argv, key, group):
+    """What every host gets at standard input before it serves, as bytes.
+
+    A host has no file of addresses of ours, and other devices; and a csh there sets GROUP
+    to something else.
+    """
+    if not os.path.isfile(__file__):
+        raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
+    text = group.text
+    if "@" in text or "%" in text or any(target.device for target in group.targets):
+        text = ",".join(dict.fromkeys(spelled(target.address.partition("%")[0], target.port)
+                                      for target in group.targets))
+    variables = {name: os.environb[name] for name in (b"CONCURRENCY", b"BOOST") if name in os.environb}
+    variables[b"CEXEC_GROUP"] = os.fsencode(text)
+    with open(__file__, "rb") as file:
+        program = file.read()
+    words = [os.fsencode(word) for word in ["-s", OVER_SSH, *argv]]
+    first = "count, words, variables = %a, %a, %a" % (len(program), words, variables) + FIRST
+    return b"exec(%s)\n%s%s\n" % (ascii(first).encode(), program, key.encode().hex().encode())
+
+
+# A host's states, which only _set() changes:
+#
+#   WAITING --its turn--> LOGIN --rcvd UP--> SERVING --ssh ends--> ENDED
+#      A                    |                  |
+#      '-----a second, two, four ... later-----'--python3 is not there, or 100--> ENDED
+#
+WAITING, LOGIN, SERVING, ENDED = "waiting", "login", "serving", "ended"
+
+
+class Host:
+    """A host, the ssh to it, and the worker there."""
+
+    def __init__(self, starter, name):
+        self.starter, self.loop, self.name = starter, starter.loop, name
+        self.state, self.process, self.worker_id = WAITING, None, None
+        self.failures = 0           # since it has served
+        self.timer = None           # the next try, or the end of patience with a login
+        self.unsent, self.unsaid = b"", {}          # bytes; descriptor: a line's beginning
+        self.input_ends = False
+
+    def _set(self, state):
+        log.note("%s: %s -> %s", self.name, self.state, state)
+        self.state = state
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+
+    def say(self, text, *args):
+        log.say("%s: %s" % (self.name, text % args))
+
+    # The ssh
+
+    def login(self):
+        import subprocess
+        self._set(LOGIN)
+        alone = self.starter.alone
+        try:
+            # In a session of its own, out of reach of a Ctrl-C that is to drain; but one that may ask for a password
+            # keeps the terminal, and ignores that signal.
+            self.process = subprocess.Popen(
+                [*self.starter.ssh, self.name, REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, bufsize=0, start_new_session=not alone,
+                preexec_fn=ignore_keyboard if alone else None)
+        except OSError as error:
+            return self.failed("cannot start ssh: %s" % error.strerror)
+        if not alone:
+            self.timer = self.loop.after(LOGIN_SECONDS, self.hurry)
+        self.input_ends = False
+        self.unsaid = {self.process.stdout.fileno(): b"", self.process.stderr.fileno(): b""}
+        for fd in self.unsaid:
+            os.set_blocking(fd, False)
+            self.loop.on_read(fd, functools.partial(self.read, fd))
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self.send(self.starter.first)
+
+    def hurry(self):
+        self.say("no worker after %d s", LOGIN_SECONDS)
+        self.kill()
+
+    def kill(self, number=signal.SIGTERM):
+        """Ends an ssh; what it has started there sees the end of its input."""
+        try:
+            (os.kill if self.starter.alone else os.killpg)(self.process.pid, number)
+        except ProcessLookupError:
+            pass                    # reap() will see it
+
+    def send(self, data, ends=False):
+        if self.process.stdin.closed:
+            return
+        self.unsent += data
+        self.input_ends = ends
+        self.loop.on_write(self.process.stdin.fileno(), self.write)
+
+    def write(self):
+        fd = self.process.stdin.fileno()
+        try:
+            self.unsent = self.unsent[os.write(fd, self.unsent):]
+        except BlockingIOError:
+            return
+        except OSError:             # its end is not far
+            self.unsent = b""
+        if not self.unsent:
+            self.loop.forget(fd)
+            if self.input_ends:
+                self.process.stdin.close()
+
+    def read(self, fd):
+        """Takes what the host says; whether there may be more."""
+        try:
+            data = os.read(fd, SAID_MAX)
+        except BlockingIOError:
+            return False
+        *lines, self.unsaid[fd] = (self.unsaid[fd] + data).split(b"\n")
+        if not data or len(self.unsaid[fd]) > SAID_MAX:
+            lines.append(self.unsaid[fd])
+            self.unsaid[fd] = b""
+        if not data:
+            self.loop.forget(fd)
+        for line in lines:
+            self.rcvd_line(line)
+        return bool(data)
+
+    def rcvd_line(self, line):
+        if line.startswith(UP) and self.state is LOGIN:
+            self.rcvd_up(line[len(UP):])
+        elif line.strip():
+            text = line.decode("utf-8", "backslashreplace").rstrip("\r")
+            log.write("%s: %s\n" % (self.name, printable(text)))
+
+    def rcvd_up(self, worker_id):
+        self._set(SERVING)
+        self.worker_id = worker_id.decode("ascii", "replace").strip()
+        if self.failures:
+            self.say("serves now")
+        self.failures = 0
+        self.starter.changed()
+
+    # Its end
+
+    def reap(self):
+        """Sees to an ssh that has ended."""
+        if self.process is None or self.process.poll() is None:
+            return
+        for fd in self.unsaid:
+            while self.read(fd):
+                pass
+            if self.unsaid[fd]:     # a child of ssh has the pipe still
+                self.rcvd_line(self.unsaid[fd])
+            self.loop.forget(fd)
+        if not self.process.stdin.closed:
+            self.loop.forget(self.process.stdin.fileno())
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            pipe.close()
+        status, self.process, self.unsent = self.process.returncode, None, b""
+        self.judge(status)
+
+    def judge(self, status):
+        """What follows from ssh's exit status, which is the worker's if there was one."""
+        if self.starter.draining:
+            if status:
+                self.say("ended with exit status %d", status)
+            self.end()
+        elif status < 0 or status in (SSH_FAILED, EXIT_TEMPORARY):
+            self.failed({SSH_FAILED: "ssh failed", EXIT_TEMPORARY: "the worker ended"}.get(status, "ssh was killed"))
+        elif self.state is SERVING or status == EXIT_USAGE:
+            self.say("the worker ended with exit status %d, and is not started again", status)
+            self.end()
+        else:
+            self.say("exit status %d instead of a worker: is python3 in the PATH of `ssh %s`? It is not tried again",
+                     status, self.name)
+            self.end()
+
+    def failed(self, why):
+        """Tries again, later."""
+        delay = min(2 ** self.failures, RETRY_MAX)
+        self.failures += 1
+        self.say("%s; tries again in %d s", why, delay)
+        self._set(WAITING)
+        self.timer = self.loop.after(delay, lambda: self.starter.take_turn(self))
+        self.starter.changed()
+
+    def end(self):
+        self._set(ENDED)
+        self.starter.changed()
+
+
+def ignore_keyboard():
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Starter:
+    """cservice -s: keeps a worker on each host, until it is told to end."""
+
+    def __init__(self, loop, names, ssh, first, survey):
+        self.loop, self.ssh, self.first = loop, ssh, first
+        self.survey = survey        # makes a Survey; None when that was done
+        self.alone = len(names) == 1
+        self.hosts = [Host(self, name) for name in names]
+        self.line = collections.deque(self.hosts)   # who waits for a turn to log in
+        self.served = False         # whether a worker has been up
+        self.signals = 0
+        self.draining = False
+
+    def begin(self):
+        self.changed()
+        self.keep_alive()
+
+    def keep_alive(self):
+        self.tell(ALIVE)
+        self.loop.after(ALIVE_SECONDS, self.keep_alive)
+
+    def tell(self, data, ends=False):
+        for host in self.in_state(SERVING):
+            host.send(data, ends)
+
+    def in_state(self, *states):
+        return [host for host in self.hosts if host.state in states]
+
+    def take_turn(self, host):
+        self.line.append(host)
+        self.changed()
+
+    def changed(self):
+        """Goes on, after a host's state has changed."""
+        while self.line and len(self.in_state(LOGIN)) < LOGINS:
+            self.line.popleft().login()
+        self.served = self.served or bool(self.in_state(SERVING))
+        if not self.in_state(WAITING, LOGIN, SERVING):
+            self.loop.stop()
+        tried = all(host.failures or host.state in (SERVING, ENDED) for host in self.hosts)
+        if tried and self.survey and self.in_state(SERVING) and not self.draining:
+            self.look_around()
+
+    def look_around(self):
+        """Shows once who is there, when all that can be up are up."""
+        make, self.survey = self.survey, None
+        try:
+            survey = make()
+        except Fatal as error:
+            return log.say(str(error))
+        survey.begin(lambda: self.show(survey))
+
+    def show(self, survey):
+        survey.close()
+        if self.draining:
+            return
+        show_workers(survey, False)
+        heard = {worker_id.hex() for worker_id in survey.workers}
+        for host in self.in_state(SERVING):
+            if host.worker_id not in heard:
+                host.say("serves, but is not heard on %s: let UDP port %s in through its firewall, or set GROUP here "
+                         "to its address (cexec(1), The group)", survey.group.text,
+                         ", ".join(sorted({str(target.port) for target in survey.group.targets})))
+
+    def signalled(self, number):
+        if number == signal.SIGCHLD:
+            for host in self.hosts:
+                host.reap()
+            return
+        self.signals += 1
+        if self.signals == 1:
+            self.drain()
+        elif self.signals == 2:
+            log.say("ends the jobs")
+            self.tell(END, True)
+        else:
+            for host in self.in_state(LOGIN, SERVING):
+                host.kill(signal.SIGKILL)
+
+    def drain(self):
+        self.draining = True
+        self.line.clear()
+        for host in self.in_state(LOGIN):
+            host.kill()
+        self.tell(DRAIN)
+        if self.in_state(SERVING):
+            log.say("drains; a second signal ends the jobs that run")
+        for host in self.in_state(WAITING):
+            host.end()
+
+
+def serve_on_hosts(words, path, argv):
+    """Keeps a worker on each of the hosts until told to end; 0, or 111 if there never was one."""
+    names = parse_hosts(words)
+    ssh, group, ports = ssh_words(len(names) > 1), Group(), listen_ports()
+    text, pub = key_to_send(path)
+    first = first_input(argv, text, group)
+    fill_standard()
+    make_room(64 + 4 * len(names))
+    loop = Loop()
+    starter = Starter(loop, names, ssh, first, lambda: Survey(group, pub, ports, loop))
+    loop.catch(WORKER_SIGNALS, starter.signalled)
+    starter.begin()
+    started_up()
+    loop.run()
+    return 0 if starter.served else EXIT_TEMPORARY
 
 
 # ---------------------------------------------------------------------------

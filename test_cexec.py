@@ -7,6 +7,7 @@
 Everything is sent over loopback (each test has a port of its own) or inside network
 namespaces that a test makes and removes.  A test that leaves a process behind fails.
 """
+import ast
 import atexit
 import collections
 import concurrent.futures
@@ -8806,6 +8807,614 @@ def test_a_worker_over_ssh_with_the_program_on_standard_input(run_sshd, cluster)
         if b"cservice" in read("/proc/%d/cmdline" % pid).split(b"\0"):
             os.kill(pid, signal.SIGTERM)            # it outlives its ssh, which gave it no terminal
     assert far.wait(PATIENCE) == 0
+
+
+# ---------------------------------------------------------------------------
+# cservice -s: workers on other hosts, over ssh
+# ---------------------------------------------------------------------------
+
+BANNER = "Welcome to %s.\nNo mail"      # an unfinished line
+SECRET = "correct horse"
+
+
+class Boxes:
+    """Hosts in namespaces, each with an sshd and logins of its own, and one, `here`, with cservice -s.
+
+    All share one file system, but have a /run and an /etc/passwd each; names of ssh are LOGIN@HOST.
+    """
+
+    def __init__(self, cluster, names, python=PYTHON):
+        self.cluster, self.names, self.processes, self.daemons = cluster, names, [], {}
+        self.key, self.pub = cluster.path("new"), cluster.path("new.pub")
+        self.spaces = cluster.lan("lan", ["here", *names], "10.0.9")
+        self.server = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
+        if not self.server:
+            skip("sshd is not installed")
+        for key in ("hostkey", "user", "stranger"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", cluster.path(key)], check=True)
+        os.mkdir(cluster.path("bin"))
+        os.symlink(python, cluster.path("bin/python3"))
+        for name, script in (("banner", "printf '%s'\nexec sh \"$@\"\n" % BANNER.replace("%s", "banner")),
+                             ("bare", "PATH=/nowhere; export PATH; exec /bin/sh \"$@\"\n"),
+                             ("nologin", "echo This account is not available.; exit 1\n")):
+            put(cluster.path(name), "#!/bin/sh\n" + script, 0o755)
+        lines = ["Host *\nUser sh\nIdentityFile %s\nIdentitiesOnly yes\nIdentityAgent none\nUserKnownHostsFile %s\n"
+                 "GlobalKnownHostsFile /dev/null\nUpdateHostKeys no\n" % (cluster.path("user"), cluster.path("known"))]
+        known = ""
+        for number, name in enumerate(names, 2):
+            lines.append("Host %s\nHostName 10.0.9.%d\n" % (name, number))
+            known += "10.0.9.%d %s" % (number, read(cluster.path("hostkey.pub")).decode())
+            os.mkdir(cluster.path("home-" + name))
+        put(cluster.path("config"), "".join(lines))
+        put(cluster.path("known"), known)
+        self.ssh = "ssh -F " + cluster.path("config")
+
+    def open(self, name, read_only=False):
+        """Starts a host's sshd."""
+        home, path = self.cluster.path("home-" + name), self.cluster.path
+        shells = {"sh": "/bin/sh", "bash": "/bin/bash", "csh": "/bin/csh", "fish": "/usr/bin/fish"}
+        shells.update({login: path(login) for login in ("banner", "bare", "nologin")})
+        password = subprocess.run(["openssl", "passwd", "-6", SECRET], check=True, stdout=subprocess.PIPE).stdout
+        rows = ["%s:%s:0:0::%s:%s" % (login, password.decode().strip(), home, shell)
+                for login, shell in shells.items()]
+        put(path("passwd-" + name), read("/etc/passwd").decode() + "\n".join(rows) + "\n", 0o644)
+        put(path("sshd-" + name), "HostKey %s\nAuthorizedKeysFile %s\nPidFile none\nStrictModes no\nUsePAM no\n"
+            "PermitRootLogin yes\nPasswordAuthentication yes\nMaxStartups 100\nSetEnv %s PYTHONDONTWRITEBYTECODE=1 "
+            "PATH=%s:/usr/bin:/bin\n" % (path("hostkey"), path("user.pub"), self.cluster.marker, path("bin")))
+        setup = ("mount --bind %s /etc/passwd && mount -t tmpfs tmpfs /run && mkdir /run/sshd || exit 9\n"
+                 % path("passwd-" + name))
+        if read_only:
+            setup += "cut -d' ' -f2 /proc/mounts | sort -u | while read m; do mount -o remount,bind,ro $m; done\n"
+            setup += "! touch %s /tmp/.cexec-test /dev/shm/.cexec-test 2>/dev/null || exit 9\n" % path("writable")
+        setup += "exec %s -D -e -f %s" % (self.server, path("sshd-" + name))
+        log = path("sshd-%s.log" % name)
+        with open(log, "ab") as file:
+            daemon = subprocess.Popen(["ip", "netns", "exec", self.spaces[name], "sh", "-c", setup], stdout=file,
+                                      stderr=file, stdin=subprocess.DEVNULL, env=self.cluster.environment())
+        self.cluster.started.append(daemon)
+        self.daemons[name] = daemon
+        until(lambda: b"Server listening" in read(log) or daemon.poll() is not None, "sshd's start")
+        assert daemon.poll() is None, read(log)
+
+    def open_all(self, **options):
+        for name in self.names:
+            self.open(name, **options)
+
+    def start(self, hosts, *command, words=(), key=None, **env):
+        """Starts cservice -s; .said() is what it has said on standard error, .shown() on standard output."""
+        log = self.cluster.path("start-%s" % uuid.uuid4().hex[:6])
+        with open(log + ".out", "wb") as out, open(log, "wb") as err:
+            process = self.cluster.start("cservice", "-s", hosts, *words, key or self.key, *command,
+                                         stdout=out, stderr=err, space=self.spaces["here"], start_new_session=True,
+                                         env=dict({"CEXEC_SSH": self.ssh}, **env))
+        process.said = lambda: read(log).decode()
+        process.shown = lambda: read(log + ".out").decode()
+        return process
+
+    def up(self, process, count):
+        """Waits for the table of so many workers; its rows."""
+        until(lambda: process.shown().count("\n") >= count or process.poll() is not None, "the table")
+        assert process.poll() is None, process.said()
+        return process.shown().splitlines()
+
+    def client(self, *words, pub=None, **options):
+        return self.cluster.run("cexec", pub or self.pub, *words, space=self.spaces["here"], **options)
+
+    def there(self, name):
+        """The processes on a host but its sshd."""
+        pids = subprocess.run(["ip", "netns", "pids", self.spaces[name]], stdout=subprocess.PIPE, check=True).stdout
+        return [int(pid) for pid in pids.split() if int(pid) != self.daemons[name].pid]
+
+    def workers(self, name):
+        return [pid for pid in self.there(name) if b"cservice" in words_of(pid)]
+
+    def empty(self):
+        """Waits until nothing of ours is on any host."""
+        until(lambda: not any(self.there(name) for name in self.daemons), "empty hosts")
+
+    def close(self):
+        for name in self.daemons:
+            for pid in self.there(name):            # an sshd that does not know that its client's host is gone
+                if b"sshd: " in b" ".join(words_of(pid)):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
+def words_of(pid):
+    with contextlib.suppress(OSError):
+        return read("/proc/%d/cmdline" % pid).split(b"\0")
+    return []
+
+
+@pytest.fixture
+def boxes(hosts):
+    """boxes(names) makes hosts, none of them open yet."""
+    need("ssh", "ssh-keygen", "openssl", "mount")
+    made = []
+
+    def make(*names, **options):
+        made.append(Boxes(hosts, names, **options))
+        return made[0]
+    yield make
+    for farm in made:
+        farm.close()
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_a_cluster_in_one_command(boxes, age):
+    """With old and new Pythons, on hosts on which not one file can be written."""
+    farm = boxes("a", "b", "c", python=oldest_and_newest()[age])
+    farm.open_all(read_only=True)
+    put(farm.cluster.path("list"), "# ours\n\nb\n  bash@c # the third\n")
+    process = farm.start("a,@" + farm.cluster.path("list"), "sh", "-c", "cat; echo $SSH_CONNECTION")
+    rows = farm.up(process, 3)
+    assert sorted(row.split("\t")[1] for row in rows) == ["10.0.9.2", "10.0.9.3", "10.0.9.4"]
+    assert stat.S_IMODE(os.stat(farm.key).st_mode) == 0o600
+    answers = {farm.client(input=b"x").stdout for _ in range(6)}
+    assert {answer.split()[2] for answer in answers} <= {b"10.0.9.2", b"10.0.9.3", b"10.0.9.4"}
+    assert all(rss(pid) < 30 << 20 for name in "abc" for pid in farm.workers(name))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    assert process.said() == "cservice: drains; a second signal ends the jobs that run\n"
+    farm.empty()
+
+
+@pytest.mark.parametrize("login", ["sh", "bash", "csh", "fish", "banner"])
+def test_words_go_through_every_shell_byte_for_byte(boxes, login):
+    need(*{"csh", "fish", "bash"} & {login})
+    farm = boxes("a")
+    farm.open_all()
+    words = [b"", b" ", b"a'b", b'"', b"!x", b"$HOME", b"`id`", b"a\nb", b"\\", b"\xff\xe9", b"{}", b"*", b"--", b"-s",
+             b"a;b", b"%d", b"x=y", b"#", b"~", b"&"]
+    process = farm.start(login + "@a", "printf", "%s\\0", *words)
+    farm.up(process, 1)
+    done = farm.client()
+    assert (done.returncode, done.stdout.split(b"\0")[:-1]) == (0, words)
+    says = "".join("banner@a: %s\n" % line for line in BANNER.replace("%s", "banner").split("\n"))
+    assert process.said() == (says if login == "banner" else "")
+
+
+def test_options_and_settings_hold_there(boxes):
+    farm = boxes("a")
+    farm.open_all()
+    for name in ("alice", "bob"):
+        farm.cluster.run("ckeygen", "-n", name, farm.key, farm.cluster.path(name + ".pub"), check=True)
+    process = farm.start("a", "sh", "-c", "id -un; echo $CONCURRENCY $BOOST $CEXEC_GROUP",
+                         words=["-iv", "-u", "nobody", "-x", "bob"], CONCURRENCY="7", BOOST="5",
+                         GROUP="lan:10.0.9.255:4000")
+    assert farm.up(process, 1)[0].split("\t")[3:5] == ["0", "7"]
+    env = {"GROUP": "10.0.9.2:4000"}
+    done = farm.client(pub=farm.cluster.path("alice.pub"), env=env)
+    assert done.stdout == b"nobody\n7 5 10.0.9.255:4000\n"
+    done = farm.client(pub=farm.cluster.path("bob.pub"), env=dict(env, CEXEC_TIMEOUT_ACCEPT="1"))
+    assert done.returncode == 111
+    until(lambda: "a: cservice: dropped" in process.said(), "the refusal")
+    worker, = farm.workers("a")
+    assert b"-iv" in words_of(worker) or b"-Sc" in words_of(worker)         # Python 3.6 and 3.7 have no memfd
+    assert read(farm.key).split()[5] not in read("/proc/%d/cmdline" % worker) + read("/proc/%d/environ" % worker)
+
+
+def test_two_applications_on_the_same_hosts(boxes):
+    farm = boxes("a", "b")
+    farm.open_all()
+    other = farm.cluster.path("other")
+    one, two = farm.start("a,b", "echo", "one"), farm.start("a,b", "echo", "two", key=other)
+    farm.up(one, 2)
+    farm.up(two, 2)
+    assert farm.client().stdout == b"one\n"
+    one.send_signal(signal.SIGTERM)
+    assert one.wait(PATIENCE) == 0
+    assert farm.client(pub=other).stdout == b"two\n"
+    two.send_signal(signal.SIGTERM)
+    assert two.wait(PATIENCE) == 0
+    farm.empty()
+
+
+def test_a_host_that_is_not_heard(boxes):
+    need("iptables")
+    farm = boxes("a", "b")
+    farm.open_all()
+    subprocess.run(["ip", "netns", "exec", farm.spaces["b"], "iptables", "-A", "INPUT", "-p", "udp", "-j", "DROP"],
+                   check=True)
+    process = farm.start("a,b", "true")
+    assert [row.split("\t")[1] for row in farm.up(process, 1)] == ["10.0.9.2"]
+    until(lambda: "\n" in process.said(), "the line about b")
+    assert process.said() == ("cservice: b: serves, but is not heard on 255.255.255.255: let UDP port 3010 in through "
+                              "its firewall, or set GROUP here to its address (cexec(1), The group)\n")
+
+
+def test_hosts_that_fail_stop_nothing(boxes):
+    """Each says once what is wrong, and those where it may pass are tried again."""
+    farm = boxes("a", "b", "c", "d")
+    farm.open("a")
+    farm.open("b")
+    with open(farm.cluster.path("config"), "a") as file:
+        file.write("Host unknown\nHostName 10.0.9.2\nHostKeyAlias unknown\n")
+    process = farm.start("a,bare@a,nologin@a,c,nosuch@a,unknown", "cat")
+    farm.up(process, 1)
+    lines = {"bare@a: cservice": "exit status 127 instead of a worker: is python3 in the PATH of `ssh bare@a`?",
+             "nologin@a: This": "This account is not available.",
+             "nologin@a: cservice": "exit status 1 instead of a worker",
+             "nosuch": "nosuch@a: nosuch@10.0.9.2: Permission denied",
+             "unknown": "unknown: Host key verification failed.",
+             "c": "c: ssh: connect to host 10.0.9.4 port 22: Connection refused"}
+    for line in lines.values():
+        assert line in process.said()
+    assert "cservice: c: ssh failed; tries again in 2 s\n" in until(
+        lambda: "again in 2 s" in process.said() and process.said(), "a second try")
+    farm.open("c")
+    until(lambda: "cservice: c: serves now\n" in process.said(), "c")
+    session = [pid for pid in farm.there("c") if b"sshd: " in b" ".join(words_of(pid))]
+    for pid in session:                     # and once more, when it is up
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: process.said().count("cservice: c: serves now\n") == 2, "c again")
+    said = process.said()
+    assert said.count("instead of a worker") == 2 and said.count("bare@a: ") == 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    farm.empty()
+
+
+def test_no_host_starts(boxes):
+    farm = boxes("a", "b")
+    farm.open_all()
+    process = farm.start("a,b", "cat", words=["-u", "no-such-user"])
+    assert process.wait(PATIENCE) == 111
+    for name in "ab":
+        assert "%s: cservice: -u no-such-user: no such user\n" % name in process.said()
+        assert "cservice: %s: the worker ended with exit status 100, and is not started" % name in process.said()
+    farm.empty()
+
+
+def test_a_signal_before_any_worker_is_up(boxes):
+    farm = boxes("a", "b")
+    process = farm.start("a,b", "cat")
+    until(lambda: "b: ssh failed" in process.said() and "a: ssh failed" in process.said(), "failures")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 111
+
+
+def started_job(farm):
+    """A job that says ready, and ends when its file is there; (the job, that file)."""
+    go = farm.cluster.path(new_mark())
+    job = farm.cluster.start("cexec", farm.pub, "GO=" + go, space=farm.spaces["here"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    assert job.stdout.readline() == b"ready\n", job.stderr.read()
+    return job, go
+
+
+JOB = ["sh", "-c", 'echo ready; while [ ! -e "$PEER_GO" ]; do sleep 0.05; done; echo done']
+
+
+def test_the_first_signal_drains_and_the_second_ends_the_jobs(boxes):
+    farm = boxes("a", "b")
+    farm.open_all()
+    process = farm.start("a,b", *JOB, CONCURRENCY="1")
+    farm.up(process, 2)
+    (one, go), (two, _) = started_job(farm), started_job(farm)
+    os.killpg(process.pid, signal.SIGINT)       # as a terminal does it
+    until(lambda: "cservice: drains" in process.said(), "the drain")
+    touch(go)
+    assert outcome(one)[0] == b"done\n"
+    until(lambda: sum(bool(farm.workers(name)) for name in "ab") == 1, "the end of the idle worker")
+    assert process.poll() is None and two.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = outcome(two, status=111)
+    assert b"lost" in err
+    assert process.wait(PATIENCE) == 0
+    farm.empty()
+
+
+def test_nothing_is_left_when_the_starter_is_killed(boxes):
+    """Its workers drain: a job that runs comes to its end."""
+    farm = boxes("a", "b")
+    farm.open_all()
+    process = farm.start("a,b", *JOB, CONCURRENCY="1")
+    farm.up(process, 2)
+    job, go = started_job(farm)
+    process.kill()
+    process.wait()
+    until(lambda: sum(bool(farm.workers(name)) for name in "ab") == 1, "the end of the idle worker")
+    touch(go)
+    assert outcome(job)[0] == b"done\n"
+    farm.empty()
+    until(lambda: not processes_with(farm.cluster.marker) or
+          not [pid for pid in processes_with(farm.cluster.marker) if words_of(pid)[0] == b"ssh"], "the end of ssh")
+
+
+@pytest.fixture
+def impatient(cluster):
+    """The program with a silence of 3 seconds and a login of 2."""
+    text = read(PROGRAM).decode()
+    for name, value in (("ALIVE_SECONDS", "0.5"), ("SILENCE_SECONDS", "3.0"), ("LOGIN_SECONDS", "2.0")):
+        text, count = re.subn(r"(?m)^%s = [\d.]+" % name, "%s = %s" % (name, value), text)
+        assert count == 1
+    cluster.launch = [PYTHON, put(cluster.path("impatient.py"), text)]
+    return cluster
+
+
+def test_the_network_to_a_host_is_lost(impatient, boxes):
+    """sshd there does not notice; the worker does, and drains.  When it is back there is a new one."""
+    farm = boxes("a", "b")
+    farm.open_all()
+    process = farm.start("a,b", "cat", CEXEC_SSH=farm.ssh + " -o ServerAliveInterval=1 -o ServerAliveCountMax=2")
+    farm.up(process, 2)
+    old, = farm.workers("b")
+    ip("-n", farm.spaces["b"], "link", "set", "lan", "down")
+    until(lambda: not farm.workers("b"), "the end of the worker")
+    until(lambda: "cservice: b: ssh failed; tries again in 1 s" in process.said(), "the loss")
+    ip("-n", farm.spaces["b"], "link", "set", "lan", "up")
+    until(lambda: "cservice: b: serves now" in process.said(), "the return")
+    assert old not in farm.workers("b") and process.poll() is None
+
+
+def test_a_stopped_starter_finds_its_hosts_drained(impatient, boxes):
+    farm = boxes("a")
+    farm.open_all()
+    process = farm.start("a", "cat")
+    farm.up(process, 1)
+    process.send_signal(signal.SIGSTOP)
+    until(lambda: not farm.workers("a"), "the end of the worker")
+    process.send_signal(signal.SIGCONT)
+    until(lambda: "cservice: a: serves now" in process.said(), "another")
+    assert "cservice: a: the worker ended; tries again in 1 s\n" in process.said()
+
+
+def test_one_host_may_ask_for_a_password(boxes):
+    """On the terminal, where Ctrl-C reaches ssh too, and must not end it."""
+    farm = boxes("a")
+    farm.open_all()
+    ssh = farm.ssh + " -o PubkeyAuthentication=no"
+    go = farm.cluster.path("go")
+    terminal = Terminal(farm.cluster, farm.cluster.argv("cservice", "-s", "a", farm.key, *JOB,
+                                                        space=farm.spaces["here"]), {"CEXEC_SSH": ssh})
+    terminal.shows("password:")
+    terminal.type(SECRET + "\n")
+    terminal.shows("ROUND TRIP")
+    terminal.shows("10.0.9.2")
+    job = farm.cluster.start("cexec", farm.pub, "GO=" + go, space=farm.spaces["here"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    assert job.stdout.readline() == b"ready\n"
+    terminal.type("\x03")
+    terminal.shows("cservice: drains")
+    touch(go)
+    assert outcome(job)[0] == b"done\n"
+    assert terminal.process.wait(PATIENCE) == 0
+    terminal.close()
+    farm.empty()
+
+
+def test_several_hosts_are_never_asked_for_passwords(boxes):
+    farm = boxes("a", "b")
+    farm.open_all()
+    ssh = farm.ssh + " -o PubkeyAuthentication=no"
+    terminal = Terminal(farm.cluster, farm.cluster.argv("cservice", "-s", "a,b", farm.key, *JOB,
+                                                        space=farm.spaces["here"]), {"CEXEC_SSH": ssh})
+    for _ in range(2):
+        terminal.shows("Permission denied")
+    assert b"password:" not in terminal.text
+    terminal.type("\x03")
+    assert terminal.process.wait(PATIENCE) == 111
+    terminal.close()
+
+
+# With a program of ours in the place of ssh: what is run on "HOST" is run here
+
+@pytest.fixture
+def local(cluster):
+    """local(script) writes a CEXEC_SSH that runs, for the host $1 and the command $2, this script."""
+    os.mkdir(cluster.path("bin"))
+    os.symlink(cluster.launch[0], cluster.path("bin/python3"))
+    cluster.env.update(PATH=cluster.path("bin") + ":" + cluster.env["PATH"], BOOST="0")
+    cluster.log = cluster.path("said")
+
+    def start(script, hosts, *words):
+        put(cluster.path("login"), "#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(cluster.directory), script), 0o700)
+        with open(cluster.log, "wb") as file:
+            return cluster.start("cservice", "-s", hosts, *words, stdout=file, stderr=file,
+                                 env={"CEXEC_SSH": shlex.quote(cluster.path("login"))})
+    cluster.serve = start
+    cluster.said = lambda: read(cluster.log).decode()
+    return cluster
+
+
+def test_eight_logins_at_a_time(local):
+    names = ["h%d" % number for number in range(11)]
+    local.serve('echo >> begun; until [ -e go ]; do sleep 0.05; done; echo >&2 up; exec sh -c "$2"', ",".join(names),
+                local.key, "cat")
+    until(lambda: os.path.exists(local.path("begun")) and read(local.path("begun")).count(b"\n") == 8, "eight logins")
+    assert not local.said() and local.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"}).returncode == 111
+    assert read(local.path("begun")).count(b"\n") == 8
+    touch(local.path("go"))
+    until(lambda: len(set(re.findall(r"(?m)^(h\d+): up$", local.said()))) == 11, "all of them")
+    assert local.client(input=b"x").stdout == b"x"
+
+
+def test_a_login_that_hangs_makes_room(impatient, local):
+    names = ["hangs%d" % number for number in range(8)] + ["good"]
+    local.serve('case $1 in hangs*) exec sleep 100;; esac; exec sh -c "$2"', ",".join(names), local.key, "cat")
+    until(lambda: local.client(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": "1"}).stdout == b"x", "the ninth")
+    for name in names[:8]:
+        for line in ("no worker after 2 s", "ssh was killed; tries again in 1 s"):
+            assert "cservice: %s: %s\n" % (name, line) in local.said()
+
+
+def test_the_third_signal_leaves_at_once(local):
+    """Also if what is run for ssh does not end when it is told to."""
+    process = local.serve("trap 'echo term >> $1' TERM; echo > $1; while :; do sleep 1; done", "one,two", local.key,
+                          "cat")
+
+    def lines(count):
+        return all(os.path.exists(local.path(name)) and read(local.path(name)).count(b"\n") == count
+                   for name in ("one", "two"))
+    until(lambda: lines(1), "two logins")
+    process.send_signal(signal.SIGINT)
+    until(lambda: lines(2), "the first signal's effect")
+    process.send_signal(signal.SIGINT)
+    until(lambda: "cservice: ends the jobs\n" in local.said(), "the second's")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 111
+
+
+def test_a_worker_stays_for_longer_than_the_silence_that_ends_it(impatient, local):
+    local.serve('exec sh -c "$2"', "box", local.key, "cat")
+
+    def uptimes():
+        return [json.loads(line)["uptime"] for line in local.run("cexec", "-lj", local.pub).stdout.splitlines()]
+    until(lambda: any(uptime > 4 for uptime in uptimes()), "some age")
+    assert "again" not in local.said()
+
+
+@pytest.mark.parametrize("status, says", [
+    (255, "ssh failed; tries again in 1 s"), (111, "the worker ended; tries again in 1 s"),
+    (100, "the worker ended with exit status 100, and is not started again"),
+    (0, "exit status 0 instead of a worker: is python3 in the PATH of `ssh box`? It is not tried again"),
+    (127, "exit status 127 instead of a worker: is python3 in the PATH of `ssh box`? It is not tried again")])
+def test_what_follows_from_the_exit_status(local, status, says):
+    process = local.serve("exit %d" % status, "box", local.key, "cat")
+    until(lambda: "cservice: box: %s\n" % says in local.said(), "the line")
+    if "again in" in says:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 111
+
+
+def test_what_hosts_say_cannot_move_a_cursor(local):
+    """Long lines, half of a line at the end, control characters and bytes that are no text."""
+    process = local.serve(r"printf 'a\033[2Jb\r\n\377\n'; head -c 20000 /dev/zero | tr '\0' x; exit 127",
+                          "box", local.key, "cat")
+    assert process.wait(PATIENCE) == 111
+    lines = local.said().split("\n")
+    assert lines[:2] == ["box: a\\x1b[2Jb", "box: \\xff"]
+    assert "".join(line[5:] for line in lines[2:] if line.startswith("box: x")) == "x" * 20000
+
+
+def test_a_worker_there_that_is_told_to_end_is_not_started_again(local):
+    process = local.serve('exec sh -c "$2"', "one,two", local.key, "cat")
+    until(lambda: local.said().count("\t") == 16, "two workers")
+    for pid in local.alive():
+        if b"-" in words_of(pid) and b"cservice" in words_of(pid):
+            os.kill(pid, signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+    assert local.said().count("the worker ended with exit status 0, and is not started again") == 2
+
+
+def test_an_old_python_says_so(local):
+    put(local.path("old"), "import sys; sys.version_info = (3, 5, 2)\n" + read(PROGRAM).decode())
+    process = local.serve('exec %s -c "import sys; sys.version_info = (3, 5, 2); '
+                          'f = open(0, \'rb\', 0, closefd=0); exec(f.readline())"' % PYTHON, "box", local.key, "cat")
+    assert process.wait(PATIENCE) == 111
+    assert local.said().startswith("box: Python 3.5 is too old: cexec needs 3.6 or newer\n")
+
+
+@pytest.mark.parametrize("words, found", [
+    (["a,b", "me@c"], ["a", "b", "me@c"]), (["a,a", "a"], ["a"]), (["@list"], ["one", "u@two"]),
+    (["x,@list,one"], ["x", "one", "u@two"]), (["[fe80::1%eth0]"], ["[fe80::1%eth0]"])])
+def test_hosts_of_s(tmp_path, monkeypatch, words, found):
+    monkeypatch.chdir(tmp_path)
+    put("list", "# all\none # first\n\n   u@two\n")
+    assert cexec.parse_hosts(words) == found
+
+
+@pytest.mark.parametrize("text, there", [
+    (None, "255.255.255.255"), ("10.0.0.0/30", "10.0.0.0/30"),
+    ("239.1.2.3:4000", "239.1.2.3:4000"), ("lo:255.255.255.255", "255.255.255.255:3010"),
+    ("@list", "10.0.0.1:3010,[fd00::1]:4000"), ("[fe80::1%lo]", "[fe80::1]:3010")])
+def test_the_group_there(tmp_path, monkeypatch, text, there):
+    """As it is here, without what is of this machine alone: files and devices."""
+    monkeypatch.chdir(tmp_path)
+    put("list", "10.0.0.1 # one\n[fd00::1]:4000\n")
+    monkeypatch.delenv("GROUP", raising=False)
+    if text:
+        monkeypatch.setenv("CEXEC_GROUP", text)
+    line = cexec.first_input(["app", "cat"], "key", cexec.Group()).partition(b"\n")[0].decode()
+    namespace = {}
+    assert line.startswith("exec(") and exec(ast.literal_eval(line[5:-1]).partition("\n")[0], namespace) is None
+    assert namespace["variables"][b"CEXEC_GROUP"].decode() == there
+    assert namespace["words"] == [b"-s", b"-", b"app", b"cat"]
+
+
+@pytest.mark.parametrize("words, says", [
+    (["a,"], "-s : not a host"), (["-oProxyCommand=id"], "-s -oProxyCommand=id: not a host"), ([""], "not a host"),
+    (["a b"], "-s a b: not a host"), (["a\nb"], "not a host"), (["@none"], "-s @none: No such file"),
+    (["@empty"], "-s @empty: no host in it"), (["@options"], "-s -v: not a host")])
+def test_what_is_no_host(tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    put("empty", "# none\n")
+    put("options", "-v\n")
+    with pytest.raises(cexec.Fatal, match=re.escape(says)) as caught:
+        cexec.parse_hosts(words)
+    assert caught.value.code == 100
+
+
+def test_the_command_that_logs_in(monkeypatch):
+    monkeypatch.delenv("CEXEC_SSH", raising=False)
+    need("ssh")
+    ours = ["-T", "-o", "ServerAliveInterval=15", "-o", "ConnectTimeout=15"]
+    assert cexec.ssh_words(False) == ["ssh", *ours]
+    assert cexec.ssh_words(True) == ["ssh", *ours, "-o", "BatchMode=yes"]
+    monkeypatch.setenv("CEXEC_SSH", "ssh -i 'my key'")
+    assert cexec.ssh_words(False) == ["ssh", "-i", "my key", *ours]
+    monkeypatch.setenv("CEXEC_SSH", "env A=1 ssh")
+    assert cexec.ssh_words(True) == ["env", "A=1", "ssh"]
+    for text in ("no-such-command", "'", "' '", "   "):
+        monkeypatch.setenv("CEXEC_SSH", text)
+        with pytest.raises(cexec.Fatal) as caught:
+            cexec.ssh_words(True)
+        assert caught.value.code == 100
+
+
+def test_a_worker_whose_words_nobody_reads_still_drains(local, monkeypatch):
+    """As when its starter is stopped: what it has to say is lost."""
+    monkeypatch.setenv("CEXEC_GROUP", local.env["GROUP"])
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"full")
+    os.set_blocking(writer, True)
+    worker = subprocess.Popen(["sh", "-c", cexec.REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writer,
+                              env=local.environment(), cwd=local.directory)
+    local.started.append(worker)
+    os.close(writer)
+    worker.stdin.write(cexec.first_input(["-v", local.key, "cat"], read(local.key).decode(), cexec.Group()))
+    worker.stdin.close()
+    assert worker.wait(PATIENCE) == 111
+    assert worker.stdout.read().startswith(b"\n" + cexec.UP)
+    os.close(reader)
+
+
+@pytest.mark.parametrize("gone", [["app", "app.pub"], ["app.pub"], []])
+def test_keys_are_made_for_s_if_there_are_none(keys, gone):
+    before = read(keys.key)
+    for name in gone:
+        os.unlink(keys.path(name))
+    text, pub = cexec.key_to_send(keys.key)
+    assert text.encode() == read(keys.key) and cexec.open_pub(keys.pub) == pub
+    assert (text.encode() == before) == ("app" not in gone)
+    assert pub.fingerprint == cexec.format_key(cexec.parse_key(text, "").master)[1]
+
+
+def test_what_stops_s_before_any_login(local):
+    """Wrong words and keys are said once, here."""
+    def fails(*words, env=None, code=100):
+        done = local.run("cservice", "-s", "box", *words, env=dict({"CEXEC_SSH": "false"}, **(env or {})))
+        return refusal(done, code, "")
+    assert "client name" in fails("-x", "a b", local.key, "cat")
+    assert "CONCURRENCY" in fails(local.key, "cat", env={"CONCURRENCY": "x"})
+    assert "group" in fails(local.key, "cat", env={"GROUP": "nonsense:x:y"})
+    local.run("ckeygen", local.path("other"), local.path("other.pub"), check=True)
+    os.rename(local.path("other.pub"), local.pub)
+    assert "app.pub: of another key than" in fails(local.key, "cat")
+    os.unlink(local.path("other"))
+    os.rename(local.pub, local.path("other.pub"))
+    assert "is there without the private key" in fails(local.path("other"), "cat")
+    assert not os.path.exists(local.path("other"))
+    assert "cannot write" in fails(local.path("none/key"), "cat", code=103)
+    refusal(local.run("cservice", "-s", "-", local.key, "cat"), 100, "-s - is what cservice -s starts on hosts")
+    local.launch = [PYTHON, "-"]
+    refusal(local.run("cservice", "-s", "box", local.key, "cat", input=read(PROGRAM)), 100, "from standard input")
 
 
 # ---------------------------------------------------------------------------
