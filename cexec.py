@@ -3520,16 +3520,20 @@ class Survey:
     ASK = (0.0, 0.2, 0.6)           # seconds: when it asks
     ENOUGH, PATIENCE = 1.2, 3.0     # when it stops, if somebody has answered, and if nobody has
 
-    def __init__(self, group, pub, job_ports):
-        self.group, self.pub, self.loop = group, pub, Loop()
+    def __init__(self, group, pub, job_ports, loop):
+        self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
-        self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
+        self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
         self.connected, self.denied = set(), {}     # addresses of probes; (application id, why): addresses
         self.others, self.versions = {}, {}         # application id: addresses; (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.rcvd_answer, self.rcvd_probe)
+        self.listen()
+
+    def listen(self):
+        """Hears the group besides."""
         try:
-            self.listeners = open_listeners(group)
+            self.listeners = open_listeners(self.group)
         except Fatal as error:      # somebody else keeps the port to himself
             log.note("%s", error)
             self.listeners = []
@@ -3568,13 +3572,16 @@ class Survey:
             return
         body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
         if datagram.kind is REPLY and datagram.proved_by(self.pub.secret):
-            row = self.workers.setdefault(body.worker_id, {
+            self.rcvd_reply(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
                 "uptime": body.uptime, "round_trip": round(seconds, 6)})
-            row["round_trip"] = min(row["round_trip"], round(seconds, 6))
         elif datagram.kind is DENY:
             self.note_stranger(self.denied, (body.serves, body.why), address)
+
+    def rcvd_reply(self, worker_id, row):
+        known = self.workers.setdefault(worker_id, row)
+        known["round_trip"] = min(known["round_trip"], row["round_trip"])
 
     def rcvd_probe(self, listener):
         try:
@@ -3655,7 +3662,7 @@ class Survey:
 
 def list_workers(group, pub, ports, as_json):
     """Prints who is there, a line a worker; EXIT_TEMPORARY, and why, if there is nobody."""
-    survey = Survey(group, pub, ports)
+    survey = Survey(group, pub, ports, Loop())
     survey.work()
     rows = survey.rows()
     if as_json:
@@ -5504,7 +5511,7 @@ def alert_line(record):
             "complaint": "{client} rats out {worker} for {application}"}[record["event"]]
     detail = "{seconds:.3f} s, {bytes_in} bytes in, {bytes_out} out, client {name}"
     reason = ", {reason}" if record["reason"] else ""
-    unverified = "" if record["verified"] else " (unverified)"
+    unverified = "" if record["verified"] else UNVERIFIED
     return (form + unverified + ": " + detail + reason).format(**record)
 
 
@@ -5517,7 +5524,11 @@ def version_line(record):
 REDRAW_SECONDS = 0.25               # between two drawings of the screen, however many alerts come
 WORKERS_MAX = 4096                  # workers of which the screen keeps account
 LINES_KEPT = 500                    # of the log, for a window that grows
-NAME_COLUMNS = 40                   # of a worker's name
+NAME_COLUMNS, HOST_COLUMNS = 40, 24     # of a worker's address and name
+ASK_SECONDS, GONE_SECONDS = 3.0, 10.0   # between two questions who is there; after the last answer of a worker
+PRESENT, GONE = ("HOST", "NOW", "LOAD"), "gone"     # columns of what workers answer; instead, below NOW
+UNVERIFIED = " (unverified)"        # after the names of workers of whom nothing is proved
+LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # of the table's columns, where there is no room
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # xterm's other screen; without a
                                     # cursor and wrapped lines; and back
 BOLD, REVERSED, DIM, RED, YELLOW = "1", "7", "2", "31", "33"
@@ -5527,7 +5538,7 @@ STYLES = {"complaint": RED, "signalled": YELLOW}
 class Tally:
     """What was heard of a worker, or of all."""
 
-    HEADS = ["WORKER", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
+    HEADS = ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
 
     def __init__(self):
         self.done = self.failed = self.complaints = self.bytes_in = self.bytes_out = 0
@@ -5547,12 +5558,12 @@ class Tally:
     def activity(self):
         return self.done + self.failed + self.complaints
 
-    def row(self, name):
+    def row(self, name, host="", now="", load=""):
         """The texts below HEADS."""
         mean = self.seconds / max(1, self.done + self.failed)
-        return [name, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
-                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean,
-                duration(int(time.monotonic() - self.heard)) + " ago"]
+        last = duration(int(time.monotonic() - self.heard)) + " ago" if self.activity() else "never"
+        return [name, host, now, load, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
+                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean, last]
 
     def text(self):
         return "%d done, %d failed, %d complained about" % (self.done, self.failed, self.complaints)
@@ -5576,20 +5587,98 @@ class Tallies:
     def total(self):
         """A line on all of it."""
         proved, rest = self.all[True], self.all[False]
-        text = "%s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
+        text = "finished: %s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
         return text + "; unverified: " + rest.text() if rest.activity() else text
 
-    def table(self, room):
-        """At most so many lines: the workers that did most, and below them those of whom nothing is proved."""
-        known = []
-        for verified, mark in ((True, ""), (False, " (unverified)")):
-            known += [(tally, fitted(name, NAME_COLUMNS) + mark) for name, tally in sorted(
-                self.workers[verified].items(), key=lambda item: (-item[1].activity(), item[0]))]
+    def table(self, room, width, present):
+        """At most so many lines: the workers that did most, and below them those of whom nothing is proved.
+
+        present has (host, now, load), texts, of the workers that were asked, by address; None: nobody was.
+        """
+        there = present or {}
+        proved = {name: Tally() for name, (_, now, _) in there.items() if now != GONE}
+        proved.update(self.workers[True])
+        known = [(tally, name, "", there.get(name, ("", "", ""))) for name, tally in by_activity(proved)]
+        known += [(tally, name, UNVERIFIED, ("", "", "")) for name, tally in by_activity(self.workers[False])]
         if not known or room < 2:
             return []
         shown = known if len(known) < room else known[:room - 2]
-        lines = table(Tally.HEADS, [tally.row(name) for tally, name in shown])
+        lines = narrowed(Tally.HEADS, [tally.row(fitted(name, NAME_COLUMNS) + mark, *texts)
+                                       for tally, name, mark, texts in shown],
+                         width, PRESENT if present is None else [])
         return lines + ["%d more" % (len(known) - len(shown))] * (len(shown) < len(known))
+
+
+def by_activity(workers):
+    return sorted(workers.items(), key=lambda item: (-item[1].activity(), item[0]))
+
+
+def narrowed(heads, rows, width, hidden):
+    """A table without the hidden columns; and without those of LEFT_OUT, one by one, until it has room."""
+    for number in range(len(LEFT_OUT) + 1):
+        kept = [place for place, head in enumerate(heads) if head not in hidden and head not in LEFT_OUT[:number]]
+        lines = table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows])
+        if max(map(columns, lines)) <= width:
+            break
+    return lines
+
+
+class Watch(Survey):
+    """Who is there now, asked every few seconds."""
+
+    def __init__(self, group, pub, job_ports, loop):
+        super().__init__(group, pub, job_ports, loop)
+        self.workers = Memory(WORKERS_MAX)      # worker_id: the last answer
+        self.ask_again()
+
+    def listen(self):
+        pass                        # Logger does
+
+    def ask_again(self):
+        self.ask()
+        self.loop.after(max(ASK_SECONDS, self.ways * SECONDS_A_WAY), self.ask_again)
+
+    def rcvd_reply(self, worker_id, row):
+        self.workers[worker_id] = dict(row, heard=time.monotonic())
+
+
+def open_watches(loop, group, pubs, keys):
+    """A Watch for each application of which there is a key: a private key makes a pub of its own."""
+    known = {pub.application: pub for pub in reversed(pubs)}
+    for key in keys:
+        known.setdefault(key.application, Pub(key.label, DEFAULT_NAME, key.application,
+                                              client_secret(key.master, DEFAULT_NAME), b""))
+    try:
+        return [Watch(group, pub, listen_ports(), loop) for pub in known.values()]
+    except Fatal as error:          # there are too few of CEXEC_LISTEN_PORTS
+        log.note("%s", error)
+        return []
+
+
+def presence(watches):
+    """{address: (host, now, load)} of the workers that have answered, those of one address taken together."""
+    found, now = {}, time.monotonic()
+    for row in sorted((row for watch in watches for row in watch.workers.values()), key=lambda row: row["heard"]):
+        found.setdefault(printable(row["address"])[:64], []).append(row)
+    for address, rows in found.items():
+        there = [row for row in rows if now - row["heard"] < GONE_SECONDS]
+        jobs = "%d/%d" % (sum(row["running"] for row in there), sum(row["slots"] for row in there))
+        found[address] = (fitted(rows[-1]["host"], HOST_COLUMNS), jobs if there else GONE,
+                          "%.2f" % max(row["load"] for row in there) if there else "")
+    return found
+
+
+def presence_text(watches):
+    """A line on who is there."""
+    if not watches:
+        return "now: not known without a key"
+    now = time.monotonic()
+    rows = [row for watch in watches for row in watch.workers.values() if now - row["heard"] < GONE_SECONDS]
+    if not rows:
+        return "now: no worker answers (cexec -l %s tells why)" % watches[0].pub.label
+    return "now: %d there, %d of %d slots in use, %d in line" % (
+        len(rows), sum(row["running"] for row in rows), sum(row["slots"] for row in rows),
+        max(row["waiting"] for row in rows))
 
 
 class Screen:
@@ -5599,8 +5688,8 @@ class Screen:
     drawings, and we hear alerts and signals all the same.
     """
 
-    def __init__(self, loop, title):
-        self.loop, self.title, self.tallies = loop, title, Tallies()
+    def __init__(self, loop, title, watches):
+        self.loop, self.title, self.watches, self.tallies = loop, title, watches, Tallies()
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
         self.saved, self.waiting, self.drawn = None, b"", 0.0    # the modes to go back to; bytes not taken yet; when
@@ -5656,7 +5745,7 @@ class Screen:
     def close(self):
         """The end, however it comes: the summary goes to the screen that stays."""
         lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
-                 self.tallies.total()] + self.tallies.table(self.size()[0] - 4)
+                 self.tallies.total()] + self.workers(self.size()[0] - 4)
         self.give_back("".join(self.spoken(line, "") + "\r\n" for line in lines))
 
     def flush(self):
@@ -5712,15 +5801,21 @@ class Screen:
     def picture(self, room):
         """(text, style) of each line: at most so many."""
         lasted = duration(int(time.monotonic() - self.tallies.began))
-        lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD)]
+        lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD),
+                 (presence_text(self.watches), BOLD)]
+        if room < 8:
+            lines.pop()             # who finished what is more
         for_log = min(len(self.lines), max(3, room // 3)) + 1
-        workers = self.tallies.table(room - len(lines) - 1 - for_log)
+        workers = self.workers(room - len(lines) - 1 - for_log)
         if workers:
             lines += [("", ""), (workers[0], BOLD)] + [(text, "") for text in workers[1:]]
         rest = room - len(lines) - 1
         if self.lines and rest > 0:
             lines += [("", "")] + list(self.lines)[-rest:]
         return lines[:room]
+
+    def workers(self, room):
+        return self.tallies.table(room, self.size()[1], presence(self.watches) if self.watches else None)
 
     def spoken(self, text, style):
         """A line that has room, with its style."""
@@ -5750,7 +5845,6 @@ PICTURE_WIDTH, ROWS_HEIGHT, RATES_HEIGHT = 1200, 1200, 60       # pixels
 TICK_PIXELS = 96                    # between two labels of an axis at least
 COLUMNS_MAX = 120                   # of the throughput
 LABEL_COLUMNS, ROWS_LEFT = 28, 200  # what a worker's name has room in
-UNVERIFIED = " (unverified)"        # ends the names of workers of which nothing proves anything
 TICKS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600,
          7200, 10800, 21600, 43200] + [86400 * days for days in (1, 2, 7, 14, 28, 91, 365, 3650, 36500, 365000)]
 # Okabe's and Ito's colours, which the colour-blind can tell apart; with black, or white where it is dark.
@@ -6284,7 +6378,8 @@ def main_crat(argv):
     listeners = open_listeners(group)
     if options.screen:
         labels = ", ".join(key.label for key in pubs + keys)
-        tell = Screen(loop, printable("%s, %s" % (group.text, labels or "no key"))).tell
+        watches = open_watches(loop, group, pubs, keys)
+        tell = Screen(loop, printable("%s, %s" % (group.text, labels or "no key")), watches).tell
     else:
         tell = print_json if options.json else print_line
         end_quietly()

@@ -9835,9 +9835,10 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     alerts.say(event=cexec.ALERT_SIGNALLED, status=9)
     alerts.say(event=cexec.ALERT_COMPLAINT, reason="wrong certificate")
     alerts.say("10.0.0.4")
-    window.shows("^4 done, 2 failed, 1 complained about, 12.0 kB in, 6.0 kB out$")
+    window.shows("^finished: 4 done, 2 failed, 1 complained about, 12.0 kB in, 6.0 kB out$")
     screen = window.screen()
-    assert row(screen, "WORKER") == [["WORKER", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]]
+    assert row(screen, "WORKER") == [
+        "WORKER HOST NOW LOAD DONE FAILED COMPLAINTS IN OUT TIME MEAN LAST".split()]
     assert row(screen, "10.0.0.3")[0][1:-2] == "3 2 1 10.0 kB 5.0 kB 7s 1.500 s".split()
     assert row(screen, "10.0.0.4")[0][1:4] == ["1", "0", "0"]
     assert re.search(r"^\d\d:\d\d:\d\d 127.0.0.1 rats out 10.0.0.3 for app.pub: 1.500 s, ", screen, re.M)
@@ -9846,8 +9847,8 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     window.shows("^status=0$")
     screen = window.screen()
     assert "before" in screen and "q ends it" not in screen
-    assert re.search(r"^crat: \S+, app.pub, \d+s\n4 done, 2 failed, 1 complained about.*\nWORKER.*\n10.0.0.3 .*\n"
-                     r"10.0.0.4 .*\nstatus=0$", screen, re.M)
+    assert re.search(r"^crat: \S+, app.pub, \d+s\nfinished: 4 done, 2 failed, 1 complained about.*\nWORKER.*\n"
+                     r"10.0.0.3 .*\n10.0.0.4 .*\nstatus=0$", screen, re.M)
     assert window.modes() == modes
     assert window.do("display-message", "-p", "#{cursor_flag} #{alternate_on} #{wrap_flag}").split() == ["1", "0", "1"]
 
@@ -9858,12 +9859,12 @@ def test_the_screen_is_left_however_it_ends(cluster, alerts, window, end, status
     window.line("ulimit -c 0")
     window.crat()
     alerts.say()
-    window.shows("^1 done")
+    window.shows("^finished: 1 done")
     if isinstance(end, str):
         window.keys(end)
     else:
         os.kill(crat_pid(cluster), end)
-    window.shows("^1 done, 0 failed, .*\nWORKER .*\n10.0.0.3 ")
+    window.shows("^finished: 1 done, 0 failed, .*\nWORKER .*\n10.0.0.3 ")
     if end == "C-c":                # then bash leaves out the rest of the line
         window.line("echo sta'tus'=$?")
     window.shows("^status=%d$" % status)
@@ -9885,9 +9886,9 @@ def test_the_screen_stopped_and_continued(cluster, alerts, window):
     window.line("fg")
     window.shows("q ends it")
     alerts.say()
-    window.shows("^1 done")
+    window.shows("^finished: 1 done")
     window.keys("q")
-    window.shows("^1 done.*\nWORKER .*\n10.0.0.3 .*\n")
+    window.shows("^finished: 1 done.*\nWORKER .*\n10.0.0.3 .*\n")
     window.line("echo sta'tus'=$?")
     window.shows("^status=0$")
     assert window.modes() == modes
@@ -9905,9 +9906,9 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     window.crat()
     for number in range(50):
         alerts.say("10.0.0.%d" % number, count=1 + (number == 17))
-    window.shows("^51 done")
+    window.shows("^finished: 51 done")
     screen = window.screen().splitlines()
-    assert screen[4].startswith("10.0.0.17 ") and screen[5].startswith("10.0.0.0 ")
+    assert screen[5].startswith("10.0.0.17 ") and screen[6].startswith("10.0.0.0 ")
     more = int(next(line for line in screen if line.endswith(" more")).split()[0])
     assert more + sum(line.startswith("10.0.0.") for line in screen) == 50
     assert "10.0.0.49" in screen[29] and "10.0.0.48" in screen[28]
@@ -9919,7 +9920,7 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     until(functools.partial(is_whole_picture, window, 100, 20), "a picture of that size")       # crat knows of it
     window.keys("q")
     window.shows("^status=0$")
-    assert len(window.screen().splitlines()) == 20 and re.search(r"^crat: .*\n51 done", window.screen(), re.M)
+    assert len(window.screen().splitlines()) == 20 and re.search(r"^crat: .*\nfinished: 51 done", window.screen(), re.M)
 
 
 def test_the_screen_counts_apart_what_nothing_proves(cluster, alerts, window):
@@ -9927,8 +9928,8 @@ def test_the_screen_counts_apart_what_nothing_proves(cluster, alerts, window):
     alerts.forge(count=5)
     alerts.forge("10.0.0.3", event=cexec.ALERT_COMPLAINT)
     alerts.say()
-    window.shows("^1 done, 0 failed, 0 complained about, 2.0 kB in, 1.0 kB out; unverified: 5 done, 0 failed, 1 compl")
-    rows = window.screen().splitlines()[4:7]
+    window.shows("^finished: 1 done, 0 failed, 0 complained about, 2.0 kB in, 1.0 kB out; unverified: 5 done, 0")
+    rows = window.screen().splitlines()[5:8]
     assert [line.split()[:4] for line in rows] == [
         ["10.0.0.3", "1", "0", "0"], ["10.0.0.66", "(unverified)", "5", "0"], ["10.0.0.3", "(unverified)", "0", "0"]]
 
@@ -9941,11 +9942,11 @@ def test_the_screen_has_room_for_wide_characters(cluster, window):
     window.shows("q ends it")
     said.say("\u6a5f1", reason="\u68b0" * 40 + "\x1b[2J")
     said.say("m2")
-    window.shows("^2 done")
+    window.shows("^finished: 2 done")
     screen = window.screen().splitlines()
-    assert len(screen[7:]) >= 2 and all(cexec.columns(line) <= 100 for line in screen)
-    place = screen[3].index("DONE")
-    assert [cexec.columns(screen[line][:screen[line].index(" 1 ")]) + 1 for line in (4, 5)] == [place] * 2
+    assert len(screen[8:]) >= 2 and all(cexec.columns(line) <= 100 for line in screen)
+    place = screen[4].index("DONE")
+    assert [cexec.columns(screen[line][:screen[line].index(" 1 ")]) + 1 for line in (5, 6)] == [place] * 2
     window.keys("q")
     said.close()
 
@@ -10031,8 +10032,76 @@ def test_accounts_are_bounded():
     assert max(map(len, tallies.workers[False])) == 64
     assert "%d done" % (cexec.WORKERS_MAX + 500) in tallies.total()
     for room in range(-3, 30):
-        assert len(tallies.table(room)) in (0, room) and len(tallies.table(room)) <= max(0, room)
-    assert tallies.table(5)[1].startswith("true ") and tallies.table(5)[-1] == "%d more" % (cexec.WORKERS_MAX - 2)
+        assert len(tallies.table(room, 80, None)) in (0, room) and len(tallies.table(room, 80, None)) <= max(0, room)
+    lines = tallies.table(5, 80, None)
+    assert lines[1].startswith("true ") and lines[-1] == "%d more" % (cexec.WORKERS_MAX - 2)
+
+
+def test_the_screen_shows_who_is_there(cluster, alerts, window):
+    """The workers' answers beside what was finished, host names and all; also who has gone, and who has come back."""
+    worker = cluster.worker("cat", env={"CONCURRENCY": "3"})
+    window.crat()
+    window.shows("^now: 1 there, 0 of 3 slots in use, 0 in line$")
+    host = socket.gethostname()[:24]
+    assert row(window.screen(), "127.0.0.1")[0][:3] == ["127.0.0.1", host, "0/3"]
+    with cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as client:
+        window.shows("^now: 1 there, 1 of 3 slots in use")
+        assert row(window.screen(), "127.0.0.1")[0][2] == "1/3" and "never" in window.screen()
+        client.stdin.close()
+        assert client.wait(PATIENCE) == 0
+    window.shows("^finished: 1 done")
+    alerts.say("10.0.0.3")
+    window.shows("^10.0.0.3 ")
+    assert row(window.screen(), "10.0.0.3")[0][1:4] == ["1", "0", "0"]      # it did not answer
+    worker.terminate()
+    window.shows("^now: no worker answers .cexec -l app.pub tells why.$")
+    assert row(window.screen(), "127.0.0.1")[0][1:4] == [host, "gone", "1"]
+    cluster.worker("cat", env={"CONCURRENCY": "2"})
+    window.shows("^now: 1 there, 0 of 2 slots in use")
+    window.keys("q")
+    window.shows("^127.0.0.1 +%s +0/2 " % re.escape(host))
+
+
+def test_the_screen_asks_with_a_private_key_and_not_without_a_key(cluster, window):
+    cluster.worker("cat", env={"CONCURRENCY": "3"})
+    command = " ".join(map(shlex.quote, cluster.argv("crat")))
+    window.line("clear; %s -t %s" % (command, cluster.key))
+    window.shows("^now: 1 there, 0 of 3 slots in use")
+    window.keys("q")
+    window.line("clear; %s -t" % command)
+    window.shows("^now: not known without a key$")
+
+
+def answer(address="10.0.0.3", host="node", running=1, slots=2, ago=0.0, waiting=0):
+    return {"address": address, "host": host, "load": 0.5, "running": running, "slots": slots, "waiting": waiting,
+            "heard": time.monotonic() - ago}
+
+
+def test_answers_of_one_address_are_taken_together():
+    one = SimpleNamespace(workers={1: answer(), 2: answer(running=2, slots=4, waiting=3), 3: answer(ago=60, running=9)})
+    other = SimpleNamespace(workers={1: answer("10.0.0.4", "a\x1b" + "x" * 99, ago=60)})
+    assert cexec.presence([one, other]) == {
+        "10.0.0.3": ("node", "3/6", "0.50"), "10.0.0.4": (("a\x1b" + "x" * 99)[:24], "gone", "")}
+    assert cexec.presence_text([one, other]) == "now: 2 there, 3 of 6 slots in use, 3 in line"
+
+
+def test_a_worker_that_has_gone_is_shown_for_what_it_did():
+    tallies = cexec.Tallies()
+    tallies.add({"event": "exited", "status": 0, "seconds": 1.0, "bytes_in": 1, "bytes_out": 2, "verified": True,
+                 "worker": "busy"})
+    present = {"busy": ("h1", "gone", ""), "idle": ("h2", "0/4", "0.10"), "past": ("h3", "gone", "")}
+    shown = tallies.table(9, 200, present)
+    assert [line.split()[:4] for line in shown[1:]] == [["busy", "h1", "gone", "1"], ["idle", "h2", "0/4", "0.10"]]
+    assert shown[2].endswith("never") and "NOW" not in tallies.table(9, 200, None)[0]
+
+
+def test_a_narrow_table_leaves_columns_out():
+    heads = cexec.Tally.HEADS
+    rows = [[head.lower() for head in heads]]
+    shown = [cexec.narrowed(heads, rows, width, [])[0].split() for width in (200, 75, 60, 10)]
+    assert shown[0] == heads and shown[1] == [head for head in heads if head != "TIME"]
+    assert shown[-1] == ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED"]
+    assert cexec.narrowed(heads, rows, 200, cexec.PRESENT)[0].split()[:2] == ["WORKER", "DONE"]
 
 
 @pytest.mark.parametrize("text, width, fits", [
