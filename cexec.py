@@ -5643,16 +5643,12 @@ class Watch(Survey):
 
 
 def open_watches(loop, group, pubs, keys):
-    """A Watch for each application of which there is a key: a private key makes a pub of its own."""
+    """A Watch for each application of which there is a key: a private key makes a pub of its own.  Raises Fatal."""
     known = {pub.application: pub for pub in reversed(pubs)}
     for key in keys:
         known.setdefault(key.application, Pub(key.label, DEFAULT_NAME, key.application,
                                               client_secret(key.master, DEFAULT_NAME), b""))
-    try:
-        return [Watch(group, pub, listen_ports(), loop) for pub in known.values()]
-    except Fatal as error:          # there are too few of CEXEC_LISTEN_PORTS
-        log.note("%s", error)
-        return []
+    return [Watch(group, pub, listen_ports(), loop) for pub in known.values()]
 
 
 def presence(watches):
