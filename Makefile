@@ -85,4 +85,4 @@ uninstall:
 	for applet in $(APPLETS); do rm -f "$(BINDIR)/$$applet" "$(MANDIR)/man1/$$applet.1" || exit 1; done
 
 clean:
-	rm -rf bin $(VENV) __pycache__ .pytest_cache .ruff_cache .benchmarks
+	rm -rf bin demo.svg $(VENV) __pycache__ .pytest_cache .ruff_cache .benchmarks

@@ -1709,6 +1709,13 @@ def hear_all(loop, listeners, handler, stranger=None):
         rejoin()
 
 
+def hear_no_more(loop, listeners):
+    for listener in listeners:
+        for sock in listener.socks.values():
+            loop.forget(sock.fileno())
+        listener.close()
+
+
 # ---------------------------------------------------------------------------
 # The channel: TLS, a link of frames, and the streams of descriptors over it
 # ---------------------------------------------------------------------------
@@ -3868,14 +3875,18 @@ class Survey:
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
-        self.asked, self.workers = {}, {}           # nonce: when; worker_id: a row
+        self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
         self.connected, self.denied = set(), {}     # addresses of probes; why: addresses of our application's workers
         self.foreign, self.others = {}, {}          # application id: addresses of its workers; of who speaks for it
         self.versions = {}                          # (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.rcvd_answer, self.rcvd_probe)
+        self.listen()
+
+    def listen(self):
+        """Hears the group besides."""
         try:
-            self.listeners = open_listeners(group)
+            self.listeners = open_listeners(self.group)
         except Fatal as error:      # somebody else keeps the port to himself
             log.note("%s", error)
             self.listeners = []
@@ -3913,16 +3924,19 @@ class Survey:
             return
         body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
         if datagram.kind is REPLY and datagram.proved_by(self.pub.secret):
-            row = self.workers.setdefault(body.worker_id, {
+            self.rcvd_reply(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
                 "uptime": body.uptime, "round_trip": round(seconds, 6),
                 "state": "draining" if body.draining else "serving"})
-            row["round_trip"] = min(row["round_trip"], round(seconds, 6))
         elif datagram.kind is DENY and body.serves == self.pub.application:
             self.note_stranger(self.denied, body.why, address)
         elif datagram.kind is DENY:
             self.note_stranger(self.foreign, body.serves, address)
+
+    def rcvd_reply(self, worker_id, row):
+        known = self.workers.setdefault(worker_id, row)
+        known["round_trip"] = min(known["round_trip"], row["round_trip"])
 
     def rcvd_probe(self, listener):
         try:
@@ -6086,7 +6100,7 @@ def alert_line(record):
             "complaint": "{client} rats out {worker} for {application}"}[record["event"]]
     detail = "{seconds:.3f} s, {bytes_in} bytes in, {bytes_out} out, client {name}"
     reason = ", {reason}" if record["reason"] else ""
-    unverified = "" if record["verified"] else " (unverified)"
+    unverified = "" if record["verified"] else UNVERIFIED
     return (form + unverified + ": " + detail + reason).format(**record)
 
 
@@ -6099,7 +6113,11 @@ def version_line(record):
 REDRAW_SECONDS = 0.25               # between two drawings of the screen, however many alerts come
 WORKERS_MAX = 4096                  # workers of which the screen keeps account
 LINES_KEPT = 500                    # of the log, for a window that grows
-NAME_COLUMNS = 40                   # of a worker's name
+NAME_COLUMNS, HOST_COLUMNS = 40, 24     # of a worker's address and name
+ASK_SECONDS, GONE_SECONDS = 3.0, 10.0   # between two questions who is there; after the last answer of a worker
+PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # columns of what workers answer; instead, below NOW
+UNVERIFIED = " (unverified)"        # after the names of workers of whom nothing is proved
+LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # of the table's columns, where there is no room
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # xterm's other screen; without a
                                     # cursor and wrapped lines; and back
 BOLD, REVERSED, DIM, RED, YELLOW = "1", "7", "2", "31", "33"
@@ -6109,7 +6127,7 @@ STYLES = {"complaint": RED, "signalled": YELLOW}
 class Tally:
     """What was heard of a worker, or of all."""
 
-    HEADS = ["WORKER", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
+    HEADS = ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
 
     def __init__(self):
         self.done = self.failed = self.complaints = self.bytes_in = self.bytes_out = 0
@@ -6129,12 +6147,12 @@ class Tally:
     def activity(self):
         return self.done + self.failed + self.complaints
 
-    def row(self, name):
+    def row(self, name, host="", now="", load=""):
         """The texts below HEADS."""
         mean = self.seconds / max(1, self.done + self.failed)
-        return [name, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
-                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean,
-                duration(int(time.monotonic() - self.heard)) + " ago"]
+        last = duration(int(time.monotonic() - self.heard)) + " ago" if self.activity() else "never"
+        return [name, host, now, load, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
+                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean, last]
 
     def text(self):
         return "%d done, %d failed, %d complained about" % (self.done, self.failed, self.complaints)
@@ -6158,20 +6176,94 @@ class Tallies:
     def total(self):
         """A line on all of it."""
         proved, rest = self.all[True], self.all[False]
-        text = "%s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
+        text = "finished: %s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
         return text + "; unverified: " + rest.text() if rest.activity() else text
 
-    def table(self, room):
-        """At most so many lines: the workers that did most, and below them those of whom nothing is proved."""
-        known = []
-        for verified, mark in ((True, ""), (False, " (unverified)")):
-            known += [(tally, fitted(name, NAME_COLUMNS) + mark) for name, tally in sorted(
-                self.workers[verified].items(), key=lambda item: (-item[1].activity(), item[0]))]
+    def table(self, room, width, present):
+        """At most so many lines: the workers that did most, and below them those of whom nothing is proved.
+
+        present has (host, now, load), texts, of the workers that were asked, by address; None: nobody was.
+        """
+        there = present or {}
+        proved = {name: Tally() for name, (_, now, _) in there.items() if now != ABSENT}
+        proved.update(self.workers[True])
+        known = [(tally, name, "", there.get(name, ("", "", ""))) for name, tally in by_activity(proved)]
+        known += [(tally, name, UNVERIFIED, ("", "", "")) for name, tally in by_activity(self.workers[False])]
         if not known or room < 2:
             return []
         shown = known if len(known) < room else known[:room - 2]
-        lines = table(Tally.HEADS, [tally.row(name) for tally, name in shown])
+        lines = narrowed(Tally.HEADS, [tally.row(fitted(name, NAME_COLUMNS) + mark, *texts)
+                                       for tally, name, mark, texts in shown],
+                         width, PRESENT if present is None else [])
         return lines + ["%d more" % (len(known) - len(shown))] * (len(shown) < len(known))
+
+
+def by_activity(workers):
+    return sorted(workers.items(), key=lambda item: (-item[1].activity(), item[0]))
+
+
+def narrowed(heads, rows, width, hidden):
+    """A table without the hidden columns; and without those of LEFT_OUT, one by one, until it has room."""
+    for number in range(len(LEFT_OUT) + 1):
+        kept = [place for place, head in enumerate(heads) if head not in hidden and head not in LEFT_OUT[:number]]
+        lines = table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows])
+        if max(map(columns, lines)) <= width:
+            break
+    return lines
+
+
+class Watch(Survey):
+    """Who is there now, asked every few seconds."""
+
+    def __init__(self, group, pub, job_ports, loop):
+        super().__init__(group, pub, job_ports, loop)
+        self.workers = Memory(WORKERS_MAX)      # worker_id: the last answer
+        self.ask_again()
+
+    def listen(self):
+        pass                        # Logger does
+
+    def ask_again(self):
+        self.ask()
+        self.loop.after(max(ASK_SECONDS, self.ways * SECONDS_A_WAY), self.ask_again)
+
+    def rcvd_reply(self, worker_id, row):
+        self.workers[worker_id] = dict(row, heard=time.monotonic())
+
+
+def open_watches(loop, group, pubs, keys):
+    """A Watch for each application of which there is a key: a private key makes a pub of its own.  Raises Fatal."""
+    known = {pub.application: pub for pub in reversed(pubs)}
+    for key in keys:
+        known.setdefault(key.application, Pub(key.label, DEFAULT_NAME, key.application,
+                                              client_secret(key.master, DEFAULT_NAME), b""))
+    return [Watch(group, pub, listen_ports(), loop) for pub in known.values()]
+
+
+def presence(watches):
+    """{address: (host, now, load)} of the workers that have answered, those of one address taken together."""
+    found, now = {}, time.monotonic()
+    for row in sorted((row for watch in watches for row in watch.workers.values()), key=lambda row: row["heard"]):
+        found.setdefault(printable(row["address"])[:64], []).append(row)
+    for address, rows in found.items():
+        there = [row for row in rows if now - row["heard"] < GONE_SECONDS]
+        jobs = "%d/%d" % (sum(row["running"] for row in there), sum(row["slots"] for row in there))
+        found[address] = (fitted(rows[-1]["host"], HOST_COLUMNS), jobs if there else ABSENT,
+                          "%.2f" % max(row["load"] for row in there) if there else "")
+    return found
+
+
+def presence_text(watches):
+    """A line on who is there."""
+    if not watches:
+        return "now: not known without a key"
+    now = time.monotonic()
+    rows = [row for watch in watches for row in watch.workers.values() if now - row["heard"] < GONE_SECONDS]
+    if not rows:
+        return "now: no worker answers (cexec -l %s tells why)" % watches[0].pub.label
+    return "now: %d there, %d of %d slots in use, %d in line" % (
+        len(rows), sum(row["running"] for row in rows), sum(row["slots"] for row in rows),
+        max(row["waiting"] for row in rows))
 
 
 class Screen:
@@ -6181,8 +6273,8 @@ class Screen:
     drawings, and we hear alerts and signals all the same.
     """
 
-    def __init__(self, loop, title):
-        self.loop, self.title, self.tallies = loop, title, Tallies()
+    def __init__(self, loop, title, watches):
+        self.loop, self.title, self.watches, self.tallies = loop, title, watches, Tallies()
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
         self.saved, self.waiting, self.drawn = None, b"", 0.0    # the modes to go back to; bytes not taken yet; when
@@ -6238,7 +6330,7 @@ class Screen:
     def close(self):
         """The end, however it comes: the summary goes to the screen that stays."""
         lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
-                 self.tallies.total()] + self.tallies.table(self.size()[0] - 4)
+                 self.tallies.total()] + self.workers(self.size()[0] - 4)
         self.give_back("".join(self.spoken(line, "") + "\r\n" for line in lines))
 
     def flush(self):
@@ -6294,9 +6386,12 @@ class Screen:
     def picture(self, room):
         """(text, style) of each line: at most so many."""
         lasted = duration(int(time.monotonic() - self.tallies.began))
-        lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD)]
+        lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD),
+                 (presence_text(self.watches), BOLD)]
+        if room < 8:
+            lines.pop()             # who finished what is more
         for_log = min(len(self.lines), max(3, room // 3)) + 1
-        workers = self.tallies.table(room - len(lines) - 1 - for_log)
+        workers = self.workers(room - len(lines) - 1 - for_log)
         if workers:
             lines += [("", ""), (workers[0], BOLD)] + [(text, "") for text in workers[1:]]
         rest = room - len(lines) - 1
@@ -6304,17 +6399,539 @@ class Screen:
             lines += [("", "")] + list(self.lines)[-rest:]
         return lines[:room]
 
+    def workers(self, room):
+        return self.tallies.table(room, self.size()[1], presence(self.watches) if self.watches else None)
+
     def spoken(self, text, style):
         """A line that has room, with its style."""
         text = fitted(encoded(text).decode(sys.stdout.encoding or "ascii"), self.size()[1])
         return "\x1b[%sm%s\x1b[m" % (style, text) if style and self.coloured else text
 
 
-CRAT_USAGE = "crat [-hjtv] [--version] [APP.pub | APP ...]"
+# ---------------------------------------------------------------------------
+# crat --svg: a log as a picture
+# ---------------------------------------------------------------------------
+#
+#   lines of logs -- parse_entry --> Entry -- pack --> Band, Bar -- picture --> the SVG's text
+#
+# Only read_entries and draw_logs touch files.  Whatever a log says goes through markup(), and
+# is checked for size before, for its lines may come from anybody.
+
+OUTCOMES = {                        # of a job, and the legend; the colours are below, in STYLE
+    "done": "exit status 0", "failed": "another exit status", "killed": "killed by a signal", "lost": "worker lost"}
+LOG_LINE_MAX = 1024 * 1024          # bytes: there is no log with longer lines
+NAME_SHOWN = 200                    # characters of a name
+TIME_MAX = 250e9                    # seconds since 1970: the year 9892
+CLOCK_SLACK = 0.05                  # seconds that two jobs of one slot may seem to overlap: alerts take their time
+CUTS_MAX = 8                        # idle times that are left out
+BARS_MAX, MARKS_APART = 4000, 8.0   # bars of the whole picture; pixels between two marks
+WORKERS_DRAWN, ROWS_DRAWN = 100, 300
+PICTURE_WIDTH, ROWS_HEIGHT, RATES_HEIGHT = 1200, 1200, 60       # pixels
+TICK_PIXELS = 96                    # between two labels of an axis at least
+COLUMNS_MAX = 120                   # of the throughput
+LABEL_COLUMNS, ROWS_LEFT = 28, 200  # what a worker's name has room in
+TICKS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600,
+         7200, 10800, 21600, 43200] + [86400 * days for days in (1, 2, 7, 14, 28, 91, 365, 3650, 36500, 365000)]
+# Okabe's and Ito's colours, which the colour-blind can tell apart; with black, or white where it is dark.
+STYLE = """
+svg { color-scheme: light dark }
+text { font: 11px system-ui, sans-serif; fill: #222 } .mono { font-family: ui-monospace, monospace }
+.title { font-size: 15px; font-weight: bold } .paper { fill: #fff } .line { stroke: #ddd }
+.done { fill: #0072b2 } .failed { fill: #d55e00 } .killed { fill: #cc79a7 } .lost, .mark { fill: #222 }
+@media (prefers-color-scheme: dark) {
+text, .lost, .mark { fill: #ddd } .paper { fill: #16181c } .line { stroke: #3a3d42 }
+}
+"""
+
+Entry = collections.namedtuple("Entry", "worker began ended outcome name result sent received")
+Entry.__doc__ = """A job or a complaint in a log.  Times are seconds since 1970; outcome is one of OUTCOMES, or
+"complaint": one that is about no job."""
+
+
+# A log's lines
+
+def parse_entry(line):
+    """The Entry in a line of a joblog or of crat -j; None if it tells of no job.  Raises ValueError."""
+    if line.startswith("{"):
+        import json
+        try:
+            return entry_of_alert(json.loads(line))
+        except KeyError as error:
+            raise ValueError("there is no %s" % error) from None
+        except RecursionError:
+            raise ValueError("too deep") from None
+    fields = line.split("\t", len(JOBLOG) - 1)
+    if len(fields) != len(JOBLOG):
+        raise ValueError("neither a joblog's %d fields with tabs between them nor an object of crat -j" % len(JOBLOG))
+    return None if fields[0] == JOBLOG[0] else entry_of_joblog(*fields)
+
+
+def entry_of_joblog(number, host, began, seconds, sent, received, status, signal_number, command):
+    """The Entry in a joblog's fields, ours or GNU parallel's.  Raises ValueError."""
+    began, seconds = quantity(began, JOBLOG[2], TIME_MAX), quantity(seconds, JOBLOG[3], TIME_MAX)
+    if signal_number not in ("", "0"):
+        outcome, result = "killed", "killed by signal " + signal_number
+    else:
+        outcome, result = "done" if status == "0" else "failed", "exit status " + status
+    worker = {":": "this host", "-": "no worker"}.get(host, host)
+    return Entry(worker[:NAME_SHOWN], began, began + seconds, outcome, "%s: %s" % (number, command[:NAME_SHOWN]),
+                 result, quantity(sent, JOBLOG[4]), quantity(received, JOBLOG[5]))
+
+
+def entry_of_alert(record):
+    """The Entry in a record of crat -j; None for another version of the protocol.  Raises ValueError, KeyError."""
+    event, reason = record["event"], record.get("reason", "")
+    if event == "version":
+        return None
+    if event not in ("exited", "signalled", "complaint"):
+        raise ValueError("the event is none of crat's: %s" % event)
+    ended, seconds = quantity(record["time"], "time", TIME_MAX), quantity(record["seconds"], "seconds", TIME_MAX)
+    if event == "complaint":
+        outcome, result = "lost" if str(reason).startswith("lost") else "complaint", ""
+    elif event == "signalled":
+        outcome, result = "killed", "killed by signal %s" % record["status"]
+    else:
+        outcome, result = "failed" if record["status"] else "done", "exit status %s" % record["status"]
+    began = ended if outcome == "complaint" else max(0.0, ended - seconds)      # its seconds are those of the search
+    return Entry(str(record["worker"])[:NAME_SHOWN] + ("" if record["verified"] else UNVERIFIED),
+                 began, ended, outcome, "%s for %s at %s" % (record["application"], record["name"], record["client"]),
+                 "%s%s%s" % (result, ", " if result and reason else "", reason),
+                 quantity(record["bytes_in"], "bytes_in"), quantity(record["bytes_out"], "bytes_out"))
+
+
+def quantity(value, name, high=2.0 ** 64):
+    """A number in a log, from 0 to high.  Raises ValueError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    if not 0 <= number <= high:
+        raise ValueError("%s is no number from 0 to %.0f: %s" % (name, high, cut(str(value), 40)))
+    return number
+
+
+def read_entries(path):
+    """(the Entries in a log, what to say of its lines that are none, or "", whether it has alerts).  Raises Fatal."""
+    entries, bad, alerts = [], [], False
+    label = "standard input" if path == "-" else path
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LOG_LINE_MAX), b""), 1):
+                if len(line) == LOG_LINE_MAX:
+                    raise Fatal(EXIT_USAGE, "%s:%d: a line without an end: is it a log?" % (label, number))
+                try:
+                    entry = parse_entry(line.decode("utf-8", "backslashreplace").rstrip("\r\n"))
+                    entries += [entry] if entry else []
+                    alerts = alerts or line.startswith(b"{")
+                except ValueError as error:
+                    bad = bad or [number, 0, error]
+                    bad[1] += 1
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "%s: %s" % (label, error.strerror)) from None
+    if bad and not entries:
+        raise Fatal(EXIT_USAGE, "%s:%d: %s: is it a log?" % (label, bad[0], bad[2]))
+    return entries, bad and "%s: %d lines left out, the first is line %d: %s" % (label, bad[1], bad[0], bad[2]), alerts
+
+
+# Where everything goes
+
+class TimeAxis:
+    """Where a time is from left to right, in pixels.
+
+    The longest idle times are cut out, or jobs on two days, or a clock that was set, would leave the jobs no room.
+    """
+
+    Span = collections.namedtuple("Span", "began ended left right")
+
+    def __init__(self, entries, left, right):
+        # Whoever has no key could claim a job of a month.
+        entries = [entry for entry in entries if not entry.worker.endswith(UNVERIFIED)] or entries
+        self.began, self.ended = entries[0].began, max(entry.ended for entry in entries)
+        self.cuts = self.choose_cuts(self.idle_times(entries), self.ended - self.began)
+        starts = [self.began] + [cut_end for _, cut_end in self.cuts]
+        ends = [cut_began for cut_began, _ in self.cuts] + [self.ended]
+        lengths = [max(0.1, end - start) for start, end in zip(starts, ends)]
+        room = right - left - 20 * (len(starts) - 1) - 20 * len(starts)     # between spans, and each one's least
+        self.left, self.right, self.spans = left, right, []
+        for start, length in zip(starts, lengths):
+            width = 20 + room * length / sum(lengths)
+            self.spans.append(self.Span(start, start + length, left, left + width))
+            left += width + 20
+
+    @staticmethod
+    def idle_times(entries):
+        """[(from, to)]: when nothing was logged, the longest first."""
+        idle, end = [], entries[0].ended
+        for entry in entries:
+            if entry.began > end:
+                idle.append((end, entry.began))
+            end = max(end, entry.ended)
+        return sorted(idle, key=lambda times: times[0] - times[1])
+
+    @staticmethod
+    def choose_cuts(idle, length):
+        """Those that are more than a third of what is left without the longer ones, in order."""
+        cuts = []
+        for began, ended in idle[:CUTS_MAX]:
+            if ended - began <= length / 3:
+                break
+            length -= ended - began
+            cuts.append((began, ended))
+        return sorted(cuts)
+
+    def span(self, when):
+        return next((span for span in reversed(self.spans) if span.began <= when), self.spans[0])
+
+    def x(self, when):
+        span = self.span(when)
+        share = (min(max(when, span.began), span.ended) - span.began) / (span.ended - span.began)
+        return span.left + share * (span.right - span.left)
+
+    def ticks(self, clock):
+        """[(x, text)]: times of day, or how long after the beginning of each span; texts do not touch each other."""
+        ticks, free = [], self.left
+        one_day = time.localtime(self.began)[:3] == time.localtime(self.ended)[:3]
+        for span in self.spans:
+            least = TICK_PIXELS * (span.ended - span.began) / (span.right - span.left)
+            step = next((step for step in TICKS if step >= least), TICKS[-1])
+            offset = time.localtime(span.began).tm_gmtoff if clock else -span.began
+            number = -(-(span.began + offset) // step)
+            while number * step - offset <= span.ended:
+                when, number = number * step - offset, number + 1
+                x = self.x(when)
+                if x >= free:
+                    ticks.append((x, clock_time(when, step, one_day) if clock else elapsed(when - span.began)))
+                    free = x + TICK_PIXELS
+        return ticks
+
+
+def clock_time(when, step, one_day):
+    """A time of day as short as ticks so many seconds apart let it be."""
+    when = round(when, 3)
+    if step >= 86400:
+        return time.strftime("%Y-%m-%d", time.localtime(when))
+    text = time.strftime(("" if one_day else "%m-%d ") + ("%H:%M" if step >= 60 else "%H:%M:%S"), time.localtime(when))
+    return text + ("%.3f" % (when % 1))[1:].rstrip("0").rstrip(".") if step < 1 else text
+
+
+def elapsed(seconds):
+    """Seconds, exactly: 0.25s, 1m30s, 2h, 1d12h."""
+    text, rest = "", round(seconds, 3)
+    for unit, letter in ((86400, "d"), (3600, "h"), (60, "m")):
+        count, rest = divmod(rest, unit)
+        text += "%d%s" % (count, letter) if count else ""
+    return text + "%gs" % round(rest, 3) if round(rest, 3) or not text else text
+
+
+def pack(entries):
+    """Rows of entries, which come in the order of their beginnings: each is in the first row that is free by then."""
+    rows, free, busy = [], [], []           # two heaps: rows; (when it is free, row)
+    for entry in entries:
+        while busy and busy[0][0] <= entry.began:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        if not free:
+            free.append(len(rows))
+            rows.append([])
+        row = heapq.heappop(free)
+        rows[row].append(entry)
+        heapq.heappush(busy, (entry.ended - min(CLOCK_SLACK, (entry.ended - entry.began) / 2), row))
+    return rows
+
+
+class Band:
+    """A worker in the picture: a row for each slot that it used, above them a strip for marks if there are any."""
+
+    def __init__(self, worker, entries):
+        self.worker, self.unverified, self.count = worker, worker.endswith(UNVERIFIED), len(entries)
+        self.jobs = [entry for entry in entries if entry.outcome != "complaint"]
+        self.marks = [entry for entry in entries if entry.outcome in ("complaint", "lost")]
+        self.rows = pack(self.jobs)
+        self.slots, self.hidden = len(self.rows), 0
+
+    def limit(self, rows):
+        """Leaves out what more than so many jobs at a time are."""
+        self.hidden = sum(map(len, self.rows[rows:]))
+        self.rows = self.rows[:rows]
+
+    def place(self, top, row_height):
+        """Takes its place below top; where the next one begins."""
+        self.top, self.row_height = top, row_height
+        self.first = top + 3 + 9 * bool(self.marks)
+        return max(self.first + row_height * len(self.rows), top + 16) + 3
+
+
+def make_bands(entries):
+    """(the Bands that are drawn, notes on the rest): those with the most entries, by their names."""
+    by_worker = collections.defaultdict(list)
+    for entry in entries:
+        by_worker[entry.worker].append(entry)
+    bands = sorted((Band(*item) for item in by_worker.items()), key=lambda band: (band.unverified, -band.count))
+    shown, rest = bands[:WORKERS_DRAWN], bands[WORKERS_DRAWN:]
+    limit = max(band.slots for band in shown)
+    while sum(min(band.slots, limit) for band in shown) > ROWS_DRAWN:
+        limit = limit * 3 // 4
+    for band in shown:
+        band.limit(limit)
+    hidden, notes = sum(band.hidden for band in shown), []
+    if rest:
+        notes.append("Not drawn: %d more workers, with %d jobs and complaints." % (
+            len(rest), sum(band.count for band in rest)))
+    if hidden:
+        notes.append("Not drawn: %d jobs of workers with more than %d at the same time." % (hidden, limit))
+    return sorted(shown, key=lambda band: (band.unverified, natural(band.worker))), notes
+
+
+def natural(name):
+    """A key that sorts node9 before node10."""
+    import re
+    return [(int(part), "") if number % 2 else (0, part) for number, part in enumerate(re.split("([0-9]{1,9})", name))]
+
+
+class Bar:
+    """A job in a row, or several that have too little room to be told apart."""
+
+    def __init__(self, entry, axis):
+        self.entry, self.ended, self.counts = entry, entry.ended, collections.Counter([entry.outcome])
+        self.sent, self.received = entry.sent, entry.received
+        self.left, self.right = axis.x(entry.began), axis.x(entry.ended)
+
+    def join(self, other):
+        """Takes a later neighbour in."""
+        self.counts.update(other.counts)
+        self.sent, self.received = self.sent + other.sent, self.received + other.received
+        self.ended, self.right = max(self.ended, other.ended), max(self.right, other.right)
+
+    def lines(self):
+        """What it says when somebody points at it."""
+        entry, count = self.entry, sum(self.counts.values())
+        if count == 1:
+            yield from (entry.name[:3 * NAME_SHOWN], entry.result[:3 * NAME_SHOWN])
+        else:
+            yield "%d: %s" % (count, outcome_text(self.counts))
+        yield "%s, %s, %s" % (entry.worker, clock_time(entry.began, 0.001, False),
+                              elapsed(self.ended - entry.began))
+        yield "%s sent, %s received" % (size(self.sent), size(self.received))
+
+
+def outcome_text(counts):
+    """12 done, 3 failed: what there is of each outcome."""
+    words = dict({outcome: outcome for outcome in OUTCOMES}, complaint="complained about")
+    return ", ".join("%d %s" % (counts[outcome], word) for outcome, word in words.items() if counts[outcome])
+
+
+def joined(bars, cell):
+    """The bars of a row, with those narrower than a cell of so many pixels that begin in the same one made one."""
+    result = []
+    for bar in bars:
+        last = result[-1] if result else None
+        if (last and last.left // cell == bar.left // cell
+                and max(last.right - last.left, bar.right - bar.left) < cell):
+            last.join(bar)
+        else:
+            result.append(bar)
+    return result
+
+
+def make_bars(bands, axis):
+    """{band: a list of Bars for each row}: as few that a browser is quick."""
+    bars, cell = {band: [[Bar(entry, axis) for entry in row] for row in band.rows] for band in bands}, 2.0
+    while True:
+        bars = {band: [joined(row, cell) for row in rows] for band, rows in bars.items()}
+        if sum(len(row) for rows in bars.values() for row in rows) <= BARS_MAX or cell > PICTURE_WIDTH:
+            return bars
+        cell *= 2
+
+
+# The SVG's text
+
+def markup(text):
+    """The text for an XML document, with control characters escaped."""
+    for character, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
+        text = text.replace(character, name)
+    return printable(text)
+
+
+def element(name, style, inner="", **attributes):
+    """An element of a class; inner is markup, numbers are pixels."""
+    words = ['%s class="%s"' % (name, style)] + [
+        '%s="%s"' % (key.replace("_", "-"), value if isinstance(value, str) else "%g" % round(value, 1))
+        for key, value in attributes.items()]
+    return "<%s>%s</%s>\n" % (" ".join(words), inner, name) if inner else "<%s/>\n" % " ".join(words)
+
+
+def tooltip(lines):
+    return "<title>%s</title>" % "\n".join(markup(line) for line in lines if line)
+
+
+def text_at(x, y, text, style="text", anchor="start"):
+    return element("text", style, markup(text), x=x, y=y, text_anchor=anchor)
+
+
+def draw_bar(bar, top, height):
+    """A rectangle; a bar of several outcomes is of the most common one, and the others share its lower half."""
+    parts, ranked = "", [outcome for outcome, _ in bar.counts.most_common()]
+    for place, outcome in enumerate(ranked):
+        share = height / 2 / (len(ranked) - 1) if place else height
+        parts += element("rect", outcome, x=bar.left, y=top + height - share * max(1, place), height=share,
+                         width=max(1.0, bar.right - bar.left - 1))
+    return "<g>%s%s</g>\n" % (tooltip(bar.lines()), parts)
+
+
+def draw_band(band, rows, axis):
+    """A worker's name, its line, marks and bars."""
+    name = band.worker if columns(band.worker) <= LABEL_COLUMNS else fitted(band.worker, LABEL_COLUMNS - 1) + "\u2026"
+    about = [band.worker, "%d jobs, %d at the same time" % (len(band.jobs), band.slots)]
+    yield element("path", "line", d="M0 %gH%g" % (band.top, axis.right))
+    yield element("text", "mono", tooltip(about) + markup(name), x=axis.left - 10, y=band.top + 13, text_anchor="end")
+    marks = joined([Bar(entry._replace(began=entry.ended), axis) for entry in
+                    sorted(band.marks, key=lambda entry: entry.ended)], MARKS_APART)
+    for mark in marks:
+        yield element("path", "mark", tooltip(mark.lines()), d="M%.1f %gh7l-3.5 7z" % (mark.left - 3.5, band.top + 3))
+    for number, row in enumerate(rows):
+        for bar in row:
+            yield draw_bar(bar, band.first + number * band.row_height, band.row_height - 1)
+
+
+def draw_axis(axis, top, bottom):
+    """Durations above the rows, times of day below them, and where time is left out."""
+    for x, text in axis.ticks(clock=True):
+        yield element("path", "line", d="M%.1f %gV%g" % (x, top, bottom + 4))
+        yield text_at(x, bottom + 16, text, anchor="middle")
+    for x, text in axis.ticks(clock=False):
+        yield element("path", "line", d="M%.1f %gv-4" % (x, top))
+        yield text_at(x, top - 7, text, anchor="middle")
+    for span, (began, ended) in zip(axis.spans[1:], axis.cuts):
+        for x in (span.left - 13, span.left - 7):
+            about = tooltip(["nothing was logged for " + elapsed(ended - began)])
+            yield element("path", "mark", about, d="M%.1f %gV%gh1V%gz" % (x, top, bottom, top))
+
+
+def rate_text(rate):
+    """A number of jobs a second, in the unit that makes it more than one."""
+    unit, seconds = next(((unit, seconds) for unit, seconds in (("s", 1), ("min", 60), ("h", 3600))
+                          if rate * seconds >= 1), ("day", 86400))
+    return ("%d/%s" if rate >= 100 else "%.3g/%s") % (rate * seconds, unit)
+
+
+def throughput(entries, axis):
+    """[(left, right, seconds, {outcome: count})]: the jobs that ended in each piece of time in which any did."""
+    ended = [entry for entry in entries if entry.outcome in ("done", "failed", "killed")]
+    found = collections.defaultdict(collections.Counter)    # (span, its pieces, number of one)
+    for entry in ended:
+        span = axis.span(entry.ended)
+        share = (span.right - span.left) / (axis.right - axis.left)
+        pieces = max(1, round(share * min(2 * len(ended) ** 0.5, COLUMNS_MAX)))
+        number = int((axis.x(entry.ended) - span.left) / (span.right - span.left) * pieces)
+        found[span, pieces, min(number, pieces - 1)][entry.outcome] += 1
+    return [(span.left + (span.right - span.left) * number / pieces,
+             span.left + (span.right - span.left) * (number + 1) / pieces, (span.ended - span.began) / pieces, counts)
+            for (span, pieces, number), counts in sorted(found.items())]
+
+
+def draw_rates(pieces, axis, top):
+    """How many jobs ended when, by their outcome, failures on top."""
+    bottom = top + RATES_HEIGHT
+    highest = max([sum(counts.values()) / seconds for _, _, seconds, counts in pieces] or [0])
+    yield element("path", "line", d="M0 %gH%g" % (top - 12, axis.right))
+    for y, text in ((top + 4, rate_text(highest) if highest else ""), (top + 34, "jobs that ended"), (bottom + 1, "0")):
+        yield text_at(axis.left - 10, y, text, "mono", "end")
+    for left, right, seconds, counts in pieces:
+        inner, y = tooltip([rate_text(sum(counts.values()) / seconds), outcome_text(counts)]), bottom
+        for outcome in OUTCOMES:
+            height = RATES_HEIGHT * counts[outcome] / seconds / highest
+            y -= height
+            if height:
+                inner += element("rect", outcome, x=left, y=y, width=right - left - 0.5, height=height)
+        yield "<g>%s</g>\n" % inner
+
+
+def draw_heading(entries, title, axis):
+    """What it is of, the sums, the time, and what the colours mean."""
+    counts = collections.Counter(entry.outcome for entry in entries)
+    workers = len({entry.worker for entry in entries})
+    yield text_at(20, 28, title if columns(title) <= 100 else fitted(title, 99) + "\u2026", "title")
+    yield text_at(20, 48, "%s; %d worker%s; %s sent, %s received" % (
+        outcome_text(counts), workers, "s" * (workers > 1), size(sum(entry.sent for entry in entries)),
+        size(sum(entry.received for entry in entries))))
+    yield text_at(20, 64, "%s to %s (%s), %s" % (
+        *(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) for when in (axis.began, axis.ended)),
+        time.strftime("%Z", time.localtime(axis.began)), elapsed(round(axis.ended - axis.began, 2))))
+    x = 20
+    for outcome, text in OUTCOMES.items():
+        yield element("rect", outcome, x=x, y=78, width=12, height=10)
+        yield text_at(x + 18, 87, text)
+        x += 50 + 7 * len(text)
+    yield element("path", "mark", d="M%g 80h7l-3.5 7z" % x) + text_at(x + 14, 87, "a client's complaint about a worker")
+
+
+def picture(entries, title, notes):
+    """The SVG of Entries, in any order: a text, of at most some MB, which is no higher than three screens."""
+    if not entries:
+        body, height = text_at(20, 28, title, "title") + text_at(20, 48, "No job is in it."), 70
+    else:
+        body, height = draw_all(sorted(entries, key=lambda entry: entry[1:3]), title, notes)
+    return ('<?xml version="1.0" encoding="UTF-8"?>\n'
+            '<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1}" viewBox="0 0 {0} {1}">\n'
+            '<title>{2}</title>\n<style>{3}</style>\n<rect class="paper" width="{0}" height="{1}"/>\n{4}</svg>\n'
+            ).format(PICTURE_WIDTH, height, markup(title), STYLE, body)
+
+
+def draw_all(entries, title, notes):
+    """(markup, height) of a picture with something in it."""
+    bands, left_out = make_bands(entries)
+    axis = TimeAxis(entries, left=ROWS_LEFT, right=PICTURE_WIDTH - 50)
+    top = bottom = 124
+    row_height = max(4, min(16, ROWS_HEIGHT // max(1, sum(len(band.rows) for band in bands))))
+    for band in bands:
+        bottom = band.place(bottom, row_height)
+    parts, bars = list(draw_heading(entries, title, axis)), make_bars(bands, axis)
+    parts += draw_axis(axis, top, bottom + 16 + RATES_HEIGHT)
+    for band in bands:
+        parts += draw_band(band, bars[band], axis)
+    parts += draw_rates(throughput(entries, axis), axis, bottom + 12)
+    y = bottom + RATES_HEIGHT + 56
+    if axis.cuts:
+        left_out.append("Where the axis is broken, time in which nothing was logged is left out; durations begin anew.")
+    for note in ["A bar is a job, or several short ones; point at it for names, times and bytes."] + left_out + notes:
+        parts.append(text_at(20, y, note if columns(note) <= 180 else fitted(note, 179) + "\u2026"))
+        y += 16
+    return "".join(parts), y + 4
+
+
+def draw_logs(paths):
+    """Writes the picture of logs to standard output.  Raises Fatal."""
+    entries, notes, any_alerts = [], [], False
+    for path in paths or ["-"]:
+        more, trouble, alerts = read_entries(path)
+        entries, any_alerts = entries + more, any_alerts or alerts
+        if trouble:
+            log.say(trouble)
+            notes.append("Not read: " + trouble)
+    if any_alerts:
+        notes.insert(0, "It is made of alerts, which can be lost: what is not here may have happened all the same.")
+    names = ["standard input" if path == "-" else path for path in paths or ["-"]]
+    try:
+        sys.stdout.buffer.write(picture(entries, "cexec: " + ", ".join(names), notes).encode())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "standard output: %s" % error.strerror) from None
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# crat, the applet
+# ---------------------------------------------------------------------------
+
+CRAT_USAGE = """crat [-hjtv] [--version] [APP.pub | APP ...]
+       crat --svg [FILE ...]"""
 CRAT_HELP = """Print a line for every job that was completed, and for every complaint.
 
 A public key proves the alerts of its own client, a private key everybody's; the
 others, and without any key all, are printed as unverified.
+
+--svg makes a picture of what cexec -m --log, parallel --joblog or crat -j wrote.
 """
 
 
@@ -6324,11 +6941,16 @@ def main_crat(argv):
     parser.add_argument("-j", dest="json", action="store_true", help="print one JSON object a line")
     parser.add_argument("-t", dest="screen", action="store_true",
                         help="show the workers and the last lines on the whole terminal; q ends it")
+    parser.add_argument("--svg", action="store_true", help="draw the logs FILE ..., or standard input, as an SVG")
     parser.add_argument("keys", nargs="*", metavar="APP.pub")
     options = parser.parse_args(argv)
     log.verbose = options.verbose
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
+    if options.svg:
+        if options.json or options.screen:
+            raise Fatal(EXIT_USAGE, "--svg draws what was logged: -j and -t are for what is heard")
+        return draw_logs(options.keys)
     if options.screen:
         check_screen(options)
     pubs, keys = [], []
@@ -6341,7 +6963,8 @@ def main_crat(argv):
     listeners = open_listeners(group)
     if options.screen:
         labels = ", ".join(key.label for key in pubs + keys)
-        tell = Screen(loop, printable("%s, %s" % (group.text, labels or "no key"))).tell
+        watches = open_watches(loop, group, pubs, keys)
+        tell = Screen(loop, printable("%s, %s" % (group.text, labels or "no key")), watches).tell
     else:
         tell = print_json if options.json else print_line
         end_quietly()
@@ -7008,7 +7631,7 @@ def first_input(argv, key, group):
 #      A                    |                  |
 #      '-----a second, two, four ... later-----'--python3 is not there, or 100--> ENDED
 #
-WAITING, LOGIN, SERVING, ENDED = "waiting", "login", "serving", "ended"
+LOGIN, SERVING = "LOGIN", "SERVING"
 
 
 class Host:

@@ -45,7 +45,9 @@ import time
 import tracemalloc
 import uuid
 import wave
+import zlib
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11284,9 +11286,10 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     alerts.say(event=cexec.ALERT_SIGNALLED, status=9)
     alerts.say(event=cexec.ALERT_COMPLAINT, reason="wrong certificate")
     alerts.say("10.0.0.4")
-    window.shows("^4 done, 2 failed, 1 complained about, 12.0 kB in, 6.0 kB out$")
+    window.shows("^finished: 4 done, 2 failed, 1 complained about, 12.0 kB in, 6.0 kB out$")
     screen = window.screen()
-    assert row(screen, "WORKER") == [["WORKER", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]]
+    assert row(screen, "WORKER") == [
+        "WORKER HOST NOW LOAD DONE FAILED COMPLAINTS IN OUT TIME MEAN LAST".split()]
     assert row(screen, "10.0.0.3")[0][1:-2] == "3 2 1 10.0 kB 5.0 kB 7s 1.500 s".split()
     assert row(screen, "10.0.0.4")[0][1:4] == ["1", "0", "0"]
     assert re.search(r"^\d\d:\d\d:\d\d 127.0.0.1 rats out 10.0.0.3 for app.pub: 1.500 s, ", screen, re.M)
@@ -11295,8 +11298,8 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     window.shows("^status=0$")
     screen = window.screen()
     assert "before" in screen and "q ends it" not in screen
-    assert re.search(r"^crat: \S+, app.pub, \d+s\n4 done, 2 failed, 1 complained about.*\nWORKER.*\n10.0.0.3 .*\n"
-                     r"10.0.0.4 .*\nstatus=0$", screen, re.M)
+    assert re.search(r"^crat: \S+, app.pub, \d+s\nfinished: 4 done, 2 failed, 1 complained about.*\nWORKER.*\n"
+                     r"10.0.0.3 .*\n10.0.0.4 .*\nstatus=0$", screen, re.M)
     assert window.modes() == modes
     assert window.do("display-message", "-p", "#{cursor_flag} #{alternate_on} #{wrap_flag}").split() == ["1", "0", "1"]
 
@@ -11307,12 +11310,12 @@ def test_the_screen_is_left_however_it_ends(cluster, alerts, window, end, status
     window.line("ulimit -c 0")
     window.crat()
     alerts.say()
-    window.shows("^1 done")
+    window.shows("^finished: 1 done")
     if isinstance(end, str):
         window.keys(end)
     else:
         os.kill(crat_pid(cluster), end)
-    window.shows("^1 done, 0 failed, .*\nWORKER .*\n10.0.0.3 ")
+    window.shows("^finished: 1 done, 0 failed, .*\nWORKER .*\n10.0.0.3 ")
     if end == "C-c":                # then bash leaves out the rest of the line
         window.line("echo sta'tus'=$?")
     window.shows("^status=%d$" % status)
@@ -11334,9 +11337,9 @@ def test_the_screen_stopped_and_continued(cluster, alerts, window):
     window.line("fg")
     window.shows("q ends it")
     alerts.say()
-    window.shows("^1 done")
+    window.shows("^finished: 1 done")
     window.keys("q")
-    window.shows("^1 done.*\nWORKER .*\n10.0.0.3 .*\n")
+    window.shows("^finished: 1 done.*\nWORKER .*\n10.0.0.3 .*\n")
     window.line("echo sta'tus'=$?")
     window.shows("^status=0$")
     assert window.modes() == modes
@@ -11354,9 +11357,9 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     window.crat()
     for number in range(50):
         alerts.say("10.0.0.%d" % number, count=1 + (number == 17))
-    window.shows("^51 done")
+    window.shows("^finished: 51 done")
     screen = window.screen().splitlines()
-    assert screen[4].startswith("10.0.0.17 ") and screen[5].startswith("10.0.0.0 ")
+    assert screen[5].startswith("10.0.0.17 ") and screen[6].startswith("10.0.0.0 ")
     more = int(next(line for line in screen if line.endswith(" more")).split()[0])
     assert more + sum(line.startswith("10.0.0.") for line in screen) == 50
     assert "10.0.0.49" in screen[29] and "10.0.0.48" in screen[28]
@@ -11368,7 +11371,7 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
     until(functools.partial(is_whole_picture, window, 100, 20), "a picture of that size")       # crat knows of it
     window.keys("q")
     window.shows("^status=0$")
-    assert len(window.screen().splitlines()) == 20 and re.search(r"^crat: .*\n51 done", window.screen(), re.M)
+    assert len(window.screen().splitlines()) == 20 and re.search(r"^crat: .*\nfinished: 51 done", window.screen(), re.M)
 
 
 def test_the_screen_counts_apart_what_nothing_proves(cluster, alerts, window):
@@ -11376,8 +11379,8 @@ def test_the_screen_counts_apart_what_nothing_proves(cluster, alerts, window):
     alerts.forge(count=5)
     alerts.forge("10.0.0.3", event=cexec.ALERT_COMPLAINT)
     alerts.say()
-    window.shows("^1 done, 0 failed, 0 complained about, 2.0 kB in, 1.0 kB out; unverified: 5 done, 0 failed, 1 compl")
-    rows = window.screen().splitlines()[4:7]
+    window.shows("^finished: 1 done, 0 failed, 0 complained about, 2.0 kB in, 1.0 kB out; unverified: 5 done, 0")
+    rows = window.screen().splitlines()[5:8]
     assert [line.split()[:4] for line in rows] == [
         ["10.0.0.3", "1", "0", "0"], ["10.0.0.66", "(unverified)", "5", "0"], ["10.0.0.3", "(unverified)", "0", "0"]]
 
@@ -11390,11 +11393,11 @@ def test_the_screen_has_room_for_wide_characters(cluster, window):
     window.shows("q ends it")
     said.say("\u6a5f1", reason="\u68b0" * 40 + "\x1b[2J")
     said.say("m2")
-    window.shows("^2 done")
+    window.shows("^finished: 2 done")
     screen = window.screen().splitlines()
-    assert len(screen[7:]) >= 2 and all(cexec.columns(line) <= 100 for line in screen)
-    place = screen[3].index("DONE")
-    assert [cexec.columns(screen[line][:screen[line].index(" 1 ")]) + 1 for line in (4, 5)] == [place] * 2
+    assert len(screen[8:]) >= 2 and all(cexec.columns(line) <= 100 for line in screen)
+    place = screen[4].index("DONE")
+    assert [cexec.columns(screen[line][:screen[line].index(" 1 ")]) + 1 for line in (5, 6)] == [place] * 2
     window.keys("q")
     said.close()
 
@@ -11480,8 +11483,76 @@ def test_accounts_are_bounded():
     assert max(map(len, tallies.workers[False])) == 64
     assert "%d done" % (cexec.WORKERS_MAX + 500) in tallies.total()
     for room in range(-3, 30):
-        assert len(tallies.table(room)) in (0, room) and len(tallies.table(room)) <= max(0, room)
-    assert tallies.table(5)[1].startswith("true ") and tallies.table(5)[-1] == "%d more" % (cexec.WORKERS_MAX - 2)
+        assert len(tallies.table(room, 80, None)) in (0, room) and len(tallies.table(room, 80, None)) <= max(0, room)
+    lines = tallies.table(5, 80, None)
+    assert lines[1].startswith("true ") and lines[-1] == "%d more" % (cexec.WORKERS_MAX - 2)
+
+
+def test_the_screen_shows_who_is_there(cluster, alerts, window):
+    """The workers' answers beside what was finished, host names and all; also who has gone, and who has come back."""
+    worker = cluster.worker("cat", env={"CONCURRENCY": "3"})
+    window.crat()
+    window.shows("^now: 1 there, 0 of 3 slots in use, 0 in line$")
+    host = socket.gethostname()[:24]
+    assert row(window.screen(), "127.0.0.1")[0][:3] == ["127.0.0.1", host, "0/3"]
+    with cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as client:
+        window.shows("^now: 1 there, 1 of 3 slots in use")
+        assert row(window.screen(), "127.0.0.1")[0][2] == "1/3" and "never" in window.screen()
+        client.stdin.close()
+        assert client.wait(PATIENCE) == 0
+    window.shows("^finished: 1 done")
+    alerts.say("10.0.0.3")
+    window.shows("^10.0.0.3 ")
+    assert row(window.screen(), "10.0.0.3")[0][1:4] == ["1", "0", "0"]      # it did not answer
+    worker.terminate()
+    window.shows("^now: no worker answers .cexec -l app.pub tells why.$")
+    assert row(window.screen(), "127.0.0.1")[0][1:4] == [host, "gone", "1"]
+    cluster.worker("cat", env={"CONCURRENCY": "2"})
+    window.shows("^now: 1 there, 0 of 2 slots in use")
+    window.keys("q")
+    window.shows("^127.0.0.1 +%s +0/2 " % re.escape(host))
+
+
+def test_the_screen_asks_with_a_private_key_and_not_without_a_key(cluster, window):
+    cluster.worker("cat", env={"CONCURRENCY": "3"})
+    command = " ".join(map(shlex.quote, cluster.argv("crat")))
+    window.line("clear; %s -t %s" % (command, cluster.key))
+    window.shows("^now: 1 there, 0 of 3 slots in use")
+    window.keys("q")
+    window.line("clear; %s -t" % command)
+    window.shows("^now: not known without a key$")
+
+
+def answer(address="10.0.0.3", host="node", running=1, slots=2, ago=0.0, waiting=0):
+    return {"address": address, "host": host, "load": 0.5, "running": running, "slots": slots, "waiting": waiting,
+            "heard": time.monotonic() - ago}
+
+
+def test_answers_of_one_address_are_taken_together():
+    one = SimpleNamespace(workers={1: answer(), 2: answer(running=2, slots=4, waiting=3), 3: answer(ago=60, running=9)})
+    other = SimpleNamespace(workers={1: answer("10.0.0.4", "a\x1b" + "x" * 99, ago=60)})
+    assert cexec.presence([one, other]) == {
+        "10.0.0.3": ("node", "3/6", "0.50"), "10.0.0.4": (("a\x1b" + "x" * 99)[:24], "gone", "")}
+    assert cexec.presence_text([one, other]) == "now: 2 there, 3 of 6 slots in use, 3 in line"
+
+
+def test_a_worker_that_has_gone_is_shown_for_what_it_did():
+    tallies = cexec.Tallies()
+    tallies.add({"event": "exited", "status": 0, "seconds": 1.0, "bytes_in": 1, "bytes_out": 2, "verified": True,
+                 "worker": "busy"})
+    present = {"busy": ("h1", "gone", ""), "idle": ("h2", "0/4", "0.10"), "past": ("h3", "gone", "")}
+    shown = tallies.table(9, 200, present)
+    assert [line.split()[:4] for line in shown[1:]] == [["busy", "h1", "gone", "1"], ["idle", "h2", "0/4", "0.10"]]
+    assert shown[2].endswith("never") and "NOW" not in tallies.table(9, 200, None)[0]
+
+
+def test_a_narrow_table_leaves_columns_out():
+    heads = cexec.Tally.HEADS
+    rows = [[head.lower() for head in heads]]
+    shown = [cexec.narrowed(heads, rows, width, [])[0].split() for width in (200, 75, 60, 10)]
+    assert shown[0] == heads and shown[1] == [head for head in heads if head != "TIME"]
+    assert shown[-1] == ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED"]
+    assert cexec.narrowed(heads, rows, 200, cexec.PRESENT)[0].split()[:2] == ["WORKER", "DONE"]
 
 
 @pytest.mark.parametrize("text, width, fits", [
@@ -11505,6 +11576,342 @@ def test_no_screen_on_this_terminal(cluster, window, options, env, message):
                 % (env, " ".join(map(shlex.quote, cluster.argv("crat"))), options))
     window.shows("^status=100$")
     assert message in window.screen().replace("\n", "")
+
+
+# ---------------------------------------------------------------------------
+# crat --svg
+# ---------------------------------------------------------------------------
+
+NOON = 1800000000.0                     # 2027-01-15 08:00:00 UTC
+
+
+def joblog_line(number=1, host="node1", began=NOON, seconds=1.0, status=0, killer=0, command="in"):
+    return "%d\t%s\t%.3f\t%10.3f\t1000\t500\t%d\t%d\t%s" % (number, host, began, seconds, status, killer, command)
+
+
+def alert_record(**fields):
+    return dict({"time": NOON + 1, "client": "10.0.0.9", "worker": "10.0.0.3", "event": "exited", "status": 0,
+                 "application": "ogg.pub", "verified": True, "name": "anyone", "seconds": 1.0, "bytes_in": 1000,
+                 "bytes_out": 500, "reason": ""}, **fields)
+
+
+def logged(worker="w", began=0.0, seconds=1.0, outcome="done", name="in", **fields):
+    return cexec.Entry(worker, NOON + began, NOON + began + seconds, outcome, name, "", 0, 0)._replace(**fields)
+
+
+class Drawn:
+    """A picture, parsed: its texts, tooltips and bars."""
+
+    def __init__(self, svg):
+        self.svg = svg if isinstance(svg, str) else svg.decode()
+        self.root = ElementTree.fromstring(self.svg.encode())
+        self.height = int(self.root.get("height"))
+        self.texts = [(element.text or "") + "".join(child.tail or "" for child in element)
+                      for element in self.all("text")]
+        self.tips = [element.text for element in self.all("title")][1:]
+
+    def all(self, name, style=None):
+        return [element for element in self.root.iter("{http://www.w3.org/2000/svg}" + name)
+                if style in (None, element.get("class"))]
+
+    def bars(self, style):
+        """(left, width, top) of what has a colour, the legend aside."""
+        found = [tuple(float(element.get(key)) for key in ("x", "width", "y")) for element in self.all("rect", style)]
+        return [bar for bar in found if bar[2] > 100]
+
+
+def draw(*entries, title="title", notes=()):
+    return Drawn(cexec.picture(list(entries), title, list(notes)))
+
+
+@pytest.mark.parametrize("line, entry", [
+    (joblog_line(), ("node1", NOON, NOON + 1, "done", "1: in", "exit status 0", 1000, 500)),
+    (joblog_line(status=3, command="a\tb\tc"), (
+        "node1", NOON, NOON + 1, "failed", "1: a\tb\tc", "exit status 3", 1000, 500)),
+    (joblog_line(host=":", status=-1, killer=15), (
+        "this host", NOON, NOON + 1, "killed", "1: in", "killed by signal 15", 1000, 500)),
+    (joblog_line(host="-", seconds=0, status=111), (
+        "no worker", NOON, NOON, "failed", "1: in", "exit status 111", 1000, 500)),
+    ("\t".join(cexec.JOBLOG), None),
+    (json.dumps(alert_record()), (
+        "10.0.0.3", NOON, NOON + 1, "done", "ogg.pub for anyone at 10.0.0.9", "exit status 0", 1000, 500)),
+    (json.dumps(alert_record(event="signalled", status=9, verified=False)), (
+        "10.0.0.3 (unverified)", NOON, NOON + 1, "killed", "ogg.pub for anyone at 10.0.0.9", "killed by signal 9",
+        1000, 500)),
+    (json.dumps(alert_record(event="complaint", reason="lost, run again: silent")), (
+        "10.0.0.3", NOON, NOON + 1, "lost", "ogg.pub for anyone at 10.0.0.9", "lost, run again: silent", 1000, 500)),
+    (json.dumps(alert_record(event="complaint", reason="wrong certificate")), (
+        "10.0.0.3", NOON + 1, NOON + 1, "complaint", "ogg.pub for anyone at 10.0.0.9", "wrong certificate", 1000, 500)),
+    (json.dumps({"time": NOON, "client": "10.0.0.9", "event": "version", "version": 7, "ours": 1}), None)])
+def test_lines_of_logs(line, entry):
+    assert cexec.parse_entry(line) == entry
+
+
+@pytest.mark.parametrize("line, cause", [
+    ("", "neither a joblog's 9 fields"), ("hello", "neither a joblog's 9 fields"), ("\x00" * 99, "neither a joblog's"),
+    (joblog_line().rpartition("\t")[0], "neither a joblog's 9 fields"),
+    (joblog_line().replace("1800000000.000", "soon"), "Starttime is no number from 0 to 250000000000: soon"),
+    (joblog_line(began=1e15), "Starttime is no number"), (joblog_line(seconds=float("nan")), "JobRuntime is no number"),
+    (joblog_line(seconds=-1), "JobRuntime is no number"),
+    (joblog_line().replace("\t500\t", "\t1e999\t"), "Receive is no number"),
+    ("{", "Expecting"), ('{"a":' * 100000, "too deep"), ("{}", "there is no 'event'"),
+    (json.dumps(alert_record(event="seen")), "the event is none of crat's: seen"),
+    (json.dumps(alert_record(time=None)), "time is no number"),
+    (json.dumps(alert_record(seconds=float("inf"))), "seconds is no number"),
+    (json.dumps(alert_record(bytes_in=10 ** 400)), "bytes_in is no number"),
+    (json.dumps(alert_record(bytes_out=[[]])), "bytes_out is no number")])
+def test_lines_that_are_none_of_a_log(line, cause):
+    with pytest.raises(ValueError) as caught:
+        cexec.parse_entry(line)
+    assert cause in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("jobs, rows", [
+    ([(0, 1), (1, 1), (2, 1)], [[0, 1, 2]]), ([(0, 3), (1, 1), (2, 1)], [[0], [1, 2]]),
+    ([(0, 1), (0, 1), (0, 1)], [[0], [0], [0]]),
+    ([(0, 5), (1, 1), (2.5, 1), (5, 1)], [[0, 5], [1, 2.5]]),       # the first row that is free
+    ([(0, 1), (0.97, 1), (1.95, 1)], [[0, 0.97, 1.95]]),            # alerts take their time
+    ([(0, 0), (0, 0)], [[0, 0]])])
+def test_jobs_have_a_row_for_each_slot(jobs, rows):
+    packed = cexec.pack([logged(began=began, seconds=seconds) for began, seconds in jobs])
+    assert [[round(entry.began - NOON, 2) for entry in row] for row in packed] == rows
+
+
+def test_what_a_picture_shows():
+    picture = draw(logged("node10", 0, 10), logged("node9", 5, 5, "failed"), logged("node9", 0, 4, "lost"),
+                   logged("node9", 2, 8, "killed"), logged("node9", 7, 0, "complaint", "why"),
+                   title="run.log", notes=["noted"])
+    assert picture.texts[:2] == ["run.log", "1 done, 1 failed, 1 killed, 1 lost, 1 complained about; "
+                                            "2 workers; 0 B sent, 0 B received"]
+    assert {"exit status 0", "killed by a signal", "noted", "jobs that ended"} <= set(picture.texts)
+    assert picture.texts.index("node9") < picture.texts.index("node10")
+    (done, *_), (failed, *_), (killed, *_), (lost, *_) = map(picture.bars, ("done", "failed", "killed", "lost"))
+    assert done[1] == pytest.approx(2 * failed[1], rel=0.01) and lost[0] == done[0] < killed[0] < failed[0]
+    assert lost[2] == failed[2] < killed[2] < done[2]       # one slot has both, and node9 is above node10
+    assert len(picture.all("path", "mark")) == 1 + 2        # the legend's; the complaint's and that of the lost job
+    assert any(tip.startswith("why\n") for tip in picture.tips)
+    assert sum(tip.endswith("1 done, 1 failed, 1 killed") for tip in picture.tips) == 1     # that ended at once
+
+
+def test_an_axis_in_time_and_duration(monkeypatch):
+    monkeypatch.setenv("TZ", "XYZ-1:30")
+    time.tzset()
+    try:
+        texts = draw(logged(began=100, seconds=3600)).texts
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert texts[2] == "2027-01-15 09:31:40 to 2027-01-15 10:31:40 (XYZ), 1h"
+    assert ["0s", "10m", "20m", "50m", "1h"] == [text for text in texts if text in ("0s", "10m", "20m", "50m", "1h")]
+    assert ["09:40", "10:30"] == [text for text in texts if text in ("09:40", "10:30")]
+
+
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.3, 7, 100, 5000, 86400 * 3, 86400 * 400, 4e9, 2e11])
+@pytest.mark.parametrize("began", [0, NOON])
+def test_labels_of_an_axis_keep_apart(seconds, began):
+    axis = cexec.TimeAxis([logged()._replace(began=began, ended=began + seconds)], 0, 1000)
+    for clock in (True, False):
+        ticks = axis.ticks(clock)
+        assert 1 <= len(ticks) <= 12 and len({text for _, text in ticks}) == len(ticks)
+        check_labels(ticks)
+
+
+def check_labels(ticks):
+    assert all(0 <= x <= 1000.1 for x, _ in ticks)
+    for (left, one), (right, other) in zip(ticks, ticks[1:]):
+        assert right - left >= 6.2 * (len(one) + len(other)) / 2
+
+
+def test_labels_of_a_broken_axis_keep_apart():
+    axis = cexec.TimeAxis([logged(began=10 ** number, seconds=number) for number in range(1, 10)], 0, 1000)
+    assert len(axis.cuts) == 8 and axis.spans[-1].right == pytest.approx(1000)
+    check_labels(axis.ticks(True))
+    check_labels(axis.ticks(False))
+
+
+def test_long_idle_times_are_cut_out():
+    """Two batches on two days, and a clock that was set: the jobs have room, and the picture says so."""
+    first = [logged(began=number, seconds=0.8) for number in range(10)]
+    rest = [entry._replace(began=entry.began + away, ended=entry.ended + away)
+            for away in (86400, -NOON) for entry in first]
+    picture = draw(*first, *rest)
+    bars = [bar for bar in picture.bars("done") if bar[1] < 100]
+    assert len(bars) >= 30 and min(bar[1] for bar in bars) > 10
+    assert any("the axis is broken" in text for text in picture.texts)
+    assert "nothing was logged for 23h59m50.2s" in picture.tips
+    assert not any("broken" in text for text in draw(*first).texts)
+
+
+def test_a_job_of_whoever_has_no_key_does_not_stretch_the_axis():
+    picture = draw(logged(began=100), logged("forger" + cexec.UNVERIFIED, -4e6, 4e6 + 100))
+    assert max(bar[1] for bar in picture.bars("done")) > 900 and "(UTC), 1s" in picture.texts[2].replace(
+        time.strftime("%Z", time.localtime(NOON)), "UTC")
+
+
+@pytest.mark.parametrize("name", [
+    "10,000 jobs", "a hundred workers", "a thousand workers", "thousands at a time", "no time at all", "complaints"])
+def test_a_picture_of_very_many_is_small(name):
+    entries = {
+        "10,000 jobs": [logged("w%d" % (n % 4), n / 10, 0.39, "done" if n % 97 else "failed") for n in range(10000)],
+        "a hundred workers": [logged("w%d" % (n % 99), n / 10, 9) for n in range(10000)],
+        "a thousand workers": [logged("w%d" % (n % 1000), n / 10, 99) for n in range(10000)],
+        "thousands at a time": [logged("w%d" % (n % 3), n / 1000, 60) for n in range(10000)],
+        "no time at all": [logged("w", 0, 0, "failed" if n % 2 else "done") for n in range(10000)],
+        "complaints": [logged("w%d (unverified)" % (n % 300), n / 100, 0, "complaint") for n in range(10000)]}[name]
+    picture = draw(*entries, *[logged("known", n, 1) for n in range(20)])
+    assert len(picture.svg) < 1500000 and picture.height < 2600
+    rectangles = len(picture.all("rect"))
+    assert rectangles < 2 * cexec.BARS_MAX + 1000 and "known" in picture.texts
+    assert any(text.startswith("Not drawn: ") for text in picture.texts) == (name in (
+        "a thousand workers", "thousands at a time", "complaints"))
+    assert rectangles > 1000 or name not in ("10,000 jobs", "a hundred workers")    # and not for want of bars
+    assert len(picture.bars("failed")) > 50 or name != "10,000 jobs"
+
+
+def test_bars_that_are_joined_tell_of_all_of_them():
+    short = [logged(began=n / 1000, seconds=0.0005, outcome="failed" if n == 500 else "done") for n in range(1000)]
+    picture = draw(*short, logged("other", 0, 1000))
+    assert any(tip.startswith("1000: 999 done, 1 failed\nw, ") for tip in picture.tips)
+    whole, half = [next(bar for bar in picture.bars(style) if bar[1] < 3) for style in ("done", "failed")]
+    assert whole[0] == half[0] and whole[2] < half[2]       # the failure does not hide behind the others
+
+
+EVIL = ["<script>alert(1)</script>", "]]>&\"'<!--", "\x1b[2J\x07\x00", "\u202eevil\u2028", "\ud800", "w" * 5000,
+        "\u5de5\u4f5c\u6a5f\u68b0" * 30, "&#0;"]
+
+
+def test_foreign_text_is_escaped():
+    lines = [joblog_line(host=text, command=text) for text in EVIL]
+    lines += [json.dumps(alert_record(worker=text, client=text, application=text, reason=text, event=event))
+              for text in EVIL for event in ("exited", "complaint")]
+    picture = draw(*[cexec.parse_entry(line) for line in lines], title=EVIL[0], notes=EVIL)
+    assert picture.texts[0] == EVIL[0] and not picture.all("script") and "<script" not in picture.svg
+    assert all(character.isprintable() or character == "\n" for character in picture.svg)
+    assert any(tip.startswith("1: " + EVIL[0] + "\n") for tip in picture.tips)
+    assert {"\\x1b[2J\\x07\\x00", "\\u202eevil\\u2028", "\\ud800"} <= set(picture.texts)
+    assert all(cexec.columns(text) <= 181 for text in picture.texts) and max(map(len, picture.tips)) < 2000
+
+
+def drawn(cluster, *words, **options):
+    done = cluster.run("crat", "--svg", *words, **options)
+    assert done.returncode == 0, done.stderr
+    return Drawn(done.stdout), done.stderr.decode()
+
+
+def test_lines_that_cannot_be_read_are_told_and_left_out(cluster):
+    put(cluster.path("log"), "\n".join(["\t".join(cexec.JOBLOG), joblog_line(), "junk", joblog_line(2, began=NOON - 5),
+                                        json.dumps(alert_record()), "\t" * 20, '{"cut off']))
+    picture, said = drawn(cluster, "log")
+    reason = "log: 3 lines left out, the first is line 3: neither a joblog's 9 fields with tabs between them nor an"
+    assert said.startswith("crat: " + reason) and said.count("\n") == 1
+    assert any(text.startswith("Not read: " + reason) for text in picture.texts)
+    assert picture.texts[:2] == ["cexec: log", "3 done; 2 workers; 3.0 kB sent, 1.5 kB received"]
+    assert any("alerts, which can be lost" in text for text in picture.texts)
+
+
+@pytest.mark.parametrize("words", [[], ["-"]])
+def test_a_log_on_standard_input(cluster, words):
+    picture, said = drawn(cluster, *words, input=joblog_line(host="n\u00f6de").encode(), env={"LC_ALL": "C"})
+    assert said == "" and picture.texts[0] == "cexec: standard input" and "n\u00f6de" in picture.texts
+    assert not any("alerts" in text for text in picture.texts)
+    assert drawn(cluster, *words, input=b"")[0].texts == ["cexec: standard input", "No job is in it."]
+    assert "n\\xff" in drawn(cluster, *words, input=joblog_line().encode().replace(b"node1", b"n\xff"))[0].texts
+
+
+def test_several_logs_in_one_picture(cluster):
+    put(cluster.path("one"), joblog_line(host="node1") + "\r\n")
+    put(cluster.path("two"), joblog_line(host="node2"))
+    assert {"cexec: one, two", "node1", "node2"} <= set(drawn(cluster, "one", "two")[0].texts)
+
+
+@pytest.mark.parametrize("words, code, message", [
+    (["none"], 111, "none: No such file or directory"), (["/"], 111, "/: Is a directory"),
+    (["app"], 100, "app:1: neither a joblog's 9 fields"), (["/dev/zero"], 100, "/dev/zero:1: a line without an end"),
+    (["-j", "log"], 100, "--svg draws what was logged"), (["-t", "log"], 100, "--svg draws what was logged")])
+def test_logs_that_cannot_be_drawn(cluster, words, code, message):
+    refusal(cluster.run("crat", "--svg", *words), code, message)
+
+
+def test_a_picture_that_cannot_be_written(cluster):
+    put(cluster.path("log"), joblog_line())
+    with open("/dev/full", "wb") as full:
+        done = cluster.run("crat", "--svg", "log", stdout=full)
+    assert (done.returncode, done.stderr) == (111, b"crat: standard output: No space left on device\n")
+
+
+def test_logs_that_were_really_written(cluster):
+    """Parallel's, that of a batch, and crat's own."""
+    need("parallel")
+    subprocess.run(["parallel", "-j2", "--joblog", "theirs", "exit {}", ":::", "0", "3"], cwd=cluster.directory,
+                   env=cluster.environment({"HOME": cluster.path(".")}), stderr=subprocess.DEVNULL)
+    crat = cluster.logger("-j", cluster.pub)
+    cluster.worker("sh", "-c", "read status; exit $status")
+    for name in "04":
+        put(cluster.path(name), name + "\n")
+    cluster.run("cexec", "-m", "--log", "ours", cluster.pub, "--", "0", "4")
+    put(cluster.path("alerts"), "\n".join(until(lambda: len(crat.lines()) == 2 and crat.lines(), "both alerts")))
+    for name, words in (("theirs", "exit 3\nexit status 3\nthis host, "), ("ours", "4\nexit status 4\n127.0.0.1, "),
+                        ("alerts", "app.pub for anyone at 127.0.0.1\nexit status 4\n127.0.0.1, ")):
+        picture, said = drawn(cluster, name)
+        assert said == "" and picture.texts[1].startswith("1 done, 1 failed; 1 worker;")
+        assert any(words in tip for tip in picture.tips)
+
+
+def pixels(path):
+    """The rows of a PNG of 8-bit RGB or RGBA (RFC 2083): a list of (red, green, blue) each."""
+    data, place, packed = read(path), 8, b""
+    while place < len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        chunk, place = data[place + 8:place + 8 + length], place + 12 + length
+        if kind == b"IHDR":
+            width, _, depth, colours = struct.unpack_from(">IIBB", chunk)
+            assert depth == 8 and colours in (2, 6)
+        packed += chunk if kind == b"IDAT" else b""
+    step = 3 if colours == 2 else 4
+    raw, rows, above = zlib.decompress(packed), [], bytes(step * (width + 1))
+    for start in range(0, len(raw), step * width + 1):
+        method, row = raw[start], bytearray(step) + raw[start + 1:start + 1 + step * width]
+        for i in range(step, len(row)) if method else ():
+            left, up, corner = row[i - step], above[i], above[i - step]
+            nearest = min((left, up, corner), key=lambda value: abs(left + up - corner - value))
+            row[i] = row[i] + (0, left, up, (left + up) // 2, nearest)[method] & 255
+        above = bytes(row)
+        rows.append([tuple(above[i:i + 3]) for i in range(step, len(above), step)])
+    return rows
+
+
+def rendered(cluster, svg, dark):
+    """The picture's pixels as headless Chromium shows it; it has no network, and nothing of another run."""
+    put(cluster.path("picture.svg"), svg)
+    profile = tempfile.mkdtemp(dir=cluster.directory)
+    subprocess.run(["ip", "netns", "exec", cluster.space("browser%d" % dark), "chromium", "--headless", "--no-sandbox",
+                    "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                    "--disable-sync", "--disable-quic", "--user-data-dir=" + profile, "--hide-scrollbars",
+                    "--window-size=1200,700", "--blink-settings=preferredColorScheme=%d" % (not dark),
+                    "--screenshot=" + cluster.path("picture.png"), "file://" + cluster.path("picture.svg")],
+                   env=cluster.environment({"HOME": profile}), cwd=profile, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, check=True, timeout=60)
+    return pixels(cluster.path("picture.png"))
+
+
+@HEAVY
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_picture(cluster, dark):
+    need_root()
+    need("ip", "chromium")
+    svg = cexec.picture([logged("node1", 0, 10), logged("node1", 10, 10, "failed"), logged("node2", 0, 10, "killed"),
+                         logged("node2", 10, 10, "lost")], "in a browser", [])
+    picture, shown = Drawn(svg), rendered(cluster, svg, dark)
+    paper, ink = ((0x16, 0x18, 0x1c), (0xdd,) * 3) if dark else ((255,) * 3, (0x22,) * 3)
+    assert shown[2][2] == shown[picture.height - 2][1190] == paper
+    for style, colour in (("done", (0, 0x72, 0xb2)), ("failed", (0xd5, 0x5e, 0)), ("killed", (0xcc, 0x79, 0xa7)),
+                          ("lost", ink)):
+        left, width, top = picture.bars(style)[0]
+        assert {shown[int(top) + 7][int(left) + away] for away in (2, int(width) // 2, int(width) - 2)} == {colour}
+    title = [pixel for row in shown[14:32] for pixel in row[20:200]]
+    assert title.count(paper) > 1000 and title.count(ink) > 50      # letters, of the ink's colour
+    for row in (120, 122):          # between the labels of the axis and the rows: nothing but the ticks
+        assert len([pixel for pixel in shown[row] if pixel != paper]) < 40
 
 
 # ---------------------------------------------------------------------------
