@@ -116,6 +116,7 @@ try:
     import hmac
     import os
     import select
+    import selectors
     import signal
     import socket
     import stat
@@ -1541,46 +1542,26 @@ class Timer:
         self.call = None
 
 
-# poll(2): the same numbers everywhere; Python has no names for them where poll is broken.
-POLLIN, POLLOUT, POLLERR, POLLHUP = 1, 4, 8, 16
+def new_selector():
+    """What waits for descriptors of every kind.
 
-
-class SelectPoll:
-    """select.poll's methods by select, which does not tell that the other end has closed."""
-
-    def __init__(self):
-        self.events = {}
-
-    def register(self, fd, events):
-        self.events[fd] = events
-
-    def unregister(self, fd):
-        del self.events[fd]
-
-    def poll(self, milliseconds=None):
-        wanted = [[fd for fd, events in self.events.items() if events & bit] for bit in (POLLIN, POLLOUT)]
-        readable, writable, _ = select.select(*wanted, [], None if milliseconds is None else milliseconds / 1000)
-        return [(fd, POLLIN * (fd in readable) | POLLOUT * (fd in writable)) for fd in {*readable, *writable}]
-
-
-def new_poll():
-    """A select.poll, or what does instead."""
-    broken = sys.platform == "darwin" or not hasattr(select, "poll")
-    return SelectPoll() if broken else select.poll()
+    epoll refuses regular files and /dev/null.  macOS's poll takes no terminals and devices
+    (poll(2), BUGS), and Python leaves out one that is broken: there it is select, which
+    ends at descriptor 1023.
+    """
+    broken = sys.platform == "darwin" or not hasattr(selectors, "PollSelector")
+    return selectors.SelectSelector() if broken else selectors.PollSelector()
 
 
 class Loop:
     """Calls back what can be read or written, what is due, and what was signalled.
 
-    It waits by poll: epoll refuses regular files and /dev/null, and is shared across a
-    fork.  macOS's poll takes no terminals and devices (poll(2), BUGS), and Python leaves out
-    one that is broken: there it is select, which ends at descriptor 1023.  What nobody
-    wants to read or write, or waits to see left, is not registered, or it would spin.
+    What nobody wants to read or write is not registered, or it would spin.
     """
 
     def __init__(self, floor=0):
         self.floor = floor          # descriptors of our own keep to numbers from here up
-        self.poll, self.registered = new_poll(), set()
+        self.selector, self.watch = new_selector(), None
         self.readers, self.writers, self.leavers = {}, {}, {}
         self.timers, self.count = [], 0
         self.running = True
@@ -1594,8 +1575,29 @@ class Loop:
         self._want(self.writers, fd, call)
 
     def on_leave(self, fd, call):
-        """Calls when nobody reads the other end any more; None ends that.  It is to end it itself."""
-        self._want(self.leavers, fd, call)
+        """Calls when nobody reads the other end of a pipe or socket any more; None ends that.
+
+        Linux alone tells: an epoll that waits for nothing is told of errors (epoll_ctl(2)).
+        """
+        if call is None:
+            if self.leavers.pop(fd, None):
+                self.watch.unregister(fd)
+        elif hasattr(select, "epoll"):
+            if fd not in self.leavers:
+                self._watch().register(fd, 0)
+            self.leavers[fd] = call
+
+    def _watch(self):
+        if self.watch is None:
+            with select.epoll() as epoll:
+                self.watch = select.epoll.fromfd(lifted(epoll.fileno(), self.floor))
+            self.on_read(self.watch.fileno(), self._left)
+        return self.watch
+
+    def _left(self):
+        for fd, _ in self.watch.poll(0):
+            if fd in self.leavers:
+                self.leavers[fd]()
 
     def _want(self, calls, fd, call):
         before = fd in calls
@@ -1605,13 +1607,13 @@ class Loop:
             calls.pop(fd, None)
         if before == (call is not None):
             return
-        events = POLLIN * (fd in self.readers) | POLLOUT * (fd in self.writers)
-        if events or fd in self.leavers:        # poll tells of errors unasked
-            self.registered.add(fd)
-            self.poll.register(fd, events)
+        events = (selectors.EVENT_READ * (fd in self.readers)) | (selectors.EVENT_WRITE * (fd in self.writers))
+        if not events:
+            self.selector.unregister(fd)
+        elif fd in self.selector.get_map():
+            self.selector.modify(fd, events)
         else:
-            self.registered.discard(fd)
-            self.poll.unregister(fd)
+            self.selector.register(fd, events)
 
     def forget(self, fd):
         """To be called before fd is closed."""
@@ -1628,13 +1630,11 @@ class Loop:
 
     def turn(self):
         """Waits for something to happen and sees to it: first what came, then what is due."""
-        for fd, events in self.poll.poll(self._patience()):
-            if events & ~POLLOUT and fd in self.readers:
-                self.readers[fd]()
-            if events & ~POLLIN and fd in self.writers:
-                self.writers[fd]()
-            if events & (POLLERR | POLLHUP) and fd in self.leavers:
-                self.leavers[fd]()
+        for key, events in self.selector.select(self._patience()):
+            if events & selectors.EVENT_READ and key.fd in self.readers:
+                self.readers[key.fd]()
+            if events & selectors.EVENT_WRITE and key.fd in self.writers:
+                self.writers[key.fd]()
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             _, _, timer = heapq.heappop(self.timers)
@@ -1644,8 +1644,7 @@ class Loop:
     def _patience(self):
         while self.timers and self.timers[0][2].call is None:
             heapq.heappop(self.timers)
-        seconds = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
-        return None if seconds is None else min(2 ** 31 - 1, int(seconds * 1000 + 0.999999))
+        return max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
 
     def run(self):
         """Turns until stop()."""
@@ -3702,10 +3701,10 @@ class Run(Served):
 
     def stop_here(self):
         """Stops like the command, once the link has taken the signal (or for a second not)."""
-        deadline, poll = time.monotonic() + 1.0, new_poll()
-        poll.register(self.link.sock.fileno(), POLLOUT)
+        deadline, selector = time.monotonic() + 1.0, new_selector()
+        selector.register(self.link.sock, selectors.EVENT_WRITE)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
-            poll.poll(100)
+            selector.select(0.1)
             self.link.flush()
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -6114,7 +6113,7 @@ REDRAW_SECONDS = 0.25               # between two drawings of the screen, howeve
 WORKERS_MAX = 4096                  # workers of which the screen keeps account
 LINES_KEPT = 500                    # of the log, for a window that grows
 NAME_COLUMNS, HOST_COLUMNS = 40, 24     # of a worker's address and name
-ASK_SECONDS, GONE_SECONDS = 3.0, 10.0   # between two questions who is there; after the last answer of a worker
+ASK_SECONDS, ABSENT_SECONDS = 3.0, 10.0   # between two questions who is there; after the last answer of a worker
 PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # columns of what workers answer; instead, below NOW
 UNVERIFIED = " (unverified)"        # after the names of workers of whom nothing is proved
 LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # of the table's columns, where there is no room
@@ -6246,7 +6245,7 @@ def presence(watches):
     for row in sorted((row for watch in watches for row in watch.workers.values()), key=lambda row: row["heard"]):
         found.setdefault(printable(row["address"])[:64], []).append(row)
     for address, rows in found.items():
-        there = [row for row in rows if now - row["heard"] < GONE_SECONDS]
+        there = [row for row in rows if now - row["heard"] < ABSENT_SECONDS]
         jobs = "%d/%d" % (sum(row["running"] for row in there), sum(row["slots"] for row in there))
         found[address] = (fitted(rows[-1]["host"], HOST_COLUMNS), jobs if there else ABSENT,
                           "%.2f" % max(row["load"] for row in there) if there else "")
@@ -6258,7 +6257,7 @@ def presence_text(watches):
     if not watches:
         return "now: not known without a key"
     now = time.monotonic()
-    rows = [row for watch in watches for row in watch.workers.values() if now - row["heard"] < GONE_SECONDS]
+    rows = [row for watch in watches for row in watch.workers.values() if now - row["heard"] < ABSENT_SECONDS]
     if not rows:
         return "now: no worker answers (cexec -l %s tells why)" % watches[0].pub.label
     return "now: %d there, %d of %d slots in use, %d in line" % (

@@ -1427,11 +1427,11 @@ def test_a_loop_tells_that_the_reader_has_left(make):
     assert turns == [0] and count < 5
     os.close(reader)
     loop.turn()
-    assert left == [True] and not loop.registered
+    assert left == [True] and not loop.leavers
     loop.on_leave(writer, lambda: None)
     loop.on_write(writer, lambda: None)
     loop.forget(writer)
-    assert not loop.registered and not loop.leavers
+    assert not loop.selector.get_map().keys() - {loop.watch.fileno()} and not loop.leavers
     os.close(writer)
 
 
