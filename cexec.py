@@ -6247,6 +6247,7 @@ def presence(watches):
     for address, rows in found.items():
         there = [row for row in rows if now - row["heard"] < ABSENT_SECONDS]
         jobs = "%d/%d" % (sum(row["running"] for row in there), sum(row["slots"] for row in there))
+        jobs += " draining" * all(row["state"] == "draining" for row in there)
         found[address] = (fitted(rows[-1]["host"], HOST_COLUMNS), jobs if there else ABSENT,
                           "%.2f" % max(row["load"] for row in there) if there else "")
     return found

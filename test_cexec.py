@@ -11523,9 +11523,9 @@ def test_the_screen_asks_with_a_private_key_and_not_without_a_key(cluster, windo
     window.shows("^now: not known without a key$")
 
 
-def answer(address="10.0.0.3", host="node", running=1, slots=2, ago=0.0, waiting=0):
+def answer(address="10.0.0.3", host="node", running=1, slots=2, ago=0.0, waiting=0, state="serving"):
     return {"address": address, "host": host, "load": 0.5, "running": running, "slots": slots, "waiting": waiting,
-            "heard": time.monotonic() - ago}
+            "state": state, "heard": time.monotonic() - ago}
 
 
 def test_answers_of_one_address_are_taken_together():
@@ -11534,6 +11534,8 @@ def test_answers_of_one_address_are_taken_together():
     assert cexec.presence([one, other]) == {
         "10.0.0.3": ("node", "3/6", "0.50"), "10.0.0.4": (("a\x1b" + "x" * 99)[:24], "gone", "")}
     assert cexec.presence_text([one, other]) == "now: 2 there, 3 of 6 slots in use, 3 in line"
+    other.workers[1].update(heard=time.monotonic(), state="draining")
+    assert cexec.presence([one, other])["10.0.0.4"][1] == "1/2 draining"
 
 
 def test_a_worker_that_has_gone_is_shown_for_what_it_did():
