@@ -190,7 +190,9 @@ QUERIES_MAX = 64                    # questions who is there that a worker answe
 PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
 DENY_SECONDS = 0.2                  # between two answers to those who have no key
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
-CLOSE_SECONDS = 30.0                # what a worker waits for its client to close
+CLOSE_SECONDS = 30.0                # what a worker waits for its client to close, which has all and says nothing
+GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
+CHECK_SECONDS = GONE_SECONDS / 6    # how often a worker looks after that
 
 
 class Fatal(Exception):
@@ -1831,6 +1833,42 @@ class Tls:
             pass                    # the peer's own farewell has not come yet, or never will
 
 
+class Delivery:
+    """What the peer's host has acknowledged, as Linux tells it: tcp(7), TCP_INFO, and linux/tcp.h.
+
+    A process that is stopped has a host that acknowledges: data at first, and probes once its
+    buffers are full.  Elsewhere nothing is known.
+    """
+
+    INFO = struct.Struct("2xBB20xI28xI")            # retransmits, probes, unacked, last_ack_recv (ms ago)
+
+    def __init__(self):
+        self.sent = self.delivered = 0              # bytes: given to the socket, acknowledged by the last look
+        self.waited = False                         # whether some were not, then
+        self.answered = time.monotonic()            # the last look at which nothing waited for an answer
+
+    def moves(self, sock):
+        """Whether what waited at the last call is on its way; what did not, as a PING, proves nothing."""
+        waiting, waited, before = unacknowledged(sock), self.waited, self.delivered
+        self.delivered, self.waited = self.sent - waiting, waiting > 0
+        return waited and self.delivered > before
+
+    def unanswered(self, sock):
+        """Seconds for which the host has acknowledged nothing, although it should have; 0 if that is not known.
+
+        To be called now and then: only a call tells since when it should have.
+        """
+        now = time.monotonic()
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, self.INFO.size) if LINUX else bytes(60)
+            retransmits, probes, unacknowledged, silence = self.INFO.unpack(info)
+        except (OSError, struct.error):
+            return 0.0
+        if not (retransmits or probes or unacknowledged):
+            self.answered = now
+        return min(now - self.answered, silence / 1000)
+
+
 class Link:
     """Frames over TLS over one non-blocking socket.
 
@@ -1848,6 +1886,7 @@ class Link:
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.mute = False
         self.heard = time.monotonic()               # the last sign of life
+        self.delivery = Delivery()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
@@ -1941,12 +1980,14 @@ class Link:
                 if not self.sending:
                     break
             try:
-                self.sending = self.sending[self.sock.send(self.sending):]
+                count = self.sock.send(self.sending)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
                 self.mute, self.sending = True, memoryview(b"")
                 break
+            self.delivery.sent += count
+            self.sending = self.sending[count:]
             if was_congested:       # what was queued moves: the peer's host takes it
                 self.heard = time.monotonic()
         if self.closed:
@@ -1955,6 +1996,16 @@ class Link:
             self.loop.on_write(self.sock.fileno(), self.flush if self.congested else None)
             if was_congested:
                 self.owner.link_writable(self)
+
+    def check_delivery(self):
+        """Takes it for a sign of life if what was queued in the kernel is on its way."""
+        if self.delivery.moves(self.sock):
+            self.heard = time.monotonic()
+
+    def check_host(self):
+        """Fails if the peer's host has vanished: keepalive does not run while something is not acknowledged."""
+        if self.delivery.unanswered(self.sock) > GONE_SECONDS:
+            self.fail("nothing was acknowledged for %d s" % GONE_SECONDS)
 
     def fail(self, reason, violation=False):
         """Closes, and tells the owner why; violation is true, or the ProtocolError, if it is the peer's fault."""
@@ -1998,12 +2049,12 @@ def unacknowledged(sock):
     import termios
     try:
         return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
-    except OSError:
+    except (OSError, ValueError):   # or it is closed
         return 0
 
 
 def keep_alive(sock):
-    """Finds a host that vanished.  Not TCP_USER_TIMEOUT: that kills a stopped client."""
+    """Finds a host that vanished while nothing was sent; else Delivery does.  TCP_USER_TIMEOUT kills a stopped client."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):   # macOS calls the first TCP_KEEPALIVE; its default will do
@@ -3540,6 +3591,7 @@ class Served(Carrier):
         if now - self.last_tick > interval * 2:
             self.link.heard = now
         self.last_tick = now
+        self.link.check_delivery()
         if now - self.link.heard > self.silence_seconds:
             self.link.fail("no sign of life for %d s" % self.silence_seconds)
         else:
@@ -5487,6 +5539,7 @@ class Supervisor(Carrier):
             return 1
         self.link.send(ACCEPT)
         self.patience = loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
+        loop.after(CHECK_SECONDS, self.check_client)
         loop.run()
         return 0
 
@@ -5678,6 +5731,12 @@ class Supervisor(Carrier):
         if not self.link.congested:         # one answer does for many
             self.link.send(PONG)
 
+    def check_client(self):
+        """Is its host still there?"""
+        if not self.link.closed:
+            self.loop.after(CHECK_SECONDS, self.check_client)
+            self.link.check_host()
+
     def signalled(self, number):
         if number == signal.SIGTERM:
             return self.abandon("told to end")
@@ -5812,7 +5871,20 @@ class Supervisor(Carrier):
         if self.link.congested and not self.link.mute:
             return                  # link_writable comes back here
         self.link.finish()
-        self.loop.after(CLOSE_SECONDS, self.loop.stop)
+        self.delivered = time.monotonic()
+        self.await_close()
+
+    def await_close(self):
+        """Reads on, for nobody, until the client closes: to leave before it has all would reset what is under way.
+
+        It may be stopped, or its network slow.  check_client() sees to a host that has vanished.
+        """
+        now = time.monotonic()
+        if self.link.undelivered():
+            self.delivered = now
+        if now - max(self.delivered, self.link.heard) > CLOSE_SECONDS:
+            return self.loop.stop()
+        self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
 
     def link_writable(self, link):
         if self.state is OVER:

@@ -291,6 +291,15 @@ def listening(pid):
     return False
 
 
+def altered(cluster, **values):
+    """The program with other values of its constants, as they stand in it."""
+    text = read(PROGRAM).decode()
+    for name, value in values.items():
+        text, count = re.subn(r"(?m)^( *%s = )[^#\n]+" % name, r"\g<1>%s " % value, text)
+        assert count == 1, name
+    return put(cluster.path("altered-%s.py" % uuid.uuid4().hex[:6]), text)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     made = Cluster(tmp_path)
@@ -6204,6 +6213,74 @@ def test_a_short_cut_in_mid_job_is_no_failure(hosts):
     ip("-n", spaces["worker"], "link", "set", "dev", "lan", "up")
     assert job.stdout.readline() == b"while it is cut\n"
     assert outcome(job) == (b"", b"")
+
+
+def slow_down(space, interface="lan"):
+    """Lets a host send 64 kbit/s and no more, and queue what it likes to."""
+    need("tc")
+    ip("netns", "exec", space, "tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", "64kbit", "burst", "2kb",
+       "limit", "1mb")
+
+
+def test_the_last_byte_on_a_slow_link(hosts):
+    """The kernel has taken all in a moment; the worker waits until the client has it, whatever that says meanwhile."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.launch = [PYTHON, altered(hosts, CLOSE_SECONDS="0.5", CHECK_SECONDS="0.5")]
+    worker = hosts.worker("head", "-c", "40000", "/dev/zero", space=spaces["worker"])
+    slow_down(spaces["worker"])
+    client = hosts.start_client(space=spaces["client"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: b": done" in read(worker.log), "the command's end")
+    assert client.poll() is None
+    assert outcome(client) == (bytes(40000), b"")
+    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+
+
+def test_a_client_stopped_while_its_command_ends(hosts):
+    """Its host acknowledges what it has no room for: its output is there when it goes on."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    ip("netns", "exec", spaces["client"], "sysctl", "-qw", "net.ipv4.tcp_rmem=4096 16384 16384")
+    hosts.launch = [PYTHON, altered(hosts, CLOSE_SECONDS="0.1", GONE_SECONDS="2.0")]
+    wait = "until [ -e go ]; do sleep 0.05; done"
+    worker = hosts.worker("sh", "-c", "echo begun; %s; head -c 50000 /dev/zero" % wait, space=spaces["worker"])
+    job = hosts.start_client(space=spaces["client"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout.readline() == b"begun\n"
+    job.send_signal(signal.SIGSTOP)
+    make_file(hosts, "go")
+    until(lambda: b": done" in read(worker.log), "the command's end")
+    time.sleep(5)                       # nothing tells how long a client is stopped: longer than those seconds
+    assert b"ended, done" not in read(worker.log)
+    job.send_signal(signal.SIGCONT)
+    assert outcome(job) == (bytes(50000), b"")
+    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+
+
+def test_a_slow_uplink_is_no_silence(hosts):
+    """PING stands behind all the input that the kernel has taken: as that moves, the worker's host lives."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.worker("wc", "-c", space=spaces["worker"])
+    slow_down(spaces["client"])
+    done = hosts.client(input=bytes(50000), space=spaces["client"], env={"CEXEC_TIMEOUT_PINGPONG": "3"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"50000\n", b"")
+
+
+def test_a_client_that_vanishes_amid_the_output(hosts):
+    """What it does not acknowledge keeps keepalive from finding that; but a stopped client's host acknowledges."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    hosts.launch = [PYTHON, altered(hosts, GONE_SECONDS="2.0")]
+    worker = hosts.worker("yes", space=spaces["worker"])
+    job = hosts.start_client(mark[5:], space=spaces["client"], stdout=subprocess.DEVNULL)
+    until(lambda: b"group" in read(worker.log), "the command's start")
+    job.send_signal(signal.SIGSTOP)
+    time.sleep(5)                       # longer than those seconds, with nothing to see
+    assert b"abandons" not in read(worker.log)
+    job.send_signal(signal.SIGCONT)
+    until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output's going on")
+    ip("-n", spaces["client"], "link", "set", "dev", "lan", "down")
+    job.kill()
+    until(lambda: not processes_with(mark), "the end of the command")
+    assert b"nothing was acknowledged for 2 s" in read(worker.log)
 
 
 def test_sigterm_drains_a_worker(hosts):
