@@ -7106,6 +7106,13 @@ class Copied:
         self.waiting = memoryview(b"")
 
 
+class Discarded(Copied):
+    """For a side that has left: what is for it is read all the same."""
+
+    def drain(self, target):
+        self.close()
+
+
 class Spliced:
     """The same in a pipe: its bytes do not come here.  Linux, Python 3.10; raises OSError if there is no pipe."""
 
@@ -7165,8 +7172,16 @@ class Pump:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            return self.join.close(error.strerror, reset=True)
+            if self is self.join.up or not self.join.up.ended:
+                return self.join.close(error.strerror, reset=True)
+            self.discard()
         self.refresh()
+
+    def discard(self):
+        """Reads on for nobody: the worker has said all and left, and what its client says meanwhile, unread, would
+        reset the connection with the worker's last words under way."""
+        self.load.close()
+        self.load, self.until_splice = Discarded(), None
 
     def splice(self):
         """From now on through a pipe, if there is one to be had."""
@@ -7206,6 +7221,7 @@ class Join:
         self.worker, self.first = worker, b""
         worker.setblocking(False)
         self.client, error = begin_connection(*relay.client)
+        self.deliveries = [(sock, Delivery()) for sock in (worker, self.client) if sock]
         self.up, self.down = Pump(self, worker, self.client), Pump(self, self.client, worker)
         self.up.held = True
         self.timer = self.loop.after(HELLO_SECONDS, lambda: self.close("no TLS ClientHello"))
@@ -7247,11 +7263,15 @@ class Join:
             self.close("done")
 
     def check(self):
-        """Ends it if a side was reset: one that is not read from, as the other stalls, would not tell."""
-        for sock in filter(None, (self.worker, self.client)):
-            error = 0 if self.closed else sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                self.close(os.strerror(error), reset=True)
+        """Ends it if a side was reset or its host has vanished: one that is not read from would not tell.
+
+        But a worker may go that has said all.
+        """
+        for sock, delivery in self.deliveries:
+            if not self.closed and not (sock is self.worker and self.up.ended):
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error or delivery.unanswered(sock) > GONE_SECONDS:
+                    self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
 
     def close(self, reason, reset=False):
         """Closes both sides; a reset of one is one of the other, not an end that could be believed."""

@@ -6376,6 +6376,33 @@ def test_half_closes_cross(hosts, crossing):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\nb\nc\n", b"")
 
 
+def test_the_last_byte_crosses_to_a_slow_link(hosts, crossing):
+    """The worker has left, the proxy has the rest: what the client says meanwhile resets nothing."""
+    hosts.launch = [PYTHON, altered(hosts, CLOSE_SECONDS="0.1")]
+    worker = hosts.worker("head", "-c", "40000", "/dev/zero", space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    ip("netns", "exec", crossing.client, "sysctl", "-qw", "net.ipv4.tcp_rmem=4096 16384 16384")     # or all is sent
+    slow_down(crossing.gate, "left")
+    client = hosts.start_client(space=crossing.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+    assert client.poll() is None
+    assert outcome(client) == (bytes(40000), b"")
+
+
+def test_a_client_that_vanishes_behind_a_proxy(hosts, crossing):
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    worker = hosts.worker("yes", space=crossing.worker)
+    hosts.launch = [PYTHON, altered(hosts, GONE_SECONDS="2.0")]
+    proxy = crossing.proxy("10.78.0.1")
+    client = hosts.start_client(mark[5:], space=crossing.client, stdout=subprocess.DEVNULL)
+    until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output")
+    ip("-n", crossing.client, "link", "set", "dev", "left", "down")
+    client.kill()
+    until(lambda: not processes_with(mark), "the end of the command")
+    assert os.strerror(errno.ETIMEDOUT).encode() in read(proxy.log)
+
+
 def test_an_early_close_crosses(hosts, crossing):
     hosts.worker("yes", space=crossing.worker)
     crossing.proxy("10.78.0.1")
