@@ -4884,6 +4884,13 @@ NUMBER_SETTINGS = ("MAXFD", "CEXEC_MAXFD", "CEXEC_TIMEOUT_ACCEPT", "CEXEC_TIMEOU
 WRONG = [
     wrong("cexec", 100, "no public key is named"),
     wrong("cexec", 100, "no public key is named", "-v"),
+    wrong("cexec", 100, "no public key is named (usage: cexec -m [-0fv]", "-vm"),
+    wrong("cexec", 100, "(usage: cexec -m [-0fv]", "-m", "-k", "app.pub"),
+    wrong("cexec", 100, "no files are named (usage: cexec -m [-0fv]", "-m", "app.pub"),
+    wrong("cexec", 100, "(usage: cexec -l [-jv] APP.pub)", "-l", "-k", "app.pub"),
+    wrong("cexec", 100, "(usage: cexec [-hprtv]", "--mad", "app.pub"),
+    wrong("cexec", 100, "-o no/{}: there is no directory no (mkdir -p makes one)", "-m", "-o", "no/{}", "app.pub",
+          "--", "nothing", "app", "app.pub"),
     wrong("cexec", 100, "--wrong", "--wrong", "app.pub"),
     wrong("cexec", 100, "-Z", "-Z", "app.pub"),
     wrong("cexec", 100, "-n 5x: not a descriptor's number", "-n5x", "app.pub"),
@@ -6982,6 +6989,50 @@ def test_progress_on_a_terminal(cluster):
     sums = rb"\r\x1b\[Kcexec: 127\.0\.0\.1, [0-9.]+ s, 8\.0 MB in \(100%\), 5 B out, [^\n]*\r\n"
     until(lambda: seen(sums), "the sums")
     os.close(near)
+
+
+def test_progress_makes_way_for_what_is_written_to_the_terminal(one):
+    """It goes before the output, and comes back only below a whole line."""
+    go = one.path(new_mark())
+    command = "echo first; %s; printf 'Really? '; sleep 1; echo yes" % wait_for(go)
+    terminal = Terminal(one, one.argv("cexec", "-p", "-n", one.pub, "CMD=" + command))
+    terminal.shows("first\r\n\r\x1b[K127.0.0.1, ")
+    touch(go)
+    terminal.shows("\r\x1b[KReally? yes\r\n")
+    terminal.close()
+
+
+def test_a_terminal_is_told_of_a_long_search(cluster):
+    """In a line that goes when the job begins."""
+    terminals = [Terminal(cluster, cluster.argv("cexec", *words)) for words in (["-n", cluster.pub],
+                                                                                ["-m", cluster.pub, "--", "app"])]
+    for terminal in terminals:
+        terminal.shows("looking for a worker (cexec -l finds out more)")
+    cluster.worker("sh", "-c", "echo found")
+    terminals[0].shows("\r\x1b[Kfound\r\n")
+    terminals[1].shows("cexec: 1 done, 0 failed")
+    for terminal in terminals:
+        terminal.close()
+
+
+def test_a_terminal_is_told_of_the_line(cluster):
+    cluster.worker("sh", "-c", "echo begun; cat", env={"CONCURRENCY": "1"})
+    first = held_job(cluster)
+    terminal = Terminal(cluster, cluster.argv("cexec", "-n", cluster.pub))
+    terminal.shows("\r\x1b[Kin line, 0 ahead")
+    first.stdin.close()
+    terminal.shows("\r\x1b[Kbegun\r\n")
+    terminal.close()
+
+
+def test_a_service_tells_a_terminal_what_it_serves(cluster):
+    terminal = Terminal(cluster, cluster.argv("cservice", "-x", "eve", cluster.key, "cat", "-u"),
+                        {"CONCURRENCY": "3"})
+    terminal.shows("cservice: serves app with 3 slots on %s: cat -u, for whoever has a public key of it but eve (-x)\r\n"
+                   % cluster.env["GROUP"])
+    terminal.process.terminate()
+    assert terminal.process.wait(PATIENCE) == 0
+    terminal.close()
 
 
 # ---------------------------------------------------------------------------
@@ -9610,10 +9661,11 @@ def test_a_shell_in_a_terminal(tmux):
     tmux.line("echo s'ize' $(stty size) $TERM $(tty)")
     tmux.shows("^size 30 100 (screen|tmux)[-a-z0-9]* /dev/pts/[0-9]+$")
     tmux.line("ps -o stat= -p $$; ps -o stat=,args= -C ps")
-    tmux.shows(r"^Ss *\n")
-    tmux.shows(r"^R\+ +ps -o")
+    tmux.shows(r"^S[<N]?s *\n")         # nice, or not
+    tmux.shows(r"^R[<N]?\+ +ps -o")
 
-    tmux.line("clear; trap 'echo w\"inch\"' WINCH")
+    tmux.line("clear; trap 'echo w\"inch\"' WINCH; echo tr'apped'")
+    tmux.shows("^trapped$")
     tmux.do("resize-window", "-x", "90", "-y", "40")
     tmux.keys("Enter")
     tmux.shows("winch$")
@@ -10672,9 +10724,44 @@ def test_failures_are_counted_and_told(cluster):
     }
 
 
-def test_more_than_a_hundred_failures_are_101(cluster):
+@pytest.mark.parametrize("call", ["fsync", "dup", "close"])
+def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call):
+    """Where a full quota is told only then, as NFS does.  The output has no name, and is done next time."""
+    names = made_files(cluster, 3)
+    cluster.worker("cat")
+    take_away(cluster, """
+        def close(fd, inner=os.close):
+            link = os.readlink("/proc/self/fd/%d" % fd)
+            inner(fd)
+            if ".f001.out.part" in link:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        if "CALL" == "close":
+            os.close = close
+        else:
+            refuse(os, "CALL", lambda fd: ".f001.out.part" in os.readlink("/proc/self/fd/%d" % fd), errno.EDQUOT)
+        """.replace("CALL", call))
+    done = batch(cluster, *names)
+    assert (done.returncode, done.stderr) == (1, b"cexec: f001: Disk quota exceeded\n")
+    assert sorted(name for name in os.listdir(cluster.directory) if "out" in name) == ["f000.out", "f002.out"]
+    cluster.launch = [PYTHON, PROGRAM]
+    assert batch(cluster, *names).returncode == 0 and os.path.exists(cluster.path("f001.out"))
+
+
+def test_the_names_of_outputs_are_on_the_disk(cluster):
+    """Once a directory; what can't be done is said."""
+    names = made_files(cluster, 3)
+    cluster.worker("cat")
+    take_away(cluster, """
+        refuse(os, "fsync", lambda fd: os.path.isdir("/proc/self/fd/%d" % fd), errno.EIO)
+        """)
+    done = batch(cluster, *names)
+    assert (done.returncode, done.stderr) == (111, b"cexec: .: Input/output error\n")
+
+
+def test_a_hundred_failures_and_more_are_101(cluster):
+    """100 is wrong usage."""
     cluster.worker("false")
-    for count, status in ((1, 1), (100, 100), (101, 101), (130, 101)):
+    for count, status in ((1, 1), (99, 99), (100, 101), (130, 101)):
         assert batch(cluster, *("no%d" % number for number in range(count))).returncode == status
 
 
@@ -11012,6 +11099,17 @@ def test_signals_end_a_batch_and_its_commands(cluster, number):
     assert client.said() == "cexec: interrupted: 0 of 9 files are done; the same command again does the rest\n"
     assert not parts(cluster.directory) and not [name for name in os.listdir(cluster.directory) if ".out" in name]
     until(lambda: not children_of(worker.pid), "the end of the commands")
+
+
+def test_an_interrupted_batch_that_does_all_again_does_not_say_the_rest(cluster):
+    names = made_files(cluster, 3)
+    cluster.worker("sh", "-c", NOTED + "sleep 600", env={"CONCURRENCY": "1"})
+    client = start_batch(cluster, *names, options=["-f"])
+    until(lambda: begun(cluster), "the start")
+    client.send_signal(signal.SIGTERM)
+    assert client.wait(PATIENCE) == -signal.SIGTERM
+    assert client.said() == (
+        "cexec: interrupted: 0 of 3 files are done; the same command again does all of them once more (-f)\n")
 
 
 def test_killed_batch_is_taken_up_again(cluster):
