@@ -2065,7 +2065,7 @@ def unacknowledged(sock):
 
 
 def keep_alive(sock):
-    """Finds a host that vanished while nothing was sent; else Delivery does.  TCP_USER_TIMEOUT kills a stopped client."""
+    """Finds a host that vanished while nothing is under way.  TCP_USER_TIMEOUT would end stopped clients too."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):   # macOS calls the first TCP_KEEPALIVE; its default will do

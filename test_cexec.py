@@ -7028,7 +7028,7 @@ def test_a_terminal_is_told_of_the_line(cluster):
 def test_a_service_tells_a_terminal_what_it_serves(cluster):
     terminal = Terminal(cluster, cluster.argv("cservice", "-x", "eve", cluster.key, "cat", "-u"),
                         {"CONCURRENCY": "3"})
-    terminal.shows("cservice: serves app with 3 slots on %s: cat -u, for whoever has a public key of it but eve (-x)\r\n"
+    terminal.shows("serves app with 3 slots on %s: cat -u, for whoever has a public key of it but eve (-x)\r\n"
                    % cluster.env["GROUP"])
     terminal.process.terminate()
     assert terminal.process.wait(PATIENCE) == 0
