@@ -175,6 +175,7 @@ LINE_PAUSES = 4                     # or after so many pauses between its announ
 PAUSE_MAX = 15.0                    # seconds: none announces itself more seldom, whatever it says
 FRESH_TRIES = 3                     # a BUSY that answers an earlier announcement than that is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
+SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
 PENALTY = 2.0                       # seconds more for a worker that has failed
@@ -190,7 +191,9 @@ QUERIES_MAX = 64                    # questions who is there that a worker answe
 PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
 DENY_SECONDS = 0.2                  # between two answers to those who have no key
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
-CLOSE_SECONDS = 30.0                # what a worker waits for its client to close
+CLOSE_SECONDS = 30.0                # what a worker waits for its client to close, which has all and says nothing
+GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
+CHECK_SECONDS = GONE_SECONDS / 6    # how often a worker looks after that
 
 
 class Fatal(Exception):
@@ -223,6 +226,7 @@ class Log:
         self.applet = "cexec"
         self.verbose = False
         self.fd, self.newline, self.shown = 2, "\n", ""
+        self.midline = False        # whether what was written last has not ended its line
         self.said = set()           # by once()
 
     def once(self, message):
@@ -241,21 +245,30 @@ class Log:
         self.copy(text.encode("utf-8", "backslashreplace"))
 
     def copy(self, data):
+        self.midline = data[-1:] != b"\n"
         try:
             while data:
                 data = data[os.write(self.fd, data):]
         except OSError:
             pass                    # nobody is there to be told
 
+    def beside(self, fd, data):
+        """os.write() to a terminal, which may be ours: the status line makes way, until a line has ended."""
+        self.status("")
+        count = os.write(fd, data)
+        self.midline = bytes(data[:count][-1:]) != b"\n"
+        return count
+
     def status(self, text):
         """Keeps a line below the others, on a terminal; what was there before goes."""
-        if text or self.shown:
+        if text and not self.midline or self.shown:
             try:
                 width = os.get_terminal_size(self.fd).columns or 80
             except OSError:         # it is none any more
                 width = 80
             self.shown = fitted(printable(text), max(20, width - 1))
             self.write("\r\x1b[K" + self.shown)
+            self.midline = False
 
     def note(self, message, *args):
         if self.verbose:
@@ -341,8 +354,8 @@ def duration(seconds):
     return "%dh%02dm" % (hours, minutes % 60) if not days else "%dd%02dh" % (days, hours % 24)
 
 
-def argument_parser(usage, text):
-    """An ArgumentParser with the options of every applet; its errors are Fatal (100)."""
+def argument_parser(usage, text, line=None):
+    """An ArgumentParser with the options of every applet; its errors are Fatal (100), with a line of the usage."""
     import argparse
     import io
     if sys.stderr is None:          # Python 3.6's argparse prints there if standard output is closed too
@@ -350,7 +363,7 @@ def argument_parser(usage, text):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, usage.partition("\n")[0]))
+            raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, line or usage.partition("\n")[0]))
 
     parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="environment variables, examples and the rest: %s(1)" % log.applet)
@@ -1831,6 +1844,42 @@ class Tls:
             pass                    # the peer's own farewell has not come yet, or never will
 
 
+class Delivery:
+    """What the peer's host has acknowledged, as Linux tells it: tcp(7), TCP_INFO, and linux/tcp.h.
+
+    A process that is stopped has a host that acknowledges: data at first, and probes once its
+    buffers are full.  Elsewhere nothing is known.
+    """
+
+    INFO = struct.Struct("2xBB20xI28xI")            # retransmits, probes, unacked, last_ack_recv (ms ago)
+
+    def __init__(self):
+        self.sent = self.delivered = 0              # bytes: given to the socket, acknowledged by the last look
+        self.waited = False                         # whether some were not, then
+        self.answered = time.monotonic()            # the last look at which nothing waited for an answer
+
+    def moves(self, sock):
+        """Whether what waited at the last call is on its way; what did not, as a PING, proves nothing."""
+        waiting, waited, before = unacknowledged(sock), self.waited, self.delivered
+        self.delivered, self.waited = self.sent - waiting, waiting > 0
+        return waited and self.delivered > before
+
+    def unanswered(self, sock):
+        """Seconds for which the host has acknowledged nothing, although it should have; 0 if that is not known.
+
+        To be called now and then: only a call tells since when it should have.
+        """
+        now = time.monotonic()
+        try:
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, self.INFO.size) if LINUX else bytes(60)
+            retransmits, probes, unacknowledged, silence = self.INFO.unpack(info)
+        except (OSError, struct.error):
+            return 0.0
+        if not (retransmits or probes or unacknowledged):
+            self.answered = now
+        return min(now - self.answered, silence / 1000)
+
+
 class Link:
     """Frames over TLS over one non-blocking socket.
 
@@ -1848,6 +1897,7 @@ class Link:
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.mute = False
         self.heard = time.monotonic()               # the last sign of life
+        self.delivery = Delivery()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         keep_alive(sock)
@@ -1941,12 +1991,14 @@ class Link:
                 if not self.sending:
                     break
             try:
-                self.sending = self.sending[self.sock.send(self.sending):]
+                count = self.sock.send(self.sending)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
                 self.mute, self.sending = True, memoryview(b"")
                 break
+            self.delivery.sent += count
+            self.sending = self.sending[count:]
             if was_congested:       # what was queued moves: the peer's host takes it
                 self.heard = time.monotonic()
         if self.closed:
@@ -1955,6 +2007,16 @@ class Link:
             self.loop.on_write(self.sock.fileno(), self.flush if self.congested else None)
             if was_congested:
                 self.owner.link_writable(self)
+
+    def check_delivery(self):
+        """Takes it for a sign of life if what was queued in the kernel is on its way."""
+        if self.delivery.moves(self.sock):
+            self.heard = time.monotonic()
+
+    def check_host(self):
+        """Fails if the peer's host has vanished: keepalive does not run while something is not acknowledged."""
+        if self.delivery.unanswered(self.sock) > GONE_SECONDS:
+            self.fail("nothing was acknowledged for %d s" % GONE_SECONDS)
 
     def fail(self, reason, violation=False):
         """Closes, and tells the owner why; violation is true, or the ProtocolError, if it is the peer's fault."""
@@ -1998,16 +2060,24 @@ def unacknowledged(sock):
     import termios
     try:
         return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
-    except OSError:
+    except (OSError, ValueError):   # or it is closed
         return 0
 
 
 def keep_alive(sock):
-    """Finds a host that vanished.  Not TCP_USER_TIMEOUT: that kills a stopped client."""
+    """Finds a host that vanished while nothing is under way.  TCP_USER_TIMEOUT would end stopped clients too."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):   # macOS calls the first TCP_KEEPALIVE; its default will do
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def in_foreground(terminal):
+    """Whether we are; of a terminal that does not control us, too: nobody will stop us."""
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return True
 
 
 class End:
@@ -2026,10 +2096,7 @@ class End:
         self.fd, self.polled, self.release, self.halves = fd, polled, release, set(halves)
 
     def may_read(self):
-        try:
-            return not self.terminal or os.tcgetpgrp(self.polled) == os.getpgrp()
-        except OSError:
-            return True             # not our controlling terminal: nobody will stop us
+        return not self.terminal or in_foreground(self.polled)
 
     def read_into(self, view):
         """The number of bytes read, 0 at the end of file.  Raises OSError."""
@@ -2037,7 +2104,8 @@ class End:
 
     def write(self, view):
         """The number of bytes written.  Raises OSError."""
-        return os.write(self.fd, view[:select.PIPE_BUF] if self.patient else view)
+        view = view[:select.PIPE_BUF] if self.patient else view
+        return log.beside(self.fd, view) if self.terminal else os.write(self.fd, view)
 
     def done(self, half, whole=True):
         """Nothing more will be read, or written; whole: the peer has closed both."""
@@ -3293,6 +3361,7 @@ class Search:
         self.began = self.answered = time.monotonic()
         self.ahead = None           # clients before us in a line, the last we heard
         self.stranger = None        # what we heard of a worker of another version
+        self.told = ""              # to the person who waits
         self.refusal = None         # what the last worker said that refused the job
         self.not_allowed = set()    # addresses of workers that answered, and may not
         self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
@@ -3310,11 +3379,27 @@ class Search:
         if accept and now - self.answered > accept or wait and now - self.began > wait:
             return self.give_up(self.complaint(now))
         self.attempt += 1
+        self.tell()
         pause = self.pause()
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000),
                          pause=u32(pause * 1250), batch=self.job.batch)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
+
+    def waits(self):
+        """What it waits for, once there is something to be said of that."""
+        if self.ahead is not None:
+            return "in line, %d ahead" % self.ahead
+        late = time.monotonic() - self.began >= SILENT_SECONDS
+        return "looking for a worker (cexec -l finds out more)" if late else ""
+
+    def tell(self):
+        """Tells a terminal, in a line that goes when the job begins."""
+        text = self.waits()
+        quiet = log.verbose or self.job.progress
+        if text != self.told and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
+            self.told = text
+            log.status(text)
 
     def give_up(self, message):
         raise Fatal(EXIT_TEMPORARY, message)
@@ -3369,6 +3454,7 @@ class Search:
             return self.not_reached(address)
         self.answered, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
+        self.tell()
 
     def allows(self, address):
         """Whether this worker may do the job."""
@@ -3472,6 +3558,8 @@ class Search:
 
     def end(self):
         """No more announcements and offers, whether served or given up."""
+        if self.told:
+            log.status("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
         for candidate in self.candidates:
@@ -3540,6 +3628,7 @@ class Served(Carrier):
         if now - self.last_tick > interval * 2:
             self.link.heard = now
         self.last_tick = now
+        self.link.check_delivery()
         if now - self.link.heard > self.silence_seconds:
             self.link.fail("no sign of life for %d s" % self.silence_seconds)
         else:
@@ -3730,8 +3819,7 @@ class Progress:
     def text(self):
         run, search, now = self.client.run, self.client.search, time.monotonic()
         if run is None:
-            wait = "in line, %d ahead" % search.ahead if search.ahead is not None else "looking for a worker"
-            return "%s, %s" % (wait, duration(int(now - search.began)))
+            return "%s, %s" % (search.waits() or "looking for a worker", duration(int(now - search.began)))
         self.samples.append((now, sum(run.moved())))
         seconds, count = (last - first for first, last in zip(self.samples[0], self.samples[-1]))
         return self.line(run, duration(int(now - run.began)), count, seconds)
@@ -4075,7 +4163,7 @@ def show_workers(survey, as_json):
 PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
 IN_LINE = 2                         # searches that wait while all that can run does
-FAILURES_MAX = 101                  # the exit status, as parallel has it: that many failures, or more than 100
+FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
@@ -4123,6 +4211,20 @@ def batch_tasks(names, pattern):
             raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
         tasks.append(Task(number, name, output))
     return tasks
+
+
+def check_directories(pattern, tasks):
+    """Raises Fatal (100) if there is no directory for an output; of an input that is not there, that will be said."""
+    known = {"": True}
+    for task in tasks:
+        directory = os.path.dirname(task.output or "")
+        try:
+            if directory not in known:
+                known[directory] = os.path.isdir(directory)
+            if not known[directory] and os.path.exists(task.name):
+                raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
+        except ValueError:
+            pass                    # a name with a NUL in it: it fails in its turn
 
 
 def place_of(name, known):
@@ -4225,10 +4327,12 @@ class Task:
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def keep(self):
-        """Gives the output its name.  Raises OSError."""
+        """Gives the output its name, once it is on the disk: what has the name counts as done.  Raises OSError."""
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.name)
         if self.output is not None:
+            os.fsync(self.result.fileno())
+            os.close(os.dup(self.result.fileno()))      # NFS may tell at a close; ours would unlock it before its time
             os.rename(self.part, self.output)
 
     def discard(self):
@@ -4244,9 +4348,24 @@ class Task:
         """Closes what is open, or what is named of it."""
         for name in names or ("input", "result", "errors"):
             file = getattr(self, name)
-            if file:
-                file.close()
             setattr(self, name, None)
+            try:
+                if file:
+                    file.close()
+            except OSError as error:            # keep() has told, if it matters
+                log.note("%s: %s", self.name, error.strerror)
+
+
+def make_durable(directory):
+    """Has the names in a directory on the disk.  Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:         # of a file system that has no such thing
+            raise
+    finally:
+        os.close(fd)
 
 
 def error_of_task(error, name):
@@ -4311,6 +4430,9 @@ class FileSearch(Search):
     def give_up(self, message):
         self.batch.not_found(self, message)
 
+    def tell(self):
+        pass                        # the batch has a line for all
+
 
 class FileRun(Served):
     """One file of a batch on a worker: after its EXIT the next one, if both want to."""
@@ -4369,8 +4491,9 @@ class Batch:
     for the rest there are two searches at a time, or fewer if -j leaves no more.
     """
 
-    def __init__(self, pub, group, terms, tasks, jobs, joblog):
+    def __init__(self, pub, group, terms, tasks, jobs, joblog, force):
         self.pub, self.group, self.terms, self.jobs, self.joblog = pub, group, terms, jobs, joblog
+        self.force = force          # whether what was done before is done as well
         self.loop, self.context = Loop(), None
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs, self.avoid = [], [], Avoided()
@@ -4378,6 +4501,7 @@ class Batch:
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
         self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
         self.watched = os.isatty(2) and not log.verbose
+        self.directories = set()    # with new outputs whose names may not be on the disk yet
         self.udp = open_speakers()
         terms.batch = os.urandom(8)
 
@@ -4391,12 +4515,21 @@ class Batch:
             started_up()
             while self.queue or self.runs or self.printing or any(search.asked for search in self.searches):
                 self.loop.turn()
+            self.make_durable()
         finally:
             self.stop()
         if self.watched:
             log.say("%d done, %d failed, after %s"
                     % (self.done, self.failed, duration(int(time.monotonic() - self.began))))
-        return min(self.failed, FAILURES_MAX)
+        return self.failed if self.failed < EXIT_USAGE else FAILURES_MAX
+
+    def make_durable(self):
+        """Once for all outputs of a directory: one that loses its name in a crash before is only done again."""
+        for directory in self.directories:
+            try:
+                make_durable(directory)
+            except OSError as error:
+                raise Fatal(EXIT_TEMPORARY, "%s: %s" % (directory, error.strerror)) from None
 
     # Searches, and the files that go to whom they find
 
@@ -4467,6 +4600,8 @@ class Batch:
 
     def ended(self, run):
         """EXIT: the file is done, or has failed; and the worker may take the next."""
+        self.runs.remove(run)
+        self.go_on(run)             # first: the worker is busy while this output gets to the disk
         task, code = run.task, run.exit.status
         reason = run.trouble or run.exit.reason
         if run.trouble:
@@ -4477,14 +4612,19 @@ class Batch:
         elif code == 0:
             try:
                 task.keep()
+                if task.output is not None:
+                    self.directories.add(os.path.dirname(task.output) or ".")
             except OSError as error:
                 code, reason = EXIT_TEMPORARY, error_of_task(error, task.name)
         if task.signal:
             self.alert(run, ALERT_SIGNALLED, task.signal, reason)
         else:
             self.alert(run, ALERT_EXITED, code, reason)
-        self.runs.remove(run)
         self.over(task, code, reason, run)
+        self.fill()
+
+    def go_on(self, run):
+        """Gives its worker the next file, if both want to."""
         following = self.take() if run.exit.more else None
         if following:
             send_job(run.link, **self.job_for(following))
@@ -4492,7 +4632,6 @@ class Batch:
             self.runs.append(FileRun(self, run.link, run.hello, following, accepted=False))
         else:
             run.link.close()
-        self.fill()
 
     def lost(self, run, reason, violation):
         """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
@@ -4589,6 +4728,8 @@ class Batch:
     def rest(self):
         todo = sum(task.status != 0 and not task.done_before for task in self.tasks)
         again = "" if self.tasks[0].output is None else "; the same command again does the rest"
+        if again and self.force:
+            again = "; the same command again does all of them once more (-f)"
         return "%d of %d files are done%s" % (len(self.tasks) - todo, len(self.tasks), again)
 
     def stop(self):
@@ -4619,6 +4760,8 @@ class Batch:
         text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failed)
         if over:
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
+        if not self.runs:
+            text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
         workers = collections.Counter(run.worker for run in self.runs)
         return "  ".join([text] + ["%s*%d" % item for item in sorted(workers.items())])
 
@@ -4640,11 +4783,10 @@ def files_at_once():
 
 def main_batch(pub, group, words, options):
     """Does a batch; its exit code."""
-    if "--" not in words and not options.zero:
-        raise Fatal(EXIT_USAGE, "-m: no files are named (-- FILE ..., or -- - for a list on standard input)")
     place = words.index("--") if "--" in words else len(words)
     words, files = words[:place], words[place + 1:]
     tasks = batch_tasks(batch_names(files, options.zero), options.output)
+    check_directories(options.output, tasks)
     terms = Terms(parse_environment(words))
     joblog = open_joblog(options.joblog) if options.joblog else None
     todo = [task for task in tasks if options.force or not task.is_done()]
@@ -4652,7 +4794,7 @@ def main_batch(pub, group, words, options):
     if not todo:
         return 0
     jobs = min(options.jobs or MEMORY, files_at_once())
-    return Batch(pub, group, terms, tasks, jobs, joblog).status()
+    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).status()
 
 
 # ---------------------------------------------------------------------------
@@ -4670,11 +4812,18 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 """
 
 
+def synopsis(argv):
+    """The usage's line for a single job, or for -l or -m, if one of these is among the options."""
+    lines = [line.strip() for line in CEXEC_USAGE.split("\n")]
+    options = "".join(word for word in argv if word[:1] == "-" != word[1:2])
+    return next((line for line in lines[1:] if line[len("cexec -")] in options), lines[0])
+
+
 def parse_cexec(argv):
     """(words, options); their n is None, "all", or the descriptor at which nothing is read."""
     if argv and not argv[0].startswith("-"):    # argparse takes 8 ms to import
         return argv, SimpleNamespace(n=None, repeat=False, terminal=False, progress=False, list=False, batch=False)
-    parser = argument_parser(CEXEC_USAGE, CEXEC_HELP)
+    parser = argument_parser(CEXEC_USAGE, CEXEC_HELP, synopsis(argv))
     parser.add_argument("-0", dest="zero", action="store_true", help="with -m: names from stdin, ended by NULs")
     parser.add_argument("-f", dest="force", action="store_true", help="with -m: do what is done already as well")
     parser.add_argument("-j", dest="jobs", metavar="N", default=None,
@@ -4743,13 +4892,16 @@ def main_cexec(argv):
     """Runs one job; its exit code."""
     words, options = parse_cexec(argv)
     if not words:
-        raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % CEXEC_USAGE.partition("\n")[0])
+        raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % synopsis(argv))
     if options.list:
         if len(words) > 1:
             raise Fatal(EXIT_USAGE, "-l has nothing but a public key: %s is one too many" % words[1])
         fill_standard()
         return list_workers(Group(), open_pub(words[0]), listen_ports(), options.jobs is not None)
     if options.batch:
+        if "--" not in words and not options.zero:
+            raise Fatal(EXIT_USAGE, "no files are named (usage: %s; -- - reads a list from standard input)"
+                        % synopsis(argv))
         fill_standard()
         return main_batch(open_pub(words[0]), Group(), words[1:], options)
     job = Job(parse_environment(words[1:]), options.n, options.repeat, options.terminal)
@@ -5487,6 +5639,7 @@ class Supervisor(Carrier):
             return 1
         self.link.send(ACCEPT)
         self.patience = loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
+        loop.after(CHECK_SECONDS, self.check_client)
         loop.run()
         return 0
 
@@ -5678,6 +5831,12 @@ class Supervisor(Carrier):
         if not self.link.congested:         # one answer does for many
             self.link.send(PONG)
 
+    def check_client(self):
+        """Is its host still there?"""
+        if not self.link.closed:
+            self.loop.after(CHECK_SECONDS, self.check_client)
+            self.link.check_host()
+
     def signalled(self, number):
         if number == signal.SIGTERM:
             return self.abandon("told to end")
@@ -5812,7 +5971,20 @@ class Supervisor(Carrier):
         if self.link.congested and not self.link.mute:
             return                  # link_writable comes back here
         self.link.finish()
-        self.loop.after(CLOSE_SECONDS, self.loop.stop)
+        self.delivered = time.monotonic()
+        self.await_close()
+
+    def await_close(self):
+        """Reads on, for nobody, until the client closes: to leave before it has all would reset what is under way.
+
+        It may be stopped, or its network slow.  check_client() sees to a host that has vanished.
+        """
+        now = time.monotonic()
+        if self.link.undelivered():
+            self.delivered = now
+        if now - max(self.delivered, self.link.heard) > CLOSE_SECONDS:
+            return self.loop.stop()
+        self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
 
     def link_writable(self, link):
         if self.state is OVER:
@@ -5926,7 +6098,7 @@ def main_cservice(argv):
     loop.catch(WORKER_SIGNALS, worker.signalled)
     starter = Lifeline(loop, worker) if options.hosts else None
     started_up()
-    log.note("serves %s with %d slots on %s", key.label, settings.slots, group.text)
+    tell_service(key, group, settings)
     loop.run()
     return EXIT_TEMPORARY if starter and starter.lost else 0
 
@@ -5984,6 +6156,14 @@ class Lifeline:
         log.note("the starter is lost")
         self.lost = not self.worker.draining
         self.drain()
+
+
+def tell_service(key, group, settings):
+    """What, with how many slots, where and to whom: to a terminal always."""
+    but = " but %s (-x)" % ", ".join(sorted(settings.refused)) if settings.refused else ""
+    text = "serves %s with %d slots on %s: %s, for whoever has a public key of it%s" % (
+        key.label, settings.slots, group.text, " ".join(settings.command), but)
+    (log.say if os.isatty(2) else log.note)(text)
 
 
 def warn_of_command(name):
@@ -7035,6 +7215,13 @@ class Copied:
         self.waiting = memoryview(b"")
 
 
+class Discarded(Copied):
+    """For a side that has left: what is for it is read all the same."""
+
+    def drain(self, target):
+        self.close()
+
+
 class Spliced:
     """The same in a pipe: its bytes do not come here.  Linux, Python 3.10; raises OSError if there is no pipe."""
 
@@ -7094,8 +7281,16 @@ class Pump:
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            return self.join.close(error.strerror, reset=True)
+            if self is self.join.up or not self.join.up.ended:
+                return self.join.close(error.strerror, reset=True)
+            self.discard()
         self.refresh()
+
+    def discard(self):
+        """Reads on for nobody: the worker has said all and left, and what its client says meanwhile, unread, would
+        reset the connection with the worker's last words under way."""
+        self.load.close()
+        self.load, self.until_splice = Discarded(), None
 
     def splice(self):
         """From now on through a pipe, if there is one to be had."""
@@ -7135,6 +7330,7 @@ class Join:
         self.worker, self.first = worker, b""
         worker.setblocking(False)
         self.client, error = begin_connection(*relay.client)
+        self.deliveries = [(sock, Delivery()) for sock in (worker, self.client) if sock]
         self.up, self.down = Pump(self, worker, self.client), Pump(self, self.client, worker)
         self.up.held = True
         self.timer = self.loop.after(HELLO_SECONDS, lambda: self.close("no TLS ClientHello"))
@@ -7176,11 +7372,15 @@ class Join:
             self.close("done")
 
     def check(self):
-        """Ends it if a side was reset: one that is not read from, as the other stalls, would not tell."""
-        for sock in filter(None, (self.worker, self.client)):
-            error = 0 if self.closed else sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if error:
-                self.close(os.strerror(error), reset=True)
+        """Ends it if a side was reset or its host has vanished: one that is not read from would not tell.
+
+        But a worker may go that has said all.
+        """
+        for sock, delivery in self.deliveries:
+            if not self.closed and not (sock is self.worker and self.up.ended):
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error or delivery.unanswered(sock) > GONE_SECONDS:
+                    self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
 
     def close(self, reason, reset=False):
         """Closes both sides; a reset of one is one of the other, not an end that could be believed."""

@@ -291,6 +291,15 @@ def listening(pid):
     return False
 
 
+def altered(cluster, **values):
+    """The program with other values of its constants, as they stand in it."""
+    text = read(PROGRAM).decode()
+    for name, value in values.items():
+        text, count = re.subn(r"(?m)^( *%s = )[^#\n]+" % name, r"\g<1>%s " % value, text)
+        assert count == 1, name
+    return put(cluster.path("altered-%s.py" % uuid.uuid4().hex[:6]), text)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     made = Cluster(tmp_path)
@@ -4875,6 +4884,13 @@ NUMBER_SETTINGS = ("MAXFD", "CEXEC_MAXFD", "CEXEC_TIMEOUT_ACCEPT", "CEXEC_TIMEOU
 WRONG = [
     wrong("cexec", 100, "no public key is named"),
     wrong("cexec", 100, "no public key is named", "-v"),
+    wrong("cexec", 100, "no public key is named (usage: cexec -m [-0fv]", "-vm"),
+    wrong("cexec", 100, "(usage: cexec -m [-0fv]", "-m", "-k", "app.pub"),
+    wrong("cexec", 100, "no files are named (usage: cexec -m [-0fv]", "-m", "app.pub"),
+    wrong("cexec", 100, "(usage: cexec -l [-jv] APP.pub)", "-l", "-k", "app.pub"),
+    wrong("cexec", 100, "(usage: cexec [-hprtv]", "--mad", "app.pub"),
+    wrong("cexec", 100, "-o no/{}: there is no directory no (mkdir -p makes one)", "-m", "-o", "no/{}", "app.pub",
+          "--", "nothing", "app", "app.pub"),
     wrong("cexec", 100, "--wrong", "--wrong", "app.pub"),
     wrong("cexec", 100, "-Z", "-Z", "app.pub"),
     wrong("cexec", 100, "-n 5x: not a descriptor's number", "-n5x", "app.pub"),
@@ -6206,6 +6222,74 @@ def test_a_short_cut_in_mid_job_is_no_failure(hosts):
     assert outcome(job) == (b"", b"")
 
 
+def slow_down(space, interface="lan"):
+    """Lets a host send 64 kbit/s and no more, and queue what it likes to."""
+    need("tc")
+    ip("netns", "exec", space, "tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", "64kbit", "burst", "2kb",
+       "limit", "1mb")
+
+
+def test_the_last_byte_on_a_slow_link(hosts):
+    """The kernel has taken all in a moment; the worker waits until the client has it, whatever that says meanwhile."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.launch = [PYTHON, altered(hosts, CLOSE_SECONDS="0.5", CHECK_SECONDS="0.5")]
+    worker = hosts.worker("head", "-c", "40000", "/dev/zero", space=spaces["worker"])
+    slow_down(spaces["worker"])
+    client = hosts.start_client(space=spaces["client"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: b": done" in read(worker.log), "the command's end")
+    assert client.poll() is None
+    assert outcome(client) == (bytes(40000), b"")
+    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+
+
+def test_a_client_stopped_while_its_command_ends(hosts):
+    """Its host acknowledges what it has no room for: its output is there when it goes on."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    ip("netns", "exec", spaces["client"], "sysctl", "-qw", "net.ipv4.tcp_rmem=4096 16384 16384")
+    hosts.launch = [PYTHON, altered(hosts, CLOSE_SECONDS="0.1", GONE_SECONDS="2.0")]
+    wait = "until [ -e go ]; do sleep 0.05; done"
+    worker = hosts.worker("sh", "-c", "echo begun; %s; head -c 50000 /dev/zero" % wait, space=spaces["worker"])
+    job = hosts.start_client(space=spaces["client"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout.readline() == b"begun\n"
+    job.send_signal(signal.SIGSTOP)
+    make_file(hosts, "go")
+    until(lambda: b": done" in read(worker.log), "the command's end")
+    time.sleep(5)                       # nothing tells how long a client is stopped: longer than those seconds
+    assert b"ended, done" not in read(worker.log)
+    job.send_signal(signal.SIGCONT)
+    assert outcome(job) == (bytes(50000), b"")
+    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+
+
+def test_a_slow_uplink_is_no_silence(hosts):
+    """PING stands behind all the input that the kernel has taken: as that moves, the worker's host lives."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    hosts.worker("wc", "-c", space=spaces["worker"])
+    slow_down(spaces["client"])
+    done = hosts.client(input=bytes(50000), space=spaces["client"], env={"CEXEC_TIMEOUT_PINGPONG": "3"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"50000\n", b"")
+
+
+def test_a_client_that_vanishes_amid_the_output(hosts):
+    """What it does not acknowledge keeps keepalive from finding that; but a stopped client's host acknowledges."""
+    spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    hosts.launch = [PYTHON, altered(hosts, GONE_SECONDS="2.0")]
+    worker = hosts.worker("yes", space=spaces["worker"])
+    job = hosts.start_client(mark[5:], space=spaces["client"], stdout=subprocess.DEVNULL)
+    until(lambda: b"group" in read(worker.log), "the command's start")
+    job.send_signal(signal.SIGSTOP)
+    time.sleep(5)                       # longer than those seconds, with nothing to see
+    assert b"abandons" not in read(worker.log)
+    job.send_signal(signal.SIGCONT)
+    until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output's going on")
+    ip("-n", spaces["client"], "link", "set", "dev", "lan", "down")
+    job.kill()
+    until(lambda: not processes_with(mark), "the end of the command")
+    assert b"nothing was acknowledged for 2 s" in read(worker.log)
+
+
 def test_sigterm_drains_a_worker(hosts):
     spaces = hosts.lan("lan", ["client", "worker"], "10.77.0")
     worker = hosts.shell_worker(space=spaces["worker"], env={"CONCURRENCY": "2"})
@@ -6297,6 +6381,33 @@ def test_half_closes_cross(hosts, crossing):
     crossing.proxy("10.78.0.1")
     done = hosts.client(space=crossing.client, input=b"b\nc\na\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\nb\nc\n", b"")
+
+
+def test_the_last_byte_crosses_to_a_slow_link(hosts, crossing):
+    """The worker has left, the proxy has the rest: what the client says meanwhile resets nothing."""
+    hosts.launch = [PYTHON, altered(hosts, CLOSE_SECONDS="0.1")]
+    worker = hosts.worker("head", "-c", "40000", "/dev/zero", space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    ip("netns", "exec", crossing.client, "sysctl", "-qw", "net.ipv4.tcp_rmem=4096 16384 16384")     # or all is sent
+    slow_down(crossing.gate, "left")
+    client = hosts.start_client(space=crossing.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+    assert client.poll() is None
+    assert outcome(client) == (bytes(40000), b"")
+
+
+def test_a_client_that_vanishes_behind_a_proxy(hosts, crossing):
+    mark = "PEER_MARK=" + os.urandom(8).hex()
+    worker = hosts.worker("yes", space=crossing.worker)
+    hosts.launch = [PYTHON, altered(hosts, GONE_SECONDS="2.0")]
+    proxy = crossing.proxy("10.78.0.1")
+    client = hosts.start_client(mark[5:], space=crossing.client, stdout=subprocess.DEVNULL)
+    until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output")
+    ip("-n", crossing.client, "link", "set", "dev", "left", "down")
+    client.kill()
+    until(lambda: not processes_with(mark), "the end of the command")
+    assert os.strerror(errno.ETIMEDOUT).encode() in read(proxy.log)
 
 
 def test_an_early_close_crosses(hosts, crossing):
@@ -6878,6 +6989,50 @@ def test_progress_on_a_terminal(cluster):
     sums = rb"\r\x1b\[Kcexec: 127\.0\.0\.1, [0-9.]+ s, 8\.0 MB in \(100%\), 5 B out, [^\n]*\r\n"
     until(lambda: seen(sums), "the sums")
     os.close(near)
+
+
+def test_progress_makes_way_for_what_is_written_to_the_terminal(one):
+    """It goes before the output, and comes back only below a whole line."""
+    go = one.path(new_mark())
+    command = "echo first; %s; printf 'Really? '; sleep 1; echo yes" % wait_for(go)
+    terminal = Terminal(one, one.argv("cexec", "-p", "-n", one.pub, "CMD=" + command))
+    terminal.shows("first\r\n\r\x1b[K127.0.0.1, ")
+    touch(go)
+    terminal.shows("\r\x1b[KReally? yes\r\n")
+    terminal.close()
+
+
+def test_a_terminal_is_told_of_a_long_search(cluster):
+    """In a line that goes when the job begins."""
+    terminals = [Terminal(cluster, cluster.argv("cexec", *words)) for words in (["-n", cluster.pub],
+                                                                                ["-m", cluster.pub, "--", "app"])]
+    for terminal in terminals:
+        terminal.shows("looking for a worker (cexec -l finds out more)")
+    cluster.worker("sh", "-c", "echo found")
+    terminals[0].shows("\r\x1b[Kfound\r\n")
+    terminals[1].shows("cexec: 1 done, 0 failed")
+    for terminal in terminals:
+        terminal.close()
+
+
+def test_a_terminal_is_told_of_the_line(cluster):
+    cluster.worker("sh", "-c", "echo begun; cat", env={"CONCURRENCY": "1"})
+    first = held_job(cluster)
+    terminal = Terminal(cluster, cluster.argv("cexec", "-n", cluster.pub))
+    terminal.shows("\r\x1b[Kin line, 0 ahead")
+    first.stdin.close()
+    terminal.shows("\r\x1b[Kbegun\r\n")
+    terminal.close()
+
+
+def test_a_service_tells_a_terminal_what_it_serves(cluster):
+    terminal = Terminal(cluster, cluster.argv("cservice", "-x", "eve", cluster.key, "cat", "-u"),
+                        {"CONCURRENCY": "3"})
+    terminal.shows("serves app with 3 slots on %s: cat -u, for whoever has a public key of it but eve (-x)\r\n"
+                   % cluster.env["GROUP"])
+    terminal.process.terminate()
+    assert terminal.process.wait(PATIENCE) == 0
+    terminal.close()
 
 
 # ---------------------------------------------------------------------------
@@ -9506,30 +9661,34 @@ def test_a_shell_in_a_terminal(tmux):
     tmux.line("echo s'ize' $(stty size) $TERM $(tty)")
     tmux.shows("^size 30 100 (screen|tmux)[-a-z0-9]* /dev/pts/[0-9]+$")
     tmux.line("ps -o stat= -p $$; ps -o stat=,args= -C ps")
-    tmux.shows(r"^Ss *\n")
-    tmux.shows(r"^R\+ +ps -o")
+    tmux.shows(r"^S[<N]?s *\n")         # nice, or not
+    tmux.shows(r"^R[<N]?\+ +ps -o")
 
-    tmux.line("clear; trap 'echo w\"inch\"' WINCH")
+    tmux.line("clear; trap 'echo w\"inch\"' WINCH; echo tr'apped'")
+    tmux.shows("^trapped$")
     tmux.do("resize-window", "-x", "90", "-y", "40")
     tmux.keys("Enter")
     tmux.shows("winch$")
     tmux.line("echo s'ize' $(stty size)")
     tmux.shows("^size 40 90$")
 
-    tmux.line("clear; echo r'eady'; sleep 1000; echo sl'ept' $?")
-    tmux.shows("^ready")
+    def sleeps(after=""):
+        mark = new_mark()
+        tmux.line("clear; MARK=%s sleep 1000%s" % (mark, after))
+        until(lambda: processes_with("MARK=" + mark), "a command's start")
+    sleeps("; echo sl'ept' $?")
     tmux.keys("C-c")
     tmux.shows(r"^\^C\n+there>$")
-    tmux.line("clear; echo r'eady'; sleep 1001")
-    tmux.shows("^ready")
+    sleeps()
     tmux.keys("C-z")
-    tmux.shows("Stopped +sleep 1001")
+    tmux.shows(r"Stopped +MARK=\S+ sleep 1000")
     tmux.line("jobs; fg")
-    tmux.shows(r"^sleep 1001\n*\Z")
+    tmux.shows(r"^MARK=\S+ sleep 1000\n*\Z")
     tmux.keys("C-c")
     tmux.shows(r"^\^C\n+there>$")
-    tmux.line("clear; sh -c 'kill -QUIT $$'; sleep 1002")
+    tmux.line("clear; sh -c 'kill -QUIT $$'")
     tmux.shows("Quit")
+    sleeps()
     tmux.keys("C-\\")
     tmux.shows(r"^\^.Quit")
     tmux.line("exit 3")
@@ -10568,9 +10727,44 @@ def test_failures_are_counted_and_told(cluster):
     }
 
 
-def test_more_than_a_hundred_failures_are_101(cluster):
+@pytest.mark.parametrize("call", ["fsync", "dup", "close"])
+def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call):
+    """Where a full quota is told only then, as NFS does.  The output has no name, and is done next time."""
+    names = made_files(cluster, 3)
+    cluster.worker("cat")
+    take_away(cluster, """
+        def close(fd, inner=os.close):
+            link = os.readlink("/proc/self/fd/%d" % fd)
+            inner(fd)
+            if ".f001.out.part" in link:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        if "CALL" == "close":
+            os.close = close
+        else:
+            refuse(os, "CALL", lambda fd: ".f001.out.part" in os.readlink("/proc/self/fd/%d" % fd), errno.EDQUOT)
+        """.replace("CALL", call))
+    done = batch(cluster, *names)
+    assert (done.returncode, done.stderr) == (1, b"cexec: f001: Disk quota exceeded\n")
+    assert sorted(name for name in os.listdir(cluster.directory) if "out" in name) == ["f000.out", "f002.out"]
+    cluster.launch = [PYTHON, PROGRAM]
+    assert batch(cluster, *names).returncode == 0 and os.path.exists(cluster.path("f001.out"))
+
+
+def test_the_names_of_outputs_are_on_the_disk(cluster):
+    """Once a directory; what can't be done is said."""
+    names = made_files(cluster, 3)
+    cluster.worker("cat")
+    take_away(cluster, """
+        refuse(os, "fsync", lambda fd: os.path.isdir("/proc/self/fd/%d" % fd), errno.EIO)
+        """)
+    done = batch(cluster, *names)
+    assert (done.returncode, done.stderr) == (111, b"cexec: .: Input/output error\n")
+
+
+def test_a_hundred_failures_and_more_are_101(cluster):
+    """100 is wrong usage."""
     cluster.worker("false")
-    for count, status in ((1, 1), (100, 100), (101, 101), (130, 101)):
+    for count, status in ((1, 1), (99, 99), (100, 101), (130, 101)):
         assert batch(cluster, *("no%d" % number for number in range(count))).returncode == status
 
 
@@ -10908,6 +11102,17 @@ def test_signals_end_a_batch_and_its_commands(cluster, number):
     assert client.said() == "cexec: interrupted: 0 of 9 files are done; the same command again does the rest\n"
     assert not parts(cluster.directory) and not [name for name in os.listdir(cluster.directory) if ".out" in name]
     until(lambda: not children_of(worker.pid), "the end of the commands")
+
+
+def test_an_interrupted_batch_that_does_all_again_does_not_say_the_rest(cluster):
+    names = made_files(cluster, 3)
+    cluster.worker("sh", "-c", NOTED + "sleep 600", env={"CONCURRENCY": "1"})
+    client = start_batch(cluster, *names, options=["-f"])
+    until(lambda: begun(cluster), "the start")
+    client.send_signal(signal.SIGTERM)
+    assert client.wait(PATIENCE) == -signal.SIGTERM
+    assert client.said() == (
+        "cexec: interrupted: 0 of 3 files are done; the same command again does all of them once more (-f)\n")
 
 
 def test_killed_batch_is_taken_up_again(cluster):
