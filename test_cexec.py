@@ -1735,7 +1735,8 @@ def words_sent(environment, arguments=()):
 @pytest.mark.parametrize("variables, arguments", [
     ([], []), ([b"A="], []), ([b"A=1", b"B=\xff\n"], [b"", b"x", b""]), ([], [b""] * 1000),
     ([b"A=" + b"x" * 300000, b"B=2"], [b"y" * 131072]), ([b"A=" + b"x" * (cexec.WORDS_CHUNK - 3)], [b"z"]),
-    ([b"A="] * (cexec.WORDS_MAX // 11), [])], ids=str)
+    ([b"A="] * (cexec.WORDS_MAX // 11), [])],
+    ids=["none", "one", "both", "empty ones", "large", "a whole chunk", "as many as there can be"])
 def test_words_there_and_back(variables, arguments):
     words, job = words_sent(variables, arguments)
     assert words.take(job.variables, job.arguments) == (variables, arguments)
