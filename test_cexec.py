@@ -2973,8 +2973,7 @@ def test_success_is_only_what_a_worker_has_said_in_full(cluster):
                 assert errors.startswith(b"cexec: worker 127.0.0.1 lost") and errors.count(b"\n") == 1, (name, errors)
 
 
-@pytest.mark.parametrize("field, length", [("host", 256), ("address", 65)])
-def test_an_offer_with_a_name_that_is_too_long_is_none(cluster, field, length):
+def test_an_offer_with_a_name_that_is_too_long_is_none(cluster):
     key = cexec.open_key(cluster.key)
     with Ear(group_port(cluster)) as ear:
         client = searching_client(cluster, group_port(cluster))
@@ -2982,7 +2981,7 @@ def test_an_offer_with_a_name_that_is_too_long_is_none(cluster, field, length):
         for over in (0, 1):
             with Peer(socket.create_connection((address, announced.port), 20), key) as peer:
                 peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=os.urandom(8),
-                          **{field: "x" * (length - 1 + over)})
+                          address="127.0.0.1", host="x" * (255 + over))
                 assert (peer.next() is None) == bool(over)
         client.terminate()
         assert client.wait(PATIENCE) == -signal.SIGTERM
@@ -3764,7 +3763,7 @@ ORACLE = [
     case("token_put_back", "echo token >&3", "mkfifo f; exec 3<>f; RUN; read x <&3; echo $x", "token\n"),
     case("output_to_a_fifo_both_ways", "echo out", "mkfifo f; exec 4<>f; RUN >&4; read x <&4; echo $x", "out\n"),
     case("input_from_a_fifo_both_ways", "head -n 1", "mkfifo f; exec 4<>f; echo in >&4; RUN <&4 4>&-", "in\n"),
-    case("one_fifo_opened_twice", "cat", "mkfifo f; cat $DATA/words >f & exec <f; RUN 5</dev/stdin; wait",
+    case("one_fifo_opened_twice", "head -n 4", "mkfifo f; exec 9<>f; cat $DATA/words >f; RUN <f 5<f 9>&-",
          "alpha\nbeta\ngamma\ndelta\n"),
     case("reader_that_has_left", python(WAIT_FOR_READER), "{ RUN; echo $? >status; } | head -n 1; cat status",
          "first\n7\n"),
