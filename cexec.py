@@ -191,6 +191,7 @@ QUERIES_MAX = 64                    # questions who is there that a worker answe
 PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
 DENY_SECONDS = 0.2                  # between two answers to those who have no key
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
+LOOKS = 3                           # times that nothing must be seen of it
 CLOSE_SECONDS = 30.0                # what a worker waits for its client to close, which has all and says nothing
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
 CHECK_SECONDS = GONE_SECONDS / 6    # how often a worker looks after that
@@ -1054,6 +1055,7 @@ else:                               # sys/sockio.h: _IOWR('i', N, struct ifreq),
     SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (
         0xc0000000 | (144 if sys.platform.startswith("netbsd") else 32) << 16 | 0x6900 | number
         for number in (17, 33, 35))
+HOLDS_PIDS = hasattr(os, "waitid")  # whether a child can be seen to have ended and not be reaped
 IP_PKTINFO = 8 if LINUX else None   # ip(7); Python names it from 3.14.  macOS and NetBSD have others of that name
 PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
 PKTINFO6 = struct.Struct("@16sI")   # destination address, interface index: RFC 3542, 6.
@@ -2973,61 +2975,96 @@ def unread(fd):
         return 0
 
 
-def session_members(sessions):
-    """The processes of sessions, other than the first one's leader; None where there is no /proc."""
-    try:
-        names = os.listdir("/proc")
-    except OSError:
+def ended(pid):
+    """How a child has ended, as subprocess has it: its exit code, or minus a signal; None while it runs.
+
+    It stays a zombie, so that its pid, session and process group are no other's until it is
+    reaped.  A system without waitid(2) (macOS before Python 3.13) reaps it here.
+    """
+    if not HOLDS_PIDS:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return code if found else None
+    found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if found is None:
         return None
-    members = []
-    for name in names:
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def session_members(sessions):
+    """Yields (pid, process group) of the sessions' processes, but their leader's own: the newest first.
+
+    Raises OSError where there is no /proc.
+    """
+    names = os.listdir("/proc")
+    if "self" not in names:
+        raise FileNotFoundError(errno.ENOENT, "no /proc")
+    for name in reversed(names):    # in the order of their numbers; whoever forks and ends at once is the last
         if name.isdigit() and int(name) != sessions[0]:
             try:
                 with open("/proc/%s/stat" % name, "rb") as file:
-                    state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+                    state, _, group, session = file.read().rpartition(b")")[2].split()[:4]
             except (OSError, ValueError):
                 continue            # it has just ended
             if int(session) in sessions and state != b"Z":
-                members.append(int(name))
-    return members if "self" in names else None
+                yield int(name), int(group)
+
+
+def signal_all(kill, target, numbers):
+    """Whether there was anybody to be signalled."""
+    try:
+        for number in numbers:
+            kill(target, number)
+        return True
+    except OSError:
+        return False                # it has just ended
 
 
 def signal_sessions(sessions, group, told, late):
     """Signals every process of sessions but the first one's leader; whether there was one.
 
     Each gets HUP, TERM and CONT once, for it may have been forked since the last time, and
-    KILL when it is late.  told has those that got them.  Where there is no /proc to find
-    them, the command's process group is signalled.
+    its whole process group KILL when it is late: of that no process is missed that forks
+    meanwhile.  told has those that got them.  Where there is no /proc to find them, the
+    command's process group is signalled.
     """
-    members = session_members(sessions)
-    if members is None:
-        targets = [(os.killpg, group)] if group else []
-    else:
-        targets = [(os.kill, member) for member in members]
-    found = False
-    for kill, target in targets:
-        first = signal.SIGHUP, signal.SIGTERM, signal.SIGCONT
-        try:
-            for number in (signal.SIGKILL,) if late else (0,) if target in told else first:
-                kill(target, number)
-            found = True
-            told.add(target)
-        except OSError:
-            pass                    # it has just ended
+    first, found = (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT), False
+    try:
+        # Each is signalled as soon as it is seen: a moment later its number may be another's.
+        for member, its_group in session_members(sessions):
+            if late and its_group != sessions[0]:       # that may be our own group
+                found |= signal_all(os.killpg, its_group, [signal.SIGKILL])
+            else:
+                numbers = (signal.SIGKILL,) if late else (0,) if member in told else first
+                found |= signal_all(os.kill, member, numbers)
+            told.add(member)
+    except OSError:
+        if group and late:
+            signal_all(os.killpg, group, [signal.SIGKILL])      # a zombie that leads it would count for ever
+        elif group:
+            found = signal_all(os.killpg, group, [0] if group in told else first)
+            told.add(group)
     return found
 
 
 def end_sessions(loop, sessions, group, over):
     """Ends what is left of the supervisor's session, and of the command's own if it has one.
 
-    HUP, TERM and CONT, 5 s later KILL; calls over() when nothing is left.
+    HUP, TERM and CONT, 5 s later KILL; calls over() when nothing is left.  A process that
+    forks and ends over and over may be missed: it is looked for several times, and the
+    command's process group is killed in the end, whatever was seen.  The first session's
+    leader and the group's are ours and not reaped yet (see ended()), or group is None.
     """
     deadline, told = time.monotonic() + KILL_SECONDS, set()
 
-    def look():
+    def look(tries=LOOKS):
         if signal_sessions(sessions, group, told, late=time.monotonic() > deadline):
             loop.after(0.05, look)
+        elif tries > 1:
+            loop.after(0.01, lambda: look(tries - 1))
         else:
+            if group:
+                signal_all(os.killpg, group, [signal.SIGKILL])
             over()
     look()
 
@@ -5180,7 +5217,6 @@ class Forked:
 
     def __init__(self, pid, client, status):
         self.pid, self.client, self.status = pid, client, status
-        self.group = None           # the command's process group, once it runs
         self.sessions = [pid]       # and with a terminal the command's session
         self.done = False           # EXIT was sent: its slot is free
         self.said = b""
@@ -5206,7 +5242,7 @@ class Worker:
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
         self.delayed = {}           # (name, nonce): the Timer of an offer to come
         self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
-        self.remains = set()        # the Forked that were lost, until all that they left has ended
+        self.remains = {}           # pid: the Forked that were lost, until all that they left has ended
         self.queried = Memory()     # (name, nonce) of the questions that were answered
         self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
@@ -5473,23 +5509,20 @@ class Worker:
     def supervisor_says(self, job):
         """Lines from a supervisor: "group N", "session N", "refused WHY", "back", "failed", "more", "done"."""
         try:
-            data = os.read(job.status, 4096)
+            data = os.read(job.status, 65536)
         except BlockingIOError:     # what poll has seen was of another pipe with that number
             return
         except OSError:             # it has ended without reading our answer
             data = b""
         if not data:
-            self.loop.forget(job.status)
-            os.close(job.status)
-            job.status = -1
-            return
+            return self.hang_up(job)
         *lines, job.said = (job.said + data).split(b"\n")
         for line in lines:
             word, _, value = line.decode().partition(" ")
             log.note("supervisor %d: %s", job.pid, line.decode())
             if word in ("group", "session"):
-                job.group, self.penalty, self.trouble = int(value), 0.0, None
-                job.sessions = [job.pid] + [job.group] * (word == "session")
+                self.penalty, self.trouble = 0.0, None
+                job.sessions = [job.pid] + [int(value)] * (word == "session")
             elif word == "failed":
                 self.penalty = PENALTY
             elif word == "refused":
@@ -5514,37 +5547,47 @@ class Worker:
         self.line.expire(time.monotonic())
         return not self.draining and all(client.batch == job.client.batch for client in self.line)
 
+    def hang_up(self, job):
+        if job.status >= 0:
+            self.loop.forget(job.status)
+            os.close(job.status)
+            job.status = -1
+
     def reap(self):
         """Sees to supervisors that have ended; what one left behind unfinished is killed."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if not pid:
-                break
-            job = self.jobs.get(pid)
-            if job is None:
+        for job in list(self.jobs.values()):
+            code = ended(job.pid)
+            if code is None:
                 continue
             if job.status >= 0:
-                os.set_blocking(job.status, True)   # it has ended, and so its words have an end
-            while job.status >= 0:
-                self.supervisor_says(job)
-            del self.jobs[pid]
-            log.note("supervisor %d ended, %s", pid, "done" if job.done else "status %d" % status)
+                self.supervisor_says(job)       # its last words; a child of its own may hold the pipe open yet
+                self.hang_up(job)
+            del self.jobs[job.pid]
+            log.note("supervisor %d ended, %s", job.pid, "done" if job.done else "status %d" % code)
             if not job.done:
                 self.kill_session(job)
+        self.reap_zombies()
         self.serve_line()
         self.stop_if_drained()
+
+    def reap_zombies(self):
+        """Takes away all that have ended but supervisors that were lost: the orphans of a container, too."""
+        while HOLDS_PIDS:
+            try:
+                child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            if child is None or child.si_pid in self.jobs or child.si_pid in self.remains:
+                break               # it comes back here
+            os.waitpid(child.si_pid, 0)
 
     def kill_session(self, job):
         """Ends what a lost supervisor has left; its slot is taken until that is over."""
         def over():
-            self.remains.discard(job)
-            self.serve_line()
-            self.stop_if_drained()
-        self.remains.add(job)
-        end_sessions(self.loop, job.sessions, job.group, over)
+            del self.remains[job.pid]
+            self.reap()
+        self.remains[job.pid] = job
+        end_sessions(self.loop, job.sessions, None, over)       # the command was never our child
 
     def signalled(self, number):
         if number == signal.SIGCHLD:
@@ -5616,6 +5659,7 @@ class Supervisor(Carrier):
         close_all_but([offer.link.sock.fileno(), self.status, log.fd])
         self.far = {}               # number: the command's end, until it has started
         self.process = self.result = None
+        self.group = None           # the command's process group, while its number can't be another's
         self.state, self.started = WAITING, False   # started: whether any command was
         self.timers = []            # of the job that runs
         self.inputs = {}            # channel of a counted input: a reader of what is left in it
@@ -5753,7 +5797,7 @@ class Supervisor(Carrier):
             user = self.settings.user
             self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
         else:
-            self.started = True
+            self.started, self.group = True, self.process.pid
             self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
             self.refresh()
         if self.link.mute or self.link.closed:
@@ -5821,11 +5865,8 @@ class Supervisor(Carrier):
     def rcvd_signal(self, flags, channel, payload):
         if payload.signal not in SIGNALS:
             raise ProtocolError("signal %r" % payload.signal)
-        if self.process:
-            try:
-                os.killpg(self.process.pid, getattr(signal, "SIG" + payload.signal))
-            except OSError:
-                pass                # it has ended
+        if self.group:
+            signal_all(os.killpg, self.group, [getattr(signal, "SIG" + payload.signal)])
 
     def rcvd_ping(self, flags, channel, payload):
         if not self.link.congested:         # one answer does for many
@@ -5840,8 +5881,11 @@ class Supervisor(Carrier):
     def signalled(self, number):
         if number == signal.SIGTERM:
             return self.abandon("told to end")
-        if self.process and self.result is None and self.process.poll() is not None:
-            code = self.process.returncode
+        if self.state is not RUNNING or self.result or not self.group:
+            return
+        code = ended(self.group)
+        if code is not None:
+            self.group = self.group if HOLDS_PIDS else None
             self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
             if self.terminal is not None:
                 self.sources[self.terminal].close_soon()
@@ -5872,6 +5916,8 @@ class Supervisor(Carrier):
 
     def left_behind(self):
         """Whether the command has left processes in its group: the next one's end is not to be theirs."""
+        self.group = None
+        self.process.poll()         # the command itself, a zombie, would count
         try:
             os.killpg(self.process.pid, 0)
         except ProcessLookupError:
@@ -6025,8 +6071,8 @@ class Supervisor(Carrier):
             source.discard()
         for sink in self.sinks.values():            # left open: an early end of file could be taken for the true one
             self.loop.on_write(sink.end.polled, None)
-        sessions = [os.getpid()] + [self.process.pid] * (self.terminal is not None)
-        end_sessions(self.loop, sessions, self.process.pid, over=self.end)
+        sessions = [os.getpid()] + [self.group] * (self.terminal is not None and self.group is not None)
+        end_sessions(self.loop, sessions, self.group, over=self.end)
 
     def end(self):
         self.say("done")

@@ -4706,6 +4706,129 @@ def test_supervisor_killed(one):
         until(lambda: not marked(mark), "the command's end")
 
 
+def the_line(fd):
+    """What is read up to the end of a line."""
+    return b"".join(iter(lambda: os.read(fd, 1), b"\n"))
+
+
+ENDS_BEFORE_ITS_CHILD = ("echo $$; (trap 'echo caught; exit' TERM; echo ready; while [ ! -e %s ]; do sleep 0.02; done) & "
+                         "exit 3")
+
+
+def test_a_command_that_has_ended_keeps_its_number(one):
+    """As long as its group may be signalled: or another user's process could be given that number, and the signal."""
+    with job(one, ENDS_BEFORE_ITS_CHILD % one.path(new_mark())) as process:
+        pid = int(the_line(process.out[1]))
+        assert the_line(process.out[1]) == b"ready"
+        until(lambda: state_of(pid) == "Z", "the command's end")
+        process.terminate()
+        assert finish(process) == (3, b"caught\n")
+    until(lambda: state_of(pid) is None, "the end of its supervisor")
+
+
+def test_a_group_whose_number_is_free_is_not_signalled(cluster):
+    """Where a process that has ended can't be seen without giving its number away."""
+    take_away(cluster, "del os.waitid")
+    cluster.shell_worker()
+    go = cluster.path("go")
+    with job(cluster, ENDS_BEFORE_ITS_CHILD % go) as process:
+        pid = int(the_line(process.out[1]))
+        assert the_line(process.out[1]) == b"ready"
+        until(lambda: state_of(pid) is None, "the command's end")
+        process.terminate()
+        time.sleep(0.3)                     # in which nothing may happen
+        touch(go)
+        assert finish(process) == (3, b"")
+
+
+def test_a_lost_supervisor_keeps_its_number(one):
+    """Its session is ended by that number: nobody else may have it until then."""
+    mark, go = new_mark(), one.path(new_mark())
+    with job(one, "trap '' HUP TERM; echo $PPID; " + wait_for(go), mark=mark) as process:
+        supervisor = int(the_line(process.out[1]))
+        assert parent_of(supervisor) == one.serving.pid
+        os.kill(supervisor, signal.SIGKILL)
+        assert finish(process)[0] == 111
+        assert marked(mark) and state_of(supervisor) == "Z"
+        touch(go)
+        until(lambda: state_of(supervisor) is None, "the end of its session")
+        assert not marked(mark)
+
+
+def test_a_supervisor_killed_before_its_child_has_started_the_command(cluster):
+    """The child holds the pipe to cservice as well: that does not wait for it."""
+    need_root()
+    touch(cluster.path("wait"))
+    take_away(cluster, """
+        import time
+        def initgroups(*_):
+            while os.path.exists(%r):
+                time.sleep(0.01)
+        os.initgroups = initgroups""" % cluster.path("wait"))
+    worker = cluster.shell_worker(options=["-u", "nobody"])
+    client = cluster.start_client("CMD=true", stderr=subprocess.PIPE)
+    try:
+        supervisor, = until(lambda: children_of(worker.pid), "a supervisor")
+        child, = until(lambda: children_of(supervisor), "its child")
+        os.kill(child, signal.SIGSTOP)      # it is not ended yet by what cservice does then
+        os.kill(supervisor, signal.SIGKILL)
+        assert client.wait(PATIENCE) == 111
+        assert cluster.run("cexec", "-l", cluster.pub).returncode == 0
+    finally:
+        os.unlink(cluster.path("wait"))
+    until(lambda: state_of(child) is None, "the child's end")
+
+
+def test_orphans_of_a_container_are_reaped(cluster):
+    """Where cservice is the first process, it is given them; also while a supervisor was lost."""
+    need_root()
+    need("unshare", "setsid")
+    cluster.launch = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"] + cluster.launch
+    worker = cluster.shell_worker()
+    service, = children_of(worker.pid)
+    cluster.launch = cluster.launch[5:]
+    lost = cluster.start_client("CMD=trap '' HUP TERM; echo; " + wait_for(cluster.path("go")), stdout=subprocess.PIPE,
+                                stderr=subprocess.DEVNULL)
+    assert lost.stdout.read(1) == b"\n"
+    os.kill(children_of(service)[0], signal.SIGKILL)
+    assert lost.wait(PATIENCE) == 111
+    assert cluster.client("CMD=setsid sleep 0.1 >/dev/null 2>&1 & exit 0").returncode == 0
+    touch(cluster.path("go"))
+    until(lambda: not children_of(service), "the end of every zombie")
+
+
+STORM = python("import fcntl, os, signal, sys\n"
+               "for number in (signal.SIGHUP, signal.SIGTERM):\n"
+               "    signal.signal(number, signal.SIG_IGN)\n"
+               "fcntl.flock(os.open('{0}', os.O_RDWR), fcntl.LOCK_EX)\n"
+               "print('ready', flush=True)\n"
+               "while os.path.exists('{0}'):\n"
+               "    if os.fork():\n"
+               "        os._exit(0)\n"
+               "    {1}")
+
+
+def test_a_command_that_forks_over_and_over_is_killed(one):
+    """By no process of it is there for long enough to be found; whether it keeps its group or not."""
+    locks = [put(one.path(new_mark()), "") for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [os.unlink(lock) for lock in locks])     # or it would go on for ever
+        for lock, then in zip(locks, ("pass", "os.setpgid(0, 0)")):
+            process = stack.enter_context(job(one, STORM.format(lock, then)))
+            assert the_line(process.out[1]) == b"ready"
+            process.kill()
+        for lock in locks:
+            with open(lock) as file:
+                until(lambda file=file: is_free(file), "the end of the last one")
+
+
+def is_free(file):
+    """Whether nobody has the lock of a file."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+
+
 def test_cservice_killed(cluster):
     """The job that runs is its supervisor's: it finishes."""
     worker = cluster.shell_worker()
