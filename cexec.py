@@ -306,11 +306,23 @@ def encoded(text):
 
 
 def show(line):
-    """A line on standard output.  Raises Fatal (100) if that is closed."""
+    """A line on standard output.  Raises Fatal: 100 if that is closed, 111 if it can't be written."""
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
-    sys.stdout.buffer.write(encoded(line + "\n"))
-    sys.stdout.flush()
+    print_out(encoded(line + "\n"))
+
+
+def print_out(data=b""):
+    """Writes to standard output, and what waits there.  Raises Fatal (111), BrokenPipeError."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:        # a full disk
+        raise Fatal(EXIT_TEMPORARY, "standard output: %s" % error.strerror) from None
 
 
 def columns(text):
@@ -366,6 +378,12 @@ def argument_parser(usage, text, line=None):
         def error(self, message):
             raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, line or usage.partition("\n")[0]))
 
+        def _print_message(self, message, file=None):       # some versions of Python hide what goes wrong
+            if sys.stdout:
+                print_out(encoded(message))
+            else:
+                super()._print_message(message, file)
+
     parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="environment variables, examples and the rest: %s(1)" % log.applet)
     parser.add_argument("-v", dest="verbose", action="store_true", help="say on standard error what happens")
@@ -400,6 +418,11 @@ def started_up():
 def cut(text, limit):
     """As much of a text as fits so many bytes of UTF-8."""
     return text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+
+
+def whole(digits):
+    """The number of decimal digits, of which ten are as many as thousands: Python refuses those."""
+    return int(digits.lstrip("0")[:10] or "0")
 
 
 def u32(number):
@@ -536,6 +559,10 @@ def parse_key(text, path):
     return Key(os.path.basename(path), path, master, application_id(master))
 
 
+NO_FILE = errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
+NO_KEY = errno.EFBIG, errno.EISDIR  # what is there can't be a key
+
+
 def read_text(path, limit=CONTROL_MAX):
     """A small text file's contents.  Raises OSError."""
     with open(path, "rb") as file:
@@ -556,16 +583,19 @@ def open_pub(path):
             raise unreadable(name, error, "public key") from None
         if text.startswith(PUB_MAGIC) or name != path or not os.path.exists(path + ".pub"):
             return parse_pub(text, name)
-    raise Fatal(EXIT_TEMPORARY, "%s: no such public key, and no %s.pub: is the name right? (ckeygen makes keys)"
-                % (path, path))
+    other = "" if path.endswith(".pub") else ", and no %s.pub" % path
+    raise Fatal(EXIT_USAGE, "%s: no such public key%s: is the name right? (ckeygen makes keys)" % (path, other))
 
 
 def unreadable(path, error, kind):
-    """The Fatal for a key that can't be read."""
+    """The Fatal for a key that can't be read: 100 if it is not there, or can't be a key."""
     remedy = {errno.ENOENT: ": is the name right? (ckeygen makes keys)",
+              errno.ENOTDIR: ": is the name right? (ckeygen makes keys)",
+              errno.EFBIG: ": not a cexec %s" % kind,
               errno.EISDIR: ": name the %s in it" % kind,
               errno.EACCES: ": let the user with the id %d read it" % os.geteuid()}.get(error.errno, "")
-    return Fatal(EXIT_TEMPORARY, "%s: %s%s" % (path, error.strerror, remedy))
+    code = EXIT_USAGE if error.errno in NO_KEY or error.errno in NO_FILE else EXIT_TEMPORARY
+    return Fatal(code, "%s: %s%s" % (path, error.strerror, remedy))
 
 
 def open_key(path):
@@ -1103,11 +1133,23 @@ def ask_interface(sock, name, request):
     return fcntl.ioctl(sock, request, struct.pack("256s", os.fsencode(name)))[16:32]
 
 
+def interface_names():
+    """{index: name} of the interfaces; none where the system does not tell (a sandbox without AF_NETLINK)."""
+    try:
+        return dict(socket.if_nameindex())
+    except OSError:
+        return {}
+
+
 def interfaces():
     """The interfaces that are up, with their IPv4 addresses; none where the system does not tell."""
+    try:
+        probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    except OSError:                 # no descriptor is free just now
+        return []
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for index, name in socket.if_nameindex():
+    with probe:
+        for index, name in interface_names().items():
             try:
                 flags, = struct.unpack_from("H", ask_interface(probe, name, SIOCGIFFLAGS))
             except OSError:
@@ -1156,7 +1198,7 @@ def parse_group(text, default_port):
 
     An ADDRESS is one of IPv4, one of IPv6 in brackets, a network of at most 1,024
     addresses, or a name, which stands for all of its addresses; @FILE is a file of such
-    lists.  Raises Fatal (100).
+    lists.  Raises Fatal: 100; 111 for a DEVICE that is not there and a name without an answer, which may come yet.
     """
     targets = []
     for item in text.split(","):
@@ -1193,26 +1235,43 @@ def parse_target(item, text, port):
     else:
         words, well_formed = item.split(":"), True
     if len(words) > 1 and words[-1].isdecimal():
-        port = int(words.pop())
+        port = whole(words.pop())
     device = words.pop(0) if len(words) > 1 else None
     if not well_formed or len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
         raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s"
                     % (text, ", IPv6 in brackets" if item.count(":") > 2 else ""))
-    if device and device not in (name for _, name in socket.if_nameindex()):
-        raise Fatal(EXIT_USAGE, "group %s: no such device: %s" % (text, device))
     try:
+        if device:
+            find_device(device)
         return [Target(device, address, port) for address in resolve(words[0])]
     except (OSError, UnicodeError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "group %s: %s" % (text, no_address(words[0], error))) from None
+        code, why = no_address(words[0], error)
+        raise Fatal(code, "group %s: %s" % (text, why)) from None
+
+
+class NoDevice(OSError):
+    """An interface that is not there, or not yet."""
+
+
+def find_device(name):
+    """The index of an interface.  Raises NoDevice."""
+    try:
+        return socket.if_nametoindex(name)
+    except (OSError, ValueError):   # ValueError: a NUL in a file of addresses
+        raise NoDevice(errno.ENODEV, "no such device: %s" % name) from None
 
 
 def no_address(text, error):
-    """What is wrong with a text that resolve() does not take."""
+    """(exit code, what is wrong) for a text that resolve() does not take: 111 if that may pass."""
+    if isinstance(error, NoDevice):
+        return EXIT_TEMPORARY, error.strerror
     if isinstance(error, socket.gaierror):
-        return "not an address, and the name %s has none: %s" % (text, error.strerror)
+        if error.errno == socket.EAI_AGAIN:
+            return EXIT_TEMPORARY, "the name %s has no address now: %s" % (text, error.strerror)
+        return EXIT_USAGE, "not an address, and the name %s has none: %s" % (text, error.strerror)
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return str(error)           # of a network
-    return "not an address: %s" % (getattr(error, "strerror", None) or text)
+        return EXIT_USAGE, str(error)           # of a network
+    return EXIT_USAGE, "not an address: %s" % (getattr(error, "strerror", None) or text)
 
 
 def resolve(name):
@@ -1228,7 +1287,7 @@ def resolve(name):
     if ":" in name:
         address, percent, device = name.partition("%")
         if percent:
-            socket.if_nametoindex(device)
+            find_device(device)
         return [socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, address)) + percent + device]
     return sorted({address_of(found[4]) for found in socket.getaddrinfo(name, None, 0, socket.SOCK_DGRAM)})
 
@@ -1358,6 +1417,14 @@ def open_speakers(address=None):
     return socks
 
 
+def who_has(error, protocols, port):
+    """If a port is in use: how to find by whom; protocols: "t" (TCP), "u" (UDP) or both."""
+    if error.errno != errno.EADDRINUSE:
+        return ""
+    command = "ss -%sanp sport = :%d" % (protocols, port) if LINUX else "lsof -i :%d" % port
+    return " (as root, %s shows by whom)" % command
+
+
 class Listener:
     """UDP sockets that hear a group on one port, beside others of the same host.
 
@@ -1376,7 +1443,8 @@ class Listener:
             if socket.has_ipv6:
                 self.open_ipv6(required=any(":" in target.address for target in targets))
         except OSError as error:
-            raise Fatal(EXIT_TEMPORARY, "cannot listen on UDP port %d: %s" % (port, error.strerror)) from None
+            raise Fatal(EXIT_TEMPORARY, "cannot listen on UDP port %d: %s%s"
+                        % (port, error.strerror, who_has(error, "u", port))) from None
 
     def open_ipv6(self, required):
         try:
@@ -1504,7 +1572,8 @@ class ReturnPort:
             except OSError as caught:
                 error = caught
                 self.close()
-        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)" % error.strerror)
+        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
+                    % (error.strerror, who_has(error, "tu", self.port)))
 
     def open(self, family, address):
         try:
@@ -1672,9 +1741,9 @@ class Loop:
     def own(self, sock):
         """The socket, moved out of the way of the descriptors that are carried."""
         if sock.fileno() < self.floor:
-            moved = socket.socket(sock.family, sock.type, sock.proto, fileno=lifted(sock.fileno(), self.floor))
-            moved.settimeout(sock.gettimeout())
-            sock.close()
+            with sock:
+                moved = socket.socket(sock.family, sock.type, sock.proto, fileno=lifted(sock.fileno(), self.floor))
+                moved.settimeout(sock.gettimeout())
             return moved
         return sock
 
@@ -3134,7 +3203,7 @@ class Job(Terms):
         if terminal and not joined:
             log.say("-t: no descriptor is a terminal here, and so the command has none")
         self.empty = {channel for channel in self.channels
-                      if empty == "all" or empty and self.has_number(channel, int(empty))}
+                      if empty == "all" or empty and self.has_number(channel, whole(empty))}
         if joined and joined[0].number in self.empty:
             raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
         if self.report >= 0:
@@ -3201,9 +3270,9 @@ def parse_ports(text):
     ports = []
     for item in text.split(",") if text else ["0"]:
         first, dash, last = item.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() or not dash) or int(last or first) > 65535:
+        if not first.isdecimal() or not (last.isdecimal() or not dash) or whole(last or first) > 65535:
             raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: use ports and ranges, as in 5000-5010,6000" % text)
-        ports.extend(range(int(first), int(last or first) + 1))
+        ports.extend(range(whole(first), whole(last or first) + 1))
     if not ports:
         raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: an empty range" % text)
     return ports
@@ -3524,21 +3593,28 @@ class Search:
             try:
                 sock, peer = listener.accept()
                 address = address_of(peer)
-            except OSError:
+                sock = self.loop.own(sock)
+            except OSError as error:
+                if error.errno == errno.EMFILE and self.drop_quiet(8):
+                    continue        # that is a flood, too
                 return
             self.arrived, self.blocked = True, False
             if not self.allows(address):
                 sock.close()
                 continue
             self.offers += 1
-            if len(self.candidates) >= 128:         # a flood: whoever said nothing goes first
-                quiet = [c for c in self.candidates if c.state == "CONNECTED"]
-                if not quiet:
-                    sock.close()
-                    continue
-                quiet[0].close()
-                self.candidates.remove(quiet[0])
-            self.candidates.append(Candidate(self, self.loop.own(sock), address))
+            if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
+                sock.close()
+                continue
+            self.candidates.append(Candidate(self, sock, address))
+
+    def drop_quiet(self, count):
+        """Drops the oldest connections that have said nothing; how many there were."""
+        quiet = [c for c in self.candidates if c.state == "CONNECTED"][:count]
+        for candidate in quiet:
+            candidate.close()
+            self.candidates.remove(candidate)
+        return len(quiet)
 
     def choose(self):
         """Asks the earliest offer; a later one only when that is slow to say HELLO.
@@ -4133,7 +4209,7 @@ class Survey:
                    "does the firewall there let UDP port %s in?" % ports)
 
     def sending_troubles(self):
-        names = dict(socket.if_nameindex())
+        names = interface_names()
         own = {interface.index: interface.address for interface in interfaces()}
         ways = sorted({"%s (%s)" % (names.get(index, "?"), own.get(index) or "no IPv4") if index else address
                        for index, address, _ in self.group.ways()})
@@ -4904,9 +4980,9 @@ def check_modes(options):
     if options.jobs is not None and not (options.batch or options.list):
         raise Fatal(EXIT_USAGE, "-j is for -l or -m")
     if options.batch and options.jobs is not None:
-        if not options.jobs.isdecimal() or not int(options.jobs):
+        if not options.jobs.isdecimal() or not whole(options.jobs):
             raise Fatal(EXIT_USAGE, "-j %s: not a number of files" % options.jobs)
-        options.jobs = int(options.jobs)
+        options.jobs = whole(options.jobs)
 
 
 def complete_numbers(argv):
@@ -6238,7 +6314,10 @@ def slim_down(words):
         return
     import importlib.util
     import marshal
-    fd = os.memfd_create("cexec")
+    try:
+        fd = os.memfd_create("cexec")
+    except OSError:                 # an older kernel, or a sandbox
+        return
     os.write(fd, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compiled(__file__)))
     path = "/dev/fd/%d" % fd
     if os.path.isfile(path):
@@ -7596,7 +7675,7 @@ def main_cproxy(argv):
 
 
 def own_address(text):
-    """The one IP address of this machine that a text stands for.  Raises Fatal (100)."""
+    """The one IP address of this machine that a text stands for.  Raises Fatal: 111 if it may be one later, or 100."""
     try:
         found = resolve(text.strip("[]"))
         if len(found) != 1:
@@ -7604,11 +7683,11 @@ def own_address(text):
         open_udp(family_of(found[0]), found[0]).close()
         return found[0]
     except (OSError, UnicodeError, ValueError) as error:
-        why = no_address(text, error)
+        code, why = no_address(text, error)
         if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
             own = ", ".join(interface.address for interface in interfaces() if interface.address)
-            why = "not an address of this machine (which has %s)" % (own or "none of IPv4")
-        raise Fatal(EXIT_USAGE, "SELF %s: %s" % (text, why)) from None
+            code, why = EXIT_TEMPORARY, "not an address of this machine (which has %s)" % (own or "none of IPv4")
+        raise Fatal(code, "SELF %s: %s" % (text, why)) from None
 
 
 def default_target(address):
@@ -7653,32 +7732,48 @@ def read_secret():
 
 def write_new(path, text, replace):
     """Writes a file whole or not at all, mode 0600; an old one only with replace.  Raises OSError."""
-    part = "%s.%d.part" % (path, os.getpid())
+    part = "%s.%s.part" % (path, os.urandom(4).hex())       # not our pid: one of that may be left from a crash
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(fd, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if replace:
+        if not replace:
+            claim_name(part, path)
+        if os.path.lexists(part):
             os.rename(part, path)
-        else:
-            os.link(part, path)     # fails where there is one, as rename does not
     finally:
         if os.path.lexists(part):
             os.unlink(part)
 
 
+def claim_name(part, path):
+    """Gives a file a name that no other has, as rename can't.  Raises OSError.
+
+    A file system without hard links (FAT, and some over a network) has an empty file there until the rename.
+    """
+    try:
+        os.link(part, path)
+        os.unlink(part)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def existing_key(path):
     """The master of a private key file, checked to the byte; None if there is no file.
 
-    Raises Fatal: 101 for an invalid key, 111 if it can't be read.
+    Raises Fatal: 101 for what is no valid key, 111 if it can't be read.
     """
     try:
         text = read_text(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
+        if error.errno in NO_KEY:
+            raise Fatal(EXIT_BAD_KEY, "%s: %s: not a cexec private key" % (path, error.strerror)) from None
         raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
     try:
         master = parse_key(text, path).master
@@ -8210,9 +8305,9 @@ def run_applet(argv):
     if name == "--install":
         return install(words)
     if name == "--version":
-        print("cexec " + VERSION)
+        print_out(("cexec %s\n" % VERSION).encode())
     elif name in ("-h", "--help"):
-        print(USAGE, end="")
+        print_out(USAGE.encode())
     else:
         raise Fatal(EXIT_USAGE, "%s: no such applet (try --help)" % name if name else "no applet is named (try --help)")
     return 0
@@ -8221,17 +8316,15 @@ def run_applet(argv):
 def main(argv):
     """Runs an applet and ends this process with its exit code."""
     try:
-        code = run_applet(argv)
-        if sys.stdout:
-            sys.stdout.flush()
+        try:
+            code = run_applet(argv)
+        except SystemExit as error:             # argparse, after --help and --version
+            code = error.code or 0
+        print_out()
     except Fatal as error:
         tidy_up()                   # first, or the message might go with the screen that it is on
         log.say(str(error))
         code = error.code
-    except SystemExit as error:     # argparse, after --help and --version
-        code = error.code or 0
-        if sys.stdout:
-            sys.stdout.flush()
     except KeyboardInterrupt:
         die_of(signal.SIGINT)
     except BrokenPipeError:

@@ -651,6 +651,13 @@ def test_ckeygen_100_usage(keys):
     assert sorted(os.listdir(keys.directory)) == ["app", "app.pub"]
 
 
+def refusing(code):
+    """A call that fails with that errno."""
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+    return refuse
+
+
 def small_files():
     """Before exec: no file may grow beyond 100 bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
@@ -690,8 +697,36 @@ def test_ckeygen_104_when_another_key_appears_meanwhile(tmp_path, monkeypatch):
     fatal(104, cexec.make_key, str(tmp_path / "three"), OTHER_MASTER)
 
 
-def test_ckeygen_111_the_key_cannot_be_read(keys):
-    refusal(keys.run("ckeygen", keys.directory, keys.path("x.pub")), 111, keys.directory)
+def test_ckeygen_101_what_is_there_can_be_no_key(keys):
+    refusal(keys.run("ckeygen", keys.directory, keys.path("x.pub")), 101, "Is a directory: not a cexec private key")
+    refusal(keys.run("ckeygen", PROGRAM, keys.path("x.pub")), 101, "File too large: not a cexec private key")
+
+
+def test_ckeygen_111_the_key_cannot_be_read(monkeypatch):
+    monkeypatch.setattr(cexec, "read_text", refusing(errno.EIO))
+    fatal(111, cexec.existing_key, "app")
+
+
+def test_ckeygen_needs_no_hard_links(keys):
+    """As on FAT; and what is there is not overwritten."""
+    take_away(keys, "refuse(os, 'link', lambda *names: True, errno.EPERM)")
+    keys.run("ckeygen", keys.path("new"), check=True)
+    before = read(keys.path("new"))
+    keys.run("ckeygen", keys.path("new"), keys.path("again.pub"), check=True)
+    assert cexec.existing_key(keys.path("new")) and read(keys.path("new")) == before
+    assert stat.S_IMODE(os.stat(keys.path("new")).st_mode) == 0o600
+    assert sorted(os.listdir(keys.directory)) == ["again.pub", "app", "app.pub", "new", "new.pub", "shim.py"]
+    with pytest.raises(FileExistsError):
+        os.symlink(keys.path("nowhere"), keys.path("link"))
+        cexec.write_new(keys.path("link"), "text", replace=False)
+
+
+def test_ckeygen_is_not_stopped_by_what_a_crash_has_left(tmp_path):
+    """Whose process had our number."""
+    for name in ("app", "app.pub"):
+        put(tmp_path / ("%s.%d.part" % (name, os.getpid())), "")
+    cexec.main_ckeygen([str(tmp_path / "app")])
+    assert cexec.open_pub(str(tmp_path / "app.pub")).application == cexec.open_key(str(tmp_path / "app")).application
 
 
 def test_ckeygen_never_overwrites_a_key_and_makes_the_same_pub_again(keys):
@@ -777,13 +812,15 @@ def test_the_wrong_kind_of_file_as_a_key_or_pub(keys):
     refusal(keys.run("cservice", keys.pub, "true"), 100, "a public key where the private key is needed")
     refusal(keys.run("cservice", other, "true"), 100, "not a cexec private key")
     refusal(keys.run("cservice", mixed, "true"), 100, "invalid private key")
-    refusal(keys.run("cservice", keys.path("none"), "true"), 111, "No such file")
+    refusal(keys.run("cservice", keys.path("none"), "true"), 100, "No such file")
     refusal(keys.run("cexec", lonely), 100, "a private key where the public key is needed")
     refusal(keys.run("cexec", other), 100, "not a cexec public key")
-    refusal(keys.run("cexec", keys.directory), 111, "Is a directory")
-    refusal(keys.run("cexec", keys.path("none")), 111, "no such public key")
+    refusal(keys.run("cexec", keys.directory), 100, "Is a directory")
+    refusal(keys.run("cexec", keys.path("none")), 100, "no such public key")
+    refusal(keys.run("cexec", PROGRAM), 100, "cexec.py: File too large: not a cexec public key")
     refusal(keys.run("crat", other), 100, "not a cexec public key")
-    refusal(keys.run("crat", keys.path("none")), 111, "no such public key")
+    refusal(keys.run("crat", keys.path("none")), 100, "no such public key")
+    refusal(keys.run("crat", keys.path("app/none")), 100, "Not a directory: is the name right?")
 
 
 # ---------------------------------------------------------------------------
@@ -2675,6 +2712,25 @@ def searching_client(cluster, port, *words, **env):
                                stderr=file, env=dict(env, GROUP="127.255.255.255:%d" % port))
     client.log = log
     return client
+
+
+def test_silent_connections_take_no_descriptor_that_is_needed(cluster):
+    """As many as the client may have, and more; a worker is found all the same."""
+    port = group_port(cluster)
+    cluster.launch = ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh"] + cluster.launch
+    with contextlib.ExitStack() as stack:
+        with Ear(port) as ear:
+            client = searching_client(cluster, port, "CMD=echo done")
+            announced, _ = ear.wait_for(cexec.ANNOUNCE)
+            for _ in range(150):
+                sock = stack.enter_context(socket.socket())
+                sock.connect(("127.0.0.1", announced.port))
+            ear.heard.clear()
+            ear.wait_for(cexec.ANNOUNCE)            # it goes on
+        cluster.launch = cluster.launch[4:]
+        cluster.shell_worker()
+        assert client.stdout.read() == b"done\n" and client.wait(PATIENCE) == 0
+        no_defect(read(client.log))
 
 
 def test_holder_of_a_pub_cannot_play_the_worker(cluster):
@@ -4973,6 +5029,22 @@ def test_standard_input_that_is_a_directory_is_said(cluster):
     os.close(fd)
 
 
+@pytest.mark.parametrize("words", [["-h"], ["--version"], ["cexec", "-h"], ["cexec", "--version"], ["cexec", "-l", "PUB"],
+                                   ["crat"]], ids=" ".join)
+def test_standard_output_that_cannot_be_written_is_said(one, words):
+    """On a full disk."""
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([*one.launch, *(one.pub if word == "PUB" else word for word in words)], stdout=full,
+                                   stderr=subprocess.PIPE, env=one.environment(), cwd=one.directory)
+    one.started.append(process)
+    if words == ["crat"]:
+        until(lambda: listening(process.pid), "a logger's start")
+        assert one.client("CMD=true").returncode == 0
+    applet = words[0] if words[0][0] != "-" else "cexec"
+    assert process.stderr.read().decode() == applet + ": standard output: No space left on device\n"
+    assert process.wait(PATIENCE) == 111
+
+
 def test_status_line_is_not_carried(one):
     """The command does not see the descriptor, and what it writes there is its own."""
     with job(one, python(NUMBERS), outputs=(1, 40), env={"CEXEC_FD_FOR_ERRORS": "40"}) as process:
@@ -5018,18 +5090,18 @@ WRONG = [
     wrong("cexec", 100, "-Z", "-Z", "app.pub"),
     wrong("cexec", 100, "-n 5x: not a descriptor's number", "-n5x", "app.pub"),
     wrong("cexec", 100, "-n ²: not a descriptor's number", "-n²", "app.pub"),
-    wrong("cexec", 111, "missing.pub: no such public key, and no missing.pub.pub: is the name right?", "missing.pub"),
-    wrong("cexec", 111, "directory: Is a directory: name the public key in it", "directory"),
+    wrong("cexec", 100, "missing.pub: no such public key: is the name right?", "missing.pub"),
+    wrong("cexec", 100, "directory: Is a directory: name the public key in it", "directory"),
     wrong("cexec", 100, "-n x: not a descriptor's number", "-n", "x", "app.pub"),
     *(wrong("cexec", 100, "-l, -m and the options of a single job (-n -p -r -t) do not go together", words, "app.pub")
       for words in ("-lm", "-lr", "-mt", "-mp", "-nl")),
     wrong("cexec", 100, "-l has nothing but a public key: A=b is one too many", "-l", "app.pub", "A=b"),
     wrong("cexec", 100, "-j has a number with -m, and none with -l", "-l", "-j", "5", "app.pub"),
     wrong("cexec", 100, "-j has a number with -m, and none with -l", "-m", "-j", "app.pub", "--", "x"),
-    wrong("cexec", 111, "large: File too large", "large"),
-    wrong("cservice", 111, "large: File too large", "large", "true"),
-    wrong("cexec", 111, "missing: no such public key", "-n", "missing"),
-    wrong("cexec", 111, "missing: no such public key", "-n", "missing", "A=b"),
+    wrong("cexec", 100, "large: File too large: not a cexec public key", "large"),
+    wrong("cservice", 100, "large: File too large: not a cexec private key", "large", "true"),
+    wrong("cexec", 100, "missing: no such public key, and no missing.pub: is the name right?", "-n", "missing"),
+    wrong("cexec", 100, "missing: no such public key", "-n", "missing", "A=b"),
     wrong("cexec", 100, "junk: not a cexec public key", "junk"),
     wrong("cexec", 100, "empty: not a cexec public key", "empty"),
     wrong("cexec", 100, "lonely: a private key where the public key is needed (ckeygen lonely writes it)", "lonely"),
@@ -5051,32 +5123,38 @@ WRONG = [
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=²: use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="²"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=70000: use ports", "app.pub", CEXEC_LISTEN_PORTS="70000"),
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=20-10: an empty range", "app.pub", CEXEC_LISTEN_PORTS="20-10"),
-    wrong("cexec", 111, "no free port to listen on: Address already in use", "app.pub", CEXEC_LISTEN_PORTS="TAKEN"),
+    wrong("cexec", 111, "no free port to listen on: Address already in use (see CEXEC_LISTEN_PORTS) "
+          "(as root, ss -tuanp sport = :TAKEN shows by whom)", "app.pub", CEXEC_LISTEN_PORTS="TAKEN"),
+    wrong("cexec", 100, "-j %s: not a number of files" % ("0" * 5000), "-m", "-j", "0" * 5000, "app.pub", "--", "x"),
+    wrong("cexec", 100, ": use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="9" * 5000),
+    wrong("cexec", 100, ": not [DEVICE:]ADDRESS[:PORT]", "app.pub", CEXEC_GROUP="127.0.0.1:" + "9" * 5000),
+    wrong("cexec", 100, ": not a whole number from", "app.pub", CEXEC_MAXFD="9" * 5000),
     wrong("cexec", 100, "CEXEC_ACCEPT_SERVER: ", "app.pub", CEXEC_ACCEPT_SERVER="10.0.0.0/99"),
     wrong("cexec", 100, "CEXEC_REJECT_SERVERS: ", "app.pub", CEXEC_REJECT_SERVERS="somebody"),
     *(wrong(applet, 100, "group %s: %s" % (value, message), *words, CEXEC_GROUP=value)
       for applet, words in (("cexec", ["app.pub"]), ("cservice", ["app", "true"]))
       for value, message in (("127.0.0.1.2", "not an address"), ("127.0.0.1:0", "not [DEVICE:]ADDRESS[:PORT]"),
                              ("127.0.0.1:99999", "not [DEVICE:]ADDRESS[:PORT]"), (":", "not [DEVICE:]ADDRESS[:PORT]"),
-                             ("127.0.0.1,", "not [DEVICE:]ADDRESS[:PORT]"),
-                             ("nodevice:127.255.255.255", "no such device: nodevice"))),
-    wrong("cexec", 100, "group nosuch.invalid: not an address, and the name nosuch.invalid has none: ", "app.pub",
-          GROUP="nosuch.invalid"),
+                             ("127.0.0.1,", "not [DEVICE:]ADDRESS[:PORT]"))),
+    *(wrong(applet, 111, "group %s: no such device: nodevice" % value, *words, CEXEC_GROUP=value)
+      for applet, words in (("cexec", ["app.pub"]), ("cservice", ["app", "true"]), ("crat", []),
+                            ("cproxy", ["127.0.0.1"]))
+      for value in ("nodevice:127.255.255.255", "[fe80::1%nodevice]")),
     wrong("cexec", 100, "(from GROUP: set CEXEC_GROUP)", "app.pub", GROUP="staff:"),
     wrong("cexec", 100, "(from CEXEC_GROUP)", "app.pub", CEXEC_GROUP="127.0.0"),
     wrong("cexec", 100, "group 10.0.0.0/8: 10.0.0.0/8 has more than 1024 addresses (from", "app.pub",
           CEXEC_GROUP="10.0.0.0/8"),
     wrong("cproxy", 100, "group a:b:c: not [DEVICE:]ADDRESS[:PORT] (TARGET)", "127.0.0.1", "a:b:c"),
-    wrong("cproxy", 100, "SELF 192.0.2.99: not an address of this machine (which has 127.0.0.1", "192.0.2.99"),
-    wrong("cproxy", 100, "SELF nosuch.invalid: not an address, and the name nosuch.invalid has none", "nosuch.invalid"),
+    wrong("cproxy", 111, "SELF 192.0.2.99: not an address of this machine (which has 127.0.0.1", "192.0.2.99"),
+    wrong("cproxy", 111, "SELF [fe80::1%nodevice]: no such device: nodevice", "[fe80::1%nodevice]"),
     wrong("cproxy", 100, "SELF 127.0.0.300: not an address: 127.0.0.300", "127.0.0.300"),
     wrong("cproxy", 100, "SELF 127.0.0.0/30: one address is needed, and these are 2", "127.0.0.0/30"),
     wrong("cservice", 100, "required"),
     wrong("cservice", 100, "no command is named", "app"),
     wrong("cservice", 100, "-Z", "-Z", "app", "true"),
     wrong("cservice", 100, "-u", "-u"),
-    wrong("cservice", 111, "missing: No such file or directory: is the name right? (ckeygen", "missing", "true"),
-    wrong("cservice", 111, "directory: Is a directory: name the private key in it", "directory", "true"),
+    wrong("cservice", 100, "missing: No such file or directory: is the name right? (ckeygen", "missing", "true"),
+    wrong("cservice", 100, "directory: Is a directory: name the private key in it", "directory", "true"),
     wrong("cservice", 100, "app.pub: a public key where the private key is needed", "app.pub", "true"),
     wrong("cservice", 100, "junk: not a cexec private key", "junk", "true"),
     wrong("cservice", 100, "empty: not a cexec private key", "empty", "true"),
@@ -5086,8 +5164,8 @@ WRONG = [
     *(wrong("cservice", 100, "%s=%s: not a whole number" % (name, value), "app", "true", **{name: value})
       for name in ("CONCURRENCY", "BOOST") for value in ("x", "-2", "1.5", "99999999999")),
     wrong("cservice", 100, "CONCURRENCY=0: not a whole number from 1", "app", "true", CONCURRENCY="0"),
-    wrong("cservice", 111, "cannot listen on UDP port TAKEN: Address already in use", "app", "true",
-          GROUP="127.255.255.255:TAKEN"),
+    wrong("cservice", 111, "cannot listen on UDP port TAKEN: Address already in use "
+          "(as root, ss -uanp sport = :TAKEN shows by whom)", "app", "true", GROUP="127.255.255.255:TAKEN"),
 ]
 
 
@@ -8623,6 +8701,7 @@ TAKEN_AWAY = {
     "IP_PKTINFO": """
         refuse(socket.socket, 'setsockopt', lambda self, *rest: rest[:2] == (0, 8), errno.ENOPROTOOPT)
         refuse(socket.socket, 'sendmsg', lambda self, data, ancillary=(), *rest: ancillary, errno.EINVAL)""",
+    "AF_NETLINK": "refuse(socket, 'if_nameindex', lambda: True, errno.EPERM)",
     "interface ioctls": """
         refuse(fcntl, 'ioctl', lambda fd, request, *rest: request >> 8 == 0x89, errno.ENOTTY)""",
     "TCP_KEEPIDLE": "del socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT",
@@ -8703,6 +8782,30 @@ def test_a_linux_without(cluster, what):
         cluster.launch = WITHOUT_PROC + cluster.launch
     cluster.shell_worker()
     same_as_here(cluster)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_a_refused_memfd(cluster, code):
+    """cservice is as it was started, then."""
+    take_away(cluster, "os.memfd_create = lambda *_: None\nrefuse(os, 'memfd_create', lambda *_: True, %d)" % code)
+    cluster.shell_worker()
+    there_and_back(cluster)
+
+
+def test_what_there_is_without_netlink(hosts):
+    """A proxy and the list of workers, where no interface is told."""
+    space = hosts.space("one")
+    take_away(hosts, TAKEN_AWAY["AF_NETLINK"])
+    hosts.shell_worker(space=space)
+    done = hosts.run("cexec", "-l", hosts.pub, space=space)
+    assert done.returncode == 0 and done.stdout
+    hosts.start("cproxy", "-v", "127.0.0.2", "127.255.255.255:4000", space=space, stderr=subprocess.PIPE)
+    assert b"cproxy: from " in hosts.started[-1].stderr.readline()
+    hosts.started[0].terminate()
+    assert hosts.started[0].wait(PATIENCE) == 0
+    done = hosts.run("cexec", "-l", hosts.pub, space=space)
+    assert done.returncode == 111 and b"no worker answered on 255.255.255.255" in done.stderr
+    assert b"internal error" not in done.stderr
 
 
 def test_a_kernel_without_ipv6(cluster):
@@ -8786,6 +8889,21 @@ def test_a_terminal_is_opened_again_by_its_name(monkeypatch):
     finally:
         for fd in (master, terminal, reader, writer):
             os.close(fd)
+
+
+@pytest.mark.parametrize("code, status, said", [
+    (socket.EAI_AGAIN, 111, "the name box has no address now: why"),
+    (socket.EAI_NONAME, 100, "not an address, and the name box has none: why")])
+def test_a_name_without_an_answer_now_may_have_one_later(monkeypatch, code, status, said):
+    def getaddrinfo(*_):
+        raise socket.gaierror(code, "why")
+    monkeypatch.setattr(cexec.socket, "getaddrinfo", getaddrinfo)
+    assert fatal(status, cexec.parse_group, "box", 1) == "group box: " + said
+    assert fatal(status, cexec.own_address, "box") == "SELF box: " + said
+
+
+def test_a_device_with_a_nul_in_a_file_of_addresses(tmp_path):
+    fatal(111, cexec.parse_group, "@" + put(tmp_path / "group", "a\0b:127.0.0.1"), 1)
 
 
 def test_variables_are_bytes_in_any_locale(monkeypatch):
@@ -12264,15 +12382,14 @@ def test_a_command_that_is_not_there_yet(cluster):
     assert read(fourth.log) == b""
 
 
-@pytest.mark.parametrize("code, said", [
-    (errno.EACCES, "Permission denied: let the user with the id %d read it" % os.geteuid()), (errno.EIO, ""),
-    (errno.EISDIR, ": name the %s key in it")])
-def test_a_key_that_cannot_be_read(monkeypatch, code, said):
-    def refuse(path):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr(cexec, "read_text", refuse)
+@pytest.mark.parametrize("code, status, said", [
+    (errno.EACCES, 111, "Permission denied: let the user with the id %d read it" % os.geteuid()), (errno.EIO, 111, ""),
+    (errno.EISDIR, 100, ": name the %s key in it"), (errno.EFBIG, 100, ": not a cexec %s key"),
+    (errno.ELOOP, 100, "")])
+def test_a_key_that_cannot_be_read(monkeypatch, code, status, said):
+    monkeypatch.setattr(cexec, "read_text", refusing(code))
     for name, opening in (("public", cexec.open_pub), ("private", cexec.open_key)):
-        message = fatal(111, opening, "app")
+        message = fatal(status, opening, "app")
         assert message.startswith("app: " + os.strerror(code)) and (said % name if "%" in said else said) in message
 
 
