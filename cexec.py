@@ -3138,6 +3138,28 @@ def end_sessions(loop, sessions, group, over):
     look()
 
 
+# keyctl(2) by machine and the size of a pointer, for which Python has no name
+KEYCTL = {("x86_64", 8): 250, ("x86_64", 4): 288, ("i686", 4): 288, ("aarch64", 8): 219, ("aarch64", 4): 311,
+          ("armv7l", 4): 311, ("riscv64", 8): 219, ("ppc64le", 8): 271, ("s390x", 8): 280}
+KEYCTL_JOIN_SESSION_KEYRING = 1
+
+
+def keyring_joiner():
+    """A function that gives this process a new session keyring (keyrings(7)) where it may have one, or else nothing.
+
+    It is made ready before the fork after which it is called: ctypes takes long to import.
+    """
+    number = KEYCTL.get((os.uname().machine, struct.calcsize("P"))) if LINUX else None
+    if number is None:
+        return lambda: None
+    try:
+        import ctypes
+        syscall = ctypes.CDLL(None).syscall
+    except (ImportError, OSError, AttributeError):      # a Python without ctypes, a C library without syscall(2)
+        return lambda: None
+    return lambda: syscall(ctypes.c_long(number), ctypes.c_long(KEYCTL_JOIN_SESSION_KEYRING), None)
+
+
 def processors():
     """The number of CPUs that this process may use."""
     try:
@@ -5909,9 +5931,11 @@ class Supervisor(Carrier):
             fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
         user = self.settings.user
         if user:
+            self.settings.join_keyring()        # or the user would have what is in root's
             os.initgroups(user.pw_name, user.pw_gid)
             os.setgid(user.pw_gid)
             os.setuid(user.pw_uid)
+            self.settings.join_keyring()        # the user's own, unless too many have been made
 
     def environment(self):
         """cservice's own, what the client gave as PEER_*, and the two ends' addresses."""
@@ -6169,7 +6193,7 @@ def close_all_but(kept):
     fill_standard()
 
 
-Settings = collections.namedtuple("Settings", "command slots boost refused user repeatable")
+Settings = collections.namedtuple("Settings", "command slots boost refused user repeatable join_keyring")
 
 # What cservice -s and the workers that it starts say to each other.
 OVER_SSH = "-"                      # as the first -s: this is such a worker
@@ -6209,8 +6233,9 @@ def main_cservice(argv):
     fill_standard()
     slim_down(argv)
     make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
+    user = find_user(options.user) if options.user else None
     settings = Settings(options.command, slots, None if boost < 0 else boost / 1e6, refused,
-                        find_user(options.user) if options.user else None, options.repeatable)
+                        user, options.repeatable, keyring_joiner() if user else None)
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, options.key) if text else open_key(options.key), Group()
     warn_of_command(options.command[0])

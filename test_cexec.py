@@ -6369,6 +6369,20 @@ def test_u_without_the_power_to_become_anybody(cluster):
     no_defect(read(worker.log))
 
 
+def test_u_has_a_session_keyring_of_its_own(cluster):
+    """Or root's keys would be the user's as well."""
+    need_root()
+    child = os.fork()
+    if child == 0:
+        os._exit((cexec.keyring_joiner()() or -1) < 0)
+    if os.waitpid(child, 0)[1]:
+        skip("no keyrings here (keyctl)")
+    cluster.worker("grep", " _ses:", "/proc/keys", options=("-u", "nobody"))
+    first, second = (cluster.client().stdout.decode().splitlines() for _ in range(2))
+    assert {line.split()[0] for line in second} - {line.split()[0] for line in first}       # the first may be there yet
+    assert {int(line.split()[5]) for line in first + second} == {pwd.getpwnam("nobody").pw_uid}
+
+
 # Hosts that vanish, and workers that are told to end
 
 def test_a_worker_cut_off_in_mid_job(hosts):
