@@ -4767,8 +4767,8 @@ def the_line(fd):
     return b"".join(iter(lambda: os.read(fd, 1), b"\n"))
 
 
-ENDS_BEFORE_ITS_CHILD = ("echo $$; (trap 'echo caught; exit' TERM; echo ready; while [ ! -e %s ]; do sleep 0.02; done) & "
-                         "exit 3")
+ENDS_BEFORE_ITS_CHILD = ("echo $$; (trap 'echo caught; exit' TERM; echo ready; "
+                         "while [ ! -e %s ]; do sleep 0.02; done) & exit 3")
 
 
 def test_a_command_that_has_ended_keeps_its_number(one):
@@ -5029,8 +5029,8 @@ def test_standard_input_that_is_a_directory_is_said(cluster):
     os.close(fd)
 
 
-@pytest.mark.parametrize("words", [["-h"], ["--version"], ["cexec", "-h"], ["cexec", "--version"], ["cexec", "-l", "PUB"],
-                                   ["crat"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["-h"], ["--version"], ["cexec", "-h"], ["cexec", "--version"],
+                                   ["cexec", "-l", "PUB"], ["crat"]], ids=" ".join)
 def test_standard_output_that_cannot_be_written_is_said(one, words):
     """On a full disk."""
     with open("/dev/full", "w") as full:
