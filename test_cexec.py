@@ -9056,7 +9056,7 @@ def test_no_environment_and_any_bytes(cluster, age, locale):
     until(logger.lines, "crat's line")
     assert " for k" in logger.lines()[0] and "y.pub exit code 5" in logger.lines()[0]
     no_defect(done.stderr)
-    refusal(cluster.run("cexec", directory + b"/none"), 111, "no such public key")
+    refusal(cluster.run("cexec", directory + b"/none"), 100, "no such public key")
 
 
 CLOSED_AT_START = [numbers for count in (1, 2, 3) for numbers in itertools.combinations(range(3), count)]
