@@ -4726,7 +4726,7 @@ STUBBORN = {
     "ignores_HUP_and_TERM": "trap '' HUP TERM; echo ready; sleep 1000; sleep 1001",
     "a_group_of_its_own": python("import os, time\nif os.fork() == 0:\n    os.setpgid(0, 0)\n"
                                  "    print('ready', flush=True)\ntime.sleep(1000)"),
-    "holds_its_output": "trap '' HUP TERM; echo ready; (trap '' PIPE; while :; do echo y; sleep 0.1; done) & exit 0",
+    "holds_its_output": "trap '' HUP TERM; (trap '' PIPE; echo ready; while :; do echo y; sleep 0.1; done) & exit 0",
     "is_stopped": "echo ready; kill -STOP $$; sleep 1000",
 }
 
