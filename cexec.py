@@ -1,8 +1,7 @@
 #!/bin/sh
 """:"; [ -d /dev/stdin ] && { echo "${0##*/}: standard input is a directory" >&2; exit 100; }
-exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().split("# START\n")[1])' "$0" "$@"
-# That is for sh: Python, which can't start where standard input is a directory, begins with the
-# START below, without its site packages, which we don't use.
+exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().rpartition("# START")[2])' "$0" "$@"
+# That is for sh: the last section of this file, The door, explains it.
 
 cexec: run a command on the least loaded machine of the network.
 
@@ -42,69 +41,35 @@ a job: without it, and without every byte that it counts, no job is a success.
 Not promised: that a worker with load to spare is found where no datagram reaches it;
 secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
 
-The file goes from the leaves up: a section calls only those above it, but for
-main_cservice, whose -s comes after ckeygen.  Keys and messages are a matter of bytes; of
-the channel section, Link alone has a socket.
+The sections, from the leaves up; a section calls only those above it, but for
+main_cservice, whose -s comes after ckeygen:
+
+    Limits      limits, exit codes, errors, the log                            Log, Fatal, ProtocolError
+    Options     an applet's table of options: read, and told by -h             Option, Syntax
+    Keys        the private key, what a pub holds, certificates                Key, Pub
+    Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
+    Groups      where announcements go, how they are heard, answers come back  Group, Listener, ReturnPort
+    Event loop  descriptors, timers, signals and children                      Loop
+    Channel     TLS, frames over it, the streams of descriptors over these     Link, Source, Sink, Carrier
+    Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
+    cexec       the client: a search, then the job                             Job, Search, Run, Client
+    cexec -l    who is there                                                   Survey
+    cexec -m    a batch of files, a job each                                   Task, FileRun, Batch
+    cexec       the applet: its options and modes
+    cservice    the worker, and the process that has a client's jobs           Worker, Offer, Supervisor
+    crat        the logger, as lines or on the whole screen                    Logger, Screen
+    crat --svg  a log as a picture                                             Axis, Band, Bar
+    cproxy      joins networks                                                 Relay, Join, Proxy
+    ckeygen     makes keys
+    cservice -s workers on other hosts, over ssh                               Starter, Host
+    Applets     the program's name or first word, and its exit code
+    The door    how this file is started, and where its compiled code is kept
 """
-# START
 import gc
 import sys
 
-
-def compiled(path):
-    """This file's code: from ~/.cache/cexec, or compiled and left there for the next time.
-
-    To compile it takes longer than a short job.  What is there counts if this user wrote
-    it, for this Python, of the file at path just as it is now.
-    """
-    import hashlib
-    import marshal
-    import os
-    import stat
-    path, file = os.path.realpath(path), os.stat(path)
-    stamp = repr((path, sys.version, file.st_ino, file.st_size, file.st_mtime, file.st_ctime)).encode() + b"\n"
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative one is none
-    cache = os.path.join(home, "" if home is xdg else ".cache", "cexec")
-    kept = os.path.join(cache, sys.implementation.cache_tag + path.replace("/", "%"))
-    part = "%s.%d.part" % (kept, os.getpid())
-    try:
-        with open(os.open(kept, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as code:    # it may be a FIFO
-            status = os.fstat(code.fileno())
-            if (status.st_uid == os.geteuid() and not status.st_mode & 0o022 and stat.S_ISREG(status.st_mode)
-                    and code.readline() == stamp):
-                digest, body = code.read(32), code.read()
-                if hashlib.sha256(body).digest() == digest:     # or the interpreter may crash
-                    return marshal.loads(body)
-    except (OSError, EOFError, ValueError, TypeError):
-        pass
-    with open(path, "rb") as source:
-        fresh = compile(source.read(), path, "exec")
-    try:
-        if os.stat(home).st_uid == os.geteuid():
-            os.makedirs(cache, 0o700, exist_ok=True)
-            fd, body = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), marshal.dumps(fresh)
-            try:
-                with open(fd, "wb") as code:
-                    code.write(stamp + hashlib.sha256(body).digest() + body)
-                os.rename(part, kept)
-            except OSError:
-                os.unlink(part)
-    except OSError:
-        pass                        # a disk that is full or read-only: the next time it is compiled again
-    return fresh
-
-
-if __name__ == "__main__":
-    gc.disable()                    # until started_up(): there is nothing to collect, and it costs 10 ms
-    beside = sys.path[:not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))]
-    del sys.path[:len(beside)]      # a socket.py lying beside this file is not imported
-    if sys.argv[0] == "-c":         # started by sh, as above: now the whole file, as if Python had been given it
-        del sys.argv[0]
-        __file__, code = sys.argv[0], compiled(sys.argv[0])
-        sys.path[:0] = beside
-        exec(code)
-# START
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]                 # a socket.py lying beside this file is not imported
 
 try:
     import collections
@@ -302,7 +267,7 @@ def die_of(number):
 
 def encoded(text):
     """The bytes of a text on standard output, whatever its encoding."""
-    return text.encode(sys.stdout.encoding or "ascii", "backslashreplace")
+    return text.encode(sys.stdout and sys.stdout.encoding or "ascii", "backslashreplace")
 
 
 def show(line):
@@ -367,30 +332,6 @@ def duration(seconds):
     return "%dh%02dm" % (hours, minutes % 60) if not days else "%dd%02dh" % (days, hours % 24)
 
 
-def argument_parser(usage, text, line=None):
-    """An ArgumentParser with the options of every applet; its errors are Fatal (100), with a line of the usage."""
-    import argparse
-    import io
-    if sys.stderr is None:          # Python 3.6's argparse prints there if standard output is closed too
-        sys.stderr = io.StringIO()
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, line or usage.partition("\n")[0]))
-
-        def _print_message(self, message, file=None):       # some versions of Python hide what goes wrong
-            if sys.stdout:
-                print_out(encoded(message))
-            else:
-                super()._print_message(message, file)
-
-    parser = Parser(usage=usage, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog="environment variables, examples and the rest: %s(1)" % log.applet)
-    parser.add_argument("-v", dest="verbose", action="store_true", help="say on standard error what happens")
-    parser.add_argument("--version", action="version", version="cexec " + VERSION)
-    return parser
-
-
 def setting(name, default, low, high, hint=""):
     """The number in the environment variable NAME, or the default.
 
@@ -433,6 +374,168 @@ def u32(number):
 def random_fraction():
     """A random number, at least 0 and less than 1 (`random` costs 3 ms to import)."""
     return int.from_bytes(os.urandom(6), "big") / 2 ** 48
+
+
+# ---------------------------------------------------------------------------
+# Options: an applet's table, from which they are read and -h is made
+# ---------------------------------------------------------------------------
+
+class Option:
+    """A row of an applet's table.
+
+    flags: its spellings, "-j --json".  argument: "" for none, "N" for a number from 1, "[N]" for
+    a number or nothing (the value is then "all"), "NAME+" if it may be repeated (a list), else
+    any text.  name: where the value is found.  modes: those it belongs to, "- -m"; all if empty.
+    Rows of different modes may share a flag: one has a number, for example, and the other nothing.
+    """
+
+    def __init__(self, flags, argument, name, help, modes=""):
+        self.flags, self.argument, self.name, self.help, self.modes = flags.split(), argument, name, help, modes.split()
+        self.spelled = (self.flags[0] + " " + argument.rstrip("+")).rstrip()
+
+    def lines(self):
+        """What -h says of it."""
+        import textwrap
+        heads = "  %-14s  " % (", ".join(self.flags) + self.spelled[len(self.flags[0]):])
+        return textwrap.wrap(self.help, 79, initial_indent=heads, subsequent_indent=" " * 18)
+
+
+class Syntax:
+    """An applet's command line.
+
+    operands: {mode: the words after the options}.  A mode is "-", or the flag that chooses it.
+    Options end at the first other word, or at --; with anywhere=True they end at -- alone.
+    """
+
+    def __init__(self, applet, operands, text, *rows, anywhere=False):
+        self.applet, self.operands, self.text, self.anywhere = applet, operands, text, anywhere
+        self.rows = [Option("-h --help", "", "help", "print this and exit", "-"), *rows,
+                     Option("-v", "", "verbose", "say on standard error what happens"),
+                     Option("--version", "", "version", "print the version and exit", "-")]
+        self.arguments = {}             # flag: what it has as argument, in all its rows
+        for row in self.rows:
+            for flag in row.flags:
+                self.arguments.setdefault(flag, set()).add(row.argument)
+
+    def read(self, argv):
+        """The words, the mode, and a value for each name in the table; -v is obeyed at once.  Raises Fatal (100)."""
+        given, words, rest = [], [], list(argv)         # given: (flag, value), as they come
+        while rest and rest[0] != "--" and (self.anywhere or not words):
+            word = rest.pop(0)
+            flag = word.partition("=")[0]
+            if word == "-" or not word.startswith("-"):
+                words.append(word)
+            elif len(flag) > 2 and flag in self.arguments:
+                self._read_long(word, rest, given)
+            else:
+                self._read_letters(word, rest, given)
+        if rest and (self.anywhere or not words):
+            rest.pop(0)                                 # the --
+        values = self._values(given, words + rest)
+        log.verbose = values.verbose
+        return values
+
+    def _read_long(self, word, rest, given):
+        """--log FILE is --log=FILE."""
+        flag, equals, value = word.partition("=")
+        if self.arguments[flag] != {""}:
+            value = value if equals else self._next(flag, rest, given)
+        elif equals:
+            raise self.error("%s takes no value" % flag, self._mode(given))
+        self._give(flag, value or True, given)
+
+    def _read_letters(self, word, rest, given):
+        """-nr is -n -r, -oFILE is -o FILE; a number goes to the option before it, if that may have one."""
+        letters = word[1:]
+        while letters:
+            flag, letters, value = "-" + letters[0], letters[1:], True
+            arguments = self.arguments.get(flag)
+            if not arguments:
+                raise self.error("no such option: %s" % (word if word[1] == "-" else flag), self._mode(given))
+            if not arguments & {"", "[N]"}:
+                value, letters = letters or self._next(flag, rest, given), ""
+            elif arguments != {""} and letters[:1].isdecimal():
+                value, letters = letters, ""
+            elif arguments != {""} and not letters and rest and rest[0].isdecimal():
+                value = rest.pop(0)
+            self._give(flag, value, given)
+
+    def _next(self, flag, rest, given):
+        if not rest:
+            raise self.error("%s needs %s" % (flag, max(self.arguments[flag]).rstrip("+")), self._mode(given))
+        return rest.pop(0)
+
+    def _give(self, flag, value, given):
+        if flag in ("-h", "--help", "--version"):
+            print_out(encoded(("cexec " + VERSION if flag == "--version" else self.help()) + "\n"))
+            raise SystemExit(0)
+        given.append((flag, value))
+
+    def _mode(self, given):
+        return next((flag for flag, _ in given if flag in self.operands), "-")
+
+    def _rows(self, mode):
+        return [row for row in self.rows if not row.modes or mode in row.modes]
+
+    def _values(self, given, words):
+        mode = self._mode(given)
+        values = SimpleNamespace(mode=mode, words=words)
+        for row in self.rows:
+            setattr(values, row.name, [] if row.argument.endswith("+") else None if row.argument else False)
+        for flag, value in given:
+            row = next((row for row in self._rows(mode) if flag in row.flags), None)
+            if not row or flag in self.operands and flag != mode:
+                raise self.error(self._misplaced(flag, mode), mode)
+            if row.argument.endswith("+"):
+                getattr(values, row.name).append(value)
+            else:
+                setattr(values, row.name, self._value(flag, row.argument, value, mode))
+        return values
+
+    def _misplaced(self, flag, mode):
+        """What is to be said of an option of other modes."""
+        if mode != "-":
+            return "%s does not go with %s" % (flag, mode)
+        modes = [mode for row in self.rows if flag in row.flags for mode in row.modes]
+        return "%s is for %s" % (flag, " and ".join(modes))
+
+    def _value(self, flag, argument, value, mode):
+        """The value of an option, as its row has it."""
+        if value is True:
+            if argument in ("", "[N]"):
+                return "all" if argument else True
+            raise self.error("%s needs %s" % (flag, argument), mode)
+        if not argument:
+            raise self.error("%s takes no number%s" % (flag, "" if mode == "-" else " with " + mode), mode)
+        lowest = {"N": 1, "[N]": 0}.get(argument)
+        if lowest is not None and not (value.isdecimal() and len(value) < 10 and int(value) >= lowest):
+            raise self.error("%s needs a number from %d, and not %s" % (flag, lowest, cut(value, 20)), mode)
+        return int(value) if argument == "N" else value
+
+    def error(self, message, mode="-"):
+        """A Fatal (100) that has the usage of a mode."""
+        return Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, self.synopsis(mode)))
+
+    def synopsis(self, mode):
+        """The line of usage of a mode: flags, options with arguments, long flags, operands."""
+        shown = [row for row in self._rows(mode) if row.flags[0] not in self.operands]
+        plain = [row.flags[0] for row in shown if not row.argument]
+        words = [self.applet] + [row.spelled for row in self.rows if row.flags[0] == mode]
+        words.append("[-%s]" % "".join(sorted(flag[1] for flag in plain if len(flag) == 2)))
+        words += ["[%s]" % row.spelled for row in shown if row.argument]
+        words += ["[%s]" % flag for flag in plain if len(flag) > 2]
+        return " ".join(words + [self.operands[mode]])
+
+    def help(self):
+        """What -h prints: the options of one mode alone come after the others."""
+        groups = {"options": []}
+        for row in self.rows:
+            heading = "with " + " or ".join(row.modes) if row.modes and "-" not in row.modes else "options"
+            groups.setdefault(heading, []).append(row)
+        lines = ["usage: " + "\n       ".join(map(self.synopsis, self.operands)), "", self.text.rstrip()]
+        for heading, rows in groups.items():
+            lines += ["", heading + ":"] + [line for row in rows for line in row.lines()]
+        return "\n".join(lines + ["", "environment variables, examples and the rest: %s(1)" % self.applet])
 
 
 # ---------------------------------------------------------------------------
@@ -3994,6 +4097,8 @@ def variable_rule(word, equals):
     """What is to be said of a word that is no variable."""
     if equals:
         return "a KEY has letters, digits and _, and no digit first"
+    if word == "--":
+        return "files come with -m (cexec -m APP.pub -- FILE ...); the command is the worker's, see cservice(1)"
     if word.startswith("-"):
         return "options come before the public key"
     return "the command and its arguments are the worker's, see cservice(1)"
@@ -4920,8 +5025,9 @@ def main_batch(pub, group, words, options):
     """Does a batch; its exit code."""
     place = words.index("--") if "--" in words else len(words)
     words, files = words[:place], words[place + 1:]
-    tasks = batch_tasks(batch_names(files, options.zero), options.output)
-    check_directories(options.output, tasks)
+    pattern = options.output or "{}.out"
+    tasks = batch_tasks(batch_names(files, options.zero), pattern)
+    check_directories(pattern, tasks)
     terms = Terms(parse_environment(words))
     joblog = open_joblog(options.joblog) if options.joblog else None
     todo = [task for task in tasks if options.force or not task.is_done()]
@@ -4936,112 +5042,57 @@ def main_batch(pub, group, words, options):
 # cexec, the applet
 # ---------------------------------------------------------------------------
 
-CEXEC_USAGE = """cexec [-hprtv] [-n [N]] [--version] APP.pub [KEY=VALUE ...]
-       cexec -l [-jv] APP.pub
-       cexec -m [-0fv] [-j N] [-o PATTERN] [--log FILE] APP.pub [KEY=VALUE ...] -- FILE ..."""
-CEXEC_HELP = """Run an application's command on the least loaded worker, with the descriptors of
+CEXEC = Syntax(
+    "cexec", {"-": "APP.pub [KEY=VALUE ...]", "-l": "APP.pub", "-m": "APP.pub [KEY=VALUE ...] -- FILE ..."},
+    """Run an application's command on the least loaded worker, with the descriptors of
 this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
 
 exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could not
 be run; 111 if cexec failed (try again); 100 for a usage error
-"""
-
-
-def synopsis(argv):
-    """The usage's line for a single job, or for -l or -m, if one of these is among the options."""
-    lines = [line.strip() for line in CEXEC_USAGE.split("\n")]
-    options = "".join(word for word in argv if word[:1] == "-" != word[1:2])
-    return next((line for line in lines[1:] if line[len("cexec -")] in options), lines[0])
-
-
-def parse_cexec(argv):
-    """(words, options); their n is None, "all", or the descriptor at which nothing is read."""
-    if argv and not argv[0].startswith("-"):    # argparse takes 8 ms to import
-        return argv, SimpleNamespace(n=None, repeat=False, terminal=False, progress=False, list=False, batch=False)
-    parser = argument_parser(CEXEC_USAGE, CEXEC_HELP, synopsis(argv))
-    parser.add_argument("-0", dest="zero", action="store_true", help="with -m: names from stdin, ended by NULs")
-    parser.add_argument("-f", dest="force", action="store_true", help="with -m: do what is done already as well")
-    parser.add_argument("-j", dest="jobs", metavar="N", default=None,
-                        help="with -m: files at a time; with -l: print JSON")
-    parser.add_argument("-l", dest="list", action="store_true", help="list the workers, and why there are none")
-    parser.add_argument("--log", dest="joblog", metavar="FILE", help="with -m: append a line a file, as parallel does")
-    parser.add_argument("-m", dest="batch", action="store_true", help="one job for each FILE, on its standard input")
-    parser.add_argument("-n", metavar="N", default=None, help="give the command nothing to read, or nothing at N")
-    parser.add_argument("-o", dest="output", metavar="PATTERN", default="{}.out",
-                        help="with -m: where outputs go, with {} {.} {/} {//} {/.}; - is standard output, in order")
-    parser.add_argument("-p", dest="progress", action="store_true", help="show how far the job is")
-    parser.add_argument("-r", dest="repeat", action="store_true", help="run the job again if its worker is lost")
-    parser.add_argument("-t", dest="terminal", action="store_true", help="give the command a terminal, as ssh -t does")
-    parser.add_argument("words", nargs="...", metavar="APP.pub [KEY=VALUE ...]")
-    options = parser.parse_args(complete_numbers(argv))
-    if options.n not in (None, "all") and not options.n.isdecimal():
-        raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % options.n)
-    check_modes(options)
-    log.verbose = options.verbose
-    words = options.words[1:] if options.words[:1] == ["--"] else options.words
-    if options.n == "all" and len(words) > 1 and "=" not in words[1] and not os.path.exists(words[0]):
-        raise Fatal(EXIT_USAGE, "-n %s: not a descriptor's number" % words[0])
-    return words, options
-
-
-BATCH_OPTIONS = {"zero": False, "force": False, "joblog": None, "output": "{}.out"}
-
-
-def check_modes(options):
-    """Raises Fatal (100) for options that do not go together; turns -j's number into one."""
-    single = options.n is not None or options.repeat or options.terminal or options.progress
-    if options.batch + options.list + single > 1:
-        raise Fatal(EXIT_USAGE, "-l, -m and the options of a single job (-n -p -r -t) do not go together")
-    if options.terminal and options.progress:
-        raise Fatal(EXIT_USAGE, "-p and -t: the terminal is the command's")
-    if options.list and options.jobs not in (None, "all") or options.batch and options.jobs == "all":
-        raise Fatal(EXIT_USAGE, "-j has a number with -m, and none with -l")
-    for name, default in BATCH_OPTIONS.items():
-        if not options.batch and getattr(options, name) != default:
-            raise Fatal(EXIT_USAGE, "-0, -f, -o and --log are for -m")
-    if options.jobs is not None and not (options.batch or options.list):
-        raise Fatal(EXIT_USAGE, "-j is for -l or -m")
-    if options.batch and options.jobs is not None:
-        if not options.jobs.isdecimal() or not whole(options.jobs):
-            raise Fatal(EXIT_USAGE, "-j %s: not a number of files" % options.jobs)
-        options.jobs = whole(options.jobs)
-
-
-def complete_numbers(argv):
-    """Gives an -n or -j that no number follows the word "all", so that it takes no other argument."""
-    done, rest = [], list(argv)
-    while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
-        word = rest.pop(0)
-        letter = next((letter for letter in word if letter in "njo"), "") if word[1:2] != "-" else ""
-        after = word.partition(letter)[2] if letter else ""
-        if letter in ("n", "j") and after.isalpha():        # -nr is -n -r
-            word, after, rest = word[:-len(after)], "", ["-" + after] + rest
-        takes = word == "--log" or letter == "o" or letter and rest and rest[0].isdecimal()
-        done.append(word + "all" if letter and not after and not takes else word)
-        if takes and not after and rest:
-            done.append(rest.pop(0))
-    return done + rest
+""",
+    Option("-l", "", "list", "list the workers, and why there are none"),
+    Option("-m", "", "batch", "one job for each FILE, on its standard input"),
+    Option("-n", "[N]", "empty", "give the command nothing to read, or nothing at N", "-"),
+    Option("-p", "", "progress", "show how far the job is", "-"),
+    Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
+    Option("-t", "", "terminal", "give the command a terminal, as ssh -t does", "-"),
+    Option("-j --json", "", "json", "print JSON", "-l"),
+    Option("-0", "", "zero", "the files' names come from standard input, ended by NULs", "-m"),
+    Option("-f", "", "force", "do what is done already as well", "-m"),
+    Option("-j", "N", "jobs", "files at a time", "-m"),
+    Option("-o", "PATTERN", "output",
+           "where outputs go, with {} {.} {/} {//} {/.}; - is standard output, in order", "-m"),
+    Option("--log", "FILE", "joblog", "append a line a file, as parallel does", "-m"))
 
 
 def main_cexec(argv):
-    """Runs one job; its exit code."""
-    words, options = parse_cexec(argv)
-    if not words:
-        raise Fatal(EXIT_USAGE, "no public key is named (usage: %s)" % synopsis(argv))
+    """Does what one of the three modes says; its exit code."""
+    options = CEXEC.read(argv)
+    if not options.words:
+        raise CEXEC.error("no public key is named", options.mode)
+    path, words = options.words[0], options.words[1:]
     if options.list:
-        if len(words) > 1:
-            raise Fatal(EXIT_USAGE, "-l has nothing but a public key: %s is one too many" % words[1])
+        if words:
+            raise CEXEC.error("%s is one word too many" % words[0], options.mode)
         fill_standard()
-        return list_workers(Group(), open_pub(words[0]), listen_ports(), options.jobs is not None)
+        return list_workers(Group(), open_pub(path), listen_ports(), options.json)
     if options.batch:
         if "--" not in words and not options.zero:
-            raise Fatal(EXIT_USAGE, "no files are named (usage: %s; -- - reads a list from standard input)"
-                        % synopsis(argv))
+            raise CEXEC.error("no files are named (-- FILE ..., or -- - for a list on standard input)", options.mode)
         fill_standard()
-        return main_batch(open_pub(words[0]), Group(), words[1:], options)
-    job = Job(parse_environment(words[1:]), options.n, options.repeat, options.terminal)
+        return main_batch(open_pub(path), Group(), words, options)
+    return main_single(path, words, options)
+
+
+def main_single(path, words, options):
+    """Runs one job; its exit code."""
+    if options.terminal and options.progress:
+        raise CEXEC.error("-p and -t: the terminal is the command's")
+    if options.empty == "all" and words and "=" not in words[0] and not os.path.exists(path):
+        raise CEXEC.error("-n %s: not a descriptor's number" % path)
+    job = Job(parse_environment(words), options.empty, options.repeat, options.terminal)
     job.progress = options.progress
-    pub, group = open_pub(words[0]), Group()
+    pub, group = open_pub(path), Group()
     fill_standard()
     return Client(pub, group, job).status()
 
@@ -6202,43 +6253,39 @@ ALIVE, DRAIN, END = b".", b"D", b"E"
 ALIVE_SECONDS = 10.0                # how often the starter says ALIVE
 SILENCE_SECONDS = 60.0              # and after how long without a word a worker drains
 
-CSERVICE_USAGE = "cservice [-hiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP COMMAND [ARGUMENT ...]"
-CSERVICE_HELP = """Run COMMAND for whoever holds a public key of the application.
+CSERVICE = Syntax(
+    "cservice", {"-": "APP COMMAND [ARGUMENT ...]"},
+    """Run COMMAND for whoever holds a public key of the application.
 
 Whoever can make COMMAND run code of theirs has what this user has, the private key
 included: -u runs it as another user.
-"""
+""",
+    Option("-i", "", "repeatable", "the command may be run again: jobs whose worker is lost are"),
+    Option("-s", "HOST,...+", "hosts",
+           "serve on these hosts, over ssh, until this process ends; @FILE has a host a line"),
+    Option("-u", "USER", "user", "run the command as USER (needs root)"),
+    Option("-x", "NAME+", "refused", "refuse the client NAME (may be repeated)"))
 
 
 def main_cservice(argv):
     """Serves until it is told to end; 0."""
-    parser = argument_parser(CSERVICE_USAGE, CSERVICE_HELP)
-    parser.add_argument("-i", dest="repeatable", action="store_true",
-                        help="the command may be run again: jobs whose worker is lost are")
-    parser.add_argument("-s", dest="hosts", metavar="HOST,...", action="append", default=[],
-                        help="serve on these hosts, over ssh, until this process ends; @FILE has a host a line")
-    parser.add_argument("-u", dest="user", metavar="USER", help="run the command as USER (needs root)")
-    parser.add_argument("-x", dest="refused", metavar="NAME", action="append", default=[],
-                        help="refuse the client NAME (may be repeated)")
-    parser.add_argument("key", metavar="APP")
-    parser.add_argument("command", nargs="...", metavar="COMMAND [ARGUMENT ...]")
-    options = parser.parse_args(argv)
-    log.verbose = options.verbose
-    if not options.command:
-        parser.error("no command is named")
+    options = CSERVICE.read(argv)
+    if len(options.words) < 2:
+        raise CSERVICE.error("no command is named" if options.words else "no private key is named")
+    path, command = options.words[0], options.words[1:]
     slots = setting("CONCURRENCY", processors(), 1, 10000)
     boost, refused = setting("BOOST", -1, 0, 10 ** 9), frozenset(map(check_name, options.refused))
     if options.hosts and options.hosts[0] != OVER_SSH:
-        return serve_on_hosts(options.hosts, options.key, argv)
+        return serve_on_hosts(options.hosts, path, argv)
     fill_standard()
     slim_down(argv)
     make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
     user = find_user(options.user) if options.user else None
-    settings = Settings(options.command, slots, None if boost < 0 else boost / 1e6, refused,
+    settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused,
                         user, options.repeatable, keyring_joiner() if user else None)
     text = handed_key() if options.hosts else None
-    key, group = parse_key(text, options.key) if text else open_key(options.key), Group()
-    warn_of_command(options.command[0])
+    key, group = parse_key(text, path) if text else open_key(path), Group()
+    warn_of_command(command[0])
     context, listeners = tls_context(key, text), open_listeners(group)
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
@@ -6325,31 +6372,18 @@ def warn_of_command(name):
 
 
 def slim_down(words):
-    """Starts this applet again from compiled code, in the same process.
+    """Starts this applet again through the door, in the same process, if Python was given the file itself.
 
-    A script's syntax tree stays in memory for as long as the script runs: 10 MB that a
-    service can do without.  Returns where that is not possible (no memfd before Linux
-    3.17 and Python 3.8, a script from standard input, an interpreter of unknown path).
+    The syntax tree of a script stays in memory for as long as that runs: 10 MB that a service
+    can do without.  Returns if there is no file (python3 -), or the door is not known (python3 -OO).
     """
     import subprocess
-    if __file__.startswith("/dev/fd/") and os.path.isfile(__file__):
-        os.close(int(__file__[8:]))             # this is the second start
-        return
-    if not hasattr(os, "memfd_create") or not sys.executable or not os.path.isfile(__file__):
-        return
-    import importlib.util
-    import marshal
-    try:
-        fd = os.memfd_create("cexec")
-    except OSError:                 # an older kernel, or a sandbox
-        return
-    os.write(fd, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compiled(__file__)))
-    path = "/dev/fd/%d" % fd
-    if os.path.isfile(path):
-        os.set_inheritable(fd, True)
+    if __file__.startswith("/dev/fd/"):                         # cservice -s has started it so
+        os.close(int(__file__[8:]))
+    elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
         options = subprocess._args_from_interpreter_flags()     # as multiprocessing has them
-        os.execv(sys.executable, [sys.executable] + options + [path, log.applet] + words)
-    os.close(fd)
+        options += ["-S", "-c", __doc__.split("'")[1]]          # as sh does it, see the line at the top
+        os.execv(sys.executable, [sys.executable, *options, __file__, log.applet, *words])
 
 
 def find_user(name):
@@ -7254,37 +7288,32 @@ def draw_logs(paths):
 # crat, the applet
 # ---------------------------------------------------------------------------
 
-CRAT_USAGE = """crat [-hjtv] [--version] [APP.pub | APP ...]
-       crat --svg [FILE ...]"""
-CRAT_HELP = """Print a line for every job that was completed, and for every complaint.
+CRAT = Syntax(
+    "crat", {"-": "[APP.pub | APP ...]", "--svg": "[FILE ...]"},
+    """Print a line for every job that was completed, and for every complaint.
 
 A public key proves the alerts of its own client, a private key everybody's; the
 others, and without any key all, are printed as unverified.
 
 --svg makes a picture of what cexec -m --log, parallel --joblog or crat -j wrote.
-"""
+""",
+    Option("-j --json", "", "json", "print one JSON object a line", "-"),
+    Option("-t", "", "screen", "show the workers and the last lines on the whole terminal; q ends it", "-"),
+    Option("--svg", "", "svg", "draw the logs FILE ..., or standard input, as an SVG"),
+    anywhere=True)
 
 
 def main_crat(argv):
     """Logs until it is ended."""
-    parser = argument_parser(CRAT_USAGE, CRAT_HELP)
-    parser.add_argument("-j", dest="json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("-t", dest="screen", action="store_true",
-                        help="show the workers and the last lines on the whole terminal; q ends it")
-    parser.add_argument("--svg", action="store_true", help="draw the logs FILE ..., or standard input, as an SVG")
-    parser.add_argument("keys", nargs="*", metavar="APP.pub")
-    options = parser.parse_args(argv)
-    log.verbose = options.verbose
+    options = CRAT.read(argv)
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
     if options.svg:
-        if options.json or options.screen:
-            raise Fatal(EXIT_USAGE, "--svg draws what was logged: -j and -t are for what is heard")
-        return draw_logs(options.keys)
+        return draw_logs(options.words)
     if options.screen:
         check_screen(options)
     pubs, keys = [], []
-    for path in options.keys:
+    for path in options.words:
         if is_private_key(path):
             keys.append(open_key(path))
         else:
@@ -7672,23 +7701,22 @@ def room_to_splice(numbers):
     return False
 
 
-CPROXY_USAGE = "cproxy [-hv] [--version] SELF [TARGET]"
-CPROXY_HELP = """Carry announcements that are heard here to the group TARGET, with this machine's address
+CPROXY = Syntax(
+    "cproxy", {"-": "SELF [TARGET]"},
+    """Carry announcements that are heard here to the group TARGET, with this machine's address
 SELF (as TARGET's network knows it) as the return address, and join the workers' offers to
 the clients.  TARGET is by default the broadcast of SELF's network.  No key is needed.
-"""
+""", anywhere=True)
 
 
 def main_cproxy(argv):
     """Joins two networks until it is ended."""
-    parser = argument_parser(CPROXY_USAGE, CPROXY_HELP)
-    parser.add_argument("self", metavar="SELF")
-    parser.add_argument("target", metavar="TARGET", nargs="?")
-    options = parser.parse_args(argv)
-    log.verbose = options.verbose
+    words = CPROXY.read(argv).words
+    if not 1 <= len(words) <= 2:
+        raise CPROXY.error("%s is one word too many" % words[2] if words else "no address SELF is named")
     loop, group = Loop(), Group()
-    address = own_address(options.self)
-    target = options.target or default_target(address)
+    address = own_address(words[0])
+    target = words[1] if len(words) > 1 and words[1] else default_target(address)
     numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
     make_room(numbers)
     proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port), room_to_splice(numbers))
@@ -7740,10 +7768,12 @@ def fold(wide):
     return (int.from_bytes(wide, "big") % (P256_N - 1) + 1).to_bytes(32, "big")
 
 
-def read_secret():
+def read_secret(path):
     """Standard input for stretch().  HMAC hashes a key of more than 64 bytes first: so do we."""
     if sys.stdin is None:
         raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
+    if sys.stdin.isatty():
+        return ask_secret(new=not os.path.lexists(path))
     data, digest = sys.stdin.buffer.read(65), hashlib.sha256()
     if not data:
         raise Fatal(EXIT_USAGE, "-stdin: nothing to read on standard input")
@@ -7753,6 +7783,22 @@ def read_secret():
         digest.update(data)
         data = sys.stdin.buffer.read(FRAME_MAX)
     return digest.digest()
+
+
+def ask_secret(new):
+    """The bytes of a passphrase typed without echo, with the newline that echo(1) would give too; twice if new."""
+    import getpass
+    try:
+        secret = getpass.getpass("passphrase: ")
+        if not secret:
+            raise EOFError
+        if new and getpass.getpass("again: ") != secret:
+            raise Fatal(EXIT_USAGE, "-stdin: these were two passphrases")
+        return os.fsencode(secret) + b"\n"
+    except EOFError:
+        raise Fatal(EXIT_USAGE, "-stdin: no passphrase was given") from None
+    except UnicodeError:
+        raise Fatal(EXIT_USAGE, "-stdin: the passphrase is no text in this locale") from None
 
 
 def write_new(path, text, replace):
@@ -7809,34 +7855,37 @@ def existing_key(path):
     return master
 
 
-CKEYGEN_USAGE = "ckeygen [-hv] [-n NAME] [-stdin] [--version] APP [APP.pub]"
-CKEYGEN_HELP = """Make the private key APP, unless there is one, and write a public key for it.
+CKEYGEN = Syntax(
+    "ckeygen", {"-": "APP [APP.pub]"},
+    """Make the private key APP, unless there is one, and write a public key for it.
 
 Both are secrets: who has APP can answer jobs, who has APP.pub can submit them.
 
 exit status: 0; 101 APP is there and invalid; 102 APP.pub cannot be written; 103 APP
 cannot be written; 104 -stdin does not match APP; 100 usage; 111 temporary
-"""
+""",
+    Option("-n", "NAME", "name", "make a public key for the client NAME"),
+    Option("-stdin --stdin", "", "stdin",
+           "derive the private key from standard input; a terminal is asked for a passphrase"),
+    anywhere=True)
 
 
 def main_ckeygen(argv):
     """Makes a keypair, or one more public key; 0."""
-    parser = argument_parser(CKEYGEN_USAGE, CKEYGEN_HELP)
-    parser.add_argument("-n", dest="name", metavar="NAME", help="make a public key for the client NAME")
-    parser.add_argument("-stdin", action="store_true", help="derive the private key from standard input")
-    parser.add_argument("key", metavar="APP")
-    parser.add_argument("pub", metavar="APP.pub", nargs="?")
-    options = parser.parse_args(argv)
-    log.verbose = options.verbose
+    options = CKEYGEN.read(argv)
+    words = options.words
+    if not 1 <= len(words) <= 2:
+        raise CKEYGEN.error("%s is one word too many" % words[2] if words else "no private key is named")
+    path = words[0]
     name = check_name(options.name) if options.name is not None else DEFAULT_NAME
-    pub = options.pub or options.key + ("-" + name if options.name else "") + ".pub"
+    pub = "".join(words[1:]) or path + ("-" + name if options.name else "") + ".pub"
     try:
-        same = os.path.abspath(pub) == os.path.abspath(options.key)
+        same = os.path.abspath(pub) == os.path.abspath(path)
     except OSError as error:        # it has been removed
         raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
     if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
-    make_pub(pub, make_key(options.key, stretch(read_secret()) if options.stdin else None), name)
+    make_pub(pub, make_key(path, stretch(read_secret(path)) if options.stdin else None), name)
     return 0
 
 
@@ -8343,7 +8392,7 @@ def main(argv):
     try:
         try:
             code = run_applet(argv)
-        except SystemExit as error:             # argparse, after --help and --version
+        except SystemExit as error:             # after -h and --version
             code = error.code or 0
         print_out()
     except Fatal as error:
@@ -8368,5 +8417,158 @@ def main(argv):
     os._exit(code)                  # at once: there is nothing left to be done
 
 
+# ---------------------------------------------------------------------------
+# The door: how this file is started
+# ---------------------------------------------------------------------------
+#
+# Python compiles a file that it is given anew each time, and for this one that takes longer
+# than a short job.  So the line at the top has sh give Python only what stands below START;
+# enter() there takes the whole file as a module, from its compiled code in ~/.cache/cexec.
+# That is made, if need be, by the loader that Python has for all modules.
+#
+#     ./cexec.py cexec ..., a link        sh, enter(), main() in the module
+#     python3 cexec.py cexec ...          main() in the file
+#     python3 cexec.py cservice ...       the same, then slim_down(), enter(), main() in the module
+#     python3 - cservice ... < cexec.py   main() in the file: there is none to start again
+#     import cexec                        nothing is started
+#
+# sh gives -S, for we use no site packages.  It looks at standard input first, because Python
+# does not start with a directory there.  What is below START is compiled at each start, and
+# short for that reason.
+
+KEPT_MAX = 8                        # files in the cache: one for each path of this file and version of Python
+
+
+def write_kept(path, data):
+    """Writes a file of the cache whole or not at all, and removes the oldest if there are too many."""
+    cache, part = os.path.dirname(path), "%s.%d.part" % (path, os.getpid())
+    try:
+        os.makedirs(cache, 0o700, exist_ok=True)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+            os.rename(part, path)
+        except OSError:
+            os.unlink(part)
+            raise
+        paths = [os.path.join(cache, name) for name in os.listdir(cache)]
+        for oldest in sorted(paths, key=os.path.getmtime)[:-KEPT_MAX]:
+            os.unlink(oldest)
+    except OSError:
+        pass                        # a disk that is full or read-only: the next time it is compiled again
+
+
+def show_in_ps():
+    """Has ps show our name and arguments, and not the text of the line at the top (Linux; see proc(5))."""
+    try:
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(os.path.basename(sys.argv[0]))
+        with open("/proc/self/stat", "rb") as file:
+            begin, end = map(int, file.read().rpartition(b")")[2].split()[45:47])       # arg_start, arg_end
+        with open("/proc/self/mem", "r+b", 0) as memory:
+            memory.seek(begin)
+            words = memory.read(end - begin).split(b"\0")
+            place = words.index(b"-c")
+            memory.seek(begin)
+            memory.write(b"\0".join(words[:place] + words[place + 2:]).ljust(end - begin, b"\0"))
+    except (OSError, ValueError):
+        pass
+
+
+# START
+def kept_path(pyc):
+    """Where we keep what Python would keep at a path.  Raises OSError in another user's home, as sudo may leave it."""
+    import os
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative one is none
+    if os.stat(home).st_uid != os.geteuid():
+        raise OSError("another user's home")
+    return os.path.join(home, "cexec" if home is xdg else ".cache/cexec", pyc.replace("/", "%"))
+
+
+def read_kept(path):
+    """What write_kept() wrote: a digest and data.  Raises OSError if another user may have written it."""
+    import os
+    import stat
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", 0) as file:     # it may be a FIFO
+        about = os.fstat(file.fileno())
+        if about.st_uid != os.geteuid() or about.st_mode & 0o022 or not stat.S_ISREG(about.st_mode):
+            raise OSError("not ours alone")
+        return file.read(32), file.read()
+
+
+def kept_loader(path):
+    """Python's loader for the file at path, with our cache.
+
+    Kept are a SHA-256 and a .pyc, which any build of the same version of Python can run.  The
+    hash takes in which file that was made of; and a damaged .pyc may crash the interpreter.
+    """
+    import hashlib
+    import marshal
+    import os
+    from _frozen_importlib_external import SourceFileLoader     # as importlib.machinery has it, 0.5 ms sooner
+    about = os.stat(path)
+    source = repr((path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
+
+    def digest_of(data):
+        made = hashlib.sha256(source)
+        made.update(data)
+        return made.digest()
+
+    class KeptLoader(SourceFileLoader):
+        fresh = None                # the path and the data to be kept
+
+        def get_data(self, wanted):
+            if wanted == path:
+                return super().get_data(path)
+            digest, data = read_kept(kept_path(wanted))
+            if digest_of(data) != digest:
+                raise OSError("damaged, or made of another file")
+            return data
+
+        def source_to_code(self, data, path, **_):
+            """By a child, if that can be: the 15 MB that it takes to compile are not given back by a process."""
+            reader, writer = os.pipe()
+            child = os.fork()
+            if not child:
+                try:
+                    with open(writer, "wb") as file:
+                        file.write(marshal.dumps(super().source_to_code(data, path)))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            os.close(writer)
+            with open(reader, "rb") as file:
+                code = file.read()
+            return super().source_to_code(data, path) if os.waitpid(child, 0)[1] else marshal.loads(code)
+
+        def set_data(self, pyc, data, **_):
+            try:
+                self.fresh = kept_path(pyc), digest_of(data) + data
+            except OSError:
+                pass
+
+    return KeptLoader("cexec", path)
+
+
+def enter():
+    """Runs the whole file as the module cexec: argv is -c, the file's path, and its arguments."""
+    import gc
+    gc.disable()                    # until started_up(): there is nothing to collect, and it costs 10 ms
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        del sys.path[0]             # modules that lie in the current directory are not imported
+    import os
+    del sys.argv[0]
+    module = sys.modules["cexec"] = type(sys)("cexec")
+    module.__file__ = sys.argv[0]
+    loader = kept_loader(os.path.realpath(sys.argv[0]))
+    loader.exec_module(module)
+    if loader.fresh:
+        module.write_kept(*loader.fresh)
+    module.show_in_ps()
+    module.main(sys.argv)
+
+
 if __name__ == "__main__":
-    main(sys.argv)
+    enter() if sys.argv[0] == "-c" else main(sys.argv)

@@ -149,8 +149,8 @@ class Cluster:
         ours = ("GROUP", "MAXFD", "BOOST", "CONCURRENCY")
         self.env = {key: value for key, value in os.environ.items()
                     if not key.startswith(("CEXEC_", "PEER_")) and key not in ours}
-        self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "PYTHONDONTWRITEBYTECODE": "1",
-                         "XDG_CACHE_HOME": cache()})
+        self.env.update({name: value, "GROUP": "127.255.255.255:%d" % free_port(), "XDG_CACHE_HOME": cache()})
+        self.env.pop("PYTHONDONTWRITEBYTECODE", None)
         self.started, self.spaces = [], []
         self.launch = [PYTHON, *BOOT, PROGRAM]         # what the applets are run with
         self.key, self.pub = self.path("app"), self.path("app.pub")
@@ -336,7 +336,9 @@ def test_links_are_started_by_their_first_line(cluster):
                               stderr=subprocess.PIPE, executable=cluster.path("bin/cservice"))
     cluster.started.append(worker)
     assert b"serves" in worker.stderr.readline()
-    assert b"\0-S\0" in read("/proc/%d/cmdline" % worker.pid)
+    words = read("/proc/%d/cmdline" % worker.pid).rstrip(b"\0").split(b"\0")
+    assert words[1:] == [b"-S", *map(os.fsencode, (cluster.path("bin/cservice"), "-v", cluster.key, "cat"))]
+    assert read("/proc/%d/comm" % worker.pid) == b"cservice\n"
     done = subprocess.run([cluster.path("bin/cexec"), cluster.pub], input=b"hello", stdout=subprocess.PIPE, env=env,
                           timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, b"hello")
@@ -368,13 +370,15 @@ def only_file(directory):
     return os.path.join(directory, name)
 
 
-def make_another(kept):
+def make_another(kept, source):
     """Has the kept code be version 2.0, as if it had been compiled so."""
-    of, _, rest = read(kept).partition(b"\n")
-    code = rest[32:].replace(b"\x031.0", b"\x032.0")
-    assert code != rest[32:]
+    about = os.stat(source)
+    of = repr((source, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
+    code = read(kept)[32:]
+    assert hashlib.sha256(of + code).digest() == read(kept)[:32]
+    code = code.replace(b"\x031.0", b"\x032.0")
     with open(kept, "r+b") as file:
-        file.write(of + b"\n" + hashlib.sha256(code).digest() + code)
+        file.write(hashlib.sha256(of + code).digest() + code)
 
 
 def replace_by_fifo(path):
@@ -395,7 +399,7 @@ def test_compiled_code_is_kept_and_taken_again(linked):
     assert linked.version() == "cexec 1.0"
     kept = only_file(linked.cache)
     assert stat.S_IMODE(os.stat(kept).st_mode) == 0o600
-    make_another(kept)
+    make_another(kept, linked.copy)
     assert linked.version() == "cexec 2.0"
 
 
@@ -413,7 +417,7 @@ def test_kept_code_that_may_be_another_is_not_run(linked, spoil):
     need_root()
     shutil.copy2(linked.copy, linked.copy + ".new")
     linked.version()
-    make_another(only_file(linked.cache))
+    make_another(only_file(linked.cache), linked.copy)
     assert linked.version() == "cexec 2.0"
     spoil(linked)
     assert linked.version() == "cexec 1.0"
@@ -438,6 +442,57 @@ def test_where_there_is_no_room_for_code_no_half_of_it_is_left(linked):
     assert os.listdir(linked.cache) == []
 
 
+def test_code_is_not_kept_if_python_is_told_to_write_none(linked):
+    assert linked.version(PYTHONDONTWRITEBYTECODE="1") == "cexec 1.0"
+    assert not os.path.exists(linked.cache)
+    linked.version()
+    assert only_file(linked.cache)
+
+
+def test_builds_of_one_version_share_the_kept_code(linked):
+    """As Debian's Python and one's own may be: neither compiles again what the other has kept."""
+    linked.version()
+    kept = only_file(linked.cache)
+    make_another(kept, linked.copy)
+    before = os.stat(kept)
+    os.unlink(linked.path("bin/python3"))
+    another = put(linked.path("bin/python3"), textwrap.dedent("""\
+        #!/bin/sh
+        shift 2; text=$1; shift
+        exec "%s" -S -c "import sys; sys.version = 'another build'; $text" "$@"
+        """) % PYTHON)
+    os.chmod(another, 0o755)
+    assert linked.version() == "cexec 2.0"
+    assert only_file(linked.cache) == kept and os.stat(kept) == before
+
+
+def test_no_more_than_some_copies_keep_code(linked):
+    """The oldest are removed; a copy that is used again is compiled again."""
+    names = []
+    for number in range(cexec.KEPT_MAX + 2):
+        linked.version()
+        names += set(os.listdir(linked.cache)) - set(names)
+        for name in os.listdir(linked.cache):
+            path = os.path.join(linked.cache, name)
+            os.utime(path, ns=(0, os.stat(path).st_mtime_ns - 10 ** 9))
+        os.rename(linked.copy, linked.path("copied%d.py" % number))
+        shutil.copy(PROGRAM, linked.path("copied%d.py" % (number + 1)))
+        linked.copy = linked.path("copied%d.py" % (number + 1))
+        os.unlink(linked.path("bin/cexec"))
+        os.symlink(linked.copy, linked.path("bin/cexec"))
+    assert sorted(os.listdir(linked.cache)) == sorted(names[-cexec.KEPT_MAX:])
+
+
+def test_a_service_that_python_was_given_as_a_file_starts_again_by_the_door(cluster):
+    """So that it does not keep the file's syntax tree, with Python's own options; and ps shows what it is."""
+    cluster.launch = [PYTHON, "-B", PROGRAM]
+    worker = cluster.worker("cat")
+    words = read("/proc/%d/cmdline" % worker.pid).rstrip(b"\0").split(b"\0")
+    assert words[1:5] == [b"-B", b"-S", os.fsencode(PROGRAM), b"cservice"] and b"cat" == words[-1]
+    assert read("/proc/%d/comm" % worker.pid) == b"cexec.py\n"
+    assert cluster.client(input=b"hello").stdout == b"hello"
+
+
 @pytest.mark.parametrize("env", [{}, {"PYTHONSAFEPATH": "1"}])
 def test_modules_that_lie_about_are_not_imported(linked, env):
     """Neither beside the file nor where it is run, before and after the code is kept."""
@@ -448,6 +503,8 @@ def test_modules_that_lie_about_are_not_imported(linked, env):
     os.chdir(linked.path(""))
     try:
         assert [linked.version(**env) for _ in range(2)] == ["cexec 1.0"] * 2
+        done = subprocess.run([PYTHON, linked.copy, "--version"], env={**os.environ, **env}, stdout=subprocess.PIPE)
+        assert done.stdout == b"cexec 1.0\n"
     finally:
         os.chdir(before)
 
@@ -656,6 +713,40 @@ def refusing(code):
     def refuse(*_, **__):
         raise OSError(code, os.strerror(code))
     return refuse
+
+
+def typed(keys, *answers):
+    """Runs ckeygen --stdin on a terminal that answers its questions: (exit status, what the terminal showed)."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(keys.argv("ckeygen", "--stdin", "typed"), cwd=keys.directory, env=keys.environment(),
+                               stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    shown = b""
+    with open(master, "r+b", 0) as terminal:
+        with contextlib.suppress(OSError):          # the last one has closed the terminal
+            for answer in answers:
+                while not shown.endswith(b": "):
+                    shown += terminal.read(1)
+                terminal.write(answer)
+                shown += terminal.read(1)
+            while True:
+                shown += terminal.read(1)
+        return process.wait(PATIENCE), shown.decode()
+
+
+def test_ckeygen_asks_a_terminal_for_a_passphrase(keys):
+    """Without echo; twice for a new key.  The same line in a pipe names the same key."""
+    assert typed(keys, b"my word\n", b"my wort\n") == (
+        100, "passphrase: \r\nagain: \r\nckeygen: -stdin: these were two passphrases\r\n")
+    assert typed(keys, b"\n") == (100, "passphrase: \r\nckeygen: -stdin: no passphrase was given\r\n")
+    assert typed(keys, b"\4") == (100, "passphrase: ckeygen: -stdin: no passphrase was given\r\n")
+    assert sorted(os.listdir(keys.directory)) == ["app", "app.pub"]
+    assert typed(keys, b"my word\n", b"my word\n") == (0, "passphrase: \r\nagain: \r\n")
+    assert typed(keys, b"my word\n") == (0, "passphrase: \r\n")
+    assert typed(keys, b"my wort\n")[0] == 104
+    keys.run("ckeygen", "-stdin", "piped", input=b"my word\n", check=True)
+    assert read(keys.path("typed")) == read(keys.path("piped"))
 
 
 def small_files():
@@ -1705,34 +1796,89 @@ def test_lists_of_addresses_that_are_none(text, monkeypatch):
     assert "CEXEC_REJECT_SERVERS" in message
 
 
-@pytest.mark.parametrize("words, words_for_argparse", [
-    ("app", "app"), ("-n app", "-nall app"), ("-n 3 app", "-n 3 app"), ("-n3 app", "-n3 app"), ("-n", "-nall"),
-    ("-vn app A=1", "-vnall app A=1"), ("-vn 0 app", "-vn 0 app"), ("-n -v app", "-nall -v app"),
-    ("-v -- -n", "-v -- -n"), ("-v app -n", "-v app -n"), ("--version", "--version"), ("-n 3 4", "-n 3 4"),
-    ("- -n", "- -n"), ("", ""), ("-nr app", "-nall -r app"), ("-nx7 app", "-nx7 app"),
-    ("-lj app", "-ljall app"), ("-m -j 4 -o n app", "-m -j 4 -o n app"), ("-mj4 app", "-mj4 app"),
-    ("-mon.out app", "-mon.out app"), ("--log -n app", "--log -n app"), ("-jl app", "-jall -l app")])
-def test_n_takes_a_number_or_nothing(words, words_for_argparse):
-    assert cexec.complete_numbers(words.split()) == words_for_argparse.split()
-
-
-@pytest.mark.parametrize("words, rest, empty", [
-    ("app", ["app"], None), ("-n app", ["app"], "all"), ("-n 7 app X=1", ["app", "X=1"], "7"),
-    ("-n7 app", ["app"], "7"), ("-v -n app", ["app"], "all"), ("app -n", ["app", "-n"], None)])
-def test_options_of_cexec(words, rest, empty, monkeypatch):
+@pytest.mark.parametrize("line, mode, words, values", [
+    ("app", "-", "app", {}),
+    ("", "-", "", {}),
+    ("- -n", "-", "- -n", {}),
+    ("-n app", "-", "app", {"empty": "all"}),
+    ("-n", "-", "", {"empty": "all"}),
+    ("-n 3 app X=1", "-", "app X=1", {"empty": "3"}),
+    ("-n3 app", "-", "app", {"empty": "3"}),
+    ("-n 3 4", "-", "4", {"empty": "3"}),
+    ("-vn app A=1", "-", "app A=1", {"empty": "all", "verbose": True}),
+    ("-vn 0 app", "-", "app", {"empty": "0", "verbose": True}),
+    ("-n -v app", "-", "app", {"empty": "all", "verbose": True}),
+    ("-nr app", "-", "app", {"empty": "all", "repeat": True}),
+    ("-pt -n -- -r", "-", "-r", {"empty": "all", "progress": True, "terminal": True}),
+    ("-v app -n -- -r", "-", "app -n -- -r", {"verbose": True}),
+    ("-lj app", "-l", "app", {"list": True, "json": True}),
+    ("-j -l app", "-l", "app", {"list": True, "json": True}),
+    ("-l --json app", "-l", "app", {"list": True, "json": True}),
+    ("-m -j 4 -o n app -- -f", "-m", "app -- -f", {"batch": True, "jobs": 4, "output": "n"}),
+    ("-mfj4 -0 app", "-m", "app", {"batch": True, "jobs": 4, "force": True, "zero": True}),
+    ("-mon.out app", "-m", "app", {"batch": True, "output": "n.out"}),
+    ("-mo- app", "-m", "app", {"batch": True, "output": "-"}),
+    ("-m -o -l -o=x app", "-m", "app", {"batch": True, "output": "=x"}),
+    ("-m --log -n app", "-m", "app", {"batch": True, "joblog": "-n"}),
+    ("--log=a=b -m app", "-m", "app", {"batch": True, "joblog": "a=b"}),
+])
+def test_options_are_read(line, mode, words, values, monkeypatch):
     monkeypatch.setattr(cexec.log, "verbose", False)
-    found, options = cexec.parse_cexec(words.split())
-    assert (found, options.n) == (rest, empty)
+    options = vars(cexec.CEXEC.read(line.split()))
+    assert (options.pop("mode"), options.pop("words")) == (mode, words.split())
+    assert {name: value for name, value in options.items() if value} == values
+    assert cexec.log.verbose == values.get("verbose", False)
 
 
-@pytest.mark.parametrize("words", ["-n x7", "-nx app", "-n-1 app", "--nonsense", "-q app"])
-def test_options_of_cexec_that_are_none(words, monkeypatch):
+@pytest.mark.parametrize("syntax, line, message, usage", [
+    (cexec.CEXEC, "-z app", "no such option: -z", "cexec [-h"),
+    (cexec.CEXEC, "-rz app", "no such option: -z", "cexec [-h"),
+    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fv] [-j N] [-o PATTERN] [--log FILE] APP.pub"),
+    (cexec.CEXEC, "-l --jsons app", "no such option: --jsons", "cexec -l [-jv] APP.pub"),
+    (cexec.CEXEC, "-nx7 app", "no such option: -x", "cexec [-h"),
+    (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r", "cexec [-h"),
+    (cexec.CEXEC, "-n" + "7" * 5000, "-n needs a number from 0, and not " + "7" * 20, "cexec [-h"),
+    (cexec.CEXEC, "-lm app", "-m does not go with -l", "cexec -l"),
+    (cexec.CEXEC, "-l -n app", "-n does not go with -l", "cexec -l"),
+    (cexec.CEXEC, "-mt app", "-t does not go with -m", "cexec -m"),
+    (cexec.CEXEC, "-o x app", "-o is for -m", "cexec [-h"),
+    (cexec.CEXEC, "-j app", "-j is for -l and -m", "cexec [-h"),
+    (cexec.CEXEC, "-lj 4 app", "-j takes no number with -l", "cexec -l"),
+    (cexec.CEXEC, "-mj app", "-j needs N", "cexec -m"),
+    (cexec.CEXEC, "-m -j0 app", "-j needs a number from 1, and not 0", "cexec -m"),
+    (cexec.CEXEC, "-m -o", "-o needs PATTERN", "cexec -m"),
+    (cexec.CEXEC, "-m --log", "--log needs FILE", "cexec -m"),
+    (cexec.CEXEC, "--json=x -l", "--json takes no value", "cexec [-h"),
+    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-hiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP"),
+    (cexec.CPROXY, "--bogus", "no such option: --bogus", "cproxy [-hv] [--version] SELF [TARGET]"),
+])
+def test_wrong_options_are_told_with_the_usage_of_their_mode(syntax, line, message, usage):
+    said = fatal(100, syntax.read, line.split())
+    assert said.startswith(message + " (usage: " + usage) and "\n" not in said
+
+
+def test_options_of_the_other_applets(monkeypatch):
+    """Of cservice before the key alone; of those that take no command anywhere."""
     monkeypatch.setattr(cexec.log, "verbose", False)
-    if words == "-n x7":
-        found, options = cexec.parse_cexec(words.split())
-        assert (found, options.n) == (["x7"], "all")
-    else:
-        fatal(100, cexec.parse_cexec, words.split())
+    options = cexec.CSERVICE.read(["-x", "a", "-ixb", "app", "sh", "-i", "--", "-u"])
+    assert (options.refused, options.repeatable, options.user) == (["a", "b"], True, None)
+    assert options.words == ["app", "sh", "-i", "--", "-u"]
+    for spelling in ("-stdin", "--stdin"):
+        options = cexec.CKEYGEN.read(["app", spelling, "app.pub", "-n", "al", "--", "-v"])
+        assert (options.words, options.stdin, options.name) == (["app", "app.pub", "-v"], True, "al")
+    assert cexec.CRAT.read(["--json"]).json and cexec.CRAT.read(["a.pub", "-j"]).json
+
+
+@pytest.mark.parametrize("syntax", [cexec.CEXEC, cexec.CSERVICE, cexec.CKEYGEN, cexec.CRAT, cexec.CPROXY])
+def test_help_has_every_option_and_mode(syntax, capsys):
+    with pytest.raises(SystemExit):
+        syntax.read(["-h", "--no-such-option"])
+    said = capsys.readouterr().out
+    assert max(map(len, said.split("\n\n", 1)[1].splitlines())) <= 95
+    for row in syntax.rows:
+        assert re.search("^  %s\\b.*  %s" % (", ".join(row.flags), re.escape(row.help[:20])), said, re.M), row
+    for mode in syntax.operands:
+        assert "  %s\n" % syntax.synopsis(mode) in said.replace("usage: ", "       ")
 
 
 def test_variables_for_the_command():
@@ -5081,23 +5227,24 @@ WRONG = [
     wrong("cexec", 100, "no public key is named", "-v"),
     wrong("cexec", 100, "no public key is named (usage: cexec -m [-0fv]", "-vm"),
     wrong("cexec", 100, "(usage: cexec -m [-0fv]", "-m", "-k", "app.pub"),
-    wrong("cexec", 100, "no files are named (usage: cexec -m [-0fv]", "-m", "app.pub"),
     wrong("cexec", 100, "(usage: cexec -l [-jv] APP.pub)", "-l", "-k", "app.pub"),
     wrong("cexec", 100, "(usage: cexec [-hprtv]", "--mad", "app.pub"),
     wrong("cexec", 100, "-o no/{}: there is no directory no (mkdir -p makes one)", "-m", "-o", "no/{}", "app.pub",
           "--", "nothing", "app", "app.pub"),
     wrong("cexec", 100, "--wrong", "--wrong", "app.pub"),
     wrong("cexec", 100, "-Z", "-Z", "app.pub"),
-    wrong("cexec", 100, "-n 5x: not a descriptor's number", "-n5x", "app.pub"),
-    wrong("cexec", 100, "-n ²: not a descriptor's number", "-n²", "app.pub"),
+    wrong("cexec", 100, "-n needs a number from 0, and not 5x", "-n5x", "app.pub"),
+    wrong("cexec", 100, "no such option: -²", "-n²", "app.pub"),
     wrong("cexec", 100, "missing.pub: no such public key: is the name right?", "missing.pub"),
     wrong("cexec", 100, "directory: Is a directory: name the public key in it", "directory"),
     wrong("cexec", 100, "-n x: not a descriptor's number", "-n", "x", "app.pub"),
-    *(wrong("cexec", 100, "-l, -m and the options of a single job (-n -p -r -t) do not go together", words, "app.pub")
-      for words in ("-lm", "-lr", "-mt", "-mp", "-nl")),
-    wrong("cexec", 100, "-l has nothing but a public key: A=b is one too many", "-l", "app.pub", "A=b"),
-    wrong("cexec", 100, "-j has a number with -m, and none with -l", "-l", "-j", "5", "app.pub"),
-    wrong("cexec", 100, "-j has a number with -m, and none with -l", "-m", "-j", "app.pub", "--", "x"),
+    *(wrong("cexec", 100, "does not go with -" + mode, words, "app.pub")
+      for words, mode in (("-lm", "l"), ("-lr", "l"), ("-mt", "m"), ("-mp", "m"), ("-nl", "l"))),
+    wrong("cexec", 100, "A=b is one word too many (usage: cexec -l", "-l", "app.pub", "A=b"),
+    wrong("cexec", 100, "-p and -t: the terminal is the command's", "-pt", "app.pub"),
+    wrong("cexec", 100, "no public key is named (usage: cexec -m", "-m"),
+    wrong("cexec", 100, "no files are named (-- FILE ..., or -- - for a list on standard input) (usage: cexec -m", "-m",
+          "app.pub"),
     wrong("cexec", 100, "large: File too large: not a cexec public key", "large"),
     wrong("cservice", 100, "large: File too large: not a cexec private key", "large", "true"),
     wrong("cexec", 100, "missing: no such public key, and no missing.pub: is the name right?", "-n", "missing"),
@@ -5109,6 +5256,7 @@ WRONG = [
     wrong("cexec", 100, "later.pub: a public key of another version", "later.pub"),
     wrong("cexec", 100, "novalue: not KEY=VALUE: the command and its arguments are the worker's", "app.pub", "novalue"),
     wrong("cexec", 100, "-v: not KEY=VALUE: options come before the public key", "app.pub", "-v"),
+    wrong("cexec", 100, "the command is the worker's, see cservice(1)", "app.pub", "--", "uptime"),
     wrong("cexec", 100, "=x: not KEY=VALUE: a KEY has letters, digits and _", "app.pub", "=x"),
     wrong("cexec", 100, "1A=x: not KEY=VALUE", "app.pub", "1A=x"),
     wrong("cexec", 100, "A-B=x: not KEY=VALUE", "app.pub", "A-B=x"),
@@ -5125,7 +5273,7 @@ WRONG = [
     wrong("cexec", 100, "CEXEC_LISTEN_PORTS=20-10: an empty range", "app.pub", CEXEC_LISTEN_PORTS="20-10"),
     wrong("cexec", 111, "no free port to listen on: Address already in use (see CEXEC_LISTEN_PORTS) "
           "(as root, ss -tuanp sport = :TAKEN shows by whom)", "app.pub", CEXEC_LISTEN_PORTS="TAKEN"),
-    wrong("cexec", 100, "-j %s: not a number of files" % ("0" * 5000), "-m", "-j", "0" * 5000, "app.pub", "--", "x"),
+    wrong("cexec", 100, "-j needs a number from 1", "-m", "-j", "0" * 5000, "app.pub", "--", "x"),
     wrong("cexec", 100, ": use ports and ranges", "app.pub", CEXEC_LISTEN_PORTS="9" * 5000),
     wrong("cexec", 100, ": not [DEVICE:]ADDRESS[:PORT]", "app.pub", CEXEC_GROUP="127.0.0.1:" + "9" * 5000),
     wrong("cexec", 100, ": not a whole number from", "app.pub", CEXEC_MAXFD="9" * 5000),
@@ -5149,7 +5297,10 @@ WRONG = [
     wrong("cproxy", 111, "SELF [fe80::1%nodevice]: no such device: nodevice", "[fe80::1%nodevice]"),
     wrong("cproxy", 100, "SELF 127.0.0.300: not an address: 127.0.0.300", "127.0.0.300"),
     wrong("cproxy", 100, "SELF 127.0.0.0/30: one address is needed, and these are 2", "127.0.0.0/30"),
-    wrong("cservice", 100, "required"),
+    wrong("cproxy", 100, "no address SELF is named (usage: cproxy"),
+    wrong("cproxy", 100, "c is one word too many (usage: cproxy", "127.0.0.1", "127.0.0.2", "c"),
+    wrong("ckeygen", 100, "c is one word too many (usage: ckeygen", "a", "b", "c"),
+    wrong("cservice", 100, "no private key is named"),
     wrong("cservice", 100, "no command is named", "app"),
     wrong("cservice", 100, "-Z", "-Z", "app", "true"),
     wrong("cservice", 100, "-u", "-u"),
@@ -8697,10 +8848,8 @@ def test_tls_1_2_on_one_side(cluster, side, age):
 
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
 
-# Taken away before the first line of the program.  os.memfd_create always is, or cservice would start
-# anew without this.
+# Taken away before the first line of the program, which is run as a module, or cservice would start anew without this.
 TAKEN_AWAY = {
-    "memfd_create": "",
     "sched_getaffinity": "del os.sched_getaffinity",
     "getloadavg": "del os.getloadavg",
     "getloadavg fails": """
@@ -8754,7 +8903,7 @@ SYSTEMS = {"darwin": BSD.format(platform="darwin", lost="poll", size=32),
 def take_away(cluster, code):
     """Has the cluster's applets run without what the code deletes."""
     shim = put(cluster.path("shim.py"), textwrap.dedent("""\
-        import errno, fcntl, hashlib, os, runpy, select, socket, sys
+        import errno, fcntl, hashlib, importlib.util, os, select, socket, sys
         def refuse(place, name, when, error):
             inner = getattr(place, name)
             def outer(*words, **named):
@@ -8762,9 +8911,14 @@ def take_away(cluster, code):
                     raise OSError(error, os.strerror(error))
                 return inner(*words, **named)
             setattr(place, name, outer)
-        if hasattr(os, "memfd_create"):
-            del os.memfd_create
-        """) + textwrap.dedent(code) + "\nsys.argv.pop(0)\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+        """) + textwrap.dedent(code) + textwrap.dedent("""
+        sys.dont_write_bytecode = True
+        sys.argv.pop(0)
+        spec = importlib.util.spec_from_file_location("cexec", sys.argv[0])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(sys.argv)
+        """))
     cluster.launch = [PYTHON, shim, PROGRAM]
 
 
@@ -8938,12 +9092,11 @@ def test_masters_of_terminals_are_known_by_each_systems_ioctl(system, request_, 
 
 
 @pytest.mark.parametrize("module, applets", [("ssl", ["cexec", "cservice"]), ("fcntl", ["cexec", "crat"]),
-                                             ("resource", ["cexec", "cservice"]), ("subprocess", ["cservice"]),
-                                             ("argparse", ["ckeygen"])])
+                                             ("resource", ["cexec", "cservice"]), ("subprocess", ["cservice"])])
 def test_a_python_without(keys, module, applets):
     """One line says what it lacks, and nothing has run."""
     take_away(keys, "sys.modules[%r] = None" % module)
-    words = {"cexec": [keys.pub], "cservice": [keys.key, "cat"], "crat": [keys.pub], "ckeygen": [keys.key]}
+    words = {"cexec": [keys.pub], "cservice": [keys.key, "cat"], "crat": [keys.pub]}
     for applet in applets:
         done = keys.run(applet, *words[applet])
         assert module in refusal(done, 111, "another python3")
@@ -12289,7 +12442,7 @@ def test_several_logs_in_one_picture(cluster):
 @pytest.mark.parametrize("words, code, message", [
     (["none"], 111, "none: No such file or directory"), (["/"], 111, "/: Is a directory"),
     (["app"], 100, "app:1: neither a joblog's 9 fields"), (["/dev/zero"], 100, "/dev/zero:1: a line without an end"),
-    (["-j", "log"], 100, "--svg draws what was logged"), (["-t", "log"], 100, "--svg draws what was logged")])
+    (["-j", "log"], 100, "-j does not go with --svg"), (["-t", "log"], 100, "-t does not go with --svg")])
 def test_logs_that_cannot_be_drawn(cluster, words, code, message):
     refusal(cluster.run("crat", "--svg", *words), code, message)
 
