@@ -1340,13 +1340,15 @@ def parse_target(item, text, port):
     if len(words) > 1 and words[-1].isdecimal():
         port = whole(words.pop())
     device = words.pop(0) if len(words) > 1 else None
-    if not well_formed or len(words) != 1 or not words[0] or device == "" or not 0 < port < 65536:
+    possible = device is None or device and not is_address(device)
+    if not well_formed or len(words) != 1 or not words[0] or not possible or not 0 < port < 65536:
         raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s"
                     % (text, ", IPv6 in brackets" if item.count(":") > 2 else ""))
     try:
+        targets = [Target(device, address, port) for address in resolve(words[0])]
         if device:
-            find_device(device)
-        return [Target(device, address, port) for address in resolve(words[0])]
+            find_device(device)     # last: an address that is none stays so, a device may come up
+        return targets
     except (OSError, UnicodeError, ValueError) as error:
         code, why = no_address(words[0], error)
         raise Fatal(code, "group %s: %s" % (text, why)) from None

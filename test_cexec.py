@@ -1279,9 +1279,9 @@ def test_group(text, targets):
 
 @pytest.mark.parametrize("text", [
     "", ",", "127.0.0.1,", ":", ":127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:-1",
-    "127.0.0.1:x", "127.0.0.256", "127.0.0", "1.2.3.4.5", "nosuchdevice0:127.0.0.1", "a:b:c:d", "1:2:3",
+    "127.0.0.1:x", "127.0.0.256", "127.0.0", "1.2.3.4.5", "a:b:c:d", "1:2:3",
     "fd00::1", "[fd00::1", "[fd00::1]x", "x[fd00::1]", "[10.0.0.1]", "[]", "[fd00::1]:0", "[fd00::g]",
-    "[fe80::1%nosuch]", "10.0.0.0/21", "10.0.0.0/x", "10.0.0.0/33", "10.0.0/24", "[fd00::/117]",
+    "10.0.0.0/21", "10.0.0.0/x", "10.0.0.0/33", "10.0.0/24", "[fd00::/117]",
     "/24", "@", "@/nowhere", "@.",
     "no such host.invalid", "x" * 70 + ".invalid", "127.0.0.1:\xb2", "3010", LOOPBACK + ":", "staff"])
 def test_group_that_is_none(text, monkeypatch):
@@ -1289,6 +1289,11 @@ def test_group_that_is_none(text, monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
     fatal(100, cexec.parse_group, text, 3010)
+
+
+@pytest.mark.parametrize("text", ["nosuchdevice0:127.0.0.1", "[fe80::1%nosuch]"])
+def test_a_device_that_is_not_there_may_come_up(text):
+    fatal(111, cexec.parse_group, text, 3010)
 
 
 def test_group_of_names(monkeypatch):
@@ -1519,12 +1524,12 @@ def test_what_nobody_wants_is_not_waited_for():
     with near, far:
         loop.on_read(fd, lambda: None)
         loop.on_write(fd, lambda: None)
-        assert loop.registered == {fd}
+        assert set(loop.selector.get_map()) == {fd}
         loop.on_read(fd, None)
         loop.on_read(fd, None)
         assert list(loop.readers) == [] and list(loop.writers) == [fd]
         loop.forget(fd)
-        assert not loop.registered and not loop.writers
+        assert not loop.selector.get_map() and not loop.writers
         loop.forget(fd)
 
 
@@ -2165,7 +2170,7 @@ class StillLoop(cexec.Loop):
 @pytest.fixture
 def desk():
     """A Worker with one slot, in this process: it hears announce() and say(), and said is what it answers."""
-    settings = cexec.Settings(["cat"], 1, 0.0, [], None, False)
+    settings = cexec.Settings(["cat"], 1, 0.0, [], None, False, None)
     key = SimpleNamespace(master=MASTER, application=made_pub().application)
     made = cexec.Worker(StillLoop(), key, None, [], settings)
     made.said = []
@@ -2658,7 +2663,7 @@ def test_a_lost_link_is_told_once_and_is_not_waited_for(wire):
     wire.there.link.fail("again")
     wire.there.link.send(cexec.PING)
     wire.there.link.flush()
-    assert len(wire.there.lost) == 1 and not wire.loop.registered
+    assert len(wire.there.lost) == 1 and not wire.loop.selector.get_map()
 
 
 def test_a_link_whose_writes_fail_reads_on(wire):
@@ -2683,7 +2688,7 @@ def test_no_handshake_with_what_is_not_tls(worker_key):
             far.send(noise(3000))
             spin(loop, lambda: owner.lost)
         assert owner.lost[0][1] and owner.lost[0][0].startswith("TLS: ") and not owner.ready
-    assert not loop.registered
+    assert not loop.selector.get_map()
 
 
 # ---------------------------------------------------------------------------
@@ -6442,8 +6447,7 @@ def test_listen_ports_are_a_port_a_range_and_none_left(hosts):
     taken.append(udp_socket(spaces["client"], 5005))
     done = hosts.client("CMD=true", space=spaces["client"], env={"CEXEC_LISTEN_PORTS": "5000,5005-5006"})
     assert (done.returncode, done.stdout) == (111, b"")
-    assert done.stderr == (b"cexec: no free port to listen on: Address already in use "
-                           b"(see CEXEC_LISTEN_PORTS)\n")
+    assert done.stderr.startswith(b"cexec: no free port to listen on: Address already in use (see CEXEC_LISTEN_PORTS")
     for sock in taken:
         sock.close()
     for job in jobs:
