@@ -5671,8 +5671,9 @@ def test_every_running_job_has_a_number_of_its_own(cluster):
 
 
 def test_a_batch_keeps_its_number_and_a_lost_job_keeps_it_until_all_has_ended(cluster):
-    cluster.worker("sh", "-c", "trap '' TERM HUP; echo $CEXEC_SLOT $PPID; cat", env={"CONCURRENCY": "2"})
-    held = cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    cluster.worker("sh", "-c", "trap '' TERM HUP; echo $CEXEC_SLOT $PPID; cat; test -z $PEER_HOLD || sleep 1000",
+                   env={"CONCURRENCY": "2"})
+    held = cluster.start_client("HOLD=1", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     number, supervisor = held.stdout.readline().split()
     assert number == b"0"
     names = made_files(cluster, 4)
@@ -6325,12 +6326,13 @@ def test_list_of_workers(hosts):
     lines = survey(hosts, space=spaces["client"]).stdout.splitlines()
     loads = [float(line.split("\t")[2]) for line in lines]
     assert len(loads) == 2 and loads == sorted(loads)   # the least loaded first
-    assert {tuple(line.split("\t")[9:]) for line in lines} == {("serving",)}
+    assert {tuple(line.split("\t")[9:]) for line in lines} == {("serving", "-")}
     words = shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"]))
     shown = subprocess.run(["script", "-qec", words, "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL,
                            stdout=subprocess.PIPE)
     head, *rows = shown.stdout.decode().splitlines()
-    assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP"]
+    assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP",
+                            "OPTIONS"]
     assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2
     assert any(" 1/1 " in row for row in rows)
     outcome(first)
