@@ -141,6 +141,7 @@ PAUSE_MAX = 15.0                    # seconds: none announces itself more seldom
 FRESH_TRIES = 3                     # a BUSY that answers an earlier announcement than that is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
+OBJECTION_SECONDS = 1.0             # after one worker that can't do the job, another may offer for this long
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
 PENALTY = 2.0                       # seconds more for a worker that has failed
@@ -867,6 +868,11 @@ def unpack_field(kind, view):
     return (value[0] if len(value) == 1 else value), view[form.size:]
 
 
+def option_letters(options):
+    """What of cservice's options HELLO and REPLY tell, as "-ai"; "-" if there is none."""
+    return "-" + "".join(letter for bit, letter in OPTION_LETTERS.items() if options & bit)
+
+
 def is_variable(name):
     """Whether it can name an environment variable in a shell."""
     return name.isidentifier() and all(character < "\x7f" for character in name)
@@ -885,7 +891,7 @@ ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H"
 BUSY = Message(4, "BUSY", attempt="I", ahead="I", failures="H")     # failures: connections that did not get through
 QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer is longer
 REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
-                slots="H", waiting="I", uptime="I", draining="B")   # load: 1/1000, uptime: s
+                slots="H", waiting="I", uptime="I", draining="B", options="B")      # load: 1/1000, uptime: s
 DENY = Message(7, "DENY", serves="8s", why="B")                     # proves nothing; serves: an application id
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 
@@ -928,7 +934,10 @@ FLAG_TERMINAL = 16                  # both ways: a terminal for the command, whi
 POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT,
                   FLAG_INPUT | FLAG_OUTPUT | FLAG_SOCKET, FLAG_INPUT | FLAG_OUTPUT | FLAG_TERMINAL}
 
-HELLO_REPEATABLE = 1                # HELLO's options: the application may be run again
+HELLO_REPEATABLE = 1                # HELLO's and REPLY's options: the application may be run again,
+HELLO_ARGUMENTS = 2                 # the client may give arguments,
+HELLO_NO_COMMAND = 4                # which are the command: there is no other
+OPTION_LETTERS = {HELLO_ARGUMENTS: "a", HELLO_REPEATABLE: "i"}      # of cservice
 
 # A frame's flags: on EOF and SHUT.
 FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
@@ -3292,13 +3301,13 @@ def system_load():
 # ---------------------------------------------------------------------------
 
 class Terms:
-    """What the user wants of any job: its variables (KEY=VALUE, bytes), and what the environment sets."""
+    """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets."""
 
     batch = NO_BATCH                # the id that the searches of a batch have in common
     progress = False                # whether cexec -p shows how far it is
 
-    def __init__(self, environment):
-        self.environment = environment
+    def __init__(self, environment, arguments=()):
+        self.environment, self.arguments = environment, arguments
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
@@ -3310,15 +3319,23 @@ class Terms:
 
     def job_fields(self):
         """What send_job() sends: here without descriptors and terminal."""
-        return {"descriptors": [], "environment": self.environment, "linger": self.linger,
-                "term": "", "lines": 0, "columns": 0, "modes": []}
+        return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
+                "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
+
+    def objection(self, hello):
+        """Why the worker of a HELLO can't do what is wanted; None if it can."""
+        if self.arguments and not hello.options & HELLO_ARGUMENTS:
+            return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
+        if not self.arguments and hello.options & HELLO_NO_COMMAND:
+            return "has no command of its own: name one behind the public key (cservice -a)"
+        return None
 
 
 class Job(Terms):
     """What the user wants done: the descriptors besides."""
 
-    def __init__(self, environment, empty=None, repeat=False, terminal=False):
-        super().__init__(environment)
+    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False):
+        super().__init__(environment, arguments)
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
         self.repeat = repeat
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
@@ -3479,6 +3496,10 @@ class Candidate:
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
             return self.link.fail("an offer that we do not take")
+        objection = self.search.job.objection(hello)
+        if objection:
+            self.search.object("worker %s %s" % (hello.address, objection))
+            return self.link.fail(objection)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
         self.state, self.hello, self.ready_at = "READY", hello, time.monotonic()
@@ -3596,6 +3617,7 @@ class Search:
         self.stranger = None        # what we heard of a worker of another version
         self.told = ""              # to the person who waits
         self.refusal = None         # what the last worker said that refused the job
+        self.objection, self.busy = None, 0.0       # why a worker can't do it; when another was BUSY, which may yet
         self.not_allowed = set()    # addresses of workers that answered, and may not
         self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
 
@@ -3610,7 +3632,7 @@ class Search:
         if accept and self.ahead is not None:           # in a line we hear that seldom
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.answered > accept or wait and now - self.began > wait:
-            return self.give_up(self.complaint(now))
+            return self.give_up(*(self.objection, EXIT_USAGE) if self.objection else (self.complaint(now),))
         self.attempt += 1
         self.tell()
         pause = self.pause()
@@ -3634,8 +3656,8 @@ class Search:
             self.told = text
             log.status(text)
 
-    def give_up(self, message):
-        raise Fatal(EXIT_TEMPORARY, message)
+    def give_up(self, message, code=EXIT_TEMPORARY):
+        raise Fatal(code, message)
 
     def complaint(self, now):
         if self.blocked:
@@ -3685,7 +3707,8 @@ class Search:
             return
         if datagram.body.failures:
             return self.not_reached(address)
-        self.answered, self.ahead = time.monotonic(), datagram.body.ahead
+        self.answered = self.busy = time.monotonic()
+        self.ahead = datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
         self.tell()
 
@@ -3707,6 +3730,20 @@ class Search:
     def say_blocked(self):
         if self.blocked:
             log.once(TCP_BLOCKED)
+
+    def object(self, objection):
+        """A worker can't do the job whatever happens: another may, which has a second to offer."""
+        if not self.objection:
+            self.timer_of_objection = self.loop.after(OBJECTION_SECONDS, self.insist)
+        self.objection = objection
+
+    def insist(self):
+        """Gives up, unless there is a line: who is ahead in that, and what its worker takes, only time tells."""
+        if not self.asked and time.monotonic() - self.busy > BUSY_SECONDS + 2:
+            return self.give_up(self.objection, EXIT_USAGE)
+        if not self.asked:
+            log.once(self.objection + "; waits for one that is busy")
+        self.timer_of_objection = self.loop.after(OBJECTION_SECONDS, self.insist)
 
     def refused(self, candidate, reason):
         """REFUSE: an answer of a worker that has a trouble, which may be over in a moment."""
@@ -3802,6 +3839,8 @@ class Search:
             log.status("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
+        if self.objection:
+            self.timer_of_objection.cancel()
         for candidate in self.candidates:
             candidate.close()
         self.candidates = []
@@ -4083,27 +4122,18 @@ class Progress:
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
-def parse_environment(words):
-    """KEY=VALUE words as bytes.  Raises Fatal (100)."""
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if not equals or not is_variable(name):
-            raise Fatal(EXIT_USAGE, "%s: not KEY=VALUE: %s" % (word, variable_rule(word, equals)))
-    variables = [os.fsencode(word) for word in words]
-    if words_size(variables) > WORDS_MAX:
-        raise Fatal(EXIT_USAGE, "more than %d MiB of variables" % (WORDS_MAX >> 20))
-    return variables
+def parse_words(words):
+    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
 
-
-def variable_rule(word, equals):
-    """What is to be said of a word that is no variable."""
-    if equals:
-        return "a KEY has letters, digits and _, and no digit first"
-    if word == "--":
-        return "files come with -m (cexec -m APP.pub -- FILE ...); the command is the worker's, see cservice(1)"
-    if word.startswith("-"):
-        return "options come before the public key"
-    return "the command and its arguments are the worker's, see cservice(1)"
+    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
+    """
+    count = next((place for place, word in enumerate(words)
+                  if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
+    variables = [os.fsencode(word) for word in words[:count]]
+    arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
+    if words_size(variables + arguments) > WORDS_MAX:
+        raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+    return variables, arguments
 
 
 class Client:
@@ -4257,7 +4287,7 @@ class Survey:
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
                 "uptime": body.uptime, "round_trip": round(seconds, 6),
-                "state": "draining" if body.draining else "serving"})
+                "state": "draining" if body.draining else "serving", "options": option_letters(body.options)})
         elif datagram.kind is DENY and body.serves == self.pub.application:
             self.note_stranger(self.denied, body.why, address)
         elif datagram.kind is DENY:
@@ -4372,10 +4402,12 @@ def show_workers(survey, as_json):
         import json
         lines = map(json.dumps, rows)
     elif sys.stdout and sys.stdout.isatty():
-        lines = table(["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND TRIP"], [
+        lines = table(["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND TRIP",
+                       "OPTIONS"], [
             [row["host"], row["address"], "%.2f" % row["load"],
              "%d/%d" % (row["running"], row["slots"]) + " draining" * (row["state"] == "draining"),
-             str(row["waiting"]), row["version"], duration(row["uptime"]), "%.1f ms" % (row["round_trip"] * 1000)]
+             str(row["waiting"]), row["version"], duration(row["uptime"]), "%.1f ms" % (row["round_trip"] * 1000),
+             row["options"]]
             for row in rows])
     else:
         lines = ["\t".join(printable(str(value)) for value in row.values()) for row in rows]
@@ -4509,6 +4541,7 @@ class Task:
         self.number, self.name, self.output = number, name, output
         self.part = output and part_of(output)
         self.tries, self.input, self.result, self.errors = 0, None, None, None
+        self.words = None           # of its job: (variables, arguments)
         self.status = None          # once it is over: the exit status; 0 is a success
         self.signal = 0             # that killed the command
         self.done_before = False
@@ -4640,6 +4673,19 @@ def write_joblog(file, line):
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
+class BatchTerms(Terms):
+    """What the user wants of each file's job."""
+
+    def words_for(self, name):
+        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
+        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
+                                  for words in (self.environment, self.arguments))
+        environment.append(b"FILE=" + os.fsencode(name))
+        if words_size(environment + arguments) > WORDS_MAX:
+            raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+        return environment, arguments
+
+
 class FileSearch(Search):
     """A search for a worker for the next file of a batch, whichever that is by then."""
 
@@ -4669,8 +4715,8 @@ class FileSearch(Search):
     def found(self, winner):
         self.batch.begin(self, winner)
 
-    def give_up(self, message):
-        self.batch.not_found(self, message)
+    def give_up(self, message, code=EXIT_TEMPORARY):
+        self.batch.not_found(self, message, code)
 
     def tell(self):
         pass                        # the batch has a line for all
@@ -4804,17 +4850,18 @@ class Batch:
             search.end()
             search.back.close()
 
-    def not_found(self, search, message):
+    def not_found(self, search, message, code):
         """A search has given up: no harm while others are served."""
         self.end_search(search)
         if not self.runs and not self.searches:
-            raise Fatal(EXIT_TEMPORARY, "%s; %s" % (message, self.rest()))
+            raise Fatal(code, "%s; %s" % (message, self.rest()))
 
     def take(self):
         """The next Task that can be opened; None if there is none."""
         while self.ready():
             task = self.queue.popleft()
             try:
+                task.words = self.terms.words_for(task.name)
                 task.open()
                 return task
             except (OSError, ValueError) as error:
@@ -4827,10 +4874,8 @@ class Batch:
 
     def job_for(self, task):
         """JOB's fields for a Task."""
-        fields = self.terms.job_fields()
-        variables = self.terms.environment + [b"FILE=" + os.fsencode(task.name)]
-        fields.update(descriptors=FileRun.ROWS, environment=variables)
-        return fields
+        environment, arguments = task.words
+        return dict(self.terms.job_fields(), descriptors=FileRun.ROWS, environment=environment, arguments=arguments)
 
     def begin(self, search, winner):
         self.searches.remove(search)
@@ -5030,7 +5075,7 @@ def main_batch(pub, group, words, options):
     pattern = options.output or "{}.out"
     tasks = batch_tasks(batch_names(files, options.zero), pattern)
     check_directories(pattern, tasks)
-    terms = Terms(parse_environment(words))
+    terms = BatchTerms(*parse_words(words))
     joblog = open_joblog(options.joblog) if options.joblog else None
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
@@ -5045,7 +5090,8 @@ def main_batch(pub, group, words, options):
 # ---------------------------------------------------------------------------
 
 CEXEC = Syntax(
-    "cexec", {"-": "APP.pub [KEY=VALUE ...]", "-l": "APP.pub", "-m": "APP.pub [KEY=VALUE ...] -- FILE ..."},
+    "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
+              "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] -- FILE ..."},
     """Run an application's command on the least loaded worker, with the descriptors of
 this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
 
@@ -5090,9 +5136,10 @@ def main_single(path, words, options):
     """Runs one job; its exit code."""
     if options.terminal and options.progress:
         raise CEXEC.error("-p and -t: the terminal is the command's")
-    if options.empty == "all" and words and "=" not in words[0] and not os.path.exists(path):
+    there = any(map(os.path.exists, (path, path + ".pub")))
+    if options.empty == "all" and words and "=" not in words[0] and not there:
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
-    job = Job(parse_environment(words), options.empty, options.repeat, options.terminal)
+    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal)
     job.progress = options.progress
     pub, group = open_pub(path), Group()
     fill_standard()
@@ -5259,7 +5306,7 @@ class Offer:
         if not self.worker.reached(self):
             return
         self.state = "OPEN"
-        link.send(HELLO, version=PROTOCOL, options=HELLO_REPEATABLE * self.worker.settings.repeatable,
+        link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options,
                   nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=self.sock.getsockname()[0].partition("%")[0],
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
@@ -5276,7 +5323,7 @@ class Offer:
             self.be_patient()
             link.send(PONG)
         elif kind is JOB and self.proved:
-            self.worker.fork(self, check_job(payload, self.words))
+            self.worker.fork(self, check_job(payload, self.words, self.worker.settings.options))
         else:
             raise ProtocolError("%s out of place" % kind)
 
@@ -5335,11 +5382,16 @@ def local_address(address):
         return ""
 
 
-def check_job(job, words):
-    """A JOB, with its environment, whose numbers, channels and variables are possible, or ProtocolError."""
-    job.environment, arguments = words.take(job.variables, job.arguments)
-    if arguments:
+def check_job(job, words, options):
+    """A JOB, with its words, whose numbers, channels and variables are possible with HELLO's options, or ProtocolError.
+
+    Its environment and arguments are lists then.
+    """
+    job.environment, job.arguments = words.take(job.variables, job.arguments)
+    if job.arguments and not options & HELLO_ARGUMENTS:
         raise ProtocolError("arguments for a command that takes none")
+    if not job.arguments and options & HELLO_NO_COMMAND:
+        raise ProtocolError("no command")
     channels = {}
     for number, channel, flags in job.descriptors:
         first = channels.setdefault(channel, (number, flags))
@@ -5366,8 +5418,8 @@ def check_job(job, words):
 class Forked:
     """A supervisor process, as cservice sees it."""
 
-    def __init__(self, pid, client, status):
-        self.pid, self.client, self.status = pid, client, status
+    def __init__(self, pid, client, status, slot):
+        self.pid, self.client, self.status, self.slot = pid, client, status, slot
         self.sessions = [pid]       # and with a terminal the command's session
         self.done = False           # EXIT was sent: its slot is free
         self.said = b""
@@ -5481,7 +5533,7 @@ class Worker:
         self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
                     host=socket.gethostname()[:64], version=VERSION, load=u32(self.load()[0] * 1000),
                     running=min(self.running(), 0xffff), slots=self.settings.slots, waiting=len(self.line),
-                    uptime=u32(time.monotonic() - self.began), draining=self.draining)
+                    uptime=u32(time.monotonic() - self.began), draining=self.draining, options=self.settings.options)
         if len(self.probes) < PROBES_MAX:
             self.probes.add(Probe(self, address, datagram.port))
 
@@ -5624,9 +5676,15 @@ class Worker:
 
     # Jobs
 
+    def free_number(self):
+        """The smallest number of a slot that no running job has: below CONCURRENCY, for each has one."""
+        taken = {job.slot for job in [*self.jobs.values(), *self.remains.values()] if not job.done}
+        return min(set(range(len(taken) + 1)) - taken)
+
     def fork(self, offer, job):
         """Hands the connection to a supervisor of its own."""
         old, near = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), None
+        slot = self.free_number()
         try:
             near, far = (end.detach() for end in socket.socketpair())
             pid = os.fork()
@@ -5639,12 +5697,13 @@ class Worker:
             offer.link.send(REFUSE, reason=self.trouble)
             return offer.end(error.strerror)
         if pid == 0:
+            os.environ["CEXEC_SLOT"] = str(slot)        # for every job on this connection
             become_supervisor(self, offer, job, far)
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
         os.close(far)
         os.set_blocking(near, False)
         self.served[offer.client.key] = True
-        self.jobs[pid] = Forked(pid, offer.client, near)
+        self.jobs[pid] = Forked(pid, offer.client, near, slot)
         self.loop.on_read(near, lambda: self.supervisor_says(self.jobs[pid]))
         offer.close()
         self.offers.pop(offer.client.key, None)
@@ -5943,7 +6002,7 @@ class Supervisor(Carrier):
         except OSError as error:
             found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
             self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno),
-                               ours=error.errno != errno.E2BIG)
+                               ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
         except Exception as error:  # subprocess.SubprocessError: prepare() failed
             user = self.settings.user
             self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
@@ -5967,12 +6026,18 @@ class Supervisor(Carrier):
             options = {"process_group": 0}
             if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
                 options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
-            self.process = subprocess.Popen(self.settings.command, env=self.environment(), close_fds=True,
+            self.process = subprocess.Popen(self.command(), env=self.environment(), close_fds=True,
                                             pass_fds=[number for number, _ in places if number > 2], **options)
         finally:
             for number, _ in places:
                 os.close(number)
             fill_standard()
+
+    def command(self):
+        """The command's words: the worker's, with the client's arguments where {} is, if it takes any."""
+        if not self.settings.options & HELLO_ARGUMENTS:
+            return self.settings.command
+        return [word for own in self.settings.command for word in (self.job.arguments if own == "{}" else [own])]
 
     def prepare(self):
         """In the child, before exec: its own process group, or session with a terminal; its user."""
@@ -6009,7 +6074,7 @@ class Supervisor(Carrier):
     def fail_to_start(self, status, reason, ours=True):
         if ours:                    # not the client's, who gives it more than it can take
             self.say("failed")
-        self.result = HOW_NOT_STARTED, status, "%s: %s" % (self.settings.command[0], reason)
+        self.result = HOW_NOT_STARTED, status, "%s: %s" % (cut(os.fsdecode(self.command()[0]), 400), reason)
         log.say("%s (%s gets %d)" % (self.result[2], self.offer.client.address, status))
         for source in self.sources.values():
             source.finish()
@@ -6143,7 +6208,7 @@ class Supervisor(Carrier):
         self._set(WAITING)
         self.patience.cancel()
         self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
-        self.job = check_job(payload, self.words)
+        self.job = check_job(payload, self.words, self.settings.options)
         if any(number >= self.loop.floor for number, _, _ in self.job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         try:
@@ -6246,7 +6311,7 @@ def close_all_but(kept):
     fill_standard()
 
 
-Settings = collections.namedtuple("Settings", "command slots boost refused user repeatable join_keyring")
+Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring")   # as HELLO's
 
 # What cservice -s and the workers that it starts say to each other.
 OVER_SSH = "-"                      # as the first -s: this is such a worker
@@ -6256,12 +6321,14 @@ ALIVE_SECONDS = 10.0                # how often the starter says ALIVE
 SILENCE_SECONDS = 60.0              # and after how long without a word a worker drains
 
 CSERVICE = Syntax(
-    "cservice", {"-": "APP COMMAND [ARGUMENT ...]"},
+    "cservice", {"-": "APP [COMMAND [ARGUMENT ...]]"},
     """Run COMMAND for whoever holds a public key of the application.
 
 Whoever can make COMMAND run code of theirs has what this user has, the private key
 included: -u runs it as another user.
 """,
+    Option("-a", "", "arguments",
+           "take the client's arguments: where {} is, or at the end; without COMMAND they are the command"),
     Option("-i", "", "repeatable", "the command may be run again: jobs whose worker is lost are"),
     Option("-s", "HOST,...+", "hosts",
            "serve on these hosts, over ssh, until this process ends; @FILE has a host a line"),
@@ -6272,7 +6339,7 @@ included: -u runs it as another user.
 def main_cservice(argv):
     """Serves until it is told to end; 0."""
     options = CSERVICE.read(argv)
-    if len(options.words) < 2:
+    if not options.words or len(options.words) < 2 and not options.arguments:
         raise CSERVICE.error("no command is named" if options.words else "no private key is named")
     path, command = options.words[0], options.words[1:]
     slots = setting("CONCURRENCY", processors(), 1, 10000)
@@ -6283,11 +6350,12 @@ def main_cservice(argv):
     slim_down(argv)
     make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
     user = find_user(options.user) if options.user else None
+    command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused,
-                        user, options.repeatable, keyring_joiner() if user else None)
+                        user, bits, keyring_joiner() if user else None)
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, path) if text else open_key(path), Group()
-    warn_of_command(command[0])
+    warn_of_command(settings)
     context, listeners = tls_context(key, text), open_listeners(group)
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
@@ -6362,8 +6430,23 @@ def tell_service(key, group, settings):
     (log.say if os.isatty(2) else log.note)(text)
 
 
-def warn_of_command(name):
-    """Says at once what every client would be told; it may be put there yet."""
+def what_is_run(command, options):
+    """(the command, in which {} are the client's arguments with -a; HELLO's options)."""
+    bits = HELLO_REPEATABLE * options.repeatable | HELLO_ARGUMENTS * options.arguments
+    if options.arguments:
+        command = command if "{}" in command else command + ["{}"]
+        bits |= HELLO_NO_COMMAND * (command[0] == "{}")
+    return command, bits
+
+
+def warn_of_command(settings):
+    """Says at once what every client would be told, for the command may be put there yet; and what it is to be root."""
+    name = settings.command[0]
+    if settings.options & HELLO_ARGUMENTS and not os.geteuid() and not settings.user:
+        log.say("warning: -a, as root: whoever has a public key of it can make the command do as root whatever its "
+                "arguments can (-u USER runs it as another user)")
+    if settings.options & HELLO_NO_COMMAND:
+        return
     places = [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
     files = [place for place in places if os.path.isfile(place)]
     if not files:

@@ -1854,7 +1854,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
     (cexec.CEXEC, "-m -o", "-o needs PATTERN", "cexec -m"),
     (cexec.CEXEC, "-m --log", "--log needs FILE", "cexec -m"),
     (cexec.CEXEC, "--json=x -l", "--json takes no value", "cexec [-h"),
-    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-hiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP"),
+    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-ahiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP"),
     (cexec.CPROXY, "--bogus", "no such option: --bogus", "cproxy [-hv] [--version] SELF [TARGET]"),
 ])
 def test_wrong_options_are_told_with_the_usage_of_their_mode(syntax, line, message, usage):
@@ -1886,24 +1886,30 @@ def test_help_has_every_option_and_mode(syntax, capsys):
         assert "  %s\n" % syntax.synopsis(mode) in said.replace("usage: ", "       ")
 
 
-def test_variables_for_the_command():
-    words = ["A=1", "b_2=", "_=x=y", "LONG=" + "\xe9 \n\t", "BYTES=\udcff"]
-    assert cexec.parse_environment(words) == [os.fsencode(word) for word in words]
-    assert cexec.parse_environment([]) == []
+@pytest.mark.parametrize("words, variables, arguments", [
+    ([], 0, []),
+    (["A=1", "b_2=", "_=x=y", "LONG=\xe9 \n\t", "BYTES=\udcff"], 5, []),
+    (["A=1", "x", "B=2"], 1, ["x", "B=2"]),
+    (["-x", "A=1"], 0, ["-x", "A=1"]),
+    (["A=1", "--", "B=2"], 1, ["B=2"]),
+    (["--", "--", "A=1"], 0, ["--", "A=1"]),
+    (["x", "--"], 0, ["x", "--"]),
+    (["--"], 0, []),
+    ([""], 0, [""]),
+    *(([word], 0, [word]) for word in ("=1", "1A=1", "A-B=1", "A B=1", "\xc4=1", "A.B=1", " A=1", "A\n=1", "--a=1"))])
+def test_words_behind_a_public_key(words, variables, arguments):
+    assert cexec.parse_words(words) == ([os.fsencode(word) for word in words[:variables]],
+                                        [os.fsencode(word) for word in arguments])
 
 
-@pytest.mark.parametrize("word", ["", "A", "=1", "1A=1", "A-B=1", "A B=1", "\xc4=1", "A.B=1", " A=1", "A\n=1"])
-def test_variables_for_the_command_that_are_none(word):
-    fatal(100, cexec.parse_environment, ["GOOD=1", word])
-
-
-def test_as_many_variables_as_a_command_can_have(monkeypatch):
+def test_as_many_words_as_a_command_can_have(monkeypatch):
     room = cexec.WORDS_MAX
-    assert cexec.parse_environment(["A=" + "x" * (room - 11)])
-    assert "6 MiB" in fatal(100, cexec.parse_environment, ["A=" + "x" * (room - 10)])
-    fatal(100, cexec.parse_environment, ["A=" + "\xe9" * (room // 2)])
-    fatal(100, cexec.parse_environment, ["A="] * (room // 11 + 1))
-    assert len(cexec.parse_environment(["A="] * (room // 11))) == room // 11
+    assert cexec.parse_words(["A=" + "x" * (room - 11)])
+    assert "6 MiB" in fatal(100, cexec.parse_words, ["A=" + "x" * (room - 10)])
+    assert "6 MiB" in fatal(100, cexec.parse_words, ["x" * (room // 2), "x" * (room // 2)])
+    fatal(100, cexec.parse_words, ["A=" + "\xe9" * (room // 2)])
+    fatal(100, cexec.parse_words, ["A="] * (room // 11 + 1))
+    assert len(cexec.parse_words(["A="] * (room // 11))[0]) == room // 11
 
 
 class Post:
@@ -1993,11 +1999,11 @@ def test_what_a_job_may_ask_for(rows, variables, good):
     job = cexec.JOB.unpack(cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, variables=len(variables))))
     words, _ = words_sent([variable.encode() for variable in variables])
     if good:
-        assert cexec.check_job(job, words) is job
+        assert cexec.check_job(job, words, 0) is job
         assert job.environment == [variable.encode() for variable in variables]
     else:
         with pytest.raises(cexec.ProtocolError):
-            cexec.check_job(job, words)
+            cexec.check_job(job, words, 0)
 
 
 # ---------------------------------------------------------------------------
@@ -2170,7 +2176,7 @@ class StillLoop(cexec.Loop):
 @pytest.fixture
 def desk():
     """A Worker with one slot, in this process: it hears announce() and say(), and said is what it answers."""
-    settings = cexec.Settings(["cat"], 1, 0.0, [], None, False, None)
+    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None)
     key = SimpleNamespace(master=MASTER, application=made_pub().application)
     made = cexec.Worker(StillLoop(), key, None, [], settings)
     made.said = []
@@ -2786,7 +2792,7 @@ class Peer:
                 self.answers -= 1
             else:
                 if found and found[0] is cexec.JOB:
-                    found[1].environment, _ = self.words.take(found[1].variables, found[1].arguments)
+                    found[1].environment, found[1].arguments = self.words.take(found[1].variables, found[1].arguments)
                 return found
 
     def next_frame(self):
@@ -5259,13 +5265,6 @@ WRONG = [
     wrong("cexec", 100, "lonely: a private key where the public key is needed (ckeygen lonely writes it)", "lonely"),
     wrong("cexec", 100, "short.pub: damaged public key", "short.pub"),
     wrong("cexec", 100, "later.pub: a public key of another version", "later.pub"),
-    wrong("cexec", 100, "novalue: not KEY=VALUE: the command and its arguments are the worker's", "app.pub", "novalue"),
-    wrong("cexec", 100, "-v: not KEY=VALUE: options come before the public key", "app.pub", "-v"),
-    wrong("cexec", 100, "the command is the worker's, see cservice(1)", "app.pub", "--", "uptime"),
-    wrong("cexec", 100, "=x: not KEY=VALUE: a KEY has letters, digits and _", "app.pub", "=x"),
-    wrong("cexec", 100, "1A=x: not KEY=VALUE", "app.pub", "1A=x"),
-    wrong("cexec", 100, "A-B=x: not KEY=VALUE", "app.pub", "A-B=x"),
-    wrong("cexec", 100, "é=x: not KEY=VALUE", "app.pub", "é=x"),
     *(wrong("cexec", 100, "%s=%s: not a whole number" % (name, value), "app.pub", **{name: value})
       for name in NUMBER_SETTINGS for value in ("x", "-2", "1.5", "99999999999999")),
     wrong("cexec", 100, "MAXFD=2: not a whole number from 3 to 1024", "app.pub", MAXFD="2"),
@@ -5487,6 +5486,208 @@ def test_more_pongs_than_words(cluster, count):
         assert ear.wait_for(cexec.ALERT)[0].body.reason == "PONG out of place"
         client.terminate()
         client.wait(PATIENCE)
+
+
+# Jobs: arguments
+# ---------------------------------------------------------------------------
+
+ODD = ["", " ", "a b", "\n", "--", "{}", "{.}", "A=1", "-v", "*", "$HOME", "'\"\\", "\udcff\udcfe", "\xe9", ""]
+SHOW = [sys.executable, "-Sc", "import os, sys; print(list(map(os.fsencode, sys.argv[1:])))"]
+
+
+def shown(words):
+    return repr([os.fsencode(word) for word in words]).encode() + b"\n"
+
+
+@pytest.mark.parametrize("command, seen", [
+    (SHOW, lambda words: words),
+    ([*SHOW, "first"], lambda words: ["first", *words]),
+    ([*SHOW, "{}", "last"], lambda words: [*words, "last"]),
+    ([*SHOW, "{}", "x{}", "{}"], lambda words: [*words, "x{}", *words])], ids=["alone", "end", "place", "twice"])
+def test_arguments_byte_for_byte(cluster, command, seen):
+    cluster.worker(*command, options=["-a"])
+    for words in (["x", *ODD], ["x"], []):
+        done = cluster.client("A=1", *words)
+        assert (done.returncode, done.stdout, done.stderr) == (0, shown(seen(words)), b"")
+    assert cluster.client("A=1", "--", *ODD).stdout == shown(seen(ODD))
+
+
+def test_a_worker_without_a_keeps_its_braces(cluster):
+    cluster.worker(*SHOW, "{}")
+    assert cluster.client("A=1").stdout == shown(["{}"])
+
+
+def test_the_arguments_are_the_command(cluster):
+    worker = cluster.worker(options=["-a"])
+    done = cluster.client("A=1", "sh", "-c", 'echo "$PEER_A $*"', "sh", "x  y", "$z")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1 x  y $z\n", b"")
+    done = cluster.client("no such thing", "x")
+    assert (done.returncode, done.stdout) == (127, b"")
+    assert done.stderr == b"cexec: worker 127.0.0.1 cannot run its command: no such thing: No such file or directory\n"
+    assert cluster.client("true").returncode == 0
+    assert b": failed" not in read(worker.log)          # it is not the worker's fault
+
+
+def test_a_command_with_a_place_for_its_name(cluster):
+    cluster.worker("{}", "x", options=["-a"])
+    assert cluster.client("echo", "-n").stdout == b"x"
+
+
+def test_without_a_command_there_is_nothing_to_run(cluster):
+    """Said before anything runs; more than a message is needed to get past it."""
+    worker = cluster.worker(options=["-a"])
+    done = cluster.client("A=1")
+    assert (done.returncode, done.stdout) == (100, b"")
+    assert done.stderr == (b"cexec: worker 127.0.0.1 has no command of its own: name one behind the public key "
+                           b"(cservice -a)\n")
+    with Asker(cluster) as asker, asker.offer() as peer:
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB)
+        assert peer.next() is None
+    until(lambda: b"no command" in read(worker.log), "its complaint")
+
+
+@pytest.mark.parametrize("batch_of", [0, 3])
+def test_a_worker_that_takes_no_arguments(cluster, batch_of):
+    """It is said, and nothing runs."""
+    worker = cluster.worker("touch", cluster.path("ran"), env={"CONCURRENCY": "2"})
+    names = made_files(cluster, batch_of)
+    done = batch(cluster, *names, variables=["-x"]) if batch_of else cluster.client("-x")
+    assert (done.returncode, done.stdout) == (100, b"")
+    said = (b"cexec: worker 127.0.0.1 takes no arguments (cservice -a); options come before the public key, "
+            b"variables are KEY=VALUE")
+    assert done.stderr.startswith(said) and done.stderr.count(b"\n") == 1
+    assert not os.path.exists(cluster.path("ran")) and b"supervisor" not in read(worker.log)
+
+
+def test_among_workers_one_takes_arguments(cluster):
+    """It has the job, though the others are sooner."""
+    for _ in range(3):
+        cluster.worker("false", env={"BOOST": "0"})
+    cluster.worker("echo", options=["-a"], env={"BOOST": "200000"})
+    for _ in range(3):
+        assert cluster.client("x").stdout == b"x\n"
+    names = made_files(cluster, 5)
+    assert batch(cluster, *names, variables=["{}"]).returncode == 0
+    assert [read(cluster.path(name + ".out")) for name in names] == [name.encode() + b"\n" for name in names]
+
+
+def test_the_one_that_takes_arguments_is_busy(cluster):
+    """The client waits in its line, and others do not make it give up."""
+    cluster.worker("false", env={"BOOST": "300000"})
+    cluster.worker(options=["-a"], env={"BOOST": "0", "CONCURRENCY": "1"})
+    first = cluster.start_client("cat", stdin=subprocess.PIPE)
+    until(lambda: len(cluster.alive()) > 4, "the first job")
+    second = verbose_client(cluster, "echo", "x", stdout=subprocess.PIPE)
+    until(lambda: "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE; "
+                  "waits for one that is busy" in second.said(), "an objection")
+    first.communicate(b"")
+    assert second.communicate()[0] == b"x\n" and first.returncode == second.returncode == 0
+
+
+def test_a_megabyte_of_arguments(cluster):
+    """Of a job, of a batch, and of a job that is run again."""
+    lost, words = cluster.path("lost"), [chr(97 + number) * (99999 + number) for number in range(11)]
+    cluster.worker("sh", "-c", 'test -e "$0" || { touch "$0"; kill -KILL $PPID; sleep 1000; }; printf "%s\\n" "$@"',
+                   lost, "{}", options=["-a"], env={"CONCURRENCY": "2"})
+    seen = "".join(word + "\n" for word in words).encode()
+    cluster.worker("true", env={"BOOST": "1000000"})
+    names = made_files(cluster, 2)
+    done = batch(cluster, *names, variables=words)
+    assert done.returncode == 0, done.stderr
+    assert all(read(cluster.path(name + ".out")) == seen for name in names)
+    assert cluster.client(*words).stdout == seen
+
+
+def test_arguments_of_a_job_that_is_run_again(cluster):
+    worker = cluster.worker("sh", "-c", 'echo "$*"; test -e "$0" || { touch "$0"; kill -KILL $PPID; sleep 1000; }',
+                            cluster.path("lost"), "{}", options=["-ai"])
+    cluster.worker("sh", "-c", 'echo "$*"', "sh", options=["-a"], env={"BOOST": "1000000"})
+    with open(cluster.path("out"), "wb") as out:
+        assert cluster.client("a", "", "b", stdout=out).returncode == 0
+    assert read(cluster.path("out")) == b"a  b\n"
+    assert os.path.exists(cluster.path("lost")) and worker.poll() is None
+
+
+def test_words_of_a_batch_are_filled_in(cluster):
+    cluster.worker(*SHOW[:2], "import os, sys; print(os.environ['PEER_X'], os.environ['PEER_FILE'], sys.argv[1:])",
+                   options=["-a"], env={"CONCURRENCY": "2"})
+    os.mkdir(cluster.path("d"))
+    name, = made_files(cluster, 1, "d")
+    stem = os.path.splitext(os.path.basename(name))[0]
+    done = batch(cluster, name, variables=["X={/}", "{}", "-o{.}.x", "{/.}{//}", "{x}", ""])
+    assert done.returncode == 0, done.stderr
+    seen = [name, "-o%s.x" % os.path.splitext(name)[0], stem + os.path.dirname(name), "{x}", ""]
+    assert read(cluster.path(name + ".out")).decode() == "%s %s %s\n" % (os.path.basename(name), name, seen)
+
+
+def test_a_file_of_a_batch_whose_words_are_too_many(cluster):
+    """It fails, and no other."""
+    cluster.worker("true", options=["-a"])
+    long, = made_files(cluster, 1)
+    os.mkdir(cluster.path("d" * 200))
+    longer = os.path.join("d" * 200, long)
+    shutil.copy(cluster.path(long), cluster.path(longer))
+    done = batch(cluster, long, longer, variables=["{}" * 200 + "x" * 2000] * 200)
+    assert done.returncode == 1 and b"more than 6 MiB" in done.stderr and done.stderr.startswith(b"cexec: " + b"d" * 9)
+    assert os.path.exists(cluster.path(long + ".out"))
+
+
+def test_arguments_cross_a_proxy(hosts, crossing):
+    hosts.worker(*SHOW, options=["-a"], space=crossing.worker)
+    crossing.proxy("10.78.0.1")
+    assert hosts.client("x", *ODD, space=crossing.client).stdout == shown(["x", *ODD])
+
+
+def test_a_as_root_is_warned_of(cluster):
+    warning = b"warning: -a, as root: whoever has a public key"
+    assert (warning in read(cluster.worker("cat", options=["-a"]).log)) == (os.getuid() == 0)
+    assert warning not in read(cluster.worker("cat").log)
+
+
+def test_the_arguments_are_the_command_of_another_user(cluster):
+    need_root()
+    worker = cluster.worker(options=["-au", "nobody"])
+    assert cluster.client("id", "-un").stdout == b"nobody\n"
+    assert b"warning" not in read(worker.log)
+
+
+def test_who_takes_arguments_is_in_the_list(cluster):
+    cluster.worker("cat", options=["-ai"])
+    row = json.loads(survey(cluster, "-j").stdout)
+    assert row["options"] == "-ai"
+    assert survey(cluster).stdout.rstrip("\n").split("\t")[-1] == "-ai"
+
+
+# Slots of a worker
+
+def test_every_running_job_has_a_number_of_its_own(cluster):
+    cluster.worker("sh", "-c", 'echo $CEXEC_SLOT; read x', env={"CONCURRENCY": "3", "CEXEC_SLOT": "7"})
+
+    def job():
+        started = cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return started, started.stdout.readline()
+    jobs = [job() for _ in range(3)]
+    assert [number for _, number in jobs] == [b"0\n", b"1\n", b"2\n"]
+    for place in (1, 0):
+        jobs[place][0].communicate(b"\n")
+    assert job()[1] == b"0\n"           # the smallest that is free
+    assert job()[1] == b"1\n"
+
+
+def test_a_batch_keeps_its_number_and_a_lost_job_keeps_it_until_all_has_ended(cluster):
+    cluster.worker("sh", "-c", "trap '' TERM HUP; echo $CEXEC_SLOT $PPID; cat; test -z $PEER_HOLD || sleep 1000",
+                   env={"CONCURRENCY": "2"})
+    held = cluster.start_client("HOLD=1", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    number, supervisor = held.stdout.readline().split()
+    assert number == b"0"
+    names = made_files(cluster, 4)
+    assert batch(cluster, *names, options=["-j1"]).returncode == 0
+    assert {read(cluster.path(name + ".out")).split()[0] for name in names} == {b"1"}
+    os.kill(int(supervisor), signal.SIGKILL)
+    assert held.wait(PATIENCE) == 111
+    assert cluster.client(input=b"x").stdout.startswith(b"1 ")
+    until(lambda: cluster.client(input=b"x").stdout.startswith(b"0 "), "the end of the lost job")
 
 
 # ---------------------------------------------------------------------------
@@ -6122,7 +6323,7 @@ def test_list_of_workers(hosts):
     assert (done.returncode, done.stderr) == (0, "")
     rows = {row["address"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert list(map(set, rows.values())) == [{"host", "address", "load", "running", "slots", "waiting", "version",
-                                              "uptime", "round_trip", "state"}] * 2
+                                              "uptime", "round_trip", "state", "options"}] * 2
     one, two = rows["10.77.0.2"], rows["10.77.0.3"]
     assert (one["running"], one["slots"], two["running"], two["slots"]) == (1, 1, 0, 3)
     assert one["load"] >= 1 and one["version"] == cexec.VERSION and 0 < one["round_trip"] < 3
@@ -6130,12 +6331,13 @@ def test_list_of_workers(hosts):
     lines = survey(hosts, space=spaces["client"]).stdout.splitlines()
     loads = [float(line.split("\t")[2]) for line in lines]
     assert len(loads) == 2 and loads == sorted(loads)   # the least loaded first
-    assert {tuple(line.split("\t")[9:]) for line in lines} == {("serving",)}
+    assert {tuple(line.split("\t")[9:]) for line in lines} == {("serving", "-")}
     words = shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"]))
     shown = subprocess.run(["script", "-qec", words, "/dev/null"], env=hosts.environment(), stdin=subprocess.DEVNULL,
                            stdout=subprocess.PIPE)
     head, *rows = shown.stdout.decode().splitlines()
-    assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP"]
+    assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP",
+                            "OPTIONS"]
     assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2
     assert any(" 1/1 " in row for row in rows)
     outcome(first)
@@ -9081,7 +9283,7 @@ def test_a_device_with_a_nul_in_a_file_of_addresses(tmp_path):
 def test_variables_are_bytes_in_any_locale(monkeypatch):
     """In a locale of one byte a character what was typed goes as it is."""
     monkeypatch.setattr(cexec.os, "fsencode", lambda word: word.encode("latin-1"))
-    word, = cexec.parse_environment(["X=\xe9\xff\xc3\xa9"])
+    (word,), _ = cexec.parse_words(["X=\xe9\xff\xc3\xa9"])
     assert word == b"X=\xe9\xff\xc3\xa9"
 
 
@@ -10598,10 +10800,10 @@ T = cexec.FLAG_INPUT | cexec.FLAG_OUTPUT | cexec.FLAG_TERMINAL
 def test_what_a_job_may_ask_of_a_terminal(rows, given, good):
     job = cexec.JOB.unpack(cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, **given)))
     if good:
-        assert cexec.check_job(job, cexec.Words()) is job
+        assert cexec.check_job(job, cexec.Words(), 0) is job
     else:
         with pytest.raises(cexec.ProtocolError):
-            cexec.check_job(job, cexec.Words())
+            cexec.check_job(job, cexec.Words(), 0)
 
 
 @pytest.mark.parametrize("rows, term, status", [([(1, 1, 2)], "", None), ([(0, 0, T)], "vt100", 0)])
