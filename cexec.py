@@ -8551,8 +8551,8 @@ class Failed(OSError):
     """cexec itself failed: no worker was found, or it was lost, or it cannot run its command.
 
     str() of it is what cexec said.  code is cexec's exit status: 111 may be tried again, 100
-    is permanent (a bad key, variable or setting), 126 and 127 are a command that cannot be
-    run or is not there.  stdout and stderr are what run() had captured, or None.
+    is permanent (a bad variable or setting), 126 and 127 are a command that cannot be run or
+    is not there.  stdout and stderr are what run() had captured, or None.
     """
 
     def __init__(self, message, code=EXIT_TEMPORARY, stdout=None, stderr=None):
@@ -8818,7 +8818,7 @@ def result_readers(allow):
                 found = importlib.import_module(module)
                 break
             except ImportError as error:
-                if getattr(error, "name", None) != module or "." not in module:
+                if not (module + ".").startswith("%s." % getattr(error, "name", "")) or "." not in module:
                     raise
                 module, _, last = module.rpartition(".")
                 rest = last + ("." + rest if rest else "")

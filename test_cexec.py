@@ -12738,3 +12738,328 @@ def test_the_run_script_of_daemontools(linked_cluster):
         job.stdin.close()
         assert job.stdout.read() == b"end\n" and job.wait(PATIENCE) == 0
     assert service.wait(PATIENCE) == 0 and read(linked_cluster.path("log")) == b""
+
+
+# ---------------------------------------------------------------------------
+# Python: cexec.run
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def here(one, monkeypatch):
+    """The shared cluster, found by cexec.run in this process; here.sh(command, ...) has its worker run a command."""
+    live_in(one, monkeypatch)
+    one.sh = lambda command, **options: cexec.run(one.pub, env={"CMD": command}, **options)
+    return one
+
+
+def live_in(cluster, monkeypatch):
+    for name in os.environ:
+        if name.startswith("CEXEC_") and name not in cluster.env:
+            monkeypatch.delenv(name)
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("command, options", [
+    ("cat; exit 3", {"input": b"\xffa\n", "stdout": subprocess.PIPE}),
+    ("cat; echo \xe4 >&2", {"input": "h\xe9\r\n", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                            "encoding": "utf-8"}),
+    ("echo hello; echo world >&2", {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+                                    "stderr": subprocess.STDOUT, "universal_newlines": True}),
+    ("echo hello; echo world >&2", {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+                                    "stderr": subprocess.PIPE}),
+    ("head -c 3000000 /dev/zero", {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}),
+    ("cat >/dev/null; wc -c", {"input": bytes(3000000), "stdout": subprocess.PIPE}),
+    ("kill -TERM $$", {"stdin": subprocess.DEVNULL}),
+    ("exit 111", {"stdin": subprocess.DEVNULL}), ("exit 127", {"stdin": subprocess.DEVNULL}),
+], ids=range(9))
+def test_run_gives_what_subprocess_run_gives(here, command, options):
+    done, local = here.sh(command, **options), subprocess.run(["sh", "-c", command], **options)
+    assert (done.returncode, done.stdout, done.stderr) == (local.returncode, local.stdout, local.stderr)
+    assert isinstance(done, subprocess.CompletedProcess) and done.args == [here.pub]
+
+
+def test_run_takes_files_and_pipes(here, tmp_path):
+    """A file's offset is where the command stopped to read; a pipe of pass_fds is at its number there."""
+    reader, writer = os.pipe()
+    with open(here.path("data/words"), "rb") as source, open(str(tmp_path / "out"), "wb") as target:
+        assert here.sh("head -c 6; echo more >/dev/fd/%d" % writer, stdin=source, stdout=target,
+                       pass_fds=[writer]).returncode == 0
+        os.close(writer)
+        assert source.read(4) == b"beta"
+    assert (read(str(tmp_path / "out")), read_all(reader)) == (b"alpha\n", b"more\n")
+
+
+def test_run_from_threads(here):
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        done = threads.map(lambda number: here.sh("cat; exit %d" % number, input=b"%d" % number,
+                                                  stdout=subprocess.PIPE), range(16))
+        assert [(run.returncode, run.stdout) for run in done] == [(number, b"%d" % number) for number in range(16)]
+
+
+def test_run_refuses_what_does_not_go_together(here):
+    for options in ({"input": b"", "stdin": subprocess.DEVNULL}, {"capture_output": True, "stderr": subprocess.PIPE}):
+        with pytest.raises(ValueError):
+            here.sh("true", **options)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        here.sh("echo out; exit 3", stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    assert (caught.value.returncode, caught.value.stdout, caught.value.stderr) == (3, b"out\n", b"")
+
+
+def test_run_at_its_timeout_ends_the_job_there(here):
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        here.sh("trap '' TERM; echo begun; while :; do sleep 0.1; done",
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=1)
+    assert caught.value.stdout == b"begun\n"
+    until(lambda: here.alive() == [here.serving.pid], "the end of the job", 12)
+
+
+def failure(call, *arguments, **options):
+    with pytest.raises(cexec.Failed) as caught:
+        call(*arguments, **options)
+    assert isinstance(caught.value, OSError)
+    return caught.value.code, str(caught.value)
+
+
+def test_what_fails_in_cexec_is_no_returncode(here, monkeypatch):
+    assert failure(cexec.run, "nowhere.pub", stderr=subprocess.DEVNULL) == (
+        111, "nowhere.pub: no such public key, and no nowhere.pub.pub: is the name right? (ckeygen makes keys)")
+    assert failure(cexec.run, "-r", stderr=subprocess.DEVNULL)[1].startswith("./-r: no such public key")
+    code, text = failure(cexec.run, here.pub, env={"A B": "x"})
+    assert code == 100 and text.startswith("A B=x: not KEY=VALUE")
+    code, text = failure(here.sh, "kill -KILL $PPID; exec sleep 100", stdin=subprocess.DEVNULL, capture_output=True)
+    assert code == 111 and "lost after" in text and text.endswith("the command may have run")
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "1")
+    monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
+    code, text = failure(here.sh, "true", stderr=subprocess.DEVNULL)
+    assert code == 111 and text.startswith("no worker answered in 1 s")
+    monkeypatch.setenv("CEXEC_RETRIES", "many")
+    code, text = failure(here.sh, "true", stderr=subprocess.DEVNULL)
+    assert (code, text) == (100, "cexec ended with status 100: its standard error says why")
+
+
+def test_a_command_that_cannot_be_run_is_a_failure(cluster, monkeypatch):
+    live_in(cluster, monkeypatch)
+    cluster.worker(cluster.path("no-such-command"))
+    code, text = failure(cexec.run, cluster.pub, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert code == 127 and text == "worker 127.0.0.1 cannot run its command: it is not there (exit status 127)"
+
+
+def test_the_file_may_have_any_name(here, tmp_path):
+    """As a program that has a link to it, or a copy under an applet's name, may import it."""
+    for name, path in (("link.py", PROGRAM), ("cexec", None)):
+        if path:
+            os.symlink(path, str(tmp_path / name))
+        else:
+            shutil.copy(PROGRAM, str(tmp_path / name))
+        done = subprocess.run([PYTHON, "-c", textwrap.dedent("""
+            import importlib.util, importlib.machinery, sys
+            loader = importlib.machinery.SourceFileLoader("other", sys.argv[1])
+            other = importlib.util.module_from_spec(importlib.util.spec_from_loader("other", loader))
+            loader.exec_module(other)
+            print(other.run(sys.argv[2], input=b"", env={"CMD": "exit 7"}).returncode)"""),
+            str(tmp_path / name), here.pub], stdout=subprocess.PIPE, env=here.environment(), timeout=PATIENCE)
+        assert done.stdout == b"7\n"
+
+
+def test_import_is_cheap_and_help_can_be_read(cluster):
+    program = """if 1:
+        import sys
+        import cexec
+        costly = {"concurrent.futures", "pickle", "threading", "subprocess"} & set(sys.modules)
+        assert not costly or sys.version_info < (3, 7)
+        import concurrent.futures
+        assert issubclass(cexec.Executor, concurrent.futures.Executor)
+        assert sorted(cexec.__all__) == ["Executor", "Failed", "run"] and cexec.__version__ == cexec.VERSION
+        help(cexec)"""
+    done = subprocess.run([PYTHON, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE,
+                          env=cluster.environment({"PYTHONPATH": HERE, "PAGER": "cat", "TERM": "dumb"}))
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode()
+    for word in ("cexec.run(", "class Executor(concurrent.futures", "class Failed(", "PEER_KEY", "retries: how often",
+                 "submit(fn, *args, **kwargs)"):
+        assert word in shown
+    assert len(shown.splitlines()) < 250 and "exec python3 -S" not in shown and "Supervisor" not in shown
+
+
+# ---------------------------------------------------------------------------
+# Python: what a result may have in it
+# ---------------------------------------------------------------------------
+
+def loaded(data, allow=()):
+    return cexec.load_result(cexec.result_readers(allow), b"...." + data, 4)
+
+
+DATA = [None, True, 10 ** 40, 1.5, 2j, "\ud800 text", b"bytes", bytearray(b"x"), [1, [2]], (1, (2,)), {"a": {1, 2}},
+        frozenset([3]), range(5), slice(1, 2), Ellipsis, NotImplemented, int, [object], {"type": ValueError}]
+
+
+@pytest.mark.parametrize("protocol", range(3, 6))
+def test_data_is_read(protocol):
+    import pickle
+    for value in DATA:
+        found = loaded(pickle.dumps(value, min(protocol, pickle.HIGHEST_PROTOCOL)))
+        assert type(found) is type(value) and found == value
+    cyclic = []
+    cyclic.append(cyclic)
+    assert loaded(pickle.dumps(cyclic))[0][0] is not None
+
+
+def test_builtin_exceptions_are_read():
+    import pickle
+    for error in (ValueError("x", 1), OSError(2, "no", "file"), UnicodeDecodeError("a", b"b", 0, 1, "c"), KeyError(3),
+                  StopIteration(4), SystemExit(5)):
+        found = loaded(pickle.dumps(error))
+        assert type(found) is type(error) and found.args == error.args
+    assert loaded(pickle.dumps(OSError(2, "no", "file"))).filename == "file"
+
+
+class Harm:
+    """Pickles as a call of anything."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def harmful_pickles(touch):
+    """Pickles each of which would have a file made, by every way to a callable that pickle has."""
+    import pickle
+    command = "touch %s" % touch
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for call in ((os.system, (command,)), (eval, ("open(%r, 'w')" % touch,)), (open, (touch, "w")),
+                     (subprocess.Popen, (["touch", touch],)), (exec, ("open(%r, 'w')" % touch,)),
+                     (getattr, (os, "system")) if protocol < 0 else (__import__, ("os",)), (map, (print, [1])),
+                     (functools.partial, (os.system, command)), (type, ("X", (), {}))):
+            harm = Harm(*call)
+            for place in (harm, [harm], {"a": (1, harm)}, ValueError(harm)):
+                yield pickle.dumps(place, protocol)
+    text = command.encode()
+    yield b"cos\nsystem\n(V" + text + b"\ntR."                                      # GLOBAL, REDUCE
+    yield b"(V" + text + b"\nios\nsystem\n."                                        # INST
+    yield b"(cos\nsystem\nV" + text + b"\no."                                       # OBJ
+    yield b"c__builtin__\neval\n(V1\ntR."                                           # a name of Python 2
+    for module, name in (("builtins", "getattr"), ("builtins", "ValueError.__init__.__globals__"),
+                         ("builtins", "__import__"), ("os", "system"), ("posix", "system"), ("builtins", "type"),
+                         ("builtins", "object.__subclasses__"), ("builtins", "ValueError.mro"), ("builtins", "exec"),
+                         ("builtins", "str.format"), ("builtins", "dict.get"), ("builtins", ""), ("", "getattr"),
+                         ("cexec", "os.system"), ("cexec", "run"), ("__mp_main__", "os"), ("__main__", "sys"),
+                         ("_codecs", "encode"), ("copyreg", "_reconstructor"), ("copyreg", "__newobj__"),
+                         ("sys", "modules"), ("builtins", "memoryview"), ("builtins", "super"), ("io", "open"),
+                         ("builtins", "property"), ("importlib", "import_module"), ("operator", "attrgetter"),
+                         ("antigravity", "fly"), ("collections", "OrderedDict"), ("functools", "partial")):
+        words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
+        yield b"\x80\x04" + words + b"\x93."                                        # STACK_GLOBAL
+        yield b"\x80\x04" + words + b"\x93\x8c" + bytes([len(text)]) + text + b"\x85R."
+        yield b"\x80\x04" + words + b"\x93)\x81."                                   # NEWOBJ
+        yield b"\x80\x04" + words + b"\x93)}\x92."                                  # NEWOBJ_EX
+    yield b"P1\n."                                                                  # PERSID
+    yield b"K\x01Q."                                                                # BINPERSID
+    yield b"\x80\x02\x82\x07."                                                      # EXT1
+    yield b"\x80\x02\x83\x07\x00."                                                  # EXT2
+    yield b"\x80\x02\x84\x07\x00\x00\x00."                                          # EXT4
+    yield b"\x80\x05\x97\x98."                                                      # NEXT_BUFFER, READONLY_BUFFER
+    yield b"cbuiltins\nint\n}V__add__\ncbuiltins\nstr\nsb."                         # BUILD of a type
+    yield b"cbuiltins\nValueError\n(N}V__init__\ncbuiltins\nstr\nstb."              # with slots
+    yield b"K\x01K\x02a."                                                           # APPEND to no list
+    yield b"K\x01)R."                                                               # REDUCE of no callable
+
+
+@pytest.mark.parametrize("extensions", [False, True])
+def test_no_result_runs_code_here(tmp_path, extensions):
+    """With a number of copyreg's too, whose object was loaded before, which pickle's C code does not ask about."""
+    import copyreg
+    import pickle
+    mark, before = str(tmp_path / "harm"), set(sys.modules)
+    if extensions:
+        copyreg.add_extension("os", "system", 7)
+        assert pickle.loads(b"\x80\x02\x82\x07.") is os.system
+    try:
+        for data in harmful_pickles(mark):
+            with pytest.raises(Exception):      # noqa: B017
+                loaded(data)
+            with pytest.raises(Exception):      # noqa: B017
+                loaded(data, ["collections", "cexec.Failed"] if b"OrderedDict" not in data else [])
+    finally:
+        if extensions:
+            copyreg.remove_extension("os", "system", 7)
+            copyreg.clear_extension_cache()
+    assert not os.path.exists(mark) and "antigravity" not in set(sys.modules) - before
+    assert int("1") == 1 and ValueError(1).args == (1,)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own, which imports what is dangerous."""
+    put(str(tmp_path / "mine_x.py"), textwrap.dedent("""
+        import os, subprocess
+        from os import system
+        from subprocess import Popen
+        from functools import partial
+        from io import FileIO
+        class Point:
+            def __init__(self, x):
+                self.x = x
+            class Inner:
+                pass
+        class Sneaky(Exception):
+            def __init__(self, one, two):
+                super().__init__(one)
+        def function():
+            pass
+        """))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield __import__("mine_x")
+    del sys.modules["mine_x"]
+
+
+def stack_global(module, name):
+    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)) + b"\x93."
+
+
+def test_allow_names_a_modules_classes_and_nothing_that_it_has_imported(mine):
+    import pickle
+    data = pickle.dumps([mine.Point(3), mine.Point.Inner()])
+    assert loaded(data, ["mine_x"])[0].x == 3
+    with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point"\]'):
+        loaded(data)
+    with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point.Inner"\]'):
+        loaded(data, ["mine_x.Point"])
+    assert loaded(data, ["mine_x.Point", "mine_x.Point.Inner"])[0].x == 3
+    for name in ("os", "os.system", "system", "Popen", "subprocess.Popen", "partial", "FileIO", "function", "Point.x",
+                 "Point.__init__", "Point.__init__.__globals__", "Point.__class__", "Point.mro", "__builtins__",
+                 "__loader__"):
+        with pytest.raises(pickle.UnpicklingError):
+            loaded(stack_global("mine_x", name), ["mine_x"])
+    assert loaded(stack_global("mine_x", "function"), ["mine_x.function"]) is mine.function
+    with pytest.raises(pickle.UnpicklingError):         # what is not imported here is not imported for it
+        loaded(stack_global("xml.sax.expatreader", "ExpatParser"), ["xml"])
+    assert "xml.sax.expatreader" not in sys.modules
+
+
+def test_allow_names_what_is_there():
+    assert loaded(stack_global("datetime", "date"), ["datetime.date"])(2026, 1, 2).year == 2026
+    with pytest.raises(ImportError):
+        cexec.result_readers(["no_such_module_x"])
+    with pytest.raises(AttributeError):
+        cexec.result_readers(["datetime.no_such_class"])
+    with pytest.raises(TypeError):
+        cexec.result_readers("datetime")
+
+
+def test_an_exception_that_cannot_be_made_here_is_told(mine):
+    import pickle
+
+    def told(error, allow=()):
+        text = b"Traceback ...\n\x1b[2Jmine_x.Sneaky: why"
+        data = cexec.TEXT_SIZE.pack(len(text)) + text + (pickle.dumps(error) if error else b"")
+        return cexec.load_error(cexec.result_readers(allow), data, 0, "box")
+    for error, allow, word in ((mine.Sneaky(1, 2), (), "mine_x.Sneaky is not known here"),
+                               (mine.Sneaky(1, 2), ["mine_x"], "missing 1 required"), (None, (), "Ran out of input"),
+                               ("no exception", (), "no exception")):
+        found = told(error, allow)
+        assert type(found) is pickle.UnpicklingError and word in str(found) and "mine_x.Sneaky: why" in str(found)
+        assert "On box:\nTraceback ...\n\\x1b[2J" in str(found.__cause__)
+    assert told(KeyError(1)).args == (1,)
