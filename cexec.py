@@ -9083,7 +9083,7 @@ class Lane:
         if self.state is not SEARCHING or words[:2] != ["cexec-lane", "1"] or len(words) < 5 or not words[2].isdecimal():
             raise ProtocolError("READY out of place")
         self.protocol, self.host = min(int(words[2]), self.pool.protocol), printable(words[4])
-        self.idle_since = time.monotonic()
+        self.since = self.idle_since = time.monotonic()
         self._set(UP)
 
     def rcvd_import(self, data, place, end):
@@ -9451,13 +9451,14 @@ class ExecutorMethods:
         is faster if each takes less than a millisecond.  Raises what the function raised, and
         concurrent.futures.TimeoutError for a result that is not there timeout seconds from now.
         """
+        import itertools
         from concurrent.futures import Executor
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1")
         if chunksize == 1:
             return Executor.map(self, fn, *iterables, timeout=timeout)
         rows = zip(*iterables)
-        chunks = iter(lambda: [row for row, _ in zip(rows, range(chunksize))], [])
+        chunks = iter(lambda: list(itertools.islice(rows, chunksize)), [])
         return flattened(Executor.map(self, functools.partial(call_each, fn), chunks, timeout=timeout))
 
     def shutdown(self, wait=True, *, cancel_futures=False):

@@ -13063,3 +13063,343 @@ def test_an_exception_that_cannot_be_made_here_is_told(mine):
         assert type(found) is pickle.UnpicklingError and word in str(found) and "mine_x.Sneaky: why" in str(found)
         assert "On box:\nTraceback ...\n\\x1b[2J" in str(found.__cause__)
     assert told(KeyError(1)).args == (1,)
+
+
+# ---------------------------------------------------------------------------
+# Python: cexec.Executor
+# ---------------------------------------------------------------------------
+
+LANE = [PYTHON, "/dev/fd/3"]            # what a worker runs for an Executor
+
+
+@pytest.fixture
+def pooled(cluster, monkeypatch):
+    """A cluster with a worker for an Executor in this process; script() runs a main program with it to its end."""
+    live_in(cluster, monkeypatch)
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "20")
+    cluster.serving = cluster.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
+    cluster.script = functools.partial(main_program, cluster)
+    return cluster
+
+
+def main_program(cluster, text, name="main.py", before=(), **options):
+    """What a main program in a file prints, standard error too; POOL in it is the Executor's public key."""
+    path = cluster.path("program/" + name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    put(path, "import cexec\nPOOL = %r\n%s" % (cluster.pub, textwrap.dedent(text)))
+    done = subprocess.run([PYTHON, *before, *([path] if not before else [])], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=cluster.environment({"PYTHONPATH": HERE}),
+                          timeout=PATIENCE * 2, cwd=cluster.path("program"), **options)
+    return done.stdout.decode()
+
+
+def lanes_of(cluster):
+    """The processes of workers' Pythons."""
+    return [pid for pid in cluster.alive() if read("/proc/%d/cmdline" % pid).endswith(b"\0/dev/fd/3\0")
+            and b"cservice" not in read("/proc/%d/cmdline" % pid)]
+
+
+def test_the_main_programs_functions(pooled):
+    """With prints there, of the function and of a process that it starts, and what it allows."""
+    out = pooled.script("""
+        import os, sys
+        class Point:
+            def __init__(self, x):
+                self.x = x
+        def double(x):
+            return x * 2
+        def talk(word):
+            print(word, "\\x1b[2J")
+            print("error", file=sys.stderr)
+            os.system("echo child")
+            os.write(1, b"no newline")
+            return __name__, sys.argv[1:]
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, allow=["__main__.Point"]) as pool:
+                assert list(pool.map(double, range(100))) == [2 * x for x in range(100)]
+                assert list(pool.map(double, range(100), chunksize=7)) == [2 * x for x in range(100)]
+                assert pool.submit(Point, 3).result().x == 3
+                result = pool.submit(talk, "h\\xe9llo").result()
+            print(result)
+        """)
+    lines = ["%s: %s" % (os.uname().nodename, line) for line in ("h\xe9llo \\x1b[2J", "error", "child", "no newline")]
+    assert out.splitlines() == lines + ["('__mp_main__', [])"]
+
+
+def test_modules_beside_the_main_program(pooled):
+    """A module, a package with relative imports, one without __init__; and nothing from elsewhere."""
+    for name, text in (("beside.py", "from pack.deep import leaf\nfrom bare import twig\n\ndef both():\n"
+                                     "    return leaf.VALUE + twig.VALUE\n"),
+                       ("pack/__init__.py", "VALUE = 40\n"), ("pack/deep/__init__.py", ""),
+                       ("pack/deep/leaf.py", "from .. import VALUE\n"), ("bare/twig.py", "VALUE = 2\n")):
+        os.makedirs(os.path.dirname(pooled.path("program/" + name)), exist_ok=True)
+        put(pooled.path("program/" + name), text)
+    put(pooled.path("outside.py"), "SECRET = 1\n")
+    os.symlink("../outside.py", pooled.path("program/linked.py"))
+    out = pooled.script("""
+        import beside
+        def missing(name):
+            return __import__(name).__name__
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, 1) as pool:
+                print(pool.submit(beside.both).result(), pool.submit(missing, "json").result())
+                for name in ("outside", "linked", "pack.nothing", "nowhere_x"):
+                    print(type(pool.submit(missing, name).exception()).__name__)
+        """)
+    assert out == "42 json\n" + "ModuleNotFoundError\n" * 4
+
+
+def test_a_module_of_a_package_as_the_main_program(pooled):
+    """python -m package.main, whose functions import what is in the package."""
+    for name, text in (("pack/__init__.py", ""), ("pack/other.py", "VALUE = 42\n")):
+        os.makedirs(os.path.dirname(pooled.path("program/" + name)), exist_ok=True)
+        put(pooled.path("program/" + name), text)
+    assert pooled.script("""
+        from . import other
+        def answer():
+            from .other import VALUE
+            return VALUE + other.VALUE
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                print(pool.submit(answer).result())
+        """, name="pack/main.py", before=["-m", "pack.main"]) == "84\n"
+
+
+def test_what_a_worker_may_read(tmp_path, monkeypatch):
+    """It is the worker that asks: modules below the main program's directory, and nothing else."""
+    for name in ("top.py", "pack/__init__.py", "pack/leaf.py", "text.txt", "with-dash.py"):
+        os.makedirs(os.path.dirname(str(tmp_path / "main" / name)), exist_ok=True)
+        put(str(tmp_path / "main" / name), "# " + name)
+    put(str(tmp_path / "secret.py"), "SECRET")
+    os.symlink("../secret.py", str(tmp_path / "main/link.py"))
+    os.symlink("..", str(tmp_path / "main/up"))
+    os.mkfifo(str(tmp_path / "main/fifo.py"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "main")] + sys.path[1:])
+    program = cexec.Program()
+    assert program.roots[-1:] == [str(tmp_path / "main")]
+    assert {"top", "pack"} <= set(program.names()) and "text" not in program.names()
+    assert program.module("top") == (b"# top.py", str(tmp_path / "main/top.py"), False)
+    assert program.module("pack")[1:] == (str(tmp_path / "main/pack/__init__.py"), True)
+    assert program.module("pack.leaf")[0] == b"# pack/leaf.py"
+    for name in ("", ".", "..secret", "...", "../secret", "/etc/passwd", "link", "up.secret", "up", "fifo", "text.txt",
+                 "text", "with-dash", "top.py", "pack/leaf", "pack.", "top\0", "nowhere", "pack..leaf"):
+        assert program.module(name) is None, name
+    monkeypatch.setattr(sys, "path", [os.path.dirname(os.__file__)])       # the library is on the worker
+    assert cexec.Program().roots == [root for root in program.roots if root != str(tmp_path / "main")]
+
+
+def test_what_cannot_be_sent_is_refused_with_advice(pooled):
+    out = pooled.script("""
+        def outer():
+            def inner():
+                pass
+            return inner
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                for function in (lambda: 1, outer()):
+                    error = pool.submit(function).exception()
+                    print(type(error).__name__, str(error).split(": ", 1)[1])
+                print(pool.submit(pow, 2, 3).result())
+        """)
+    advice = ("a call is sent to a worker by pickle, so its function must be one that is found by its name in a module "
+              "(no lambda, no function inside another), and its arguments data\n")
+    assert out.count("PicklingError ") == out.count(advice) == 2 and out.endswith("\n8\n")
+    out = pooled.script("", before=["-c", "if 1:\n def f(): pass\n import cexec\n"
+                                          " print(cexec.Executor(%r).submit(f).exception())" % pooled.pub])
+    assert "is defined in no file (an interactive session, python -c, standard input)" in out
+
+
+def test_a_main_program_that_makes_an_executor_everywhere_is_told(pooled):
+    """Without the guard each worker would make one of its own."""
+    out = pooled.script("""
+        def f():
+            pass
+        pool = cexec.Executor(POOL)
+        print(repr(pool.submit(f).exception()))
+        """)
+    assert out.startswith("RuntimeError(") and "below if __name__ == '__main__':" in out
+
+
+def test_exceptions_come_with_the_traceback_there(pooled):
+    out = pooled.script("""
+        import traceback
+        class Mine(Exception):
+            pass
+        def bad(kind):
+            raise kind("reason")        # here
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                for kind in (KeyError, Mine):
+                    try:
+                        pool.submit(bad, kind).result()
+                    except Exception:
+                        traceback.print_exc()
+        """)
+    assert out.count('raise kind("reason")        # here') == 2
+    assert "\nKeyError: 'reason'\n" in out and "On %s:\nTraceback" % os.uname().nodename in out
+    assert "the function raised __mp_main__.Mine: reason (__main__.Mine is not known here" in out
+
+
+def test_ten_thousand_calls_and_large_ones(pooled):
+    with cexec.Executor(pooled.pub) as pool:
+        assert list(pool.map(abs, range(-5000, 5000))) == list(map(abs, range(-5000, 5000)))
+        futures = [pool.submit(bytes, count) for count in (0, 1, 65535, 10 ** 6, 3 * 10 ** 7)]
+        futures += [pool.submit(len, bytes(count)) for count in (0, 1, 65535, 10 ** 6, 3 * 10 ** 7)]
+        found = [future.result() for future in futures]
+        assert found[5:] == [len(data) for data in found[:5]] == [0, 1, 65535, 10 ** 6, 3 * 10 ** 7]
+
+
+def test_lanes_are_as_many_as_workers_take_and_are_given_back(pooled):
+    with cexec.Executor(pooled.pub) as pool:
+        futures = [pool.submit(time.sleep, 0.3) for _ in range(8)]
+        until(lambda: len(lanes_of(pooled)) == 2, "two lanes")
+        for future in futures:
+            future.result()
+        pids = [pool.submit(os.getpid).result() for _ in range(3)]
+        assert len(set(pids)) <= 2
+        until(lambda: not lanes_of(pooled), "the end of idle lanes")
+        assert pool.submit(os.getpid).result() not in pids
+    with cexec.Executor(pooled.pub, max_workers=1) as pool:
+        assert len({pool.submit(os.getpid).result() for _ in range(20)}) == 1
+
+
+def crash(path):
+    """A call of which only the first try dies."""
+    return "import os\nopen(%r, 'ab').write(b'x')\nif os.path.getsize(%r) < 2: os._exit(3)" % (path, path)
+
+
+def test_a_lost_worker_is_made_good_or_told(pooled):
+    count = pooled.path("count")
+    broken = concurrent.futures.BrokenExecutor
+    with cexec.Executor(pooled.pub) as pool:
+        assert pool.submit(exec, crash(count)).result() is None and os.path.getsize(count) == 2
+        assert "that was try 4 of 4" in str(pool.submit(os._exit, 3).exception())
+        assert pool.submit(pow, 2, 3).result() == 8
+        assert isinstance(pool.submit(os.abort).exception(), broken)
+    os.unlink(count)
+    with cexec.Executor(pooled.pub, retries=0) as pool:
+        error = pool.submit(exec, crash(count)).exception()
+        assert isinstance(error, broken) and "ended with status 3 (that was try 1 of 1)" in str(error)
+        assert os.path.getsize(count) == 1 and pool.submit(pow, 2, 3).result() == 8
+
+
+def test_short_calls_behind_a_long_one_are_taken_back(pooled):
+    """A lane has calls ahead while they are short; another lane with nothing to do gets those that are stuck."""
+    with cexec.Executor(pooled.pub) as pool:
+        list(pool.map(abs, range(3000)))
+        gate = pooled.path("gate")
+        wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
+        futures = [pool.submit(*call) for call in [(abs, 1)] * 5 + [(exec, wait)] + [(abs, 1)] * 60]
+        for future in futures[6:]:
+            assert future.result(PATIENCE) == 1
+        assert not futures[5].done()
+        touch(gate)
+        assert futures[5].result(PATIENCE) is None
+
+
+def test_no_worker_is_said(pooled, monkeypatch):
+    code, text = failure(cexec.Executor, pooled.path("nowhere.pub"))
+    assert code == 111 and "no such public key" in text
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "1")
+    monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
+    with cexec.Executor(pooled.pub) as pool:
+        errors = [pool.submit(pow, 2, 3).exception() for _ in range(2)]
+    assert all(isinstance(error, cexec.Failed) and str(error).startswith("no worker answered in 1 s")
+               for error in errors)
+
+
+@pytest.mark.parametrize("command, word", [
+    (["cat"], "frame of kind b'S'"),
+    (["sh", "-c", "echo oops >&2; exit 3"], "ended with status 3: oops (is it python3"),
+    (["/no/such"], "it is not there (exit status 127)"), ([PYTHON, "-c", "print('x' * 99)"], "frame of kind b'x'")])
+def test_a_command_that_is_no_python_is_said(cluster, monkeypatch, command, word):
+    live_in(cluster, monkeypatch)
+    cluster.worker(*command, env={"BOOST": "0"})
+    with cexec.Executor(cluster.pub) as pool:
+        error = pool.submit(pow, 2, 3).exception()
+    assert isinstance(error, cexec.Failed) and word in str(error)
+
+
+def test_a_worker_that_drains_is_left(pooled, monkeypatch):
+    """A lane ends after a while for that; what waits goes on elsewhere."""
+    monkeypatch.setattr(cexec, "LANE_SECONDS", 0.5)
+    with cexec.Executor(pooled.pub) as pool:
+        first = pool.submit(os.getppid).result()
+        futures = [pool.submit(time.sleep, 0.1) for _ in range(40)]
+        pooled.serving.terminate()
+        other = pooled.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
+        assert pooled.serving.wait(PATIENCE) == 0
+        assert all(future.result(PATIENCE) is None for future in futures)
+        assert first != pool.submit(os.getppid).result() and other.poll() is None
+
+
+def test_cancelling_and_shutting_down(pooled):
+    pool = cexec.Executor(pooled.pub, max_workers=1)
+    running = pool.submit(time.sleep, 0.5)
+    until(running.running, "the start of a call")
+    futures = [pool.submit(abs, -number) for number in range(5)]
+    assert futures[0].cancel() and not running.cancel()
+    pool.shutdown(wait=False, cancel_futures=True)
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        pool.submit(abs, 1)
+    assert running.result(PATIENCE) is None and all(future.cancelled() for future in futures)
+    pool.shutdown()
+    assert not lanes_of(pooled)
+
+
+def test_ctrl_c_ends_what_runs(pooled):
+    with pytest.raises(KeyboardInterrupt), cexec.Executor(pooled.pub) as pool:
+        future = pool.submit(time.sleep, 1000)
+        until(lambda: lanes_of(pooled) and future.running(), "the start of a call")
+        raise KeyboardInterrupt
+    assert isinstance(future.exception(), concurrent.futures.BrokenExecutor)
+    until(lambda: not lanes_of(pooled), "the end of the call")
+
+
+def test_a_main_program_that_is_killed_ends_its_calls(pooled):
+    os.makedirs(pooled.path("program"))
+    with open(pooled.path("program/main.py"), "w") as file:
+        file.write("import cexec, time\npool = cexec.Executor(%r)\npool.submit(time.sleep, 1000)\n" % pooled.pub)
+    program = subprocess.Popen([PYTHON, file.name], env=pooled.environment({"PYTHONPATH": HERE}))
+    pooled.started.append(program)
+    until(lambda: lanes_of(pooled), "the start of a call")
+    program.kill()
+    until(lambda: pooled.alive() == [pooled.serving.pid], "the end of all")
+
+
+def test_the_interpreters_exit_waits_for_calls(pooled):
+    out = pooled.script("""
+        import atexit, time
+        def late():
+            try:
+                pool.submit(abs, 1)
+            except RuntimeError as error:
+                print(error)
+        if __name__ == "__main__":
+            atexit.register(late)
+            pool = cexec.Executor(POOL)
+            pool.submit(time.sleep, 0.5).add_done_callback(lambda future: print("done", flush=True))
+        """)
+    assert out == "done\ncannot schedule new futures after interpreter shutdown\n"
+
+
+def test_asyncio(pooled):
+    assert pooled.script("""
+        import asyncio
+        async def main(pool):
+            loop = asyncio.get_event_loop()
+            print(await asyncio.gather(*[loop.run_in_executor(pool, pow, 2, n) for n in range(4)]))
+            try:
+                await loop.run_in_executor(pool, divmod, 1, 0)
+            except ZeroDivisionError:
+                print("raised")
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                asyncio.new_event_loop().run_until_complete(main(pool))
+        """) == "[1, 2, 4, 8]\nraised\n"
+
+
+def test_calls_from_many_threads(pooled):
+    with cexec.Executor(pooled.pub) as pool, concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda n: pool.submit(pow, n, 2).result(), range(200))) == [n * n for n in range(200)]
+    assert not [thread for thread in threading.enumerate() if thread.name == "cexec.Executor"]
