@@ -13403,3 +13403,87 @@ def test_calls_from_many_threads(pooled):
     with cexec.Executor(pooled.pub) as pool, concurrent.futures.ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda n: pool.submit(pow, n, 2).result(), range(200))) == [n * n for n in range(200)]
     assert not [thread for thread in threading.enumerate() if thread.name == "cexec.Executor"]
+
+
+# CPython's own tests of executors, which come with some Pythons: those that fit, as they are.
+
+CPYTHON_TESTS = """
+import importlib, sys, unittest
+import concurrent.futures
+import cexec
+try:
+    package = "test.test_concurrent_futures."
+    modules = [importlib.import_module(package + name)
+               for name in ("executor", "test_shutdown", "test_as_completed", "test_wait", "test_process_pool")]
+    util = importlib.import_module(package + "util")
+    base = util.BaseTestCase
+except ImportError:                     # before Python 3.13, and 3.12, it is one file
+    modules = [importlib.import_module("test.test_concurrent_futures")]
+    base = getattr(modules[0], "BaseTestCase", unittest.TestCase)
+
+class Ours(concurrent.futures.Executor):
+    "What their mixins make, with our arguments."
+    def __new__(cls, max_workers=None):
+        return cexec.Executor(POOL, max_workers, allow=ALLOW)
+
+ALLOW = [modules[0].__name__]
+
+def found(name):
+    return next(vars(module)[name] for module in modules if name in vars(module))
+
+class Mixin(modules[0].ExecutorMixin if hasattr(modules[0], "ExecutorMixin") else util.ExecutorMixin):
+    executor_type = Ours
+
+tests = unittest.TestSuite()
+for name in sys.argv[1:]:
+    made = type("Cexec" + name, (Mixin, found(name), base), {"__module__": "__main__"})
+    names = [test for test in unittest.defaultTestLoader.getTestCaseNames(made) if test not in LEFT_OUT]
+    if name == "ProcessPoolExecutorTest":       # else those of ExecutorTest once more
+        names = [test for test in names if test not in dir(found("ExecutorTest"))]
+    tests.addTests(map(made, names))
+result = unittest.TextTestRunner(sys.stdout, verbosity=2).run(tests)
+print("ran", result.testsRun, "failed", len(result.failures) + len(result.errors))
+"""
+
+# What they are about is not there in an Executor like ours, or elsewhere than their process looks.
+LEFT_OUT = {
+    # from concurrent.futures they import the executor by its name, in another interpreter and without a public key
+    "test_interpreter_shutdown", "test_submit_after_interpreter_shutdown", "test_hang_gh83386", "test_hang_issue83386",
+    # the pool's processes, by name: executor._processes, and a call that kills one breaks the whole pool, not a call
+    "test_killed_child", "test_saturation", "test_idle_process_reuse_one", "test_idle_process_reuse_multiple",
+    # options of multiprocessing that we don't have: a context, semaphores and managers of it, max_tasks_per_child
+    "test_ressources_gced_in_workers", "test_max_tasks_per_child", "test_max_tasks_early_shutdown",
+    "test_max_tasks_per_child_defaults_to_spawn_context", "test_python_finalization_error", "test_max_workers_too_large",
+    # it wants one call to have begun at once: here a worker is looked for first
+    "test_cancel_futures",
+    # the cause is of another type than concurrent.futures' own, private one, which takes multiprocessing to import
+    "test_traceback",
+}
+
+
+@functools.lru_cache(None)
+def python_with_tests():
+    """A Python that has its own tests of executors: the one under test, or else the newest."""
+    versions = glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))
+    versions.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.split("/")[-3])], reverse=True)
+    for path in [PYTHON, *versions, "/usr/bin/python3"]:
+        if os.path.exists(path) and not subprocess.run([path, "-c", "import test.test_concurrent_futures"],
+                                                       stderr=subprocess.DEVNULL).returncode:
+            return path
+    return None
+
+
+@pytest.mark.parametrize("classes, least", [
+    (("ExecutorTest", "ProcessPoolExecutorTest"), 9), (("ExecutorShutdownTest", "AsCompletedTests"), 5),
+    (("WaitTests",), 7)])
+def test_cpythons_own_tests_of_executors(cluster, classes, least):
+    python = python_with_tests()
+    if not python:
+        skip("no Python here has its own tests (in Debian 12 they are libpython3.11-testsuite's)")
+    cluster.worker(python, "/dev/fd/3", env={"CONCURRENCY": "5", "BOOST": "0"})
+    put(cluster.path("main.py"), "POOL, LEFT_OUT = %r, %r\n" % (cluster.pub, LEFT_OUT) + CPYTHON_TESTS)
+    done = subprocess.run([python, "-W", "ignore", cluster.path("main.py"), *classes], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=cluster.environment({"PYTHONPATH": HERE}),
+                          cwd=cluster.directory, timeout=240)
+    ran, failed = re.search(rb"ran (\d+) failed (\d+)\n$", done.stdout).groups()
+    assert int(ran) >= least and int(failed) == 0, done.stdout.decode()
