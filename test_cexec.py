@@ -13082,14 +13082,14 @@ def pooled(cluster, monkeypatch):
     return cluster
 
 
-def main_program(cluster, text, name="main.py", before=(), **options):
+def main_program(cluster, text, name="main.py", before=(), python=PYTHON):
     """What a main program in a file prints, standard error too; POOL in it is the Executor's public key."""
     path = cluster.path("program/" + name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     put(path, "import cexec\nPOOL = %r\n%s" % (cluster.pub, textwrap.dedent(text)))
-    done = subprocess.run([PYTHON, *before, *([path] if not before else [])], stdout=subprocess.PIPE,
+    done = subprocess.run([python, *before, *([path] if not before else [])], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=cluster.environment({"PYTHONPATH": HERE}),
-                          timeout=PATIENCE * 2, cwd=cluster.path("program"), **options)
+                          timeout=PATIENCE * 2, cwd=cluster.path("program"))
     return done.stdout.decode()
 
 
@@ -13487,3 +13487,83 @@ def test_cpythons_own_tests_of_executors(cluster, classes, least):
                           cwd=cluster.directory, timeout=240)
     ran, failed = re.search(rb"ran (\d+) failed (\d+)\n$", done.stdout).groups()
     assert int(ran) >= least and int(failed) == 0, done.stdout.decode()
+
+
+PYTHONS = sorted({os.path.realpath(path) for path in glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))
+                  if int(path.split("/versions/3.")[1].split(".")[0]) >= 6} | {os.path.realpath(PYTHON)},
+                 key=lambda path: [int(number) for number in re.findall(r"\d+", path)])
+
+
+@pytest.mark.parametrize("there", sorted({PYTHONS[0], PYTHONS[-1]}))
+def test_another_python_there(cluster, monkeypatch, there):
+    """The older of both says what pickle's protocol is."""
+    live_in(cluster, monkeypatch)
+    cluster.worker(there, "/dev/fd/3", env={"BOOST": "0"})
+    for here in {PYTHON, PYTHONS[0]}:
+        out = main_program(cluster, """
+            import sys
+            def version(data):
+                return sys.version_info[:2], len(data)
+            if __name__ == "__main__":
+                with cexec.Executor(POOL) as pool:
+                    print(pool.submit(version, bytearray(3000000)).result(), end=" ")
+                    print(repr(pool.submit({}.pop, 7).exception())[:10])
+                    print(len(pool.submit(bytearray, 3000000).result()))
+            """, python=here)
+        version = subprocess.check_output([there, "-c", "import sys; print(sys.version_info[:2], end='')"]).decode()
+        assert out == "(%s, 3000000) KeyError(7\n3000000\n" % version
+
+
+def test_a_supervisor_that_is_killed(pooled):
+    """Its call is done by another; the lane's Python there is ended."""
+    marks = [pooled.path("first"), pooled.path("second")]
+    program = ("import os, time\nmark = %r if not os.path.exists(%r) else %r\nopen(mark, 'w').write(str(os.getppid()))\n"
+               "while mark == %r: time.sleep(0.1)" % (marks[0], marks[0], marks[1], marks[0]))
+    with cexec.Executor(pooled.pub) as pool:
+        future = pool.submit(exec, program)
+        supervisor = int(until(lambda: os.path.exists(marks[0]) and read(marks[0]), "the start of a call"))
+        os.kill(supervisor, signal.SIGKILL)
+        assert future.result(PATIENCE) is None and int(read(marks[1])) != supervisor
+    until(lambda: not lanes_of(pooled), "the end of all lanes")
+
+
+# The example of concurrent.futures in Python's documentation, but for the line that makes the executor
+PRIMES = """
+import math
+import cexec
+
+PRIMES = [112272535095293, 112582705942171, 112272535095293, 115280095190773, 115797848077099, 1099726899285419]
+
+def is_prime(n):
+    if n < 2:
+        return False
+    if n == 2:
+        return True
+    if n % 2 == 0:
+        return False
+    sqrt_n = int(math.floor(math.sqrt(n)))
+    for i in range(3, sqrt_n + 1, 2):
+        if n % i == 0:
+            return False
+    return True
+
+def main():
+    with cexec.Executor("app.pub") as executor:
+        for number, prime in zip(PRIMES, executor.map(is_prime, PRIMES)):
+            print('%d is prime: %s' % (number, prime))
+
+if __name__ == '__main__':
+    main()
+"""
+
+
+def test_the_documentations_example_on_three_hosts(hosts):
+    spaces = hosts.lan("lan", ["here", "one", "two", "three"], "10.77.7")
+    workers = [hosts.worker(*LANE, space=spaces[name], env={"CONCURRENCY": "1"}) for name in ("one", "two", "three")]
+    put(hosts.path("primes.py"), PRIMES)
+    done = subprocess.run(["ip", "netns", "exec", spaces["here"], PYTHON, "primes.py"], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, cwd=hosts.directory, timeout=PATIENCE * 2,
+                          env=hosts.environment({"PYTHONPATH": HERE}))
+    lines = done.stdout.decode().splitlines()
+    assert [line.split()[-1] for line in lines] == ["True"] * 5 + ["False"], lines
+    assert all(b"supervisor WAITING -> RUNNING" in read(worker.log) for worker in workers)
