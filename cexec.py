@@ -9057,7 +9057,7 @@ class Lane:
         self.size += len(data)
         if self.size < self.wanted:
             return
-        data, place = b"".join(self.chunks), 0
+        data, place, self.chunks = b"".join(self.chunks), 0, []
         try:
             while self.state is not ENDING:
                 self.wanted = LANE_HEAD.size

@@ -13567,3 +13567,29 @@ def test_the_documentations_example_on_three_hosts(hosts):
     lines = done.stdout.decode().splitlines()
     assert [line.split()[-1] for line in lines] == ["True"] * 5 + ["False"], lines
     assert all(b"supervisor WAITING -> RUNNING" in read(worker.log) for worker in workers)
+
+
+def test_the_manuals_parameter_study(pooled):
+    """Its plot is one that a browser reads, with a share for each probability: few ways at the left, many at the right."""
+    import xml.etree.ElementTree
+    text = recipe("cexec.1", "#!/usr/bin/env python3\n# study.py")
+    assert not [line for line in text.splitlines() if len(line) > 72]
+    put(pooled.path("py.pub"), read(pooled.pub).decode())
+    put(pooled.path("study.py"), text.replace("SIZE, TRIES = 60, 50", "SIZE, TRIES = 20, 4"))
+    done = subprocess.run([PYTHON, "study.py"], cwd=pooled.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=pooled.environment({"PYTHONPATH": HERE}), timeout=PATIENCE * 2)
+    assert (done.returncode, done.stdout) == (0, b"")
+    svg = xml.etree.ElementTree.parse(pooled.path("study.svg")).getroot()
+    line, = svg.iter("{http://www.w3.org/2000/svg}polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    assert len(points) == 101 and points[0] == (0, 300) and points[-1] == (400, 0)
+
+
+def test_the_readmes_program(pooled):
+    text = read(os.path.join(HERE, "README")).decode()
+    program = textwrap.dedent(re.search(r"^    import cexec, random\n(    .*\n)+", text, re.M).group())
+    put(pooled.path("py.pub"), read(pooled.pub).decode())
+    put(pooled.path("pi.py"), program.replace("10 ** 6", "10 ** 4").replace("25e6", "25e4"))
+    done = subprocess.run([PYTHON, "pi.py"], cwd=pooled.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=pooled.environment({"PYTHONPATH": HERE}), timeout=PATIENCE * 2)
+    assert re.match(rb"pi is about 3\.1[345]\d*\n$", done.stdout), done.stdout
