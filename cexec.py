@@ -62,6 +62,7 @@ main_cservice, whose -s comes after ckeygen:
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
     cservice -s workers on other hosts, over ssh                               Starter, Host
+    Python      what a program imports: cexec.run and cexec.Executor           Executor, Pool, Lane, Known
     Applets     the program's name or first word, and its exit code
     The door    how this file is started, and where its compiled code is kept
 """
@@ -8349,7 +8350,7 @@ def serve_on_hosts(words, path, argv):
 # does not trust the worker: what comes is data, see Known, and a frame out of its place
 # ends the lane.  All of a pool but submit() and shutdown() is one thread's.
 
-__all__ = ["Executor", "Failed", "run"]
+__all__ = ["Executor", "Failed", "run"]         # noqa: F822
 __version__ = VERSION
 
 LANE_IDLE_SECONDS = 3.0             # without a call: a lane gives its slot back
@@ -9080,7 +9081,8 @@ class Lane:
 
     def rcvd_ready(self, data, place, end):
         words = data[place:end].decode("utf-8", "replace").split(" ", 4)
-        if self.state is not SEARCHING or words[:2] != ["cexec-lane", "1"] or len(words) < 5 or not words[2].isdecimal():
+        right = words[:2] == ["cexec-lane", "1"] and len(words) == 5 and words[2].isdecimal()
+        if self.state is not SEARCHING or not right:
             raise ProtocolError("READY out of place")
         self.protocol, self.host = min(int(words[2]), self.pool.protocol), printable(words[4])
         self.since = self.idle_since = time.monotonic()
@@ -9120,8 +9122,9 @@ class Lane:
             self.pool.done(call, None, result)
 
     def rcvd_raised(self, data, place, end):
-        call, place = self.rcvd_result(data, place, end)
-        self.pool.done(call, load_error(self.pool.readers, data, place, self.host))
+        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # or it breaks the rules
+        call, _ = self.rcvd_result(data, place, end)
+        self.pool.done(call, error)
 
     def rcvd_failed(self, data, place, end):
         self.failure = load_error(self.pool.readers, data, place, self.host)
