@@ -8552,7 +8552,7 @@ class Failed(OSError):
     """cexec itself failed: no worker was found, or it was lost, or it cannot run its command.
 
     str() of it is what cexec said.  code is cexec's exit status: 111 may be tried again, 100
-    is permanent (a bad variable or setting), 126 and 127 are a command that cannot be run or
+    is permanent (a bad key, variable or setting), 126 and 127 are a command that cannot be run or
     is not there.  stdout and stderr are what run() had captured, or None.
     """
 
