@@ -8925,6 +8925,7 @@ class Lane:
         self.start()
         self.send(SETUP, pickled({"protocol": pool.protocol, "names": pool.program.names(), "stub": __name__,
                                   "argv": sys.argv}))
+        self.flush()
 
     def start(self):
         """Starts the client.  Raises OSError."""
