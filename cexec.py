@@ -8371,10 +8371,10 @@ SETUP, MAIN, CALL, MODULE, RECALL, END = b"S", b"M", b"C", b"O", b"R", b"E"
 READY, IMPORT, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"V", b"X", b"F", b"B"
 SMALL_FRAMES = {READY: 1024, IMPORT: 1024, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
-# As the links are started, for a child whose descriptors are first put in their places
-CHILD_BOOT = r"""import os, sys
+# As sh has Python start (see The door), for a child whose descriptors are first put in their places
+CHILD_BOOT = """import os, sys
 for old, new in %r: os.dup2(old, new)
-exec(open(sys.argv[1]).read().split("# START\n")[1])"""
+exec(open(sys.argv[1]).read().rpartition("# START")[2])"""
 
 MODULE_DOC = """Run commands and Python functions on the least loaded machine of the network.
 
@@ -9500,7 +9500,7 @@ def __dir__():
     return sorted(set(globals()) | set(__all__))        # for help()
 
 
-if __name__ != "__main__":
+if __name__ != "__main__" and not hasattr(sys.modules["__main__"], "kept_loader"):      # imported, not by The door
     __doc__ = MODULE_DOC
     if sys.version_info < (3, 7):
         __getattr__("Executor")
