@@ -62,6 +62,7 @@ main_cservice, whose -s comes after ckeygen:
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
     cservice -s workers on other hosts, over ssh                               Starter, Host
+    Python      what a program imports: cexec.run and cexec.Executor           Executor, Pool, Lane, Known
     Applets     the program's name or first word, and its exit code
     The door    how this file is started, and where its compiled code is kept
 """
@@ -4174,9 +4175,8 @@ class Client:
                 self.loop.turn()
             if progress:
                 progress.end(self.run)
-        except Fatal as error:
+        except Fatal:
             self.search.end()
-            self.job.tell(error.code, "failed=%s" % error)
             raise
         return self.run.status
 
@@ -5141,9 +5141,13 @@ def main_single(path, words, options):
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
     job = Job(*parse_words(words), options.empty, options.repeat, options.terminal)
     job.progress = options.progress
-    pub, group = open_pub(path), Group()
-    fill_standard()
-    return Client(pub, group, job).status()
+    try:
+        pub, group = open_pub(path), Group()
+        fill_standard()
+        return Client(pub, group, job).status()
+    except Fatal as error:
+        job.tell(error.code, "failed=%s" % error)
+        raise
 
 
 # ---------------------------------------------------------------------------
@@ -8402,6 +8406,1189 @@ def serve_on_hosts(words, path, argv):
     started_up()
     loop.run()
     return 0 if starter.served else EXIT_TEMPORARY
+
+
+# ---------------------------------------------------------------------------
+# Python: cexec.run and cexec.Executor
+# ---------------------------------------------------------------------------
+# What a program gets by "import cexec".  The applets run nothing of it.
+#
+# run() is the client as a child process.  An Executor has lanes: each is one job, whose
+# command is the Python of a worker (cservice APP python3 /dev/fd/3).  Its descriptors:
+#
+#     0  calls    frames to the worker          3  LANE_PROGRAM, which the worker's Python runs
+#     1  results  frames from the worker        4  what the functions print there
+#     2  what cexec and Python itself say: the reason, if the lane fails
+#
+#     client (Pool, Lane)                            worker (LANE_PROGRAM)
+#       | SETUP ------------------------------------>  |
+#       |  <------------------------------------ READY |  takes calls
+#       | MAIN, once a call needs it; CALL ----------->  |
+#       |  <---------------------- IMPORT name, if any |  for a module beside the main program
+#       | MODULE source ------------------------------>  |
+#       |  <-------------------------- VALUE or RAISED |  or FAILED: the main module can't be run
+#       | RECALL, if another lane has nothing to do -->  |
+#       |  <------------------- BACK, calls not begun |
+#       | END --------------------------------------->  |  exits
+#
+# The worker trusts the client, as any command does that runs what it reads.  The client
+# does not trust the worker: what comes is data, see Known, and a frame out of its place
+# ends the lane.  All of a pool but submit() and shutdown() is one thread's.
+
+__all__ = ["Executor", "Failed", "run"]         # noqa: F822
+__version__ = VERSION
+
+LANE_IDLE_SECONDS = 3.0             # without a call: a lane gives its slot back
+LANE_SECONDS = 60.0                 # at work: it does so between two calls, for others in line and workers that drain
+LANE_FAILURES = 3                   # lanes in a row that end before they are ready
+SEARCH_PAUSE = 10.0                 # seconds between two searches for more workers, after one in vain
+AHEAD_SECONDS = 0.010               # calls that a lane has before it, at most, in time and number
+AHEAD_MAX = 32
+RECALL_SECONDS = 0.050              # a call that runs for longer keeps none waiting behind it
+TICK_SECONDS = 0.1
+LINE_MAX = 64 * 1024                # bytes of a line that is printed there
+NAMES_MAX = 10000                   # modules beside the main program
+
+LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of what follows
+CALL_NUMBER = struct.Struct("!Q")   # first in CALL, VALUE and RAISED; BACK has nothing but these
+TEXT_SIZE = struct.Struct("!I")     # in RAISED and FAILED: a text of that many bytes, then the exception's pickle
+SETUP, MAIN, CALL, MODULE, RECALL, END = b"S", b"M", b"C", b"O", b"R", b"E"
+READY, IMPORT, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"V", b"X", b"F", b"B"
+SMALL_FRAMES = {READY: 1024, IMPORT: 1024, BACK: 8 * AHEAD_MAX}     # bytes, at most
+
+# As sh has Python start (see The door), for a child whose descriptors are first put in their places
+CHILD_BOOT = """import os, sys
+for old, new in %r: os.dup2(old, new)
+exec(open(sys.argv[1]).read().rpartition("# START")[2])"""
+
+MODULE_DOC = """Run commands and Python functions on the least loaded machine of the network.
+
+    import cexec
+
+    done = cexec.run("sort.pub", input=b"b\\na\\n", stdout=subprocess.PIPE)
+    done.stdout                                     # b"a\\nb\\n", sorted by a worker
+
+    with cexec.Executor("py.pub") as pool:          # a concurrent.futures.Executor
+        for score in pool.map(simulate, seeds):     # as many at a time as the workers take
+            print(score)
+
+"sort.pub" and "py.pub" are public keys, made by ckeygen.  On the workers there run
+
+    cservice sort sort                              # run(): the command is the worker's
+    cservice -u nobody py python3 /dev/fd/3         # Executor: any Python from 3.6 on
+
+The environment variable CEXEC_GROUP says where workers are, if not in this network.
+A worker is not trusted: see allow in Executor.  The manual pages have the rest: cexec(1),
+cservice(1), and cexec(7) for what is protected and what is not.
+"""
+
+# The program that a lane's Python runs.  It stands alone: nothing of this file is there.
+LANE_PROGRAM = r'''
+import os, pickle, queue, struct, sys, threading, traceback, types
+from importlib.machinery import ModuleSpec
+
+HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
+calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
+writing, asking = threading.Lock(), threading.Lock()
+own, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4
+STUB = """
+class Failed(OSError):
+    pass
+
+def refuse(*arguments, **keywords):
+    raise RuntimeError("cexec cannot be used on a worker: if the main program makes an Executor or calls run(), it "
+                       "must do so below if __name__ == '__main__':")
+
+run = Executor = refuse
+
+def call_each(function, rows):
+    return [function(*row) for row in rows]
+"""
+
+def move_away():
+    """Our ends of the channel, where nothing that a function prints can get between."""
+    source, target = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for old, new in ((null, 0), (4, 1), (4, 2)):
+        os.dup2(old, new)
+    for fd in {null, 3, 4} - {0, 1, 2}:
+        os.close(fd)
+    sys.stdout = open(1, "w", 1, "utf-8", "backslashreplace", closefd=False)
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)
+    return os.fdopen(source, "rb", 1 << 18), target
+
+def send(kind, *parts):
+    data = memoryview(b"".join((HEAD.pack(kind, sum(map(len, parts))),) + parts))
+    with writing:
+        while data:
+            data = data[os.write(target, data):]
+
+def receive():
+    """In a thread of its own: frames, and the end of the client, whatever the function does."""
+    while True:
+        head = source.read(HEAD.size)
+        if len(head) < HEAD.size:
+            os._exit(1)
+        kind, size = HEAD.unpack(head)
+        data = source.read(size)
+        if kind == b"O":
+            answers.put(data)
+        elif kind == b"R":
+            send(b"B", *take_back())
+        else:
+            calls.put((kind, data))
+            if kind == b"E":
+                return
+
+def take_back():
+    try:
+        while True:
+            yield calls.get_nowait()[1][:NUMBER.size]
+    except queue.Empty:
+        pass
+
+class Source:
+    """Finds and loads modules that the client has beside its main program."""
+    def __init__(self, text=b""):
+        self.text = text
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in names or os.getpid() != pid:
+            return None
+        with asking:
+            send(b"I", name.encode())
+            found = pickle.loads(answers.get())
+        if found is None:
+            return None
+        text, filename, is_package = found
+        spec = ModuleSpec(name, Source(text), origin=filename, is_package=is_package)
+        spec.has_location = True
+        return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.text, module.__file__, "exec", dont_inherit=True), module.__dict__)
+
+    def get_source(self, name):
+        import importlib.util
+        return importlib.util.decode_source(self.text)
+
+def set_up(data):
+    global protocol
+    settings = pickle.loads(data)
+    names.update(settings["names"])
+    protocol = min(settings["protocol"], pickle.HIGHEST_PROTOCOL)
+    sys.argv = settings["argv"]
+    sys.path[:] = [path for path in sys.path if not path.startswith(("/dev/", "/proc/"))]
+    sys.meta_path.insert(2, Source())       # after what is built in
+    stub = types.ModuleType(settings["stub"])
+    exec(STUB, stub.__dict__)
+    sys.modules[settings["stub"]] = stub
+    send(b"W", ("cexec-lane 1 %d %d.%d.%d %s" % ((pickle.HIGHEST_PROTOCOL,) + sys.version_info[:3]
+                                                + (os.uname().nodename,))).encode("utf-8", "replace"))
+
+def run_main(data):
+    text, path, package = pickle.loads(data)
+    module = types.ModuleType("__mp_main__")
+    module.__file__, module.__package__, module.__loader__ = path, package, Source(text)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    module.__loader__.exec_module(module)
+
+def report(kind, number, error):
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next))
+    text = text.encode("utf-8", "backslashreplace")
+    try:
+        data = pickle.dumps(error, protocol)
+    except BaseException:
+        data = b""
+    send(kind, number, SIZE.pack(len(text)), text, data)
+
+def work(number, data):
+    try:
+        function, arguments, keywords = pickle.loads(memoryview(data)[NUMBER.size:])
+        del data
+        result = pickle.dumps(function(*arguments, **keywords), protocol)
+    except BaseException as error:
+        report(b"X", number, error)
+    else:
+        send(b"V", number, result)
+
+source, target = move_away()
+threading.Thread(target=receive, daemon=True).start()
+while True:
+    kind, data = calls.get()
+    if kind == b"E":
+        break
+    try:
+        if kind == b"C":
+            work(data[:NUMBER.size], data)
+        else:
+            (set_up if kind == b"S" else run_main)(data)
+    except BaseException as error:
+        report(b"F", b"", error)
+        os._exit(1)
+    del data
+'''
+
+
+class Failed(OSError):
+    """cexec itself failed: no worker was found, or it was lost, or it cannot run its command.
+
+    str() of it is what cexec said.  code is cexec's exit status: 111 may be tried again, 100
+    is permanent (a bad key, variable or setting), 126 and 127 are a command that cannot be run or
+    is not there.  stdout and stderr are what run() had captured, or None.
+    """
+
+    def __init__(self, message, code=EXIT_TEMPORARY, stdout=None, stderr=None):
+        super().__init__(message)
+        self.code, self.stdout, self.stderr = code, stdout, stderr
+
+
+def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None, timeout=None,
+        check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=()):
+    """Run the application's command on a worker, as subprocess.run() runs one here.
+
+    pub is the path of the public key.  arguments are the command's, where the worker takes
+    some (cservice -a).  env has variables for the command: KEY is PEER_KEY there.
+
+    input, stdin, stdout, stderr, capture_output, check, text, encoding, errors and pass_fds
+    are those of subprocess.run(), on every Python.  What is in pass_fds has the same numbers
+    there.  After timeout seconds the job is ended on the worker: the command gets TERM, a
+    second later HUP, and five seconds later KILL.
+
+    Returns a subprocess.CompletedProcess: its args are [pub, *arguments], its returncode is
+    the command's exit status, or -N if signal N killed it.
+
+    Raises Failed if cexec failed, so that no returncode is ever cexec's own;
+    subprocess.TimeoutExpired; subprocess.CalledProcessError with check; ValueError for
+    arguments that do not go together.
+    """
+    import subprocess
+    if input is not None and stdin is not None or capture_output and (stdout is not None or stderr is not None):
+        raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
+    piped = subprocess.PIPE if capture_output else None
+    child, status = start_client(
+        pub, variables(env) + (["--"] + list(arguments) if arguments else []), pass_fds=pass_fds,
+        stdin=stdin if input is None else subprocess.PIPE, stdout=stdout or piped, stderr=stderr or piped,
+        universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
+    args = [pub] + list(arguments)
+    with open(status, "rb") as status, child:
+        try:
+            out, err = child.communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            try:
+                out, err = child.communicate(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                out, err = child.communicate()
+            raise subprocess.TimeoutExpired(args, timeout, out, err) from None
+        except BaseException:
+            child.kill()
+            raise
+        report = status.read()
+    try:
+        code = returncode_of(report, child.returncode)
+    except Failed as failed:
+        failed.stdout, failed.stderr = out, err
+        raise
+    if check and code:
+        raise subprocess.CalledProcessError(code, args, out, err)
+    return subprocess.CompletedProcess(args, code, out, err)
+
+
+def variables(env):
+    """The words KEY=VALUE of a dictionary.  Raises Failed."""
+    words = ["%s=%s" % (os.fsdecode(key), os.fsdecode(value)) for key, value in (env or {}).items()]
+    try:
+        parse_environment(words)
+    except Fatal as error:
+        raise Failed(str(error), error.code) from None
+    return words
+
+
+def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
+    """Starts cexec as a child: (its Popen, a pipe's reader for its status line).
+
+    places are (our descriptor, its number there) for what is to be carried besides pass_fds.
+    """
+    import subprocess
+    numbers = list(pass_fds) + [number for _, number in places]
+    floor = max([2] + numbers) + 1
+    path, pub = os.path.realpath(__file__), os.fsdecode(pub)
+    argv = [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(places),), path]
+    argv += ["cexec"] * (os.path.basename(path) != "cexec")     # the name of the file is an applet's
+    argv.append("./" + pub if pub.startswith("-") else pub)
+    reader, writer = os.pipe()
+    try:
+        status = lifted_away(writer, floor)     # not among what is carried
+        try:
+            env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(status))
+            child = subprocess.Popen(argv + words, env=env, **dict(
+                options, pass_fds=[status] + list(pass_fds) + [old for old, _ in places]))
+        finally:
+            os.close(status)
+    except BaseException:
+        os.close(reader)
+        raise
+    return child, reader
+
+
+def returncode_of(report, code):
+    """The command's returncode, from cexec's status line.  Raises Failed if there is none."""
+    words = report.decode("utf-8", "replace").rstrip("\n").split(" ", 3)
+    what, _, value = words[3].partition("=") if len(words) == 4 else ("", "", "")
+    if what == "exited":
+        return int(value)
+    if what == "signalled":
+        return -int(value)
+    worker, _, seconds = " ".join(words[:2]).replace("worker=", "").partition(" seconds=")
+    raise Failed({
+        "failed": value,
+        "lost": "worker %s lost after %s s: %s; the command may have run" % (worker, seconds, value),
+        "notstarted": "worker %s cannot run its command: it %s (exit status %d)" % (
+            worker, "is not there" if code == EXIT_NOT_FOUND else "is there and cannot be run", code),
+        "ended": "cexec was ended by signal %s" % value,
+    }.get(what, "cexec ended by signal %d" % -code if code < 0 else
+          "cexec ended with status %d: its standard error says why" % code),
+        code if code in (EXIT_USAGE, EXIT_CANNOT_RUN, EXIT_NOT_FOUND) else EXIT_TEMPORARY)
+
+
+# Executor: what goes to a worker
+
+def library_paths():
+    """Directories of Python itself and of what is installed: nothing of them is sent."""
+    import sysconfig
+    return [os.path.realpath(path) for name, path in sysconfig.get_paths().items() if name.endswith("lib")]
+
+
+class Program:
+    """The main program, as workers may have it: its source, and the modules beside it.
+
+    They are read from the directory of the main program, and from sys.path[0], and from
+    nowhere else: it is the worker that asks.
+    """
+
+    def __init__(self):
+        main = sys.modules["__main__"]
+        path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+        name = spec.name if spec else "main"
+        self.path = self.text = None
+        self.package = getattr(main, "__package__", None)
+        # A package's __main__ does all it does unconditionally: multiprocessing leaves it out as well
+        if path and path.endswith(".py") or path and not spec and os.path.isfile(path) and not path.endswith(".pyc"):
+            if name != "__main__" and not name.endswith(".__main__"):
+                self.path = os.path.abspath(path)
+                with open(self.path, "rb") as file:
+                    self.text = file.read()
+        roots = [os.path.dirname(os.path.realpath(path))] if self.text else []
+        for _ in range(name.count(".")):        # python -m package.module
+            roots = [os.path.dirname(root) for root in roots]
+        roots += [os.path.realpath(sys.path[0])] if sys.path else []        # "" is this directory
+        self.library = library_paths()
+        self.roots = [root for place, root in enumerate(roots) if root not in roots[:place] and
+                      root not in self.library and self.holds(root, os.path.join(root, "any"))]
+
+    def names(self):
+        """The modules and packages at the top, so that a worker asks for no others."""
+        names = set()
+        for root in self.roots:
+            try:
+                found = os.listdir(root)
+            except OSError:         # it has gone
+                found = []
+            for entry in found:
+                name, dot, suffix = entry.partition(".")
+                if name.isidentifier() and (suffix == "py" or not dot and os.path.isdir(os.path.join(root, name))):
+                    names.add(name)
+        return sorted(names)[:NAMES_MAX]
+
+    def module(self, name):
+        """(source, path, whether it is a package) of a module, or None if there is none below our directories."""
+        if not all(part.isidentifier() for part in name.split(".")):
+            return None
+        for root in self.roots:
+            base = os.path.join(root, *name.split("."))
+            for path, is_package in ((os.path.join(base, "__init__.py"), True), (base + ".py", False)):
+                if os.path.isfile(path) and self.holds(root, path):
+                    with open(path, "rb") as file:
+                        return file.read(), path, is_package
+            if os.path.isdir(base) and self.holds(root, base):
+                return b"", base, True              # a package without an __init__.py
+        return None
+
+    def holds(self, root, path):
+        """Whether a path is below a directory of ours, wherever links lead, and belongs to no library."""
+        path = os.path.realpath(path)
+        return path.startswith(os.path.join(root, "")) and not any(
+            path.startswith(os.path.join(library, "")) for library in self.library)
+
+
+def call_each(function, rows):
+    """What map() with a chunksize has a worker do; LANE_PROGRAM has the same."""
+    return [function(*row) for row in rows]
+
+
+# Executor: what comes from a worker
+
+DATA_TYPES = frozenset("bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
+                       "Ellipsis NotImplemented".split())
+NUMPY_MAKERS = frozenset((package + module, name) for package in ("numpy.core.", "numpy._core.") for module, name in (
+    ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))
+
+MODULE_OF = vars(type)["__module__"]        # whatever a metaclass says
+
+
+class Known:
+    """What a result may be made of: a mixin for pickle's Unpickler, with names and modules of a pool's.
+
+    Builtin types that hold data, builtin exceptions, what allow names in full, and of the
+    modules that it names the classes: what they have imported is not theirs.  No module is
+    imported because a result names it, and no attribute is looked up but in a __dict__.
+    """
+
+    names, modules, numpy = {}, (), False
+
+    def find_class(self, module, name):
+        import builtins
+        import pickle
+        module = "__main__" if module == "__mp_main__" else module
+        if (module, name) in self.names:
+            return self.names[module, name]
+        found = vars(builtins).get(name) if module == "builtins" else None
+        if found is not None and (name in DATA_TYPES or isinstance(found, type) and issubclass(found, BaseException)):
+            return found
+        if self.numpy and (module, name) in NUMPY_MAKERS:
+            import importlib
+            return getattr(importlib.import_module(module), name)
+        found = self.class_of(module, name)
+        if found is None:
+            raise pickle.UnpicklingError('%s.%s is not known here: if a worker may make such objects here, use '
+                                         'Executor(..., allow=["%s.%s"])' % ((printable(module), printable(name)) * 2))
+        return found
+
+    def class_of(self, module, name):
+        """The class of that name, if an allowed module has defined it."""
+        found = sys.modules.get(module) if self.is_below(module) else None
+        for part in name.split("."):
+            found = vars(found).get(part) if found is not None else None
+            if not isinstance(found, type) or not self.is_below(MODULE_OF.__get__(found)):
+                return None
+        return found
+
+    def is_below(self, module):
+        return isinstance(module, str) and any(module == one or module.startswith(one + ".") for one in self.modules)
+
+    def get_extension(self, code):
+        """Of pickle's own Unpickler in Python: copyreg's numbers are looked up past find_class."""
+        import pickle
+        raise pickle.UnpicklingError("extension %d is not known here" % code)
+
+
+def result_readers(allow):
+    """{an Unpickler: the same, and Known}, for names of modules, and of what is in them.
+
+    Raises ImportError or AttributeError if there is no such module, or nothing of that name in it.
+    """
+    import importlib
+    import pickle
+    if isinstance(allow, str):
+        raise TypeError("allow is a list of names, not one: allow=[%r]" % allow)
+    names, modules = {}, []
+    for item in allow:
+        module, rest = item, ""
+        while True:
+            try:
+                found = importlib.import_module(module)
+                break
+            except ImportError as error:
+                if not (module + ".").startswith("%s." % getattr(error, "name", "")) or "." not in module:
+                    raise
+                module, _, last = module.rpartition(".")
+                rest = last + ("." + rest if rest else "")
+        if not rest:
+            modules.append(module)
+            continue
+        for part in rest.split("."):
+            found = getattr(found, part)
+        names[module, rest] = found
+    known = {"names": names, "modules": tuple(modules), "numpy": "numpy" in modules}
+    return {base: type("Reader", (Known, base), known) for base in (pickle.Unpickler, pickle._Unpickler)}
+
+
+def load_result(readers, data, place):
+    """The object of the pickle that begins there.  Raises anything."""
+    import copyreg
+    import io
+    import pickle
+    # The one in C takes what copyreg has a number for, and was loaded before, without asking find_class
+    base = pickle._Unpickler if copyreg._inverted_registry else pickle.Unpickler
+    file = io.BytesIO(data)         # of bytes it is no copy
+    file.seek(place)
+    return readers[base](file, fix_imports=False).load()
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that a function raised on a worker: the traceback there, as tb."""
+
+    def __init__(self, tb):
+        super().__init__(tb)
+        self.tb = tb
+
+    def __str__(self):
+        return self.tb
+
+
+def load_error(readers, data, place, host):
+    """The exception of a RAISED or FAILED, with the traceback there as its cause."""
+    size, = TEXT_SIZE.unpack_from(data, place)
+    place += TEXT_SIZE.size + size
+    text = data[place - size:place].decode("utf-8", "replace")
+    if place > len(data):
+        raise ProtocolError("a text that is longer than its frame")
+    lines = [printable(line) for line in text.splitlines()] or ["?"]
+    try:
+        error = load_result(readers, data, place)
+        if not isinstance(error, BaseException):
+            raise TypeError("no exception")
+    except Exception as reason:
+        import pickle
+        error = pickle.UnpicklingError("the function raised %s (%s)" % (lines[-1], reason))
+    error.__cause__ = RemoteTraceback('\n"""\nOn %s:\n%s\n"""' % (host, "\n".join(lines)))
+    return error
+
+
+# Executor: lanes, and the pool that has them
+
+SEARCHING, UP = "SEARCHING", "UP"
+
+
+class Call:
+    """What was submitted: a function and its arguments, until it is done."""
+
+    def __init__(self, future, function, arguments, keywords):
+        self.future, self.what = future, (function, tuple(arguments), keywords)
+        self.tries, self.begun = 0, False
+
+    def pickled(self, protocol, has_main):
+        """The bytes for the worker.  Raises anything."""
+        import pickle
+        function = self.what[0]
+        while hasattr(function, "func"):        # functools.partial
+            function = function.func
+        if not has_main and getattr(function, "__module__", "") == "__main__":
+            raise pickle.PicklingError("%r is defined in no file (an interactive session, python -c, standard input), "
+                                       "and so cannot be sent to a worker: put it into a module" % (function,))
+        try:
+            return pickle.dumps(self.what, protocol)
+        except Exception as error:
+            raise pickle.PicklingError(
+                "%s: a call is sent to a worker by pickle, so its function must be one that is found by its name in a "
+                "module (no lambda, no function inside another), and its arguments data" % error) from error
+
+
+class Lane:
+    """One job of cexec, with a worker's Python as its command.
+
+    SEARCHING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
+        '---------------'-----the job ends, or is ended-----------------------------'
+    """
+
+    def __init__(self, pool):
+        self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
+        self.calls = collections.OrderedDict()  # number: a Call that the worker has, and no result is there
+        self.host, self.protocol, self.main_sent = "?", 0, not pool.program.text
+        self.since = self.idle_since = self.head_since = time.monotonic()
+        self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds a call: of late, the first, the least
+        self.recalled = self.leaving = False
+        self.unsent, self.backlog, self.answers = collections.deque(), 0, 0     # answers: of unsent; one is right
+        self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size             # what has come, what is needed
+        self.line = self.words = self.report = b""
+        self.failure = self.killing = None
+        self.start()
+        self.send(SETUP, pickled({"protocol": pool.protocol, "names": pool.program.names(), "stub": __name__,
+                                  "argv": sys.argv}))
+        self.flush()
+
+    def start(self):
+        """Starts the client.  Raises OSError."""
+        import subprocess
+        (program, writer), (prints, printer) = os.pipe(), os.pipe()
+        places = [(lifted(program, 5), 3), (lifted(printer, 5), 4)]
+        try:
+            os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
+            env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
+            env["CEXEC_RETRIES"] = "0"                          # the pool knows better what may be run again
+            self.child, status = start_client(
+                self.pool.pub, [], places=places, env=env, bufsize=0, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError:
+            os.close(prints)
+            raise
+        finally:
+            for fd in (program, writer, printer, places[0][0], places[1][0]):
+                os.close(fd)
+        self.target = self.child.stdin.fileno()
+        os.set_blocking(self.target, False)
+        enlarge(self.target)
+        enlarge(self.child.stdout.fileno())
+        self.files = set()
+        for file, call in ((self.child.stdout, self.rcvd), (self.child.stderr, self.rcvd_words),
+                           (open(status, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
+            self.files.add(file)
+            self.loop.on_read(file.fileno(), functools.partial(self.read, file, call))
+
+    def _set(self, state):
+        log.note("lane %s: %s -> %s", self.host, self.state, state)
+        self.state = state
+
+    # What goes to the worker
+
+    def send(self, kind, *parts):
+        """Queues a frame; flush() is called by the pool, after all that there is to send."""
+        parts = [LANE_HEAD.pack(kind, sum(map(len, parts)))] + list(parts)
+        if len(parts[-1]) < LINE_MAX:
+            parts = [b"".join(parts)]
+        for part in parts:
+            self.unsent.append(memoryview(part))
+            self.backlog += len(part)
+
+    def flush(self):
+        try:
+            while self.unsent:
+                count = os.writev(self.target, [self.unsent[place] for place in range(min(len(self.unsent), 64))])
+                self.backlog -= count
+                while count:
+                    part = self.unsent.popleft()
+                    if count < len(part):
+                        self.unsent.appendleft(part[count:])
+                    count -= min(count, len(part))
+        except BlockingIOError:
+            pass
+        except OSError:             # the job has ended, as will be read
+            self.unsent.clear()
+        if not self.unsent:
+            self.backlog = self.answers = 0
+        if not self.child.stdin.closed:
+            self.loop.on_write(self.target, self.flush if self.unsent else None)
+
+    def room(self):
+        """Whether it takes one more call: the first, or one of some short ones."""
+        if self.state is not UP or self.leaving or not self.calls:
+            return self.state is UP and not self.leaving
+        return (self.pool.retries > 0 and not self.recalled and self.backlog < LINE_MAX
+                and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / self.pace))
+
+    def take(self, number, call, data):
+        if not self.main_sent and b"__main__" in data:
+            program = self.pool.program
+            self.send(MAIN, pickled((program.text, program.path, program.package)))
+            self.main_sent = True
+        if not self.calls:
+            self.head_since = time.monotonic()
+        self.calls[number] = call
+        self.send(CALL, CALL_NUMBER.pack(number), data)
+
+    def recall(self):
+        self.recalled = True
+        self.send(RECALL)
+        self.flush()
+
+    def end(self):
+        """Has the worker exit, once it has done all."""
+        self._set(ENDING)
+        self.send(END)
+        self.flush()
+        self.killing = self.loop.after(KILL_SECONDS, self.terminate)
+
+    def terminate(self):
+        """Ends the job, whatever it does."""
+        self._set(ENDING)
+        if self.killing:
+            self.killing.cancel()
+        self.child.terminate()
+        self.killing = self.loop.after(KILL_SECONDS, self.child.kill)
+
+    # What comes from it
+
+    def read(self, file, call):
+        data = os.read(file.fileno(), FRAME_MAX)
+        if data:
+            return call(data)
+        self.loop.forget(file.fileno())
+        file.close()
+        self.files.discard(file)
+        if not self.files:
+            self.over()
+
+    def rcvd_words(self, data):
+        self.words = (self.words + data)[-4096:]
+
+    def rcvd_report(self, data):
+        self.report += data
+
+    def rcvd_prints(self, data):
+        """Shows the lines that are whole, and of one that is too long what there is."""
+        *lines, self.line = (self.line + data).split(b"\n")
+        if len(self.line) > LINE_MAX:
+            lines.append(self.line)
+            self.line = b""
+        self.pool.show("".join("%s: %s\n" % (self.host, "\t".join(map(printable, line.split("\t"))))
+                               for line in [line.decode("utf-8", "replace") for line in lines]))
+
+    def rcvd(self, data):
+        """Sees to each whole frame.  A long one is held in pieces, as many as have come."""
+        self.chunks.append(data)
+        self.size += len(data)
+        if self.size < self.wanted:
+            return
+        data, place, self.chunks = b"".join(self.chunks), 0, []
+        try:
+            while self.state is not ENDING:
+                self.wanted = LANE_HEAD.size
+                if len(data) - place < self.wanted:
+                    break
+                kind, size = LANE_HEAD.unpack_from(data, place)
+                if size > SMALL_FRAMES.get(kind, size) or kind not in self.HANDLERS:
+                    raise ProtocolError("a frame of kind %r and length %d" % (kind, size))
+                self.wanted += size
+                if len(data) - place < self.wanted:
+                    break
+                place += self.wanted
+                self.HANDLERS[kind](self, data, place - size, place)
+        except (ProtocolError, struct.error) as error:
+            self.failure = Failed("a worker's Python does not do as cexec's lanes do (%s): is its command python3 "
+                                  "/dev/fd/3, with at least Python 3.6?" % printable(str(error)))
+            self.terminate()
+        self.chunks = [data[place:]]
+        self.size = len(self.chunks[0])
+
+    def rcvd_ready(self, data, place, end):
+        words = data[place:end].decode("utf-8", "replace").split(" ", 4)
+        right = words[:2] == ["cexec-lane", "1"] and len(words) == 5 and words[2].isdecimal()
+        if self.state is not SEARCHING or not right:
+            raise ProtocolError("READY out of place")
+        self.protocol, self.host = min(int(words[2]), self.pool.protocol), printable(words[4])
+        self.since = self.idle_since = time.monotonic()
+        self._set(UP)
+
+    def rcvd_import(self, data, place, end):
+        self.answers += 1
+        if self.answers > 1 and self.backlog > WINDOW:
+            raise ProtocolError("IMPORT twice")
+        try:
+            found = self.pool.program.module(data[place:end].decode())
+        except (OSError, ValueError) as error:
+            found = log.note("a module that a worker wants: %s", error)
+        self.send(MODULE, pickled(found))
+        self.flush()
+
+    def rcvd_result(self, data, place, end):
+        number, = CALL_NUMBER.unpack_from(data, place)
+        call, now = self.calls.pop(number, None), time.monotonic()
+        if call is None:
+            raise ProtocolError("a result of no call")
+        took, self.head_since = now - self.head_since, now
+        self.pace = (self.pace + took) / 2 if self.first else took
+        self.first, self.fastest = self.first or took, min(self.fastest, took)
+        if not self.calls:
+            self.idle_since = now
+        return call, place + CALL_NUMBER.size
+
+    def rcvd_value(self, data, place, end):
+        call, place = self.rcvd_result(data, place, end)
+        try:
+            result = load_result(self.pool.readers, data, place)
+        except Exception as error:  # what a worker makes up can be anything
+            self.pool.done(call, error if type(error).__name__ == "UnpicklingError" else
+                           Failed("a result that cannot be read: %s: %s" % (type(error).__name__, error)))
+        else:
+            self.pool.done(call, None, result)
+
+    def rcvd_raised(self, data, place, end):
+        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # or it breaks the rules
+        call, _ = self.rcvd_result(data, place, end)
+        self.pool.done(call, error)
+
+    def rcvd_failed(self, data, place, end):
+        self.failure = load_error(self.pool.readers, data, place, self.host)
+        self.terminate()
+
+    def rcvd_back(self, data, place, end):
+        if not self.recalled:
+            raise ProtocolError("BACK out of place")
+        self.recalled = False
+        numbers = [number for number, in CALL_NUMBER.iter_unpack(data[place:end])]
+        if not set(numbers) <= set(self.calls) or len(set(numbers)) < len(numbers):
+            raise ProtocolError("BACK of no call")
+        self.pool.put_back([self.calls.pop(number) for number in numbers])
+
+    HANDLERS = {READY: rcvd_ready, IMPORT: rcvd_import, VALUE: rcvd_value, RAISED: rcvd_raised, FAILED: rcvd_failed,
+                BACK: rcvd_back}
+
+    def over(self):
+        """All its pipes are closed: the child has ended."""
+        if self.line:
+            self.rcvd_prints(b"\n")
+        self.loop.forget(self.target)
+        self.child.stdin.close()
+        if self.killing:
+            self.killing.cancel()
+        try:
+            reason = Failed(self.ended(returncode_of(self.report, self.child.wait())))
+        except Failed as failed:
+            reason = failed
+        hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
+        was, self.state = self.state, OVER
+        self.pool.lane_over(self, was is SEARCHING, self.failure or reason, hopeless)
+
+
+    def ended(self, code):
+        """What is to be said of a command that has ended with that returncode."""
+        worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
+        how = "with status %d" % code if code >= 0 else "by signal %d" % -code
+        if self.state is not SEARCHING:
+            return "the Python of worker %s (%s) ended %s" % (worker, self.host, how)
+        words = printable((self.words.decode("utf-8", "replace").strip() or "it said nothing").splitlines()[-1])
+        return "the command of worker %s ended %s: %s (is it python3 /dev/fd/3?)" % (worker, how, words)
+
+
+class Pool:
+    """The lanes of an Executor, and the calls that wait for one.  A thread of its own does all, while there is any."""
+
+    def __init__(self, pub, limit, allow, retries):
+        import pickle
+        import threading
+        try:
+            open_pub(pub)
+        except Fatal as error:
+            raise Failed(str(error), error.code) from None
+        self.pub, self.limit, self.retries = os.path.abspath(os.fsdecode(pub)), limit, retries
+        self.program, self.readers, self.protocol = Program(), result_readers(allow), pickle.HIGHEST_PROTOCOL
+        self.threading, self.lock = threading, threading.Lock()
+        self.queue, self.lanes, self.thread = collections.deque(), [], None
+        self.shut = self.abandoned = self.sleeping = False
+        self.number, self.failures, self.pause = 0, 0, 0.0
+
+    # For any thread
+
+    def put(self, call):
+        """Has a call done.  Raises RuntimeError after the end."""
+        with self.lock:
+            if self.shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if not self.threading.main_thread().is_alive():
+                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self.thread is None:
+                self.loop, (self.waker, self.woken) = Loop(), os.pipe()
+                thread = self.threading.Thread(target=self.work, name="cexec.Executor")
+                thread.start()      # may raise, and then nothing has changed
+                self.thread = thread
+            self.queue.append(call)
+            self.wake()
+
+    def wake(self):
+        """With the lock: the pipe is there for as long as the thread is."""
+        if self.sleeping:
+            self.sleeping = False
+            os.write(self.woken, b"x")
+
+    def shutdown(self, wait, cancel, abandon=False):
+        with self.lock:
+            self.shut, self.abandoned, thread = True, self.abandoned or abandon, self.thread
+            if cancel:
+                for call in self.queue:
+                    call.future.cancel()
+            if thread:
+                self.wake()
+        if wait and thread:
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                self.shutdown(False, True, True)
+                raise
+
+    # The thread
+
+    def work(self):
+        """Turns while there is a call or a lane."""
+        waker, woken, loop = self.waker, self.woken, self.loop
+        loop.on_read(waker, lambda: os.read(waker, 512))
+        self.tick()
+        try:
+            while True:
+                self.sleeping = True            # whoever puts a call from here on wakes us
+                self.dispatch()
+                with self.lock:
+                    if not self.queue and not self.lanes:
+                        break
+                loop.turn()
+        except BaseException as error:          # a defect of ours: nobody is to wait for ever
+            with self.lock:
+                self.shut = True
+            for lane in self.lanes:
+                lane.child.kill()
+                self.queue.extend(lane.calls.values())
+            self.fail_all(error)
+            raise
+        finally:
+            with self.lock:
+                self.thread, self.sleeping = None, False
+                os.close(waker)
+                os.close(woken)
+
+    def dispatch(self):
+        """Gives calls to lanes, begins one more lane if some are left, and ends those that nobody needs."""
+        if self.abandoned:
+            self.abandon()
+        while self.queue:
+            ready = [lane for lane in self.lanes if lane.room()]
+            if not ready:
+                break
+            self.give(self.queue.popleft(), min(ready, key=lambda lane: len(lane.calls)))
+        for lane in self.lanes:
+            if lane.unsent:
+                lane.flush()
+        if self.queue:
+            self.grow()
+        self.end_idle()
+
+    def give(self, call, lane):
+        if not call.begun and not call.future.set_running_or_notify_cancel():
+            return                  # it was cancelled
+        call.begun = True
+        try:
+            data = call.pickled(lane.protocol, self.program.text)
+        except BaseException as error:
+            return self.done(call, error)
+        self.number += 1
+        lane.take(self.number, call, data)
+
+    def done(self, call, error, result=None):
+        if error:
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(result)
+
+    def put_back(self, calls):
+        """At the head of the queue: they were there already."""
+        self.queue.extendleft(reversed(calls))
+
+    def grow(self):
+        """Looks for one more worker, unless that is being done."""
+        there = [lane for lane in self.lanes if lane.state is not ENDING]
+        if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or time.monotonic() < self.pause:
+            return
+        try:
+            self.lanes.append(Lane(self))
+        except OSError as error:
+            self.cannot_grow(Failed("cannot start cexec: %s" % error))
+
+    def cannot_grow(self, error):
+        """No more workers: that is no harm where some lane is up."""
+        self.failures = 0
+        if any(lane.state is UP for lane in self.lanes):
+            self.pause = time.monotonic() + SEARCH_PAUSE
+        else:
+            self.fail_all(error)
+
+    def fail_all(self, error):
+        while self.queue:
+            call = self.queue.popleft()
+            if call.begun or call.future.set_running_or_notify_cancel():
+                self.done(call, error)
+
+    def lane_over(self, lane, searched, error, hopeless):
+        """Its calls are done elsewhere, but for those that have had their tries."""
+        self.lanes.remove(lane)
+        again = []
+        for call in lane.calls.values():
+            call.tries += not isinstance(error.__cause__, RemoteTraceback)      # FAILED: none was begun
+            if self.abandoned or call.tries > self.retries:
+                broken = self.broken("%s (%s)" % (error, "ended here" if self.abandoned else
+                                                  "that was try %d of %d" % (call.tries, self.retries + 1)))
+                self.done(call, broken)
+            else:
+                again.append(call)
+        self.put_back(again)
+        if searched or lane.failure:
+            self.failures += 1
+            if hopeless or self.failures >= LANE_FAILURES:
+                self.cannot_grow(error)
+        elif lane.first:
+            self.failures = 0
+
+    def broken(self, text):
+        import concurrent.futures
+        return getattr(concurrent.futures, "BrokenExecutor", RuntimeError)(text)    # Python 3.6 has none
+
+    def end_idle(self):
+        """Ends lanes that have had no call for a while, or at once if none will come any more."""
+        now = time.monotonic()
+        last = self.shut or not self.threading.main_thread().is_alive()
+        for lane in list(self.lanes):
+            if self.queue and lane.state is SEARCHING:
+                lane.idle_since = now
+            elif not lane.calls and (lane.leaving or not self.queue) and (
+                    lane.leaving or last or now - lane.idle_since > LANE_IDLE_SECONDS):
+                if lane.state is UP:
+                    lane.end()
+                elif lane.state is SEARCHING:
+                    lane.terminate()
+
+    def tick(self):
+        """What is to be done now and then: calls that are stuck, and lanes that have been there for long."""
+        self.loop.after(TICK_SECONDS, self.tick)
+        now = time.monotonic()
+        up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
+        if not self.queue and any(not lane.calls for lane in up):
+            for lane in up:
+                if len(lane.calls) > 1 and not lane.recalled and now - lane.head_since > RECALL_SECONDS:
+                    lane.recall()
+        elif self.queue and len(up) == sum(lane.state is not ENDING for lane in self.lanes
+                                           if lane.state is not SEARCHING):
+            for lane in up:
+                warm_up = (lane.first or 0) - lane.fastest      # seconds, of what it has to do again
+                if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
+                    lane.leaving = True
+                    break
+
+    def abandon(self):
+        for call in self.queue:
+            call.future.cancel()
+        self.fail_all(self.broken("the executor was ended"))
+        for lane in self.lanes:
+            if lane.state is not ENDING:
+                lane.terminate()
+
+    def show(self, text):
+        """Prints what functions print there."""
+        if sys.stderr and text:
+            try:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            except (OSError, ValueError):
+                pass                # it is closed
+
+
+def pickled(value):
+    """For a worker's Python of any version."""
+    import pickle
+    return pickle.dumps(value, 2)
+
+
+class ExecutorMethods:
+    """A concurrent.futures.Executor whose calls run on the workers of an application.
+
+    Executor(pub, max_workers=None, allow=(), retries=3)
+
+    pub is the path of the public key; on the workers runs
+        cservice -u nobody py python3 /dev/fd/3
+    with any Python from 3.6 on, and nothing else is needed there.  Whoever has the public key
+    can run any code as that user.
+
+    max_workers: calls at a time; None is as many as the workers take.
+    allow: what results may have in them besides builtin types and builtin exceptions, as
+        names of modules and of what is in them: ["numpy", "datetime.date", "__main__.Point"].
+        Of a module these are its classes.  A worker can make such objects here, with any
+        contents: name what is data.
+    retries: how often a call whose worker is lost is run again, elsewhere.  With 0 a call
+        is run once at most.
+
+    A function must be found by its name in a module.  The main program's file is sent, and
+    run on the worker as __mp_main__ by the first call that needs it, as multiprocessing does
+    it: what only the main program is to do belongs below  if __name__ == "__main__":
+    Modules beside the main program are sent when they are imported there; what is installed
+    must be installed there.  What a function prints comes to standard error, after the
+    worker's name.  A worker's Python is used for many calls, for a minute or so, and globals
+    last as long.  Workers are held while there are calls, and for 3 seconds more.
+
+    Raises Failed if the public key cannot be read, ValueError, TypeError, and ImportError or
+    AttributeError for what allow names and is not there.  A future's exception is what the
+    function raised, with the traceback there as its __cause__; Failed if there is no worker;
+    concurrent.futures.BrokenExecutor if the worker was lost too often (RuntimeError on Python
+    3.6); pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a
+    result or an exception with something in it that is not allowed.
+    """
+
+    def __init__(self, pub, max_workers=None, allow=(), retries=3):
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if retries < 0:
+            raise ValueError("retries must not be negative")
+        self._pool = Pool(pub, max_workers or 10 ** 6, allow, retries)
+
+    def submit(*args, **kwargs):
+        """submit(fn, *args, **kwargs): a concurrent.futures.Future of fn(*args, **kwargs), run on a worker.
+
+        Raises RuntimeError after shutdown().
+        """
+        from concurrent.futures import Future
+        if len(args) < 2:
+            raise TypeError("submit() needs a function")
+        self, function, *arguments = args
+        future = Future()
+        self._pool.put(Call(future, function, arguments, kwargs))
+        return future
+
+    def map(self, fn, *iterables, timeout=None, chunksize=1):
+        """The results of fn for each of the iterables' items, in their order, as the builtin map() gives them.
+
+        All calls are submitted at once.  With a chunksize so many items are one call, which
+        is faster if each takes less than a millisecond.  Raises what the function raised, and
+        concurrent.futures.TimeoutError for a result that is not there timeout seconds from now.
+        """
+        import itertools
+        from concurrent.futures import Executor
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1")
+        if chunksize == 1:
+            return Executor.map(self, fn, *iterables, timeout=timeout)
+        rows = zip(*iterables)
+        chunks = iter(lambda: list(itertools.islice(rows, chunksize)), [])
+        return flattened(Executor.map(self, functools.partial(call_each, fn), chunks, timeout=timeout))
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        """Take no more calls; wait until all are done, unless wait is false.
+
+        With cancel_futures those that have not begun are cancelled.
+        """
+        self._pool.shutdown(wait, cancel_futures)
+
+    def __exit__(self, kind, error, traceback):
+        """Waits for all calls; after Ctrl-C, or sys.exit(), ends those that run instead."""
+        stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
+        self._pool.shutdown(True, stopped, stopped)
+        return False
+
+
+def flattened(chunks):
+    """The items of some lists, none of which is held for longer than need be."""
+    for chunk in chunks:
+        chunk.reverse()
+        while chunk:
+            yield chunk.pop()
+
+
+def __getattr__(name):
+    """Executor, when it is first asked for: to import concurrent.futures takes time (PEP 562, from Python 3.7 on)."""
+    if name != "Executor":
+        raise AttributeError("module %r has no attribute %r" % (__name__, name))
+    import concurrent.futures
+    members = {key: value for key, value in vars(ExecutorMethods).items() if key not in ("__dict__", "__weakref__")}
+    return globals().setdefault(name, type("Executor", (concurrent.futures.Executor,), members))
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))        # for help()
+
+
+if __name__ != "__main__" and not hasattr(sys.modules["__main__"], "kept_loader"):      # imported, not by The door
+    __doc__ = MODULE_DOC
+    if sys.version_info < (3, 7):
+        __getattr__("Executor")
 
 
 # ---------------------------------------------------------------------------

@@ -12944,3 +12944,924 @@ def test_the_run_script_of_daemontools(linked_cluster):
         job.stdin.close()
         assert job.stdout.read() == b"end\n" and job.wait(PATIENCE) == 0
     assert service.wait(PATIENCE) == 0 and read(linked_cluster.path("log")) == b""
+
+
+# ---------------------------------------------------------------------------
+# Python: cexec.run
+# ---------------------------------------------------------------------------
+
+@pytest.fixture
+def here(one, monkeypatch):
+    """The shared cluster, found by cexec.run in this process; here.sh(command, ...) has its worker run a command."""
+    live_in(one, monkeypatch)
+    one.sh = lambda command, **options: cexec.run(one.pub, env={"CMD": command}, **options)
+    return one
+
+
+def live_in(cluster, monkeypatch):
+    for name in os.environ:
+        if name.startswith("CEXEC_") and name not in cluster.env:
+            monkeypatch.delenv(name)
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("command, options", [
+    ("cat; exit 3", {"input": b"\xffa\n", "stdout": subprocess.PIPE}),
+    ("cat; echo \xe4 >&2", {"input": "h\xe9\r\n", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                            "encoding": "utf-8"}),
+    ("echo hello; echo world >&2", {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE,
+                                    "stderr": subprocess.STDOUT, "universal_newlines": True}),
+    ("echo hello; echo world >&2", {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+                                    "stderr": subprocess.PIPE}),
+    ("head -c 3000000 /dev/zero", {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}),
+    ("cat >/dev/null; wc -c", {"input": bytes(3000000), "stdout": subprocess.PIPE}),
+    ("kill -TERM $$", {"stdin": subprocess.DEVNULL}),
+    ("exit 111", {"stdin": subprocess.DEVNULL}), ("exit 127", {"stdin": subprocess.DEVNULL}),
+], ids=range(9))
+def test_run_gives_what_subprocess_run_gives(here, command, options):
+    done, local = here.sh(command, **options), subprocess.run(["sh", "-c", command], **options)
+    assert (done.returncode, done.stdout, done.stderr) == (local.returncode, local.stdout, local.stderr)
+    assert isinstance(done, subprocess.CompletedProcess) and done.args == [here.pub]
+
+
+def test_run_takes_files_and_pipes(here, tmp_path):
+    """A file's offset is where the command stopped to read; a pipe of pass_fds is at its number there."""
+    reader, writer = os.pipe()
+    with open(here.path("data/words"), "rb") as source, open(str(tmp_path / "out"), "wb") as target:
+        assert here.sh("head -c 6; echo more >/dev/fd/%d" % writer, stdin=source, stdout=target,
+                       pass_fds=[writer]).returncode == 0
+        os.close(writer)
+        assert source.read(4) == b"beta"
+    assert (read(str(tmp_path / "out")), read_all(reader)) == (b"alpha\n", b"more\n")
+
+
+def test_run_from_threads(here):
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        done = threads.map(lambda number: here.sh("cat; exit %d" % number, input=b"%d" % number,
+                                                  stdout=subprocess.PIPE), range(16))
+        assert [(run.returncode, run.stdout) for run in done] == [(number, b"%d" % number) for number in range(16)]
+
+
+def test_run_refuses_what_does_not_go_together(here):
+    for options in ({"input": b"", "stdin": subprocess.DEVNULL}, {"capture_output": True, "stderr": subprocess.PIPE}):
+        with pytest.raises(ValueError):
+            here.sh("true", **options)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        here.sh("echo out; exit 3", stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    assert (caught.value.returncode, caught.value.stdout, caught.value.stderr) == (3, b"out\n", b"")
+
+
+def test_run_at_its_timeout_ends_the_job_there(here):
+    for seconds in (1, 5, 20):          # until one was enough for it to begin
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            here.sh("trap '' TERM; echo begun; while :; do sleep 0.1; done", stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, timeout=seconds)
+        if caught.value.stdout:
+            break
+    assert caught.value.stdout == b"begun\n" and caught.value.timeout == seconds
+    until(lambda: here.alive() == [here.serving.pid], "the end of the job", 12)
+
+
+def failure(call, *arguments, **options):
+    with pytest.raises(cexec.Failed) as caught:
+        call(*arguments, **options)
+    assert isinstance(caught.value, OSError)
+    return caught.value.code, str(caught.value)
+
+
+def test_what_fails_in_cexec_is_no_returncode(here, monkeypatch):
+    assert failure(cexec.run, "nowhere.pub", stderr=subprocess.DEVNULL) == (
+        100, "nowhere.pub: no such public key: is the name right? (ckeygen makes keys)")
+    assert failure(cexec.run, "-r", stderr=subprocess.DEVNULL)[1].startswith("./-r: no such public key")
+    code, text = failure(cexec.run, here.pub, env={"A B": "x"})
+    assert code == 100 and text.startswith("A B=x: not KEY=VALUE")
+    code, text = failure(here.sh, "kill -KILL $PPID; exec sleep 100", stdin=subprocess.DEVNULL, capture_output=True)
+    assert code == 111 and "lost after" in text and text.endswith("the command may have run")
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "1")
+    monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
+    code, text = failure(here.sh, "true", stderr=subprocess.DEVNULL)
+    assert code == 111 and text.startswith("no worker answered in 1 s")
+    monkeypatch.setenv("CEXEC_RETRIES", "many")
+    code, text = failure(here.sh, "true", stderr=subprocess.DEVNULL)
+    assert (code, text) == (100, "cexec ended with status 100: its standard error says why")
+
+
+def test_a_command_that_cannot_be_run_is_a_failure(cluster, monkeypatch):
+    live_in(cluster, monkeypatch)
+    cluster.worker(cluster.path("no-such-command"))
+    code, text = failure(cexec.run, cluster.pub, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert code == 127 and text == "worker 127.0.0.1 cannot run its command: it is not there (exit status 127)"
+
+
+def test_the_file_may_have_any_name(here, tmp_path):
+    """As a program that has a link to it, or a copy under an applet's name, may import it."""
+    for name, path in (("link.py", PROGRAM), ("cexec", None)):
+        if path:
+            os.symlink(path, str(tmp_path / name))
+        else:
+            shutil.copy(PROGRAM, str(tmp_path / name))
+        done = subprocess.run([PYTHON, "-c", textwrap.dedent("""
+            import importlib.util, importlib.machinery, sys
+            loader = importlib.machinery.SourceFileLoader("other", sys.argv[1])
+            other = importlib.util.module_from_spec(importlib.util.spec_from_loader("other", loader))
+            loader.exec_module(other)
+            print(other.run(sys.argv[2], input=b"", env={"CMD": "exit 7"}).returncode)"""),
+            str(tmp_path / name), here.pub], stdout=subprocess.PIPE, env=here.environment(), timeout=PATIENCE)
+        assert done.stdout == b"7\n"
+
+
+def test_import_is_cheap_and_help_can_be_read(cluster):
+    program = """if 1:
+        import sys
+        import cexec
+        costly = {"concurrent.futures", "pickle", "threading", "subprocess"} & set(sys.modules)
+        assert not costly or sys.version_info < (3, 7)
+        import concurrent.futures
+        assert issubclass(cexec.Executor, concurrent.futures.Executor)
+        assert sorted(cexec.__all__) == ["Executor", "Failed", "run"] and cexec.__version__ == cexec.VERSION
+        help(cexec)"""
+    done = subprocess.run([PYTHON, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE,
+                          env=cluster.environment({"PYTHONPATH": HERE, "PAGER": "cat", "TERM": "dumb"}))
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode()
+    for word in ("cexec.run(", "class Executor(concurrent.futures", "class Failed(", "PEER_KEY", "retries: how often",
+                 "submit(fn, *args, **kwargs)"):
+        assert word in shown
+    assert len(shown.splitlines()) < 300 and "exec python3 -S" not in shown and "Supervisor" not in shown
+
+
+# ---------------------------------------------------------------------------
+# Python: what a result may have in it
+# ---------------------------------------------------------------------------
+
+def loaded(data, allow=()):
+    return cexec.load_result(cexec.result_readers(allow), b"...." + data, 4)
+
+
+DATA = [None, True, 10 ** 40, 1.5, 2j, "\ud800 text", b"bytes", bytearray(b"x"), [1, [2]], (1, (2,)), {"a": {1, 2}},
+        frozenset([3]), range(5), slice(1, 2), Ellipsis, NotImplemented, int, [object], {"type": ValueError}]
+
+
+@pytest.mark.parametrize("protocol", range(3, 6))
+def test_data_is_read(protocol):
+    import pickle
+    for value in DATA:
+        found = loaded(pickle.dumps(value, min(protocol, pickle.HIGHEST_PROTOCOL)))
+        assert type(found) is type(value) and found == value
+    cyclic = []
+    cyclic.append(cyclic)
+    assert loaded(pickle.dumps(cyclic))[0][0] is not None
+
+
+def test_builtin_exceptions_are_read():
+    import pickle
+    for error in (ValueError("x", 1), OSError(2, "no", "file"), UnicodeDecodeError("a", b"b", 0, 1, "c"), KeyError(3),
+                  StopIteration(4), SystemExit(5)):
+        found = loaded(pickle.dumps(error))
+        assert type(found) is type(error) and found.args == error.args
+    assert loaded(pickle.dumps(OSError(2, "no", "file"))).filename == "file"
+
+
+class Harm:
+    """Pickles as a call of anything."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def harmful_pickles(touch):
+    """Pickles each of which would have a file made, by every way to a callable that pickle has."""
+    import pickle
+    command = "touch %s" % touch
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for call in ((os.system, (command,)), (eval, ("open(%r, 'w')" % touch,)), (open, (touch, "w")),
+                     (subprocess.Popen, (["touch", touch],)), (exec, ("open(%r, 'w')" % touch,)),
+                     (getattr, (os, "system")) if protocol < 0 else (__import__, ("os",)), (map, (print, [1])),
+                     (functools.partial, (os.system, command)), (type, ("X", (), {}))):
+            harm = Harm(*call)
+            for place in (harm, [harm], {"a": (1, harm)}, ValueError(harm)):
+                yield pickle.dumps(place, protocol)
+    text = command.encode()
+    yield b"cos\nsystem\n(V" + text + b"\ntR."                                      # GLOBAL, REDUCE
+    yield b"(V" + text + b"\nios\nsystem\n."                                        # INST
+    yield b"(cos\nsystem\nV" + text + b"\no."                                       # OBJ
+    yield b"c__builtin__\neval\n(V1\ntR."                                           # a name of Python 2
+    for module, name in (("builtins", "getattr"), ("builtins", "ValueError.__init__.__globals__"),
+                         ("builtins", "__import__"), ("os", "system"), ("posix", "system"), ("builtins", "type"),
+                         ("builtins", "object.__subclasses__"), ("builtins", "ValueError.mro"), ("builtins", "exec"),
+                         ("builtins", "str.format"), ("builtins", "dict.get"), ("builtins", ""), ("", "getattr"),
+                         ("cexec", "os.system"), ("cexec", "run"), ("__mp_main__", "os"), ("__main__", "sys"),
+                         ("_codecs", "encode"), ("copyreg", "_reconstructor"), ("copyreg", "__newobj__"),
+                         ("sys", "modules"), ("builtins", "memoryview"), ("builtins", "super"), ("io", "open"),
+                         ("builtins", "property"), ("importlib", "import_module"), ("operator", "attrgetter"),
+                         ("antigravity", "fly"), ("collections", "OrderedDict"), ("functools", "partial")):
+        words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
+        yield b"\x80\x04" + words + b"\x93."                                        # STACK_GLOBAL
+        yield b"\x80\x04" + words + b"\x93\x8c" + bytes([len(text)]) + text + b"\x85R."
+        yield b"\x80\x04" + words + b"\x93)\x81."                                   # NEWOBJ
+        yield b"\x80\x04" + words + b"\x93)}\x92."                                  # NEWOBJ_EX
+    yield b"P1\n."                                                                  # PERSID
+    yield b"K\x01Q."                                                                # BINPERSID
+    yield b"\x80\x02\x82\x07."                                                      # EXT1
+    yield b"\x80\x02\x83\x07\x00."                                                  # EXT2
+    yield b"\x80\x02\x84\x07\x00\x00\x00."                                          # EXT4
+    yield b"\x80\x05\x97\x98."                                                      # NEXT_BUFFER, READONLY_BUFFER
+    yield b"cbuiltins\nint\n}V__add__\ncbuiltins\nstr\nsb."                         # BUILD of a type
+    yield b"cbuiltins\nValueError\n(N}V__init__\ncbuiltins\nstr\nstb."              # with slots
+    yield b"K\x01K\x02a."                                                           # APPEND to no list
+    yield b"K\x01)R."                                                               # REDUCE of no callable
+
+
+@pytest.mark.parametrize("extensions", [False, True])
+def test_no_result_runs_code_here(tmp_path, extensions):
+    """With a number of copyreg's too, whose object was loaded before, which pickle's C code does not ask about."""
+    import copyreg
+    import pickle
+    mark, before = str(tmp_path / "harm"), set(sys.modules)
+    if extensions:
+        copyreg.add_extension("os", "system", 7)
+        assert pickle.loads(b"\x80\x02\x82\x07.") is os.system
+    try:
+        for data in harmful_pickles(mark):
+            with pytest.raises(Exception):      # noqa: B017
+                loaded(data)
+            with pytest.raises(Exception):      # noqa: B017
+                loaded(data, ["collections", "cexec.Failed"] if b"OrderedDict" not in data else [])
+    finally:
+        if extensions:
+            copyreg.remove_extension("os", "system", 7)
+            copyreg.clear_extension_cache()
+    assert not os.path.exists(mark) and "antigravity" not in set(sys.modules) - before
+    assert int("1") == 1 and ValueError(1).args == (1,)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own, which imports what is dangerous."""
+    put(str(tmp_path / "mine_x.py"), textwrap.dedent("""
+        import os, subprocess
+        from os import system
+        from subprocess import Popen
+        from functools import partial
+        from io import FileIO
+        class Point:
+            def __init__(self, x):
+                self.x = x
+            class Inner:
+                pass
+        class Sneaky(Exception):
+            def __init__(self, one, two):
+                super().__init__(one)
+        def function():
+            pass
+        """))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield __import__("mine_x")
+    del sys.modules["mine_x"]
+
+
+def stack_global(module, name):
+    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)) + b"\x93."
+
+
+def test_allow_names_a_modules_classes_and_nothing_that_it_has_imported(mine):
+    import pickle
+    data = pickle.dumps([mine.Point(3), mine.Point.Inner()])
+    assert loaded(data, ["mine_x"])[0].x == 3
+    with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point"\]'):
+        loaded(data)
+    with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point.Inner"\]'):
+        loaded(data, ["mine_x.Point"])
+    assert loaded(data, ["mine_x.Point", "mine_x.Point.Inner"])[0].x == 3
+    for name in ("os", "os.system", "system", "Popen", "subprocess.Popen", "partial", "FileIO", "function", "Point.x",
+                 "Point.__init__", "Point.__init__.__globals__", "Point.__class__", "Point.mro", "__builtins__",
+                 "__loader__"):
+        with pytest.raises(pickle.UnpicklingError):
+            loaded(stack_global("mine_x", name), ["mine_x"])
+    assert loaded(stack_global("mine_x", "function"), ["mine_x.function"]) is mine.function
+    with pytest.raises(pickle.UnpicklingError):         # what is not imported here is not imported for it
+        loaded(stack_global("xml.sax.expatreader", "ExpatParser"), ["xml"])
+    assert "xml.sax.expatreader" not in sys.modules
+
+
+def test_allow_names_what_is_there():
+    assert loaded(stack_global("datetime", "date"), ["datetime.date"])(2026, 1, 2).year == 2026
+    with pytest.raises(ImportError):
+        cexec.result_readers(["no_such_module_x"])
+    with pytest.raises(AttributeError):
+        cexec.result_readers(["datetime.no_such_class"])
+    with pytest.raises(TypeError):
+        cexec.result_readers("datetime")
+
+
+def test_an_exception_that_cannot_be_made_here_is_told(mine):
+    import pickle
+
+    def told(error, allow=()):
+        text = b"Traceback ...\n\x1b[2Jmine_x.Sneaky: why"
+        data = cexec.TEXT_SIZE.pack(len(text)) + text + (pickle.dumps(error) if error else b"")
+        return cexec.load_error(cexec.result_readers(allow), data, 0, "box")
+    for error, allow, word in ((mine.Sneaky(1, 2), (), "mine_x.Sneaky is not known here"),
+                               (mine.Sneaky(1, 2), ["mine_x"], "missing 1 required"), (None, (), "Ran out of input"),
+                               ("no exception", (), "no exception")):
+        found = told(error, allow)
+        assert type(found) is pickle.UnpicklingError and word in str(found) and "mine_x.Sneaky: why" in str(found)
+        assert "On box:\nTraceback ...\n\\x1b[2J" in str(found.__cause__)
+    assert told(KeyError(1)).args == (1,)
+
+
+# ---------------------------------------------------------------------------
+# Python: cexec.Executor
+# ---------------------------------------------------------------------------
+
+LANE = [PYTHON, "/dev/fd/3"]            # what a worker runs for an Executor
+
+
+@pytest.fixture
+def pooled(cluster, monkeypatch):
+    """A cluster with a worker for an Executor in this process; script() runs a main program with it to its end."""
+    live_in(cluster, monkeypatch)
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "20")
+    cluster.serving = cluster.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
+    cluster.script = functools.partial(main_program, cluster)
+    return cluster
+
+
+def main_program(cluster, text, name="main.py", before=(), python=PYTHON):
+    """What a main program in a file prints, standard error too; POOL in it is the Executor's public key."""
+    path = cluster.path("program/" + name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    put(path, "import cexec\nPOOL = %r\n%s" % (cluster.pub, textwrap.dedent(text)))
+    done = subprocess.run([python, *before, *([path] if not before else [])], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=cluster.environment({"PYTHONPATH": HERE}),
+                          timeout=PATIENCE * 2, cwd=cluster.path("program"))
+    return done.stdout.decode()
+
+
+def lanes_of(cluster):
+    """The processes of workers' Pythons."""
+    found = []
+    for pid in cluster.alive():
+        with contextlib.suppress(OSError):      # it has just ended
+            words = read("/proc/%d/cmdline" % pid)
+            found += [pid] * (words.endswith(b"\0/dev/fd/3\0") and b"cservice" not in words)
+    return found
+
+
+def test_the_main_programs_functions(pooled):
+    """With prints there, of the function and of a process that it starts, and what it allows."""
+    out = pooled.script("""
+        import os, sys
+        class Point:
+            def __init__(self, x):
+                self.x = x
+        def double(x):
+            return x * 2
+        def talk(word):
+            print(word, "\\x1b[2J")
+            print("error", file=sys.stderr)
+            os.system("echo child")
+            os.write(1, b"no newline")
+            return __name__, sys.argv[1:]
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, allow=["__main__.Point"]) as pool:
+                assert list(pool.map(double, range(100))) == [2 * x for x in range(100)]
+                assert list(pool.map(double, range(100), chunksize=7)) == [2 * x for x in range(100)]
+                assert pool.submit(Point, 3).result().x == 3
+                result = pool.submit(talk, "h\\xe9llo").result()
+            print(result)
+        """)
+    lines = ["%s: %s" % (os.uname().nodename, line) for line in ("h\xe9llo \\x1b[2J", "error", "child", "no newline")]
+    assert out.splitlines() == lines + ["('__mp_main__', [])"]
+
+
+def test_modules_beside_the_main_program(pooled):
+    """A module, a package with relative imports, one without __init__; and nothing from elsewhere."""
+    for name, text in (("beside.py", "from pack.deep import leaf\nfrom bare import twig\n\ndef both():\n"
+                                     "    return leaf.VALUE + twig.VALUE\n"),
+                       ("pack/__init__.py", "VALUE = 40\n"), ("pack/deep/__init__.py", ""),
+                       ("pack/deep/leaf.py", "from .. import VALUE\n"), ("bare/twig.py", "VALUE = 2\n")):
+        os.makedirs(os.path.dirname(pooled.path("program/" + name)), exist_ok=True)
+        put(pooled.path("program/" + name), text)
+    put(pooled.path("outside.py"), "SECRET = 1\n")
+    os.symlink("../outside.py", pooled.path("program/linked.py"))
+    out = pooled.script("""
+        import beside
+        def missing(name):
+            return __import__(name).__name__
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, 1) as pool:
+                print(pool.submit(beside.both).result(), pool.submit(missing, "json").result())
+                for name in ("outside", "linked", "pack.nothing", "nowhere_x"):
+                    print(type(pool.submit(missing, name).exception()).__name__)
+        """)
+    assert out == "42 json\n" + "ModuleNotFoundError\n" * 4
+
+
+def test_a_module_of_a_package_as_the_main_program(pooled):
+    """python -m package.main, whose functions import what is in the package."""
+    for name, text in (("pack/__init__.py", ""), ("pack/other.py", "VALUE = 42\n")):
+        os.makedirs(os.path.dirname(pooled.path("program/" + name)), exist_ok=True)
+        put(pooled.path("program/" + name), text)
+    assert pooled.script("""
+        from . import other
+        def answer():
+            from .other import VALUE
+            return VALUE + other.VALUE
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                print(pool.submit(answer).result())
+        """, name="pack/main.py", before=["-m", "pack.main"]) == "84\n"
+
+
+def test_what_a_worker_may_read(tmp_path, monkeypatch):
+    """It is the worker that asks: modules below the main program's directory, and nothing else."""
+    for name in ("top.py", "pack/__init__.py", "pack/leaf.py", "text.txt", "with-dash.py"):
+        os.makedirs(os.path.dirname(str(tmp_path / "main" / name)), exist_ok=True)
+        put(str(tmp_path / "main" / name), "# " + name)
+    put(str(tmp_path / "secret.py"), "SECRET")
+    os.symlink("../secret.py", str(tmp_path / "main/link.py"))
+    os.symlink("..", str(tmp_path / "main/up"))
+    os.mkfifo(str(tmp_path / "main/fifo.py"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "main")] + sys.path[1:])
+    program = cexec.Program()
+    assert program.roots[-1:] == [str(tmp_path / "main")]
+    assert {"top", "pack"} <= set(program.names()) and "text" not in program.names()
+    assert program.module("top") == (b"# top.py", str(tmp_path / "main/top.py"), False)
+    assert program.module("pack")[1:] == (str(tmp_path / "main/pack/__init__.py"), True)
+    assert program.module("pack.leaf")[0] == b"# pack/leaf.py"
+    for name in ("", ".", "..secret", "...", "../secret", "/etc/passwd", "link", "up.secret", "up", "fifo", "text.txt",
+                 "text", "with-dash", "top.py", "pack/leaf", "pack.", "top\0", "nowhere", "pack..leaf"):
+        assert program.module(name) is None, name
+    monkeypatch.setattr(sys, "path", [os.path.dirname(os.__file__)])       # the library is on the worker
+    assert cexec.Program().roots == [root for root in program.roots if root != str(tmp_path / "main")]
+
+
+def test_what_cannot_be_sent_is_refused_with_advice(pooled):
+    out = pooled.script("""
+        def outer():
+            def inner():
+                pass
+            return inner
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                for function in (lambda: 1, outer()):
+                    error = pool.submit(function).exception()
+                    print(type(error).__name__, str(error).split(": ", 1)[1])
+                print(pool.submit(pow, 2, 3).result())
+        """)
+    advice = ("a call is sent to a worker by pickle, so its function must be one that is found by its name in a module "
+              "(no lambda, no function inside another), and its arguments data\n")
+    assert out.count("PicklingError ") == out.count(advice) == 2 and out.endswith("\n8\n")
+    out = pooled.script("", before=["-c", "if 1:\n def f(): pass\n import cexec\n"
+                                          " print(cexec.Executor(%r).submit(f).exception())" % pooled.pub])
+    assert "is defined in no file (an interactive session, python -c, standard input)" in out
+
+
+def test_a_main_program_that_makes_an_executor_everywhere_is_told(pooled):
+    """Without the guard each worker would make one of its own."""
+    out = pooled.script("""
+        def f():
+            pass
+        pool = cexec.Executor(POOL)
+        print(repr(pool.submit(f).exception()))
+        """)
+    assert out.startswith("RuntimeError(") and "below if __name__ == '__main__':" in out
+
+
+def test_exceptions_come_with_the_traceback_there(pooled):
+    out = pooled.script("""
+        import traceback
+        class Mine(Exception):
+            pass
+        def bad(kind):
+            raise kind("reason")        # here
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                for kind in (KeyError, Mine):
+                    try:
+                        pool.submit(bad, kind).result()
+                    except Exception:
+                        traceback.print_exc()
+        """)
+    assert out.count('raise kind("reason")        # here') == 2
+    assert "\nKeyError: 'reason'\n" in out and "On %s:\nTraceback" % os.uname().nodename in out
+    assert "the function raised __mp_main__.Mine: reason (__main__.Mine is not known here" in out
+
+
+def test_ten_thousand_calls_and_large_ones(pooled):
+    with cexec.Executor(pooled.pub) as pool:
+        assert list(pool.map(abs, range(-5000, 5000))) == list(map(abs, range(-5000, 5000)))
+        futures = [pool.submit(bytes, count) for count in (0, 1, 65535, 10 ** 6, 3 * 10 ** 7)]
+        futures += [pool.submit(len, bytes(count)) for count in (0, 1, 65535, 10 ** 6, 3 * 10 ** 7)]
+        found = [future.result() for future in futures]
+        assert found[5:] == [len(data) for data in found[:5]] == [0, 1, 65535, 10 ** 6, 3 * 10 ** 7]
+
+
+def test_lanes_are_as_many_as_workers_take_and_are_given_back(pooled):
+    with cexec.Executor(pooled.pub) as pool:
+        futures = [pool.submit(time.sleep, 0.3) for _ in range(8)]
+        until(lambda: len(lanes_of(pooled)) == 2, "two lanes")
+        for future in futures:
+            future.result()
+        pids = [pool.submit(os.getpid).result() for _ in range(3)]
+        assert len(set(pids)) <= 2
+        until(lambda: not lanes_of(pooled), "the end of idle lanes")
+        assert pool.submit(os.getpid).result() not in pids
+    with cexec.Executor(pooled.pub, max_workers=1) as pool:
+        assert len({pool.submit(os.getpid).result() for _ in range(20)}) == 1
+
+
+def crash(path):
+    """A call of which only the first try dies."""
+    return "import os\nopen(%r, 'ab').write(b'x')\nif os.path.getsize(%r) < 2: os._exit(3)" % (path, path)
+
+
+def test_a_lost_worker_is_made_good_or_told(pooled):
+    count = pooled.path("count")
+    broken = concurrent.futures.BrokenExecutor
+    with cexec.Executor(pooled.pub) as pool:
+        assert pool.submit(exec, crash(count)).result() is None and os.path.getsize(count) == 2
+        assert "that was try 4 of 4" in str(pool.submit(os._exit, 3).exception())
+        assert pool.submit(pow, 2, 3).result() == 8
+        assert isinstance(pool.submit(os.abort).exception(), broken)
+    os.unlink(count)
+    with cexec.Executor(pooled.pub, retries=0) as pool:
+        error = pool.submit(exec, crash(count)).exception()
+        assert isinstance(error, broken) and "ended with status 3 (that was try 1 of 1)" in str(error)
+        assert os.path.getsize(count) == 1 and pool.submit(pow, 2, 3).result() == 8
+
+
+def test_short_calls_behind_a_long_one_are_taken_back(pooled):
+    """A lane has calls ahead while they are short; another lane with nothing to do gets those that are stuck."""
+    with cexec.Executor(pooled.pub) as pool:
+        list(pool.map(abs, range(3000)))
+        gate = pooled.path("gate")
+        wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
+        futures = [pool.submit(*call) for call in [(abs, 1)] * 5 + [(exec, wait)] + [(abs, 1)] * 60]
+        for future in futures[6:]:
+            assert future.result(PATIENCE) == 1
+        assert not futures[5].done()
+        touch(gate)
+        assert futures[5].result(PATIENCE) is None
+
+
+def test_no_worker_is_said(pooled, monkeypatch):
+    code, text = failure(cexec.Executor, pooled.path("nowhere.pub"))
+    assert code == 100 and "no such public key" in text
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "1")
+    monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
+    with cexec.Executor(pooled.pub) as pool:
+        errors = [pool.submit(pow, 2, 3).exception() for _ in range(2)]
+    assert all(isinstance(error, cexec.Failed) and str(error).startswith("no worker answered in 1 s")
+               for error in errors)
+
+
+@pytest.mark.parametrize("command, word", [
+    (["cat"], "frame of kind b'S'"),
+    (["sh", "-c", "echo oops >&2; exit 3"], "ended with status 3: oops (is it python3"),
+    (["/no/such"], "it is not there (exit status 127)"), ([PYTHON, "-c", "print('x' * 99)"], "frame of kind b'x'")])
+def test_a_command_that_is_no_python_is_said(cluster, monkeypatch, command, word):
+    live_in(cluster, monkeypatch)
+    cluster.worker(*command, env={"BOOST": "0"})
+    with cexec.Executor(cluster.pub) as pool:
+        error = pool.submit(pow, 2, 3).exception()
+    assert isinstance(error, cexec.Failed) and word in str(error)
+
+
+def test_a_worker_that_drains_is_left(pooled, monkeypatch):
+    """A lane ends after a while for that; what waits goes on elsewhere."""
+    monkeypatch.setattr(cexec, "LANE_SECONDS", 0.5)
+    with cexec.Executor(pooled.pub) as pool:
+        first = pool.submit(os.getppid).result()
+        futures = [pool.submit(time.sleep, 0.1) for _ in range(40)]
+        pooled.serving.terminate()
+        other = pooled.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
+        assert pooled.serving.wait(PATIENCE) == 0
+        assert all(future.result(PATIENCE) is None for future in futures)
+        assert first != pool.submit(os.getppid).result() and other.poll() is None
+
+
+def test_cancelling_and_shutting_down(pooled):
+    pool = cexec.Executor(pooled.pub, max_workers=1)
+    running = pool.submit(time.sleep, 0.5)
+    until(running.running, "the start of a call")
+    futures = [pool.submit(abs, -number) for number in range(5)]
+    assert futures[0].cancel() and not running.cancel()
+    pool.shutdown(wait=False, cancel_futures=True)
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        pool.submit(abs, 1)
+    assert running.result(PATIENCE) is None and all(future.cancelled() for future in futures)
+    pool.shutdown()
+    assert not lanes_of(pooled)
+
+
+def test_ctrl_c_ends_what_runs(pooled):
+    with pytest.raises(KeyboardInterrupt), cexec.Executor(pooled.pub) as pool:
+        future = pool.submit(time.sleep, 1000)
+        until(lambda: lanes_of(pooled) and future.running(), "the start of a call")
+        raise KeyboardInterrupt
+    assert isinstance(future.exception(), concurrent.futures.BrokenExecutor)
+    until(lambda: not lanes_of(pooled), "the end of the call")
+
+
+def test_a_main_program_that_is_killed_ends_its_calls(pooled):
+    os.makedirs(pooled.path("program"))
+    with open(pooled.path("program/main.py"), "w") as file:
+        file.write("import cexec, time\npool = cexec.Executor(%r)\npool.submit(time.sleep, 1000)\n" % pooled.pub)
+    program = subprocess.Popen([PYTHON, file.name], env=pooled.environment({"PYTHONPATH": HERE}))
+    pooled.started.append(program)
+    until(lambda: lanes_of(pooled), "the start of a call")
+    program.kill()
+    until(lambda: pooled.alive() == [pooled.serving.pid], "the end of all")
+
+
+def test_the_interpreters_exit_waits_for_calls(pooled):
+    out = pooled.script("""
+        import atexit, time
+        def late():
+            try:
+                pool.submit(abs, 1)
+            except RuntimeError as error:
+                print(error)
+        if __name__ == "__main__":
+            atexit.register(late)
+            pool = cexec.Executor(POOL)
+            pool.submit(time.sleep, 0.5).add_done_callback(lambda future: print("done", flush=True))
+        """)
+    assert out == "done\ncannot schedule new futures after interpreter shutdown\n"
+
+
+def test_asyncio(pooled):
+    assert pooled.script("""
+        import asyncio
+        async def main(pool):
+            loop = asyncio.get_event_loop()
+            print(await asyncio.gather(*[loop.run_in_executor(pool, pow, 2, n) for n in range(4)]))
+            try:
+                await loop.run_in_executor(pool, divmod, 1, 0)
+            except ZeroDivisionError:
+                print("raised")
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                asyncio.new_event_loop().run_until_complete(main(pool))
+        """) == "[1, 2, 4, 8]\nraised\n"
+
+
+def test_calls_from_many_threads(pooled):
+    with cexec.Executor(pooled.pub) as pool, concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda n: pool.submit(pow, n, 2).result(), range(200))) == [n * n for n in range(200)]
+    assert not [thread for thread in threading.enumerate() if thread.name == "cexec.Executor"]
+
+
+# CPython's own tests of executors, which come with some Pythons: those that fit, as they are.
+
+CPYTHON_TESTS = """
+import importlib, sys, unittest
+import concurrent.futures
+import cexec
+try:
+    package = "test.test_concurrent_futures."
+    modules = [importlib.import_module(package + name)
+               for name in ("executor", "test_shutdown", "test_as_completed", "test_wait", "test_process_pool")]
+    util = importlib.import_module(package + "util")
+    base = util.BaseTestCase
+except ImportError:                     # before Python 3.13, and 3.12, it is one file
+    modules = [importlib.import_module("test.test_concurrent_futures")]
+    base = getattr(modules[0], "BaseTestCase", unittest.TestCase)
+
+class Ours(concurrent.futures.Executor):
+    "What their mixins make, with our arguments."
+    def __new__(cls, max_workers=None):
+        return cexec.Executor(POOL, max_workers, allow=ALLOW)
+
+ALLOW = [modules[0].__name__]
+
+def found(name):
+    return next(vars(module)[name] for module in modules if name in vars(module))
+
+class Mixin(modules[0].ExecutorMixin if hasattr(modules[0], "ExecutorMixin") else util.ExecutorMixin):
+    executor_type = Ours
+
+tests = unittest.TestSuite()
+for name in sys.argv[1:]:
+    made = type("Cexec" + name, (Mixin, found(name), base), {"__module__": "__main__"})
+    names = [test for test in unittest.defaultTestLoader.getTestCaseNames(made) if test not in LEFT_OUT]
+    if name == "ProcessPoolExecutorTest":       # else those of ExecutorTest once more
+        names = [test for test in names if test not in dir(found("ExecutorTest"))]
+    tests.addTests(map(made, names))
+result = unittest.TextTestRunner(sys.stdout, verbosity=2).run(tests)
+print("ran", result.testsRun, "failed", len(result.failures) + len(result.errors))
+"""
+
+# What they are about is not there in an Executor like ours, or elsewhere than their process looks.
+LEFT_OUT = {
+    # from concurrent.futures they import the executor by its name, in another interpreter and without a public key
+    "test_interpreter_shutdown", "test_submit_after_interpreter_shutdown", "test_hang_gh83386", "test_hang_issue83386",
+    # the pool's processes, by name: executor._processes, and a call that kills one breaks the whole pool, not a call
+    "test_killed_child", "test_saturation", "test_idle_process_reuse_one", "test_idle_process_reuse_multiple",
+    # options of multiprocessing that we don't have: a context, semaphores and managers of it, max_tasks_per_child
+    "test_ressources_gced_in_workers", "test_max_tasks_per_child", "test_max_tasks_early_shutdown",
+    "test_max_tasks_per_child_defaults_to_spawn_context", "test_python_finalization_error",
+    "test_max_workers_too_large",
+    # it wants one call to have begun at once: here a worker is looked for first
+    "test_cancel_futures",
+    # the cause is of another type than concurrent.futures' own, private one, which takes multiprocessing to import
+    "test_traceback",
+}
+
+
+@functools.lru_cache(None)
+def python_with_tests():
+    """A Python that has its own tests of executors: the one under test, or else the newest."""
+    versions = glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))
+    versions.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.split("/")[-3])], reverse=True)
+    for path in [PYTHON, *versions, "/usr/bin/python3"]:
+        if os.path.exists(path) and not subprocess.run([path, "-c", "import test.test_concurrent_futures"],
+                                                       stderr=subprocess.DEVNULL).returncode:
+            return path
+    return None
+
+
+@pytest.mark.parametrize("classes, least", [
+    (("ExecutorTest", "ProcessPoolExecutorTest"), 9), (("ExecutorShutdownTest", "AsCompletedTests"), 5),
+    (("WaitTests",), 7)])
+def test_cpythons_own_tests_of_executors(cluster, classes, least):
+    python = python_with_tests()
+    if not python:
+        skip("no Python here has its own tests (in Debian 12 they are libpython3.11-testsuite's)")
+    cluster.worker(python, "/dev/fd/3", env={"CONCURRENCY": "5", "BOOST": "0"})
+    put(cluster.path("main.py"), "POOL, LEFT_OUT = %r, %r\n" % (cluster.pub, LEFT_OUT) + CPYTHON_TESTS)
+    done = subprocess.run([python, "-W", "ignore", cluster.path("main.py"), *classes], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=cluster.environment({"PYTHONPATH": HERE}),
+                          cwd=cluster.directory, timeout=240)
+    ran, failed = re.search(rb"ran (\d+) failed (\d+)\n$", done.stdout).groups()
+    assert int(ran) >= least and int(failed) == 0, done.stdout.decode()
+
+
+PYTHONS = sorted({os.path.realpath(path) for path in glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))
+                  if int(path.split("/versions/3.")[1].split(".")[0]) >= 6} | {os.path.realpath(PYTHON)},
+                 key=lambda path: [int(number) for number in re.findall(r"\d+", path)])
+
+
+@pytest.mark.parametrize("there", sorted({PYTHONS[0], PYTHONS[-1]}))
+def test_another_python_there(cluster, monkeypatch, there):
+    """The older of both says what pickle's protocol is."""
+    live_in(cluster, monkeypatch)
+    cluster.worker(there, "/dev/fd/3", env={"BOOST": "0"})
+    for here in {PYTHON, PYTHONS[0]}:
+        out = main_program(cluster, """
+            import sys
+            def version(data):
+                return sys.version_info[:2], len(data)
+            if __name__ == "__main__":
+                with cexec.Executor(POOL) as pool:
+                    print(pool.submit(version, bytearray(3000000)).result(), end=" ")
+                    print(repr(pool.submit({}.pop, 7).exception())[:10])
+                    print(len(pool.submit(bytearray, 3000000).result()))
+            """, python=here)
+        version = subprocess.check_output([there, "-c", "import sys; print(sys.version_info[:2], end='')"]).decode()
+        assert out == "(%s, 3000000) KeyError(7\n3000000\n" % version
+
+
+def test_a_supervisor_that_is_killed(pooled):
+    """Its call is done by another; the lane's Python there is ended."""
+    marks = [pooled.path("first"), pooled.path("second")]
+    program = ("import os, time\nfirst, second = %r, %r\nmark = second if os.path.exists(first) else first\n"
+               "open(mark, 'w').write(str(os.getppid()))\nwhile mark == first: time.sleep(0.1)" % tuple(marks))
+    with cexec.Executor(pooled.pub) as pool:
+        future = pool.submit(exec, program)
+        supervisor = int(until(lambda: os.path.exists(marks[0]) and read(marks[0]), "the start of a call"))
+        os.kill(supervisor, signal.SIGKILL)
+        assert future.result(PATIENCE) is None and int(read(marks[1])) != supervisor
+    until(lambda: not lanes_of(pooled), "the end of all lanes")
+
+
+# The example of concurrent.futures in Python's documentation, but for the line that makes the executor
+PRIMES = """
+import math
+import cexec
+
+PRIMES = [112272535095293, 112582705942171, 112272535095293, 115280095190773, 115797848077099, 1099726899285419]
+
+def is_prime(n):
+    if n < 2:
+        return False
+    if n == 2:
+        return True
+    if n % 2 == 0:
+        return False
+    sqrt_n = int(math.floor(math.sqrt(n)))
+    for i in range(3, sqrt_n + 1, 2):
+        if n % i == 0:
+            return False
+    return True
+
+def main():
+    with cexec.Executor("app.pub") as executor:
+        for number, prime in zip(PRIMES, executor.map(is_prime, PRIMES)):
+            print('%d is prime: %s' % (number, prime))
+
+if __name__ == '__main__':
+    main()
+"""
+
+
+def test_the_documentations_example_on_three_hosts(hosts):
+    spaces = hosts.lan("lan", ["here", "one", "two", "three"], "10.77.7")
+    workers = [hosts.worker(*LANE, space=spaces[name], env={"CONCURRENCY": "1"}) for name in ("one", "two", "three")]
+    put(hosts.path("primes.py"), PRIMES)
+    done = subprocess.run(["ip", "netns", "exec", spaces["here"], PYTHON, "primes.py"], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, cwd=hosts.directory, timeout=PATIENCE * 2,
+                          env=hosts.environment({"PYTHONPATH": HERE}))
+    lines = done.stdout.decode().splitlines()
+    assert [line.split()[-1] for line in lines] == ["True"] * 5 + ["False"], lines
+    assert all(b"supervisor WAITING -> RUNNING" in read(worker.log) for worker in workers)
+
+
+def test_the_manuals_parameter_study(pooled):
+    """Its plot is XML with a share for each probability: no way at the left, always one at the right."""
+    import xml.etree.ElementTree
+    text = recipe("cexec.1", "#!/usr/bin/env python3\n# study.py")
+    put(pooled.path("py.pub"), read(pooled.pub).decode())
+    put(pooled.path("study.py"), text.replace("SIZE, TRIES = 60, 50", "SIZE, TRIES = 20, 4"))
+    done = subprocess.run([PYTHON, "study.py"], cwd=pooled.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=pooled.environment({"PYTHONPATH": HERE}), timeout=PATIENCE * 2)
+    assert (done.returncode, done.stdout) == (0, b"")
+    svg = xml.etree.ElementTree.parse(pooled.path("study.svg")).getroot()
+    line, = svg.iter("{http://www.w3.org/2000/svg}polyline")
+    points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    assert len(points) == 101 and points[0] == (0, 300) and points[-1] == (400, 0)
+
+
+def test_the_readmes_program(pooled):
+    text = read(os.path.join(HERE, "README")).decode()
+    program = textwrap.dedent(re.search(r"^    import cexec, random\n(    .*\n)+", text, re.M).group())
+    put(pooled.path("py.pub"), read(pooled.pub).decode())
+    put(pooled.path("pi.py"), program.replace("10 ** 6", "10 ** 4").replace("25e6", "25e4"))
+    done = subprocess.run([PYTHON, "pi.py"], cwd=pooled.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=pooled.environment({"PYTHONPATH": HERE}), timeout=PATIENCE * 2)
+    assert re.match(rb"pi is about 3\.1[345]\d*\n$", done.stdout), done.stdout
+
+
+# A worker's Python that does as it likes: it speaks with send(kind, data), and with calls, which has their numbers
+
+EVIL = """
+import os, struct, sys, threading, time
+def send(kind, data=b"", size=None):
+    os.write(1, struct.pack("!cQ", kind, len(data) if size is None else size) + data)
+def frame():
+    kind, size = struct.unpack("!cQ", sys.stdin.buffer.read(9))
+    return kind, sys.stdin.buffer.read(size)
+def call():
+    while True:
+        kind, data = frame()
+        if kind == b"C":
+            return data[:8]
+def ready():
+    send(b"W", b"cexec-lane 1 4 3.6.0 evil\x1b[2J")
+def value(number, data):
+    send(b"V", number + data)
+%s
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("does, kind, word", [
+    ("ready(); value(call(), b'cos\\nsystem\\n(Vtouch harm\\ntR.')", "UnpicklingError", "os.system is not known here"),
+    ("ready(); value(call(), b'')", "Failed", "a result that cannot be read: EOFError"),
+    ("ready(); value(call(), b'(' * 100000)", "Failed", "a result that cannot be read"),
+    ("ready(); n = call(); send(b'X', n + b'\\xff\\xff\\xff\\xff')", "BrokenExecutor", "longer than its frame"),
+    ("ready(); n = call(); send(b'X', n)", "BrokenExecutor", "requires a buffer"),
+    ("ready(); call(); value(b'\\0' * 8, b'N.')", "BrokenExecutor", "a result of no call"),
+    ("ready(); call(); send(b'V', b'\\0')", "BrokenExecutor", "requires a buffer"),
+    ("ready(); n = call(); send(b'B', n)", "BrokenExecutor", "BACK out of place"),
+    ("ready(); call(); ready()", "BrokenExecutor", "READY out of place"),
+    ("ready(); call(); send(b'Z')", "BrokenExecutor", "a frame of kind b'Z'"),
+    ("ready(); call(); send(b'I', b'', 2 ** 63)", "BrokenExecutor", "length 9223372036854775808"),
+    ("send(b'W', b'x' * 5000)", "Failed", "length 5000"),
+    ("send(b'W', b'cexec-lane 2 4 3.6.0 evil')", "Failed", "READY out of place"),
+    ("send(b'V', b'\\0' * 8 + b'N.')", "Failed", "a result of no call"),
+    ("ready(); call(); os._exit(0)", "BrokenExecutor", "ended with status 0"),
+    ("send(b'I', b'main'); k, d = frame(), frame(); ready(); value(call(), b'C%c' % len(d[1]) + d[1] + b'.')", "value",
+     "N."),
+    ("[send(b'I', b'../../etc/passwd') for _ in range(3)]; ready(); value(call(), b'N.')", "value", "None"),
+], ids=range(17))
+def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
+    live_in(cluster, monkeypatch)
+    monkeypatch.setattr(cexec, "KILL_SECONDS", 0.5)
+    monkeypatch.chdir(cluster.directory)
+    put(cluster.path("evil.py"), EVIL % does)
+    cluster.worker(PYTHON, cluster.path("evil.py"), env={"BOOST": "0"})
+    with cexec.Executor(cluster.pub, retries=0) as pool:
+        future = pool.submit(pow, 2, 3)
+        error = future.exception(PATIENCE)
+        if kind == "value":
+            assert word in str(future.result())
+        else:
+            assert type(error).__name__ == kind and word in str(error)
+    assert not os.path.exists("harm")
