@@ -8701,12 +8701,10 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
 
 def variables(env):
     """The words KEY=VALUE of a dictionary.  Raises Failed."""
-    words = ["%s=%s" % (os.fsdecode(key), os.fsdecode(value)) for key, value in (env or {}).items()]
-    try:
-        parse_environment(words)
-    except Fatal as error:
-        raise Failed(str(error), error.code) from None
-    return words
+    for key in map(os.fsdecode, env or {}):
+        if not is_variable(key):
+            raise Failed("%s: not a variable: letters, digits and _, and no digit first" % key, EXIT_USAGE)
+    return ["%s=%s" % (os.fsdecode(key), os.fsdecode(value)) for key, value in (env or {}).items()]
 
 
 def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
