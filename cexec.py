@@ -197,6 +197,25 @@ class Log:
         self.midline = False        # whether what was written last has not ended its line
         self.said = set()           # by once()
 
+    def hold(self, floor):
+        """Writes to a copy of descriptor 2 from now on, with a number from floor up.
+
+        A job carries 2 like any other descriptor, and closes it when the command does.
+        What is to be said after that still has to get out.
+        """
+        self.release()
+        self.fd = lifted(2, floor)
+
+    def release(self):
+        """Writes to 2 itself again: whoever reads there sees the end of file once 2 is closed."""
+        if self.fd != 2:
+            os.close(self.fd)
+            self.fd = 2
+
+    def on_raw_terminal(self, raw):
+        """Ends lines so that the next one begins at the left: a raw terminal does not do it."""
+        self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
+
     def once(self, message):
         """Says what it has not said before."""
         if message not in self.said:
@@ -2081,8 +2100,8 @@ class Link:
         self.tls = Tls(context, server_side)
         self.reader = FrameReader()
         self.sending = memoryview(b"")              # what the socket has not taken yet
-        self.closed = self.mute = False
-        self.heard = time.monotonic()               # the last sign of life
+        self.closed = self.write_closed = False
+        self.last_activity = time.monotonic()       # the last sign of life
         self.delivery = Delivery()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2116,7 +2135,7 @@ class Link:
         except OSError as error:
             return self.fail(error.strerror)
         if count:
-            self.heard = time.monotonic()
+            self.last_activity = time.monotonic()
             self.tls.feed(self.received[:count])
             self._digest()
         else:
@@ -2164,7 +2183,7 @@ class Link:
         self._write(buffer[:FRAME_HEAD.size + size])
 
     def _write(self, frame):
-        if not self.closed and not self.mute:
+        if not self.closed and not self.write_closed:
             self.tls.write(frame)
             self.flush()
 
@@ -2181,12 +2200,12 @@ class Link:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
-                self.mute, self.sending = True, memoryview(b"")
+                self.write_closed, self.sending = True, memoryview(b"")
                 break
             self.delivery.sent += count
             self.sending = self.sending[count:]
             if was_congested:       # what was queued moves: the peer's host takes it
-                self.heard = time.monotonic()
+                self.last_activity = time.monotonic()
         if self.closed:
             return
         if was_congested != self.congested:
@@ -2194,10 +2213,18 @@ class Link:
             if was_congested:
                 self.owner.link_writable(self)
 
+    def silence(self):
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self.last_activity
+
+    def excuse_silence(self):
+        """Counts the silence from now: we did not listen."""
+        self.last_activity = time.monotonic()
+
     def check_delivery(self):
         """Takes it for a sign of life if what was queued in the kernel is on its way."""
         if self.delivery.moves(self.sock):
-            self.heard = time.monotonic()
+            self.last_activity = time.monotonic()
 
     def check_host(self):
         """Fails if the peer's host has vanished: keepalive does not run while something is not acknowledged."""
@@ -2222,7 +2249,7 @@ class Link:
         """Says that nothing more will be sent; goes on reading."""
         self.tls.close()
         self.flush()
-        self.mute = True
+        self.write_closed = True
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -2359,29 +2386,36 @@ class SocketEnd(End):
             self.sock.close()
 
 
-class Held:
-    """What was read from inputs that can't be rewound, for as long as it is little."""
+class ReplayBuffer:
+    """What a job has read from inputs that cannot be rewound, so that another run can read it again.
+
+    It has a bound, for all channels together.  Once that is passed it keeps nothing more.
+    """
 
     def __init__(self, limit=HELD_MAX):
-        self.left, self.parts, self.replayed = limit, collections.defaultdict(bytearray), collections.Counter()
+        self.room, self.overflowed = limit, False
+        self.parts = collections.defaultdict(bytearray)         # channel: all that was read of it
+        self.replayed = collections.Counter()                   # channel: how much of that this run has got
 
     def read_into(self, channel, view):
-        """The number of bytes of the channel that are there to be read again, put into view."""
+        """Puts bytes of the channel that this run has not got into view; how many."""
         part = memoryview(self.parts[channel])[self.replayed[channel]:][:len(view)]
         view[:len(part)] = part
         self.replayed[channel] += len(part)
         return len(part)
 
     def keep(self, channel, view):
-        """Holds what was read for the first time; nothing at all once it is too much."""
-        self.left -= len(view)
-        if self.left >= 0:
+        """Adds what was read for the first time."""
+        self.room -= len(view)
+        if self.room >= 0:
             self.parts[channel] += view
             self.replayed[channel] += len(view)
         else:
+            self.overflowed = True
             self.parts.clear()
 
     def rewind(self):
+        """Another run begins: it gets everything from the beginning."""
         self.replayed.clear()
 
 
@@ -2412,17 +2446,17 @@ class Stream:
 class Source(Stream):
     """Reads its End while there is credit and the link has room; sends DATA, then EOF."""
 
-    def __init__(self, carrier, channel, end):
+    def __init__(self, carrier, channel, end, replay=None):
         super().__init__(carrier, channel, end)
         self.credit, self.sent = WINDOW, 0
-        self.held = None            # the Held of a job that may be run again
+        self.replay = replay        # the ReplayBuffer of a job that may be run again
         self.left = None            # once it is about to end: the most bytes to be read until then
         self.discarding = self.paused = False
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
-        if self.held:
-            self._replay()
+        if self.replay:
+            self._replay_held()
         while self.left is not None and self._wanted():
             self.readable()
         self.loop.on_read(self.end.polled, self.readable if self._wanted() else None)
@@ -2445,10 +2479,10 @@ class Source(Stream):
         self.credit -= count
         self.carrier.link.send_data(self.channel, self.carrier.buffer, count)
 
-    def _replay(self):
+    def _replay_held(self):
         """Sends what is held of the run before."""
         while self._wanted():
-            count = self.held.read_into(self.channel, self._room())
+            count = self.replay.read_into(self.channel, self._room())
             if not count:
                 break
             self._send(count)
@@ -2474,8 +2508,8 @@ class Source(Stream):
             count = 0
         if not count:
             return self.finish()
-        if self.held:
-            self.held.keep(self.channel, room[:count])
+        if self.replay:
+            self.replay.keep(self.channel, room[:count])
         self._send(count)
         if self.left is not None:
             self.left -= count
@@ -2624,10 +2658,10 @@ class Carrier:
         self.buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))
         self.sources, self.sinks = {}, {}
 
-    def carry(self, channel, end):
-        """Adds the streams of a channel for the halves that its End has."""
+    def carry(self, channel, end, replay=None):
+        """Adds the streams of a channel for the halves that its End has; replay keeps what is read."""
         if "read" in end.halves:
-            self.sources[channel] = Source(self, channel, end)
+            self.sources[channel] = Source(self, channel, end, replay)
         if "write" in end.halves:
             self.sinks[channel] = Sink(self, channel, end)
 
@@ -2739,6 +2773,9 @@ class Inherited:
             return request is not None and bool(fcntl.ioctl(self.number, request, bytes(128)))
         except OSError:
             return False
+
+    def use_both_ways(self):
+        self.readable = self.writable = True
 
     def same_as(self, other):
         """Whether both numbers are one open file, or one end of a pipe: then the command gets one as well."""
@@ -2888,7 +2925,7 @@ def join_terminal(channels):
         if item.status.st_rdev == first.status.st_rdev or is_controlling(item.number) and is_controlling(first.number):
             joined += channels.pop(item.number)
     for item in joined:
-        item.readable = item.writable = True
+        item.use_both_ways()
     joined.sort(key=lambda item: item.number)
     channels[joined[0].number] = joined
     return joined
@@ -2962,7 +2999,7 @@ def opened_again(item):
         return os.open(os.ttyname(item.number), flags)
 
 
-def local_end(members, halves, floor):
+def local_end(members, halves, floor, signalled=None):
     """An End for one channel of inherited descriptors.
 
     Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again, a terminal by its
@@ -2981,35 +3018,41 @@ def local_end(members, halves, floor):
     if item.kind == DEVICE:
         return End(number, number, lambda: retire(numbers), halves)
     if item.kind == TERMINAL and len(halves) == 2:
-        return open_terminal(number, floor)
+        return open_terminal(number, floor, signalled)
     try:
-        opened = opened_again(item)
+        fd = lifted_away(opened_again(item), floor)
     except OSError:                 # another user's
-        end = End(number, number, lambda: retire(numbers), halves)
-        end.patient = True
-    else:
-        fd = lifted_away(opened, floor)
-        end = End(fd, number, lambda: (retire(numbers), os.close(fd)), halves)
-        if item.kind == PIPE and halves == ["read"]:
-            enlarge(fd)             # 64 KiB at a time would cost a fifth of the speed
-    end.terminal, end.watched = item.kind == TERMINAL, item.is_nameless_pipe()
-    return end
+        return SharedEnd(item, number, lambda: retire(numbers), halves)
+    if item.kind == PIPE and halves == ["read"]:
+        enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
+    return SharedEnd(item, fd, lambda: (retire(numbers), os.close(fd)), halves)
+
+
+class SharedEnd(End):
+    """A pipe or a terminal that other processes may have open too."""
+
+    def __init__(self, item, fd, release, halves):
+        super().__init__(fd, item.number, release, halves)
+        self.patient = fd == item.number        # it could not be opened again, and so it may block
+        self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
 class TerminalEnd(End):
-    """The client's terminal while a command has it: raw, from raw() until restore() or the end of this process.
+    """A terminal of which an applet has the whole, from take() until restore() or the end of this process.
 
-    What is typed is the command's, signals too, but for ssh's escapes at the beginning of a line.
+    cexec -t makes it raw: every key is a byte for the command, but for ssh's escapes at the
+    beginning of a line.  signalled(number) is called for the escape that hangs up.
     """
 
     terminal = True
     HELP = "\r\nafter Enter: ~. hang up, ~^Z suspend cexec, ~~ a tilde, ~? this help\r\n"
 
-    def __init__(self, fd, number):
+    def __init__(self, fd, number, signalled=None):
         super().__init__(fd, number, self.restore, ["read", "write"])
-        self.saved = None           # while it is raw: the modes to go back to
+        self.patient = fd == number             # it could not be opened again, and so it may block
+        self.saved = None           # while it is taken: the modes to go back to
         self.at = "start"           # of a line; or after a "tilde" there, which is held back; or "within" one
-        self.signalled = None       # to be called for escapes that are as good as a signal
+        self.signalled = signalled
 
     def size(self):
         """Its lines and columns, as RESIZE has them; 0 where they are not known."""
@@ -3019,23 +3062,29 @@ class TerminalEnd(End):
             lines = columns = 0
         return {"lines": lines, "columns": columns}
 
-    def raw(self):
-        """Makes every key a byte.  In the background it stops us instead: to be called again after CONT."""
+    def take(self, raw=True):
+        """Makes it raw, or only without echo and lines; whether we have it now.  Raises OSError.
+
+        In the background this process stops instead: after CONT this is to be called again.
+        """
         import termios
         import tty
         if not self.may_read():
-            return os.kill(0, signal.SIGTTOU)       # as tcsetattr would, where we could not hear of TERM
+            os.kill(0, signal.SIGTTOU)          # tcsetattr would do it too, and then we would not hear of TERM
+            return False
         try:
             self.saved = self.saved or termios.tcgetattr(self.fd)
-            tty.setraw(self.fd, termios.TCSANOW)
+            (tty.setraw if raw else tty.setcbreak)(self.fd, termios.TCSANOW)
         except termios.error as error:
-            return log.note("the terminal stays as it is: %s", error.args[1])
-        log.newline = "\r\n" if os.isatty(log.fd) else "\n"
+            raise OSError(*error.args) from None
+        log.on_raw_terminal(raw)
+        return True
 
     def restore(self):
         """Puts it back to how it was, unless it is a shell's or another job's by now."""
         import termios
-        saved, self.saved, log.newline = self.saved, None, "\n"
+        saved, self.saved = self.saved, None
+        log.on_raw_terminal(False)
         if saved and self.may_read():
             try:
                 termios.tcsetattr(self.fd, termios.TCSANOW, saved)
@@ -3083,15 +3132,13 @@ class TerminalEnd(End):
         return True
 
 
-def open_terminal(number, floor):
+def open_terminal(number, floor, signalled=None):
     """A TerminalEnd for a descriptor that is a terminal, opened again if that may be done."""
     try:
         fd = lifted_away(os.open(PROC_FD % number, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), floor)
     except OSError:                 # another user's: su has been here
         fd = number
-    end = TerminalEnd(fd, number)
-    end.patient = fd == number
-    return end
+    return TerminalEnd(fd, number, signalled)
 
 
 # What of a terminal's modes is carried: the place in tcgetattr's list, and names of termios(3)
@@ -3366,16 +3413,16 @@ class Job(Terms):
             except OSError as error:
                 log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
 
-    def open_ends(self, floor):
-        """What the job reads and writes here, for every run of it."""
+    def open_ends(self, floor, signalled):
+        """What the job reads and writes here, for every run of it; signalled is the TerminalEnd's."""
         self.ends = {}
         for channel, members in self.channels.items():
             halves = ["read"] * members[0].readable + ["write"] * members[0].writable
-            self.ends[channel] = local_end(members, halves, floor)
+            self.ends[channel] = local_end(members, halves, floor, signalled)
             if isinstance(self.ends[channel], TerminalEnd):
                 self.terminal = self.ends[channel]
                 at_end.append(self.terminal.restore)
-        self.origins = {channel: Origin(members[0]) for channel, members in self.channels.items()}
+        self.origins = {channel: SavedPosition(members[0]) for channel, members in self.channels.items()}
 
     def has_number(self, channel, number):
         return number in [member.number for member in self.channels[channel]]
@@ -3533,7 +3580,7 @@ class Candidate:
         self.link.close()
 
 
-class Origin:
+class SavedPosition:
     """Where a descriptor stood before the job, so that the job can be run again from there."""
 
     def __init__(self, item):
@@ -3542,12 +3589,12 @@ class Origin:
         if self.file:
             self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
 
-    def objection(self, source, sink, held):
+    def objection(self, source, sink, replay):
         """Why a run so far can't be made invisible; None if it can.  source or sink may be None."""
         if self.file:
             if sink and sink.written and not self.can_cut(sink.written):
                 return "the file on descriptor %d cannot be cut back" % self.number
-        elif source and held.left < 0:
+        elif source and replay.overflowed:
             return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
         elif sink and sink.written:
             return "descriptor %d was written to" % self.number
@@ -3848,7 +3895,7 @@ class Search:
         self.back.deafen()
 
 
-class Served(Carrier):
+class RemoteJob(Carrier):
     """A job after GO at the client: what a command's and that of one file of a batch have in common."""
 
     def __init__(self, loop, link, hello, silence_seconds):
@@ -3884,7 +3931,7 @@ class Served(Carrier):
         raise NotImplementedError
 
     def rcvd_pong(self, flags, channel, payload):
-        pass                        # Link.heard tells what matters
+        pass                        # Link.last_activity tells what matters
 
     def moved(self):
         """(bytes sent to the worker, bytes received from it)."""
@@ -3906,36 +3953,30 @@ class Served(Carrier):
         """PING when it is quiet; whoever stays quiet is lost.  A stop of ours does not count."""
         now, interval = time.monotonic(), self.tick_seconds()
         if now - self.last_tick > interval * 2:
-            self.link.heard = now
+            self.link.excuse_silence()
         self.last_tick = now
         self.link.check_delivery()
-        if now - self.link.heard > self.silence_seconds:
+        if self.link.silence() > self.silence_seconds:
             self.link.fail("no sign of life for %d s" % self.silence_seconds)
         else:
             self.link.send(PING)
             self.tick = self.loop.after(interval, self.check_life)
 
 
-class Run(Served):
+class Run(RemoteJob):
     """The job of one cexec after GO; status is the exit code once it is over."""
 
     def __init__(self, client, search, winner):
         super().__init__(search.loop, winner.link, winner.hello, search.job.silence_seconds)
         self.client, self.search, self.job = client, search, search.job
         self.status, self.interrupted = None, 0.0
-        log.fd = lifted(2, self.loop.floor)     # the command may close 2, and then something is to be said
+        log.hold(self.loop.floor)
         for channel, end in self.job.ends.items():
-            self.carry(channel, end)
-            if channel in self.sources:
-                self.begin_input(channel, self.sources[channel])
+            self.carry(channel, end, None if self.job.origins[channel].file else client.replay)
+            if channel in self.sources and channel in self.job.empty:
+                self.sources[channel].leave_alone()
         if self.job.terminal:
             self.take_terminal()
-
-    def begin_input(self, channel, source):
-        if channel in self.job.empty:
-            source.leave_alone()
-        elif self.client.held and not self.job.origins[channel].file:
-            source.held = self.client.held
 
     # What the worker says
 
@@ -3960,12 +4001,7 @@ class Run(Served):
         closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
                      and self.job.channels[channel][0].kind in (PIPE, SOCKET) for channel, sink in self.sinks.items())
         if closed and self.exit is None:
-            self.log_as_before()
-
-    def log_as_before(self):
-        if log.fd != 2:
-            os.close(log.fd)
-            log.fd = 2
+            log.release()
 
     # What happens here
 
@@ -3987,7 +4023,7 @@ class Run(Served):
         self.tick.cancel()
         if self.job.terminal:
             self.job.terminal.restore()
-        self.log_as_before()
+        log.release()
         for end in self.job.ends.values():
             self.loop.forget(end.polled)
 
@@ -4065,7 +4101,10 @@ class Run(Served):
 
     def take_terminal(self):
         """At the job's start and whenever we go on after a stop: its size may be another by now."""
-        self.job.terminal.raw()
+        try:
+            self.job.terminal.take()
+        except OSError as error:
+            log.note("the terminal stays as it is: %s", error.strerror)
         self.link.send(RESIZE, **self.job.terminal.size())
 
     def stop_here(self):
@@ -4142,12 +4181,10 @@ class Client:
 
     def __init__(self, pub, group, job):
         self.pub, self.group, self.job, self.loop = pub, group, job, Loop(floor=job.limit)
-        job.open_ends(self.loop.floor)
-        if job.terminal:
-            job.terminal.signalled = self.signalled
+        job.open_ends(self.loop.floor, self.signalled)
         self.avoid = Avoided()
         self.search = Search(self.loop, group, pub, job, self.begin, self.avoid)
-        self.run = self.held = None
+        self.run = self.replay = None
         self.told_to_end, self.losses = False, 0
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
@@ -4183,13 +4220,13 @@ class Client:
     def begin(self, winner):
         started_up()
         if not self.losses and (self.job.repeat or winner.hello.options & HELLO_REPEATABLE):
-            self.held = Held()
+            self.replay = ReplayBuffer()
         self.run = Run(self, self.search, winner)
         self.run.refresh()
 
     def objection(self, run):
         """Why a lost job is not run again: None if it is, "" if nobody has asked for it."""
-        if self.held is None:
+        if self.replay is None:
             return ""
         if self.losses >= self.job.retries:
             return "that was try %d (CEXEC_RETRIES)" % (self.losses + 1)
@@ -4198,7 +4235,7 @@ class Client:
         if run.trouble:
             return run.trouble
         for channel, origin in self.job.origins.items():
-            objection = origin.objection(run.sources.get(channel), run.sinks.get(channel), self.held)
+            objection = origin.objection(run.sources.get(channel), run.sinks.get(channel), self.replay)
             if objection:
                 return objection
         return None
@@ -4209,7 +4246,7 @@ class Client:
         for channel, origin in self.job.origins.items():
             origin.restore(run.sinks.get(channel))
             self.job.reopen(channel)
-        self.held.rewind()
+        self.replay.rewind()
         self.losses += 1
         self.avoid.for_good(run.hello.worker_id)
         self.run = None
@@ -4722,7 +4759,7 @@ class FileSearch(Search):
         pass                        # the batch has a line for all
 
 
-class FileRun(Served):
+class FileRun(RemoteJob):
     """One file of a batch on a worker: after its EXIT the next one, if both want to."""
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]
@@ -5869,7 +5906,8 @@ class Supervisor(Carrier):
         super().__init__(Loop(floor=floor), offer.link)
         self.job, self.offer, self.settings, self.words = job, offer, worker.settings, Words()
         offer.link.sock = self.loop.own(offer.link.sock)
-        self.status, log.fd = lifted(status, floor), lifted(2, floor)
+        self.status = lifted(status, floor)
+        log.hold(floor)
         close_all_but([offer.link.sock.fileno(), self.status, log.fd])
         self.far = {}               # number: the command's end, until it has started
         self.process = self.result = None
@@ -6014,7 +6052,7 @@ class Supervisor(Carrier):
             self.started, self.group = True, self.process.pid
             self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
             self.refresh()
-        if self.link.mute or self.link.closed:
+        if self.link.write_closed or self.link.closed:
             self.abandon("the client has gone")
 
     def start(self):
@@ -6236,7 +6274,7 @@ class Supervisor(Carrier):
         self.close_when_sent()
 
     def close_when_sent(self):
-        if self.link.congested and not self.link.mute:
+        if self.link.congested and not self.link.write_closed:
             return                  # link_writable comes back here
         self.link.finish()
         self.delivered = time.monotonic()
@@ -6250,7 +6288,7 @@ class Supervisor(Carrier):
         now = time.monotonic()
         if self.link.undelivered():
             self.delivered = now
-        if now - max(self.delivered, self.link.heard) > CLOSE_SECONDS:
+        if now - max(self.delivered, self.link.last_activity) > CLOSE_SECONDS:
             return self.loop.stop()
         self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
 
@@ -6730,7 +6768,7 @@ class Screen:
         self.loop, self.title, self.watches, self.tallies = loop, title, watches, Tallies()
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
-        self.saved, self.waiting, self.drawn = None, b"", 0.0    # the modes to go back to; bytes not taken yet; when
+        self.draws, self.waiting, self.drawn = False, b"", 0.0  # whether it has the terminal; bytes to write; when it drew
         self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
         loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
                     signal.SIGWINCH], self.signalled)
@@ -6751,34 +6789,27 @@ class Screen:
 
     def take(self):
         """Begins to draw.  In the background it stops us instead, until CONT."""
-        import termios
-        import tty
-        if not self.end.may_read():
-            return os.kill(0, signal.SIGTTOU)
         try:
-            self.saved = self.saved or termios.tcgetattr(self.end.fd)
-            tty.setcbreak(self.end.fd, termios.TCSANOW)         # what is typed does not show, and q comes at once
-        except termios.error as error:
-            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.args[1]) from None
+            self.draws = self.end.take(raw=False)   # what is typed does not show, and q comes at once
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.strerror) from None
+        if not self.draws:
+            return
         self.loop.on_read(self.end.fd, self.typed)
         self.waiting, self.changed = self.waiting + ENTER.encode(), True
         self.flush()
 
     def give_back(self, text=""):
         """Leaves the terminal as it was before, and a text there; if it takes nothing for a second, then not."""
-        import termios
-        saved, self.saved = self.saved, None
-        if saved:
+        if self.draws:
+            self.draws = False
             self.loop.forget(self.end.fd)
             self.waiting += encoded(LEAVE + text)
             deadline = time.monotonic() + 1.0
             while self.waiting and time.monotonic() < deadline:
                 select.select([], [self.end.fd], [], 0.1)
                 self.flush()
-            try:
-                termios.tcsetattr(self.end.fd, termios.TCSANOW, saved)
-            except termios.error:
-                pass                # it has been hung up
+            self.end.restore()
 
     def close(self):
         """The end, however it comes: the summary goes to the screen that stays."""
@@ -6793,7 +6824,7 @@ class Screen:
             pass
         except OSError:
             self.waiting = b""      # it has been hung up
-        if self.saved:
+        if self.draws:
             self.loop.on_write(self.end.fd, self.flush if self.waiting else None)
 
     def typed(self):
@@ -6829,7 +6860,7 @@ class Screen:
         """Draws if there is something new, or a second has gone by; not before the last drawing was taken."""
         self.loop.after(REDRAW_SECONDS, self.tick)
         now = time.monotonic()
-        if self.saved and not self.waiting and (self.changed or now - self.drawn >= 1.0):
+        if self.draws and not self.waiting and (self.changed or now - self.drawn >= 1.0):
             self.changed, self.drawn = False, now
             room = self.size()[0]
             lines = ["\x1b[K" + self.spoken(*line) for line in self.picture(room)]

@@ -2676,7 +2676,7 @@ def test_a_link_whose_writes_fail_reads_on(wire):
     """The peer has closed its reading side; what it sent before still comes."""
     out = wire.pipe(1, wire.there, "write")
     wire.raw(data_frame(1, b"last words"))
-    wire.there.link.mute = True
+    wire.there.link.write_closed = True
     wire.there.link.send(cexec.PING)
     tap = Tap(wire, out)
     wire.spin(lambda: tap.got == b"last words")
@@ -10742,9 +10742,9 @@ def test_a_slow_reader_gets_what_was_written_before_a_bounded_linger(one):
 # What goes into a terminal, in memory
 
 def terminal_end(fd):
-    end = cexec.TerminalEnd(fd, fd)
-    end.signals = []
-    end.signalled = end.signals.append
+    signals = []
+    end = cexec.TerminalEnd(fd, fd, signals.append)
+    end.signals = signals
     return end
 
 
