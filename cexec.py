@@ -902,6 +902,11 @@ def by_code(*messages):
     return {message.code: message for message in messages}
 
 
+def handler_of(owner, kind):
+    """The owner's method rcvd_NAME for a message of this kind; None if it takes none."""
+    return getattr(owner, "rcvd_" + kind.name.lower(), None)
+
+
 # Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s")   # waited, pause: ms
@@ -1022,13 +1027,13 @@ class Datagram:
         return head + self.data[DATAGRAM_HEAD.size:]
 
 
-def make_datagram(kind, pub, nonce, port, **fields):
-    """A datagram's bytes, at most 1200: the return address is the sender's own."""
-    common = COMMON.pack(application=pub.application, client=pub.name, nonce=nonce)
+def make_datagram(kind, application, name, secret, nonce, port, **fields):
+    """A datagram's bytes, at most 1200, proved by the secret of the client name: the return address is the sender's."""
+    common = COMMON.pack(application=application, client=name, nonce=nonce)
     body = common + kind.pack(**fields)
     proved = PROVED.pack(MAGIC, PROTOCOL, kind.code) + body
     head = DATAGRAM_HEAD.pack(MAGIC, PROTOCOL, kind.code, 0, bytes(16), port)
-    return head + body + mac(pub.secret, b"datagram", proved)[:MAC_SIZE]
+    return head + body + mac(secret, b"datagram", proved)[:MAC_SIZE]
 
 
 LINK_LOCAL = bytes.fromhex("fe80")  # RFC 4291, 2.5.6: and then 54 bits of zeros
@@ -1196,7 +1201,7 @@ class Words:
 
 
 # ---------------------------------------------------------------------------
-# Groups: where announcements go, how they are heard, where answers come back
+# Groups: where announcements go, and how they are heard
 # ---------------------------------------------------------------------------
 
 LINUX = sys.platform.startswith("linux")
@@ -1559,6 +1564,33 @@ def who_has(error, protocols, port):
     return " (as root, %s shows by whom)" % command
 
 
+def deliver(receive, handler, stranger=None):
+    """Calls handler(*what receive() gives) for the datagrams that have come, at most 64: others wait too.
+
+    receive() gives None when there is no more, and raises ProtocolError for what does not
+    parse.  stranger(address, an OtherVersion) is told of those who speak another version.
+    """
+    for _ in range(64):
+        try:
+            received = receive()
+            if received is None:
+                return
+            handler(*received)
+        except ProtocolError as error:
+            log.note("dropped a datagram from %s: %s", error.sender, error)
+            if stranger and isinstance(error, OtherVersion):
+                stranger(error.sender, error)
+
+
+def parsed(data, sender):
+    """The Datagram in the bytes from a sender's address.  Raises ProtocolError, which names the sender."""
+    try:
+        return Datagram(data)
+    except ProtocolError as error:
+        error.sender = sender
+        raise
+
+
 class Listener:
     """UDP sockets that hear a group on one port, beside others of the same host.
 
@@ -1624,30 +1656,10 @@ class Listener:
             address = address_of(sender)
         except OSError:
             return None
-        try:
-            datagram, (index, unicast) = Datagram(data), arrival(ancillary)
-        except ProtocolError as error:
-            error.sender = address
-            raise
+        datagram, (index, unicast) = parsed(data, address), arrival(ancillary)
         if unicast:
             self.pass_on(datagram, address)
         return datagram, datagram.address or address, index
-
-    def deliver(self, sock, handler, stranger):
-        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too.
-
-        stranger(address, an OtherVersion) is told of those who speak another version of the protocol.
-        """
-        for _ in range(64):
-            try:
-                heard = self.receive(sock)
-                if heard is None:
-                    return
-                handler(*heard)
-            except ProtocolError as error:
-                log.note("dropped a datagram from %s: %s", error.sender, error)
-                if stranger and isinstance(error, OtherVersion):
-                    stranger(error.sender, error)
 
     def pass_on(self, datagram, sender):
         try:
@@ -1687,65 +1699,6 @@ def open_listeners(group):
     """A Listener for each port of the group.  Raises Fatal (111)."""
     ports = sorted({target.port for target in group.targets})
     return [Listener(port, [t for t in group.targets if t.port == port]) for port in ports]
-
-
-class ReturnPort:
-    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
-
-    ports are tried in turn, [0] is any.  Raises Fatal (111).
-    """
-
-    def __init__(self, ports, loop, families, address=""):
-        self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
-        for port in ports * 16 if ports == [0] else ports:
-            self.port = port
-            try:
-                for family in families:
-                    self.open(family, address)
-                return
-            except OSError as caught:
-                error = caught
-                self.close()
-        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
-                    % (error.strerror, who_has(error, "tu", self.port)))
-
-    def open(self, family, address):
-        try:
-            listener = self.loop.own(socket.socket(family, socket.SOCK_STREAM))
-        except OSError:
-            if not self.listeners:
-                raise
-            return                  # a kernel without IPv6, which is only one of two
-        self.listeners.append(listener)
-        listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(socket_address(address, self.port) if address else ("", self.port))
-        listener.listen(128)
-        self.port = listener.getsockname()[1]
-        self.udp[family] = self.loop.own(open_udp(family, address, self.port))
-
-    def attend(self, hear, accept):
-        """Has hear(UDP socket) and accept(listening socket) called when something has come."""
-        for sock in self.udp.values():
-            self.loop.on_read(sock.fileno(), functools.partial(hear, sock))
-        for listener in self.listeners:
-            self.loop.on_read(listener.fileno(), functools.partial(accept, listener))
-
-    def deafen(self):
-        """Takes no more, and leaves the port to others; datagrams can still be sent."""
-        families = list(self.udp)
-        self.close()
-        self.port = 0               # nothing comes back
-        for family in families:
-            self.udp[family] = self.loop.own(open_udp(family))
-
-    def close(self):
-        for sock in list(self.udp.values()) + self.listeners:
-            self.loop.forget(sock.fileno())
-            sock.close()
-        self.udp, self.listeners = {}, []
 
 
 # ---------------------------------------------------------------------------
@@ -1911,6 +1864,10 @@ def lifted_away(fd, floor):
     return moved
 
 
+# ---------------------------------------------------------------------------
+# What comes back: a group's datagrams, and the return port
+# ---------------------------------------------------------------------------
+
 def hear_all(loop, listeners, handler, stranger=None):
     """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
 
@@ -1918,7 +1875,8 @@ def hear_all(loop, listeners, handler, stranger=None):
     """
     for listener in listeners:
         for sock in listener.socks.values():
-            loop.on_read(sock.fileno(), functools.partial(listener.deliver, sock, handler, stranger))
+            receive = functools.partial(listener.receive, sock)
+            loop.on_read(sock.fileno(), functools.partial(deliver, receive, handler, stranger))
 
         def rejoin(listener=listener):
             if listener.join():
@@ -1931,6 +1889,90 @@ def hear_no_more(loop, listeners):
         for sock in listener.socks.values():
             loop.forget(sock.fileno())
         listener.close()
+
+
+class ReturnPort:
+    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
+
+    ports are tried in turn, [0] is any.  Raises Fatal (111).
+    """
+
+    def __init__(self, ports, loop, families, address=""):
+        self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
+        for port in ports * 16 if ports == [0] else ports:
+            self.port = port
+            try:
+                for family in families:
+                    self.open(family, address)
+                return
+            except OSError as caught:
+                error = caught
+                self.close()
+        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
+                    % (error.strerror, who_has(error, "tu", self.port)))
+
+    def open(self, family, address):
+        try:
+            listener = self.loop.own(socket.socket(family, socket.SOCK_STREAM))
+        except OSError:
+            if not self.listeners:
+                raise
+            return                  # a kernel without IPv6, which is only one of two
+        self.listeners.append(listener)
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(socket_address(address, self.port) if address else ("", self.port))
+        listener.listen(128)
+        self.port = listener.getsockname()[1]
+        self.udp[family] = self.loop.own(open_udp(family, address, self.port))
+
+    def attend(self, hear, accept, stranger=None, spare=None):
+        """Has hear(datagram, sender's address) and accept(socket, its address) called for what comes.
+
+        stranger is that of deliver().  spare() is asked to close something when there is no
+        descriptor for a connection: whether it did.
+        """
+        for sock in self.udp.values():
+            receive = functools.partial(self.receive, sock)
+            self.loop.on_read(sock.fileno(), functools.partial(deliver, receive, hear, stranger))
+        for listener in self.listeners:
+            self.loop.on_read(listener.fileno(), functools.partial(self.accept_all, listener, accept, spare))
+
+    def receive(self, sock):
+        """(Datagram, the sender's address), or None when there is no more.  Raises ProtocolError."""
+        try:
+            data, sender = sock.recvfrom(DATAGRAM_MAX + 1)
+        except OSError:
+            return None
+        return parsed(data, address_of(sender)), address_of(sender)
+
+    def accept_all(self, listener, accept, spare):
+        """Takes every connection that has come, in the order in which they came."""
+        while True:
+            try:
+                sock, peer = listener.accept()
+                sock, address = self.loop.own(sock), address_of(peer)
+            except OSError as error:
+                if error.errno == errno.EMFILE and spare and spare():
+                    continue
+                return
+            accept(sock, address)
+
+    def deafen(self):
+        """Takes no more, and leaves the port to others; datagrams can still be sent."""
+        families = list(self.udp)
+        self.close()
+        self.port = 0               # nothing comes back
+        for family in families:
+            self.udp[family] = self.loop.own(open_udp(family))
+
+    def close(self):
+        for sock in list(self.udp.values()) + self.listeners:
+            self.loop.forget(sock.fileno())
+            sock.close()
+        self.udp, self.listeners = {}, []
 
 
 # ---------------------------------------------------------------------------
@@ -2266,6 +2308,47 @@ def begin_connection(address, port):
     except OSError as caught:       # too many files; or an address of another host's making is none
         return sock, str(caught)
     return sock, None if error in (0, errno.EINPROGRESS) else os.strerror(error)
+
+
+class Dial:
+    """A connection that is being opened, with a deadline.
+
+    Calls connected(its socket, the seconds that are left until the deadline) or
+    failed(reason, unreached), once.  Whoever is called has the socket from then on.
+    unreached is false where no socket was to be had: that tells nothing of the peer.
+    """
+
+    def __init__(self, loop, address, port, seconds, connected, failed):
+        self.loop, self.connected, self.failed = loop, connected, failed
+        self.deadline = time.monotonic() + seconds
+        self.sock, error = begin_connection(address, port)
+        if error:                   # told later: whoever dials has nothing yet to be told with
+            self.timer = loop.after(0, lambda: self.fail(error))
+        else:
+            self.timer = loop.after(seconds, lambda: self.fail("no connection in %g s" % seconds))
+            loop.on_write(self.sock.fileno(), self.writable)
+
+    def writable(self):
+        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            return self.fail(os.strerror(error))
+        self.timer.cancel()
+        self.loop.forget(self.sock.fileno())
+        sock, self.sock = self.sock, None
+        self.connected(sock, max(0, self.deadline - time.monotonic()))
+
+    def fail(self, reason):
+        unreached = self.sock is not None
+        self.close()
+        self.failed(reason, unreached)
+
+    def close(self):
+        """Gives up.  What is connected already is no longer ours."""
+        self.timer.cancel()
+        if self.sock:
+            self.loop.forget(self.sock.fileno())
+            self.sock.close()
+            self.sock = None
 
 
 def unacknowledged(sock):
@@ -2670,7 +2753,7 @@ class Carrier:
             source.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
-        method = getattr(self, "rcvd_" + kind.name.lower(), None)
+        method = handler_of(self, kind)
         if method is None:
             raise ProtocolError("%s out of place" % kind)
         method(flags, channel, payload)
@@ -3300,6 +3383,45 @@ def end_sessions(loop, sessions, group, over):
     look()
 
 
+# A file is written beside its name, and gets that only when it is whole: keys, and a batch's outputs.
+
+def name_part(file, part, path, replace=True):
+    """Gives an open file, which is at part, the name path, once all of it is on the disk.  Raises OSError.
+
+    Without replace another file of that name is left alone: FileExistsError.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    os.close(os.dup(file.fileno()))     # NFS may tell at a close; one of the file itself would end its lock too soon
+    if not replace:
+        claim_name(part, path)
+    if replace or os.path.lexists(part):
+        os.rename(part, path)
+
+
+def claim_name(part, path):
+    """Takes a name that no other file has, as rename(2) cannot; the file is there already, or an empty one.
+
+    That is where there are no hard links (FAT, and some file systems over a network): the
+    rename is still to be done.  Raises OSError.
+    """
+    try:
+        os.link(part, path)
+        os.unlink(part)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def drop_part(part):
+    """Removes what did not get its name, if it is there."""
+    try:
+        os.unlink(part)
+    except OSError:
+        pass
+
+
 # keyctl(2) by machine and the size of a pointer, for which Python has no name
 KEYCTL = {("x86_64", 8): 250, ("x86_64", 4): 288, ("i686", 4): 288, ("aarch64", 8): 219, ("aarch64", 4): 311,
           ("armv7l", 4): 311, ("riscv64", 8): 219, ("ppc64le", 8): 271, ("s390x", 8): 280}
@@ -3728,25 +3850,21 @@ class Search:
     def listen(self):
         """Begins to take offers: not before ssl is there to take them."""
         self.context = self.tls()
-        self.back.attend(self.hear, self.accept)
+        self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
     def tls(self):
         return tls_context()
 
     def send(self, kind, **fields):
-        return self.group.send(self.back.udp, make_datagram(kind, self.pub, self.nonce, self.back.port, **fields))
+        pub = self.pub
+        return self.group.send(self.back.udp, make_datagram(kind, pub.application, pub.name, pub.secret,
+                                                                self.nonce, self.back.port, **fields))
 
-    def hear(self, sock):
+    def hear_stranger(self, address, error):
+        self.stranger = "%s speaks %s" % (address, error)
+
+    def hear(self, datagram, address):
         """BUSY: somebody has us in a line."""
-        address = "nobody"
-        try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            address = address_of(peer)
-            datagram = Datagram(data)
-        except (OSError, ProtocolError) as error:
-            if isinstance(error, OtherVersion):
-                self.stranger = "%s speaks %s" % (address, error)
-            return log.note("dropped a datagram from %s: %s", address, error)
         if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
             return log.note("dropped %r", datagram)
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
@@ -3799,26 +3917,15 @@ class Search:
         self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
         self.answered = time.monotonic()
 
-    def accept(self, listener):
-        """Takes every connection that has come, in the order in which they came."""
-        while True:
-            try:
-                sock, peer = listener.accept()
-                address = address_of(peer)
-                sock = self.loop.own(sock)
-            except OSError as error:
-                if error.errno == errno.EMFILE and self.drop_quiet(8):
-                    continue        # that is a flood, too
-                return
-            self.arrived, self.blocked = True, False
-            if not self.allows(address):
-                sock.close()
-                continue
-            self.offers += 1
-            if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
-                sock.close()
-                continue
-            self.candidates.append(Candidate(self, sock, address))
+    def accept(self, sock, address):
+        """A worker has connected."""
+        self.arrived, self.blocked = True, False
+        if not self.allows(address):
+            return sock.close()
+        self.offers += 1
+        if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
+            return sock.close()
+        self.candidates.append(Candidate(self, sock, address))
 
     def drop_quiet(self, count):
         """Drops the oldest connections that have said nothing; how many there were."""
@@ -3858,7 +3965,7 @@ class Search:
             self.asked = None
         if violation:
             if isinstance(violation, OtherVersion):
-                self.stranger = "%s speaks %s" % (candidate.address, reason)
+                self.hear_stranger(candidate.address, violation)
             self.offers -= 1
             if candidate.address not in self.complained and len(self.complained) < 16:
                 self.complained.add(candidate.address)
@@ -4276,7 +4383,7 @@ class Survey:
         self.foreign, self.others = {}, {}          # application id: addresses of its workers; of who speaks for it
         self.versions = {}                          # (version, address): addresses
         self.ways, self.errors = 0, set()
-        self.back.attend(self.rcvd_answer, self.rcvd_probe)
+        self.back.attend(self.hear, self.accept, self.hear_stranger)
         self.listen()
 
     def listen(self):
@@ -4286,7 +4393,7 @@ class Survey:
         except Fatal as error:      # somebody else keeps the port to himself
             log.note("%s", error)
             self.listeners = []
-        hear_all(self.loop, self.listeners, self.overhear, self.overhear_stranger)
+        hear_all(self.loop, self.listeners, self.overhear, self.hear_stranger)
 
     def begin(self, over):
         """Asks, and calls over() when there is enough to show."""
@@ -4303,51 +4410,47 @@ class Survey:
         nonce = os.urandom(16)
         self.asked[nonce] = time.monotonic()
         self.ways = self.group.send(self.back.udp, make_datagram(
-            QUERY, self.pub, nonce, self.back.port, strangers=not self.workers and len(self.asked) > 1,
-            padding=bytes(240)))
+            QUERY, self.pub.application, self.pub.name, self.pub.secret, nonce, self.back.port,
+            strangers=not self.workers and len(self.asked) > 1, padding=bytes(240)))
         self.errors |= {self.group.error} - {None}
 
-    def rcvd_answer(self, sock):
-        try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            address = address_of(peer)
-            datagram = Datagram(data)
-        except OtherVersion as error:
-            return self.overhear_stranger(address, error)
-        except (OSError, ProtocolError) as error:
-            return log.note("dropped a datagram: %s", error)
-        if datagram.nonce not in self.asked:
-            return
+    def hear(self, datagram, address):
+        handler = handler_of(self, datagram.kind)
+        if handler and datagram.nonce in self.asked:
+            handler(datagram, address)
+
+    def rcvd_reply(self, datagram, address):
+        """A worker of ours."""
         body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
-        if datagram.kind is REPLY and datagram.proved_by(self.pub.secret):
-            self.rcvd_reply(body.worker_id, {
+        if datagram.proved_by(self.pub.secret):
+            self.add_worker(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
                 "uptime": body.uptime, "round_trip": round(seconds, 6),
                 "state": "draining" if body.draining else "serving", "options": option_letters(body.options)})
-        elif datagram.kind is DENY and body.serves == self.pub.application:
-            self.note_stranger(self.denied, body.why, address)
-        elif datagram.kind is DENY:
-            self.note_stranger(self.foreign, body.serves, address)
 
-    def rcvd_reply(self, worker_id, row):
+    def rcvd_deny(self, datagram, address):
+        """A worker that does not serve us: of our application, or of another."""
+        if datagram.body.serves == self.pub.application:
+            self.note_stranger(self.denied, datagram.body.why, address)
+        else:
+            self.note_stranger(self.foreign, datagram.body.serves, address)
+
+    def add_worker(self, worker_id, row):
         known = self.workers.setdefault(worker_id, row)
         known["round_trip"] = min(known["round_trip"], row["round_trip"])
 
-    def rcvd_probe(self, listener):
-        try:
-            sock, peer = listener.accept()
-            sock.close()
-            self.connected.add(address_of(peer))
-        except OSError:
-            pass                    # it has gone already
+    def accept(self, sock, address):
+        """A worker's probe: it shows that its connections arrive here."""
+        sock.close()
+        self.connected.add(address)
 
     def overhear(self, datagram, address, index):
         """What goes about in the group besides."""
         if datagram.nonce not in self.asked:
             self.note_stranger(self.others, datagram.application, address)
 
-    def overhear_stranger(self, address, error):
+    def hear_stranger(self, address, error):
         self.note_stranger(self.versions, (error.version, address), address)
 
     def note_stranger(self, known, what, address):
@@ -4643,17 +4746,12 @@ class Task:
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.name)
         if self.output is not None:
-            os.fsync(self.result.fileno())
-            os.close(os.dup(self.result.fileno()))      # NFS may tell at a close; ours would unlock it before its time
-            os.rename(self.part, self.output)
+            name_part(self.result, self.part, self.output)
 
     def discard(self):
         """Leaves nothing of an output that is not whole."""
         if self.result and self.output is not None:
-            try:
-                os.unlink(self.part)
-            except OSError:
-                pass
+            drop_part(self.part)
         self.close()
 
     def close(self, *names):
@@ -5044,7 +5142,7 @@ class Batch:
     def alert(self, run, event, status, reason):
         """For crat.  A complaint names the job of the offer; the rest have one each, or would be taken for copies."""
         nonce = run.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
-        self.group.send(self.udp, make_datagram(ALERT, self.pub, nonce, 0,
+        self.group.send(self.udp, make_datagram(ALERT, self.pub.application, self.pub.name, self.pub.secret, nonce, 0,
                                                 **run.alert_fields(event, status, reason)))
 
     # The person who waits
@@ -5313,22 +5411,16 @@ class Offer:
     def __init__(self, worker, client, load, delay, hold):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.state, self.began = "CONNECTING" if hold else "LATE", time.monotonic()
-        self.challenge, self.proved, self.link = os.urandom(32), False, None
+        self.challenge, self.proved, self.link, self.timer = os.urandom(32), False, None, None
         self.words = Words()
-        self.be_patient()
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
-        self.sock, error = begin_connection(client.address, client.port)
-        if error:
-            # without a socket the trouble is ours: that the client can't be reached is not known
-            worker.loop.after(0, functools.partial(self.lost if self.sock else self.end, error))
-        else:
-            worker.loop.on_write(self.sock.fileno(), self.connected)
+        self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
 
     def __repr__(self):
         return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
 
-    def be_patient(self):
-        self.timer = self.worker.loop.after(OFFER_SECONDS, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
+    def be_patient(self, seconds=OFFER_SECONDS):
+        self.timer = self.worker.loop.after(seconds, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
 
     def late(self):
         """What is slow to connect, or never does, keeps nobody from the slot."""
@@ -5336,12 +5428,12 @@ class Offer:
             self.state = "LATE"
             self.worker.slow(self)
 
-    def connected(self):
-        self.worker.loop.forget(self.sock.fileno())
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            return self.lost(os.strerror(error))
-        self.link = Link(self.worker.loop, self.sock, self.worker.context, self, server_side=True)
+    def connected(self, sock, seconds):
+        self.be_patient(seconds)
+        self.link = Link(self.worker.loop, sock, self.worker.context, self, server_side=True)
+
+    def not_connected(self, reason, unreached):
+        self.lost(reason) if unreached else self.end(reason)
 
     def link_ready(self, link):
         if not self.worker.reached(self):
@@ -5349,7 +5441,7 @@ class Offer:
         self.state = "OPEN"
         link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options,
                   nonce=self.client.nonce, worker_id=self.worker.id,
-                  challenge=self.challenge, address=self.sock.getsockname()[0].partition("%")[0],
+                  challenge=self.challenge, address=link.sock.getsockname()[0].partition("%")[0],
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
@@ -5386,13 +5478,11 @@ class Offer:
         self.worker.offer_ended(self)
 
     def close(self):
-        self.timer.cancel()
+        self.dial.close()
         self.holding.cancel()
         if self.link:
+            self.timer.cancel()
             self.link.close()
-        elif self.sock:
-            self.worker.loop.forget(self.sock.fileno())
-            self.sock.close()
 
 
 class Probe:
@@ -5400,17 +5490,14 @@ class Probe:
 
     def __init__(self, worker, address, port):
         self.worker = worker
-        self.sock, error = begin_connection(address, port)
-        self.timer = worker.loop.after(0 if error else OFFER_SECONDS, self.end)
-        if not error:
-            worker.loop.on_write(self.sock.fileno(), self.end)
+        self.dial = Dial(worker.loop, address, port, OFFER_SECONDS, self.connected, self.over)
 
-    def end(self):
-        self.timer.cancel()
+    def connected(self, sock, seconds):
+        sock.close()
+        self.over()
+
+    def over(self, reason="", unreached=False):
         self.worker.probes.discard(self)
-        if self.sock:
-            self.worker.loop.forget(self.sock.fileno())
-            self.sock.close()
 
 
 def local_address(address):
@@ -5497,8 +5584,7 @@ class Worker:
     # Datagrams
 
     def hear(self, datagram, address, index):
-        handler = {ANNOUNCE: self.rcvd_announce, CLAIM: self.rcvd_claim, ALERT: self.rcvd_alert,
-                   QUERY: self.rcvd_query}.get(datagram.kind)
+        handler = handler_of(self, datagram.kind)
         if handler is None:
             return
         if datagram.application != self.key.application:
@@ -5600,9 +5686,9 @@ class Worker:
     def answer(self, kind, datagram, to, **fields):
         """Sends a datagram back to the address where the client of another is."""
         secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
-        pub = Pub("", datagram.name, datagram.application, secret, b"")
         try:
-            self.listeners[0].send(make_datagram(kind, pub, datagram.nonce, 0, **fields), to, datagram.port)
+            self.listeners[0].send(make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0,
+                                                 **fields), to, datagram.port)
         except OSError as error:
             log.note("cannot send %s to %s: %s", kind, to, error.strerror)
 
@@ -6717,7 +6803,7 @@ class Watch(Survey):
         self.ask()
         self.loop.after(max(ASK_SECONDS, self.ways * SECONDS_A_WAY), self.ask_again)
 
-    def rcvd_reply(self, worker_id, row):
+    def add_worker(self, worker_id, row):
         self.workers[worker_id] = dict(row, heard=time.monotonic())
 
 
@@ -6768,7 +6854,8 @@ class Screen:
         self.loop, self.title, self.watches, self.tallies = loop, title, watches, Tallies()
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
-        self.draws, self.waiting, self.drawn = False, b"", 0.0  # whether it has the terminal; bytes to write; when it drew
+        self.draws = False          # whether it has the terminal
+        self.waiting, self.drawn = b"", 0.0     # bytes that the terminal has not taken; when it was drawn last
         self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
         loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
                     signal.SIGWINCH], self.signalled)
@@ -7550,10 +7637,15 @@ class Pump:
     It reads no more before that is taken: a side that stalls stalls the other.
     """
 
-    def __init__(self, join, source, target):
+    def __init__(self, join, source, target, held=False):
         self.join, self.source, self.target = join, source, target
-        self.load, self.ended, self.held = Copied(), False, False
+        self.load, self.ended, self.held = Copied(), False, held
         self.until_splice = SPLICE_FROM if join.relay.proxy.splices else None
+
+    def let_go(self):
+        """What was held begins to flow."""
+        self.held = False
+        self.refresh()
 
     def refresh(self):
         loop, waiting = self.join.loop, self.load.waiting
@@ -7626,27 +7718,24 @@ class Join:
 
     def __init__(self, relay, worker):
         self.relay, self.loop, self.closed = relay, relay.proxy.loop, False
-        self.worker, self.first = worker, b""
+        self.worker, self.client, self.first = worker, None, b""
         worker.setblocking(False)
-        self.client, error = begin_connection(*relay.client)
-        self.deliveries = [(sock, Delivery()) for sock in (worker, self.client) if sock]
-        self.up, self.down = Pump(self, worker, self.client), Pump(self, self.client, worker)
-        self.up.held = True
-        self.timer = self.loop.after(HELLO_SECONDS, lambda: self.close("no TLS ClientHello"))
-        if error:
-            self.loop.after(0, lambda: self.close(error))
-        else:
-            self.loop.on_write(self.client.fileno(), self.connected)
+        self.deliveries = [(worker, Delivery())]
+        self.up = self.down = self.timer = None
+        self.dial = Dial(self.loop, *relay.client, HELLO_SECONDS, self.connected, self.not_connected)
 
-    def connected(self):
-        error = self.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            return self.close(os.strerror(error))
-        for sock in (self.client, self.worker):
+    def connected(self, client, seconds):
+        self.client = client
+        self.deliveries.append((client, Delivery()))
+        self.timer = self.loop.after(seconds, lambda: self.close("no TLS ClientHello"))
+        self.up, self.down = Pump(self, self.worker, client, held=True), Pump(self, client, self.worker)
+        for sock in (client, self.worker):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
-        self.loop.forget(self.client.fileno())
         self.down.refresh()
+
+    def not_connected(self, reason, unreached):
+        self.close(reason)
 
     def admits(self, pump, count):
         """Whether what a pump has just taken may go on: the client's side is judged by its first bytes."""
@@ -7662,8 +7751,7 @@ class Join:
             return False
         if len(head) == 6:
             self.timer.cancel()
-            self.up.held = False
-            self.up.refresh()
+            self.up.let_go()
         return True
 
     def ended(self):
@@ -7676,7 +7764,7 @@ class Join:
         But a worker may go that has said all.
         """
         for sock, delivery in self.deliveries:
-            if not self.closed and not (sock is self.worker and self.up.ended):
+            if not self.closed and not (sock is self.worker and self.up and self.up.ended):
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error or delivery.unanswered(sock) > GONE_SECONDS:
                     self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
@@ -7687,13 +7775,15 @@ class Join:
             return
         log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
         self.closed = True
-        self.timer.cancel()
+        self.dial.close()
+        if self.timer:
+            self.timer.cancel()
         for sock in filter(None, (self.worker, self.client)):
             self.loop.forget(sock.fileno())
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             sock.close()
-        for pump in (self.up, self.down):
+        for pump in filter(None, (self.up, self.down)):
             pump.load.close()
         self.relay.joins.discard(self)
 
@@ -7708,34 +7798,27 @@ class Relay:
         self.heard = time.monotonic()
         self.back.attend(self.hear, self.accept)
 
-    def accept(self, listener):
-        try:
-            worker, address = listener.accept()
-        except OSError:
-            return
+    def accept(self, worker, address):
         relays = self.proxy.relays.values()
         if (sum(len(relay.joins) for relay in relays) >= JOINS_MAX or
                 sum(len(relay.joins) for relay in relays if relay.client[0] == self.client[0]) >= JOINS_A_CLIENT):
-            log.note("offer from %s: too many connections", address[0])
+            log.note("offer from %s: too many connections", address)
             return worker.close()
-        log.note("offer from %s goes to %s", spelled(*address[:2]), spelled(*self.client))
+        log.note("offer from %s goes to %s", address, spelled(*self.client))
         self.joins.add(Join(self, worker))
 
-    def hear(self, sock):
+    def hear(self, datagram, address):
         """What a worker says to the client, as it stands.
 
         Not from SELF: a client whose host has no route there would not hear it (rp_filter).
         """
-        address = "nobody"
+        if datagram.nonce not in self.asked or self.asked[datagram.nonce] is not ANSWERS.get(datagram.kind):
+            return
         try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            address = address_of(peer)
-            datagram = Datagram(data)
-            if datagram.nonce in self.asked and self.asked[datagram.nonce] is ANSWERS.get(datagram.kind):
-                with open_udp(family_of(self.client[0]), broadcasts=False) as back:
-                    back.sendto(data, socket_address(*self.client))
-        except (OSError, ProtocolError) as error:
-            log.note("dropped a datagram from %s: %s", address, error)
+            with open_udp(family_of(self.client[0]), broadcasts=False) as back:
+                back.sendto(datagram.data, socket_address(*self.client))
+        except OSError as error:
+            log.note("dropped a datagram from %s: %s", address, error.strerror)
 
 
 class Proxy:
@@ -7928,29 +8011,9 @@ def write_new(path, text, replace):
     try:
         with os.fdopen(fd, "w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if not replace:
-            claim_name(part, path)
-        if os.path.lexists(part):
-            os.rename(part, path)
+            name_part(file, part, path, replace)
     finally:
-        if os.path.lexists(part):
-            os.unlink(part)
-
-
-def claim_name(part, path):
-    """Gives a file a name that no other has, as rename can't.  Raises OSError.
-
-    A file system without hard links (FAT, and some over a network) has an empty file there until the rename.
-    """
-    try:
-        os.link(part, path)
-        os.unlink(part)
-    except FileExistsError:
-        raise
-    except OSError:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        drop_part(part)
 
 
 def existing_key(path):
