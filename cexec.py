@@ -1960,14 +1960,6 @@ class ReturnPort:
                 return
             accept(sock, address)
 
-    def deafen(self):
-        """Takes no more, and leaves the port to others; datagrams can still be sent."""
-        families = list(self.udp)
-        self.close()
-        self.port = 0               # nothing comes back
-        for family in families:
-            self.udp[family] = self.loop.own(open_udp(family))
-
     def close(self):
         for sock in list(self.udp.values()) + self.listeners:
             self.loop.forget(sock.fileno())
@@ -3467,17 +3459,24 @@ def system_load():
 
 
 # ---------------------------------------------------------------------------
-# cexec, the client
+# cexec: the search
 # ---------------------------------------------------------------------------
+#
+# A Search finds a worker for a patron: a Client, which has one job, or a Batch, which has many.
+#
+#   patron.next_job(search)              the job for the worker that offers, or None if there is none left
+#   patron.put_back(job)                 that worker was lost before GO: nothing has run
+#   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's
+#   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
+#
+# A job is a Job or a Task.  Its job_fields() are what send_job() sends.
 
 class Terms:
     """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets."""
 
-    batch = NO_BATCH                # the id that the searches of a batch have in common
-    progress = False                # whether cexec -p shows how far it is
-
-    def __init__(self, environment, arguments=()):
+    def __init__(self, environment, arguments=(), batch=NO_BATCH):
         self.environment, self.arguments = environment, arguments
+        self.batch = batch          # the id that all searches of a batch have in common
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
@@ -3488,12 +3487,12 @@ class Terms:
         self.ports = listen_ports()
 
     def job_fields(self):
-        """What send_job() sends: here without descriptors and terminal."""
+        """What send_job() sends, without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
-    def objection(self, hello):
-        """Why the worker of a HELLO can't do what is wanted; None if it can."""
+    def unfit(self, hello):
+        """Why the worker of a HELLO cannot do what is wanted; None if it can."""
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
@@ -3501,82 +3500,18 @@ class Terms:
         return None
 
 
-class Job(Terms):
-    """What the user wants done: the descriptors besides."""
+def parse_words(words):
+    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
 
-    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False):
-        super().__init__(environment, arguments)
-        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
-        self.repeat = repeat
-        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
-                              "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
-        self.channels = inherited_channels(self.limit)
-        make_room(self.limit + len(self.channels) + 16)     # one more each, and what finds a worker
-        self.terminal = None        # the TerminalEnd of -t
-        joined = join_terminal(self.channels) if terminal else None
-        if terminal and not joined:
-            log.say("-t: no descriptor is a terminal here, and so the command has none")
-        self.empty = {channel for channel in self.channels
-                      if empty == "all" or empty and self.has_number(channel, whole(empty))}
-        if joined and joined[0].number in self.empty:
-            raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
-        if self.report >= 0:
-            try:
-                os.fstat(self.report)
-            except OSError as error:
-                raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
-
-    def tell(self, code, word, worker="-", seconds=0.0):
-        """The status line for CEXEC_FD_FOR_ERRORS."""
-        if self.report >= 0:
-            line = "worker=%s seconds=%.3f status=%d %s\n" % (worker, seconds, code, printable(word))
-            try:
-                os.write(self.report, line.encode())
-            except OSError as error:
-                log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
-
-    def open_ends(self, floor, signalled):
-        """What the job reads and writes here, for every run of it; signalled is the TerminalEnd's."""
-        self.ends = {}
-        for channel, members in self.channels.items():
-            halves = ["read"] * members[0].readable + ["write"] * members[0].writable
-            self.ends[channel] = local_end(members, halves, floor, signalled)
-            if isinstance(self.ends[channel], TerminalEnd):
-                self.terminal = self.ends[channel]
-                at_end.append(self.terminal.restore)
-        self.origins = {channel: SavedPosition(members[0]) for channel, members in self.channels.items()}
-
-    def has_number(self, channel, number):
-        return number in [member.number for member in self.channels[channel]]
-
-    def reopen(self, channel):
-        """Makes an End fit for another run: an input that has ended is at its end there as well."""
-        end, item = self.ends[channel], self.channels[channel][0]
-        if item.kind == FILE and item.readable:
-            self.ends[channel] = FileEnd(item.number, self.origins[channel].offset)
-        elif item.kind == FILE or not end.halves:
-            halves = ["read"] * item.readable + ["write"] * item.writable
-            self.ends[channel] = End(item.number, item.number, lambda: None, halves)
-
-    def rows(self):
-        """JOB's rows: a number of the command's, its channel, flags."""
-        rows = []
-        for channel, members in sorted(self.channels.items()):
-            item = members[0]
-            flags = FLAG_INPUT * item.readable | FLAG_OUTPUT * item.writable
-            flags |= FLAG_COUNTED * (item.kind == FILE and item.readable)
-            if item.readable and item.writable:
-                flags |= FLAG_TERMINAL if item.kind == TERMINAL else FLAG_SOCKET
-            rows += [(member.number, channel, flags) for member in members]
-        return rows
-
-    def job_fields(self):
-        fields = dict(super().job_fields(), descriptors=self.rows())
-        if self.terminal:
-            term = os.environ.get("TERM", "")
-            fields.update(self.terminal.size(), term=term if is_name(term) else "dumb",
-                          modes=terminal_modes(self.terminal.fd))
-        return fields
+    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
+    """
+    count = next((place for place, word in enumerate(words)
+                  if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
+    variables = [os.fsencode(word) for word in words[:count]]
+    arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
+    if words_size(variables + arguments) > WORDS_MAX:
+        raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+    return variables, arguments
 
 
 def parse_ports(text):
@@ -3625,14 +3560,17 @@ def address_filter(accept, reject):
 
 
 class Candidate:
-    """A connection from somebody who offers to do the job.
+    """A worker's connection: it offers to do the job.
 
-    CONNECTED --certificate pinned, HELLO for this job--> READY --we chose it--> ASKED
+    CONNECTED --right certificate, HELLO for this job--> READY --we send AUTH, JOB--> ASKED
     """
+
+    EXPECTED = {"CONNECTED": (HELLO,), "READY": (), "ASKED": (ACCEPT, PONG, REFUSE)}
 
     def __init__(self, search, sock, address):
         self.search, self.address = search, address
         self.state, self.hello, self.ready_at = "CONNECTED", None, 0.0
+        self.unconfirmed = 0        # WORDS that the worker has not answered with PONG
         self.link = Link(search.loop, sock, search.context, self)
         self.timer = search.loop.after(OFFER_SECONDS, self.silent)
         self.link.start()
@@ -3645,54 +3583,56 @@ class Candidate:
             raise ProtocolError("wrong certificate")
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if kind is HELLO and self.state == "CONNECTED":
-            self.rcvd_hello(payload)
-        elif kind is ACCEPT and self.state == "ASKED":
-            self.search.won(self)
-        elif kind is PONG and self.state == "ASKED":
-            self.rcvd_pong()
-        elif kind is REFUSE and self.state == "ASKED":
-            self.search.refused(self, payload.reason)
-            link.fail("refused: " + payload.reason)
-        else:
+        if kind not in self.EXPECTED[self.state]:
             raise ProtocolError("%s out of place" % kind)
+        handler_of(self, kind)(payload)
 
     def rcvd_hello(self, hello):
         if hello.version != PROTOCOL:
             raise OtherVersion(hello.version)
         if len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
-        if not is_address(hello.address):       # it is in what we say, to programs too
+        if not is_address(hello.address):       # messages for people and programs contain it
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
             return self.link.fail("an offer that we do not take")
-        objection = self.search.job.objection(hello)
-        if objection:
-            self.search.object("worker %s %s" % (hello.address, objection))
-            return self.link.fail(objection)
+        unfit = self.search.terms.unfit(hello)
+        if unfit:
+            self.search.found_unfit("worker %s %s" % (hello.address, unfit))
+            return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
         self.state, self.hello, self.ready_at = "READY", hello, time.monotonic()
-        self.search.answered = time.monotonic()
+        self.search.worker_answered()
         self.search.choose()
 
     def ask(self, secret, job_fields):
-        """Proves who we are, and what the job is."""
+        """Proves who we are, and says what the job is."""
         self.state = "ASKED"
         self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
-        self.unanswered = send_job(self.link, **job_fields)
+        self.unconfirmed = send_job(self.link, **job_fields)
 
-    def rcvd_pong(self):
-        """Some more of the job's words have arrived, however slowly."""
-        self.unanswered -= 1
-        if self.unanswered < 0:
+    def rcvd_pong(self, payload):
+        """Some more of the job's words have arrived: a slow link has more time for the rest."""
+        self.unconfirmed -= 1
+        if self.unconfirmed < 0:
             raise ProtocolError("PONG out of place")
         self.timer.cancel()
         self.timer = self.search.loop.after(OFFER_SECONDS, self.silent)
-        self.search.answered = time.monotonic()
+        self.search.worker_answered()
+
+    def rcvd_accept(self, payload):
+        """The job begins: GO commits it, and the link goes to the patron."""
+        self.timer.cancel()
+        self.link.send(GO)
+        self.search.won(self)
+
+    def rcvd_refuse(self, payload):
+        self.search.refused(self, payload.reason)
+        self.link.fail("refused: " + payload.reason)
 
     def link_writable(self, link):
-        pass                        # nothing waits for it before GO: the link sends a job's words as it can
+        pass                        # before GO nothing waits for it: the link queues a job's words itself
 
     def link_lost(self, link, reason, violation):
         self.search.dropped(self, reason, violation)
@@ -3702,53 +3642,8 @@ class Candidate:
         self.link.close()
 
 
-class SavedPosition:
-    """Where a descriptor stood before the job, so that the job can be run again from there."""
-
-    def __init__(self, item):
-        self.item, self.number = item, item.number
-        self.file = item.kind == FILE
-        if self.file:
-            self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
-
-    def objection(self, source, sink, replay):
-        """Why a run so far can't be made invisible; None if it can.  source or sink may be None."""
-        if self.file:
-            if sink and sink.written and not self.can_cut(sink.written):
-                return "the file on descriptor %d cannot be cut back" % self.number
-        elif source and replay.overflowed:
-            return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
-        elif sink and sink.written:
-            return "descriptor %d was written to" % self.number
-        elif source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
-            return "descriptor %d was closed" % self.number
-        elif sink and sink.state not in (OPEN, ENDING):
-            return "descriptor %d was closed" % self.number
-        return None
-
-    def can_cut(self, written):
-        """Whether a file that began at its end is now exactly what it was and our bytes."""
-        now = self.offset + written
-        return (not self.item.flags & os.O_APPEND and self.offset == self.size and
-                os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
-
-    def advance(self, count):
-        """Moves the offset of a regular file that is input over what the command has taken of it."""
-        if self.file and count:
-            try:
-                os.lseek(self.number, self.offset + count, os.SEEK_SET)
-            except OSError as error:            # a file of /proc or the like
-                log.note("descriptor %d: %s", self.number, error.strerror)
-
-    def restore(self, sink):
-        """Puts a regular file that is output back to how it was.  Raises OSError."""
-        if self.file and sink and sink.written:
-            os.ftruncate(self.number, self.size)
-            os.lseek(self.number, self.offset, os.SEEK_SET)
-
-
 class Avoided:
-    """The workers that are not asked: for good, or for seconds, which double with each time that one refuses."""
+    """The workers that are not asked: for ever, or for seconds, which double each time that one refuses."""
 
     def __init__(self):
         self.until, self.seconds = {}, {}           # worker_id: a time of ours; for how long the last time
@@ -3771,25 +3666,46 @@ TCP_BLOCKED = ("the workers answer, but their connections do not arrive: let TCP
                "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
 
 
-class Search:
-    """Announces a job until a worker has accepted it; then calls begin(the Candidate)."""
+@functools.lru_cache(None)
+def client_context():
+    """The TLS settings of all searches of this process.  Raises Fatal."""
+    return tls_context()
 
-    def __init__(self, loop, group, pub, job, begin, avoid):
-        self.loop, self.group, self.pub, self.job, self.begin = loop, group, pub, job, begin
+
+class Search:
+    """Announces a job until a worker has accepted it, then calls patron.begin().
+
+    quiet: somebody else tells the person at the terminal what we wait for.
+    """
+
+    def __init__(self, loop, group, pub, terms, patron, avoid, quiet):
+        self.loop, self.group, self.pub, self.terms = loop, group, pub, terms
+        self.patron, self.quiet = patron, quiet
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
         self.candidates, self.avoid, self.complained = [], avoid, set()
         self.offers = self.attempt = 0
-        self.context = self.asked = None
-        self.back = ReturnPort(job.ports, loop, group.families())
-        self.began = self.answered = time.monotonic()
-        self.ahead = None           # clients before us in a line, the last we heard
-        self.stranger = None        # what we heard of a worker of another version
-        self.told = ""              # to the person who waits
+        self.context = None
+        self.asked = self.job = None                # the Candidate that was sent a job, and that job
+        self.back = ReturnPort(terms.ports, loop, group.families())
+        self.began = self.last_answer = time.monotonic()
+        self.ahead = None           # clients before us in a line, by the last BUSY
+        self.stranger = None        # which worker speaks another version, and which
+        self.told = ""              # what the terminal shows
         self.refusal = None         # what the last worker said that refused the job
-        self.objection, self.busy = None, 0.0       # why a worker can't do it; when another was BUSY, which may yet
+        self.unfit = self.unfit_timer = None        # why a worker cannot do the job; another may
+        self.last_busy = 0.0        # when a worker said BUSY, which may be able to
         self.not_allowed = set()    # addresses of workers that answered, and may not
         self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
+
+    def start(self):
+        """Announces the job, and then takes offers.
+
+        ssl takes long to import.  So that comes after the announcement: workers answer meanwhile.
+        """
+        self.announce()
+        self.context = client_context()
+        self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
     def pause(self):
         """The seconds until the next announcement, a quarter less or more."""
@@ -3798,124 +3714,121 @@ class Search:
 
     def announce(self):
         now = time.monotonic()
-        accept, wait = self.job.accept_seconds, self.job.wait_seconds
-        if accept and self.ahead is not None:           # in a line we hear that seldom
+        accept, wait = self.terms.accept_seconds, self.terms.wait_seconds
+        if accept and self.ahead is not None:           # a worker with a line says BUSY that seldom
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
-        if accept and now - self.answered > accept or wait and now - self.began > wait:
-            return self.give_up(*(self.objection, EXIT_USAGE) if self.objection else (self.complaint(now),))
+        if accept and now - self.last_answer > accept or wait and now - self.began > wait:
+            message, code = (self.unfit, EXIT_USAGE) if self.unfit else (self.complaint(now), EXIT_TEMPORARY)
+            return self.patron.not_found(self, message, code)
         self.attempt += 1
         self.tell()
         pause = self.pause()
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000),
-                         pause=u32(pause * 1250), batch=self.job.batch)
+                         pause=u32(pause * 1250), batch=self.terms.batch)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
     def waits(self):
-        """What it waits for, once there is something to be said of that."""
+        """What the search waits for; "" in its first seconds."""
         if self.ahead is not None:
             return "in line, %d ahead" % self.ahead
         late = time.monotonic() - self.began >= SILENT_SECONDS
         return "looking for a worker (cexec -l finds out more)" if late else ""
 
     def tell(self):
-        """Tells a terminal, in a line that goes when the job begins."""
+        """Tells a terminal what the search waits for, in a line that goes when the job begins."""
         text = self.waits()
-        quiet = log.verbose or self.job.progress
+        quiet = log.verbose or self.quiet
         if text != self.told and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
             self.told = text
             log.status(text)
 
-    def give_up(self, message, code=EXIT_TEMPORARY):
-        raise Fatal(code, message)
-
     def complaint(self, now):
+        """Why no worker was found."""
         if self.blocked:
             return "no worker reached us in %d s: %s" % (now - self.began, TCP_BLOCKED)
         if self.refusal:
             return "no worker took the job in %d s: %s" % (now - self.began, self.refusal)
         if self.ahead is not None:
             return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
+        silence = now - self.last_answer
         if self.not_allowed:
             return ("%d of the workers answered in %d s and were not allowed (CEXEC_ACCEPT_SERVER, "
-                    "CEXEC_REJECT_SERVERS): %s" % (len(self.not_allowed), now - self.answered,
+                    "CEXEC_REJECT_SERVERS): %s" % (len(self.not_allowed), silence,
                                                    ", ".join(sorted(self.not_allowed)[:8])))
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
             hint = self.stranger or "is cservice running with this key?"
-        return ("no worker answered in %d s on %s (%s): cexec -l finds out more"
-                % (now - self.answered, self.group.text, hint))
-
-    def listen(self):
-        """Begins to take offers: not before ssl is there to take them."""
-        self.context = self.tls()
-        self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
-
-    def tls(self):
-        return tls_context()
+        return "no worker answered in %d s on %s (%s): cexec -l finds out more" % (silence, self.group.text, hint)
 
     def send(self, kind, **fields):
         pub = self.pub
         return self.group.send(self.back.udp, make_datagram(kind, pub.application, pub.name, pub.secret,
-                                                                self.nonce, self.back.port, **fields))
+                                                            self.nonce, self.back.port, **fields))
+
+    # Answers in datagrams: BUSY
+
+    def worker_answered(self):
+        """A worker of ours is there, and the search waits on."""
+        self.last_answer = time.monotonic()
 
     def hear_stranger(self, address, error):
         self.stranger = "%s speaks %s" % (address, error)
 
     def hear(self, datagram, address):
-        """BUSY: somebody has us in a line."""
-        if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
+        handler = handler_of(self, datagram.kind)
+        if not handler or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
             return log.note("dropped %r", datagram)
+        handler(datagram, address)
+
+    def rcvd_busy(self, datagram, address):
+        """A worker has us in its line, or its connections to us fail."""
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
             return log.note("dropped %r: an old one", datagram)
         if not self.allows(address):
             return
         if datagram.body.failures:
             return self.not_reached(address)
-        self.answered = self.busy = time.monotonic()
-        self.ahead = datagram.body.ahead
+        self.worker_answered()
+        self.last_busy, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
         self.tell()
 
     def allows(self, address):
         """Whether this worker may do the job."""
-        allowed = self.job.may_offer(address)
+        allowed = self.terms.may_offer(address)
         if not allowed:
             log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
             self.not_allowed.add(address)
         return allowed
 
     def not_reached(self, address):
-        """A worker says that its connections to us fail, which is no answer if nobody's arrive."""
+        """A worker says that its connections to us fail: a firewall blocks us, if no other worker's arrives."""
         log.note("connections of %s to us fail", address)
         if not self.arrived:
             self.blocked = True
-            self.loop.after(1.0, self.say_blocked)      # we may have been stopped, and be about to take one
+            self.loop.after(1.0, self.say_blocked)      # this process may have been stopped: one may arrive now
 
     def say_blocked(self):
         if self.blocked:
             log.once(TCP_BLOCKED)
 
-    def object(self, objection):
-        """A worker can't do the job whatever happens: another may, which has a second to offer."""
-        if not self.objection:
-            self.timer_of_objection = self.loop.after(OBJECTION_SECONDS, self.insist)
-        self.objection = objection
+    # Offers
+
+    def found_unfit(self, why):
+        """A worker cannot do the job, now or later.  Another may, and has a second to offer."""
+        if not self.unfit:
+            self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
+        self.unfit = why
 
     def insist(self):
-        """Gives up, unless there is a line: who is ahead in that, and what its worker takes, only time tells."""
-        if not self.asked and time.monotonic() - self.busy > BUSY_SECONDS + 2:
-            return self.give_up(self.objection, EXIT_USAGE)
+        """Gives up, unless a worker has us in its line: whether that one can do the job, its offer will tell."""
+        if not self.asked and time.monotonic() - self.last_busy > BUSY_SECONDS + 2:
+            return self.patron.not_found(self, self.unfit, EXIT_USAGE)
         if not self.asked:
-            log.once(self.objection + "; waits for one that is busy")
-        self.timer_of_objection = self.loop.after(OBJECTION_SECONDS, self.insist)
-
-    def refused(self, candidate, reason):
-        """REFUSE: an answer of a worker that has a trouble, which may be over in a moment."""
-        self.avoid.for_now(candidate.hello.worker_id)
-        self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
-        self.answered = time.monotonic()
+            log.once(self.unfit + "; waits for one that is busy")
+        self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
     def accept(self, sock, address):
         """A worker has connected."""
@@ -3936,9 +3849,9 @@ class Search:
         return len(quiet)
 
     def choose(self):
-        """Asks the earliest offer; a later one only when that is slow to say HELLO.
+        """Asks the earliest offer; a later one only when the earliest is slow to say HELLO.
 
-        The order in which offers came is that of the workers' loads.
+        Offers come in the order of the workers' loads.
         """
         ready = [c for c in self.candidates if c.state == "READY"]
         if self.asked or not ready:
@@ -3950,19 +3863,30 @@ class Search:
             self.loop.after(wait, self.choose)
 
     def ask(self, candidate):
-        self.asked = candidate
-        candidate.ask(self.pub.secret, self.job_for(candidate))
+        job = self.patron.next_job(self)
+        if job:
+            self.asked, self.job = candidate, job
+            candidate.ask(self.pub.secret, job.job_fields())
 
-    def job_for(self, candidate):
-        return self.job.job_fields()
+    def take_job(self):
+        """The job that a worker was asked to do, which is no longer ours; None if none was."""
+        job, self.asked, self.job = self.job, None, None
+        return job
+
+    def refused(self, candidate, reason):
+        """This worker has a trouble, which may be over in a moment."""
+        self.avoid.for_now(candidate.hello.worker_id)
+        self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
+        self.worker_answered()
 
     def dropped(self, candidate, reason, violation):
+        """An offer's connection has ended before GO."""
         log.note("offer from %s: %s", candidate.address, reason)
         candidate.close()
         if candidate in self.candidates:
             self.candidates.remove(candidate)
         if self.asked is candidate:
-            self.asked = None
+            self.patron.put_back(self.take_job())
         if violation:
             if isinstance(violation, OtherVersion):
                 self.hear_stranger(candidate.address, violation)
@@ -3973,6 +3897,7 @@ class Search:
         self.choose()
 
     def complain(self, candidate, reason):
+        """ALERT: somebody answered our announcement and broke the protocol."""
         hello = candidate.hello
         self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
                   worker_id=hello.worker_id if hello else bytes(8), status=0,
@@ -3980,38 +3905,219 @@ class Search:
                   reason=cut(reason, 400))
 
     def won(self, candidate):
-        """ACCEPT: the job is committed with GO, and everybody else may forget it."""
-        candidate.link.send(GO)
-        candidate.timer.cancel()
+        """GO was sent: CLAIM tells all other workers that they may forget the job."""
         self.candidates.remove(candidate)
         self.avoid.forgive(candidate.hello.worker_id)
+        job = self.take_job()
         self.end()
-        self.begin(candidate)
+        self.patron.begin(self, candidate, job)
 
     def end(self):
-        """No more announcements and offers, whether served or given up."""
+        """No more announcements and offers: the job is served, or given up."""
         if self.told:
             log.status("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
-        if self.objection:
-            self.timer_of_objection.cancel()
+        if self.unfit_timer:
+            self.unfit_timer.cancel()
         for candidate in self.candidates:
             candidate.close()
         self.candidates = []
-        self.back.deafen()
+        job = self.take_job()
+        if job:
+            self.patron.put_back(job)
+        self.back.close()
+
+
+# ---------------------------------------------------------------------------
+# cexec: the job
+# ---------------------------------------------------------------------------
+#
+# After GO the job runs at a worker.  When that worker is lost, a Client and a Batch do the same:
+#
+#   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
+#                               '-- a text ----------------------> Patron.failed(run, reason, text)
+
+class Job(Terms):
+    """What the user wants done, with the descriptors of this process."""
+
+    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False):
+        super().__init__(environment, arguments)
+        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
+        self.repeat = repeat
+        self.progress = progress    # whether cexec -p shows how far it is
+        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
+                              "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
+        self.channels = inherited_channels(self.limit)
+        make_room(self.limit + len(self.channels) + 18)     # one more each, and what finds a worker
+        self.terminal = None        # the TerminalEnd of -t
+        joined = join_terminal(self.channels) if terminal else None
+        if terminal and not joined:
+            log.say("-t: no descriptor is a terminal here, and so the command has none")
+        self.empty = {channel for channel in self.channels
+                      if empty == "all" or empty and self.has_number(channel, whole(empty))}
+        if joined and joined[0].number in self.empty:
+            raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
+        self.replay = None          # the ReplayBuffer, if the job may be run again
+        self.losses, self.told_to_end = 0, False
+        if self.report >= 0:
+            try:
+                os.fstat(self.report)
+            except OSError as error:
+                raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
+
+    def tell(self, code, word, worker="-", seconds=0.0):
+        """Writes the line for CEXEC_FD_FOR_ERRORS."""
+        if self.report >= 0:
+            line = "worker=%s seconds=%.3f status=%d %s\n" % (worker, seconds, code, printable(word))
+            try:
+                os.write(self.report, line.encode())
+            except OSError as error:
+                log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
+
+    def open_ends(self, floor, signalled):
+        """Opens what the job reads and writes here, for every run of it; signalled is for the TerminalEnd."""
+        self.ends = {}
+        for channel, members in self.channels.items():
+            halves = ["read"] * members[0].readable + ["write"] * members[0].writable
+            self.ends[channel] = local_end(members, halves, floor, signalled)
+            if isinstance(self.ends[channel], TerminalEnd):
+                self.terminal = self.ends[channel]
+                at_end.append(self.terminal.restore)
+        self.positions = {channel: SavedPosition(members[0]) for channel, members in self.channels.items()}
+
+    def has_number(self, channel, number):
+        return number in [member.number for member in self.channels[channel]]
+
+    def rows(self):
+        """JOB's rows: a number of the command's, its channel, flags."""
+        rows = []
+        for channel, members in sorted(self.channels.items()):
+            item = members[0]
+            flags = FLAG_INPUT * item.readable | FLAG_OUTPUT * item.writable
+            flags |= FLAG_COUNTED * (item.kind == FILE and item.readable)
+            if item.readable and item.writable:
+                flags |= FLAG_TERMINAL if item.kind == TERMINAL else FLAG_SOCKET
+            rows += [(member.number, channel, flags) for member in members]
+        return rows
+
+    def job_fields(self):
+        fields = dict(super().job_fields(), descriptors=self.rows())
+        if self.terminal:
+            term = os.environ.get("TERM", "")
+            fields.update(self.terminal.size(), term=term if is_name(term) else "dumb",
+                          modes=terminal_modes(self.terminal.fd))
+        return fields
+
+    # Another run, after a worker was lost
+
+    def keep_input(self):
+        """The job may be run again: from now on what it reads is kept."""
+        self.replay = self.replay or ReplayBuffer()
+
+    def tell_to_end(self):
+        """The user has sent a signal that ends commands: the job is not run again."""
+        self.told_to_end = True
+
+    def objection(self, run):
+        """Why the job is not run again after this run: None if it can be, "" if nobody has asked for it."""
+        if self.replay is None:
+            return ""
+        if self.told_to_end:
+            return "it was told to end"
+        if run.trouble:
+            return run.trouble
+        found = (position.objection(run.sources.get(channel), run.sinks.get(channel), self.replay)
+                 for channel, position in self.positions.items())
+        return next(filter(None, found), None)
+
+    def rewind(self, run):
+        """Puts everything back to how it was before this run."""
+        self.losses += 1
+        for channel, position in self.positions.items():
+            position.restore(run.sinks.get(channel))
+            self.reopen(channel)
+        self.replay.rewind()
+
+    def reopen(self, channel):
+        """Makes an End fit for another run: an input that has ended is at its end there as well."""
+        end, item = self.ends[channel], self.channels[channel][0]
+        if item.kind == FILE and item.readable:
+            self.ends[channel] = FileEnd(item.number, self.positions[channel].offset)
+        elif item.kind == FILE or not end.halves:
+            halves = ["read"] * item.readable + ["write"] * item.writable
+            self.ends[channel] = End(item.number, item.number, lambda: None, halves)
+
+
+class SavedPosition:
+    """Where a descriptor stood before the job, so that another run can begin there."""
+
+    def __init__(self, item):
+        self.item, self.number = item, item.number
+        self.file = item.kind == FILE
+        if self.file:
+            self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
+
+    def objection(self, source, sink, replay):
+        """Why this run cannot be made invisible on this descriptor; None if it can.  source or sink may be None."""
+        # A regular file has its old contents and offset again if all that changed is what we added.
+        # As an input it is simply read again from its offset, and needs no replay buffer.
+        if self.file:
+            if sink and sink.written and not self.can_cut(sink.written):
+                return "the file on descriptor %d cannot be cut back" % self.number
+            return None
+        # A pipe, socket or terminal gives each byte once: the next run gets them from the replay buffer.
+        if source and replay.overflowed:
+            return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
+        # And what was written to one has been seen.
+        if sink and sink.written:
+            return "descriptor %d was written to" % self.number
+        # An input at its end is no obstacle: the next run finds the end as well.  But the peer of a
+        # socket has seen a close, and so has whoever writes into a pipe that the command has closed.
+        if source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
+            return "descriptor %d was closed" % self.number
+        if sink and sink.state not in (OPEN, ENDING):
+            return "descriptor %d was closed" % self.number
+        return None
+
+    def can_cut(self, written):
+        """Whether the file was written from its end, and now is exactly what it was and our bytes."""
+        now = self.offset + written
+        return (not self.item.flags & os.O_APPEND and self.offset == self.size and
+                os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
+
+    def advance(self, count):
+        """Moves the offset of a regular file that is input over the bytes that the command has taken.
+
+        We read ahead, at an offset of our own.  A shell's next command goes on at the common
+        one, and has to find it where a local command would have left it.
+        """
+        if self.file and count:
+            try:
+                os.lseek(self.number, self.offset + count, os.SEEK_SET)
+            except OSError as error:            # a file of /proc or the like
+                log.note("descriptor %d: %s", self.number, error.strerror)
+
+    def restore(self, sink):
+        """Puts a regular file that is output back to how it was.  Raises OSError."""
+        if self.file and sink and sink.written:
+            os.ftruncate(self.number, self.size)
+            os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
 class RemoteJob(Carrier):
-    """A job after GO at the client: what a command's and that of one file of a batch have in common."""
+    """A job after GO, at the client: the part that a Run and a FileRun have in common."""
 
-    def __init__(self, loop, link, hello, silence_seconds):
-        super().__init__(loop, link)
-        self.hello, self.worker, self.silence_seconds = hello, hello.address, silence_seconds
-        self.exit = self.trouble = None
+    def __init__(self, patron, link, hello, job):
+        super().__init__(patron.loop, link)
+        self.patron, self.hello, self.job = patron, hello, job
+        self.worker = hello.address
+        self.silence_seconds = patron.terms.silence_seconds
+        self.exit = None            # EXIT's fields, once it has come
+        self.trouble = None         # what went wrong with a descriptor here
         self.began = self.last_tick = time.monotonic()
-        self.tick = loop.after(self.tick_seconds(), self.check_life)
-        link.attach(loop, self)
+        self.tick = self.loop.after(self.tick_seconds(), self.check_life)
+        link.attach(self.loop, self)
 
     def rcvd_exit(self, flags, channel, payload):
         """EXIT counts if all output that it tells of has come."""
@@ -4028,7 +4134,7 @@ class RemoteJob(Carrier):
         self.exited(rows)
 
     def send_no_more(self):
-        """The worker wants nothing more: neither input nor signs of life."""
+        """The worker wants neither input nor signs of life any more."""
         self.tick.cancel()
         for source in self.sources.values():
             self.loop.on_read(source.end.polled, None)
@@ -4037,13 +4143,21 @@ class RemoteJob(Carrier):
         """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
         raise NotImplementedError
 
+    def detach(self):
+        """Leaves the descriptors alone: another run gets them."""
+        raise NotImplementedError
+
     def rcvd_pong(self, flags, channel, payload):
-        pass                        # Link.last_activity tells what matters
+        pass                        # the link has noted the sign of life
 
     def moved(self):
         """(bytes sent to the worker, bytes received from it)."""
         return (sum(source.sent for source in self.sources.values()),
                 sum(sink.received for sink in self.sinks.values()))
+
+    def alert_nonce(self, event):
+        """The nonce of an ALERT: that of the announcement which the worker has answered."""
+        return self.hello.nonce
 
     def alert_fields(self, event, status, reason):
         sent, received = self.moved()
@@ -4057,10 +4171,10 @@ class RemoteJob(Carrier):
         return min(20.0, self.silence_seconds / 3)
 
     def check_life(self):
-        """PING when it is quiet; whoever stays quiet is lost.  A stop of ours does not count."""
+        """Sends PING; a worker that has been silent for too long is lost."""
         now, interval = time.monotonic(), self.tick_seconds()
         if now - self.last_tick > interval * 2:
-            self.link.excuse_silence()
+            self.link.excuse_silence()          # this process was stopped, and heard nobody
         self.last_tick = now
         self.link.check_delivery()
         if self.link.silence() > self.silence_seconds:
@@ -4071,18 +4185,18 @@ class RemoteJob(Carrier):
 
 
 class Run(RemoteJob):
-    """The job of one cexec after GO; status is the exit code once it is over."""
+    """One run of a single job, with the descriptors of this process."""
 
-    def __init__(self, client, search, winner):
-        super().__init__(search.loop, winner.link, winner.hello, search.job.silence_seconds)
-        self.client, self.search, self.job = client, search, search.job
-        self.status, self.interrupted = None, 0.0
+    def __init__(self, client, link, hello, job):
+        super().__init__(client, link, hello, job)
+        self.exit_code = None       # once it is over
+        self.interrupted = 0.0      # when the last INT came
         log.hold(self.loop.floor)
-        for channel, end in self.job.ends.items():
-            self.carry(channel, end, None if self.job.origins[channel].file else client.replay)
-            if channel in self.sources and channel in self.job.empty:
+        for channel, end in job.ends.items():
+            self.carry(channel, end, None if job.positions[channel].file else job.replay)
+            if channel in self.sources and channel in job.empty:
                 self.sources[channel].leave_alone()
-        if self.job.terminal:
+        if job.terminal:
             self.take_terminal()
 
     # What the worker says
@@ -4091,7 +4205,9 @@ class Run(RemoteJob):
         self.link.close()
         for number, source in self.sources.items():
             if number in rows:
-                self.job.origins[number].advance(min(rows[number][1], source.sent))
+                # The worker tells how many bytes the command has taken: the rest, in pipes and
+                # buffers on the way, counts as never read.  More than we sent is not believed.
+                self.job.positions[number].advance(min(rows[number][1], source.sent))
         self.stream_ended()
 
     def rcvd_linger(self, flags, channel, payload):
@@ -4100,11 +4216,15 @@ class Run(RemoteJob):
                     "(CEXEC_TIMEOUT_LINGER bounds the wait)" % payload.status)
 
     def link_lost(self, link, reason, violation):
-        if self.status is None:
-            self.lost(reason)
+        if self.exit_code is None:
+            self.patron.lost(self, reason)
 
     def let_go_of_stderr(self):
-        """Once the command has closed 2 and goes on: whoever reads there, if that is so, is to see the end."""
+        """Releases the log's copy of 2 when the command has closed 2 and goes on.
+
+        Whoever reads there then sees the end of file at once, as with a local command, and not
+        at the end of the job.  A file or a terminal has no such reader: the log stays.
+        """
         closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
                      and self.job.channels[channel][0].kind in (PIPE, SOCKET) for channel, sink in self.sinks.items())
         if closed and self.exit is None:
@@ -4112,21 +4232,7 @@ class Run(RemoteJob):
 
     # What happens here
 
-    def lost(self, reason):
-        seconds = time.monotonic() - self.began
-        objection = self.client.objection(self)
-        message = "worker %s lost after %.1f s: %s" % (self.worker, seconds, reason)
-        if objection is None:
-            log.note("%s; runs the job again", message)
-            self.alert(ALERT_COMPLAINT, 0, "lost, run again: " + reason)
-            return self.client.run_again(self)
-        log.say(message + ("; not run again: " + objection if objection else
-                           "; the command may have run (cexec -r runs it again)"))
-        self.alert(ALERT_COMPLAINT, 0, "lost: " + reason)
-        self.finish(EXIT_TEMPORARY, "lost=%s" % reason)
-
     def detach(self):
-        """Leaves the descriptors alone: another run has them."""
         self.tick.cancel()
         if self.job.terminal:
             self.job.terminal.restore()
@@ -4143,32 +4249,29 @@ class Run(RemoteJob):
         """After EXIT the job is over when every output has been written here."""
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
-        if self.exit is None or self.status is not None:
-            return
-        if any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
-            return
-        code, kind = self.exit.status, self.exit.how
+        elif self.exit_code is None and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+            self.conclude(self.exit.how, self.exit.status)
+
+    def conclude(self, how, code):
+        """The job is over: tells the user and crat how, by EXIT's how and status."""
         if self.trouble:
             log.say(self.trouble)
-            self.alert(ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
+            self.patron.alert(self, ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
             self.finish(EXIT_TEMPORARY, "failed=%s" % self.trouble)
-        elif kind == HOW_SIGNALLED:
-            self.alert(ALERT_SIGNALLED, code, "")
+        elif how == HOW_SIGNALLED:
+            self.patron.alert(self, ALERT_SIGNALLED, code, "")
             self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
         else:
-            if kind == HOW_NOT_STARTED:
+            if how == HOW_NOT_STARTED:
                 log.say("worker %s cannot run its command: %s" % (self.worker, self.exit.reason))
-            self.alert(ALERT_EXITED, code, self.exit.reason)
-            self.finish(code, ("notstarted=%d" if kind == HOW_NOT_STARTED else "exited=%d") % code)
+            self.patron.alert(self, ALERT_EXITED, code, self.exit.reason)
+            self.finish(code, ("notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d") % code)
 
-    def finish(self, status, word):
-        self.status = status
+    def finish(self, exit_code, word):
+        self.exit_code = exit_code
         self.tick.cancel()
         self.link.close()
-        self.job.tell(status, word, self.worker, time.monotonic() - self.began)
-
-    def alert(self, event, status, reason):
-        self.search.send(ALERT, **self.alert_fields(event, status, reason))
+        self.job.tell(exit_code, word, self.worker, time.monotonic() - self.began)
 
     # Signals
 
@@ -4178,12 +4281,11 @@ class Run(RemoteJob):
             return
         if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
             if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
-                self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, now - self.began)
-                die_of(number)
+                self.die_of(number)
         if number == signal.SIGINT:
             self.interrupted = now
         if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            self.client.told_to_end = True
+            self.job.tell_to_end()
         if self.exit is None:
             self.link.send(SIGNAL, signal=signal.Signals(number).name[3:])
         if number == signal.SIGTSTP:
@@ -4191,23 +4293,27 @@ class Run(RemoteJob):
         if number == signal.SIGCONT:
             self.refresh()
 
+    def die_of(self, number):
+        """Ends this process: the link closes, and the worker ends the command."""
+        self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, time.monotonic() - self.began)
+        die_of(number)
+
     def signalled_at_terminal(self, number):
         """With -t the keys for signals are the command's, and signals are cexec's: all but USR1 and USR2."""
         if number == signal.SIGWINCH:
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
-            self.loop.after(0, self.take_terminal)      # after a TERM that came meanwhile: that may stop us again
+            self.loop.after(0, self.take_terminal)      # a TERM that came meanwhile goes first: that may stop us again
             self.refresh()
         elif number == signal.SIGTSTP:
             self.job.terminal.restore()
             os.kill(os.getpid(), signal.SIGSTOP)
         elif number not in (signal.SIGUSR1, signal.SIGUSR2):
-            self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, time.monotonic() - self.began)
-            die_of(number)
+            self.die_of(number)
         return number not in (signal.SIGUSR1, signal.SIGUSR2)
 
     def take_terminal(self):
-        """At the job's start and whenever we go on after a stop: its size may be another by now."""
+        """At the job's start, and when we go on after a stop: its size may be another by now."""
         try:
             self.job.terminal.take()
         except OSError as error:
@@ -4215,7 +4321,11 @@ class Run(RemoteJob):
         self.link.send(RESIZE, **self.job.terminal.size())
 
     def stop_here(self):
-        """Stops like the command, once the link has taken the signal (or for a second not)."""
+        """Stops this process like the command, once the link has taken the signal, or after a second."""
+        # SIGSTOP stops us at this very line.  What is still queued here would stay until we go on:
+        # the command would run, although the user has stopped it.  So the queue is written first.
+        # The loop cannot do that: it would also read, and act as if nothing had been stopped.  A
+        # link that takes nothing for a second belongs to a worker that is no better off with us.
         deadline, selector = time.monotonic() + 1.0, new_selector()
         selector.register(self.link.sock, selectors.EVENT_WRITE)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
@@ -4225,7 +4335,7 @@ class Run(RemoteJob):
 
 
 class Progress:
-    """cexec -p: how far the job is, four times a second below a terminal's other lines, elsewhere a line every ten."""
+    """cexec -p: shows how far the job is: on a terminal four times a second, in its last line; else every 10 s."""
 
     def __init__(self, client):
         self.client, self.loop = client, client.loop
@@ -4257,44 +4367,91 @@ class Progress:
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
-        files = [(run.sources[channel].sent, origin.size - origin.offset)
-                 for channel, origin in self.client.job.origins.items() if channel in run.sources and origin.file]
+        files = [(run.sources[channel].sent, position.size - position.offset)
+                 for channel, position in run.job.positions.items() if channel in run.sources and position.file]
         whole = sum(total for _, total in files)
         return " (%d%%)" % min(100, 100 * sum(sent for sent, _ in files) // whole) if whole > 0 else ""
 
     def end(self, run):
-        """The last line."""
+        """Says the last line."""
         seconds = time.monotonic() - run.began
         log.status("")
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
-def parse_words(words):
-    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
+class Patron:
+    """Has jobs for which it searches workers, and does a job again when its worker is lost: a Client or a Batch."""
 
-    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
-    """
-    count = next((place for place, word in enumerate(words)
-                  if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
-    variables = [os.fsencode(word) for word in words[:count]]
-    arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
-    if words_size(variables + arguments) > WORDS_MAX:
-        raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
-    return variables, arguments
+    def __init__(self, pub, group, terms, loop):
+        self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
+        self.avoid = Avoided()
+        self.speakers = {family: loop.own(sock) for family, sock in open_speakers().items()}
+
+    def new_search(self, quiet):
+        """A Search, which is to be started."""
+        return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet)
+
+    def alert(self, run, event, status, reason):
+        """Tells crat how a run has ended."""
+        self.group.send(self.speakers, make_datagram(
+            ALERT, self.pub.application, self.pub.name, self.pub.secret, run.alert_nonce(event), 0,
+            **run.alert_fields(event, status, reason)))
+
+    def lost(self, run, reason):
+        """The connection has broken after GO: does the job again, unless something speaks against that."""
+        objection = self.objection(run)
+        if objection is None:
+            log.note("worker %s lost: %s; the job is done again", run.worker, reason)
+            self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
+            run.detach()
+            run.job.rewind(run)
+            self.run_again(run)
+        else:
+            self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
+            self.failed(run, reason, objection)
+
+    def objection(self, run):
+        """Why a lost job is not done again: None if it is, "" if nobody has asked for it."""
+        objection = run.job.objection(run)
+        if objection is None and run.job.losses >= self.terms.retries:
+            return "that was try %d (CEXEC_RETRIES)" % (run.job.losses + 1)
+        return objection
 
 
-class Client:
-    """One run of cexec: the search, then the job, and both again if a repeatable job is lost."""
+class Client(Patron):
+    """A single job: the search, then a run, and both again if the job may be repeated and is lost."""
 
     def __init__(self, pub, group, job):
-        self.pub, self.group, self.job, self.loop = pub, group, job, Loop(floor=job.limit)
+        super().__init__(pub, group, job, Loop(floor=job.limit))
+        self.job = job
+        self.search = self.run = None           # one of them is there at a time
         job.open_ends(self.loop.floor, self.signalled)
-        self.avoid = Avoided()
-        self.search = Search(self.loop, group, pub, job, self.begin, self.avoid)
-        self.run = self.replay = None
-        self.told_to_end, self.losses = False, 0
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
+
+    def work(self):
+        """Finds a worker and carries the job; its exit code.  Raises Fatal (111) if there is no worker."""
+        try:
+            self.look()
+            progress = Progress(self) if self.job.progress else None
+            while self.run is None or self.run.exit_code is None:
+                self.loop.turn()
+            if progress:
+                progress.end(self.run)
+        except Fatal:
+            self.end_search()
+            raise
+        return self.run.exit_code
+
+    def look(self):
+        """Looks for a worker."""
+        self.search = self.new_search(self.job.progress)
+        self.search.start()
+
+    def end_search(self):
+        if self.search:
+            self.search.end()
+            self.search = None
 
     def signalled(self, number):
         if self.run:
@@ -4302,65 +4459,41 @@ class Client:
         elif number == signal.SIGTSTP:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif number not in (signal.SIGCONT, signal.SIGWINCH):
-            self.search.end()
+            self.end_search()
             self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number)
             die_of(number)
 
-    def status(self):
-        """Finds a worker, carries the job: its exit code.  Raises Fatal (111) if there is none.
+    # What a Search asks of its patron
 
-        The announcement goes out before ssl is imported: workers answer meanwhile.
-        """
-        try:
-            self.search.announce()
-            self.search.listen()
-            progress = Progress(self) if self.job.progress else None
-            while self.run is None or self.run.status is None:
-                self.loop.turn()
-            if progress:
-                progress.end(self.run)
-        except Fatal:
-            self.search.end()
-            raise
-        return self.run.status
+    def next_job(self, search):
+        return self.job
 
-    def begin(self, winner):
+    def put_back(self, job):
+        pass                        # the search goes on, with the same job
+
+    def begin(self, search, candidate, job):
         started_up()
-        if not self.losses and (self.job.repeat or winner.hello.options & HELLO_REPEATABLE):
-            self.replay = ReplayBuffer()
-        self.run = Run(self, self.search, winner)
+        self.search = None
+        if job.repeat or candidate.hello.options & HELLO_REPEATABLE:
+            job.keep_input()
+        self.run = Run(self, candidate.link, candidate.hello, job)
         self.run.refresh()
 
-    def objection(self, run):
-        """Why a lost job is not run again: None if it is, "" if nobody has asked for it."""
-        if self.replay is None:
-            return ""
-        if self.losses >= self.job.retries:
-            return "that was try %d (CEXEC_RETRIES)" % (self.losses + 1)
-        if self.told_to_end:
-            return "it was told to end"
-        if run.trouble:
-            return run.trouble
-        for channel, origin in self.job.origins.items():
-            objection = origin.objection(run.sources.get(channel), run.sinks.get(channel), self.replay)
-            if objection:
-                return objection
-        return None
+    def not_found(self, search, message, code):
+        raise Fatal(code, message)
+
+    # When the worker is lost
 
     def run_again(self, run):
-        """Puts everything back to how it was before the job, and looks for another worker."""
-        run.detach()
-        for channel, origin in self.job.origins.items():
-            origin.restore(run.sinks.get(channel))
-            self.job.reopen(channel)
-        self.replay.rewind()
-        self.losses += 1
         self.avoid.for_good(run.hello.worker_id)
         self.run = None
-        self.search.back.close()
-        self.search = Search(self.loop, self.group, self.pub, self.job, self.begin, self.avoid)
-        self.search.announce()
-        self.search.listen()
+        self.look()
+
+    def failed(self, run, reason, objection):
+        message = "worker %s lost after %.1f s: %s" % (run.worker, time.monotonic() - run.began, reason)
+        log.say(message + ("; not run again: " + objection if objection else
+                           "; the command may have run (cexec -r runs it again)"))
+        run.finish(EXIT_TEMPORARY, "lost=%s" % reason)
 
 
 # ---------------------------------------------------------------------------
@@ -4603,13 +4736,13 @@ def batch_names(words, zero):
     return [os.fsdecode(name) for name in names if name]
 
 
-def batch_tasks(names, pattern):
+def batch_tasks(terms, names, pattern):
     """The Tasks of a batch, in order.  Raises Fatal (100) where an output is no place for one.
 
     That is another's output, any file of the batch, and what is there and is no regular file.
     """
     if pattern == "-":
-        return [Task(number, name, None) for number, name in enumerate(names, 1)]
+        return [Task(terms, number, name, None) for number, name in enumerate(names, 1)]
     tasks, taken, places = [], {}, {}
     inputs = {place_of(name, places): name for name in names}
     for number, name in enumerate(names, 1):
@@ -4623,7 +4756,7 @@ def batch_tasks(names, pattern):
             taken[written] = name
         if output[-1:] in ("", "/") or not may_be_replaced(output):
             raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
-        tasks.append(Task(number, name, output))
+        tasks.append(Task(terms, number, name, output))
     return tasks
 
 
@@ -4670,21 +4803,53 @@ def part_of(output):
     return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
 
+class BatchTerms(Terms):
+    """What the user wants of each file's job."""
+
+    def words_for(self, name):
+        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
+        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
+                                  for words in (self.environment, self.arguments))
+        environment.append(b"FILE=" + os.fsencode(name))
+        if words_size(environment + arguments) > WORDS_MAX:
+            raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+        return environment, arguments
+
+
 class Task:
     """A file of a batch, from its place in the list to its output.
 
     The output is written beside its name, and gets that only when it is whole.  Without a
-    name for it (-o -) it goes to an unnamed file, from where it is copied in its turn.
+    name for it (-o -) it goes to an unnamed file, and is copied from there in its turn.
     """
 
-    def __init__(self, number, name, output):
-        self.number, self.name, self.output = number, name, output
+    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
+
+    def __init__(self, terms, number, name, output):
+        self.terms, self.number, self.name, self.output = terms, number, name, output
         self.part = output and part_of(output)
-        self.tries, self.input, self.result, self.errors = 0, None, None, None
+        self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # of its job: (variables, arguments)
-        self.status = None          # once it is over: the exit status; 0 is a success
-        self.signal = 0             # that killed the command
-        self.done_before = False
+        self.exit_code = None       # once it is over; 0 is a success
+        self.signal = 0             # the signal that has killed the command
+        self.done_before = False    # by a batch before this one
+
+    def job_fields(self):
+        environment, arguments = self.words
+        return dict(self.terms.job_fields(), descriptors=self.ROWS, environment=environment, arguments=arguments)
+
+    def objection(self, run):
+        """Why it is not done again after this run: nobody has seen its output, and so nothing."""
+        return None
+
+    def rewind(self, run):
+        """Leaves nothing of a run that was lost."""
+        self.losses += 1
+        self.discard()
+
+    def conclude(self, exit_code, signal=0):
+        """It is over."""
+        self.exit_code, self.signal = exit_code, signal
 
     def is_done(self):
         """Whether the output is there and no older than the input."""
@@ -4697,6 +4862,7 @@ class Task:
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
+        self.words = self.terms.words_for(self.name)
         try:
             self.stamp = self.state_of_input()
             if not stat.S_ISREG(self.stamp[0]):
@@ -4719,11 +4885,11 @@ class Task:
             part = open(fd, "r+b", 0)
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                status = os.fstat(fd)
-                if not ours and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
-                                 or status.st_uid != os.geteuid()):
+                found = os.fstat(fd)
+                if not ours and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
+                                 or found.st_uid != os.geteuid()):
                     raise OSError(errno.EEXIST, "is not a file that cexec has left there", self.part)
-                if os.path.samestat(status, os.stat(self.part)):
+                if os.path.samestat(found, os.stat(self.part)):
                     part.truncate(0)
                     return part
             except FileNotFoundError:
@@ -4808,64 +4974,13 @@ def write_joblog(file, line):
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
-class BatchTerms(Terms):
-    """What the user wants of each file's job."""
-
-    def words_for(self, name):
-        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
-        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
-                                  for words in (self.environment, self.arguments))
-        environment.append(b"FILE=" + os.fsencode(name))
-        if words_size(environment + arguments) > WORDS_MAX:
-            raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
-        return environment, arguments
-
-
-class FileSearch(Search):
-    """A search for a worker for the next file of a batch, whichever that is by then."""
-
-    def __init__(self, batch):
-        self.batch = batch
-        super().__init__(batch.loop, batch.group, batch.pub, batch.terms, self.found, batch.avoid)
-
-    def tls(self):
-        self.batch.context = self.batch.context or tls_context()
-        return self.batch.context
-
-    def ask(self, candidate):
-        candidate.task = self.batch.take()
-        if candidate.task:
-            super().ask(candidate)
-        else:
-            self.batch.end_search(self)
-
-    def job_for(self, candidate):
-        return self.batch.job_for(candidate.task)
-
-    def dropped(self, candidate, reason, violation):
-        if candidate is self.asked:
-            self.batch.put_back(candidate.task)
-        super().dropped(candidate, reason, violation)
-
-    def found(self, winner):
-        self.batch.begin(self, winner)
-
-    def give_up(self, message, code=EXIT_TEMPORARY):
-        self.batch.not_found(self, message, code)
-
-    def tell(self):
-        pass                        # the batch has a line for all
-
-
 class FileRun(RemoteJob):
-    """One file of a batch on a worker: after its EXIT the next one, if both want to."""
-
-    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]
+    """One run of a Task: after its EXIT the connection has the next Task's, if client and worker want that."""
 
     def __init__(self, batch, link, hello, task, accepted):
-        super().__init__(batch.loop, link, hello, batch.terms.silence_seconds)
-        self.batch, self.task, self.started = batch, task, time.time()
-        self.accepted = accepted    # on a connection that was kept we don't wait for ACCEPT
+        super().__init__(batch, link, hello, task)
+        self.started = time.time()
+        self.accepted = accepted    # for the next Task of a connection GO is sent at once, and ACCEPT comes later
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
         self.refresh()
@@ -4883,17 +4998,16 @@ class FileRun(RemoteJob):
         for sink in self.sinks.values():        # a short write: the disk is about to be full, and says so next time
             while sink.queue:
                 sink.writable()
-        self.leave()
-        self.batch.ended(self)
+        self.detach()
+        self.patron.ended(self)
 
-    def leave(self):
-        """Waits for its files no more."""
+    def detach(self):
         self.send_no_more()
         for sink in self.sinks.values():
             self.loop.on_write(sink.end.polled, None)
 
     def local_error(self, channel, error):
-        names = (self.task.name, self.task.output or STANDARD[1], STANDARD[2])
+        names = (self.job.name, self.job.output or STANDARD[1], STANDARD[2])
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
@@ -4903,32 +5017,37 @@ class FileRun(RemoteJob):
         pass
 
     def link_lost(self, link, reason, violation):
-        self.leave()
-        self.batch.lost(self, reason, violation)
+        self.detach()
+        if self.accepted or violation:
+            self.patron.lost(self, reason)
+        else:
+            self.patron.came_too_late(self, reason)
+
+    def alert_nonce(self, event):
+        """A complaint names the job of the offer; other ALERTs need one each, or would be taken for copies."""
+        return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
-class Batch:
+class Batch(Patron):
     """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
 
-    A worker that nobody else waits for takes the next file on the connection that it has;
-    for the rest there are two searches at a time, or fewer if -j leaves no more.
+    A worker takes the next file on the connection that it has, unless others wait for it.
+    Two searches at a time, or fewer if -j leaves no more, find workers besides.
     """
 
     def __init__(self, pub, group, terms, tasks, jobs, joblog, force):
-        self.pub, self.group, self.terms, self.jobs, self.joblog = pub, group, terms, jobs, joblog
-        self.force = force          # whether what was done before is done as well
-        self.loop, self.context = Loop(), None
+        super().__init__(pub, group, terms, Loop())
+        self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
+        self.force = force          # whether -f was given: what was done before is done as well
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
-        self.searches, self.runs, self.avoid = [], [], Avoided()
-        self.began, self.failed, self.done = time.monotonic(), 0, 0
+        self.searches, self.runs = [], []
+        self.began, self.failures, self.done = time.monotonic(), 0, 0
         self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
         self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
         self.watched = os.isatty(2) and not log.verbose
-        self.directories = set()    # with new outputs whose names may not be on the disk yet
-        self.udp = open_speakers()
-        terms.batch = os.urandom(8)
+        self.directories = set()    # those with new outputs, whose names may not be on the disk yet
 
-    def status(self):
+    def work(self):
         """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         if self.watched:
@@ -4943,8 +5062,8 @@ class Batch:
             self.stop()
         if self.watched:
             log.say("%d done, %d failed, after %s"
-                    % (self.done, self.failed, duration(int(time.monotonic() - self.began))))
-        return self.failed if self.failed < EXIT_USAGE else FAILURES_MAX
+                    % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
+        return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
 
     def make_durable(self):
         """Once for all outputs of a directory: one that loses its name in a crash before is only done again."""
@@ -4961,15 +5080,14 @@ class Batch:
         room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
             try:
-                search = FileSearch(self)
+                search = self.new_search(quiet=True)    # the batch has a line for all
             except Fatal as error:  # CEXEC_LISTEN_PORTS has only one
                 if not self.searches and not self.runs:
                     raise
                 log.note("%s", error)
                 break
             self.searches.append(search)
-            search.announce()
-            search.listen()
+            search.start()
 
     def ready(self):
         """How many files may be begun: with -o - not too many beyond the one whose turn it is."""
@@ -4980,23 +5098,25 @@ class Batch:
     def end_search(self, search):
         if search in self.searches:
             self.searches.remove(search)
-            if search.asked:
-                self.put_back(search.asked.task)
             search.end()
-            search.back.close()
 
     def not_found(self, search, message, code):
         """A search has given up: no harm while others are served."""
         self.end_search(search)
         if not self.runs and not self.searches:
-            raise Fatal(code, "%s; %s" % (message, self.rest()))
+            raise Fatal(code, "%s; %s" % (message, self.summary()))
+
+    def next_job(self, search):
+        task = self.take()
+        if task is None:
+            self.end_search(search)
+        return task
 
     def take(self):
         """The next Task that can be opened; None if there is none."""
         while self.ready():
             task = self.queue.popleft()
             try:
-                task.words = self.terms.words_for(task.name)
                 task.open()
                 return task
             except (OSError, ValueError) as error:
@@ -5007,15 +5127,9 @@ class Batch:
         task.discard()
         self.queue.appendleft(task)
 
-    def job_for(self, task):
-        """JOB's fields for a Task."""
-        environment, arguments = task.words
-        return dict(self.terms.job_fields(), descriptors=FileRun.ROWS, environment=environment, arguments=arguments)
-
-    def begin(self, search, winner):
+    def begin(self, search, candidate, task):
         self.searches.remove(search)
-        search.back.close()
-        self.runs.append(FileRun(self, winner.link, winner.hello, winner.task, accepted=True))
+        self.runs.append(FileRun(self, candidate.link, candidate.hello, task, accepted=True))
         self.fill()
 
     # What comes of them
@@ -5024,64 +5138,64 @@ class Batch:
         """EXIT: the file is done, or has failed; and the worker may take the next."""
         self.runs.remove(run)
         self.go_on(run)             # first: the worker is busy while this output gets to the disk
-        task, code = run.task, run.exit.status
-        reason = run.trouble or run.exit.reason
-        if run.trouble:
-            code = EXIT_TEMPORARY
-        elif run.exit.how == HOW_SIGNALLED:
-            task.signal = code
-            code, reason = EXIT_SIGNAL + code, "killed by signal %d" % code
-        elif code == 0:
-            try:
+        task, code = run.job, run.exit.status
+        if run.exit.how == HOW_SIGNALLED and not run.trouble:
+            reason = "killed by signal %d" % code
+            self.alert(run, ALERT_SIGNALLED, code, reason)
+            self.over(task, EXIT_SIGNAL + code, reason, run, signal=code)
+        else:
+            code, reason = (EXIT_TEMPORARY, run.trouble) if run.trouble else self.keep(task, code, run.exit.reason)
+            self.alert(run, ALERT_EXITED, code, reason)
+            self.over(task, code, reason, run)
+        self.fill()
+
+    def keep(self, task, code, reason):
+        """Gives the output of a success its name; (exit code, reason) as they are then."""
+        try:
+            if code == 0:
                 task.keep()
                 if task.output is not None:
                     self.directories.add(os.path.dirname(task.output) or ".")
-            except OSError as error:
-                code, reason = EXIT_TEMPORARY, error_of_task(error, task.name)
-        if task.signal:
-            self.alert(run, ALERT_SIGNALLED, task.signal, reason)
-        else:
-            self.alert(run, ALERT_EXITED, code, reason)
-        self.over(task, code, reason, run)
-        self.fill()
+            return code, reason
+        except OSError as error:
+            return EXIT_TEMPORARY, error_of_task(error, task.name)
 
     def go_on(self, run):
         """Gives its worker the next file, if both want to."""
         following = self.take() if run.exit.more else None
         if following:
-            send_job(run.link, **self.job_for(following))
+            send_job(run.link, **following.job_fields())
             run.link.send(GO)
             self.runs.append(FileRun(self, run.link, run.hello, following, accepted=False))
         else:
             run.link.close()
 
-    def lost(self, run, reason, violation):
-        """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
-        task, message = run.task, "worker %s lost: %s" % (run.worker, reason)
+    def came_too_late(self, run, reason):
+        """The worker has left before it accepted the next file: nothing has run."""
         self.runs.remove(run)
-        if not run.accepted and not violation:
-            log.note("%s: %s before it began", task.name, message)      # we, or the JOB, came too late
-            self.put_back(task)
-            return self.fill()
-        task.tries += 1
-        if task.tries > self.terms.retries:
-            self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
-            self.over(task, EXIT_TEMPORARY, message, run)
-        else:
-            log.note("%s: %s; once more", task.name, message)
-            self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
-            self.put_back(task)
+        log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
+        self.put_back(run.job)
         self.fill()
 
-    def over(self, task, status, reason, run=None):
+    def run_again(self, run):
+        self.runs.remove(run)
+        self.put_back(run.job)
+        self.fill()
+
+    def failed(self, run, reason, objection):
+        self.runs.remove(run)
+        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s" % (run.worker, reason), run)
+        self.fill()
+
+    def over(self, task, exit_code, reason, run=None, signal=0):
         """A file is done or has failed: says so, logs it, prints what is next in order."""
-        task.status = status
-        self.done, self.failed = self.done + (status == 0), self.failed + (status != 0)
-        if status:
-            self.tell_failure(task, status, reason)
+        task.conclude(exit_code, signal)
+        self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
+        if exit_code:
+            self.tell_failure(task, exit_code, reason)
         if self.joblog:
             self.log_job(task, run)
-        if status:
+        if exit_code:
             task.discard()
         elif task.output is not None:
             task.close()
@@ -5089,9 +5203,9 @@ class Batch:
             task.close("input", "errors")
         self.print_outputs()
 
-    def tell_failure(self, task, status, reason):
+    def tell_failure(self, task, exit_code, reason):
         log.status("")
-        log.say("%s: %s" % (task.name, reason or "exit status %d" % status))
+        log.say("%s: %s" % (task.name, reason or "exit status %d" % exit_code))
         if task.errors:
             task.errors.seek(0)
             for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
@@ -5103,16 +5217,16 @@ class Batch:
         seconds = time.monotonic() - run.began if run else 0.0
         line = "\t".join(map(str, [
             task.number, run.worker if run else "-", "%.3f" % (run.started if run else time.time()), "%10.3f" % seconds,
-            sent, received, 0 if task.signal else task.status, task.signal, printable(task.name)]))
+            sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
         write_joblog(self.joblog, line)
 
     def print_outputs(self):
         """With -o -: begins to print the next output, if its turn has come and it is there."""
         while self.out and not self.printing and self.shown < len(self.tasks):
             task = self.tasks[self.shown]
-            if task.status is None:
+            if task.exit_code is None:
                 return
-            if task.status:
+            if task.exit_code:
                 self.shown += 1
             else:
                 self.printing = task
@@ -5131,7 +5245,7 @@ class Batch:
             except BrokenPipeError:
                 raise
             except OSError as error:
-                raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.rest())) from None
+                raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.summary())) from None
             return
         self.loop.on_write(self.out.polled, None)
         self.printing.close()
@@ -5139,16 +5253,11 @@ class Batch:
         self.print_outputs()
         self.fill()
 
-    def alert(self, run, event, status, reason):
-        """For crat.  A complaint names the job of the offer; the rest have one each, or would be taken for copies."""
-        nonce = run.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
-        self.group.send(self.udp, make_datagram(ALERT, self.pub.application, self.pub.name, self.pub.secret, nonce, 0,
-                                                **run.alert_fields(event, status, reason)))
-
     # The person who waits
 
-    def rest(self):
-        todo = sum(task.status != 0 and not task.done_before for task in self.tasks)
+    def summary(self):
+        """How much is done, and how the rest can be."""
+        todo = sum(task.exit_code != 0 and not task.done_before for task in self.tasks)
         again = "" if self.tasks[0].output is None else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
@@ -5160,14 +5269,14 @@ class Batch:
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
-            run.leave()
+            run.detach()
             run.link.close()
-            run.task.discard()
+            run.job.discard()
         self.runs = []
 
     def interrupted(self, number):
         self.stop()
-        log.say("interrupted: " + self.rest())
+        log.say("interrupted: " + self.summary())
         die_of(number)
 
     def show_progress(self):
@@ -5176,10 +5285,10 @@ class Batch:
 
     def progress(self):
         seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
-        over = self.done + self.failed
+        over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
-        done = sum(task.status == 0 or task.done_before for task in self.tasks)
-        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failed)
+        done = sum(task.exit_code == 0 or task.done_before for task in self.tasks)
+        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failures)
         if over:
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
         if not self.runs:
@@ -5208,16 +5317,17 @@ def main_batch(pub, group, words, options):
     place = words.index("--") if "--" in words else len(words)
     words, files = words[:place], words[place + 1:]
     pattern = options.output or "{}.out"
-    tasks = batch_tasks(batch_names(files, options.zero), pattern)
+    names = batch_names(files, options.zero)
+    terms = BatchTerms(*parse_words(words), batch=os.urandom(8))
+    tasks = batch_tasks(terms, names, pattern)
     check_directories(pattern, tasks)
-    terms = BatchTerms(*parse_words(words))
     joblog = open_joblog(options.joblog) if options.joblog else None
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if not todo:
         return 0
     jobs = min(options.jobs or MEMORY, files_at_once())
-    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).status()
+    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).work()
 
 
 # ---------------------------------------------------------------------------
@@ -5274,12 +5384,11 @@ def main_single(path, words, options):
     there = any(map(os.path.exists, (path, path + ".pub")))
     if options.empty == "all" and words and "=" not in words[0] and not there:
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
-    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal)
-    job.progress = options.progress
+    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress)
     try:
         pub, group = open_pub(path), Group()
         fill_standard()
-        return Client(pub, group, job).status()
+        return Client(pub, group, job).work()
     except Fatal as error:
         job.tell(error.code, "failed=%s" % error)
         raise
