@@ -4401,7 +4401,7 @@ class Patron:
         """The connection has broken after GO: does the job again, unless something speaks against that."""
         objection = self.objection(run)
         if objection is None:
-            log.note("worker %s lost: %s; the job is done again", run.worker, reason)
+            log.note("worker %s lost: %s; runs the job again", run.worker, reason)
             self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
             run.detach()
             run.job.rewind(run)
