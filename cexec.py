@@ -48,11 +48,13 @@ main_cservice, whose -s comes after ckeygen:
     Options     an applet's table of options: read, and told by -h             Option, Syntax
     Keys        the private key, what a pub holds, certificates                Key, Pub
     Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
-    Groups      where announcements go, how they are heard, answers come back  Group, Listener, ReturnPort
+    Groups      where announcements go, and how they are heard                 Group, Listener
     Event loop  descriptors, timers, signals and children                      Loop
-    Channel     TLS, frames over it, the streams of descriptors over these     Link, Source, Sink, Carrier
+    Comes back  a group's datagrams to their handler, offers and answers       ReturnPort
+    Channel     TLS, frames over it, the streams of descriptors over these     Dial, Link, Source, Sink, Carrier
     Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
-    cexec       the client: a search, then the job                             Job, Search, Run, Client
+    cexec       the search for a worker                                        Terms, Candidate, Search
+    cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
     cexec -l    who is there                                                   Survey
     cexec -m    a batch of files, a job each                                   Task, FileRun, Batch
     cexec       the applet: its options and modes
@@ -2799,8 +2801,8 @@ class Inherited:
 
     def __init__(self, number):
         self.number = number
-        self.flags = fcntl.fcntl(number, fcntl.F_GETFL)
-        self.status = os.fstat(number)
+        self.flags = fcntl.fcntl(number, fcntl.F_GETFL)         # O_APPEND and the like
+        self.stat = os.fstat(number)
         self.kind = self._kind()
         access = self.flags & os.O_ACCMODE
         if self.kind != SOCKET and access == os.O_RDWR:     # the other half is somebody else's: a FIFO's tokens, say
@@ -2809,7 +2811,7 @@ class Inherited:
 
     def _kind(self):
         """What it is; None for what is not carried."""
-        mode = self.status.st_mode
+        mode = self.stat.st_mode
         if self.flags & O_PATH and O_PATH:
             return None
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
@@ -2856,7 +2858,7 @@ class Inherited:
         """Whether both numbers are one open file, or one end of a pipe: then the command gets one as well."""
         if (self.readable, self.writable) != (other.readable, other.writable):
             return False            # a terminal, once as input and once as output
-        if not os.path.samestat(self.status, other.status):
+        if not os.path.samestat(self.stat, other.stat):
             return False
         if self.kind == PIPE:       # opened twice, it is still one queue, from which the one would take the other's
             return True
@@ -2866,7 +2868,7 @@ class Inherited:
         """Whether nobody can open it any more: the readers of a FIFO come and go."""
         made = os.pipe()
         try:
-            return self.kind == PIPE and self.status.st_dev == os.fstat(made[0]).st_dev
+            return self.kind == PIPE and self.stat.st_dev == os.fstat(made[0]).st_dev
         finally:
             for fd in made:
                 os.close(fd)
@@ -2874,7 +2876,7 @@ class Inherited:
     def is_other_end_of(self, output):
         """Whether what is written to that output would be read here."""
         if self.kind == PIPE:
-            return output.kind == PIPE and self.status.st_ino and os.path.samestat(self.status, output.status)
+            return output.kind == PIPE and self.stat.st_ino and os.path.samestat(self.stat, output.stat)
         return self.kind == output.kind == SOCKET and are_peers(self.number, output.number)
 
 
@@ -2989,7 +2991,11 @@ def is_controlling(fd):
 
 
 def join_terminal(channels):
-    """Makes one channel, both ways, of all that is the first terminal among them: its members, or None."""
+    """Makes one channel, both ways, of all descriptors that are the first terminal's: its members, or None."""
+    # A shell gives 0, 1 and 2 the same terminal, but not always as one open file: after 2>/dev/tty it
+    # is opened twice, under two names.  The command gets one terminal, which has all these numbers.
+    # Two names are one terminal if the device is the same; /dev/tty has a device of its own, and is
+    # the same as another name if both control this session.  A second terminal stays what it is.
     found = [members for members in channels.values() if members[0].kind == TERMINAL]
     if not found:
         return None
@@ -2997,7 +3003,7 @@ def join_terminal(channels):
     joined = []
     for members in found:
         item = members[0]
-        if item.status.st_rdev == first.status.st_rdev or is_controlling(item.number) and is_controlling(first.number):
+        if item.stat.st_rdev == first.stat.st_rdev or is_controlling(item.number) and is_controlling(first.number):
             joined += channels.pop(item.number)
     for item in joined:
         item.use_both_ways()
@@ -3055,8 +3061,8 @@ def fill_standard():
                 os.close(null)
 
 
-def retire(numbers):
-    """Closes descriptors for everybody who waits on them, and keeps the numbers taken."""
+def replace_with_null(numbers):
+    """Closes descriptors, so that the other end sees it, and keeps their numbers: nothing of ours may land there."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in numbers:
         os.dup2(null, number, False)
@@ -3077,10 +3083,11 @@ def opened_again(item):
 def local_end(members, halves, floor, signalled=None):
     """An End for one channel of inherited descriptors.
 
-    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again, a terminal by its
-    name where /proc does not do it; a pipe is then written to with patience.  A regular
-    file would then begin at offset 0, so it is used as it is, and kept open for its
-    offset to be put right at the end.
+    O_NONBLOCK belongs to the open file, which other processes share: it is not changed.
+    Pipes and terminals are opened again instead, a terminal by its name where /proc does not
+    do it.  What cannot be opened again is written with patience.  A regular file opened
+    again would begin at offset 0: it is used as it is, and stays open until the end, when
+    its offset is put right.
     """
     item = members[0]
     number, numbers = item.number, [member.number for member in members]
@@ -3089,18 +3096,18 @@ def local_end(members, halves, floor, signalled=None):
     if item.kind == FILE:
         return End(number, number, lambda: None, halves)
     if item.kind == SOCKET:
-        return SocketEnd(number, number, lambda: retire(numbers), halves)
+        return SocketEnd(number, number, lambda: replace_with_null(numbers), halves)
     if item.kind == DEVICE:
-        return End(number, number, lambda: retire(numbers), halves)
+        return End(number, number, lambda: replace_with_null(numbers), halves)
     if item.kind == TERMINAL and len(halves) == 2:
         return open_terminal(number, floor, signalled)
     try:
         fd = lifted_away(opened_again(item), floor)
     except OSError:                 # another user's
-        return SharedEnd(item, number, lambda: retire(numbers), halves)
+        return SharedEnd(item, number, lambda: replace_with_null(numbers), halves)
     if item.kind == PIPE and halves == ["read"]:
         enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
-    return SharedEnd(item, fd, lambda: (retire(numbers), os.close(fd)), halves)
+    return SharedEnd(item, fd, lambda: (replace_with_null(numbers), os.close(fd)), halves)
 
 
 class SharedEnd(End):
@@ -4501,29 +4508,31 @@ class Client(Patron):
 # ---------------------------------------------------------------------------
 
 class Survey:
-    """cexec -l: asks who is there; when nobody answers, finds out why."""
+    """cexec -l: asks who is there.  When nobody answers it finds out why."""
 
-    STRANGERS_MAX = 16              # anybody can send any number of them: the first ones are kept
+    STRANGERS_MAX = 16              # of a kind that are kept: anybody can send any number of datagrams
 
-    ASK = (0.0, 0.2, 0.6)           # seconds: when it asks
-    ENOUGH, PATIENCE = 1.2, 3.0     # when it stops, if somebody has answered, and if nobody has
+    ASK = (0.0, 0.2, 0.6)           # seconds after the start: it asks
+    ENOUGH, PATIENCE = 1.2, 3.0     # it stops, if somebody has answered, and if nobody has
 
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
-        self.connected, self.denied = set(), {}     # addresses of probes; why: addresses of our application's workers
-        self.foreign, self.others = {}, {}          # application id: addresses of its workers; of who speaks for it
-        self.versions = {}                          # (version, address): addresses
+        self.connected = set()      # addresses of workers whose probe has come
+        self.denied = {}            # DENY's why: addresses of our application's workers
+        self.foreign = {}           # application id: addresses of its workers
+        self.others = {}            # application id: addresses of its clients, and of its workers that we heard
+        self.versions = {}          # (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.hear, self.accept, self.hear_stranger)
         self.listen()
 
     def listen(self):
-        """Hears the group besides."""
+        """Hears what others send to the group."""
         try:
             self.listeners = open_listeners(self.group)
-        except Fatal as error:      # somebody else keeps the port to himself
+        except Fatal as error:      # another program has the port for itself
             log.note("%s", error)
             self.listeners = []
         hear_all(self.loop, self.listeners, self.overhear, self.hear_stranger)
@@ -4579,7 +4588,7 @@ class Survey:
         self.connected.add(address)
 
     def overhear(self, datagram, address, index):
-        """What goes about in the group besides."""
+        """A datagram that another client, or worker, has sent to the group."""
         if datagram.nonce not in self.asked:
             self.note_stranger(self.others, datagram.application, address)
 
@@ -4587,7 +4596,7 @@ class Survey:
         self.note_stranger(self.versions, (error.version, address), address)
 
     def note_stranger(self, known, what, address):
-        """Adds an address to those of what is known, as long as they are few."""
+        """Adds an address to known[what], which are both bounded."""
         if what in known or len(known) < self.STRANGERS_MAX:
             addresses = known.setdefault(what, set())
             if len(addresses) < self.STRANGERS_MAX:
@@ -4600,7 +4609,7 @@ class Survey:
         return sorted(self.workers.values(), key=lambda row: (row["load"], row["host"], row["address"]))
 
     def troubles(self):
-        """Why a job would find no worker: lines with the cause and the remedy."""
+        """Yields why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
             if not self.connected:
                 yield TCP_BLOCKED
@@ -4617,7 +4626,7 @@ class Survey:
             yield from self.guesses()
 
     def causes(self):
-        """What is certainly wrong."""
+        """Yields what is certainly wrong."""
         for why, addresses in sorted(self.denied.items()):
             yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(why))
         for version, address in sorted(self.versions):
@@ -4627,7 +4636,7 @@ class Survey:
                    "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
 
     def guesses(self):
-        """What may be wrong, where nothing is certain."""
+        """Yields what may be wrong, if nothing is certain."""
         for application, addresses in sorted(self.foreign.items()):
             yield ("%s: a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or "
                    "make the pub again" % (", ".join(sorted(addresses)), application.hex(), self.pub.label,
@@ -4661,7 +4670,7 @@ class Survey:
 
 
 def list_workers(group, pub, ports, as_json):
-    """Prints who is there, a line a worker; EXIT_TEMPORARY, and why, if there is nobody."""
+    """Prints a line for each worker.  If there is none it says why, and returns EXIT_TEMPORARY."""
     survey = Survey(group, pub, ports, Loop())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -4669,7 +4678,7 @@ def list_workers(group, pub, ports, as_json):
 
 
 def show_workers(survey, as_json):
-    """Prints who has answered, and says what is wrong; EXIT_TEMPORARY if nobody has."""
+    """Prints a line for each worker that has answered, and says what is wrong; EXIT_TEMPORARY if none has."""
     rows = survey.rows()
     if as_json:
         import json
@@ -4698,18 +4707,21 @@ def show_workers(survey, as_json):
 # The first file of a connection is a job like any other.  Then:
 #
 #   client (Batch, a FileRun for each file)     worker (Supervisor)
-#     |  <----------------------- EXIT, more=1  |  asks cservice: nobody else waits; the slot is kept
-#     |  JOB, GO, DATA ... EOF ------------->   |  none in 3 s: gives the slot back
+#     |  <----------------------- EXIT, more=1  |  cservice says that nobody else waits: it keeps the slot
+#     |  JOB, GO, DATA ... EOF ------------->   |  no JOB in 3 s: it gives the slot back
 #     |  <------------------------------ ACCEPT |  the command starts
-#     |     lost before it: nothing has run, the file goes back to the head of the queue
+#     |     lost before ACCEPT: nothing has run, the file goes back to the head of the queue
 #     |  <------------------- DATA, EOF ...     |
-#     |     lost after it: its output was never shown; done again, CEXEC_RETRIES times
-#     |  <----------------------- EXIT, more=1  |  and so on; more=0: the client closes, and searches
-#     |  closes when no file is left            |  gives the slot back
+#     |     lost after ACCEPT: nobody has seen its output, it is done again, CEXEC_RETRIES times
+#     |  <----------------------- EXIT, more=1  |  and so on; after more=0 the client closes, and searches
+#     |  no file is left: it closes             |  it gives the slot back
+#
+# A Task's way: Batch.queue --take--> a search's worker, or one that has just done another --EXIT-->
+# keep: the output gets its name, or waits for its turn on standard output --> over
 
 PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
-IN_LINE = 2                         # searches that wait while all that can run does
+IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
@@ -4723,7 +4735,10 @@ def fill_pattern(pattern, name):
 
 
 def batch_names(words, zero):
-    """The files of a batch: words, or for "-" the lines of standard input, with zero what NULs end.  Raises Fatal."""
+    """The names of a batch's files: words, or for "-" the lines of standard input.  Raises Fatal.
+
+    With zero a NUL ends each name there.
+    """
     if zero and words not in ([], ["-"]):
         raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
     if words != ["-"] and words:
@@ -4737,9 +4752,10 @@ def batch_names(words, zero):
 
 
 def batch_tasks(terms, names, pattern):
-    """The Tasks of a batch, in order.  Raises Fatal (100) where an output is no place for one.
+    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
 
-    That is another's output, any file of the batch, and what is there and is no regular file.
+    It must not be another file's output, nor a file of the batch.  What is there already must
+    be a regular file.
     """
     if pattern == "-":
         return [Task(terms, number, name, None) for number, name in enumerate(names, 1)]
@@ -4761,7 +4777,7 @@ def batch_tasks(terms, names, pattern):
 
 
 def check_directories(pattern, tasks):
-    """Raises Fatal (100) if there is no directory for an output; of an input that is not there, that will be said."""
+    """Raises Fatal (100) if there is no directory for an output; the Task itself says that its input is missing."""
     known = {"": True}
     for task in tasks:
         directory = os.path.dirname(task.output or "")
@@ -4771,13 +4787,13 @@ def check_directories(pattern, tasks):
             if not known[directory] and os.path.exists(task.name):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
-            pass                    # a name with a NUL in it: it fails in its turn
+            pass                    # the name has a NUL in it: the Task fails in its turn
 
 
 def place_of(name, known):
-    """Where a file is, whatever way its name leads there: its directory's real path, and its name there.
+    """One name for a file, by whatever links its name leads there: its directory's real path, and its name there.
 
-    known keeps the real paths of directories: each is looked up once.
+    known keeps the real paths of directories, so that each is looked up once.
     """
     directory, base = os.path.split(name)
     if directory not in known:
@@ -4789,7 +4805,7 @@ def place_of(name, known):
 
 
 def may_be_replaced(path):
-    """Whether there is nothing but a regular file, if anything at all."""
+    """Whether there is a regular file, or nothing."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -4797,7 +4813,7 @@ def may_be_replaced(path):
 
 
 def part_of(output):
-    """The name beside an output's under which it is written; a long one's is a hash, for there is a limit."""
+    """The name beside an output's under which it is written.  Names have a limit: a long one's is a hash."""
     directory, base = os.path.split(output)
     raw = os.fsencode(base)
     return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
@@ -4856,7 +4872,7 @@ class Task:
         try:
             self.done_before = os.stat(self.output).st_mtime_ns >= os.stat(self.name).st_mtime_ns
         except (OSError, TypeError, ValueError):
-            pass                    # not there; no name; an impossible one
+            pass                    # it is not there, it has no name, or an impossible one
         return self.done_before
 
     def open(self):
@@ -4893,7 +4909,7 @@ class Task:
                     part.truncate(0)
                     return part
             except FileNotFoundError:
-                pass                # who had it has just renamed or removed it
+                pass                # another cexec had it, and has just renamed or removed it
             except BlockingIOError:
                 part.close()
                 raise OSError(errno.EBUSY, "another cexec is writing it", self.part) from None
@@ -4903,12 +4919,15 @@ class Task:
             part.close()
 
     def state_of_input(self):
-        """What tells that the name stands for the same file as before, unchanged.  Raises OSError."""
+        """Equal values mean that the name stands for the same file, and that it was not changed.  Raises OSError."""
         now = os.stat(self.name)
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def keep(self):
-        """Gives the output its name, once it is on the disk: what has the name counts as done.  Raises OSError."""
+        """Gives the output its name, once it is on the disk.  Raises OSError.
+
+        A later batch takes a file with that name as done: it must be whole, and of this input.
+        """
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.name)
         if self.output is not None:
@@ -4921,40 +4940,41 @@ class Task:
         self.close()
 
     def close(self, *names):
-        """Closes what is open, or what is named of it."""
+        """Closes the open files of these names, or all."""
         for name in names or ("input", "result", "errors"):
             file = getattr(self, name)
             setattr(self, name, None)
             try:
                 if file:
                     file.close()
-            except OSError as error:            # keep() has told, if it matters
+            except OSError as error:            # keep() has raised it, if it matters
                 log.note("%s: %s", self.name, error.strerror)
 
 
 def make_durable(directory):
-    """Has the names in a directory on the disk.  Raises OSError."""
+    """Waits until the names in a directory are on the disk.  Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:         # of a file system that has no such thing
+        if error.errno != errno.EINVAL:         # this file system cannot do it
             raise
     finally:
         os.close(fd)
 
 
 def error_of_task(error, name):
-    """What is said of a Task's OSError, with the file's name where that is not the Task's."""
+    """The text of a Task's OSError, with the name of the file if that is not the Task's."""
     other = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
     return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
 
 
 def open_joblog(path):
-    """A file to append to, with parallel's heads if it is new.  Raises Fatal (111)."""
+    """A file to append to, with the heads of parallel's columns if it is new.  Raises Fatal (111)."""
     try:
-        # not buffered: a line that finds no room is not tried again; not "ab", with which 3.6 takes no pipe
+        # Without a buffer: a line that finds no room on the disk is not written later by surprise.
+        # Not mode "ab": Python 3.6 takes no pipe with that.
         file = open(path, "wb", 0, opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         size_before = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -4995,7 +5015,7 @@ class FileRun(RemoteJob):
         self.accepted = True
 
     def exited(self, rows):
-        for sink in self.sinks.values():        # a short write: the disk is about to be full, and says so next time
+        for sink in self.sinks.values():        # after a short write: a disk that is full says so at the next one
             while sink.queue:
                 sink.writable()
         self.detach()
@@ -5011,7 +5031,7 @@ class FileRun(RemoteJob):
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
-        pass                        # EXIT comes when all of them have
+        pass                        # EXIT comes after the ends of all streams
 
     def rcvd_linger(self, flags, channel, payload):
         pass
@@ -5066,17 +5086,20 @@ class Batch(Patron):
         return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
 
     def make_durable(self):
-        """Once for all outputs of a directory: one that loses its name in a crash before is only done again."""
+        """Makes the names of all outputs durable, each directory once.
+
+        An output that loses its name in a crash before that is only done again.
+        """
         for directory in self.directories:
             try:
                 make_durable(directory)
             except OSError as error:
                 raise Fatal(EXIT_TEMPORARY, "%s: %s" % (directory, error.strerror)) from None
 
-    # Searches, and the files that go to whom they find
+    # Searches, and the files for the workers that they find
 
     def fill(self):
-        """Begins as many searches as there is use for: a run more is always a search less."""
+        """Begins searches, as long as there are files for them, and -j leaves room."""
         room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
             try:
@@ -5090,7 +5113,7 @@ class Batch(Patron):
             search.start()
 
     def ready(self):
-        """How many files may be begun: with -o - not too many beyond the one whose turn it is."""
+        """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
         if self.queue and self.queue[0].output is None and self.queue[0].number > self.shown + OUTPUTS_MAX:
             return 0
         return len(self.queue)
@@ -5101,7 +5124,7 @@ class Batch(Patron):
             search.end()
 
     def not_found(self, search, message, code):
-        """A search has given up: no harm while others are served."""
+        """A search has given up.  The batch goes on as long as there is another, or a run."""
         self.end_search(search)
         if not self.runs and not self.searches:
             raise Fatal(code, "%s; %s" % (message, self.summary()))
@@ -5132,12 +5155,12 @@ class Batch(Patron):
         self.runs.append(FileRun(self, candidate.link, candidate.hello, task, accepted=True))
         self.fill()
 
-    # What comes of them
+    # The end of a run
 
     def ended(self, run):
-        """EXIT: the file is done, or has failed; and the worker may take the next."""
+        """EXIT: the file is done, or has failed, and the worker may take the next."""
         self.runs.remove(run)
-        self.go_on(run)             # first: the worker is busy while this output gets to the disk
+        self.go_on(run)             # first, so that the worker is busy while this output gets to the disk
         task, code = run.job, run.exit.status
         if run.exit.how == HOW_SIGNALLED and not run.trouble:
             reason = "killed by signal %d" % code
@@ -5161,7 +5184,7 @@ class Batch(Patron):
             return EXIT_TEMPORARY, error_of_task(error, task.name)
 
     def go_on(self, run):
-        """Gives its worker the next file, if both want to."""
+        """Gives the run's worker the next file, if there is one and the worker takes it."""
         following = self.take() if run.exit.more else None
         if following:
             send_job(run.link, **following.job_fields())
@@ -5298,7 +5321,7 @@ class Batch(Patron):
 
 
 def files_at_once():
-    """For how many files there are descriptors: three and a connection each, besides searches and outputs in line."""
+    """For how many files there are descriptors: four each, besides those of searches and of outputs in line."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
