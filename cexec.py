@@ -56,7 +56,7 @@ main_cservice, whose -s comes after ckeygen:
     cexec       the search for a worker                                        Terms, Candidate, Search
     cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
     cexec -l    who is there                                                   Survey
-    cexec -m    a batch of files, a job each                                   Task, FileRun, Batch
+    cexec -m    a batch of files, a job each                                   Task, FileRun, Printer, Batch
     cexec       the applet: its options and modes
     cservice    the worker, and the process that has a client's jobs           Worker, Offer, Supervisor
     crat        the logger, as lines or on the whole screen                    Logger, Screen
@@ -5048,6 +5048,53 @@ class FileRun(RemoteJob):
         return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
+class Printer:
+    """cexec -m -o -: prints the outputs on standard output, in the order of the files."""
+
+    def __init__(self, batch):
+        self.batch, self.loop = batch, batch.loop
+        self.end = local_end([Inherited(1)], ["write"], 3)
+        self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
+
+    def has_room(self, task):
+        """Whether a task may be begun: the outputs in line take descriptors, and so they have a bound."""
+        return task.number <= self.count + OUTPUTS_MAX
+
+    def refresh(self):
+        """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
+        tasks = self.batch.tasks
+        while not self.task and self.count < len(tasks) and tasks[self.count].exit_code is not None:
+            task = tasks[self.count]
+            if task.exit_code:
+                self.count += 1
+            else:
+                self.task = task
+                task.result.seek(0)
+                self.loop.on_write(self.end.polled, self.writable)
+
+    def writable(self):
+        """Prints as much as standard output takes now: its reader may be slow.  Raises Fatal (111), BrokenPipeError."""
+        log.status("")
+        self.unprinted = self.unprinted or memoryview(self.task.result.read(FRAME_MAX))
+        if not self.unprinted:
+            return self.printed()
+        try:
+            self.unprinted = self.unprinted[self.end.write(self.unprinted):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.batch.summary())) from None
+
+    def printed(self):
+        self.loop.on_write(self.end.polled, None)
+        self.task.close()
+        self.task, self.count = None, self.count + 1
+        self.refresh()
+        self.batch.fill()
+
+
 class Batch(Patron):
     """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
 
@@ -5062,8 +5109,7 @@ class Batch(Patron):
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
-        self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
-        self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
+        self.printer = Printer(self) if tasks[0].output is None else None
         self.watched = os.isatty(2) and not log.verbose
         self.directories = set()    # those with new outputs, whose names may not be on the disk yet
 
@@ -5075,7 +5121,7 @@ class Batch(Patron):
         try:
             self.fill()
             started_up()
-            while self.queue or self.runs or self.printing or any(search.asked for search in self.searches):
+            while self.is_busy():
                 self.loop.turn()
             self.make_durable()
         finally:
@@ -5084,6 +5130,10 @@ class Batch(Patron):
             log.say("%d done, %d failed, after %s"
                     % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
         return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
+
+    def is_busy(self):
+        printing = self.printer and self.printer.task
+        return self.queue or self.runs or printing or any(search.asked for search in self.searches)
 
     def make_durable(self):
         """Makes the names of all outputs durable, each directory once.
@@ -5114,7 +5164,7 @@ class Batch(Patron):
 
     def ready(self):
         """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
-        if self.queue and self.queue[0].output is None and self.queue[0].number > self.shown + OUTPUTS_MAX:
+        if self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
 
@@ -5224,7 +5274,8 @@ class Batch(Patron):
             task.close()
         else:
             task.close("input", "errors")
-        self.print_outputs()
+        if self.printer:
+            self.printer.refresh()
 
     def tell_failure(self, task, exit_code, reason):
         log.status("")
@@ -5242,39 +5293,6 @@ class Batch(Patron):
             task.number, run.worker if run else "-", "%.3f" % (run.started if run else time.time()), "%10.3f" % seconds,
             sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
         write_joblog(self.joblog, line)
-
-    def print_outputs(self):
-        """With -o -: begins to print the next output, if its turn has come and it is there."""
-        while self.out and not self.printing and self.shown < len(self.tasks):
-            task = self.tasks[self.shown]
-            if task.exit_code is None:
-                return
-            if task.exit_code:
-                self.shown += 1
-            else:
-                self.printing = task
-                task.result.seek(0)
-                self.loop.on_write(self.out.polled, self.print_more)
-
-    def print_more(self):
-        """Prints as much as standard output takes now: whoever reads there may be slow.  Raises Fatal (111)."""
-        log.status("")
-        self.unprinted = self.unprinted or memoryview(self.printing.result.read(FRAME_MAX))
-        if self.unprinted:
-            try:
-                self.unprinted = self.unprinted[self.out.write(self.unprinted):]
-            except (BlockingIOError, InterruptedError):
-                pass
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.summary())) from None
-            return
-        self.loop.on_write(self.out.polled, None)
-        self.printing.close()
-        self.printing, self.shown = None, self.shown + 1
-        self.print_outputs()
-        self.fill()
 
     # The person who waits
 
@@ -7925,10 +7943,13 @@ class Relay:
 
     def __init__(self, proxy, client):
         self.proxy, self.client, self.joins = proxy, client, set()
-        self.asked = Memory(16)     # nonces of what it has announced and asked: only that is answered
+        self.asked = Memory(16)     # nonce of what it has announced or asked: the kind; only that is answered
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
-        self.heard = time.monotonic()
+        self.last_activity = time.monotonic()
         self.back.attend(self.hear, self.accept)
+
+    def client_spoke(self):
+        self.last_activity = time.monotonic()
 
     def accept(self, worker, address):
         relays = self.proxy.relays.values()
@@ -8001,14 +8022,14 @@ class Proxy:
                 relay = self.relays[client] = Relay(self, client)
             except (Fatal, OSError) as error:
                 return log.note("cannot relay %s: %s", spelled(*client), error)
-        relay.heard = time.monotonic()
+        relay.client_spoke()
         return relay
 
     def give_up_oldest(self):
         idle = [relay for relay in self.relays.values() if not relay.joins]
         if not idle:
             return False
-        self.give_up(min(idle, key=lambda relay: relay.heard))
+        self.give_up(min(idle, key=lambda relay: relay.last_activity))
         return True
 
     def give_up(self, relay):
@@ -8020,7 +8041,7 @@ class Proxy:
         for relay in list(self.relays.values()):
             for join in list(relay.joins):
                 join.check()
-            if not relay.joins and relay.heard < limit:
+            if not relay.joins and relay.last_activity < limit:
                 self.give_up(relay)
         self.loop.after(1.0, self.sweep)
 
