@@ -48,13 +48,15 @@ main_cservice, whose -s comes after ckeygen:
     Options     an applet's table of options: read, and told by -h             Option, Syntax
     Keys        the private key, what a pub holds, certificates                Key, Pub
     Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
-    Groups      where announcements go, how they are heard, answers come back  Group, Listener, ReturnPort
+    Groups      where announcements go, and how they are heard                 Group, Listener
     Event loop  descriptors, timers, signals and children                      Loop
-    Channel     TLS, frames over it, the streams of descriptors over these     Link, Source, Sink, Carrier
+    Comes back  a group's datagrams to their handler, offers and answers       ReturnPort
+    Channel     TLS, frames over it, the streams of descriptors over these     Dial, Link, Source, Sink, Carrier
     Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
-    cexec       the client: a search, then the job                             Job, Search, Run, Client
+    cexec       the search for a worker                                        Terms, Candidate, Search
+    cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
     cexec -l    who is there                                                   Survey
-    cexec -m    a batch of files, a job each                                   Task, FileRun, Batch
+    cexec -m    a batch of files, a job each                                   Task, FileRun, Printer, Batch
     cexec       the applet: its options and modes
     cservice    the worker, and the process that has a client's jobs           Worker, Offer, Supervisor
     crat        the logger, as lines or on the whole screen                    Logger, Screen
@@ -196,6 +198,25 @@ class Log:
         self.fd, self.newline, self.shown = 2, "\n", ""
         self.midline = False        # whether what was written last has not ended its line
         self.said = set()           # by once()
+
+    def hold(self, floor):
+        """Writes to a copy of descriptor 2 from now on, with a number from floor up.
+
+        A job carries 2 like any other descriptor, and closes it when the command does.
+        What is to be said after that still has to get out.
+        """
+        self.release()
+        self.fd = lifted(2, floor)
+
+    def release(self):
+        """Writes to 2 itself again: whoever reads there sees the end of file once 2 is closed."""
+        if self.fd != 2:
+            os.close(self.fd)
+            self.fd = 2
+
+    def on_raw_terminal(self, raw):
+        """Ends lines so that the next one begins at the left: a raw terminal does not do it."""
+        self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
     def once(self, message):
         """Says what it has not said before."""
@@ -883,6 +904,11 @@ def by_code(*messages):
     return {message.code: message for message in messages}
 
 
+def handler_of(owner, kind):
+    """The owner's method rcvd_NAME for a message of this kind; None if it takes none."""
+    return getattr(owner, "rcvd_" + kind.name.lower(), None)
+
+
 # Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s")   # waited, pause: ms
@@ -1003,13 +1029,13 @@ class Datagram:
         return head + self.data[DATAGRAM_HEAD.size:]
 
 
-def make_datagram(kind, pub, nonce, port, **fields):
-    """A datagram's bytes, at most 1200: the return address is the sender's own."""
-    common = COMMON.pack(application=pub.application, client=pub.name, nonce=nonce)
+def make_datagram(kind, application, name, secret, nonce, port, **fields):
+    """A datagram's bytes, at most 1200, proved by the secret of the client name: the return address is the sender's."""
+    common = COMMON.pack(application=application, client=name, nonce=nonce)
     body = common + kind.pack(**fields)
     proved = PROVED.pack(MAGIC, PROTOCOL, kind.code) + body
     head = DATAGRAM_HEAD.pack(MAGIC, PROTOCOL, kind.code, 0, bytes(16), port)
-    return head + body + mac(pub.secret, b"datagram", proved)[:MAC_SIZE]
+    return head + body + mac(secret, b"datagram", proved)[:MAC_SIZE]
 
 
 LINK_LOCAL = bytes.fromhex("fe80")  # RFC 4291, 2.5.6: and then 54 bits of zeros
@@ -1177,7 +1203,7 @@ class Words:
 
 
 # ---------------------------------------------------------------------------
-# Groups: where announcements go, how they are heard, where answers come back
+# Groups: where announcements go, and how they are heard
 # ---------------------------------------------------------------------------
 
 LINUX = sys.platform.startswith("linux")
@@ -1540,6 +1566,33 @@ def who_has(error, protocols, port):
     return " (as root, %s shows by whom)" % command
 
 
+def deliver(receive, handler, stranger=None):
+    """Calls handler(*what receive() gives) for the datagrams that have come, at most 64: others wait too.
+
+    receive() gives None when there is no more, and raises ProtocolError for what does not
+    parse.  stranger(address, an OtherVersion) is told of those who speak another version.
+    """
+    for _ in range(64):
+        try:
+            received = receive()
+            if received is None:
+                return
+            handler(*received)
+        except ProtocolError as error:
+            log.note("dropped a datagram from %s: %s", error.sender, error)
+            if stranger and isinstance(error, OtherVersion):
+                stranger(error.sender, error)
+
+
+def parsed(data, sender):
+    """The Datagram in the bytes from a sender's address.  Raises ProtocolError, which names the sender."""
+    try:
+        return Datagram(data)
+    except ProtocolError as error:
+        error.sender = sender
+        raise
+
+
 class Listener:
     """UDP sockets that hear a group on one port, beside others of the same host.
 
@@ -1605,30 +1658,10 @@ class Listener:
             address = address_of(sender)
         except OSError:
             return None
-        try:
-            datagram, (index, unicast) = Datagram(data), arrival(ancillary)
-        except ProtocolError as error:
-            error.sender = address
-            raise
+        datagram, (index, unicast) = parsed(data, address), arrival(ancillary)
         if unicast:
             self.pass_on(datagram, address)
         return datagram, datagram.address or address, index
-
-    def deliver(self, sock, handler, stranger):
-        """Calls handler(datagram, address, interface index) for what has come, at most 64: others wait too.
-
-        stranger(address, an OtherVersion) is told of those who speak another version of the protocol.
-        """
-        for _ in range(64):
-            try:
-                heard = self.receive(sock)
-                if heard is None:
-                    return
-                handler(*heard)
-            except ProtocolError as error:
-                log.note("dropped a datagram from %s: %s", error.sender, error)
-                if stranger and isinstance(error, OtherVersion):
-                    stranger(error.sender, error)
 
     def pass_on(self, datagram, sender):
         try:
@@ -1668,65 +1701,6 @@ def open_listeners(group):
     """A Listener for each port of the group.  Raises Fatal (111)."""
     ports = sorted({target.port for target in group.targets})
     return [Listener(port, [t for t in group.targets if t.port == port]) for port in ports]
-
-
-class ReturnPort:
-    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
-
-    ports are tried in turn, [0] is any.  Raises Fatal (111).
-    """
-
-    def __init__(self, ports, loop, families, address=""):
-        self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
-        for port in ports * 16 if ports == [0] else ports:
-            self.port = port
-            try:
-                for family in families:
-                    self.open(family, address)
-                return
-            except OSError as caught:
-                error = caught
-                self.close()
-        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
-                    % (error.strerror, who_has(error, "tu", self.port)))
-
-    def open(self, family, address):
-        try:
-            listener = self.loop.own(socket.socket(family, socket.SOCK_STREAM))
-        except OSError:
-            if not self.listeners:
-                raise
-            return                  # a kernel without IPv6, which is only one of two
-        self.listeners.append(listener)
-        listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(socket_address(address, self.port) if address else ("", self.port))
-        listener.listen(128)
-        self.port = listener.getsockname()[1]
-        self.udp[family] = self.loop.own(open_udp(family, address, self.port))
-
-    def attend(self, hear, accept):
-        """Has hear(UDP socket) and accept(listening socket) called when something has come."""
-        for sock in self.udp.values():
-            self.loop.on_read(sock.fileno(), functools.partial(hear, sock))
-        for listener in self.listeners:
-            self.loop.on_read(listener.fileno(), functools.partial(accept, listener))
-
-    def deafen(self):
-        """Takes no more, and leaves the port to others; datagrams can still be sent."""
-        families = list(self.udp)
-        self.close()
-        self.port = 0               # nothing comes back
-        for family in families:
-            self.udp[family] = self.loop.own(open_udp(family))
-
-    def close(self):
-        for sock in list(self.udp.values()) + self.listeners:
-            self.loop.forget(sock.fileno())
-            sock.close()
-        self.udp, self.listeners = {}, []
 
 
 # ---------------------------------------------------------------------------
@@ -1892,6 +1866,10 @@ def lifted_away(fd, floor):
     return moved
 
 
+# ---------------------------------------------------------------------------
+# What comes back: a group's datagrams, and the return port
+# ---------------------------------------------------------------------------
+
 def hear_all(loop, listeners, handler, stranger=None):
     """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
 
@@ -1899,7 +1877,8 @@ def hear_all(loop, listeners, handler, stranger=None):
     """
     for listener in listeners:
         for sock in listener.socks.values():
-            loop.on_read(sock.fileno(), functools.partial(listener.deliver, sock, handler, stranger))
+            receive = functools.partial(listener.receive, sock)
+            loop.on_read(sock.fileno(), functools.partial(deliver, receive, handler, stranger))
 
         def rejoin(listener=listener):
             if listener.join():
@@ -1912,6 +1891,82 @@ def hear_no_more(loop, listeners):
         for sock in listener.socks.values():
             loop.forget(sock.fileno())
         listener.close()
+
+
+class ReturnPort:
+    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
+
+    ports are tried in turn, [0] is any.  Raises Fatal (111).
+    """
+
+    def __init__(self, ports, loop, families, address=""):
+        self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
+        for port in ports * 16 if ports == [0] else ports:
+            self.port = port
+            try:
+                for family in families:
+                    self.open(family, address)
+                return
+            except OSError as caught:
+                error = caught
+                self.close()
+        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
+                    % (error.strerror, who_has(error, "tu", self.port)))
+
+    def open(self, family, address):
+        try:
+            listener = self.loop.own(socket.socket(family, socket.SOCK_STREAM))
+        except OSError:
+            if not self.listeners:
+                raise
+            return                  # a kernel without IPv6, which is only one of two
+        self.listeners.append(listener)
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(socket_address(address, self.port) if address else ("", self.port))
+        listener.listen(128)
+        self.port = listener.getsockname()[1]
+        self.udp[family] = self.loop.own(open_udp(family, address, self.port))
+
+    def attend(self, hear, accept, stranger=None, spare=None):
+        """Has hear(datagram, sender's address) and accept(socket, its address) called for what comes.
+
+        stranger is that of deliver().  spare() is asked to close something when there is no
+        descriptor for a connection: whether it did.
+        """
+        for sock in self.udp.values():
+            receive = functools.partial(self.receive, sock)
+            self.loop.on_read(sock.fileno(), functools.partial(deliver, receive, hear, stranger))
+        for listener in self.listeners:
+            self.loop.on_read(listener.fileno(), functools.partial(self.accept_all, listener, accept, spare))
+
+    def receive(self, sock):
+        """(Datagram, the sender's address), or None when there is no more.  Raises ProtocolError."""
+        try:
+            data, sender = sock.recvfrom(DATAGRAM_MAX + 1)
+        except OSError:
+            return None
+        return parsed(data, address_of(sender)), address_of(sender)
+
+    def accept_all(self, listener, accept, spare):
+        """Takes every connection that has come, in the order in which they came."""
+        while True:
+            try:
+                sock, peer = listener.accept()
+                sock, address = self.loop.own(sock), address_of(peer)
+            except OSError as error:
+                if error.errno == errno.EMFILE and spare and spare():
+                    continue
+                return
+            accept(sock, address)
+
+    def close(self):
+        for sock in list(self.udp.values()) + self.listeners:
+            self.loop.forget(sock.fileno())
+            sock.close()
+        self.udp, self.listeners = {}, []
 
 
 # ---------------------------------------------------------------------------
@@ -2081,8 +2136,8 @@ class Link:
         self.tls = Tls(context, server_side)
         self.reader = FrameReader()
         self.sending = memoryview(b"")              # what the socket has not taken yet
-        self.closed = self.mute = False
-        self.heard = time.monotonic()               # the last sign of life
+        self.closed = self.write_closed = False
+        self.last_activity = time.monotonic()       # the last sign of life
         self.delivery = Delivery()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2116,7 +2171,7 @@ class Link:
         except OSError as error:
             return self.fail(error.strerror)
         if count:
-            self.heard = time.monotonic()
+            self.last_activity = time.monotonic()
             self.tls.feed(self.received[:count])
             self._digest()
         else:
@@ -2164,7 +2219,7 @@ class Link:
         self._write(buffer[:FRAME_HEAD.size + size])
 
     def _write(self, frame):
-        if not self.closed and not self.mute:
+        if not self.closed and not self.write_closed:
             self.tls.write(frame)
             self.flush()
 
@@ -2181,12 +2236,12 @@ class Link:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
-                self.mute, self.sending = True, memoryview(b"")
+                self.write_closed, self.sending = True, memoryview(b"")
                 break
             self.delivery.sent += count
             self.sending = self.sending[count:]
             if was_congested:       # what was queued moves: the peer's host takes it
-                self.heard = time.monotonic()
+                self.last_activity = time.monotonic()
         if self.closed:
             return
         if was_congested != self.congested:
@@ -2194,10 +2249,18 @@ class Link:
             if was_congested:
                 self.owner.link_writable(self)
 
+    def silence(self):
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self.last_activity
+
+    def excuse_silence(self):
+        """Counts the silence from now: we did not listen."""
+        self.last_activity = time.monotonic()
+
     def check_delivery(self):
         """Takes it for a sign of life if what was queued in the kernel is on its way."""
         if self.delivery.moves(self.sock):
-            self.heard = time.monotonic()
+            self.last_activity = time.monotonic()
 
     def check_host(self):
         """Fails if the peer's host has vanished: keepalive does not run while something is not acknowledged."""
@@ -2222,7 +2285,7 @@ class Link:
         """Says that nothing more will be sent; goes on reading."""
         self.tls.close()
         self.flush()
-        self.mute = True
+        self.write_closed = True
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -2239,6 +2302,47 @@ def begin_connection(address, port):
     except OSError as caught:       # too many files; or an address of another host's making is none
         return sock, str(caught)
     return sock, None if error in (0, errno.EINPROGRESS) else os.strerror(error)
+
+
+class Dial:
+    """A connection that is being opened, with a deadline.
+
+    Calls connected(its socket, the seconds that are left until the deadline) or
+    failed(reason, unreached), once.  Whoever is called has the socket from then on.
+    unreached is false where no socket was to be had: that tells nothing of the peer.
+    """
+
+    def __init__(self, loop, address, port, seconds, connected, failed):
+        self.loop, self.connected, self.failed = loop, connected, failed
+        self.deadline = time.monotonic() + seconds
+        self.sock, error = begin_connection(address, port)
+        if error:                   # told later: whoever dials has nothing yet to be told with
+            self.timer = loop.after(0, lambda: self.fail(error))
+        else:
+            self.timer = loop.after(seconds, lambda: self.fail("no connection in %g s" % seconds))
+            loop.on_write(self.sock.fileno(), self.writable)
+
+    def writable(self):
+        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            return self.fail(os.strerror(error))
+        self.timer.cancel()
+        self.loop.forget(self.sock.fileno())
+        sock, self.sock = self.sock, None
+        self.connected(sock, max(0, self.deadline - time.monotonic()))
+
+    def fail(self, reason):
+        unreached = self.sock is not None
+        self.close()
+        self.failed(reason, unreached)
+
+    def close(self):
+        """Gives up.  What is connected already is no longer ours."""
+        self.timer.cancel()
+        if self.sock:
+            self.loop.forget(self.sock.fileno())
+            self.sock.close()
+            self.sock = None
 
 
 def unacknowledged(sock):
@@ -2359,29 +2463,36 @@ class SocketEnd(End):
             self.sock.close()
 
 
-class Held:
-    """What was read from inputs that can't be rewound, for as long as it is little."""
+class ReplayBuffer:
+    """What a job has read from inputs that cannot be rewound, so that another run can read it again.
+
+    It has a bound, for all channels together.  Once that is passed it keeps nothing more.
+    """
 
     def __init__(self, limit=HELD_MAX):
-        self.left, self.parts, self.replayed = limit, collections.defaultdict(bytearray), collections.Counter()
+        self.room, self.overflowed = limit, False
+        self.parts = collections.defaultdict(bytearray)         # channel: all that was read of it
+        self.replayed = collections.Counter()                   # channel: how much of that this run has got
 
     def read_into(self, channel, view):
-        """The number of bytes of the channel that are there to be read again, put into view."""
+        """Puts bytes of the channel that this run has not got into view; how many."""
         part = memoryview(self.parts[channel])[self.replayed[channel]:][:len(view)]
         view[:len(part)] = part
         self.replayed[channel] += len(part)
         return len(part)
 
     def keep(self, channel, view):
-        """Holds what was read for the first time; nothing at all once it is too much."""
-        self.left -= len(view)
-        if self.left >= 0:
+        """Adds what was read for the first time."""
+        self.room -= len(view)
+        if self.room >= 0:
             self.parts[channel] += view
             self.replayed[channel] += len(view)
         else:
+            self.overflowed = True
             self.parts.clear()
 
     def rewind(self):
+        """Another run begins: it gets everything from the beginning."""
         self.replayed.clear()
 
 
@@ -2412,17 +2523,17 @@ class Stream:
 class Source(Stream):
     """Reads its End while there is credit and the link has room; sends DATA, then EOF."""
 
-    def __init__(self, carrier, channel, end):
+    def __init__(self, carrier, channel, end, replay=None):
         super().__init__(carrier, channel, end)
         self.credit, self.sent = WINDOW, 0
-        self.held = None            # the Held of a job that may be run again
+        self.replay = replay        # the ReplayBuffer of a job that may be run again
         self.left = None            # once it is about to end: the most bytes to be read until then
         self.discarding = self.paused = False
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
-        if self.held:
-            self._replay()
+        if self.replay:
+            self._replay_held()
         while self.left is not None and self._wanted():
             self.readable()
         self.loop.on_read(self.end.polled, self.readable if self._wanted() else None)
@@ -2445,10 +2556,10 @@ class Source(Stream):
         self.credit -= count
         self.carrier.link.send_data(self.channel, self.carrier.buffer, count)
 
-    def _replay(self):
+    def _replay_held(self):
         """Sends what is held of the run before."""
         while self._wanted():
-            count = self.held.read_into(self.channel, self._room())
+            count = self.replay.read_into(self.channel, self._room())
             if not count:
                 break
             self._send(count)
@@ -2474,8 +2585,8 @@ class Source(Stream):
             count = 0
         if not count:
             return self.finish()
-        if self.held:
-            self.held.keep(self.channel, room[:count])
+        if self.replay:
+            self.replay.keep(self.channel, room[:count])
         self._send(count)
         if self.left is not None:
             self.left -= count
@@ -2624,10 +2735,10 @@ class Carrier:
         self.buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))
         self.sources, self.sinks = {}, {}
 
-    def carry(self, channel, end):
-        """Adds the streams of a channel for the halves that its End has."""
+    def carry(self, channel, end, replay=None):
+        """Adds the streams of a channel for the halves that its End has; replay keeps what is read."""
         if "read" in end.halves:
-            self.sources[channel] = Source(self, channel, end)
+            self.sources[channel] = Source(self, channel, end, replay)
         if "write" in end.halves:
             self.sinks[channel] = Sink(self, channel, end)
 
@@ -2636,7 +2747,7 @@ class Carrier:
             source.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
-        method = getattr(self, "rcvd_" + kind.name.lower(), None)
+        method = handler_of(self, kind)
         if method is None:
             raise ProtocolError("%s out of place" % kind)
         method(flags, channel, payload)
@@ -2690,8 +2801,8 @@ class Inherited:
 
     def __init__(self, number):
         self.number = number
-        self.flags = fcntl.fcntl(number, fcntl.F_GETFL)
-        self.status = os.fstat(number)
+        self.flags = fcntl.fcntl(number, fcntl.F_GETFL)         # O_APPEND and the like
+        self.stat = os.fstat(number)
         self.kind = self._kind()
         access = self.flags & os.O_ACCMODE
         if self.kind != SOCKET and access == os.O_RDWR:     # the other half is somebody else's: a FIFO's tokens, say
@@ -2700,7 +2811,7 @@ class Inherited:
 
     def _kind(self):
         """What it is; None for what is not carried."""
-        mode = self.status.st_mode
+        mode = self.stat.st_mode
         if self.flags & O_PATH and O_PATH:
             return None
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
@@ -2740,11 +2851,14 @@ class Inherited:
         except OSError:
             return False
 
+    def use_both_ways(self):
+        self.readable = self.writable = True
+
     def same_as(self, other):
         """Whether both numbers are one open file, or one end of a pipe: then the command gets one as well."""
         if (self.readable, self.writable) != (other.readable, other.writable):
             return False            # a terminal, once as input and once as output
-        if not os.path.samestat(self.status, other.status):
+        if not os.path.samestat(self.stat, other.stat):
             return False
         if self.kind == PIPE:       # opened twice, it is still one queue, from which the one would take the other's
             return True
@@ -2754,7 +2868,7 @@ class Inherited:
         """Whether nobody can open it any more: the readers of a FIFO come and go."""
         made = os.pipe()
         try:
-            return self.kind == PIPE and self.status.st_dev == os.fstat(made[0]).st_dev
+            return self.kind == PIPE and self.stat.st_dev == os.fstat(made[0]).st_dev
         finally:
             for fd in made:
                 os.close(fd)
@@ -2762,7 +2876,7 @@ class Inherited:
     def is_other_end_of(self, output):
         """Whether what is written to that output would be read here."""
         if self.kind == PIPE:
-            return output.kind == PIPE and self.status.st_ino and os.path.samestat(self.status, output.status)
+            return output.kind == PIPE and self.stat.st_ino and os.path.samestat(self.stat, output.stat)
         return self.kind == output.kind == SOCKET and are_peers(self.number, output.number)
 
 
@@ -2877,7 +2991,11 @@ def is_controlling(fd):
 
 
 def join_terminal(channels):
-    """Makes one channel, both ways, of all that is the first terminal among them: its members, or None."""
+    """Makes one channel, both ways, of all descriptors that are the first terminal's: its members, or None."""
+    # A shell gives 0, 1 and 2 the same terminal, but not always as one open file: after 2>/dev/tty it
+    # is opened twice, under two names.  The command gets one terminal, which has all these numbers.
+    # Two names are one terminal if the device is the same; /dev/tty has a device of its own, and is
+    # the same as another name if both control this session.  A second terminal stays what it is.
     found = [members for members in channels.values() if members[0].kind == TERMINAL]
     if not found:
         return None
@@ -2885,10 +3003,10 @@ def join_terminal(channels):
     joined = []
     for members in found:
         item = members[0]
-        if item.status.st_rdev == first.status.st_rdev or is_controlling(item.number) and is_controlling(first.number):
+        if item.stat.st_rdev == first.stat.st_rdev or is_controlling(item.number) and is_controlling(first.number):
             joined += channels.pop(item.number)
     for item in joined:
-        item.readable = item.writable = True
+        item.use_both_ways()
     joined.sort(key=lambda item: item.number)
     channels[joined[0].number] = joined
     return joined
@@ -2943,8 +3061,8 @@ def fill_standard():
                 os.close(null)
 
 
-def retire(numbers):
-    """Closes descriptors for everybody who waits on them, and keeps the numbers taken."""
+def replace_with_null(numbers):
+    """Closes descriptors, so that the other end sees it, and keeps their numbers: nothing of ours may land there."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in numbers:
         os.dup2(null, number, False)
@@ -2962,13 +3080,14 @@ def opened_again(item):
         return os.open(os.ttyname(item.number), flags)
 
 
-def local_end(members, halves, floor):
+def local_end(members, halves, floor, signalled=None):
     """An End for one channel of inherited descriptors.
 
-    Nobody else's O_NONBLOCK is changed: pipes and terminals are opened again, a terminal by its
-    name where /proc does not do it; a pipe is then written to with patience.  A regular
-    file would then begin at offset 0, so it is used as it is, and kept open for its
-    offset to be put right at the end.
+    O_NONBLOCK belongs to the open file, which other processes share: it is not changed.
+    Pipes and terminals are opened again instead, a terminal by its name where /proc does not
+    do it.  What cannot be opened again is written with patience.  A regular file opened
+    again would begin at offset 0: it is used as it is, and stays open until the end, when
+    its offset is put right.
     """
     item = members[0]
     number, numbers = item.number, [member.number for member in members]
@@ -2977,39 +3096,45 @@ def local_end(members, halves, floor):
     if item.kind == FILE:
         return End(number, number, lambda: None, halves)
     if item.kind == SOCKET:
-        return SocketEnd(number, number, lambda: retire(numbers), halves)
+        return SocketEnd(number, number, lambda: replace_with_null(numbers), halves)
     if item.kind == DEVICE:
-        return End(number, number, lambda: retire(numbers), halves)
+        return End(number, number, lambda: replace_with_null(numbers), halves)
     if item.kind == TERMINAL and len(halves) == 2:
-        return open_terminal(number, floor)
+        return open_terminal(number, floor, signalled)
     try:
-        opened = opened_again(item)
+        fd = lifted_away(opened_again(item), floor)
     except OSError:                 # another user's
-        end = End(number, number, lambda: retire(numbers), halves)
-        end.patient = True
-    else:
-        fd = lifted_away(opened, floor)
-        end = End(fd, number, lambda: (retire(numbers), os.close(fd)), halves)
-        if item.kind == PIPE and halves == ["read"]:
-            enlarge(fd)             # 64 KiB at a time would cost a fifth of the speed
-    end.terminal, end.watched = item.kind == TERMINAL, item.is_nameless_pipe()
-    return end
+        return SharedEnd(item, number, lambda: replace_with_null(numbers), halves)
+    if item.kind == PIPE and halves == ["read"]:
+        enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
+    return SharedEnd(item, fd, lambda: (replace_with_null(numbers), os.close(fd)), halves)
+
+
+class SharedEnd(End):
+    """A pipe or a terminal that other processes may have open too."""
+
+    def __init__(self, item, fd, release, halves):
+        super().__init__(fd, item.number, release, halves)
+        self.patient = fd == item.number        # it could not be opened again, and so it may block
+        self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
 class TerminalEnd(End):
-    """The client's terminal while a command has it: raw, from raw() until restore() or the end of this process.
+    """A terminal of which an applet has the whole, from take() until restore() or the end of this process.
 
-    What is typed is the command's, signals too, but for ssh's escapes at the beginning of a line.
+    cexec -t makes it raw: every key is a byte for the command, but for ssh's escapes at the
+    beginning of a line.  signalled(number) is called for the escape that hangs up.
     """
 
     terminal = True
     HELP = "\r\nafter Enter: ~. hang up, ~^Z suspend cexec, ~~ a tilde, ~? this help\r\n"
 
-    def __init__(self, fd, number):
+    def __init__(self, fd, number, signalled=None):
         super().__init__(fd, number, self.restore, ["read", "write"])
-        self.saved = None           # while it is raw: the modes to go back to
+        self.patient = fd == number             # it could not be opened again, and so it may block
+        self.saved = None           # while it is taken: the modes to go back to
         self.at = "start"           # of a line; or after a "tilde" there, which is held back; or "within" one
-        self.signalled = None       # to be called for escapes that are as good as a signal
+        self.signalled = signalled
 
     def size(self):
         """Its lines and columns, as RESIZE has them; 0 where they are not known."""
@@ -3019,23 +3144,29 @@ class TerminalEnd(End):
             lines = columns = 0
         return {"lines": lines, "columns": columns}
 
-    def raw(self):
-        """Makes every key a byte.  In the background it stops us instead: to be called again after CONT."""
+    def take(self, raw=True):
+        """Makes it raw, or only without echo and lines; whether we have it now.  Raises OSError.
+
+        In the background this process stops instead: after CONT this is to be called again.
+        """
         import termios
         import tty
         if not self.may_read():
-            return os.kill(0, signal.SIGTTOU)       # as tcsetattr would, where we could not hear of TERM
+            os.kill(0, signal.SIGTTOU)          # tcsetattr would do it too, and then we would not hear of TERM
+            return False
         try:
             self.saved = self.saved or termios.tcgetattr(self.fd)
-            tty.setraw(self.fd, termios.TCSANOW)
+            (tty.setraw if raw else tty.setcbreak)(self.fd, termios.TCSANOW)
         except termios.error as error:
-            return log.note("the terminal stays as it is: %s", error.args[1])
-        log.newline = "\r\n" if os.isatty(log.fd) else "\n"
+            raise OSError(*error.args) from None
+        log.on_raw_terminal(raw)
+        return True
 
     def restore(self):
         """Puts it back to how it was, unless it is a shell's or another job's by now."""
         import termios
-        saved, self.saved, log.newline = self.saved, None, "\n"
+        saved, self.saved = self.saved, None
+        log.on_raw_terminal(False)
         if saved and self.may_read():
             try:
                 termios.tcsetattr(self.fd, termios.TCSANOW, saved)
@@ -3083,15 +3214,13 @@ class TerminalEnd(End):
         return True
 
 
-def open_terminal(number, floor):
+def open_terminal(number, floor, signalled=None):
     """A TerminalEnd for a descriptor that is a terminal, opened again if that may be done."""
     try:
         fd = lifted_away(os.open(PROC_FD % number, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), floor)
     except OSError:                 # another user's: su has been here
         fd = number
-    end = TerminalEnd(fd, number)
-    end.patient = fd == number
-    return end
+    return TerminalEnd(fd, number, signalled)
 
 
 # What of a terminal's modes is carried: the place in tcgetattr's list, and names of termios(3)
@@ -3253,6 +3382,45 @@ def end_sessions(loop, sessions, group, over):
     look()
 
 
+# A file is written beside its name, and gets that only when it is whole: keys, and a batch's outputs.
+
+def name_part(file, part, path, replace=True):
+    """Gives an open file, which is at part, the name path, once all of it is on the disk.  Raises OSError.
+
+    Without replace another file of that name is left alone: FileExistsError.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    os.close(os.dup(file.fileno()))     # NFS may tell at a close; one of the file itself would end its lock too soon
+    if not replace:
+        claim_name(part, path)
+    if replace or os.path.lexists(part):
+        os.rename(part, path)
+
+
+def claim_name(part, path):
+    """Takes a name that no other file has, as rename(2) cannot; the file is there already, or an empty one.
+
+    That is where there are no hard links (FAT, and some file systems over a network): the
+    rename is still to be done.  Raises OSError.
+    """
+    try:
+        os.link(part, path)
+        os.unlink(part)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def drop_part(part):
+    """Removes what did not get its name, if it is there."""
+    try:
+        os.unlink(part)
+    except OSError:
+        pass
+
+
 # keyctl(2) by machine and the size of a pointer, for which Python has no name
 KEYCTL = {("x86_64", 8): 250, ("x86_64", 4): 288, ("i686", 4): 288, ("aarch64", 8): 219, ("aarch64", 4): 311,
           ("armv7l", 4): 311, ("riscv64", 8): 219, ("ppc64le", 8): 271, ("s390x", 8): 280}
@@ -3298,17 +3466,24 @@ def system_load():
 
 
 # ---------------------------------------------------------------------------
-# cexec, the client
+# cexec: the search
 # ---------------------------------------------------------------------------
+#
+# A Search finds a worker for a patron: a Client, which has one job, or a Batch, which has many.
+#
+#   patron.next_job(search)              the job for the worker that offers, or None if there is none left
+#   patron.put_back(job)                 that worker was lost before GO: nothing has run
+#   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's
+#   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
+#
+# A job is a Job or a Task.  Its job_fields() are what send_job() sends.
 
 class Terms:
     """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets."""
 
-    batch = NO_BATCH                # the id that the searches of a batch have in common
-    progress = False                # whether cexec -p shows how far it is
-
-    def __init__(self, environment, arguments=()):
+    def __init__(self, environment, arguments=(), batch=NO_BATCH):
         self.environment, self.arguments = environment, arguments
+        self.batch = batch          # the id that all searches of a batch have in common
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
@@ -3319,12 +3494,12 @@ class Terms:
         self.ports = listen_ports()
 
     def job_fields(self):
-        """What send_job() sends: here without descriptors and terminal."""
+        """What send_job() sends, without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
-    def objection(self, hello):
-        """Why the worker of a HELLO can't do what is wanted; None if it can."""
+    def unfit(self, hello):
+        """Why the worker of a HELLO cannot do what is wanted; None if it can."""
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
@@ -3332,82 +3507,18 @@ class Terms:
         return None
 
 
-class Job(Terms):
-    """What the user wants done: the descriptors besides."""
+def parse_words(words):
+    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
 
-    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False):
-        super().__init__(environment, arguments)
-        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
-        self.repeat = repeat
-        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
-                              "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
-        self.channels = inherited_channels(self.limit)
-        make_room(self.limit + len(self.channels) + 16)     # one more each, and what finds a worker
-        self.terminal = None        # the TerminalEnd of -t
-        joined = join_terminal(self.channels) if terminal else None
-        if terminal and not joined:
-            log.say("-t: no descriptor is a terminal here, and so the command has none")
-        self.empty = {channel for channel in self.channels
-                      if empty == "all" or empty and self.has_number(channel, whole(empty))}
-        if joined and joined[0].number in self.empty:
-            raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
-        if self.report >= 0:
-            try:
-                os.fstat(self.report)
-            except OSError as error:
-                raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
-
-    def tell(self, code, word, worker="-", seconds=0.0):
-        """The status line for CEXEC_FD_FOR_ERRORS."""
-        if self.report >= 0:
-            line = "worker=%s seconds=%.3f status=%d %s\n" % (worker, seconds, code, printable(word))
-            try:
-                os.write(self.report, line.encode())
-            except OSError as error:
-                log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
-
-    def open_ends(self, floor):
-        """What the job reads and writes here, for every run of it."""
-        self.ends = {}
-        for channel, members in self.channels.items():
-            halves = ["read"] * members[0].readable + ["write"] * members[0].writable
-            self.ends[channel] = local_end(members, halves, floor)
-            if isinstance(self.ends[channel], TerminalEnd):
-                self.terminal = self.ends[channel]
-                at_end.append(self.terminal.restore)
-        self.origins = {channel: Origin(members[0]) for channel, members in self.channels.items()}
-
-    def has_number(self, channel, number):
-        return number in [member.number for member in self.channels[channel]]
-
-    def reopen(self, channel):
-        """Makes an End fit for another run: an input that has ended is at its end there as well."""
-        end, item = self.ends[channel], self.channels[channel][0]
-        if item.kind == FILE and item.readable:
-            self.ends[channel] = FileEnd(item.number, self.origins[channel].offset)
-        elif item.kind == FILE or not end.halves:
-            halves = ["read"] * item.readable + ["write"] * item.writable
-            self.ends[channel] = End(item.number, item.number, lambda: None, halves)
-
-    def rows(self):
-        """JOB's rows: a number of the command's, its channel, flags."""
-        rows = []
-        for channel, members in sorted(self.channels.items()):
-            item = members[0]
-            flags = FLAG_INPUT * item.readable | FLAG_OUTPUT * item.writable
-            flags |= FLAG_COUNTED * (item.kind == FILE and item.readable)
-            if item.readable and item.writable:
-                flags |= FLAG_TERMINAL if item.kind == TERMINAL else FLAG_SOCKET
-            rows += [(member.number, channel, flags) for member in members]
-        return rows
-
-    def job_fields(self):
-        fields = dict(super().job_fields(), descriptors=self.rows())
-        if self.terminal:
-            term = os.environ.get("TERM", "")
-            fields.update(self.terminal.size(), term=term if is_name(term) else "dumb",
-                          modes=terminal_modes(self.terminal.fd))
-        return fields
+    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
+    """
+    count = next((place for place, word in enumerate(words)
+                  if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
+    variables = [os.fsencode(word) for word in words[:count]]
+    arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
+    if words_size(variables + arguments) > WORDS_MAX:
+        raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+    return variables, arguments
 
 
 def parse_ports(text):
@@ -3456,14 +3567,17 @@ def address_filter(accept, reject):
 
 
 class Candidate:
-    """A connection from somebody who offers to do the job.
+    """A worker's connection: it offers to do the job.
 
-    CONNECTED --certificate pinned, HELLO for this job--> READY --we chose it--> ASKED
+    CONNECTED --right certificate, HELLO for this job--> READY --we send AUTH, JOB--> ASKED
     """
+
+    EXPECTED = {"CONNECTED": (HELLO,), "READY": (), "ASKED": (ACCEPT, PONG, REFUSE)}
 
     def __init__(self, search, sock, address):
         self.search, self.address = search, address
         self.state, self.hello, self.ready_at = "CONNECTED", None, 0.0
+        self.unconfirmed = 0        # WORDS that the worker has not answered with PONG
         self.link = Link(search.loop, sock, search.context, self)
         self.timer = search.loop.after(OFFER_SECONDS, self.silent)
         self.link.start()
@@ -3476,54 +3590,56 @@ class Candidate:
             raise ProtocolError("wrong certificate")
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if kind is HELLO and self.state == "CONNECTED":
-            self.rcvd_hello(payload)
-        elif kind is ACCEPT and self.state == "ASKED":
-            self.search.won(self)
-        elif kind is PONG and self.state == "ASKED":
-            self.rcvd_pong()
-        elif kind is REFUSE and self.state == "ASKED":
-            self.search.refused(self, payload.reason)
-            link.fail("refused: " + payload.reason)
-        else:
+        if kind not in self.EXPECTED[self.state]:
             raise ProtocolError("%s out of place" % kind)
+        handler_of(self, kind)(payload)
 
     def rcvd_hello(self, hello):
         if hello.version != PROTOCOL:
             raise OtherVersion(hello.version)
         if len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
-        if not is_address(hello.address):       # it is in what we say, to programs too
+        if not is_address(hello.address):       # messages for people and programs contain it
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
             return self.link.fail("an offer that we do not take")
-        objection = self.search.job.objection(hello)
-        if objection:
-            self.search.object("worker %s %s" % (hello.address, objection))
-            return self.link.fail(objection)
+        unfit = self.search.terms.unfit(hello)
+        if unfit:
+            self.search.found_unfit("worker %s %s" % (hello.address, unfit))
+            return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
         self.state, self.hello, self.ready_at = "READY", hello, time.monotonic()
-        self.search.answered = time.monotonic()
+        self.search.worker_answered()
         self.search.choose()
 
     def ask(self, secret, job_fields):
-        """Proves who we are, and what the job is."""
+        """Proves who we are, and says what the job is."""
         self.state = "ASKED"
         self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
-        self.unanswered = send_job(self.link, **job_fields)
+        self.unconfirmed = send_job(self.link, **job_fields)
 
-    def rcvd_pong(self):
-        """Some more of the job's words have arrived, however slowly."""
-        self.unanswered -= 1
-        if self.unanswered < 0:
+    def rcvd_pong(self, payload):
+        """Some more of the job's words have arrived: a slow link has more time for the rest."""
+        self.unconfirmed -= 1
+        if self.unconfirmed < 0:
             raise ProtocolError("PONG out of place")
         self.timer.cancel()
         self.timer = self.search.loop.after(OFFER_SECONDS, self.silent)
-        self.search.answered = time.monotonic()
+        self.search.worker_answered()
+
+    def rcvd_accept(self, payload):
+        """The job begins: GO commits it, and the link goes to the patron."""
+        self.timer.cancel()
+        self.link.send(GO)
+        self.search.won(self)
+
+    def rcvd_refuse(self, payload):
+        self.search.refused(self, payload.reason)
+        self.link.fail("refused: " + payload.reason)
 
     def link_writable(self, link):
-        pass                        # nothing waits for it before GO: the link sends a job's words as it can
+        pass                        # before GO nothing waits for it: the link queues a job's words itself
 
     def link_lost(self, link, reason, violation):
         self.search.dropped(self, reason, violation)
@@ -3533,53 +3649,8 @@ class Candidate:
         self.link.close()
 
 
-class Origin:
-    """Where a descriptor stood before the job, so that the job can be run again from there."""
-
-    def __init__(self, item):
-        self.item, self.number = item, item.number
-        self.file = item.kind == FILE
-        if self.file:
-            self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
-
-    def objection(self, source, sink, held):
-        """Why a run so far can't be made invisible; None if it can.  source or sink may be None."""
-        if self.file:
-            if sink and sink.written and not self.can_cut(sink.written):
-                return "the file on descriptor %d cannot be cut back" % self.number
-        elif source and held.left < 0:
-            return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
-        elif sink and sink.written:
-            return "descriptor %d was written to" % self.number
-        elif source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
-            return "descriptor %d was closed" % self.number
-        elif sink and sink.state not in (OPEN, ENDING):
-            return "descriptor %d was closed" % self.number
-        return None
-
-    def can_cut(self, written):
-        """Whether a file that began at its end is now exactly what it was and our bytes."""
-        now = self.offset + written
-        return (not self.item.flags & os.O_APPEND and self.offset == self.size and
-                os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
-
-    def advance(self, count):
-        """Moves the offset of a regular file that is input over what the command has taken of it."""
-        if self.file and count:
-            try:
-                os.lseek(self.number, self.offset + count, os.SEEK_SET)
-            except OSError as error:            # a file of /proc or the like
-                log.note("descriptor %d: %s", self.number, error.strerror)
-
-    def restore(self, sink):
-        """Puts a regular file that is output back to how it was.  Raises OSError."""
-        if self.file and sink and sink.written:
-            os.ftruncate(self.number, self.size)
-            os.lseek(self.number, self.offset, os.SEEK_SET)
-
-
 class Avoided:
-    """The workers that are not asked: for good, or for seconds, which double with each time that one refuses."""
+    """The workers that are not asked: for ever, or for seconds, which double each time that one refuses."""
 
     def __init__(self):
         self.until, self.seconds = {}, {}           # worker_id: a time of ours; for how long the last time
@@ -3602,25 +3673,46 @@ TCP_BLOCKED = ("the workers answer, but their connections do not arrive: let TCP
                "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
 
 
-class Search:
-    """Announces a job until a worker has accepted it; then calls begin(the Candidate)."""
+@functools.lru_cache(None)
+def client_context():
+    """The TLS settings of all searches of this process.  Raises Fatal."""
+    return tls_context()
 
-    def __init__(self, loop, group, pub, job, begin, avoid):
-        self.loop, self.group, self.pub, self.job, self.begin = loop, group, pub, job, begin
+
+class Search:
+    """Announces a job until a worker has accepted it, then calls patron.begin().
+
+    quiet: somebody else tells the person at the terminal what we wait for.
+    """
+
+    def __init__(self, loop, group, pub, terms, patron, avoid, quiet):
+        self.loop, self.group, self.pub, self.terms = loop, group, pub, terms
+        self.patron, self.quiet = patron, quiet
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
         self.candidates, self.avoid, self.complained = [], avoid, set()
         self.offers = self.attempt = 0
-        self.context = self.asked = None
-        self.back = ReturnPort(job.ports, loop, group.families())
-        self.began = self.answered = time.monotonic()
-        self.ahead = None           # clients before us in a line, the last we heard
-        self.stranger = None        # what we heard of a worker of another version
-        self.told = ""              # to the person who waits
+        self.context = None
+        self.asked = self.job = None                # the Candidate that was sent a job, and that job
+        self.back = ReturnPort(terms.ports, loop, group.families())
+        self.began = self.last_answer = time.monotonic()
+        self.ahead = None           # clients before us in a line, by the last BUSY
+        self.stranger = None        # which worker speaks another version, and which
+        self.told = ""              # what the terminal shows
         self.refusal = None         # what the last worker said that refused the job
-        self.objection, self.busy = None, 0.0       # why a worker can't do it; when another was BUSY, which may yet
+        self.unfit = self.unfit_timer = None        # why a worker cannot do the job; another may
+        self.last_busy = 0.0        # when a worker said BUSY, which may be able to
         self.not_allowed = set()    # addresses of workers that answered, and may not
         self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
+
+    def start(self):
+        """Announces the job, and then takes offers.
+
+        ssl takes long to import.  So that comes after the announcement: workers answer meanwhile.
+        """
+        self.announce()
+        self.context = client_context()
+        self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
     def pause(self):
         """The seconds until the next announcement, a quarter less or more."""
@@ -3629,149 +3721,131 @@ class Search:
 
     def announce(self):
         now = time.monotonic()
-        accept, wait = self.job.accept_seconds, self.job.wait_seconds
-        if accept and self.ahead is not None:           # in a line we hear that seldom
+        accept, wait = self.terms.accept_seconds, self.terms.wait_seconds
+        if accept and self.ahead is not None:           # a worker with a line says BUSY that seldom
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
-        if accept and now - self.answered > accept or wait and now - self.began > wait:
-            return self.give_up(*(self.objection, EXIT_USAGE) if self.objection else (self.complaint(now),))
+        if accept and now - self.last_answer > accept or wait and now - self.began > wait:
+            message, code = (self.unfit, EXIT_USAGE) if self.unfit else (self.complaint(now), EXIT_TEMPORARY)
+            return self.patron.not_found(self, message, code)
         self.attempt += 1
         self.tell()
         pause = self.pause()
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000),
-                         pause=u32(pause * 1250), batch=self.job.batch)
+                         pause=u32(pause * 1250), batch=self.terms.batch)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
     def waits(self):
-        """What it waits for, once there is something to be said of that."""
+        """What the search waits for; "" in its first seconds."""
         if self.ahead is not None:
             return "in line, %d ahead" % self.ahead
         late = time.monotonic() - self.began >= SILENT_SECONDS
         return "looking for a worker (cexec -l finds out more)" if late else ""
 
     def tell(self):
-        """Tells a terminal, in a line that goes when the job begins."""
+        """Tells a terminal what the search waits for, in a line that goes when the job begins."""
         text = self.waits()
-        quiet = log.verbose or self.job.progress
+        quiet = log.verbose or self.quiet
         if text != self.told and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
             self.told = text
             log.status(text)
 
-    def give_up(self, message, code=EXIT_TEMPORARY):
-        raise Fatal(code, message)
-
     def complaint(self, now):
+        """Why no worker was found."""
         if self.blocked:
             return "no worker reached us in %d s: %s" % (now - self.began, TCP_BLOCKED)
         if self.refusal:
             return "no worker took the job in %d s: %s" % (now - self.began, self.refusal)
         if self.ahead is not None:
             return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
+        silence = now - self.last_answer
         if self.not_allowed:
             return ("%d of the workers answered in %d s and were not allowed (CEXEC_ACCEPT_SERVER, "
-                    "CEXEC_REJECT_SERVERS): %s" % (len(self.not_allowed), now - self.answered,
+                    "CEXEC_REJECT_SERVERS): %s" % (len(self.not_allowed), silence,
                                                    ", ".join(sorted(self.not_allowed)[:8])))
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
             hint = self.stranger or "is cservice running with this key?"
-        return ("no worker answered in %d s on %s (%s): cexec -l finds out more"
-                % (now - self.answered, self.group.text, hint))
-
-    def listen(self):
-        """Begins to take offers: not before ssl is there to take them."""
-        self.context = self.tls()
-        self.back.attend(self.hear, self.accept)
-
-    def tls(self):
-        return tls_context()
+        return "no worker answered in %d s on %s (%s): cexec -l finds out more" % (silence, self.group.text, hint)
 
     def send(self, kind, **fields):
-        return self.group.send(self.back.udp, make_datagram(kind, self.pub, self.nonce, self.back.port, **fields))
+        pub = self.pub
+        return self.group.send(self.back.udp, make_datagram(kind, pub.application, pub.name, pub.secret,
+                                                            self.nonce, self.back.port, **fields))
 
-    def hear(self, sock):
-        """BUSY: somebody has us in a line."""
-        address = "nobody"
-        try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            address = address_of(peer)
-            datagram = Datagram(data)
-        except (OSError, ProtocolError) as error:
-            if isinstance(error, OtherVersion):
-                self.stranger = "%s speaks %s" % (address, error)
-            return log.note("dropped a datagram from %s: %s", address, error)
-        if datagram.kind is not BUSY or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
+    # Answers in datagrams: BUSY
+
+    def worker_answered(self):
+        """A worker of ours is there, and the search waits on."""
+        self.last_answer = time.monotonic()
+
+    def hear_stranger(self, address, error):
+        self.stranger = "%s speaks %s" % (address, error)
+
+    def hear(self, datagram, address):
+        handler = handler_of(self, datagram.kind)
+        if not handler or datagram.nonce != self.nonce or not datagram.proved_by(self.pub.secret):
             return log.note("dropped %r", datagram)
+        handler(datagram, address)
+
+    def rcvd_busy(self, datagram, address):
+        """A worker has us in its line, or its connections to us fail."""
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
             return log.note("dropped %r: an old one", datagram)
         if not self.allows(address):
             return
         if datagram.body.failures:
             return self.not_reached(address)
-        self.answered = self.busy = time.monotonic()
-        self.ahead = datagram.body.ahead
+        self.worker_answered()
+        self.last_busy, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
         self.tell()
 
     def allows(self, address):
         """Whether this worker may do the job."""
-        allowed = self.job.may_offer(address)
+        allowed = self.terms.may_offer(address)
         if not allowed:
             log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
             self.not_allowed.add(address)
         return allowed
 
     def not_reached(self, address):
-        """A worker says that its connections to us fail, which is no answer if nobody's arrive."""
+        """A worker says that its connections to us fail: a firewall blocks us, if no other worker's arrives."""
         log.note("connections of %s to us fail", address)
         if not self.arrived:
             self.blocked = True
-            self.loop.after(1.0, self.say_blocked)      # we may have been stopped, and be about to take one
+            self.loop.after(1.0, self.say_blocked)      # this process may have been stopped: one may arrive now
 
     def say_blocked(self):
         if self.blocked:
             log.once(TCP_BLOCKED)
 
-    def object(self, objection):
-        """A worker can't do the job whatever happens: another may, which has a second to offer."""
-        if not self.objection:
-            self.timer_of_objection = self.loop.after(OBJECTION_SECONDS, self.insist)
-        self.objection = objection
+    # Offers
+
+    def found_unfit(self, why):
+        """A worker cannot do the job, now or later.  Another may, and has a second to offer."""
+        if not self.unfit:
+            self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
+        self.unfit = why
 
     def insist(self):
-        """Gives up, unless there is a line: who is ahead in that, and what its worker takes, only time tells."""
-        if not self.asked and time.monotonic() - self.busy > BUSY_SECONDS + 2:
-            return self.give_up(self.objection, EXIT_USAGE)
+        """Gives up, unless a worker has us in its line: whether that one can do the job, its offer will tell."""
+        if not self.asked and time.monotonic() - self.last_busy > BUSY_SECONDS + 2:
+            return self.patron.not_found(self, self.unfit, EXIT_USAGE)
         if not self.asked:
-            log.once(self.objection + "; waits for one that is busy")
-        self.timer_of_objection = self.loop.after(OBJECTION_SECONDS, self.insist)
+            log.once(self.unfit + "; waits for one that is busy")
+        self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
-    def refused(self, candidate, reason):
-        """REFUSE: an answer of a worker that has a trouble, which may be over in a moment."""
-        self.avoid.for_now(candidate.hello.worker_id)
-        self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
-        self.answered = time.monotonic()
-
-    def accept(self, listener):
-        """Takes every connection that has come, in the order in which they came."""
-        while True:
-            try:
-                sock, peer = listener.accept()
-                address = address_of(peer)
-                sock = self.loop.own(sock)
-            except OSError as error:
-                if error.errno == errno.EMFILE and self.drop_quiet(8):
-                    continue        # that is a flood, too
-                return
-            self.arrived, self.blocked = True, False
-            if not self.allows(address):
-                sock.close()
-                continue
-            self.offers += 1
-            if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
-                sock.close()
-                continue
-            self.candidates.append(Candidate(self, sock, address))
+    def accept(self, sock, address):
+        """A worker has connected."""
+        self.arrived, self.blocked = True, False
+        if not self.allows(address):
+            return sock.close()
+        self.offers += 1
+        if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
+            return sock.close()
+        self.candidates.append(Candidate(self, sock, address))
 
     def drop_quiet(self, count):
         """Drops the oldest connections that have said nothing; how many there were."""
@@ -3782,9 +3856,9 @@ class Search:
         return len(quiet)
 
     def choose(self):
-        """Asks the earliest offer; a later one only when that is slow to say HELLO.
+        """Asks the earliest offer; a later one only when the earliest is slow to say HELLO.
 
-        The order in which offers came is that of the workers' loads.
+        Offers come in the order of the workers' loads.
         """
         ready = [c for c in self.candidates if c.state == "READY"]
         if self.asked or not ready:
@@ -3796,22 +3870,33 @@ class Search:
             self.loop.after(wait, self.choose)
 
     def ask(self, candidate):
-        self.asked = candidate
-        candidate.ask(self.pub.secret, self.job_for(candidate))
+        job = self.patron.next_job(self)
+        if job:
+            self.asked, self.job = candidate, job
+            candidate.ask(self.pub.secret, job.job_fields())
 
-    def job_for(self, candidate):
-        return self.job.job_fields()
+    def take_job(self):
+        """The job that a worker was asked to do, which is no longer ours; None if none was."""
+        job, self.asked, self.job = self.job, None, None
+        return job
+
+    def refused(self, candidate, reason):
+        """This worker has a trouble, which may be over in a moment."""
+        self.avoid.for_now(candidate.hello.worker_id)
+        self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
+        self.worker_answered()
 
     def dropped(self, candidate, reason, violation):
+        """An offer's connection has ended before GO."""
         log.note("offer from %s: %s", candidate.address, reason)
         candidate.close()
         if candidate in self.candidates:
             self.candidates.remove(candidate)
         if self.asked is candidate:
-            self.asked = None
+            self.patron.put_back(self.take_job())
         if violation:
             if isinstance(violation, OtherVersion):
-                self.stranger = "%s speaks %s" % (candidate.address, reason)
+                self.hear_stranger(candidate.address, violation)
             self.offers -= 1
             if candidate.address not in self.complained and len(self.complained) < 16:
                 self.complained.add(candidate.address)
@@ -3819,6 +3904,7 @@ class Search:
         self.choose()
 
     def complain(self, candidate, reason):
+        """ALERT: somebody answered our announcement and broke the protocol."""
         hello = candidate.hello
         self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
                   worker_id=hello.worker_id if hello else bytes(8), status=0,
@@ -3826,38 +3912,219 @@ class Search:
                   reason=cut(reason, 400))
 
     def won(self, candidate):
-        """ACCEPT: the job is committed with GO, and everybody else may forget it."""
-        candidate.link.send(GO)
-        candidate.timer.cancel()
+        """GO was sent: CLAIM tells all other workers that they may forget the job."""
         self.candidates.remove(candidate)
         self.avoid.forgive(candidate.hello.worker_id)
+        job = self.take_job()
         self.end()
-        self.begin(candidate)
+        self.patron.begin(self, candidate, job)
 
     def end(self):
-        """No more announcements and offers, whether served or given up."""
+        """No more announcements and offers: the job is served, or given up."""
         if self.told:
             log.status("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
-        if self.objection:
-            self.timer_of_objection.cancel()
+        if self.unfit_timer:
+            self.unfit_timer.cancel()
         for candidate in self.candidates:
             candidate.close()
         self.candidates = []
-        self.back.deafen()
+        job = self.take_job()
+        if job:
+            self.patron.put_back(job)
+        self.back.close()
 
 
-class Served(Carrier):
-    """A job after GO at the client: what a command's and that of one file of a batch have in common."""
+# ---------------------------------------------------------------------------
+# cexec: the job
+# ---------------------------------------------------------------------------
+#
+# After GO the job runs at a worker.  When that worker is lost, a Client and a Batch do the same:
+#
+#   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
+#                               '-- a text ----------------------> Patron.failed(run, reason, text)
 
-    def __init__(self, loop, link, hello, silence_seconds):
-        super().__init__(loop, link)
-        self.hello, self.worker, self.silence_seconds = hello, hello.address, silence_seconds
-        self.exit = self.trouble = None
+class Job(Terms):
+    """What the user wants done, with the descriptors of this process."""
+
+    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False):
+        super().__init__(environment, arguments)
+        self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
+        self.repeat = repeat
+        self.progress = progress    # whether cexec -p shows how far it is
+        self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
+                              "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
+        self.channels = inherited_channels(self.limit)
+        make_room(self.limit + len(self.channels) + 18)     # one more each, and what finds a worker
+        self.terminal = None        # the TerminalEnd of -t
+        joined = join_terminal(self.channels) if terminal else None
+        if terminal and not joined:
+            log.say("-t: no descriptor is a terminal here, and so the command has none")
+        self.empty = {channel for channel in self.channels
+                      if empty == "all" or empty and self.has_number(channel, whole(empty))}
+        if joined and joined[0].number in self.empty:
+            raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
+        self.replay = None          # the ReplayBuffer, if the job may be run again
+        self.losses, self.told_to_end = 0, False
+        if self.report >= 0:
+            try:
+                os.fstat(self.report)
+            except OSError as error:
+                raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
+
+    def tell(self, code, word, worker="-", seconds=0.0):
+        """Writes the line for CEXEC_FD_FOR_ERRORS."""
+        if self.report >= 0:
+            line = "worker=%s seconds=%.3f status=%d %s\n" % (worker, seconds, code, printable(word))
+            try:
+                os.write(self.report, line.encode())
+            except OSError as error:
+                log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
+
+    def open_ends(self, floor, signalled):
+        """Opens what the job reads and writes here, for every run of it; signalled is for the TerminalEnd."""
+        self.ends = {}
+        for channel, members in self.channels.items():
+            halves = ["read"] * members[0].readable + ["write"] * members[0].writable
+            self.ends[channel] = local_end(members, halves, floor, signalled)
+            if isinstance(self.ends[channel], TerminalEnd):
+                self.terminal = self.ends[channel]
+                at_end.append(self.terminal.restore)
+        self.positions = {channel: SavedPosition(members[0]) for channel, members in self.channels.items()}
+
+    def has_number(self, channel, number):
+        return number in [member.number for member in self.channels[channel]]
+
+    def rows(self):
+        """JOB's rows: a number of the command's, its channel, flags."""
+        rows = []
+        for channel, members in sorted(self.channels.items()):
+            item = members[0]
+            flags = FLAG_INPUT * item.readable | FLAG_OUTPUT * item.writable
+            flags |= FLAG_COUNTED * (item.kind == FILE and item.readable)
+            if item.readable and item.writable:
+                flags |= FLAG_TERMINAL if item.kind == TERMINAL else FLAG_SOCKET
+            rows += [(member.number, channel, flags) for member in members]
+        return rows
+
+    def job_fields(self):
+        fields = dict(super().job_fields(), descriptors=self.rows())
+        if self.terminal:
+            term = os.environ.get("TERM", "")
+            fields.update(self.terminal.size(), term=term if is_name(term) else "dumb",
+                          modes=terminal_modes(self.terminal.fd))
+        return fields
+
+    # Another run, after a worker was lost
+
+    def keep_input(self):
+        """The job may be run again: from now on what it reads is kept."""
+        self.replay = self.replay or ReplayBuffer()
+
+    def tell_to_end(self):
+        """The user has sent a signal that ends commands: the job is not run again."""
+        self.told_to_end = True
+
+    def objection(self, run):
+        """Why the job is not run again after this run: None if it can be, "" if nobody has asked for it."""
+        if self.replay is None:
+            return ""
+        if self.told_to_end:
+            return "it was told to end"
+        if run.trouble:
+            return run.trouble
+        found = (position.objection(run.sources.get(channel), run.sinks.get(channel), self.replay)
+                 for channel, position in self.positions.items())
+        return next(filter(None, found), None)
+
+    def rewind(self, run):
+        """Puts everything back to how it was before this run."""
+        self.losses += 1
+        for channel, position in self.positions.items():
+            position.restore(run.sinks.get(channel))
+            self.reopen(channel)
+        self.replay.rewind()
+
+    def reopen(self, channel):
+        """Makes an End fit for another run: an input that has ended is at its end there as well."""
+        end, item = self.ends[channel], self.channels[channel][0]
+        if item.kind == FILE and item.readable:
+            self.ends[channel] = FileEnd(item.number, self.positions[channel].offset)
+        elif item.kind == FILE or not end.halves:
+            halves = ["read"] * item.readable + ["write"] * item.writable
+            self.ends[channel] = End(item.number, item.number, lambda: None, halves)
+
+
+class SavedPosition:
+    """Where a descriptor stood before the job, so that another run can begin there."""
+
+    def __init__(self, item):
+        self.item, self.number = item, item.number
+        self.file = item.kind == FILE
+        if self.file:
+            self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
+
+    def objection(self, source, sink, replay):
+        """Why this run cannot be made invisible on this descriptor; None if it can.  source or sink may be None."""
+        # A regular file has its old contents and offset again if all that changed is what we added.
+        # As an input it is simply read again from its offset, and needs no replay buffer.
+        if self.file:
+            if sink and sink.written and not self.can_cut(sink.written):
+                return "the file on descriptor %d cannot be cut back" % self.number
+            return None
+        # A pipe, socket or terminal gives each byte once: the next run gets them from the replay buffer.
+        if source and replay.overflowed:
+            return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
+        # And what was written to one has been seen.
+        if sink and sink.written:
+            return "descriptor %d was written to" % self.number
+        # An input at its end is no obstacle: the next run finds the end as well.  But the peer of a
+        # socket has seen a close, and so has whoever writes into a pipe that the command has closed.
+        if source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
+            return "descriptor %d was closed" % self.number
+        if sink and sink.state not in (OPEN, ENDING):
+            return "descriptor %d was closed" % self.number
+        return None
+
+    def can_cut(self, written):
+        """Whether the file was written from its end, and now is exactly what it was and our bytes."""
+        now = self.offset + written
+        return (not self.item.flags & os.O_APPEND and self.offset == self.size and
+                os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
+
+    def advance(self, count):
+        """Moves the offset of a regular file that is input over the bytes that the command has taken.
+
+        We read ahead, at an offset of our own.  A shell's next command goes on at the common
+        one, and has to find it where a local command would have left it.
+        """
+        if self.file and count:
+            try:
+                os.lseek(self.number, self.offset + count, os.SEEK_SET)
+            except OSError as error:            # a file of /proc or the like
+                log.note("descriptor %d: %s", self.number, error.strerror)
+
+    def restore(self, sink):
+        """Puts a regular file that is output back to how it was.  Raises OSError."""
+        if self.file and sink and sink.written:
+            os.ftruncate(self.number, self.size)
+            os.lseek(self.number, self.offset, os.SEEK_SET)
+
+
+class RemoteJob(Carrier):
+    """A job after GO, at the client: the part that a Run and a FileRun have in common."""
+
+    def __init__(self, patron, link, hello, job):
+        super().__init__(patron.loop, link)
+        self.patron, self.hello, self.job = patron, hello, job
+        self.worker = hello.address
+        self.silence_seconds = patron.terms.silence_seconds
+        self.exit = None            # EXIT's fields, once it has come
+        self.trouble = None         # what went wrong with a descriptor here
         self.began = self.last_tick = time.monotonic()
-        self.tick = loop.after(self.tick_seconds(), self.check_life)
-        link.attach(loop, self)
+        self.tick = self.loop.after(self.tick_seconds(), self.check_life)
+        link.attach(self.loop, self)
 
     def rcvd_exit(self, flags, channel, payload):
         """EXIT counts if all output that it tells of has come."""
@@ -3874,7 +4141,7 @@ class Served(Carrier):
         self.exited(rows)
 
     def send_no_more(self):
-        """The worker wants nothing more: neither input nor signs of life."""
+        """The worker wants neither input nor signs of life any more."""
         self.tick.cancel()
         for source in self.sources.values():
             self.loop.on_read(source.end.polled, None)
@@ -3883,13 +4150,21 @@ class Served(Carrier):
         """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
         raise NotImplementedError
 
+    def detach(self):
+        """Leaves the descriptors alone: another run gets them."""
+        raise NotImplementedError
+
     def rcvd_pong(self, flags, channel, payload):
-        pass                        # Link.heard tells what matters
+        pass                        # the link has noted the sign of life
 
     def moved(self):
         """(bytes sent to the worker, bytes received from it)."""
         return (sum(source.sent for source in self.sources.values()),
                 sum(sink.received for sink in self.sinks.values()))
+
+    def alert_nonce(self, event):
+        """The nonce of an ALERT: that of the announcement which the worker has answered."""
+        return self.hello.nonce
 
     def alert_fields(self, event, status, reason):
         sent, received = self.moved()
@@ -3903,39 +4178,33 @@ class Served(Carrier):
         return min(20.0, self.silence_seconds / 3)
 
     def check_life(self):
-        """PING when it is quiet; whoever stays quiet is lost.  A stop of ours does not count."""
+        """Sends PING; a worker that has been silent for too long is lost."""
         now, interval = time.monotonic(), self.tick_seconds()
         if now - self.last_tick > interval * 2:
-            self.link.heard = now
+            self.link.excuse_silence()          # this process was stopped, and heard nobody
         self.last_tick = now
         self.link.check_delivery()
-        if now - self.link.heard > self.silence_seconds:
+        if self.link.silence() > self.silence_seconds:
             self.link.fail("no sign of life for %d s" % self.silence_seconds)
         else:
             self.link.send(PING)
             self.tick = self.loop.after(interval, self.check_life)
 
 
-class Run(Served):
-    """The job of one cexec after GO; status is the exit code once it is over."""
+class Run(RemoteJob):
+    """One run of a single job, with the descriptors of this process."""
 
-    def __init__(self, client, search, winner):
-        super().__init__(search.loop, winner.link, winner.hello, search.job.silence_seconds)
-        self.client, self.search, self.job = client, search, search.job
-        self.status, self.interrupted = None, 0.0
-        log.fd = lifted(2, self.loop.floor)     # the command may close 2, and then something is to be said
-        for channel, end in self.job.ends.items():
-            self.carry(channel, end)
-            if channel in self.sources:
-                self.begin_input(channel, self.sources[channel])
-        if self.job.terminal:
+    def __init__(self, client, link, hello, job):
+        super().__init__(client, link, hello, job)
+        self.exit_code = None       # once it is over
+        self.interrupted = 0.0      # when the last INT came
+        log.hold(self.loop.floor)
+        for channel, end in job.ends.items():
+            self.carry(channel, end, None if job.positions[channel].file else job.replay)
+            if channel in self.sources and channel in job.empty:
+                self.sources[channel].leave_alone()
+        if job.terminal:
             self.take_terminal()
-
-    def begin_input(self, channel, source):
-        if channel in self.job.empty:
-            source.leave_alone()
-        elif self.client.held and not self.job.origins[channel].file:
-            source.held = self.client.held
 
     # What the worker says
 
@@ -3943,7 +4212,9 @@ class Run(Served):
         self.link.close()
         for number, source in self.sources.items():
             if number in rows:
-                self.job.origins[number].advance(min(rows[number][1], source.sent))
+                # The worker tells how many bytes the command has taken: the rest, in pipes and
+                # buffers on the way, counts as never read.  More than we sent is not believed.
+                self.job.positions[number].advance(min(rows[number][1], source.sent))
         self.stream_ended()
 
     def rcvd_linger(self, flags, channel, payload):
@@ -3952,42 +4223,27 @@ class Run(Served):
                     "(CEXEC_TIMEOUT_LINGER bounds the wait)" % payload.status)
 
     def link_lost(self, link, reason, violation):
-        if self.status is None:
-            self.lost(reason)
+        if self.exit_code is None:
+            self.patron.lost(self, reason)
 
     def let_go_of_stderr(self):
-        """Once the command has closed 2 and goes on: whoever reads there, if that is so, is to see the end."""
+        """Releases the log's copy of 2 when the command has closed 2 and goes on.
+
+        Whoever reads there then sees the end of file at once, as with a local command, and not
+        at the end of the job.  A file or a terminal has no such reader: the log stays.
+        """
         closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
                      and self.job.channels[channel][0].kind in (PIPE, SOCKET) for channel, sink in self.sinks.items())
         if closed and self.exit is None:
-            self.log_as_before()
-
-    def log_as_before(self):
-        if log.fd != 2:
-            os.close(log.fd)
-            log.fd = 2
+            log.release()
 
     # What happens here
 
-    def lost(self, reason):
-        seconds = time.monotonic() - self.began
-        objection = self.client.objection(self)
-        message = "worker %s lost after %.1f s: %s" % (self.worker, seconds, reason)
-        if objection is None:
-            log.note("%s; runs the job again", message)
-            self.alert(ALERT_COMPLAINT, 0, "lost, run again: " + reason)
-            return self.client.run_again(self)
-        log.say(message + ("; not run again: " + objection if objection else
-                           "; the command may have run (cexec -r runs it again)"))
-        self.alert(ALERT_COMPLAINT, 0, "lost: " + reason)
-        self.finish(EXIT_TEMPORARY, "lost=%s" % reason)
-
     def detach(self):
-        """Leaves the descriptors alone: another run has them."""
         self.tick.cancel()
         if self.job.terminal:
             self.job.terminal.restore()
-        self.log_as_before()
+        log.release()
         for end in self.job.ends.values():
             self.loop.forget(end.polled)
 
@@ -4000,32 +4256,29 @@ class Run(Served):
         """After EXIT the job is over when every output has been written here."""
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
-        if self.exit is None or self.status is not None:
-            return
-        if any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
-            return
-        code, kind = self.exit.status, self.exit.how
+        elif self.exit_code is None and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+            self.conclude(self.exit.how, self.exit.status)
+
+    def conclude(self, how, code):
+        """The job is over: tells the user and crat how, by EXIT's how and status."""
         if self.trouble:
             log.say(self.trouble)
-            self.alert(ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
+            self.patron.alert(self, ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
             self.finish(EXIT_TEMPORARY, "failed=%s" % self.trouble)
-        elif kind == HOW_SIGNALLED:
-            self.alert(ALERT_SIGNALLED, code, "")
+        elif how == HOW_SIGNALLED:
+            self.patron.alert(self, ALERT_SIGNALLED, code, "")
             self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
         else:
-            if kind == HOW_NOT_STARTED:
+            if how == HOW_NOT_STARTED:
                 log.say("worker %s cannot run its command: %s" % (self.worker, self.exit.reason))
-            self.alert(ALERT_EXITED, code, self.exit.reason)
-            self.finish(code, ("notstarted=%d" if kind == HOW_NOT_STARTED else "exited=%d") % code)
+            self.patron.alert(self, ALERT_EXITED, code, self.exit.reason)
+            self.finish(code, ("notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d") % code)
 
-    def finish(self, status, word):
-        self.status = status
+    def finish(self, exit_code, word):
+        self.exit_code = exit_code
         self.tick.cancel()
         self.link.close()
-        self.job.tell(status, word, self.worker, time.monotonic() - self.began)
-
-    def alert(self, event, status, reason):
-        self.search.send(ALERT, **self.alert_fields(event, status, reason))
+        self.job.tell(exit_code, word, self.worker, time.monotonic() - self.began)
 
     # Signals
 
@@ -4035,12 +4288,11 @@ class Run(Served):
             return
         if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
             if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
-                self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, now - self.began)
-                die_of(number)
+                self.die_of(number)
         if number == signal.SIGINT:
             self.interrupted = now
         if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            self.client.told_to_end = True
+            self.job.tell_to_end()
         if self.exit is None:
             self.link.send(SIGNAL, signal=signal.Signals(number).name[3:])
         if number == signal.SIGTSTP:
@@ -4048,28 +4300,39 @@ class Run(Served):
         if number == signal.SIGCONT:
             self.refresh()
 
+    def die_of(self, number):
+        """Ends this process: the link closes, and the worker ends the command."""
+        self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, time.monotonic() - self.began)
+        die_of(number)
+
     def signalled_at_terminal(self, number):
         """With -t the keys for signals are the command's, and signals are cexec's: all but USR1 and USR2."""
         if number == signal.SIGWINCH:
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
-            self.loop.after(0, self.take_terminal)      # after a TERM that came meanwhile: that may stop us again
+            self.loop.after(0, self.take_terminal)      # a TERM that came meanwhile goes first: that may stop us again
             self.refresh()
         elif number == signal.SIGTSTP:
             self.job.terminal.restore()
             os.kill(os.getpid(), signal.SIGSTOP)
         elif number not in (signal.SIGUSR1, signal.SIGUSR2):
-            self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, time.monotonic() - self.began)
-            die_of(number)
+            self.die_of(number)
         return number not in (signal.SIGUSR1, signal.SIGUSR2)
 
     def take_terminal(self):
-        """At the job's start and whenever we go on after a stop: its size may be another by now."""
-        self.job.terminal.raw()
+        """At the job's start, and when we go on after a stop: its size may be another by now."""
+        try:
+            self.job.terminal.take()
+        except OSError as error:
+            log.note("the terminal stays as it is: %s", error.strerror)
         self.link.send(RESIZE, **self.job.terminal.size())
 
     def stop_here(self):
-        """Stops like the command, once the link has taken the signal (or for a second not)."""
+        """Stops this process like the command, once the link has taken the signal, or after a second."""
+        # SIGSTOP stops us at this very line.  What is still queued here would stay until we go on:
+        # the command would run, although the user has stopped it.  So the queue is written first.
+        # The loop cannot do that: it would also read, and act as if nothing had been stopped.  A
+        # link that takes nothing for a second belongs to a worker that is no better off with us.
         deadline, selector = time.monotonic() + 1.0, new_selector()
         selector.register(self.link.sock, selectors.EVENT_WRITE)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
@@ -4079,7 +4342,7 @@ class Run(Served):
 
 
 class Progress:
-    """cexec -p: how far the job is, four times a second below a terminal's other lines, elsewhere a line every ten."""
+    """cexec -p: shows how far the job is: on a terminal four times a second, in its last line; else every 10 s."""
 
     def __init__(self, client):
         self.client, self.loop = client, client.loop
@@ -4111,46 +4374,91 @@ class Progress:
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
-        files = [(run.sources[channel].sent, origin.size - origin.offset)
-                 for channel, origin in self.client.job.origins.items() if channel in run.sources and origin.file]
+        files = [(run.sources[channel].sent, position.size - position.offset)
+                 for channel, position in run.job.positions.items() if channel in run.sources and position.file]
         whole = sum(total for _, total in files)
         return " (%d%%)" % min(100, 100 * sum(sent for sent, _ in files) // whole) if whole > 0 else ""
 
     def end(self, run):
-        """The last line."""
+        """Says the last line."""
         seconds = time.monotonic() - run.began
         log.status("")
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
-def parse_words(words):
-    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
+class Patron:
+    """Has jobs for which it searches workers, and does a job again when its worker is lost: a Client or a Batch."""
 
-    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
-    """
-    count = next((place for place, word in enumerate(words)
-                  if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
-    variables = [os.fsencode(word) for word in words[:count]]
-    arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
-    if words_size(variables + arguments) > WORDS_MAX:
-        raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
-    return variables, arguments
+    def __init__(self, pub, group, terms, loop):
+        self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
+        self.avoid = Avoided()
+        self.speakers = {family: loop.own(sock) for family, sock in open_speakers().items()}
+
+    def new_search(self, quiet):
+        """A Search, which is to be started."""
+        return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet)
+
+    def alert(self, run, event, status, reason):
+        """Tells crat how a run has ended."""
+        self.group.send(self.speakers, make_datagram(
+            ALERT, self.pub.application, self.pub.name, self.pub.secret, run.alert_nonce(event), 0,
+            **run.alert_fields(event, status, reason)))
+
+    def lost(self, run, reason):
+        """The connection has broken after GO: does the job again, unless something speaks against that."""
+        objection = self.objection(run)
+        if objection is None:
+            log.note("worker %s lost: %s; runs the job again", run.worker, reason)
+            self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
+            run.detach()
+            run.job.rewind(run)
+            self.run_again(run)
+        else:
+            self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
+            self.failed(run, reason, objection)
+
+    def objection(self, run):
+        """Why a lost job is not done again: None if it is, "" if nobody has asked for it."""
+        objection = run.job.objection(run)
+        if objection is None and run.job.losses >= self.terms.retries:
+            return "that was try %d (CEXEC_RETRIES)" % (run.job.losses + 1)
+        return objection
 
 
-class Client:
-    """One run of cexec: the search, then the job, and both again if a repeatable job is lost."""
+class Client(Patron):
+    """A single job: the search, then a run, and both again if the job may be repeated and is lost."""
 
     def __init__(self, pub, group, job):
-        self.pub, self.group, self.job, self.loop = pub, group, job, Loop(floor=job.limit)
-        job.open_ends(self.loop.floor)
-        if job.terminal:
-            job.terminal.signalled = self.signalled
-        self.avoid = Avoided()
-        self.search = Search(self.loop, group, pub, job, self.begin, self.avoid)
-        self.run = self.held = None
-        self.told_to_end, self.losses = False, 0
+        super().__init__(pub, group, job, Loop(floor=job.limit))
+        self.job = job
+        self.search = self.run = None           # one of them is there at a time
+        job.open_ends(self.loop.floor, self.signalled)
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
+
+    def work(self):
+        """Finds a worker and carries the job; its exit code.  Raises Fatal (111) if there is no worker."""
+        try:
+            self.look()
+            progress = Progress(self) if self.job.progress else None
+            while self.run is None or self.run.exit_code is None:
+                self.loop.turn()
+            if progress:
+                progress.end(self.run)
+        except Fatal:
+            self.end_search()
+            raise
+        return self.run.exit_code
+
+    def look(self):
+        """Looks for a worker."""
+        self.search = self.new_search(self.job.progress)
+        self.search.start()
+
+    def end_search(self):
+        if self.search:
+            self.search.end()
+            self.search = None
 
     def signalled(self, number):
         if self.run:
@@ -4158,65 +4466,41 @@ class Client:
         elif number == signal.SIGTSTP:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif number not in (signal.SIGCONT, signal.SIGWINCH):
-            self.search.end()
+            self.end_search()
             self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number)
             die_of(number)
 
-    def status(self):
-        """Finds a worker, carries the job: its exit code.  Raises Fatal (111) if there is none.
+    # What a Search asks of its patron
 
-        The announcement goes out before ssl is imported: workers answer meanwhile.
-        """
-        try:
-            self.search.announce()
-            self.search.listen()
-            progress = Progress(self) if self.job.progress else None
-            while self.run is None or self.run.status is None:
-                self.loop.turn()
-            if progress:
-                progress.end(self.run)
-        except Fatal:
-            self.search.end()
-            raise
-        return self.run.status
+    def next_job(self, search):
+        return self.job
 
-    def begin(self, winner):
+    def put_back(self, job):
+        pass                        # the search goes on, with the same job
+
+    def begin(self, search, candidate, job):
         started_up()
-        if not self.losses and (self.job.repeat or winner.hello.options & HELLO_REPEATABLE):
-            self.held = Held()
-        self.run = Run(self, self.search, winner)
+        self.search = None
+        if job.repeat or candidate.hello.options & HELLO_REPEATABLE:
+            job.keep_input()
+        self.run = Run(self, candidate.link, candidate.hello, job)
         self.run.refresh()
 
-    def objection(self, run):
-        """Why a lost job is not run again: None if it is, "" if nobody has asked for it."""
-        if self.held is None:
-            return ""
-        if self.losses >= self.job.retries:
-            return "that was try %d (CEXEC_RETRIES)" % (self.losses + 1)
-        if self.told_to_end:
-            return "it was told to end"
-        if run.trouble:
-            return run.trouble
-        for channel, origin in self.job.origins.items():
-            objection = origin.objection(run.sources.get(channel), run.sinks.get(channel), self.held)
-            if objection:
-                return objection
-        return None
+    def not_found(self, search, message, code):
+        raise Fatal(code, message)
+
+    # When the worker is lost
 
     def run_again(self, run):
-        """Puts everything back to how it was before the job, and looks for another worker."""
-        run.detach()
-        for channel, origin in self.job.origins.items():
-            origin.restore(run.sinks.get(channel))
-            self.job.reopen(channel)
-        self.held.rewind()
-        self.losses += 1
         self.avoid.for_good(run.hello.worker_id)
         self.run = None
-        self.search.back.close()
-        self.search = Search(self.loop, self.group, self.pub, self.job, self.begin, self.avoid)
-        self.search.announce()
-        self.search.listen()
+        self.look()
+
+    def failed(self, run, reason, objection):
+        message = "worker %s lost after %.1f s: %s" % (run.worker, time.monotonic() - run.began, reason)
+        log.say(message + ("; not run again: " + objection if objection else
+                           "; the command may have run (cexec -r runs it again)"))
+        run.finish(EXIT_TEMPORARY, "lost=%s" % reason)
 
 
 # ---------------------------------------------------------------------------
@@ -4224,32 +4508,34 @@ class Client:
 # ---------------------------------------------------------------------------
 
 class Survey:
-    """cexec -l: asks who is there; when nobody answers, finds out why."""
+    """cexec -l: asks who is there.  When nobody answers it finds out why."""
 
-    STRANGERS_MAX = 16              # anybody can send any number of them: the first ones are kept
+    STRANGERS_MAX = 16              # of a kind that are kept: anybody can send any number of datagrams
 
-    ASK = (0.0, 0.2, 0.6)           # seconds: when it asks
-    ENOUGH, PATIENCE = 1.2, 3.0     # when it stops, if somebody has answered, and if nobody has
+    ASK = (0.0, 0.2, 0.6)           # seconds after the start: it asks
+    ENOUGH, PATIENCE = 1.2, 3.0     # it stops, if somebody has answered, and if nobody has
 
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
-        self.connected, self.denied = set(), {}     # addresses of probes; why: addresses of our application's workers
-        self.foreign, self.others = {}, {}          # application id: addresses of its workers; of who speaks for it
-        self.versions = {}                          # (version, address): addresses
+        self.connected = set()      # addresses of workers whose probe has come
+        self.denied = {}            # DENY's why: addresses of our application's workers
+        self.foreign = {}           # application id: addresses of its workers
+        self.others = {}            # application id: addresses of its clients, and of its workers that we heard
+        self.versions = {}          # (version, address): addresses
         self.ways, self.errors = 0, set()
-        self.back.attend(self.rcvd_answer, self.rcvd_probe)
+        self.back.attend(self.hear, self.accept, self.hear_stranger)
         self.listen()
 
     def listen(self):
-        """Hears the group besides."""
+        """Hears what others send to the group."""
         try:
             self.listeners = open_listeners(self.group)
-        except Fatal as error:      # somebody else keeps the port to himself
+        except Fatal as error:      # another program has the port for itself
             log.note("%s", error)
             self.listeners = []
-        hear_all(self.loop, self.listeners, self.overhear, self.overhear_stranger)
+        hear_all(self.loop, self.listeners, self.overhear, self.hear_stranger)
 
     def begin(self, over):
         """Asks, and calls over() when there is enough to show."""
@@ -4266,55 +4552,51 @@ class Survey:
         nonce = os.urandom(16)
         self.asked[nonce] = time.monotonic()
         self.ways = self.group.send(self.back.udp, make_datagram(
-            QUERY, self.pub, nonce, self.back.port, strangers=not self.workers and len(self.asked) > 1,
-            padding=bytes(240)))
+            QUERY, self.pub.application, self.pub.name, self.pub.secret, nonce, self.back.port,
+            strangers=not self.workers and len(self.asked) > 1, padding=bytes(240)))
         self.errors |= {self.group.error} - {None}
 
-    def rcvd_answer(self, sock):
-        try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            address = address_of(peer)
-            datagram = Datagram(data)
-        except OtherVersion as error:
-            return self.overhear_stranger(address, error)
-        except (OSError, ProtocolError) as error:
-            return log.note("dropped a datagram: %s", error)
-        if datagram.nonce not in self.asked:
-            return
+    def hear(self, datagram, address):
+        handler = handler_of(self, datagram.kind)
+        if handler and datagram.nonce in self.asked:
+            handler(datagram, address)
+
+    def rcvd_reply(self, datagram, address):
+        """A worker of ours."""
         body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
-        if datagram.kind is REPLY and datagram.proved_by(self.pub.secret):
-            self.rcvd_reply(body.worker_id, {
+        if datagram.proved_by(self.pub.secret):
+            self.add_worker(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
                 "uptime": body.uptime, "round_trip": round(seconds, 6),
                 "state": "draining" if body.draining else "serving", "options": option_letters(body.options)})
-        elif datagram.kind is DENY and body.serves == self.pub.application:
-            self.note_stranger(self.denied, body.why, address)
-        elif datagram.kind is DENY:
-            self.note_stranger(self.foreign, body.serves, address)
 
-    def rcvd_reply(self, worker_id, row):
+    def rcvd_deny(self, datagram, address):
+        """A worker that does not serve us: of our application, or of another."""
+        if datagram.body.serves == self.pub.application:
+            self.note_stranger(self.denied, datagram.body.why, address)
+        else:
+            self.note_stranger(self.foreign, datagram.body.serves, address)
+
+    def add_worker(self, worker_id, row):
         known = self.workers.setdefault(worker_id, row)
         known["round_trip"] = min(known["round_trip"], row["round_trip"])
 
-    def rcvd_probe(self, listener):
-        try:
-            sock, peer = listener.accept()
-            sock.close()
-            self.connected.add(address_of(peer))
-        except OSError:
-            pass                    # it has gone already
+    def accept(self, sock, address):
+        """A worker's probe: it shows that its connections arrive here."""
+        sock.close()
+        self.connected.add(address)
 
     def overhear(self, datagram, address, index):
-        """What goes about in the group besides."""
+        """A datagram that another client, or worker, has sent to the group."""
         if datagram.nonce not in self.asked:
             self.note_stranger(self.others, datagram.application, address)
 
-    def overhear_stranger(self, address, error):
+    def hear_stranger(self, address, error):
         self.note_stranger(self.versions, (error.version, address), address)
 
     def note_stranger(self, known, what, address):
-        """Adds an address to those of what is known, as long as they are few."""
+        """Adds an address to known[what], which are both bounded."""
         if what in known or len(known) < self.STRANGERS_MAX:
             addresses = known.setdefault(what, set())
             if len(addresses) < self.STRANGERS_MAX:
@@ -4327,7 +4609,7 @@ class Survey:
         return sorted(self.workers.values(), key=lambda row: (row["load"], row["host"], row["address"]))
 
     def troubles(self):
-        """Why a job would find no worker: lines with the cause and the remedy."""
+        """Yields why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
             if not self.connected:
                 yield TCP_BLOCKED
@@ -4344,7 +4626,7 @@ class Survey:
             yield from self.guesses()
 
     def causes(self):
-        """What is certainly wrong."""
+        """Yields what is certainly wrong."""
         for why, addresses in sorted(self.denied.items()):
             yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(why))
         for version, address in sorted(self.versions):
@@ -4354,7 +4636,7 @@ class Survey:
                    "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
 
     def guesses(self):
-        """What may be wrong, where nothing is certain."""
+        """Yields what may be wrong, if nothing is certain."""
         for application, addresses in sorted(self.foreign.items()):
             yield ("%s: a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or "
                    "make the pub again" % (", ".join(sorted(addresses)), application.hex(), self.pub.label,
@@ -4388,7 +4670,7 @@ class Survey:
 
 
 def list_workers(group, pub, ports, as_json):
-    """Prints who is there, a line a worker; EXIT_TEMPORARY, and why, if there is nobody."""
+    """Prints a line for each worker.  If there is none it says why, and returns EXIT_TEMPORARY."""
     survey = Survey(group, pub, ports, Loop())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -4396,7 +4678,7 @@ def list_workers(group, pub, ports, as_json):
 
 
 def show_workers(survey, as_json):
-    """Prints who has answered, and says what is wrong; EXIT_TEMPORARY if nobody has."""
+    """Prints a line for each worker that has answered, and says what is wrong; EXIT_TEMPORARY if none has."""
     rows = survey.rows()
     if as_json:
         import json
@@ -4425,18 +4707,21 @@ def show_workers(survey, as_json):
 # The first file of a connection is a job like any other.  Then:
 #
 #   client (Batch, a FileRun for each file)     worker (Supervisor)
-#     |  <----------------------- EXIT, more=1  |  asks cservice: nobody else waits; the slot is kept
-#     |  JOB, GO, DATA ... EOF ------------->   |  none in 3 s: gives the slot back
+#     |  <----------------------- EXIT, more=1  |  cservice says that nobody else waits: it keeps the slot
+#     |  JOB, GO, DATA ... EOF ------------->   |  no JOB in 3 s: it gives the slot back
 #     |  <------------------------------ ACCEPT |  the command starts
-#     |     lost before it: nothing has run, the file goes back to the head of the queue
+#     |     lost before ACCEPT: nothing has run, the file goes back to the head of the queue
 #     |  <------------------- DATA, EOF ...     |
-#     |     lost after it: its output was never shown; done again, CEXEC_RETRIES times
-#     |  <----------------------- EXIT, more=1  |  and so on; more=0: the client closes, and searches
-#     |  closes when no file is left            |  gives the slot back
+#     |     lost after ACCEPT: nobody has seen its output, it is done again, CEXEC_RETRIES times
+#     |  <----------------------- EXIT, more=1  |  and so on; after more=0 the client closes, and searches
+#     |  no file is left: it closes             |  it gives the slot back
+#
+# A Task's way: Batch.queue --take--> a search's worker, or one that has just done another --EXIT-->
+# keep: the output gets its name, or waits for its turn on standard output --> over
 
 PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
-IN_LINE = 2                         # searches that wait while all that can run does
+IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
@@ -4450,7 +4735,10 @@ def fill_pattern(pattern, name):
 
 
 def batch_names(words, zero):
-    """The files of a batch: words, or for "-" the lines of standard input, with zero what NULs end.  Raises Fatal."""
+    """The names of a batch's files: words, or for "-" the lines of standard input.  Raises Fatal.
+
+    With zero a NUL ends each name there.
+    """
     if zero and words not in ([], ["-"]):
         raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
     if words != ["-"] and words:
@@ -4463,13 +4751,14 @@ def batch_names(words, zero):
     return [os.fsdecode(name) for name in names if name]
 
 
-def batch_tasks(names, pattern):
-    """The Tasks of a batch, in order.  Raises Fatal (100) where an output is no place for one.
+def batch_tasks(terms, names, pattern):
+    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
 
-    That is another's output, any file of the batch, and what is there and is no regular file.
+    It must not be another file's output, nor a file of the batch.  What is there already must
+    be a regular file.
     """
     if pattern == "-":
-        return [Task(number, name, None) for number, name in enumerate(names, 1)]
+        return [Task(terms, number, name, None) for number, name in enumerate(names, 1)]
     tasks, taken, places = [], {}, {}
     inputs = {place_of(name, places): name for name in names}
     for number, name in enumerate(names, 1):
@@ -4483,12 +4772,12 @@ def batch_tasks(names, pattern):
             taken[written] = name
         if output[-1:] in ("", "/") or not may_be_replaced(output):
             raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
-        tasks.append(Task(number, name, output))
+        tasks.append(Task(terms, number, name, output))
     return tasks
 
 
 def check_directories(pattern, tasks):
-    """Raises Fatal (100) if there is no directory for an output; of an input that is not there, that will be said."""
+    """Raises Fatal (100) if there is no directory for an output; the Task itself says that its input is missing."""
     known = {"": True}
     for task in tasks:
         directory = os.path.dirname(task.output or "")
@@ -4498,13 +4787,13 @@ def check_directories(pattern, tasks):
             if not known[directory] and os.path.exists(task.name):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
-            pass                    # a name with a NUL in it: it fails in its turn
+            pass                    # the name has a NUL in it: the Task fails in its turn
 
 
 def place_of(name, known):
-    """Where a file is, whatever way its name leads there: its directory's real path, and its name there.
+    """One name for a file, by whatever links its name leads there: its directory's real path, and its name there.
 
-    known keeps the real paths of directories: each is looked up once.
+    known keeps the real paths of directories, so that each is looked up once.
     """
     directory, base = os.path.split(name)
     if directory not in known:
@@ -4516,7 +4805,7 @@ def place_of(name, known):
 
 
 def may_be_replaced(path):
-    """Whether there is nothing but a regular file, if anything at all."""
+    """Whether there is a regular file, or nothing."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -4524,39 +4813,72 @@ def may_be_replaced(path):
 
 
 def part_of(output):
-    """The name beside an output's under which it is written; a long one's is a hash, for there is a limit."""
+    """The name beside an output's under which it is written.  Names have a limit: a long one's is a hash."""
     directory, base = os.path.split(output)
     raw = os.fsencode(base)
     return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
+
+
+class BatchTerms(Terms):
+    """What the user wants of each file's job."""
+
+    def words_for(self, name):
+        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
+        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
+                                  for words in (self.environment, self.arguments))
+        environment.append(b"FILE=" + os.fsencode(name))
+        if words_size(environment + arguments) > WORDS_MAX:
+            raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+        return environment, arguments
 
 
 class Task:
     """A file of a batch, from its place in the list to its output.
 
     The output is written beside its name, and gets that only when it is whole.  Without a
-    name for it (-o -) it goes to an unnamed file, from where it is copied in its turn.
+    name for it (-o -) it goes to an unnamed file, and is copied from there in its turn.
     """
 
-    def __init__(self, number, name, output):
-        self.number, self.name, self.output = number, name, output
+    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
+
+    def __init__(self, terms, number, name, output):
+        self.terms, self.number, self.name, self.output = terms, number, name, output
         self.part = output and part_of(output)
-        self.tries, self.input, self.result, self.errors = 0, None, None, None
+        self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # of its job: (variables, arguments)
-        self.status = None          # once it is over: the exit status; 0 is a success
-        self.signal = 0             # that killed the command
-        self.done_before = False
+        self.exit_code = None       # once it is over; 0 is a success
+        self.signal = 0             # the signal that has killed the command
+        self.done_before = False    # by a batch before this one
+
+    def job_fields(self):
+        environment, arguments = self.words
+        return dict(self.terms.job_fields(), descriptors=self.ROWS, environment=environment, arguments=arguments)
+
+    def objection(self, run):
+        """Why it is not done again after this run: nobody has seen its output, and so nothing."""
+        return None
+
+    def rewind(self, run):
+        """Leaves nothing of a run that was lost."""
+        self.losses += 1
+        self.discard()
+
+    def conclude(self, exit_code, signal=0):
+        """It is over."""
+        self.exit_code, self.signal = exit_code, signal
 
     def is_done(self):
         """Whether the output is there and no older than the input."""
         try:
             self.done_before = os.stat(self.output).st_mtime_ns >= os.stat(self.name).st_mtime_ns
         except (OSError, TypeError, ValueError):
-            pass                    # not there; no name; an impossible one
+            pass                    # it is not there, it has no name, or an impossible one
         return self.done_before
 
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
+        self.words = self.terms.words_for(self.name)
         try:
             self.stamp = self.state_of_input()
             if not stat.S_ISREG(self.stamp[0]):
@@ -4579,15 +4901,15 @@ class Task:
             part = open(fd, "r+b", 0)
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                status = os.fstat(fd)
-                if not ours and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
-                                 or status.st_uid != os.geteuid()):
+                found = os.fstat(fd)
+                if not ours and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
+                                 or found.st_uid != os.geteuid()):
                     raise OSError(errno.EEXIST, "is not a file that cexec has left there", self.part)
-                if os.path.samestat(status, os.stat(self.part)):
+                if os.path.samestat(found, os.stat(self.part)):
                     part.truncate(0)
                     return part
             except FileNotFoundError:
-                pass                # who had it has just renamed or removed it
+                pass                # another cexec had it, and has just renamed or removed it
             except BlockingIOError:
                 part.close()
                 raise OSError(errno.EBUSY, "another cexec is writing it", self.part) from None
@@ -4597,63 +4919,62 @@ class Task:
             part.close()
 
     def state_of_input(self):
-        """What tells that the name stands for the same file as before, unchanged.  Raises OSError."""
+        """Equal values mean that the name stands for the same file, and that it was not changed.  Raises OSError."""
         now = os.stat(self.name)
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def keep(self):
-        """Gives the output its name, once it is on the disk: what has the name counts as done.  Raises OSError."""
+        """Gives the output its name, once it is on the disk.  Raises OSError.
+
+        A later batch takes a file with that name as done: it must be whole, and of this input.
+        """
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.name)
         if self.output is not None:
-            os.fsync(self.result.fileno())
-            os.close(os.dup(self.result.fileno()))      # NFS may tell at a close; ours would unlock it before its time
-            os.rename(self.part, self.output)
+            name_part(self.result, self.part, self.output)
 
     def discard(self):
         """Leaves nothing of an output that is not whole."""
         if self.result and self.output is not None:
-            try:
-                os.unlink(self.part)
-            except OSError:
-                pass
+            drop_part(self.part)
         self.close()
 
     def close(self, *names):
-        """Closes what is open, or what is named of it."""
+        """Closes the open files of these names, or all."""
         for name in names or ("input", "result", "errors"):
             file = getattr(self, name)
             setattr(self, name, None)
             try:
                 if file:
                     file.close()
-            except OSError as error:            # keep() has told, if it matters
+            except OSError as error:            # keep() has raised it, if it matters
                 log.note("%s: %s", self.name, error.strerror)
 
 
 def make_durable(directory):
-    """Has the names in a directory on the disk.  Raises OSError."""
+    """Waits until the names in a directory are on the disk.  Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL:         # of a file system that has no such thing
+        if error.errno != errno.EINVAL:         # this file system cannot do it
             raise
     finally:
         os.close(fd)
 
 
 def error_of_task(error, name):
-    """What is said of a Task's OSError, with the file's name where that is not the Task's."""
+    """The text of a Task's OSError, with the name of the file if that is not the Task's."""
     other = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
     return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
 
 
 def open_joblog(path):
-    """A file to append to, with parallel's heads if it is new.  Raises Fatal (111)."""
+    """A file to append to, with the heads of parallel's columns if it is new.  Raises Fatal (111)."""
     try:
-        # not buffered: a line that finds no room is not tried again; not "ab", with which 3.6 takes no pipe
+        # Without a buffer: a line that finds no room on the disk is not written later by surprise.
+        # Not mode "ab": Python 3.6 takes no pipe with that.
         file = open(path, "wb", 0, opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         size_before = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -4673,64 +4994,13 @@ def write_joblog(file, line):
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
-class BatchTerms(Terms):
-    """What the user wants of each file's job."""
-
-    def words_for(self, name):
-        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
-        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
-                                  for words in (self.environment, self.arguments))
-        environment.append(b"FILE=" + os.fsencode(name))
-        if words_size(environment + arguments) > WORDS_MAX:
-            raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
-        return environment, arguments
-
-
-class FileSearch(Search):
-    """A search for a worker for the next file of a batch, whichever that is by then."""
-
-    def __init__(self, batch):
-        self.batch = batch
-        super().__init__(batch.loop, batch.group, batch.pub, batch.terms, self.found, batch.avoid)
-
-    def tls(self):
-        self.batch.context = self.batch.context or tls_context()
-        return self.batch.context
-
-    def ask(self, candidate):
-        candidate.task = self.batch.take()
-        if candidate.task:
-            super().ask(candidate)
-        else:
-            self.batch.end_search(self)
-
-    def job_for(self, candidate):
-        return self.batch.job_for(candidate.task)
-
-    def dropped(self, candidate, reason, violation):
-        if candidate is self.asked:
-            self.batch.put_back(candidate.task)
-        super().dropped(candidate, reason, violation)
-
-    def found(self, winner):
-        self.batch.begin(self, winner)
-
-    def give_up(self, message, code=EXIT_TEMPORARY):
-        self.batch.not_found(self, message, code)
-
-    def tell(self):
-        pass                        # the batch has a line for all
-
-
-class FileRun(Served):
-    """One file of a batch on a worker: after its EXIT the next one, if both want to."""
-
-    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]
+class FileRun(RemoteJob):
+    """One run of a Task: after its EXIT the connection has the next Task's, if client and worker want that."""
 
     def __init__(self, batch, link, hello, task, accepted):
-        super().__init__(batch.loop, link, hello, batch.terms.silence_seconds)
-        self.batch, self.task, self.started = batch, task, time.time()
-        self.accepted = accepted    # on a connection that was kept we don't wait for ACCEPT
+        super().__init__(batch, link, hello, task)
+        self.started = time.time()
+        self.accepted = accepted    # for the next Task of a connection GO is sent at once, and ACCEPT comes later
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
         self.refresh()
@@ -4745,55 +5015,105 @@ class FileRun(Served):
         self.accepted = True
 
     def exited(self, rows):
-        for sink in self.sinks.values():        # a short write: the disk is about to be full, and says so next time
+        for sink in self.sinks.values():        # after a short write: a disk that is full says so at the next one
             while sink.queue:
                 sink.writable()
-        self.leave()
-        self.batch.ended(self)
+        self.detach()
+        self.patron.ended(self)
 
-    def leave(self):
-        """Waits for its files no more."""
+    def detach(self):
         self.send_no_more()
         for sink in self.sinks.values():
             self.loop.on_write(sink.end.polled, None)
 
     def local_error(self, channel, error):
-        names = (self.task.name, self.task.output or STANDARD[1], STANDARD[2])
+        names = (self.job.name, self.job.output or STANDARD[1], STANDARD[2])
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
-        pass                        # EXIT comes when all of them have
+        pass                        # EXIT comes after the ends of all streams
 
     def rcvd_linger(self, flags, channel, payload):
         pass
 
     def link_lost(self, link, reason, violation):
-        self.leave()
-        self.batch.lost(self, reason, violation)
+        self.detach()
+        if self.accepted or violation:
+            self.patron.lost(self, reason)
+        else:
+            self.patron.came_too_late(self, reason)
+
+    def alert_nonce(self, event):
+        """A complaint names the job of the offer; other ALERTs need one each, or would be taken for copies."""
+        return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
-class Batch:
+class Printer:
+    """cexec -m -o -: prints the outputs on standard output, in the order of the files."""
+
+    def __init__(self, batch):
+        self.batch, self.loop = batch, batch.loop
+        self.end = local_end([Inherited(1)], ["write"], 3)
+        self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
+
+    def has_room(self, task):
+        """Whether a task may be begun: the outputs in line take descriptors, and so they have a bound."""
+        return task.number <= self.count + OUTPUTS_MAX
+
+    def refresh(self):
+        """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
+        tasks = self.batch.tasks
+        while not self.task and self.count < len(tasks) and tasks[self.count].exit_code is not None:
+            task = tasks[self.count]
+            if task.exit_code:
+                self.count += 1
+            else:
+                self.task = task
+                task.result.seek(0)
+                self.loop.on_write(self.end.polled, self.writable)
+
+    def writable(self):
+        """Prints as much as standard output takes now: its reader may be slow.  Raises Fatal (111), BrokenPipeError."""
+        log.status("")
+        self.unprinted = self.unprinted or memoryview(self.task.result.read(FRAME_MAX))
+        if not self.unprinted:
+            return self.printed()
+        try:
+            self.unprinted = self.unprinted[self.end.write(self.unprinted):]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.batch.summary())) from None
+
+    def printed(self):
+        self.loop.on_write(self.end.polled, None)
+        self.task.close()
+        self.task, self.count = None, self.count + 1
+        self.refresh()
+        self.batch.fill()
+
+
+class Batch(Patron):
     """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
 
-    A worker that nobody else waits for takes the next file on the connection that it has;
-    for the rest there are two searches at a time, or fewer if -j leaves no more.
+    A worker takes the next file on the connection that it has, unless others wait for it.
+    Two searches at a time, or fewer if -j leaves no more, find workers besides.
     """
 
     def __init__(self, pub, group, terms, tasks, jobs, joblog, force):
-        self.pub, self.group, self.terms, self.jobs, self.joblog = pub, group, terms, jobs, joblog
-        self.force = force          # whether what was done before is done as well
-        self.loop, self.context = Loop(), None
+        super().__init__(pub, group, terms, Loop())
+        self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
+        self.force = force          # whether -f was given: what was done before is done as well
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
-        self.searches, self.runs, self.avoid = [], [], Avoided()
-        self.began, self.failed, self.done = time.monotonic(), 0, 0
-        self.out = None if tasks[0].output is not None else local_end([Inherited(1)], ["write"], 3)
-        self.shown, self.printing, self.unprinted = 0, None, b""    # on standard output
+        self.searches, self.runs = [], []
+        self.began, self.failures, self.done = time.monotonic(), 0, 0
+        self.printer = Printer(self) if tasks[0].output is None else None
         self.watched = os.isatty(2) and not log.verbose
-        self.directories = set()    # with new outputs whose names may not be on the disk yet
-        self.udp = open_speakers()
-        terms.batch = os.urandom(8)
+        self.directories = set()    # those with new outputs, whose names may not be on the disk yet
 
-    def status(self):
+    def work(self):
         """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         if self.watched:
@@ -4801,67 +5121,75 @@ class Batch:
         try:
             self.fill()
             started_up()
-            while self.queue or self.runs or self.printing or any(search.asked for search in self.searches):
+            while self.is_busy():
                 self.loop.turn()
             self.make_durable()
         finally:
             self.stop()
         if self.watched:
             log.say("%d done, %d failed, after %s"
-                    % (self.done, self.failed, duration(int(time.monotonic() - self.began))))
-        return self.failed if self.failed < EXIT_USAGE else FAILURES_MAX
+                    % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
+        return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
+
+    def is_busy(self):
+        printing = self.printer and self.printer.task
+        return self.queue or self.runs or printing or any(search.asked for search in self.searches)
 
     def make_durable(self):
-        """Once for all outputs of a directory: one that loses its name in a crash before is only done again."""
+        """Makes the names of all outputs durable, each directory once.
+
+        An output that loses its name in a crash before that is only done again.
+        """
         for directory in self.directories:
             try:
                 make_durable(directory)
             except OSError as error:
                 raise Fatal(EXIT_TEMPORARY, "%s: %s" % (directory, error.strerror)) from None
 
-    # Searches, and the files that go to whom they find
+    # Searches, and the files for the workers that they find
 
     def fill(self):
-        """Begins as many searches as there is use for: a run more is always a search less."""
+        """Begins searches, as long as there are files for them, and -j leaves room."""
         room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
             try:
-                search = FileSearch(self)
+                search = self.new_search(quiet=True)    # the batch has a line for all
             except Fatal as error:  # CEXEC_LISTEN_PORTS has only one
                 if not self.searches and not self.runs:
                     raise
                 log.note("%s", error)
                 break
             self.searches.append(search)
-            search.announce()
-            search.listen()
+            search.start()
 
     def ready(self):
-        """How many files may be begun: with -o - not too many beyond the one whose turn it is."""
-        if self.queue and self.queue[0].output is None and self.queue[0].number > self.shown + OUTPUTS_MAX:
+        """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
+        if self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
 
     def end_search(self, search):
         if search in self.searches:
             self.searches.remove(search)
-            if search.asked:
-                self.put_back(search.asked.task)
             search.end()
-            search.back.close()
 
     def not_found(self, search, message, code):
-        """A search has given up: no harm while others are served."""
+        """A search has given up.  The batch goes on as long as there is another, or a run."""
         self.end_search(search)
         if not self.runs and not self.searches:
-            raise Fatal(code, "%s; %s" % (message, self.rest()))
+            raise Fatal(code, "%s; %s" % (message, self.summary()))
+
+    def next_job(self, search):
+        task = self.take()
+        if task is None:
+            self.end_search(search)
+        return task
 
     def take(self):
         """The next Task that can be opened; None if there is none."""
         while self.ready():
             task = self.queue.popleft()
             try:
-                task.words = self.terms.words_for(task.name)
                 task.open()
                 return task
             except (OSError, ValueError) as error:
@@ -4872,91 +5200,86 @@ class Batch:
         task.discard()
         self.queue.appendleft(task)
 
-    def job_for(self, task):
-        """JOB's fields for a Task."""
-        environment, arguments = task.words
-        return dict(self.terms.job_fields(), descriptors=FileRun.ROWS, environment=environment, arguments=arguments)
-
-    def begin(self, search, winner):
+    def begin(self, search, candidate, task):
         self.searches.remove(search)
-        search.back.close()
-        self.runs.append(FileRun(self, winner.link, winner.hello, winner.task, accepted=True))
+        self.runs.append(FileRun(self, candidate.link, candidate.hello, task, accepted=True))
         self.fill()
 
-    # What comes of them
+    # The end of a run
 
     def ended(self, run):
-        """EXIT: the file is done, or has failed; and the worker may take the next."""
+        """EXIT: the file is done, or has failed, and the worker may take the next."""
         self.runs.remove(run)
-        self.go_on(run)             # first: the worker is busy while this output gets to the disk
-        task, code = run.task, run.exit.status
-        reason = run.trouble or run.exit.reason
-        if run.trouble:
-            code = EXIT_TEMPORARY
-        elif run.exit.how == HOW_SIGNALLED:
-            task.signal = code
-            code, reason = EXIT_SIGNAL + code, "killed by signal %d" % code
-        elif code == 0:
-            try:
+        self.go_on(run)             # first, so that the worker is busy while this output gets to the disk
+        task, code = run.job, run.exit.status
+        if run.exit.how == HOW_SIGNALLED and not run.trouble:
+            reason = "killed by signal %d" % code
+            self.alert(run, ALERT_SIGNALLED, code, reason)
+            self.over(task, EXIT_SIGNAL + code, reason, run, signal=code)
+        else:
+            code, reason = (EXIT_TEMPORARY, run.trouble) if run.trouble else self.keep(task, code, run.exit.reason)
+            self.alert(run, ALERT_EXITED, code, reason)
+            self.over(task, code, reason, run)
+        self.fill()
+
+    def keep(self, task, code, reason):
+        """Gives the output of a success its name; (exit code, reason) as they are then."""
+        try:
+            if code == 0:
                 task.keep()
                 if task.output is not None:
                     self.directories.add(os.path.dirname(task.output) or ".")
-            except OSError as error:
-                code, reason = EXIT_TEMPORARY, error_of_task(error, task.name)
-        if task.signal:
-            self.alert(run, ALERT_SIGNALLED, task.signal, reason)
-        else:
-            self.alert(run, ALERT_EXITED, code, reason)
-        self.over(task, code, reason, run)
-        self.fill()
+            return code, reason
+        except OSError as error:
+            return EXIT_TEMPORARY, error_of_task(error, task.name)
 
     def go_on(self, run):
-        """Gives its worker the next file, if both want to."""
+        """Gives the run's worker the next file, if there is one and the worker takes it."""
         following = self.take() if run.exit.more else None
         if following:
-            send_job(run.link, **self.job_for(following))
+            send_job(run.link, **following.job_fields())
             run.link.send(GO)
             self.runs.append(FileRun(self, run.link, run.hello, following, accepted=False))
         else:
             run.link.close()
 
-    def lost(self, run, reason, violation):
-        """Nobody has seen its output: it is done again, as often as CEXEC_RETRIES says."""
-        task, message = run.task, "worker %s lost: %s" % (run.worker, reason)
+    def came_too_late(self, run, reason):
+        """The worker has left before it accepted the next file: nothing has run."""
         self.runs.remove(run)
-        if not run.accepted and not violation:
-            log.note("%s: %s before it began", task.name, message)      # we, or the JOB, came too late
-            self.put_back(task)
-            return self.fill()
-        task.tries += 1
-        if task.tries > self.terms.retries:
-            self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
-            self.over(task, EXIT_TEMPORARY, message, run)
-        else:
-            log.note("%s: %s; once more", task.name, message)
-            self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
-            self.put_back(task)
+        log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
+        self.put_back(run.job)
         self.fill()
 
-    def over(self, task, status, reason, run=None):
+    def run_again(self, run):
+        self.runs.remove(run)
+        self.put_back(run.job)
+        self.fill()
+
+    def failed(self, run, reason, objection):
+        self.runs.remove(run)
+        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s" % (run.worker, reason), run)
+        self.fill()
+
+    def over(self, task, exit_code, reason, run=None, signal=0):
         """A file is done or has failed: says so, logs it, prints what is next in order."""
-        task.status = status
-        self.done, self.failed = self.done + (status == 0), self.failed + (status != 0)
-        if status:
-            self.tell_failure(task, status, reason)
+        task.conclude(exit_code, signal)
+        self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
+        if exit_code:
+            self.tell_failure(task, exit_code, reason)
         if self.joblog:
             self.log_job(task, run)
-        if status:
+        if exit_code:
             task.discard()
         elif task.output is not None:
             task.close()
         else:
             task.close("input", "errors")
-        self.print_outputs()
+        if self.printer:
+            self.printer.refresh()
 
-    def tell_failure(self, task, status, reason):
+    def tell_failure(self, task, exit_code, reason):
         log.status("")
-        log.say("%s: %s" % (task.name, reason or "exit status %d" % status))
+        log.say("%s: %s" % (task.name, reason or "exit status %d" % exit_code))
         if task.errors:
             task.errors.seek(0)
             for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
@@ -4968,52 +5291,14 @@ class Batch:
         seconds = time.monotonic() - run.began if run else 0.0
         line = "\t".join(map(str, [
             task.number, run.worker if run else "-", "%.3f" % (run.started if run else time.time()), "%10.3f" % seconds,
-            sent, received, 0 if task.signal else task.status, task.signal, printable(task.name)]))
+            sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
         write_joblog(self.joblog, line)
-
-    def print_outputs(self):
-        """With -o -: begins to print the next output, if its turn has come and it is there."""
-        while self.out and not self.printing and self.shown < len(self.tasks):
-            task = self.tasks[self.shown]
-            if task.status is None:
-                return
-            if task.status:
-                self.shown += 1
-            else:
-                self.printing = task
-                task.result.seek(0)
-                self.loop.on_write(self.out.polled, self.print_more)
-
-    def print_more(self):
-        """Prints as much as standard output takes now: whoever reads there may be slow.  Raises Fatal (111)."""
-        log.status("")
-        self.unprinted = self.unprinted or memoryview(self.printing.result.read(FRAME_MAX))
-        if self.unprinted:
-            try:
-                self.unprinted = self.unprinted[self.out.write(self.unprinted):]
-            except (BlockingIOError, InterruptedError):
-                pass
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise Fatal(EXIT_TEMPORARY, "standard output: %s; %s" % (error.strerror, self.rest())) from None
-            return
-        self.loop.on_write(self.out.polled, None)
-        self.printing.close()
-        self.printing, self.shown = None, self.shown + 1
-        self.print_outputs()
-        self.fill()
-
-    def alert(self, run, event, status, reason):
-        """For crat.  A complaint names the job of the offer; the rest have one each, or would be taken for copies."""
-        nonce = run.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
-        self.group.send(self.udp, make_datagram(ALERT, self.pub, nonce, 0,
-                                                **run.alert_fields(event, status, reason)))
 
     # The person who waits
 
-    def rest(self):
-        todo = sum(task.status != 0 and not task.done_before for task in self.tasks)
+    def summary(self):
+        """How much is done, and how the rest can be."""
+        todo = sum(task.exit_code != 0 and not task.done_before for task in self.tasks)
         again = "" if self.tasks[0].output is None else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
@@ -5025,14 +5310,14 @@ class Batch:
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
-            run.leave()
+            run.detach()
             run.link.close()
-            run.task.discard()
+            run.job.discard()
         self.runs = []
 
     def interrupted(self, number):
         self.stop()
-        log.say("interrupted: " + self.rest())
+        log.say("interrupted: " + self.summary())
         die_of(number)
 
     def show_progress(self):
@@ -5041,10 +5326,10 @@ class Batch:
 
     def progress(self):
         seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
-        over = self.done + self.failed
+        over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
-        done = sum(task.status == 0 or task.done_before for task in self.tasks)
-        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failed)
+        done = sum(task.exit_code == 0 or task.done_before for task in self.tasks)
+        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failures)
         if over:
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
         if not self.runs:
@@ -5054,7 +5339,7 @@ class Batch:
 
 
 def files_at_once():
-    """For how many files there are descriptors: three and a connection each, besides searches and outputs in line."""
+    """For how many files there are descriptors: four each, besides those of searches and of outputs in line."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
@@ -5073,16 +5358,17 @@ def main_batch(pub, group, words, options):
     place = words.index("--") if "--" in words else len(words)
     words, files = words[:place], words[place + 1:]
     pattern = options.output or "{}.out"
-    tasks = batch_tasks(batch_names(files, options.zero), pattern)
+    names = batch_names(files, options.zero)
+    terms = BatchTerms(*parse_words(words), batch=os.urandom(8))
+    tasks = batch_tasks(terms, names, pattern)
     check_directories(pattern, tasks)
-    terms = BatchTerms(*parse_words(words))
     joblog = open_joblog(options.joblog) if options.joblog else None
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if not todo:
         return 0
     jobs = min(options.jobs or MEMORY, files_at_once())
-    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).status()
+    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).work()
 
 
 # ---------------------------------------------------------------------------
@@ -5139,12 +5425,11 @@ def main_single(path, words, options):
     there = any(map(os.path.exists, (path, path + ".pub")))
     if options.empty == "all" and words and "=" not in words[0] and not there:
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
-    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal)
-    job.progress = options.progress
+    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress)
     try:
         pub, group = open_pub(path), Group()
         fill_standard()
-        return Client(pub, group, job).status()
+        return Client(pub, group, job).work()
     except Fatal as error:
         job.tell(error.code, "failed=%s" % error)
         raise
@@ -5276,22 +5561,16 @@ class Offer:
     def __init__(self, worker, client, load, delay, hold):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.state, self.began = "CONNECTING" if hold else "LATE", time.monotonic()
-        self.challenge, self.proved, self.link = os.urandom(32), False, None
+        self.challenge, self.proved, self.link, self.timer = os.urandom(32), False, None, None
         self.words = Words()
-        self.be_patient()
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
-        self.sock, error = begin_connection(client.address, client.port)
-        if error:
-            # without a socket the trouble is ours: that the client can't be reached is not known
-            worker.loop.after(0, functools.partial(self.lost if self.sock else self.end, error))
-        else:
-            worker.loop.on_write(self.sock.fileno(), self.connected)
+        self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
 
     def __repr__(self):
         return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
 
-    def be_patient(self):
-        self.timer = self.worker.loop.after(OFFER_SECONDS, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
+    def be_patient(self, seconds=OFFER_SECONDS):
+        self.timer = self.worker.loop.after(seconds, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
 
     def late(self):
         """What is slow to connect, or never does, keeps nobody from the slot."""
@@ -5299,12 +5578,12 @@ class Offer:
             self.state = "LATE"
             self.worker.slow(self)
 
-    def connected(self):
-        self.worker.loop.forget(self.sock.fileno())
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            return self.lost(os.strerror(error))
-        self.link = Link(self.worker.loop, self.sock, self.worker.context, self, server_side=True)
+    def connected(self, sock, seconds):
+        self.be_patient(seconds)
+        self.link = Link(self.worker.loop, sock, self.worker.context, self, server_side=True)
+
+    def not_connected(self, reason, unreached):
+        self.lost(reason) if unreached else self.end(reason)
 
     def link_ready(self, link):
         if not self.worker.reached(self):
@@ -5312,7 +5591,7 @@ class Offer:
         self.state = "OPEN"
         link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options,
                   nonce=self.client.nonce, worker_id=self.worker.id,
-                  challenge=self.challenge, address=self.sock.getsockname()[0].partition("%")[0],
+                  challenge=self.challenge, address=link.sock.getsockname()[0].partition("%")[0],
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
@@ -5349,13 +5628,11 @@ class Offer:
         self.worker.offer_ended(self)
 
     def close(self):
-        self.timer.cancel()
+        self.dial.close()
         self.holding.cancel()
         if self.link:
+            self.timer.cancel()
             self.link.close()
-        elif self.sock:
-            self.worker.loop.forget(self.sock.fileno())
-            self.sock.close()
 
 
 class Probe:
@@ -5363,17 +5640,14 @@ class Probe:
 
     def __init__(self, worker, address, port):
         self.worker = worker
-        self.sock, error = begin_connection(address, port)
-        self.timer = worker.loop.after(0 if error else OFFER_SECONDS, self.end)
-        if not error:
-            worker.loop.on_write(self.sock.fileno(), self.end)
+        self.dial = Dial(worker.loop, address, port, OFFER_SECONDS, self.connected, self.over)
 
-    def end(self):
-        self.timer.cancel()
+    def connected(self, sock, seconds):
+        sock.close()
+        self.over()
+
+    def over(self, reason="", unreached=False):
         self.worker.probes.discard(self)
-        if self.sock:
-            self.worker.loop.forget(self.sock.fileno())
-            self.sock.close()
 
 
 def local_address(address):
@@ -5460,8 +5734,7 @@ class Worker:
     # Datagrams
 
     def hear(self, datagram, address, index):
-        handler = {ANNOUNCE: self.rcvd_announce, CLAIM: self.rcvd_claim, ALERT: self.rcvd_alert,
-                   QUERY: self.rcvd_query}.get(datagram.kind)
+        handler = handler_of(self, datagram.kind)
         if handler is None:
             return
         if datagram.application != self.key.application:
@@ -5563,9 +5836,9 @@ class Worker:
     def answer(self, kind, datagram, to, **fields):
         """Sends a datagram back to the address where the client of another is."""
         secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
-        pub = Pub("", datagram.name, datagram.application, secret, b"")
         try:
-            self.listeners[0].send(make_datagram(kind, pub, datagram.nonce, 0, **fields), to, datagram.port)
+            self.listeners[0].send(make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0,
+                                                 **fields), to, datagram.port)
         except OSError as error:
             log.note("cannot send %s to %s: %s", kind, to, error.strerror)
 
@@ -5869,7 +6142,8 @@ class Supervisor(Carrier):
         super().__init__(Loop(floor=floor), offer.link)
         self.job, self.offer, self.settings, self.words = job, offer, worker.settings, Words()
         offer.link.sock = self.loop.own(offer.link.sock)
-        self.status, log.fd = lifted(status, floor), lifted(2, floor)
+        self.status = lifted(status, floor)
+        log.hold(floor)
         close_all_but([offer.link.sock.fileno(), self.status, log.fd])
         self.far = {}               # number: the command's end, until it has started
         self.process = self.result = None
@@ -6014,7 +6288,7 @@ class Supervisor(Carrier):
             self.started, self.group = True, self.process.pid
             self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
             self.refresh()
-        if self.link.mute or self.link.closed:
+        if self.link.write_closed or self.link.closed:
             self.abandon("the client has gone")
 
     def start(self):
@@ -6236,7 +6510,7 @@ class Supervisor(Carrier):
         self.close_when_sent()
 
     def close_when_sent(self):
-        if self.link.congested and not self.link.mute:
+        if self.link.congested and not self.link.write_closed:
             return                  # link_writable comes back here
         self.link.finish()
         self.delivered = time.monotonic()
@@ -6250,7 +6524,7 @@ class Supervisor(Carrier):
         now = time.monotonic()
         if self.link.undelivered():
             self.delivered = now
-        if now - max(self.delivered, self.link.heard) > CLOSE_SECONDS:
+        if now - max(self.delivered, self.link.last_activity) > CLOSE_SECONDS:
             return self.loop.stop()
         self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
 
@@ -6679,7 +6953,7 @@ class Watch(Survey):
         self.ask()
         self.loop.after(max(ASK_SECONDS, self.ways * SECONDS_A_WAY), self.ask_again)
 
-    def rcvd_reply(self, worker_id, row):
+    def add_worker(self, worker_id, row):
         self.workers[worker_id] = dict(row, heard=time.monotonic())
 
 
@@ -6730,7 +7004,8 @@ class Screen:
         self.loop, self.title, self.watches, self.tallies = loop, title, watches, Tallies()
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
-        self.saved, self.waiting, self.drawn = None, b"", 0.0    # the modes to go back to; bytes not taken yet; when
+        self.draws = False          # whether it has the terminal
+        self.waiting, self.drawn = b"", 0.0     # bytes that the terminal has not taken; when it was drawn last
         self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
         loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
                     signal.SIGWINCH], self.signalled)
@@ -6751,34 +7026,27 @@ class Screen:
 
     def take(self):
         """Begins to draw.  In the background it stops us instead, until CONT."""
-        import termios
-        import tty
-        if not self.end.may_read():
-            return os.kill(0, signal.SIGTTOU)
         try:
-            self.saved = self.saved or termios.tcgetattr(self.end.fd)
-            tty.setcbreak(self.end.fd, termios.TCSANOW)         # what is typed does not show, and q comes at once
-        except termios.error as error:
-            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.args[1]) from None
+            self.draws = self.end.take(raw=False)   # what is typed does not show, and q comes at once
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.strerror) from None
+        if not self.draws:
+            return
         self.loop.on_read(self.end.fd, self.typed)
         self.waiting, self.changed = self.waiting + ENTER.encode(), True
         self.flush()
 
     def give_back(self, text=""):
         """Leaves the terminal as it was before, and a text there; if it takes nothing for a second, then not."""
-        import termios
-        saved, self.saved = self.saved, None
-        if saved:
+        if self.draws:
+            self.draws = False
             self.loop.forget(self.end.fd)
             self.waiting += encoded(LEAVE + text)
             deadline = time.monotonic() + 1.0
             while self.waiting and time.monotonic() < deadline:
                 select.select([], [self.end.fd], [], 0.1)
                 self.flush()
-            try:
-                termios.tcsetattr(self.end.fd, termios.TCSANOW, saved)
-            except termios.error:
-                pass                # it has been hung up
+            self.end.restore()
 
     def close(self):
         """The end, however it comes: the summary goes to the screen that stays."""
@@ -6793,7 +7061,7 @@ class Screen:
             pass
         except OSError:
             self.waiting = b""      # it has been hung up
-        if self.saved:
+        if self.draws:
             self.loop.on_write(self.end.fd, self.flush if self.waiting else None)
 
     def typed(self):
@@ -6829,7 +7097,7 @@ class Screen:
         """Draws if there is something new, or a second has gone by; not before the last drawing was taken."""
         self.loop.after(REDRAW_SECONDS, self.tick)
         now = time.monotonic()
-        if self.saved and not self.waiting and (self.changed or now - self.drawn >= 1.0):
+        if self.draws and not self.waiting and (self.changed or now - self.drawn >= 1.0):
             self.changed, self.drawn = False, now
             room = self.size()[0]
             lines = ["\x1b[K" + self.spoken(*line) for line in self.picture(room)]
@@ -7519,10 +7787,15 @@ class Pump:
     It reads no more before that is taken: a side that stalls stalls the other.
     """
 
-    def __init__(self, join, source, target):
+    def __init__(self, join, source, target, held=False):
         self.join, self.source, self.target = join, source, target
-        self.load, self.ended, self.held = Copied(), False, False
+        self.load, self.ended, self.held = Copied(), False, held
         self.until_splice = SPLICE_FROM if join.relay.proxy.splices else None
+
+    def let_go(self):
+        """What was held begins to flow."""
+        self.held = False
+        self.refresh()
 
     def refresh(self):
         loop, waiting = self.join.loop, self.load.waiting
@@ -7595,27 +7868,24 @@ class Join:
 
     def __init__(self, relay, worker):
         self.relay, self.loop, self.closed = relay, relay.proxy.loop, False
-        self.worker, self.first = worker, b""
+        self.worker, self.client, self.first = worker, None, b""
         worker.setblocking(False)
-        self.client, error = begin_connection(*relay.client)
-        self.deliveries = [(sock, Delivery()) for sock in (worker, self.client) if sock]
-        self.up, self.down = Pump(self, worker, self.client), Pump(self, self.client, worker)
-        self.up.held = True
-        self.timer = self.loop.after(HELLO_SECONDS, lambda: self.close("no TLS ClientHello"))
-        if error:
-            self.loop.after(0, lambda: self.close(error))
-        else:
-            self.loop.on_write(self.client.fileno(), self.connected)
+        self.deliveries = [(worker, Delivery())]
+        self.up = self.down = self.timer = None
+        self.dial = Dial(self.loop, *relay.client, HELLO_SECONDS, self.connected, self.not_connected)
 
-    def connected(self):
-        error = self.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            return self.close(os.strerror(error))
-        for sock in (self.client, self.worker):
+    def connected(self, client, seconds):
+        self.client = client
+        self.deliveries.append((client, Delivery()))
+        self.timer = self.loop.after(seconds, lambda: self.close("no TLS ClientHello"))
+        self.up, self.down = Pump(self, self.worker, client, held=True), Pump(self, client, self.worker)
+        for sock in (client, self.worker):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
-        self.loop.forget(self.client.fileno())
         self.down.refresh()
+
+    def not_connected(self, reason, unreached):
+        self.close(reason)
 
     def admits(self, pump, count):
         """Whether what a pump has just taken may go on: the client's side is judged by its first bytes."""
@@ -7631,8 +7901,7 @@ class Join:
             return False
         if len(head) == 6:
             self.timer.cancel()
-            self.up.held = False
-            self.up.refresh()
+            self.up.let_go()
         return True
 
     def ended(self):
@@ -7645,7 +7914,7 @@ class Join:
         But a worker may go that has said all.
         """
         for sock, delivery in self.deliveries:
-            if not self.closed and not (sock is self.worker and self.up.ended):
+            if not self.closed and not (sock is self.worker and self.up and self.up.ended):
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error or delivery.unanswered(sock) > GONE_SECONDS:
                     self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
@@ -7656,13 +7925,15 @@ class Join:
             return
         log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
         self.closed = True
-        self.timer.cancel()
+        self.dial.close()
+        if self.timer:
+            self.timer.cancel()
         for sock in filter(None, (self.worker, self.client)):
             self.loop.forget(sock.fileno())
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             sock.close()
-        for pump in (self.up, self.down):
+        for pump in filter(None, (self.up, self.down)):
             pump.load.close()
         self.relay.joins.discard(self)
 
@@ -7672,39 +7943,35 @@ class Relay:
 
     def __init__(self, proxy, client):
         self.proxy, self.client, self.joins = proxy, client, set()
-        self.asked = Memory(16)     # nonces of what it has announced and asked: only that is answered
+        self.asked = Memory(16)     # nonce of what it has announced or asked: the kind; only that is answered
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
-        self.heard = time.monotonic()
+        self.last_activity = time.monotonic()
         self.back.attend(self.hear, self.accept)
 
-    def accept(self, listener):
-        try:
-            worker, address = listener.accept()
-        except OSError:
-            return
+    def client_spoke(self):
+        self.last_activity = time.monotonic()
+
+    def accept(self, worker, address):
         relays = self.proxy.relays.values()
         if (sum(len(relay.joins) for relay in relays) >= JOINS_MAX or
                 sum(len(relay.joins) for relay in relays if relay.client[0] == self.client[0]) >= JOINS_A_CLIENT):
-            log.note("offer from %s: too many connections", address[0])
+            log.note("offer from %s: too many connections", address)
             return worker.close()
-        log.note("offer from %s goes to %s", spelled(*address[:2]), spelled(*self.client))
+        log.note("offer from %s goes to %s", address, spelled(*self.client))
         self.joins.add(Join(self, worker))
 
-    def hear(self, sock):
+    def hear(self, datagram, address):
         """What a worker says to the client, as it stands.
 
         Not from SELF: a client whose host has no route there would not hear it (rp_filter).
         """
-        address = "nobody"
+        if datagram.nonce not in self.asked or self.asked[datagram.nonce] is not ANSWERS.get(datagram.kind):
+            return
         try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            address = address_of(peer)
-            datagram = Datagram(data)
-            if datagram.nonce in self.asked and self.asked[datagram.nonce] is ANSWERS.get(datagram.kind):
-                with open_udp(family_of(self.client[0]), broadcasts=False) as back:
-                    back.sendto(data, socket_address(*self.client))
-        except (OSError, ProtocolError) as error:
-            log.note("dropped a datagram from %s: %s", address, error)
+            with open_udp(family_of(self.client[0]), broadcasts=False) as back:
+                back.sendto(datagram.data, socket_address(*self.client))
+        except OSError as error:
+            log.note("dropped a datagram from %s: %s", address, error.strerror)
 
 
 class Proxy:
@@ -7755,14 +8022,14 @@ class Proxy:
                 relay = self.relays[client] = Relay(self, client)
             except (Fatal, OSError) as error:
                 return log.note("cannot relay %s: %s", spelled(*client), error)
-        relay.heard = time.monotonic()
+        relay.client_spoke()
         return relay
 
     def give_up_oldest(self):
         idle = [relay for relay in self.relays.values() if not relay.joins]
         if not idle:
             return False
-        self.give_up(min(idle, key=lambda relay: relay.heard))
+        self.give_up(min(idle, key=lambda relay: relay.last_activity))
         return True
 
     def give_up(self, relay):
@@ -7774,7 +8041,7 @@ class Proxy:
         for relay in list(self.relays.values()):
             for join in list(relay.joins):
                 join.check()
-            if not relay.joins and relay.heard < limit:
+            if not relay.joins and relay.last_activity < limit:
                 self.give_up(relay)
         self.loop.after(1.0, self.sweep)
 
@@ -7897,29 +8164,9 @@ def write_new(path, text, replace):
     try:
         with os.fdopen(fd, "w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if not replace:
-            claim_name(part, path)
-        if os.path.lexists(part):
-            os.rename(part, path)
+            name_part(file, part, path, replace)
     finally:
-        if os.path.lexists(part):
-            os.unlink(part)
-
-
-def claim_name(part, path):
-    """Gives a file a name that no other has, as rename can't.  Raises OSError.
-
-    A file system without hard links (FAT, and some over a network) has an empty file there until the rename.
-    """
-    try:
-        os.link(part, path)
-        os.unlink(part)
-    except FileExistsError:
-        raise
-    except OSError:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        drop_part(part)
 
 
 def existing_key(path):

@@ -528,6 +528,10 @@ def made_pub(master=MASTER, name="anyone"):
     return cexec.parse_pub(cexec.format_pub(master, name, fingerprint), name + ".pub")
 
 
+def make_datagram(kind, pub, nonce, port, **fields):
+    return cexec.make_datagram(kind, pub.application, pub.name, pub.secret, nonce, port, **fields)
+
+
 def fatal(code, call, *arguments):
     """The message of the Fatal, with that exit code, that call() must raise."""
     with pytest.raises(cexec.Fatal) as caught:
@@ -992,7 +996,7 @@ def test_codes_and_names_are_unique():
      "00000002" + "00000003" + "00000004" + "00" * 8),
     (lambda: cexec.BUSY.pack(attempt=2, ahead=3, failures=4), "00000002" + "00000003" + "0004"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
-    (lambda: cexec.make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
+    (lambda: make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
      "43455843" + "02" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
      + NONCE.hex() + TOKEN.hex() + "0001"),
 ])
@@ -1002,14 +1006,14 @@ def test_bytes_on_the_wire(made, wire):
 
 def test_the_mac_of_a_datagram_is_hmac_sha256_of_what_it_proves():
     pub = made_pub()
-    data = cexec.make_datagram(cexec.ANNOUNCE, pub, NONCE, 9, **FIRST_TRY)
+    data = make_datagram(cexec.ANNOUNCE, pub, NONCE, 9, **FIRST_TRY)
     proved = b"datagram" + data[:6] + data[25:-16]
     assert data[-16:] == cexec.hmac.new(pub.secret, proved, "sha256").digest()[:16]
 
 
 def datagrams():
     """One of each kind, as its sender makes it."""
-    return [cexec.make_datagram(kind, made_pub(), NONCE, 4097, **filled(kind)) for kind in cexec.DATAGRAMS.values()]
+    return [make_datagram(kind, made_pub(), NONCE, 4097, **filled(kind)) for kind in cexec.DATAGRAMS.values()]
 
 
 def test_datagram_there_and_back():
@@ -1026,7 +1030,7 @@ def test_datagram_there_and_back():
 def test_datagram_of_another_client_is_not_proved():
     """A name is part of what is proved, and goes with one secret."""
     alice, bob = made_pub(name="alice"), made_pub(name="bob")
-    data = cexec.make_datagram(cexec.ANNOUNCE, bob._replace(name="alice"), NONCE, 1, **FIRST_TRY)
+    data = make_datagram(cexec.ANNOUNCE, bob._replace(name="alice"), NONCE, 1, **FIRST_TRY)
     assert cexec.Datagram(data).proved_by(bob.secret) and not cexec.Datagram(data).proved_by(alice.secret)
 
 
@@ -1034,7 +1038,7 @@ def with_byte(data, place, value):
     return data[:place] + bytes([value]) + data[place + 1:]
 
 
-ANNOUNCEMENT = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 4097, **FIRST_TRY)
+ANNOUNCEMENT = make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 4097, **FIRST_TRY)
 NAMED = made_pub()._replace
 
 
@@ -1054,10 +1058,10 @@ NAMED = made_pub()._replace
     (with_byte(ANNOUNCEMENT, 34, 7), "ANNOUNCE cut short"),
     (with_byte(ANNOUNCEMENT, 34, 5), "too many"),
     (with_byte(ANNOUNCEMENT, 35, 0), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name=""), NONCE, 1, **FIRST_TRY), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a" * 65), NONCE, 1, **FIRST_TRY), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="a/b"), NONCE, 1, **FIRST_TRY), "name"),
-    (cexec.make_datagram(cexec.ANNOUNCE, NAMED(name="\udcff"), NONCE, 1, **FIRST_TRY), "name"),
+    (make_datagram(cexec.ANNOUNCE, NAMED(name=""), NONCE, 1, **FIRST_TRY), "name"),
+    (make_datagram(cexec.ANNOUNCE, NAMED(name="a" * 65), NONCE, 1, **FIRST_TRY), "name"),
+    (make_datagram(cexec.ANNOUNCE, NAMED(name="a/b"), NONCE, 1, **FIRST_TRY), "name"),
+    (make_datagram(cexec.ANNOUNCE, NAMED(name="\udcff"), NONCE, 1, **FIRST_TRY), "name"),
 ], ids=lambda value: value if isinstance(value, str) else "%d-bytes" % len(value))
 def test_datagram_that_does_not_parse(data, word):
     with pytest.raises(cexec.ProtocolError, match=word):
@@ -1425,7 +1429,7 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
     group = cexec.Group("127.255.255.255:%d" % port)
     listeners = cexec.open_listeners(group) + cexec.open_listeners(group)
     heard = [[], []]
-    last = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, **dict(FIRST_TRY, attempt=2))
+    last = make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 1, **dict(FIRST_TRY, attempt=2))
     try:
         with cexec.open_udp(socket.AF_INET) as sock:
             sock.sendto(ANNOUNCEMENT, ("127.0.0.1", port))
@@ -2069,7 +2073,7 @@ def test_spread_delay_is_a_fraction_of_it():
 
 def waiting(name, number, since, heard=0.0):
     pub, nonce = made_pub()._replace(name=name), bytes([number]) * 16
-    data = cexec.make_datagram(cexec.ANNOUNCE, pub, nonce, 9, **FIRST_TRY)
+    data = make_datagram(cexec.ANNOUNCE, pub, nonce, 9, **FIRST_TRY)
     client = cexec.Waiting(cexec.Datagram(data), "127.0.0.1", since)
     client.heard = heard
     return client
@@ -2142,7 +2146,7 @@ def test_line_forgets_whoever_is_silent():
 def test_line_is_as_patient_as_an_announcement_says(pause, patience):
     """A group of thousands of addresses is announced to every ten seconds."""
     line, client = cexec.Line(), waiting("a", 1, 0.0)
-    data = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 9, **dict(FIRST_TRY, pause=pause))
+    data = make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 9, **dict(FIRST_TRY, pause=pause))
     client.announced(cexec.Datagram(data), "127.0.0.1", 100.0)
     line.join(client)
     line.expire(100.0 + patience - 0.1)
@@ -2182,7 +2186,7 @@ def desk():
     made.said = []
     made.answer = lambda kind, client, to, **fields: made.said.append((kind, client.nonce, fields))
     made.say = lambda kind, nonce, address, name="anyone", **fields: made.hear(
-        cexec.Datagram(cexec.make_datagram(kind, made_pub(name=name), nonce, 9, **fields)), address, 0)
+        cexec.Datagram(make_datagram(kind, made_pub(name=name), nonce, 9, **fields)), address, 0)
 
     def announce(nonce, address, attempt=1):
         made.say(cexec.ANNOUNCE, nonce, address, **dict(FIRST_TRY, attempt=attempt))
@@ -2676,7 +2680,7 @@ def test_a_link_whose_writes_fail_reads_on(wire):
     """The peer has closed its reading side; what it sent before still comes."""
     out = wire.pipe(1, wire.there, "write")
     wire.raw(data_frame(1, b"last words"))
-    wire.there.link.mute = True
+    wire.there.link.write_closed = True
     wire.there.link.send(cexec.PING)
     tap = Tap(wire, out)
     wire.spin(lambda: tap.got == b"last words")
@@ -2835,7 +2839,7 @@ class Asker:
         self.back.close()
 
     def say(self, kind, nonce=None, **fields):
-        data = cexec.make_datagram(kind, self.pub, nonce or self.nonce, self.port, **filled(kind, **fields))
+        data = make_datagram(kind, self.pub, nonce or self.nonce, self.port, **filled(kind, **fields))
         assert self.group.send(self.back.udp, data) == 1
 
     def offer(self, attempt=1):
@@ -3222,7 +3226,7 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             return max(heard.body.attempt for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE)
 
         def said(words, attempt):
-            data = cexec.make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7, failures=0)
+            data = make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7, failures=0)
             ear.mouth.sendto(data, (address, client_of.port))
             return words in read(client.log)
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
@@ -3364,7 +3368,7 @@ def garbage_datagrams(pub, count, seed):
     for number in range(count):
         kind = kinds[number // 4 % len(kinds)]
         nonce = chance.getrandbits(128).to_bytes(16, "big")
-        data = cexec.make_datagram(kind, wrong, nonce, chance.randrange(65536), **filled(kind))
+        data = make_datagram(kind, wrong, nonce, chance.randrange(65536), **filled(kind))
         way = number % 4
         if way == 0:
             data = nonce * chance.randrange(80)
@@ -6399,13 +6403,13 @@ def test_a_worker_answers_a_question_once_and_no_longer_than_it(cluster):
         for _ in range(3):
             asker.say(cexec.QUERY, padding=bytes(240))
         data = asker.udp.recv(2000)
-        question = cexec.make_datagram(cexec.QUERY, asker.pub, asker.nonce, 1, strangers=1, padding=bytes(240))
+        question = make_datagram(cexec.QUERY, asker.pub, asker.nonce, 1, strangers=1, padding=bytes(240))
         assert cexec.Datagram(data).kind is cexec.REPLY and len(data) <= len(question)
         with pytest.raises(socket.timeout):
             asker.udp.recv(2000)
     longest = filled(cexec.REPLY, host="h" * 64, address="f" * 39, version="9" * 10)
-    assert len(cexec.make_datagram(cexec.REPLY, asker.pub, asker.nonce, 0, **longest)) <= len(question)
-    assert len(cexec.make_datagram(cexec.DENY, asker.pub, asker.nonce, 0, **filled(cexec.DENY))) <= len(question)
+    assert len(make_datagram(cexec.REPLY, asker.pub, asker.nonce, 0, **longest)) <= len(question)
+    assert len(make_datagram(cexec.DENY, asker.pub, asker.nonce, 0, **filled(cexec.DENY))) <= len(question)
 
 
 def test_strangers_are_denied_only_if_they_ask_and_seldom(cluster):
@@ -6590,7 +6594,7 @@ def test_a_return_address_that_is_no_address_here(hosts, address):
     pub, limit = cexec.open_pub(hosts.pub), {"CEXEC_TIMEOUT_ACCEPT": "5"}
     with udp_socket(spaces["client"]) as mouth:
         def forge():
-            data = cexec.make_datagram(cexec.ANNOUNCE, pub, os.urandom(16), 9, **FIRST_TRY)
+            data = make_datagram(cexec.ANNOUNCE, pub, os.urandom(16), 9, **FIRST_TRY)
             mouth.sendto(cexec.Datagram(data).readdressed(address, 9, 0), ("10.77.0.255", GROUP_PORT))
         forge()                         # for an offer
         done = hosts.client(space=spaces["client"], input=b"still there\n", env=limit)
@@ -7168,7 +7172,7 @@ def test_a_proxy_passes_on_only_answers_and_to_hosts_alone(hosts, crossing):
         assert forged.identity not in [datagram.identity for datagram in relayed]
 
         def say(kind, nonce, to, **fields):
-            data = cexec.make_datagram(kind, pub, nonce, 0, **filled(kind, **fields))
+            data = make_datagram(kind, pub, nonce, 0, **filled(kind, **fields))
             ear.sendto(data, (to.address, to.port))
         say(cexec.BUSY, broadcast.nonce, relayed[0])
         say(cexec.BUSY, os.urandom(16), relayed[-1])            # of nobody's job
@@ -8487,7 +8491,7 @@ class Between:
 
     def announce(self, port):
         """What a worker hears of a client at that port; None if the proxy drops it."""
-        sent = cexec.make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), port, **FIRST_TRY)
+        sent = make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), port, **FIRST_TRY)
         self.announced += 1                     # clients of eight hosts in turn
         sent = cexec.Datagram(sent).readdressed("127.0.1.%d" % (1 + self.announced % 8), port, 0)
         self.ear.sendto(sent, ("127.255.255.255", int(self.near)))
@@ -10742,9 +10746,9 @@ def test_a_slow_reader_gets_what_was_written_before_a_bounded_linger(one):
 # What goes into a terminal, in memory
 
 def terminal_end(fd):
-    end = cexec.TerminalEnd(fd, fd)
-    end.signals = []
-    end.signalled = end.signals.append
+    signals = []
+    end = cexec.TerminalEnd(fd, fd, signals.append)
+    end.signals = signals
     return end
 
 
@@ -12058,7 +12062,7 @@ class Alerts:
     def say(self, worker="10.0.0.3", event=cexec.ALERT_EXITED, status=0, count=1, pub=None, reason="", **fields):
         fields = dict({"milliseconds": 1500, "bytes_in": 2000, "bytes_out": 1000}, **fields)
         for _ in range(count):
-            self.group.send(self.socks, cexec.make_datagram(
+            self.group.send(self.socks, make_datagram(
                 cexec.ALERT, pub or self.pub, os.urandom(16), 0, event=event, worker=worker, worker_id=bytes(8),
                 status=status, reason=reason, **fields))
 
