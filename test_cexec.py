@@ -13507,10 +13507,12 @@ def test_short_calls_behind_a_long_one_are_taken_back(pooled):
         gate = pooled.path("gate")
         wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
         futures = [pool.submit(*call) for call in [(abs, 1)] * 5 + [(exec, wait)] + [(abs, 1)] * 60]
-        for future in futures[6:]:
-            assert future.result(PATIENCE) == 1
-        assert not futures[5].done()
-        touch(gate)
+        try:
+            for future in futures[6:]:
+                assert future.result(PATIENCE) == 1
+            assert not futures[5].done()
+        finally:
+            touch(gate)
         assert futures[5].result(PATIENCE) is None
 
 
