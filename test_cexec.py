@@ -13543,11 +13543,16 @@ def test_a_worker_that_drains_is_left(pooled, monkeypatch):
     """A lane ends after a while for that; what waits goes on elsewhere."""
     monkeypatch.setattr(cexec, "LANE_SECONDS", 0.5)
     with cexec.Executor(pooled.pub) as pool:
-        first = pool.submit(os.getppid).result()
-        futures = [pool.submit(time.sleep, 0.1) for _ in range(40)]
+        first, futures = pool.submit(os.getppid).result(), []
+
+        def left():
+            """Whether it has ended, though there are always calls that wait."""
+            futures.extend(pool.submit(time.sleep, 0.05) for _ in range(8 - sum(not one.done() for one in futures)))
+            return pooled.serving.poll() is not None
+        left()
         pooled.serving.terminate()
         other = pooled.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
-        assert pooled.serving.wait(PATIENCE) == 0
+        until(left, "the end of the worker")
         assert all(future.result(PATIENCE) is None for future in futures)
         assert first != pool.submit(os.getppid).result() and other.poll() is None
 
@@ -13863,7 +13868,9 @@ def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
     monkeypatch.chdir(cluster.directory)
     put(cluster.path("evil.py"), EVIL % does)
     cluster.worker(PYTHON, cluster.path("evil.py"), env={"BOOST": "0"})
-    with cexec.Executor(cluster.pub, retries=0) as pool:
+    with contextlib.ExitStack() as stack:
+        pool = cexec.Executor(cluster.pub, retries=0)
+        stack.callback(pool.__exit__, KeyboardInterrupt, None, None)
         future = pool.submit(pow, 2, 3)
         error = future.exception(PATIENCE)
         if kind == "value":
