@@ -1945,10 +1945,11 @@ class ReturnPort:
     def receive(self, sock):
         """(Datagram, the sender's address), or None when there is no more.  Raises ProtocolError."""
         try:
-            data, sender = sock.recvfrom(DATAGRAM_MAX + 1)
+            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
+            sender = address_of(peer)
         except OSError:
             return None
-        return parsed(data, address_of(sender)), address_of(sender)
+        return parsed(data, sender), sender
 
     def accept_all(self, listener, accept, spare):
         """Takes every connection that has come, in the order in which they came."""

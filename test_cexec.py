@@ -2342,6 +2342,46 @@ def tcp_pair():
         return one, listener.accept()[0]
 
 
+# A connection that is being opened
+
+def dialled(address, port, seconds=20):
+    """What a Dial calls, once: ("connected", a socket, the seconds left) or ("failed", why, unreached)."""
+    loop, told = cexec.Loop(), []
+    cexec.Dial(loop, address, port, seconds, lambda *words: told.append(("connected", *words)),
+               lambda *words: told.append(("failed", *words)))
+    assert not told
+    spin(loop, lambda: told, "the end of it")
+    assert not loop.readers and not loop.writers and not any(timer.call for _, _, timer in loop.timers)
+    (found,) = told
+    return found
+
+
+def test_a_connection_is_given_with_what_is_left_of_its_deadline():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        word, sock, left = dialled("127.0.0.1", listener.getsockname()[1])
+        with sock:
+            assert word == "connected" and 0 < left <= 20 and sock.getpeername() == listener.getsockname()
+
+
+def test_a_connection_that_fails_tells_why_and_whose_fault_it_is(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        assert dialled("127.0.0.1", closed.getsockname()[1]) == ("failed", os.strerror(errno.ECONNREFUSED), True)
+    far, near = socket.socketpair()
+    with far:
+        while True:                         # until it can't be written
+            try:
+                near.send(bytes(65536), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+        monkeypatch.setattr(cexec, "begin_connection", lambda address, port: (near, None))
+        assert dialled("127.0.0.2", 9, 0.01) == ("failed", "no connection in 0.01 s", True) and near.fileno() < 0
+    monkeypatch.setattr(cexec, "begin_connection", lambda address, port: (None, "Too many open files"))
+    assert dialled("127.0.0.2", 9) == ("failed", "Too many open files", False)
+
+
 class Wire:
     """Two Holders, here (the TLS client) and there (the server), with a real TLS connection between them."""
 
