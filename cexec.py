@@ -296,7 +296,7 @@ def encoded(text):
 def show(line):
     """A line on standard output.  Raises Fatal: 100 if that is closed, 111 if it can't be written."""
     if sys.stdout is None:
-        raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
+        raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
     print_out(encoded(line + "\n"))
 
 
@@ -1357,7 +1357,7 @@ def parse_group_file(path, default_port):
     except OSError as error:
         raise Fatal(EXIT_USAGE, "group @%s: %s" % (path, error.strerror)) from None
     if any("@" in line for line in lines):
-        raise Fatal(EXIT_USAGE, "group @%s: names a file" % path)
+        raise Fatal(EXIT_USAGE, "group @%s: names another file: write addresses in it" % path)
     targets = [target for line in lines if line for target in parse_group(line, default_port)]
     if not targets:
         raise Fatal(EXIT_USAGE, "group @%s: no address in it" % path)
@@ -3965,7 +3965,7 @@ class Job(Terms):
         self.empty = {channel for channel in self.channels
                       if empty == "all" or empty and self.has_number(channel, whole(empty))}
         if joined and joined[0].number in self.empty:
-            raise Fatal(EXIT_USAGE, "-n and -t: what is typed at the terminal is the command's, or it is not")
+            raise Fatal(EXIT_USAGE, "-n and -t: the terminal cannot be empty: leave one of them out")
         self.replay = None          # the ReplayBuffer, if the job may be run again
         self.losses, self.told_to_end = 0, False
         if self.report >= 0:
@@ -4221,7 +4221,7 @@ class Run(RemoteJob):
     def rcvd_linger(self, flags, channel, payload):
         if os.isatty(2):
             log.say("the command has ended with status %d; a process that it left behind holds its output "
-                    "(CEXEC_TIMEOUT_LINGER bounds the wait)" % payload.status)
+                    "(CEXEC_TIMEOUT_LINGER limits the wait)" % payload.status)
 
     def link_lost(self, link, reason, violation):
         if self.exit_code is None:
@@ -4667,7 +4667,7 @@ class Survey:
     def denial(self, why):
         if why == DENY_NAME:
             return "a worker that refuses the client %s (cservice -x)" % self.pub.name
-        return "a worker of this application to which %s proves nothing: make the pub again (ckeygen)" % self.pub.label
+        return "a worker of this application cannot verify %s: make the public key again (ckeygen)" % self.pub.label
 
 
 def list_workers(group, pub, ports, as_json):
@@ -5380,24 +5380,24 @@ CEXEC = Syntax(
     "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
               "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] -- FILE ..."},
     """Run an application's command on the least loaded worker, with the descriptors of
-this process; KEY=VALUE is PEER_KEY=VALUE in the command's environment.
+this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.
 
 exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could not
 be run; 111 if cexec failed (try again); 100 for a usage error
 """,
-    Option("-l", "", "list", "list the workers, and why there are none"),
-    Option("-m", "", "batch", "one job for each FILE, on its standard input"),
-    Option("-n", "[N]", "empty", "give the command nothing to read, or nothing at N", "-"),
-    Option("-p", "", "progress", "show how far the job is", "-"),
+    Option("-l", "", "list", "list the workers; if there are none, say why"),
+    Option("-m", "", "batch", "run one job for each FILE, which is its standard input"),
+    Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
+    Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
     Option("-t", "", "terminal", "give the command a terminal, as ssh -t does", "-"),
     Option("-j --json", "", "json", "print JSON", "-l"),
-    Option("-0", "", "zero", "the files' names come from standard input, ended by NULs", "-m"),
-    Option("-f", "", "force", "do what is done already as well", "-m"),
-    Option("-j", "N", "jobs", "files at a time", "-m"),
+    Option("-0", "", "zero", "read the names of the files from standard input; each ends with a NUL", "-m"),
+    Option("-f", "", "force", "do all files, also those that are done already", "-m"),
+    Option("-j", "N", "jobs", "run at most N jobs at a time", "-m"),
     Option("-o", "PATTERN", "output",
-           "where outputs go, with {} {.} {/} {//} {/.}; - is standard output, in order", "-m"),
-    Option("--log", "FILE", "joblog", "append a line a file, as parallel does", "-m"))
+           "write outputs to files named with {} {.} {/} {//} {/.}; - is standard output, in order", "-m"),
+    Option("--log", "FILE", "joblog", "append a line for each file, as parallel does", "-m"))
 
 
 def main_cexec(argv):
@@ -5422,7 +5422,7 @@ def main_cexec(argv):
 def main_single(path, words, options):
     """Runs one job; its exit code."""
     if options.terminal and options.progress:
-        raise CEXEC.error("-p and -t: the terminal is the command's")
+        raise CEXEC.error("-p and -t do not go together: the command has the terminal")
     there = any(map(os.path.exists, (path, path + ".pub")))
     if options.empty == "all" and words and "=" not in words[0] and not there:
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
@@ -6601,16 +6601,16 @@ SILENCE_SECONDS = 60.0              # and after how long without a word a worker
 
 CSERVICE = Syntax(
     "cservice", {"-": "APP [COMMAND [ARGUMENT ...]]"},
-    """Run COMMAND for whoever holds a public key of the application.
+    """Run COMMAND for the holders of a public key of the application.
 
-Whoever can make COMMAND run code of theirs has what this user has, the private key
-included: -u runs it as another user.
+A client that can make COMMAND run code has all rights of this user, and can read the
+private key: -u runs COMMAND as another user.
 """,
     Option("-a", "", "arguments",
            "take the client's arguments: where {} is, or at the end; without COMMAND they are the command"),
-    Option("-i", "", "repeatable", "the command may be run again: jobs whose worker is lost are"),
+    Option("-i", "", "repeatable", "allow a job to run again if its worker is lost"),
     Option("-s", "HOST,...+", "hosts",
-           "serve on these hosts, over ssh, until this process ends; @FILE has a host a line"),
+           "start workers on these hosts, over ssh, until this process ends; @FILE lists hosts"),
     Option("-u", "USER", "user", "run the command as USER (needs root)"),
     Option("-x", "NAME+", "refused", "refuse the client NAME (may be repeated)"))
 
@@ -6652,7 +6652,7 @@ def handed_key():
     try:
         return bytes.fromhex(line.decode().strip() or "none").decode()
     except ValueError:
-        raise Fatal(EXIT_USAGE, "-s %s is what cservice -s starts on hosts: name a host" % OVER_SSH) from None
+        raise Fatal(EXIT_USAGE, "-s %s is only for workers of cservice -s itself: name a host" % OVER_SSH) from None
 
 
 class Lifeline:
@@ -6703,8 +6703,8 @@ class Lifeline:
 
 def tell_service(key, group, settings):
     """What, with how many slots, where and to whom: to a terminal always."""
-    but = " but %s (-x)" % ", ".join(sorted(settings.refused)) if settings.refused else ""
-    text = "serves %s with %d slots on %s: %s, for whoever has a public key of it%s" % (
+    but = " except %s (-x)" % ", ".join(sorted(settings.refused)) if settings.refused else ""
+    text = "serves %s with %d slots on %s: %s, for the holders of a public key%s" % (
         key.label, settings.slots, group.text, " ".join(settings.command), but)
     (log.say if os.isatty(2) else log.note)(text)
 
@@ -6722,8 +6722,8 @@ def warn_of_command(settings):
     """Says at once what every client would be told, for the command may be put there yet; and what it is to be root."""
     name = settings.command[0]
     if settings.options & HELLO_ARGUMENTS and not os.geteuid() and not settings.user:
-        log.say("warning: -a, as root: whoever has a public key of it can make the command do as root whatever its "
-                "arguments can (-u USER runs it as another user)")
+        log.say("warning: -a as root: a client can make the command do anything as root that its arguments "
+                "allow (-u USER runs it as another user)")
     if settings.options & HELLO_NO_COMMAND:
         return
     places = [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
@@ -7630,7 +7630,7 @@ def draw_logs(paths):
             log.say(trouble)
             notes.append("Not read: " + trouble)
     if any_alerts:
-        notes.insert(0, "It is made of alerts, which can be lost: what is not here may have happened all the same.")
+        notes.insert(0, "The picture is made of alerts, which can be lost: some jobs may be missing.")
     names = ["standard input" if path == "-" else path for path in paths or ["-"]]
     try:
         sys.stdout.buffer.write(picture(entries, "cexec: " + ", ".join(names), notes).encode())
@@ -7648,15 +7648,15 @@ def draw_logs(paths):
 
 CRAT = Syntax(
     "crat", {"-": "[APP.pub | APP ...]", "--svg": "[FILE ...]"},
-    """Print a line for every job that was completed, and for every complaint.
+    """Print a line for every job that ended, and for every complaint.
 
-A public key proves the alerts of its own client, a private key everybody's; the
-others, and without any key all, are printed as unverified.
+A public key proves the alerts of its own client, a private key those of all clients.
+Alerts that no key proves are printed as unverified.
 
---svg makes a picture of what cexec -m --log, parallel --joblog or crat -j wrote.
+--svg draws the logs of cexec -m --log, parallel --joblog or crat -j.
 """,
-    Option("-j --json", "", "json", "print one JSON object a line", "-"),
-    Option("-t", "", "screen", "show the workers and the last lines on the whole terminal; q ends it", "-"),
+    Option("-j --json", "", "json", "print one JSON object on each line", "-"),
+    Option("-t", "", "screen", "show the workers and the last lines on the whole screen; q ends it", "-"),
     Option("--svg", "", "svg", "draw the logs FILE ..., or standard input, as an SVG"),
     anywhere=True)
 
@@ -7665,7 +7665,7 @@ def main_crat(argv):
     """Logs until it is ended."""
     options = CRAT.read(argv)
     if sys.stdout is None:
-        raise Fatal(EXIT_USAGE, "standard output is closed: there is nowhere to print")
+        raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
     if options.svg:
         return draw_logs(options.words)
     if options.screen:
@@ -7694,11 +7694,11 @@ def main_crat(argv):
 def check_screen(options):
     """Raises Fatal (100) where -t has no place."""
     if options.json:
-        raise Fatal(EXIT_USAGE, "-j and -t: lines for a program, or a screen for a person")
+        raise Fatal(EXIT_USAGE, "-j and -t do not go together: leave one of them out")
     if not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
-        raise Fatal(EXIT_USAGE, "-t: standard output is no terminal that can be drawn on (without -t the log is lines)")
+        raise Fatal(EXIT_USAGE, "-t: standard output is no terminal with a screen: leave -t out, and the log is lines")
     if options.verbose and os.isatty(2):
-        raise Fatal(EXIT_USAGE, "-t and -v: what -v says would spoil the screen (redirect it: 2> file)")
+        raise Fatal(EXIT_USAGE, "-t and -v: messages would disturb the screen: redirect them (2> file)")
 
 
 def is_private_key(path):
@@ -8060,9 +8060,9 @@ def room_to_splice(numbers):
 
 CPROXY = Syntax(
     "cproxy", {"-": "SELF [TARGET]"},
-    """Carry announcements that are heard here to the group TARGET, with this machine's address
-SELF (as TARGET's network knows it) as the return address, and join the workers' offers to
-the clients.  TARGET is by default the broadcast of SELF's network.  No key is needed.
+    """Repeat the announcements of clients to the group TARGET, and join the connections of
+workers to the clients.  SELF is the address of this machine in the workers' network.
+TARGET is by default the broadcast of that network.  No key is needed.
 """, anywhere=True)
 
 
@@ -8089,7 +8089,7 @@ def own_address(text):
     try:
         found = resolve(text.strip("[]"))
         if len(found) != 1:
-            raise Fatal(EXIT_USAGE, "SELF %s: one address is needed, and these are %d" % (text, len(found)))
+            raise Fatal(EXIT_USAGE, "SELF %s: stands for %d addresses: use one of them" % (text, len(found)))
         open_udp(family_of(found[0]), found[0]).close()
         return found[0]
     except (OSError, UnicodeError, ValueError) as error:
@@ -8150,7 +8150,7 @@ def ask_secret(new):
         if not secret:
             raise EOFError
         if new and getpass.getpass("again: ") != secret:
-            raise Fatal(EXIT_USAGE, "-stdin: these were two passphrases")
+            raise Fatal(EXIT_USAGE, "-stdin: the two passphrases differ: type the same one twice")
         return os.fsencode(secret) + b"\n"
     except EOFError:
         raise Fatal(EXIT_USAGE, "-stdin: no passphrase was given") from None
@@ -8194,16 +8194,16 @@ def existing_key(path):
 
 CKEYGEN = Syntax(
     "ckeygen", {"-": "APP [APP.pub]"},
-    """Make the private key APP, unless there is one, and write a public key for it.
+    """Make the private key APP, if it does not exist, and write a public key for it.
 
-Both are secrets: who has APP can answer jobs, who has APP.pub can submit them.
+Both are secrets: the holder of APP can answer jobs, that of APP.pub can submit them.
 
-exit status: 0; 101 APP is there and invalid; 102 APP.pub cannot be written; 103 APP
+exit status: 0; 101 APP exists and is invalid; 102 APP.pub cannot be written; 103 APP
 cannot be written; 104 -stdin does not match APP; 100 usage; 111 temporary
 """,
     Option("-n", "NAME", "name", "make a public key for the client NAME"),
     Option("-stdin --stdin", "", "stdin",
-           "derive the private key from standard input; a terminal is asked for a passphrase"),
+           "make the private key from standard input; on a terminal, ask for a passphrase"),
     anywhere=True)
 
 
@@ -8230,7 +8230,7 @@ def make_pub(path, master, name):
     """Writes the public key of a client; another one may be there already."""
     try:
         if os.path.exists(path) and not read_text(path).startswith(PUB_MAGIC):
-            raise Fatal(EXIT_NO_PUB, "%s: is there and no public key: not overwritten" % path)
+            raise Fatal(EXIT_NO_PUB, "%s: exists and is not a public key: not overwritten" % path)
         write_new(path, format_pub(master, name, format_key(master)[1]), replace=True)
     except OSError as error:
         raise Fatal(EXIT_NO_PUB, "cannot write %s: %s" % (path, error.strerror)) from None
@@ -8241,7 +8241,7 @@ def make_key(path, derived):
     master = existing_key(path)
     if master is not None:
         if derived is not None and derived != master:
-            raise Fatal(EXIT_OTHER_KEY, "%s: is there, and standard input names another key" % path)
+            raise Fatal(EXIT_OTHER_KEY, "%s: exists, and standard input names another key" % path)
         log.note("%s: there already", path)
         return master
     master = derived or fold(os.urandom(48))
@@ -8347,12 +8347,12 @@ def key_to_send(path):
     """The text of the private key and its Pub; both are made if there are none.  Raises Fatal."""
     pub = path + ".pub"
     if not os.path.lexists(path) and os.path.lexists(pub):
-        raise Fatal(EXIT_USAGE, "%s: is there without the private key %s: bring that, or name another" % (pub, path))
+        raise Fatal(EXIT_USAGE, "%s exists, but the private key %s does not: copy it, or name another" % (pub, path))
     if not os.path.lexists(pub):
         make_pub(pub, make_key(path, None), DEFAULT_NAME)
     key, public = open_key(path), open_pub(pub)
     if public.application != key.application:
-        raise Fatal(EXIT_USAGE, "%s: of another key than %s: make it again (ckeygen %s)" % (pub, path, path))
+        raise Fatal(EXIT_USAGE, "%s: does not belong to the key %s: make it again (ckeygen %s)" % (pub, path, path))
     return read_text(path), public
 
 
@@ -9850,7 +9850,7 @@ USAGE = """usage: cexec.py APPLET [ARGUMENT ...]
 
 The applets, also by the name of a link to this file:
   ckeygen   make a keypair that names an application
-  cservice  run a command for whoever holds a public key of the application
+  cservice  run a command for the holders of a public key of the application
   cexec     run the application's command on the least loaded worker
   crat      log who did what
   cproxy    join networks

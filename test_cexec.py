@@ -742,7 +742,7 @@ def typed(keys, *answers):
 def test_ckeygen_asks_a_terminal_for_a_passphrase(keys):
     """Without echo; twice for a new key.  The same line in a pipe names the same key."""
     assert typed(keys, b"my word\n", b"my wort\n") == (
-        100, "passphrase: \r\nagain: \r\nckeygen: -stdin: these were two passphrases\r\n")
+        100, "passphrase: \r\nagain: \r\nckeygen: -stdin: the two passphrases differ: type the same one twice\r\n")
     assert typed(keys, b"\n") == (100, "passphrase: \r\nckeygen: -stdin: no passphrase was given\r\n")
     assert typed(keys, b"\4") == (100, "passphrase: ckeygen: -stdin: no passphrase was given\r\n")
     assert sorted(os.listdir(keys.directory)) == ["app", "app.pub"]
@@ -1318,7 +1318,7 @@ def test_group_of_files(tmp_path, monkeypatch):
     assert [cexec.spelled(target.address, target.port) for target in targets] == [
         "10.8.0.1:3010", "10.0.0.1:3010", "10.0.0.2:9", "[fd00::1]:3010", "10.1.0.1:3010", "10.1.0.2:3010",
         "10.9.0.1:3010"]
-    for text, said in (("", "no address"), ("# none\n\n", "no address"), ("@more", "names a file"),
+    for text, said in (("", "no address"), ("# none\n\n", "no address"), ("@more", "names another file"),
                        ("10.0.0.1\nnonsense:::\n", "nonsense"), ("10.0.0.0/22\n" * 5, "more than 4096")):
         put("wrong", text)
         assert said in fatal(100, cexec.parse_group, "@wrong", 3010)
@@ -5296,7 +5296,7 @@ WRONG = [
     *(wrong("cexec", 100, "does not go with -" + mode, words, "app.pub")
       for words, mode in (("-lm", "l"), ("-lr", "l"), ("-mt", "m"), ("-mp", "m"), ("-nl", "l"))),
     wrong("cexec", 100, "A=b is one word too many (usage: cexec -l", "-l", "app.pub", "A=b"),
-    wrong("cexec", 100, "-p and -t: the terminal is the command's", "-pt", "app.pub"),
+    wrong("cexec", 100, "-p and -t do not go together: the command has the terminal", "-pt", "app.pub"),
     wrong("cexec", 100, "no public key is named (usage: cexec -m", "-m"),
     wrong("cexec", 100, "no files are named (-- FILE ..., or -- - for a list on standard input) (usage: cexec -m", "-m",
           "app.pub"),
@@ -5344,7 +5344,7 @@ WRONG = [
     wrong("cproxy", 111, "SELF 192.0.2.99: not an address of this machine (which has 127.0.0.1", "192.0.2.99"),
     wrong("cproxy", 111, "SELF [fe80::1%nodevice]: no such device: nodevice", "[fe80::1%nodevice]"),
     wrong("cproxy", 100, "SELF 127.0.0.300: not an address: 127.0.0.300", "127.0.0.300"),
-    wrong("cproxy", 100, "SELF 127.0.0.0/30: one address is needed, and these are 2", "127.0.0.0/30"),
+    wrong("cproxy", 100, "SELF 127.0.0.0/30: stands for 2 addresses", "127.0.0.0/30"),
     wrong("cproxy", 100, "no address SELF is named (usage: cproxy"),
     wrong("cproxy", 100, "c is one word too many (usage: cproxy", "127.0.0.1", "127.0.0.2", "c"),
     wrong("ckeygen", 100, "c is one word too many (usage: ckeygen", "a", "b", "c"),
@@ -5684,7 +5684,7 @@ def test_arguments_cross_a_proxy(hosts, crossing):
 
 
 def test_a_as_root_is_warned_of(cluster):
-    warning = b"warning: -a, as root: whoever has a public key"
+    warning = b"warning: -a as root: a client can make the command"
     assert (warning in read(cluster.worker("cat", options=["-a"]).log)) == (os.getuid() == 0)
     assert warning not in read(cluster.worker("cat").log)
 
@@ -6415,7 +6415,7 @@ def test_list_says_the_true_cause_first_where_others_share_the_network(cluster):
     cluster.run("ckeygen", "-n", "bob", cluster.key, cluster.path("bob.pub"), check=True)
     words = read(cluster.pub).decode().split()
     put(cluster.path("wrong.pub"), " ".join(words[:4] + ["ab" * 32] + words[5:]))
-    for pub, cause in (("bob.pub", "a worker that refuses the client bob"), ("wrong.pub", "wrong.pub proves nothing")):
+    for pub, cause in (("bob.pub", "a worker that refuses the client bob"), ("wrong.pub", "cannot verify wrong.pub")):
         lines = survey(cluster, pub=cluster.path(pub)).stderr.splitlines()
         assert cause in lines[1], lines
         foreign = [line for line in lines if "other application" in line]
@@ -6512,7 +6512,7 @@ def misconfigured(hosts, spaces, what):
     ("nothing", True, ""),
     ("another key", False, "10.77.0.2: a worker of another application, .*: was the key made anew"),
     ("refused", False, r"10.77.0.2: a worker that refuses the client bob \(cservice -x\)"),
-    ("wrong secret", False, "10.77.0.2: a worker of this application to which wrong.pub proves nothing: make the pub"),
+    ("wrong secret", False, "10.77.0.2: a worker of this application cannot verify wrong.pub: make the public key"),
     ("no network", False, "no network is up: only this machine was asked"),
     ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
     ("another version there", False, r"10\.77\.0\.2 speaks protocol version 3, this is 2: copy one cexec.py to both"),
@@ -7644,7 +7644,7 @@ def test_a_terminal_is_told_of_the_line(cluster):
 def test_a_service_tells_a_terminal_what_it_serves(cluster):
     terminal = Terminal(cluster, cluster.argv("cservice", "-x", "eve", cluster.key, "cat", "-u"),
                         {"CONCURRENCY": "3"})
-    terminal.shows("serves app with 3 slots on %s: cat -u, for whoever has a public key of it but eve (-x)\r\n"
+    terminal.shows("serves app with 3 slots on %s: cat -u, for the holders of a public key except eve (-x)\r\n"
                    % cluster.env["GROUP"])
     terminal.process.terminate()
     assert terminal.process.wait(PATIENCE) == 0
@@ -9508,7 +9508,7 @@ def test_crat_and_ckeygen_say_what_is_closed(keys):
 def test_list_of_workers_with_standard_output_closed(cluster):
     cluster.worker("true")
     cluster.launch = ["sh", "-c", 'exec "$@" >&-', "sh"] + cluster.launch
-    refusal(cluster.run("cexec", "-l", cluster.pub), 100, "standard output is closed: there is nowhere to print")
+    refusal(cluster.run("cexec", "-l", cluster.pub), 100, "standard output is closed: open it, as with > file")
 
 
 @pytest.mark.parametrize("age", AGES)
@@ -10229,13 +10229,13 @@ def test_what_stops_s_before_any_login(local):
     assert "group" in fails(local.key, "cat", env={"GROUP": "nonsense:x:y"})
     local.run("ckeygen", local.path("other"), local.path("other.pub"), check=True)
     os.rename(local.path("other.pub"), local.pub)
-    assert "app.pub: of another key than" in fails(local.key, "cat")
+    assert "app.pub: does not belong to the key" in fails(local.key, "cat")
     os.unlink(local.path("other"))
     os.rename(local.pub, local.path("other.pub"))
-    assert "is there without the private key" in fails(local.path("other"), "cat")
+    assert "exists, but the private key" in fails(local.path("other"), "cat")
     assert not os.path.exists(local.path("other"))
     assert "cannot write" in fails(local.path("none/key"), "cat", code=103)
-    refusal(local.run("cservice", "-s", "-", local.key, "cat"), 100, "-s - is what cservice -s starts on hosts")
+    refusal(local.run("cservice", "-s", "-", local.key, "cat"), 100, "-s - is only for workers of cservice -s itself")
     local.launch = [PYTHON, "-"]
     refusal(local.run("cservice", "-s", "box", local.key, "cat", input=read(PROGRAM)), 100, "from standard input")
 
@@ -12435,15 +12435,15 @@ def test_fitted(text, width, fits):
 
 
 @pytest.mark.parametrize("words, env, message", [
-    (["-t"], {}, "-t: standard output is no terminal that can be drawn on (without -t the log is lines)"),
-    (["-jt"], {}, "-j and -t: lines for a program, or a screen for a person")])
+    (["-t"], {}, "-t: standard output is no terminal with a screen: leave -t out, and the log is lines"),
+    (["-jt"], {}, "-j and -t do not go together: leave one of them out")])
 def test_no_screen(cluster, words, env, message):
     done = cluster.run("crat", *words, cluster.pub, env=env)
     assert (done.returncode, done.stdout, done.stderr.decode()) == (100, b"", "crat: %s\n" % message)
 
 
 @pytest.mark.parametrize("options, env, message", [
-    ("", "TERM=dumb", "standard output is no terminal"), ("-v", "", "what -v says would spoil the screen")])
+    ("", "TERM=dumb", "standard output is no terminal"), ("-v", "", "messages would disturb the screen")])
 def test_no_screen_on_this_terminal(cluster, window, options, env, message):
     window.line("clear; %s %s -t %s $PUB; echo sta'tus'=$?"
                 % (env, " ".join(map(shlex.quote, cluster.argv("crat"))), options))
