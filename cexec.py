@@ -394,6 +394,18 @@ def u32(number):
     return min(int(number), 0xffffffff)
 
 
+def lifted(fd, floor):
+    """A copy of fd at the first free number from floor up, not to be inherited."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
+
+
+def lifted_away(fd, floor):
+    """fd, moved to a number from floor up."""
+    moved = lifted(fd, floor)
+    os.close(fd)
+    return moved
+
+
 def random_fraction():
     """A random number, at least 0 and less than 1 (`random` costs 3 ms to import)."""
     return int.from_bytes(os.urandom(6), "big") / 2 ** 48
@@ -1852,18 +1864,6 @@ class Loop:
             for number in near.recv(512):
                 call(number)
         self.on_read(near.fileno(), caught)
-
-
-def lifted(fd, floor):
-    """A copy of fd at the first free number from floor up, not to be inherited."""
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
-
-
-def lifted_away(fd, floor):
-    """fd, moved to a number from floor up."""
-    moved = lifted(fd, floor)
-    os.close(fd)
-    return moved
 
 
 # ---------------------------------------------------------------------------
