@@ -1873,7 +1873,7 @@ class Loop:
 def hear_all(loop, listeners, handler, stranger=None):
     """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
 
-    And, if it is there, stranger(address, an OtherVersion) for what is of another version of the protocol.
+    stranger is that of deliver().
     """
     for listener in listeners:
         for sock in listener.socks.values():
