@@ -394,6 +394,18 @@ def u32(number):
     return min(int(number), 0xffffffff)
 
 
+def lifted(fd, floor):
+    """A copy of fd at the first free number from floor up, not to be inherited."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
+
+
+def lifted_away(fd, floor):
+    """fd, moved to a number from floor up."""
+    moved = lifted(fd, floor)
+    os.close(fd)
+    return moved
+
+
 def random_fraction():
     """A random number, at least 0 and less than 1 (`random` costs 3 ms to import)."""
     return int.from_bytes(os.urandom(6), "big") / 2 ** 48
@@ -1854,18 +1866,6 @@ class Loop:
         self.on_read(near.fileno(), caught)
 
 
-def lifted(fd, floor):
-    """A copy of fd at the first free number from floor up, not to be inherited."""
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, floor)
-
-
-def lifted_away(fd, floor):
-    """fd, moved to a number from floor up."""
-    moved = lifted(fd, floor)
-    os.close(fd)
-    return moved
-
-
 # ---------------------------------------------------------------------------
 # What comes back: a group's datagrams, and the return port
 # ---------------------------------------------------------------------------
@@ -1873,7 +1873,7 @@ def lifted_away(fd, floor):
 def hear_all(loop, listeners, handler, stranger=None):
     """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
 
-    And, if it is there, stranger(address, an OtherVersion) for what is of another version of the protocol.
+    stranger is that of deliver().
     """
     for listener in listeners:
         for sock in listener.socks.values():
@@ -4119,7 +4119,7 @@ class RemoteJob(Carrier):
     def __init__(self, patron, link, hello, job):
         super().__init__(patron.loop, link)
         self.patron, self.hello, self.job = patron, hello, job
-        self.worker = hello.address
+        self.address = hello.address            # the worker's
         self.silence_seconds = patron.terms.silence_seconds
         self.exit = None            # EXIT's fields, once it has come
         self.trouble = None         # what went wrong with a descriptor here
@@ -4169,7 +4169,7 @@ class RemoteJob(Carrier):
 
     def alert_fields(self, event, status, reason):
         sent, received = self.moved()
-        return {"event": event, "worker": cut(self.worker, 64), "worker_id": self.hello.worker_id, "status": status,
+        return {"event": event, "worker": cut(self.address, 64), "worker_id": self.hello.worker_id, "status": status,
                 "milliseconds": u32((time.monotonic() - self.began) * 1000),
                 "bytes_in": sent, "bytes_out": received, "reason": cut(reason, 400)}
 
@@ -4271,7 +4271,7 @@ class Run(RemoteJob):
             self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
         else:
             if how == HOW_NOT_STARTED:
-                log.say("worker %s cannot run its command: %s" % (self.worker, self.exit.reason))
+                log.say("worker %s cannot run its command: %s" % (self.address, self.exit.reason))
             self.patron.alert(self, ALERT_EXITED, code, self.exit.reason)
             self.finish(code, ("notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d") % code)
 
@@ -4279,7 +4279,7 @@ class Run(RemoteJob):
         self.exit_code = exit_code
         self.tick.cancel()
         self.link.close()
-        self.job.tell(exit_code, word, self.worker, time.monotonic() - self.began)
+        self.job.tell(exit_code, word, self.address, time.monotonic() - self.began)
 
     # Signals
 
@@ -4303,7 +4303,7 @@ class Run(RemoteJob):
 
     def die_of(self, number):
         """Ends this process: the link closes, and the worker ends the command."""
-        self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.worker, time.monotonic() - self.began)
+        self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number, self.address, time.monotonic() - self.began)
         die_of(number)
 
     def signalled_at_terminal(self, number):
@@ -4370,15 +4370,15 @@ class Progress:
 
     def line(self, run, lasted, count, seconds):
         sent, received = run.moved()
-        return "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, size(sent), self.share(run), size(received),
+        return "%s, %s, %s in%s, %s out, %s/s" % (run.address, lasted, size(sent), self.share(run), size(received),
                                                   size(count / seconds if seconds else 0))
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
         files = [(run.sources[channel].sent, position.size - position.offset)
                  for channel, position in run.job.positions.items() if channel in run.sources and position.file]
-        whole = sum(total for _, total in files)
-        return " (%d%%)" % min(100, 100 * sum(sent for sent, _ in files) // whole) if whole > 0 else ""
+        sent, total = (sum(column) for column in zip((0, 0), *files))
+        return " (%d%%)" % min(100, 100 * sent // total) if total > 0 else ""
 
     def end(self, run):
         """Says the last line."""
@@ -4409,7 +4409,7 @@ class Patron:
         """The connection has broken after GO: does the job again, unless something speaks against that."""
         objection = self.objection(run)
         if objection is None:
-            log.note("worker %s lost: %s; runs the job again", run.worker, reason)
+            log.note("worker %s lost: %s; runs the job again", run.address, reason)
             self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
             run.detach()
             run.job.rewind(run)
@@ -4498,7 +4498,7 @@ class Client(Patron):
         self.look()
 
     def failed(self, run, reason, objection):
-        message = "worker %s lost after %.1f s: %s" % (run.worker, time.monotonic() - run.began, reason)
+        message = "worker %s lost after %.1f s: %s" % (run.address, time.monotonic() - run.began, reason)
         log.say(message + ("; not run again: " + objection if objection else
                            "; the command may have run (cexec -r runs it again)"))
         run.finish(EXIT_TEMPORARY, "lost=%s" % reason)
@@ -5247,7 +5247,7 @@ class Batch(Patron):
     def came_too_late(self, run, reason):
         """The worker has left before it accepted the next file: nothing has run."""
         self.runs.remove(run)
-        log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
+        log.note("%s: worker %s lost: %s before it began", run.job.name, run.address, reason)
         self.put_back(run.job)
         self.fill()
 
@@ -5258,7 +5258,7 @@ class Batch(Patron):
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
-        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s" % (run.worker, reason), run)
+        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s" % (run.address, reason), run)
         self.fill()
 
     def over(self, task, exit_code, reason, run=None, signal=0):
@@ -5290,8 +5290,9 @@ class Batch(Patron):
         """A line as parallel's --joblog has it."""
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
+        address, started = (run.address, run.started) if run else ("-", time.time())
         line = "\t".join(map(str, [
-            task.number, run.worker if run else "-", "%.3f" % (run.started if run else time.time()), "%10.3f" % seconds,
+            task.number, address, "%.3f" % started, "%10.3f" % seconds,
             sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
         write_joblog(self.joblog, line)
 
@@ -5335,7 +5336,7 @@ class Batch(Patron):
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
         if not self.runs:
             text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
-        workers = collections.Counter(run.worker for run in self.runs)
+        workers = collections.Counter(run.address for run in self.runs)
         return "  ".join([text] + ["%s*%d" % item for item in sorted(workers.items())])
 
 

@@ -10939,7 +10939,7 @@ def test_nothing_is_taken_from_a_terminal_in_the_background(monkeypatch):
     monkeypatch.setattr(end, "may_read", lambda: False)
     monkeypatch.setattr(os, "kill", lambda *words: sent.append(words))
     before = termios.tcgetattr(far)
-    end.raw()
+    assert not end.take()
     assert (end.saved, sent, termios.tcgetattr(far)) == (None, [(0, signal.SIGTTOU)], before)
     os.close(near)
     os.close(far)
