@@ -58,7 +58,9 @@ main_cservice, whose -s comes after ckeygen:
     cexec -l    who is there                                                   Survey
     cexec -m    a batch of files, a job each                                   Task, FileRun, Printer, Batch
     cexec       the applet: its options and modes
-    cservice    the worker, and the process that has a client's jobs           Worker, Offer, Supervisor
+    cservice    the supervisor: the process that has a client's jobs           Command, Supervisor, Supervisors
+    cservice    the line and the offers                                        KnownClient, Clients, Offer, Worker
+    cservice    the applet, and its line to cservice -s                        Lifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
     crat --svg  a log as a picture                                             Axis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
@@ -5438,15 +5440,912 @@ def main_single(path, words, options):
 
 
 # ---------------------------------------------------------------------------
-# cservice, the worker
+# cservice: the supervisor
 # ---------------------------------------------------------------------------
 
-def load_delay(busy, slots, average, runnable, cpus):
-    """(load, seconds to wait before an offer); load 1 is a host with all its work cut out.
+# cservice forks a supervisor for each job, and another for each connection of a batch.  They
+# talk over a socketpair.  A supervisor sends a line for each event; cservice answers one of them.
+#
+#     cservice (Supervisors, SupervisorHandle)     supervisor (Supervisor, Command)
+#       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
+#       |  <---------------- refused REASON, back   |  or cannot make them: sends REFUSE
+#       |  <--------------------------------- back  |  the client left before GO: it may ask again
+#       |  <---------------- group PID|session PID  |  GO came: the command has started
+#       |  <------------------------------- failed  |  or it cannot be started
+#       |  <--------------------------------- more  |  a job of a batch is over: may the batch go on?
+#       | yes|no -------------------------------->  |
+#       |  <--------------------------------- done  |  EXIT is sent: the slot is free
+#       | reaps it                                  |  ends when the client has closed
 
-    The slots in use, plus the worse of the 1-minute load average and what is runnable
-    right now beyond the CPUs, each for a CPU.  A sum, so that of two workers on hosts
-    that are equally loaded the one with fewer jobs is the sooner.
+WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+class Stateful:
+    """An object with a state.  LAW has the states that may follow each state; _set() refuses every other."""
+
+    __slots__ = ()
+    LAW = {}
+
+    def _set(self, state):
+        if state not in self.LAW[self.state]:
+            raise RuntimeError("%r: from %s to %s is not in the drawing" % (self, self.state, state))
+        log.note("%r %s -> %s", self, self.state, state)
+        self.state = state
+
+
+def check_job(job, words, options):
+    """A job to be run, made of a JOB and its words.  Raises ProtocolError if it is impossible.
+
+    It has the fields of JOB; its environment and its arguments are lists of bytes.  options are
+    those of HELLO: they say whether the worker takes arguments.
+    """
+    environment, arguments = words.take(job.variables, job.arguments)
+    if arguments and not options & HELLO_ARGUMENTS:
+        raise ProtocolError("arguments for a command that takes none")
+    if not arguments and options & HELLO_NO_COMMAND:
+        raise ProtocolError("no command")
+    channels = check_descriptors(job.descriptors)
+    for variable in environment:
+        name, equals, _ = variable.partition(b"=")
+        if not equals or not is_variable(name.decode("latin-1")):
+            raise ProtocolError("impossible variable")
+    terminals = [flags for flags in channels.values() if flags & FLAG_TERMINAL]
+    if len(terminals) > 1 or not (is_name(job.term) if terminals else job.term == ""):
+        raise ProtocolError("impossible terminal")
+    for mode in job.modes:
+        name, _, value = mode.partition("=")
+        if not is_variable(name) or not value.isdecimal() or len(value) > 3 or int(value) > 255:
+            raise ProtocolError("impossible mode of a terminal")
+    return SimpleNamespace(**dict(vars(job), environment=environment, arguments=arguments))
+
+
+def check_descriptors(rows):
+    """The flags of each channel.  Raises ProtocolError if a row of JOB's descriptors is impossible."""
+    channels = {}
+    for number, channel, flags in rows:
+        if channel not in channels and number != channel:       # the first row of a channel has its number
+            raise ProtocolError("impossible descriptor %d" % number)
+        if number >= MAXFD_LIMIT or channels.setdefault(channel, flags) != flags:
+            raise ProtocolError("impossible descriptor %d" % number)
+        if flags not in POSSIBLE_FLAGS:
+            raise ProtocolError("descriptor %d is not for anything, with flags %d" % (number, flags))
+    if len({number for number, _, _ in rows}) < len(rows):
+        raise ProtocolError("a descriptor twice")
+    return channels
+
+
+# A command's states, which only _set() changes:
+#
+#   MADE --started--> RUNNING --it has ended--> LINGERING --its output is at its end--> FINISHED
+#     '--cannot be started----------------------------A                                     |
+#                                                        CLOSED <--the batch's next job-----'
+#   from any of the first four: ABANDONED, when the client has gone
+
+MADE, LINGERING, FINISHED, CLOSED, ABANDONED = "MADE", "LINGERING", "FINISHED", "CLOSED", "ABANDONED"
+RUNNING = "RUNNING"                 # a supervisor's state as well
+
+
+class PipeEnd(End):
+    """Our end of a pipe to or from the command."""
+
+    watched = True
+
+
+class PairEnd(SocketEnd):
+    """Our end of a socketpair of which the command has the other end."""
+
+    def __init__(self, fd, floor):
+        super().__init__(fd, fd, lambda: os.close(fd), ["read", "write"])
+        number = self.sock.detach()
+        self.sock = socket.socket(fileno=number if number >= floor else lifted_away(number, floor))
+
+
+class Command(Carrier, Stateful):
+    """A job's command: its descriptors, its process, its result.  The client has the mirror of it.
+
+    The supervisor is told by command_started(), command_failed() and command_finished().
+    """
+
+    LAW = {MADE: (RUNNING, LINGERING, ABANDONED), RUNNING: (LINGERING, ABANDONED), LINGERING: (FINISHED, ABANDONED),
+           FINISHED: (CLOSED, ABANDONED), CLOSED: (), ABANDONED: ()}
+
+    def __init__(self, supervisor, job):
+        super().__init__(supervisor.loop, supervisor.link)
+        self.supervisor, self.settings, self.client = supervisor, supervisor.settings, supervisor.client
+        self.job, self.state = job, MADE
+        self.counted = {channel for number, channel, flags in job.descriptors if flags & FLAG_COUNTED}
+        self.far = {}               # channel: the command's end, until the command has started
+        self.terminal = None        # the channel of the command's terminal
+        self.process = None         # a Popen, once the command has started
+        self.group = None           # its process group, as long as no other group can have that number
+        self.result = None          # (how, status, reason) for EXIT, once it is known
+        self.inputs = {}            # channel of a counted input: a descriptor that tells what is left in the pipe
+        self.timers = []            # of lingering
+
+    def __repr__(self):
+        return "command"
+
+    # Its descriptors
+
+    def make_ends(self):
+        """Makes a pipe, a socketpair or a terminal for each channel.  Raises OSError.
+
+        The near end is carried by a Source, a Sink or both.  The far end is kept for the command.
+        """
+        # Several numbers of the command may be one open file, and are one channel then: its row is
+        # the one whose number is the channel.  Both ends are moved to numbers from the floor up at
+        # once: below it are the numbers that start() gives to the command, in whatever order.
+        for number, channel, flags in self.job.descriptors:
+            if number != channel:
+                continue
+            make = (self.make_terminal if flags & FLAG_TERMINAL else self.make_pair if flags & FLAG_SOCKET
+                    else self.make_pipe)
+            far, end = make(channel, flags)
+            # A command that runs as another user may open /dev/stdout: that opens the pipe again, and
+            # needs the permission.  A terminal keeps its group, tty, as login(1) leaves it.
+            user = self.settings.user
+            if user:
+                os.fchown(far, user.pw_uid, -1 if channel == self.terminal else user.pw_gid)
+            self.far[channel] = far
+            self.carry(channel, end)
+
+    def make_pipe(self, channel, flags):
+        """(the command's end, ours) of a pipe."""
+        reader, writer = (lifted_away(fd, self.loop.floor) for fd in os.pipe())
+        enlarge(writer)
+        near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
+        os.set_blocking(near, False)
+        return far, PipeEnd(near, near, lambda: self.release(near, channel), [half])
+
+    def make_pair(self, channel, flags):
+        """(the command's end, ours) of a socketpair."""
+        near, far = (lifted_away(end.detach(), self.loop.floor) for end in socket.socketpair())
+        return far, PairEnd(near, self.loop.floor)
+
+    def make_terminal(self, channel, flags):
+        """(the command's end, ours) of a new pseudo terminal as the client described it."""
+        self.terminal = channel
+        near, far = (lifted_away(fd, self.loop.floor) for fd in os.openpty())
+        # Our side reads an end of file (EIO) whenever no process has the other side open.  A command may
+        # close its terminal and open it again: we keep one open ourselves, until the command has ended.
+        kept = lifted(far, self.loop.floor)
+        set_terminal_modes(far, self.job.modes)
+        set_window(near, self.job.lines, self.job.columns)
+        os.set_blocking(near, False)
+        return far, PtyEnd(near, near, lambda: (os.close(near), os.close(kept)), ["read", "write"])
+
+    def release(self, near, channel):
+        """Closes a pipe's near end.  For a counted input a way to see what is left in the pipe is kept."""
+        if channel in self.counted and self.state in (RUNNING, LINGERING, FINISHED):
+            try:
+                reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
+                self.inputs[channel] = lifted_away(reader, self.loop.floor)
+            except OSError:         # no /proc
+                self.inputs[channel] = near
+                return self.close_when_empty(near, channel)
+        os.close(near)
+
+    def close_when_empty(self, near, channel):
+        """Gives the command its end of file when it has read everything; until then near tells how much is left.
+
+        On macOS and the BSDs only a pipe's reader can be asked.  There it closes at once, and
+        everything counts as taken.
+        """
+        if self.state in (RUNNING, LINGERING) and unread(near):
+            self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
+        elif self.inputs.pop(channel, None) is not None:
+            os.close(near)
+
+    def taken(self, channel):
+        """The number of bytes of an input that the command has read."""
+        sink = self.sinks.get(channel)
+        if sink is None:
+            return 0
+        if channel not in self.counted:
+            return sink.written
+        fd = self.inputs.get(channel, sink.end.polled if sink.end.halves else None)
+        return sink.written - (unread(fd) if fd is not None else 0)
+
+    def counts(self):
+        """EXIT's rows: (channel, bytes sent, bytes taken)."""
+        return [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
+                for number, channel, _ in self.job.descriptors if number == channel]
+
+    # Its start
+
+    def start(self):
+        """Starts the command, or has the reason why not as the result."""
+        try:
+            self.spawn()
+        except OSError as error:
+            found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno),
+                               ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
+        except Exception as error:  # subprocess.SubprocessError: prepare() failed
+            user = self.settings.user
+            self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
+        else:
+            self._set(RUNNING)
+            self.group = self.process.pid
+            self.supervisor.command_started(self)
+            self.refresh()
+
+    def spawn(self):
+        """Puts the command's ends at its numbers and starts it.  Raises OSError."""
+        # The command's descriptors are put in place here, in the supervisor, and not in the child.
+        # subprocess can pass descriptors on, but only at the numbers that they have; to move them
+        # in the child takes a preexec_fn, and with one the start is a fork of all our memory
+        # instead of a vfork.  That is why everything of ours is at numbers from the floor up:
+        # the numbers below it are free for the command.  Afterwards the supervisor closes its
+        # copies: a pipe is at its end only when no process has the other end open.
+        import subprocess
+        places = [(number, channel) for number, channel, _ in self.job.descriptors]
+        for number, channel in places:
+            os.dup2(self.far[channel], number, True)
+        for far in self.far.values():
+            os.close(far)
+        self.far = {}
+        try:
+            options = {"process_group": 0}
+            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
+                options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
+            self.process = subprocess.Popen(self.words(), env=self.environment(), close_fds=True,
+                                            pass_fds=[number for number, _ in places if number > 2], **options)
+        finally:
+            for number, _ in places:
+                os.close(number)
+            fill_standard()
+
+    def words(self):
+        """The worker's command, with the client's arguments where {} is, if it takes any."""
+        if not self.settings.options & HELLO_ARGUMENTS:
+            return self.settings.command
+        return [word for own in self.settings.command for word in (self.job.arguments if own == "{}" else [own])]
+
+    def prepare(self):
+        """In the child, before exec: makes its process group, or its session with a terminal, and becomes its user."""
+        if self.terminal is None:
+            os.setpgid(0, 0)
+        else:
+            import termios
+            os.setsid()
+            fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
+        user = self.settings.user
+        if user:
+            self.settings.join_keyring()        # or the user would have what is in root's
+            os.initgroups(user.pw_name, user.pw_gid)
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+            self.settings.join_keyring()        # the user's own, unless too many have been made
+
+    def environment(self):
+        """cservice's own variables, the client's with PEER_ before the name, and the addresses of both."""
+        sock, values = self.link.sock, dict(os.environ)
+        user = self.settings.user
+        if user:
+            values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
+        for variable in self.job.environment:
+            name, _, value = os.fsdecode(variable).partition("=")
+            values["PEER_" + name] = value
+        if self.terminal is not None:
+            values["TERM"] = self.job.term
+        client, here = self.client, sock.getsockname()
+        values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
+                      SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
+        return values
+
+    def fail_to_start(self, status, reason, ours=True):
+        """The command cannot be started; ours is false if the client is to blame: it gives more than fits."""
+        self._set(LINGERING)
+        if ours:
+            self.supervisor.command_failed()
+        self.result = HOW_NOT_STARTED, status, "%s: %s" % (cut(os.fsdecode(self.words()[0]), 400), reason)
+        log.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
+        for source in self.sources.values():
+            source.finish()
+        self.stream_ended()
+
+    # While it runs
+
+    def rcvd_signal(self, flags, channel, payload):
+        if payload.signal not in SIGNALS:
+            raise ProtocolError("signal %r" % payload.signal)
+        if self.group:
+            signal_all(os.killpg, self.group, [getattr(signal, "SIG" + payload.signal)])
+
+    def rcvd_resize(self, flags, channel, payload):
+        if self.terminal is None:
+            raise ProtocolError("RESIZE without a terminal")
+        end = self.sources[self.terminal].end
+        try:
+            if end.halves:
+                set_window(end.fd, payload.lines, payload.columns)
+        except OSError as error:
+            log.note("the terminal's size: %s", error.strerror)
+
+    def local_error(self, channel, error):
+        log.say("descriptor %d: %s" % (channel, error.strerror))
+
+    # Its end
+
+    def child_ended(self):
+        """SIGCHLD came: looks whether the command has ended, and how."""
+        if self.state is not RUNNING:
+            return
+        code = ended(self.group)
+        if code is None:
+            return
+        # ended() has left a zombie.  As long as it is there its number is no other's, and the
+        # group may still be signalled.  Where there is no waitid(2), the number is free now.
+        self.group = self.group if HOLDS_PIDS else None
+        self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
+        self._set(LINGERING)
+        if self.terminal is not None:
+            self.sources[self.terminal].close_soon()
+        if self.job.linger != NO_LINGER:
+            self.timers.append(self.loop.after(self.job.linger / 1000, self.stop_lingering))
+        self.timers.append(self.loop.after(1.0, self.tell_lingering))
+        self.stream_ended()
+
+    def stop_lingering(self):
+        for source in self.sources.values():
+            if source.state is OPEN:
+                source.close_soon()
+
+    def tell_lingering(self):
+        if self.state is LINGERING:
+            self.link.send(LINGER, status=self.result[1])
+
+    def stream_ended(self):
+        """The job is over when the command has ended, and all its output is closed and sent."""
+        writing = any(source.state is OPEN for source in self.sources.values())
+        if self.state is LINGERING and not writing:
+            self._set(FINISHED)
+            self.supervisor.command_finished(self)
+
+    def left_behind(self):
+        """Whether the command has left processes in its group: their end is not to be the next command's end."""
+        self.group = None
+        self.process.poll()         # reaps the command: as a zombie it would count
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass                    # another user's
+        return True
+
+    def watch_no_more(self):
+        """EXIT is the last frame of a job: no SHUT follows if the other end of an input is closed now."""
+        for sink in self.sinks.values():
+            self.loop.on_leave(sink.end.polled, None)
+
+    def close(self):
+        """Lets go of everything that is left of the job."""
+        self._set(CLOSED)
+        for timer in self.timers:
+            timer.cancel()
+        for sink in self.sinks.values():
+            if sink.state in (OPEN, ENDING):
+                self.loop.forget(sink.end.polled)
+                sink.end.done("write")
+        for fd in self.inputs.values():
+            os.close(fd)
+        self.inputs = {}
+
+    def abandon(self):
+        """The client has gone: the output is read for nobody, so that the command can end in its own way.
+
+        The inputs stay open: the command could take an early end of file for the true one, and
+        finish its work with half of its input.
+        """
+        self._set(ABANDONED)
+        for source in self.sources.values():
+            source.discard()
+        for sink in self.sinks.values():
+            self.loop.on_write(sink.end.polled, None)
+
+    def sessions(self):
+        """The session that the command has of its own, with a terminal: a list of it, or an empty one."""
+        return [self.group] if self.terminal is not None and self.group is not None else []
+
+
+# A supervisor's states, which only _set() changes:
+#
+#   WAITING --GO--> RUNNING --all has ended: send EXIT--------------> OVER --the client closes--> the end
+#      A               '------the same, of a batch: ask cservice--> ASKING --no: send EXIT--> OVER
+#      '--JOB-- RESTING <--yes: send EXIT, more------------------------'
+#                  '--3 s without a JOB--> OVER
+#
+#   from any but OVER: the client has gone, or TERM: GONE, until the session is ended
+
+WAITING, ASKING, RESTING, OVER, GONE = "WAITING", "ASKING", "RESTING", "OVER", "GONE"
+CONNECTION_FRAMES = (GO, PING, WORDS, JOB)      # what a supervisor handles itself; the others are its Command's
+
+
+class Supervisor(Stateful):
+    """The worker's process for one job, or for several jobs of a batch in turn.
+
+    It leads a session.  It owns the connection to the client and the one to cservice; the job
+    that runs is its Command, and between two jobs there is none.
+    """
+
+    LAW = {WAITING: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
+           RESTING: (WAITING, OVER, GONE), OVER: (), GONE: ()}
+
+    def __init__(self, settings, client, link, job, service):
+        floor = max([256] + [number + 1 for number, _, _ in job.descriptors])
+        make_room(floor + 4 * len(job.descriptors) + 16)
+        self.loop, self.link = Loop(floor=floor), link
+        self.settings, self.client, self.words = settings, client, Words()
+        link.sock = self.loop.own(link.sock)
+        self.service = lifted(service, floor)
+        log.hold(floor)
+        close_all_but([link.sock.fileno(), self.service, log.fd])
+        self.state = WAITING
+        self.started = False        # whether any command was
+        self.patience = None        # the Timer of what the state waits for
+        self.delivered = 0.0        # when everything that was sent had arrived, after the last EXIT
+        self.command = Command(self, job)
+
+    def __repr__(self):
+        return "supervisor"
+
+    def work(self):
+        """Runs the job to its end; this process's exit code."""
+        loop = self.loop
+        # exec gives a signal that is caught its default again, but one that is ignored stays ignored:
+        # the command must not inherit that from whoever started cservice.
+        for number in range(1, signal.NSIG):
+            if signal.Handlers.SIG_IGN is signal.getsignal(number):
+                signal.signal(number, lambda number, frame: None)
+        loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        self.link.attach(loop, self)
+        try:
+            self.command.make_ends()
+        except OSError as error:
+            reason = "cannot make pipes or a terminal: %s" % error.strerror
+            self.link.send(REFUSE, reason=reason)
+            self.say("refused %s\nback" % reason)
+            return 1
+        self.accept()
+        loop.after(CHECK_SECONDS, self.check_client)
+        loop.run()
+        return 0
+
+    def accept(self):
+        """The descriptors are made, nothing has run: waits for GO."""
+        self.link.send(ACCEPT)      # in a batch the client does not wait for it, but can tell what was begun
+        self.be_patient(OFFER_SECONDS, lambda: self.link.fail("no GO"))
+
+    def be_patient(self, seconds, call):
+        """Waits for what comes next in this state, for so many seconds; then it calls."""
+        if self.patience:
+            self.patience.cancel()
+        self.patience = self.loop.after(seconds, call)
+
+    def say(self, words):
+        """Sends a line to cservice, which may have ended."""
+        try:
+            os.write(self.service, words.encode() + b"\n")
+        except OSError:
+            pass
+
+    def signalled(self, number):
+        if number == signal.SIGTERM:
+            self.abandon("told to end")
+        elif self.command:
+            self.command.child_ended()
+
+    def check_client(self):
+        """Looks now and then whether the client's host has vanished."""
+        if not self.link.closed:
+            self.loop.after(CHECK_SECONDS, self.check_client)
+            self.link.check_host()
+
+    # What the client says
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if self.state is RUNNING and kind not in CONNECTION_FRAMES:
+            return self.command.link_frame(link, kind, flags, channel, payload)
+        if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (WORDS, JOB, PING):
+            return                  # it belongs to a job that is over
+        if kind in (WORDS, JOB) and self.state is not RESTING:
+            raise ProtocolError("%s within a job" % kind)
+        if self.state is WAITING and kind not in (GO, PING):
+            raise ProtocolError("%s before GO" % kind)
+        handler_of(self, kind)(flags, channel, payload)
+
+    def rcvd_go(self, flags, channel, payload):
+        if self.state is not WAITING:
+            raise ProtocolError("GO twice")
+        self._set(RUNNING)
+        self.patience.cancel()
+        self.command.start()
+        if self.state is RUNNING and (self.link.write_closed or self.link.closed):
+            self.abandon("the client has gone")
+
+    def rcvd_ping(self, flags, channel, payload):
+        if not self.link.congested:         # one answer does for many
+            self.link.send(PONG)
+
+    def rcvd_words(self, flags, channel, payload):
+        """A part of the words of the batch's next job."""
+        self.words.add(payload.bytes)
+        self.be_patient(OFFER_SECONDS, self.leave)
+        self.link.send(PONG)
+
+    def rcvd_job(self, flags, channel, payload):
+        """The next job of a batch; its GO is on the way."""
+        job = check_job(payload, self.words, self.settings.options)
+        self._set(WAITING)
+        if any(number >= self.loop.floor for number, _, _ in job.descriptors):
+            raise ProtocolError("a job with higher descriptors than the first")
+        self.command = Command(self, job)
+        try:
+            self.command.make_ends()
+        except OSError as error:
+            return self.link.fail("cannot make pipes or a terminal: %s" % error.strerror)
+        self.accept()
+
+    def link_writable(self, link):
+        if self.state is OVER:
+            self.close_when_sent()
+        elif self.command:
+            self.command.refresh()
+
+    def link_lost(self, link, reason, violation):
+        if self.state is OVER:
+            return self.loop.stop()
+        self.abandon(reason)
+
+    # What the command does
+
+    def command_started(self, command):
+        self.started = True
+        self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
+
+    def command_failed(self):
+        """It cannot be started, and this host is to blame."""
+        self.say("failed")
+
+    def command_finished(self, command):
+        """Sends EXIT; but in a batch it asks first whether the batch may go on here."""
+        # A command that cannot be started must not fail a whole batch: the next job goes elsewhere.
+        if self.client.batch == NO_BATCH or command.process is None or command.left_behind():
+            self.send_exit()
+        else:
+            self.ask_for_more()
+
+    def ask_for_more(self):
+        """Asks cservice whether this batch may go on here; it has a second to answer."""
+        self._set(ASKING)
+        self.be_patient(1.0, lambda: self.decide(b"no\n"))
+        self.loop.on_read(self.service, self.rcvd_decision)
+        self.say("more")
+
+    def rcvd_decision(self):
+        try:
+            self.decide(os.read(self.service, 16))
+        except OSError:             # cservice has ended without reading all that we said
+            self.decide(b"no\n")
+
+    def decide(self, word):
+        self.patience.cancel()
+        self.loop.on_read(self.service, None)
+        if self.state is ASKING:
+            self.send_exit(more=word == b"yes\n")
+
+    # After a job
+
+    def send_exit(self, more=False):
+        """Sends EXIT, the last frame of a job."""
+        how, status, reason = self.command.result
+        counts = self.command.counts()
+        self.command.watch_no_more()
+        self.link.send(EXIT, how=how, status=status, more=more, reason=reason, channels=counts)
+        if more:
+            self.await_next_job()
+        else:
+            self.leave()
+
+    def await_next_job(self):
+        """Forgets the job, and waits for the next one or for the client to close."""
+        self.command.close()
+        self.command = None
+        self._set(RESTING)
+        self.await_delivery(self.link.undelivered(), time.monotonic())
+
+    def await_delivery(self, before, since):
+        """Begins the time for the next JOB when EXIT has arrived; until then what is under way must get less.
+
+        before is the number of bytes that were under way at the last look, since when they got less.
+        """
+        now, left = time.monotonic(), self.link.undelivered()
+        if left < before:
+            since = now
+        if not left:
+            self.be_patient(OFFER_SECONDS, self.leave)
+        elif now - since > CLOSE_SECONDS:
+            self.leave()
+        else:
+            self.be_patient(0.1, lambda: self.await_delivery(left, since))
+
+    def leave(self):
+        """No job follows: frees the slot.  The client may still be reading, so the connection stays for a while."""
+        self._set(OVER)
+        self.say("done")
+        self.close_when_sent()
+
+    def close_when_sent(self):
+        if self.link.congested and not self.link.write_closed:
+            return                  # link_writable comes back here
+        self.link.finish()
+        self.delivered = time.monotonic()
+        self.await_close()
+
+    def await_close(self):
+        """Reads on, for nobody, until the client closes.
+
+        If we closed first while its input is under way, TCP would reset the connection, and the
+        client would lose what it has not read yet.  It may be stopped, or its network slow.
+        check_client() sees to a host that has vanished.
+        """
+        now = time.monotonic()
+        if self.link.undelivered():
+            self.delivered = now
+        if now - max(self.delivered, self.link.last_activity) > CLOSE_SECONDS:
+            return self.loop.stop()
+        self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
+
+    def abandon(self, reason):
+        """The client has gone, or we are told to end: ends the command and whatever it has started."""
+        # After the last EXIT nothing is left to be ended: this process ends, unless a part of EXIT is
+        # still here.  Then close_when_sent() goes on, and link_lost() ends it if the client has gone.
+        if self.state is OVER and not self.link.congested:
+            return self.loop.stop()
+        if self.state in (OVER, GONE):
+            return
+        log.note("abandons the job: %s", reason)
+        self._set(GONE)
+        self.link.close()
+        # Without a process nothing of the job has run: the client may ask again ("back").  Between
+        # two jobs of a batch there is no process either, and nothing to ask again for ("done").
+        if not self.command or not self.command.process:
+            self.say("done" if self.started else "back")
+            return self.loop.stop()
+        # The slot stays taken until all processes of our session, and of the command's own, have
+        # ended.  cservice does the same if this process is killed meanwhile: see Supervisors.
+        self.command.abandon()
+        end_sessions(self.loop, [os.getpid()] + self.command.sessions(), self.command.group, over=self.end)
+
+    def end(self):
+        self.say("done")
+        self.loop.stop()
+
+
+def close_all_but(kept):
+    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
+    # A fork has all that cservice has open: its sockets for datagrams, its offers to other clients and
+    # its pipes to other supervisors.  A connection ends for its client only when every copy of it
+    # is closed, and the command must be given none of them.  Their list is open itself while it is
+    # read, and closed again by the time that we come to its number.
+    try:
+        numbers = map(int, os.listdir("/dev/fd"))
+    except OSError:
+        numbers = range(4096)
+    for number in set(numbers) - set(kept):
+        try:
+            os.close(number)
+        except OSError:
+            pass                    # the listing's own
+    fill_standard()
+
+
+def become_supervisor(settings, client, link, job, service):
+    """The child's side of the fork; does not return."""
+    code, supervisor = 1, None
+    try:
+        signal.set_wakeup_fd(-1)
+        os.setsid()
+        supervisor = Supervisor(settings, client, link, job, service)
+        code = supervisor.work()
+    except BaseException as error:
+        if not isinstance(error, (OSError, Fatal)) or supervisor:
+            log.say("supervisor: %s: %s" % (type(error).__name__, error))
+        link.send(REFUSE, reason=str(error))
+        if supervisor is None:
+            os.write(service, b"refused %s\nback\n" % str(error).encode())
+        elif not supervisor.started:
+            supervisor.say("back")
+    finally:
+        os._exit(code)
+
+
+class SupervisorHandle:
+    """A supervisor process, as cservice knows it.
+
+    A line from it is handled by the method rcvd_WORD(value).  The patron is told by
+    job_started(), job_failed(), job_refused(reason), job_returned(client), may_go_on(client)
+    and slots_changed().
+    """
+
+    def __init__(self, loop, patron, client, pid, pipe, slot):
+        self.loop, self.patron, self.client, self.pid = loop, patron, client, pid
+        self.slot = slot            # its number, CEXEC_SLOT
+        self.pipe = pipe            # our end of the socketpair; None once it is closed
+        self.unfinished = b""       # a line's beginning
+        self.sessions = [pid]       # and with a terminal the command's session
+        self.done = False           # whether EXIT was sent: its slot is free
+        os.set_blocking(pipe, False)
+        loop.on_read(pipe, self.read)
+
+    def read(self):
+        """Handles the lines that have come."""
+        try:
+            data = os.read(self.pipe, 65536)
+        except BlockingIOError:     # what poll has seen was of another pipe with that number
+            return
+        except OSError:             # it has ended without reading our answer
+            data = b""
+        if not data:
+            return self.hang_up()
+        *lines, self.unfinished = (self.unfinished + data).split(b"\n")
+        for line in lines:
+            log.note("supervisor %d: %s", self.pid, line.decode())
+            word, _, value = line.decode().partition(" ")
+            method = getattr(self, "rcvd_" + word, None)
+            if method:
+                method(value)
+        self.patron.slots_changed()
+
+    def rcvd_group(self, value):
+        self.patron.job_started()
+        self.sessions = [self.pid]  # that of the job before, in a batch, may be another's now
+
+    def rcvd_session(self, value):
+        self.patron.job_started()
+        self.sessions = [self.pid, int(value)]
+
+    def rcvd_failed(self, value):
+        self.patron.job_failed()
+
+    def rcvd_refused(self, value):
+        self.patron.job_refused(value)
+
+    def rcvd_back(self, value):
+        self.patron.job_returned(self.client)
+
+    def rcvd_more(self, value):
+        try:
+            os.write(self.pipe, b"yes\n" if self.patron.may_go_on(self.client) else b"no\n")
+        except OSError:
+            pass                    # it has just ended
+
+    def rcvd_done(self, value):
+        self.done = True
+
+    def hang_up(self):
+        if self.pipe is not None:
+            self.loop.forget(self.pipe)
+            os.close(self.pipe)
+            self.pipe = None
+
+    def has_ended(self):
+        """Whether the process has ended; then its last words are handled, too."""
+        code = ended(self.pid)
+        if code is None:
+            return False
+        if self.pipe is not None:
+            self.read()             # and no more: a child of its own may still hold the pipe open
+            self.hang_up()
+        log.note("supervisor %d ended, %s", self.pid, "done" if self.done else "status %d" % code)
+        return True
+
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
+
+
+class Supervisors:
+    """All supervisors of a cservice, and what the lost ones have left."""
+
+    def __init__(self, loop, patron):
+        self.loop, self.patron = loop, patron
+        self.handles = {}           # pid: SupervisorHandle
+        self.lost = {}              # the same, of those that were killed, until all that they left has ended
+
+    def __len__(self):
+        return len(self.handles) + len(self.lost)
+
+    def slots_in_use(self):
+        return sum(not handle.done for handle in self.handles.values()) + len(self.lost)
+
+    def free_slot(self):
+        """The smallest number of a slot that no running job has: below CONCURRENCY, for each has one."""
+        taken = {handle.slot for handle in [*self.handles.values(), *self.lost.values()] if not handle.done}
+        return min(set(range(len(taken) + 1)) - taken)
+
+    def fork(self, settings, client, link, job):
+        """Hands a client's connection to a new supervisor.  Raises OSError."""
+        # A signal that came to the child before it has handlers of its own would be written to the
+        # wakeup socket that it shares with us: so signals wait, there until Supervisor.work().
+        old, ends, slot = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), [], self.free_slot()
+        try:
+            ends = [end.detach() for end in socket.socketpair()]
+            pid = os.fork()
+        except OSError:
+            for fd in ends:
+                os.close(fd)
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+            raise
+        near, far = ends
+        if pid == 0:
+            os.environ["CEXEC_SLOT"] = str(slot)        # for every job on this connection
+            become_supervisor(settings, client, link, job, far)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        os.close(far)
+        self.handles[pid] = SupervisorHandle(self.loop, self.patron, client, pid, near, slot)
+        log.note("supervisor %d forked for %s", pid, client.address)
+
+    def reap(self):
+        """Sees to the supervisors that have ended."""
+        for handle in list(self.handles.values()):
+            if handle.has_ended():
+                del self.handles[handle.pid]
+                if not handle.done:
+                    self.end_session(handle)
+        self.reap_zombies()
+        self.patron.slots_changed()
+
+    def reap_zombies(self):
+        """Reaps every child that has ended, except supervisors that still count.
+
+        In a container cservice may be the first process: then orphans become its children.
+        """
+        # A process's number is free for others as soon as it is reaped; and so is the number of the
+        # session that it led.  A lost supervisor therefore stays a zombie until its session has
+        # ended: end_session() finds the session's members by that number, and signals them.
+        # A supervisor in self.handles has not been seen by reap() yet.  waitid(2) shows the same
+        # child again and again: the first one that must stay ends the loop, and reap() comes back.
+        while HOLDS_PIDS:
+            try:
+                child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            if child is None or child.si_pid in self.handles or child.si_pid in self.lost:
+                break
+            os.waitpid(child.si_pid, 0)
+
+    def end_session(self, handle):
+        """A supervisor was lost: ends what it has left; its slot is taken until that is over."""
+        def over():
+            del self.lost[handle.pid]
+            self.reap()
+        self.lost[handle.pid] = handle
+        end_sessions(self.loop, handle.sessions, None, over)    # the command was never our child
+
+    def terminate(self):
+        """Ends the jobs that run."""
+        for handle in self.handles.values():
+            handle.terminate()
+
+
+# ---------------------------------------------------------------------------
+# cservice: the line and the offers
+# ---------------------------------------------------------------------------
+
+# The way of an announcement:
+#
+#     Worker.hear --> rcvd_announce --a slot is free--> delay_offer --Pace.delay()--> offer --> Offer --> start_job
+#                          '--no slot is free--> wait --> Line --a slot is free: serve_line--'
+
+def load_delay(busy, slots, average, runnable, cpus):
+    """(load, seconds to wait before an offer); load 1 is a host whose slots or CPUs are all in use.
+
+    The load is the share of the slots in use, plus the greater of two numbers for each CPU:
+    the 1-minute load average, and the processes that are runnable now beyond the CPUs.  It
+    is a sum, so that of two workers on equally loaded hosts the one with fewer jobs is sooner.
     """
     system = max(average / cpus, max(0, runnable - cpus) / cpus)
     load = busy / slots + (system if system >= 0.1 else 0)
@@ -5454,10 +6353,11 @@ def load_delay(busy, slots, average, runnable, cpus):
 
 
 def next_spread(spread, offers):
-    """The random spread (seconds) after hearing of a claim that so many offers had come for.
+    """The random spread (seconds) after a CLAIM that tells how many offers its client got.
 
-    It grows and shrinks with the offers beyond the few that are wanted: a hundred idle
-    workers soon make three offers an announcement, and two wait for nothing.
+    It grows when there were more offers than are wanted, and shrinks when there were fewer.
+    So a hundred idle workers soon make three offers for an announcement, and two workers wait
+    for nothing.
     """
     factor = min(16.0, max(0.5, offers / OFFERS_WANTED))
     return min(SPREAD_MAX, max(SPREAD_MIN / 2, spread * factor))
@@ -5469,31 +6369,105 @@ def spread_delay(spread, fraction):
 
 
 def next_few(few, offers):
-    """Among how many of the oldest to choose, after hearing of a claim that so many offers had come for.
+    """Among how many of the oldest clients to choose, after a CLAIM that tells how many offers its client got.
 
-    When many slots free at once the workers must not all run to the same client; a
-    worker alone hears of one offer for each claim, and keeps to the order.
+    When many slots free at once, not all workers may choose the same client.  A worker that
+    is alone hears of one offer for each claim, and keeps to the order.
     """
     factor = min(4.0, max(0.5, offers / OFFERS_IN_LINE))
     return min(FEW_MAX, max(1.0, few * factor))
 
 
-class Waiting:
+class Pace:
+    """How long a worker waits before an offer: for its load, for a random spread, and for a penalty."""
+
+    def __init__(self, slots, boost):
+        self.slots, self.boost = slots, boost       # boost: the seconds that are set instead, or None
+        self.penalty, self.spread = 0.0, SPREAD_MIN / 2
+        self.few = 1.0              # among so many of the oldest in the line it chooses
+        self.sample()
+
+    def sample(self):
+        """To be called every second."""
+        self.runnable = system_load()[1]
+
+    def load(self, in_use):
+        """(load, delay in seconds) with so many slots in use."""
+        average, runnable = system_load()
+        # A process counts as runnable if there was one a second ago too: one that just starts is no load.
+        return load_delay(in_use, self.slots, average, min(runnable, self.runnable), processors())
+
+    def delay(self, in_use, first):
+        """Seconds until an offer; first: it answers a client's first announcement, as other workers do now."""
+        if self.boost is not None:
+            return self.boost
+        spread = spread_delay(self.spread, random_fraction()) if first else 0.0
+        return self.load(in_use)[1] + spread + self.penalty
+
+    def claimed(self, offers):
+        """A client has claimed that it is served, and had so many offers."""
+        self.spread, self.few = next_spread(self.spread, offers), next_few(self.few, offers)
+
+    def failed(self):
+        self.penalty = PENALTY
+
+    def works(self):
+        self.penalty = 0.0
+
+
+# A client's states at a worker, which only Clients.move() changes.
+#
+#   NEW --a slot is free--> DELAYED --its delay is over--> OFFERED --JOB--> SERVED --CLAIM--> CLAIMED
+#    |                       |   A                          A   |             '--gone before GO--> NEW
+#    |      no slot any more |   | its turn, and we         |   |--it has ended--> NEW
+#    |                       V   | have failed              |   |--TLS is up, no slot is free--> QUEUED
+#    '--no slot is free---> QUEUED -------its turn----------'   '--no connection--> BACKING_OFF
+#                             '--silent for long--> NEW
+#
+#   In NEW, and in BACKING_OFF after some seconds, its next ANNOUNCE leads on.
+#   From every state CLAIM leads to CLAIMED; from DELAYED, QUEUED and OFFERED draining leads to NEW.
+
+NEW, DELAYED, QUEUED, OFFERED = "NEW", "DELAYED", "QUEUED", "OFFERED"
+BACKING_OFF, SERVED, CLAIMED = "BACKING_OFF", "SERVED", "CLAIMED"
+
+
+class KnownClient(Stateful):
     """A client that announces a job, as a worker knows it."""
 
-    def __init__(self, datagram, address, since):
+    LAW = {NEW: (DELAYED, QUEUED, CLAIMED), DELAYED: (OFFERED, QUEUED, NEW, CLAIMED),
+           QUEUED: (OFFERED, DELAYED, NEW, CLAIMED), OFFERED: (SERVED, NEW, QUEUED, BACKING_OFF, CLAIMED),
+           BACKING_OFF: (DELAYED, QUEUED, CLAIMED), SERVED: (CLAIMED, NEW), CLAIMED: ()}
+
+    # There may be 30,000 of them.
+    __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "state", "timer",
+                 "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
+
+    def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
-        self.address, self.port = address, datagram.port
-        self.attempt, self.batch = datagram.body.attempt, datagram.body.batch
-        self.patience = LINE_SECONDS    # how long it may be silent in the line
+        self.state, self.timer = NEW, None          # the Timer of a DELAYED one
+        self.address, self.port, self.attempt, self.batch = "", 0, 0, NO_BATCH
         self.since = since              # when it began to wait, by our clock
         self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
+        self.patience = LINE_SECONDS    # how long it may be silent in the line
         self.failures, self.retry_at = 0, 0.0       # connections to it that failed, in a row; not before then again
+        self.ours = self.complained = False     # whether it got an offer of ours; whether it complained of the last one
+
+    def __repr__(self):
+        return "client %s %s" % (self.name, self.nonce.hex()[:8])
+
+    def enter(self, state, timer):
+        """For Clients.move() alone."""
+        self._set(state)
+        if self.timer:
+            self.timer.cancel()
+        self.timer = timer
+        if state is OFFERED:
+            self.ours, self.complained = True, False
 
     def announced(self, datagram, address, now):
-        """It has said so again, and may have moved."""
-        self.heard, self.attempt = now, datagram.body.attempt
+        """It has announced itself, perhaps from another address than before."""
+        self.heard, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
@@ -5506,12 +6480,23 @@ class Waiting:
         self.retry_at = now + min(BACKOFF_MAX, 2.0 ** min(self.failures, 10))
         self.failures += 1
 
+    def may_be_told(self, now):
+        """Whether it was told nothing for ten seconds; then it counts as told now."""
+        due = now - self.told >= BUSY_SECONDS
+        self.told = now if due else self.told
+        return due
+
+    def may_complain(self):
+        """Whether a complaint of it counts: once for each offer; then it counts as made."""
+        may, self.complained = self.ours and not self.complained, True
+        return may
+
 
 class Line:
     """Clients that wait for a slot: oldest first within a name, names in turn."""
 
     def __init__(self):
-        self.names = collections.OrderedDict()      # name: {nonce: Waiting}; whose turn is next first
+        self.names = collections.OrderedDict()      # name: {nonce: KnownClient}; whose turn is next first
 
     def __len__(self):
         return sum(map(len, self.names.values()))
@@ -5531,11 +6516,9 @@ class Line:
         if not members:
             self.names.pop(client.name, None)
 
-    def expire(self, now):
-        """Forgets whoever has not announced itself for a while."""
-        for client in list(self):
-            if now - client.heard > client.patience:
-                self.leave(client)
+    def silent(self, now):
+        """The clients that have not announced themselves for longer than they say."""
+        return [client for client in self if now - client.heard > client.patience]
 
     def ahead(self, client):
         """How many are served before this one, as things stand."""
@@ -5553,64 +6536,137 @@ class Line:
         return client
 
 
-class Offer:
-    """A worker's connection to a client, until the job is forked or the client has gone.
+class Clients:
+    """All clients that a worker knows.  Each is one object here, and its state says what happens to it.
 
-    CONNECTING (holds a slot) --TLS is up--------------------------> OPEN (holds one)
-         '--hold seconds are over--> LATE (holds none) --the same, and a slot is free--^
+    line and offers are found by going through the clients, too; they are kept because that
+    would take long.  line has those that are QUEUED, offers the Offer of each that is OFFERED.
     """
+
+    def __init__(self, limit=MEMORY):
+        # An ANNOUNCE that is replayed must do nothing: so a client is remembered after it was served
+        # or claimed.  Each of these parts has a bound of its own.  However many clients announce
+        # themselves, none that was served is forgotten for them; and however many claims of other
+        # workers' jobs are heard, none that we served is: a complaint of it still counts.
+        self.limit = limit
+        self.unserved = collections.OrderedDict()
+        self.ours, self.others = Memory(limit), Memory(limit)
+        self.line, self.offers = Line(), {}         # offers: (name, nonce): Offer
+
+    def find(self, named):
+        """The client with the name and the nonce of a datagram, or of another object; None if it is not known."""
+        key = named.name, named.nonce
+        return self.unserved.get(key) or self.ours.get(key) or self.others.get(key)
+
+    def add(self, client):
+        """Takes in a client that has announced itself for the first time.  False if there is no room.
+
+        The client that was idle longest is forgotten for it.  One with an offer, a delay or a
+        place in the line is never forgotten: a replay of its ANNOUNCE would get it another.
+        """
+        if len(self.unserved) >= self.limit:
+            idle = next((other for other in self.unserved.values() if other.state in (NEW, BACKING_OFF)), None)
+            if idle is None:
+                return False
+            del self.unserved[idle.key]
+        self.unserved[client.key] = client
+        return True
+
+    def move(self, client, state, timer=None, offer=None):
+        """Changes a client's state; a timer comes with DELAYED, an offer with OFFERED."""
+        client.enter(state, timer)
+        for part in (self.unserved, self.ours, self.others):
+            part.pop(client.key, None)
+        over = self.ours if client.ours else self.others
+        (over if state in (SERVED, CLAIMED) else self.unserved)[client.key] = client
+        self.line.leave(client)
+        if state is QUEUED:
+            self.line.join(client)
+        self.offers.pop(client.key, None)
+        if state is OFFERED:
+            self.offers[client.key] = offer
+
+    def expire(self, now):
+        """Whoever is silent loses its place in the line."""
+        for client in self.line.silent(now):
+            self.move(client, NEW)
+
+    def under_way(self):
+        """The clients with a delay, a place in the line or an offer."""
+        return [client for client in self.unserved.values() if client.state in (DELAYED, QUEUED, OFFERED)]
+
+
+# An offer's states, which only _set() changes:
+#
+#   CONNECTING (holds a slot) --TLS is up--------------------------> OPEN (holds one)
+#        '--hold seconds are over--> LATE (holds none) --the same, and a slot is free--^
+
+CONNECTING, LATE = "CONNECTING", "LATE"
+
+
+class Offer(Stateful):
+    """A worker's connection to a client, until the job is forked or the client has gone."""
+
+    LAW = {CONNECTING: (LATE, OPEN), LATE: (OPEN,), OPEN: ()}
 
     def __init__(self, worker, client, load, delay, hold):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
-        self.state, self.began = "CONNECTING" if hold else "LATE", time.monotonic()
-        self.challenge, self.proved, self.link, self.timer = os.urandom(32), False, None, None
-        self.words = Words()
+        self.state, self.began = CONNECTING if hold else LATE, time.monotonic()
+        self.challenge, self.proved, self.link = os.urandom(32), False, None
+        self.words, self.timer = Words(), None      # the timer: until the JOB, once there is a connection
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
         self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
 
     def __repr__(self):
         return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
 
-    def be_patient(self, seconds=OFFER_SECONDS):
+    def await_job(self, seconds=OFFER_SECONDS):
+        if self.timer:
+            self.timer.cancel()
         self.timer = self.worker.loop.after(seconds, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
 
     def late(self):
-        """What is slow to connect, or never does, keeps nobody from the slot."""
-        if self.state == "CONNECTING":
-            self.state = "LATE"
+        """A connection that is slow, or is never made, must not keep others from the slot."""
+        if self.state is CONNECTING:
+            self._set(LATE)
             self.worker.slow(self)
 
     def connected(self, sock, seconds):
-        self.be_patient(seconds)
+        self.await_job(seconds)
         self.link = Link(self.worker.loop, sock, self.worker.context, self, server_side=True)
 
     def not_connected(self, reason, unreached):
-        self.lost(reason) if unreached else self.end(reason)
+        (self.lost if unreached else self.end)(reason)
 
     def link_ready(self, link):
         if not self.worker.reached(self):
             return
-        self.state = "OPEN"
+        self._set(OPEN)
         link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options,
                   nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=link.sock.getsockname()[0].partition("%")[0],
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if kind is AUTH and not self.proved:
-            secret = client_secret(self.worker.key.master, self.client.name)
-            if not hmac.compare_digest(payload.proof, client_proof(secret, self.challenge, self.client.nonce)):
-                raise ProtocolError("a wrong proof")
-            self.proved = True
-        elif kind is WORDS and self.proved:
-            self.words.add(payload.bytes)
-            self.timer.cancel()
-            self.be_patient()
-            link.send(PONG)
-        elif kind is JOB and self.proved:
-            self.worker.fork(self, check_job(payload, self.words, self.worker.settings.options))
-        else:
+        """AUTH comes first, and once; nothing else is looked at before it is right."""
+        method = handler_of(self, kind)
+        if method is None or self.proved == (kind is AUTH):
             raise ProtocolError("%s out of place" % kind)
+        method(flags, channel, payload)
+
+    def rcvd_auth(self, flags, channel, payload):
+        secret = client_secret(self.worker.key.master, self.client.name)
+        if not hmac.compare_digest(payload.proof, client_proof(secret, self.challenge, self.client.nonce)):
+            raise ProtocolError("a wrong proof")
+        self.proved = True
+
+    def rcvd_words(self, flags, channel, payload):
+        self.words.add(payload.bytes)
+        self.await_job()
+        self.link.send(PONG)
+
+    def rcvd_job(self, flags, channel, payload):
+        self.worker.start_job(self, check_job(payload, self.words, self.worker.settings.options))
 
     def link_writable(self, link):
         pass                        # nothing large is sent before GO
@@ -5620,9 +6676,9 @@ class Offer:
 
     def lost(self, reason):
         """The connection has failed, or the client has left it."""
-        self.end(reason)
-        if self.state != "OPEN":
+        if self.state is not OPEN:
             self.worker.not_reached(self)
+        self.end(reason)
 
     def end(self, reason):
         log.note("%r: %s", self, reason)
@@ -5638,7 +6694,7 @@ class Offer:
 
 
 class Probe:
-    """A connection back to a client that asks who is there: it says nothing, that it arrives is the answer."""
+    """A connection back to a client that asks who is there.  It sends nothing; the connection itself is the answer."""
 
     def __init__(self, worker, address, port):
         self.worker = worker
@@ -5653,7 +6709,7 @@ class Probe:
 
 
 def local_address(address):
-    """This host's own address, as whoever is at that one sees it; "" if there is no way to it."""
+    """This host's own address, as the host at that address sees it; "" if there is no way to it."""
     try:
         with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
             sock.connect(socket_address(address, PORT))
@@ -5662,82 +6718,40 @@ def local_address(address):
         return ""
 
 
-def check_job(job, words, options):
-    """A JOB, with its words, whose numbers, channels and variables are possible with HELLO's options, or ProtocolError.
-
-    Its environment and arguments are lists then.
-    """
-    job.environment, job.arguments = words.take(job.variables, job.arguments)
-    if job.arguments and not options & HELLO_ARGUMENTS:
-        raise ProtocolError("arguments for a command that takes none")
-    if not job.arguments and options & HELLO_NO_COMMAND:
-        raise ProtocolError("no command")
-    channels = {}
-    for number, channel, flags in job.descriptors:
-        first = channels.setdefault(channel, (number, flags))
-        if number >= MAXFD_LIMIT or first[1] != flags or first[0] != channel:
-            raise ProtocolError("impossible descriptor %d" % number)
-        if flags not in POSSIBLE_FLAGS:
-            raise ProtocolError("descriptor %d is not for anything, with flags %d" % (number, flags))
-    if len({number for number, _, _ in job.descriptors}) < len(job.descriptors):
-        raise ProtocolError("a descriptor twice")
-    for variable in job.environment:
-        name, equals, _ = variable.partition(b"=")
-        if not equals or not is_variable(name.decode("latin-1")):
-            raise ProtocolError("impossible variable")
-    terminals = [flags for _, flags in channels.values() if flags & FLAG_TERMINAL]
-    if len(terminals) > 1 or not (is_name(job.term) if terminals else job.term == ""):
-        raise ProtocolError("impossible terminal")
-    for mode in job.modes:
-        name, _, value = mode.partition("=")
-        if not is_variable(name) or not value.isdecimal() or len(value) > 3 or int(value) > 255:
-            raise ProtocolError("impossible mode of a terminal")
-    return job
-
-
-class Forked:
-    """A supervisor process, as cservice sees it."""
-
-    def __init__(self, pid, client, status, slot):
-        self.pid, self.client, self.status, self.slot = pid, client, status, slot
-        self.sessions = [pid]       # and with a terminal the command's session
-        self.done = False           # EXIT was sent: its slot is free
-        self.said = b""
-
-
-WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-
-
 class Worker:
-    """cservice: hears clients, makes offers, forks a supervisor for each job."""
+    """cservice: hears clients, makes offers, has a supervisor for each job.
+
+    A datagram is handled by the method rcvd_NAME(datagram, address); others are not for a worker.
+    """
 
     def __init__(self, loop, key, context, listeners, settings):
         self.loop, self.key, self.context = loop, key, context
         self.listeners, self.settings = listeners, settings
         self.id = os.urandom(8)
-        self.penalty, self.spread, self.few = 0.0, SPREAD_MIN / 2, 1.0
-        self.line = Line()
-        self.clients = Memory()     # (name, nonce): Waiting, for as long as we remember it
-        self.served = Memory()      # (name, nonce) of jobs that are served or given up
-        self.claimed = Memory()     # those of which we have heard the CLAIM
-        self.offered = Memory()     # (name, nonce): whether a complaint may still come of our offer
+        self.pace = Pace(settings.slots, settings.boost)
+        self.clients, self.supervisors = Clients(), Supervisors(loop, self)
         self.complainers = Memory()                 # (name, address): when it complained of another worker
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
-        self.delayed = {}           # (name, nonce): the Timer of an offer to come
-        self.offers, self.jobs = {}, {}             # (name, nonce): Offer; pid: Forked
-        self.remains = {}           # pid: the Forked that were lost, until all that they left has ended
         self.queried = Memory()     # (name, nonce) of the questions that were answered
+        self.replies = 0            # how many of them in this second
         self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
         self.trouble = None         # why we refuse jobs, since we last took one
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
 
+    def sweep(self):
+        """Every second."""
+        self.pace.sample()
+        self.replies = 0
+        self.serve_line()
+        self.loop.after(1.0, self.sweep)
+
     # Datagrams
 
     def hear(self, datagram, address, index):
-        handler = handler_of(self, datagram.kind)
-        if handler is None:
+        method = handler_of(self, datagram.kind)
+        if method is None:
             return
         if datagram.application != self.key.application:
             return self.deny(datagram, address, DENY_APPLICATION)
@@ -5748,47 +6762,56 @@ class Worker:
             log.note("dropped %r: wrong MAC", datagram)
             return self.deny(datagram, address, DENY_SECRET)
         log.note("<- %r from %s", datagram, address)
-        if handler == self.rcvd_query or not self.draining:
-            handler(datagram, address)
+        if datagram.kind is QUERY or not self.draining:
+            method(datagram, address)
 
     def rcvd_announce(self, datagram, address):
-        key, now = (datagram.name, datagram.nonce), time.monotonic()
-        client = self.clients.get(key)
-        if key in self.served or not datagram.port or client and datagram.body.attempt <= client.attempt:
-            return                  # served, or a copy, or a replay
-        if client is None:
-            client = self.clients[key] = Waiting(datagram, address, now - datagram.body.waited / 1000)
-        client.announced(datagram, address, now)
-        if key in self.offers or key in self.delayed or now < client.retry_at:
+        client, now = self.clients.find(datagram), time.monotonic()
+        if not datagram.port:
             return
-        if not self.hold(client) or self.free_slots() and not self.line:
-            self.offer_after(client, self.delay(first=client.attempt == 1))
+        if client is None:
+            client = KnownClient(datagram, now - datagram.body.waited / 1000)
+            if not self.clients.add(client):
+                return
+        elif client.state in (SERVED, CLAIMED) or datagram.body.attempt <= client.attempt:
+            return                  # it is over; or this is a copy, or a replay
+        client.announced(datagram, address, now)
+        if client.state in (DELAYED, OFFERED) or now < client.retry_at:
+            return
+        # If the last connection to a client did not get through, its next offer holds no slot at
+        # first, and need not wait for one.  Every other client comes behind the line.
+        if not self.hold(client) or self.free_slots() and not self.clients.line:
+            self.delay_offer(client, self.pace.delay(self.in_use(), first=client.attempt == 1))
         else:
             self.wait(client)
 
     def rcvd_claim(self, datagram, address):
-        key = (datagram.name, datagram.nonce)
-        if token_nonce(datagram.body.token) != datagram.nonce or key in self.claimed:
+        """The job is served, here or by another worker, or given up: only its client has the token."""
+        # 1. The token makes the nonce, so nobody else can say so.  A repeated claim does nothing.
+        # 2. A claim whose announcement we did not hear may be made up, by a holder of the key: it
+        #    must not steer us.  It is remembered, in case the announcement comes later.
+        # 3. The client is CLAIMED before its offer ends: the end of an offer serves the line, and
+        #    must find neither this client there nor its slot in use.
+        if token_nonce(datagram.body.token) != datagram.nonce:
             return
-        self.claimed[key] = self.served[key] = True
-        self.forget(key)
-        client = self.clients.pop(key, None)
-        if client:                  # what we heard no announcement of may be made up
-            self.spread = next_spread(self.spread, datagram.body.offers)
-            self.few = next_few(self.few, datagram.body.offers)
-            self.line.leave(client)
+        client = self.clients.find(datagram)
+        if client is None:
+            self.clients.move(KnownClient(datagram, time.monotonic()), CLAIMED)
+        elif client.state is not CLAIMED:
+            self.pace.claimed(datagram.body.offers)
+            self.withdraw(client, CLAIMED, "the job is served")
 
     def rcvd_alert(self, datagram, address):
-        """A complaint about us counts if we made that job an offer, once, and if the client's link is not to blame."""
-        body, key = datagram.body, (datagram.name, datagram.nonce)
+        """A complaint about us counts once for each offer, and not if the client's link may be to blame."""
+        body, client = datagram.body, self.clients.find(datagram)
         if body.event != ALERT_COMPLAINT:
             return
         if body.worker_id != self.id:
             self.complainers[datagram.name, address] = time.monotonic()
-        elif self.offered.get(key):
-            self.offered[key] = False
+        elif client and client.may_complain():
             excuse = self.excuse(body, self.complainers.get((datagram.name, address)))
-            self.penalty = self.penalty if excuse else PENALTY
+            if not excuse:
+                self.pace.failed()
             log.note("a complaint about us: %s%s", body.reason, "; of no weight: " + excuse if excuse else "")
 
     def excuse(self, complaint, other):
@@ -5803,26 +6826,28 @@ class Worker:
         return None
 
     def rcvd_query(self, datagram, address):
-        """Who is there: answered once; and a connection back shows the client whether offers would reach it."""
+        """Says that we are there, once; and a connection back shows the client whether offers would reach it."""
         key = (datagram.name, datagram.nonce)
-        if key in self.queried or not datagram.port or self.answered >= QUERIES_MAX:
+        if key in self.queried or not datagram.port or self.replies >= QUERIES_MAX:
             return
         self.queried[key] = True
-        self.answered += 1
+        self.replies += 1
+        jobs = self.supervisors.slots_in_use()
         self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
-                    host=socket.gethostname()[:64], version=VERSION, load=u32(self.load()[0] * 1000),
-                    running=min(self.running(), 0xffff), slots=self.settings.slots, waiting=len(self.line),
-                    uptime=u32(time.monotonic() - self.began), draining=self.draining, options=self.settings.options)
+                    host=socket.gethostname()[:64], version=VERSION, load=u32(self.load() * 1000),
+                    running=min(jobs, 0xffff), slots=self.settings.slots, waiting=len(self.clients.line),
+                    uptime=u32(time.monotonic() - self.began), draining=self.draining,
+                    options=self.settings.options)
         if len(self.probes) < PROBES_MAX:
             self.probes.add(Probe(self, address, datagram.port))
 
     def deny(self, datagram, address, why):
-        """Tells whoever asks for strangers that we are one; it proves nothing."""
+        """Tells a client that asks for strangers that we are one; this proves nothing."""
         if datagram.kind is QUERY and datagram.body.strangers and datagram.port and self.may_deny():
             self.answer(DENY, datagram, address, serves=self.key.application, why=why)
 
     def may_deny(self):
-        """Whether the last time is long enough ago."""
+        """Whether the last time is long enough ago; then it counts as now."""
         last, now = self.last_denial, time.monotonic()
         if now - last >= DENY_SECONDS:
             self.last_denial = now
@@ -5836,7 +6861,7 @@ class Worker:
             self.answer(DENY, asker, address, serves=self.key.application, why=DENY_VERSION)
 
     def answer(self, kind, datagram, to, **fields):
-        """Sends a datagram back to the address where the client of another is."""
+        """Sends a datagram to the address to, where the client is that sent another datagram."""
         secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
         try:
             self.listeners[0].send(make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0,
@@ -5846,73 +6871,59 @@ class Worker:
 
     # Slots, the line, offers
 
-    def load(self):
-        """(load, delay in seconds) as of now."""
-        average, runnable = system_load()
-        return load_delay(self.in_use(), self.settings.slots,
-                          average, min(runnable, self.runnable), processors())
-
-    def delay(self, first):
-        if self.settings.boost is not None:
-            return self.settings.boost
-        spread = spread_delay(self.spread, random_fraction()) if first else 0.0
-        return self.load()[1] + spread + self.penalty
-
-    def running(self):
-        return sum(not job.done for job in self.jobs.values()) + len(self.remains)
-
     def in_use(self):
-        return self.running() + sum(offer.state != "LATE" for offer in self.offers.values())
+        return (self.supervisors.slots_in_use()
+                + sum(offer.state is not LATE for offer in self.clients.offers.values()))
 
     def free_slots(self):
         return 0 if self.draining else max(0, self.settings.slots - self.in_use())
 
-    def hold(self, client):
-        """The seconds for which an offer holds a slot until TLS is up; 0 if the last one here did not get through.
+    def load(self):
+        return self.pace.load(self.in_use())[0]
 
-        By address as well, or a client would only have to take another nonce.
+    def hold(self, client):
+        """The seconds for which an offer holds a slot until TLS is up; 0 if the last one did not get through.
+
+        It is known by address as well, for a client can take another nonce.
         """
         return 0.0 if client.failures else self.holds.get(client.address, HOLD_SECONDS)
 
     def wait(self, client):
-        """Puts a client in the line, and tells it so at first and every ten seconds."""
-        now = time.monotonic()
-        if client not in self.line and len(self.line) < MEMORY:
-            self.line.join(client)
-        if client in self.line and now - client.told >= BUSY_SECONDS and not self.draining:
-            client.told = now
-            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.line.ahead(client), failures=0)
+        """Puts a client in the line, and tells it its place at first and every ten seconds."""
+        if client.state is not QUEUED:
+            self.clients.move(client, QUEUED)
+        if client.may_be_told(time.monotonic()):
+            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.clients.line.ahead(client),
+                        failures=0)
 
-    def offer_after(self, client, delay):
-        self.line.leave(client)
-        self.delayed[client.key] = self.loop.after(delay, lambda: self.offer(client, delay))
+    def delay_offer(self, client, delay):
+        self.clients.move(client, DELAYED, timer=self.loop.after(delay, lambda: self.offer(client, delay)))
 
     def offer(self, client, delay):
         """Connects to a client, if there is still a slot for it."""
-        self.delayed.pop(client.key, None)
-        hold = self.hold(client)
+        hold, offers = self.hold(client), self.clients.offers.values()
         if hold and not self.free_slots():
             return self.wait(client)
-        if not hold and sum(offer.state == "LATE" for offer in self.offers.values()) >= LATE_MAX:
-            return                  # it asks again
-        self.offered[client.key] = True
+        if not hold and sum(offer.state is LATE for offer in offers) >= LATE_MAX:
+            return self.clients.move(client, NEW)
         log.note("offers %s %s", spelled(client.address, client.port), client.nonce.hex()[:8])
-        self.offers[client.key] = Offer(self, client, self.load()[0], delay, hold)
+        self.clients.move(client, OFFERED, offer=Offer(self, client, self.load(), delay, hold))
 
     def offer_ended(self, offer):
-        self.offers.pop(offer.client.key, None)
+        if self.clients.offers.get(offer.client.key) is offer:
+            self.clients.move(offer.client, NEW)
         self.serve_line()
 
     def reached(self, offer):
-        """TLS is up: whether there is a slot for it.  Without one the client goes (back) to its place in the line."""
-        client, free = offer.client, offer.state == "CONNECTING" or self.free_slots()
+        """TLS is up: whether there is a slot for the offer.  Without one the client gets its place in the line."""
+        client, free = offer.client, offer.state is CONNECTING or self.free_slots()
         client.reached()
-        if time.monotonic() - offer.began > HOLD_SECONDS:   # far away, or slow: it would never get one
+        if time.monotonic() - offer.began > HOLD_SECONDS:   # far away, or slow: it needs more, or it never gets a slot
             self.holds[client.address] = HOLD_MAX
-        elif offer.hold < HOLD_SECONDS:                     # who failed before is trusted again by and by
+        elif offer.hold < HOLD_SECONDS:                     # it failed before: it is trusted again step by step
             self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
         if not free:
-            offer.end("no slot is free any more")
+            self.withdraw(client, QUEUED, "no slot is free any more")
             self.wait(client)
         return bool(free)
 
@@ -5925,671 +6936,97 @@ class Worker:
         """A connection failed: the client loses its place, and is told so."""
         client = offer.client
         client.failed(time.monotonic())
-        if client.key not in self.served:
-            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=0,
-                        failures=min(client.failures, 0xffff))
+        self.clients.move(client, BACKING_OFF)
+        self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=0,
+                    failures=min(client.failures, 0xffff))
 
     def serve_line(self):
-        """Offers every free slot to whoever is next in line; later, and to whom it still helps, after a failure."""
-        self.line.expire(time.monotonic())
-        while self.line and self.free_slots():
-            client = self.line.take(self.few, random_fraction())
-            if self.penalty:
-                self.offer_after(client, self.penalty)
+        """Offers every free slot to the next client in line.
+
+        After a failure of ours the offer waits first: another worker may serve the client meanwhile.
+        """
+        self.clients.expire(time.monotonic())
+        while self.clients.line and self.free_slots():
+            client = self.clients.line.take(self.pace.few, random_fraction())
+            if self.pace.penalty:
+                self.delay_offer(client, self.pace.penalty)
             else:
                 self.offer(client, 0.0)
 
-    def forget(self, key):
-        """Takes back an offer that is no longer wanted."""
-        timer, offer = self.delayed.pop(key, None), self.offers.get(key)
-        if timer:
-            timer.cancel()
+    def withdraw(self, client, state, reason):
+        """Moves a client to another state, and ends the offer that it has."""
+        offer = self.clients.offers.get(client.key)
+        self.clients.move(client, state)
         if offer:
-            offer.end("the job is served")
-
-    def sweep(self):
-        """Every second.  What is runnable counts if it was so then as well: a process that starts is no load."""
-        self.runnable, self.answered = system_load()[1], 0
-        self.serve_line()
-        self.loop.after(1.0, self.sweep)
+            offer.end(reason)
 
     # Jobs
 
-    def free_number(self):
-        """The smallest number of a slot that no running job has: below CONCURRENCY, for each has one."""
-        taken = {job.slot for job in [*self.jobs.values(), *self.remains.values()] if not job.done}
-        return min(set(range(len(taken) + 1)) - taken)
-
-    def fork(self, offer, job):
+    def start_job(self, offer, job):
         """Hands the connection to a supervisor of its own."""
-        old, near = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), None
-        slot = self.free_number()
         try:
-            near, far = (end.detach() for end in socket.socketpair())
-            pid = os.fork()
+            self.supervisors.fork(self.settings, offer.client, offer.link, job)
         except OSError as error:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
-            if near is not None:
-                os.close(near)
-                os.close(far)
-            self.refuses("cannot fork: %s" % error.strerror)
+            self.job_refused("cannot fork: %s" % error.strerror)
             offer.link.send(REFUSE, reason=self.trouble)
             return offer.end(error.strerror)
-        if pid == 0:
-            os.environ["CEXEC_SLOT"] = str(slot)        # for every job on this connection
-            become_supervisor(self, offer, job, far)
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        os.close(far)
-        os.set_blocking(near, False)
-        self.served[offer.client.key] = True
-        self.jobs[pid] = Forked(pid, offer.client, near, slot)
-        self.loop.on_read(near, lambda: self.supervisor_says(self.jobs[pid]))
+        # The supervisor counts from here on, and not the offer as well.  Our copy of the connection
+        # is closed last, and without a word: the supervisor speaks to the client now.
+        self.clients.move(offer.client, SERVED)
         offer.close()
-        self.offers.pop(offer.client.key, None)
-        log.note("supervisor %d forked for %s", pid, offer.client.address)
 
-    def refuses(self, reason):
-        """We can take no job for now: others had better, and whoever runs us is told, once."""
-        self.penalty = PENALTY
+    def job_started(self):
+        self.trouble = None
+        self.pace.works()
+
+    def job_failed(self):
+        """A command cannot be started here: other workers are to be preferred."""
+        self.pace.failed()
+
+    def job_refused(self, reason):
+        """This host can take no job for now; whoever runs cservice is told, once."""
+        self.pace.failed()
         if self.trouble is None:
             log.say("refuses jobs until there is room: " + reason)
         self.trouble = reason
 
-    def supervisor_says(self, job):
-        """Lines from a supervisor: "group N", "session N", "refused WHY", "back", "failed", "more", "done"."""
-        try:
-            data = os.read(job.status, 65536)
-        except BlockingIOError:     # what poll has seen was of another pipe with that number
-            return
-        except OSError:             # it has ended without reading our answer
-            data = b""
-        if not data:
-            return self.hang_up(job)
-        *lines, job.said = (job.said + data).split(b"\n")
-        for line in lines:
-            word, _, value = line.decode().partition(" ")
-            log.note("supervisor %d: %s", job.pid, line.decode())
-            if word in ("group", "session"):
-                self.penalty, self.trouble = 0.0, None
-                job.sessions = [job.pid] + [int(value)] * (word == "session")
-            elif word == "failed":
-                self.penalty = PENALTY
-            elif word == "refused":
-                self.refuses(value)
-            elif word == "back":                # the client left before GO: it may ask again
-                if job.client.key not in self.claimed:
-                    self.served.pop(job.client.key, None)
-            elif word == "more":
-                self.tell(job, b"yes\n" if self.may_go_on(job) else b"no\n")
-            elif word == "done":
-                job.done = True
+    def job_returned(self, client):
+        """The client left before GO: it may ask again, unless another worker has served it meanwhile."""
+        if client.state is SERVED and self.clients.find(client) is client:
+            self.clients.move(client, NEW)
+
+    def may_go_on(self, client):
+        """Whether a batch may have its next job on the connection that it has: if no other client waits."""
+        self.clients.expire(time.monotonic())
+        return not self.draining and all(other.batch == client.batch for other in self.clients.line)
+
+    def slots_changed(self):
+        """A slot may be free, or the last job over."""
         self.serve_line()
-
-    def tell(self, job, word):
-        try:
-            os.write(job.status, word)
-        except OSError:
-            pass                    # it has just ended
-
-    def may_go_on(self, job):
-        """Whether a batch may have its next job on the connection that it has: if nobody else waits."""
-        self.line.expire(time.monotonic())
-        return not self.draining and all(client.batch == job.client.batch for client in self.line)
-
-    def hang_up(self, job):
-        if job.status >= 0:
-            self.loop.forget(job.status)
-            os.close(job.status)
-            job.status = -1
-
-    def reap(self):
-        """Sees to supervisors that have ended; what one left behind unfinished is killed."""
-        for job in list(self.jobs.values()):
-            code = ended(job.pid)
-            if code is None:
-                continue
-            if job.status >= 0:
-                self.supervisor_says(job)       # its last words; a child of its own may hold the pipe open yet
-                self.hang_up(job)
-            del self.jobs[job.pid]
-            log.note("supervisor %d ended, %s", job.pid, "done" if job.done else "status %d" % code)
-            if not job.done:
-                self.kill_session(job)
-        self.reap_zombies()
-        self.serve_line()
-        self.stop_if_drained()
-
-    def reap_zombies(self):
-        """Takes away all that have ended but supervisors that were lost: the orphans of a container, too."""
-        while HOLDS_PIDS:
-            try:
-                child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                break
-            if child is None or child.si_pid in self.jobs or child.si_pid in self.remains:
-                break               # it comes back here
-            os.waitpid(child.si_pid, 0)
-
-    def kill_session(self, job):
-        """Ends what a lost supervisor has left; its slot is taken until that is over."""
-        def over():
-            del self.remains[job.pid]
-            self.reap()
-        self.remains[job.pid] = job
-        end_sessions(self.loop, job.sessions, None, over)       # the command was never our child
+        if self.draining and not self.supervisors:
+            self.loop.stop()
 
     def signalled(self, number):
         if number == signal.SIGCHLD:
-            return self.reap()
-        if self.draining:
+            self.supervisors.reap()
+        elif self.draining:
             log.note("a second signal: ends the running jobs")
-            for pid in self.jobs:
-                os.kill(pid, signal.SIGTERM)
-            return
-        log.note("draining: %d jobs run", self.running())
-        self.draining = True        # and goes on to hear who asks
-        for key in list(self.offers) + list(self.delayed):
-            self.forget(key)
-        self.line = Line()
-        self.stop_if_drained()
-
-    def stop_if_drained(self):
-        if self.draining and not self.jobs and not self.remains:
-            self.loop.stop()
-
-
-def become_supervisor(worker, offer, job, status):
-    """The child's side of the fork; does not return."""
-    code, supervisor = 1, None
-    try:
-        signal.set_wakeup_fd(-1)
-        os.setsid()
-        supervisor = Supervisor(worker, offer, job, status)
-        code = supervisor.work()
-    except BaseException as error:
-        if not isinstance(error, (OSError, Fatal)) or supervisor:
-            log.say("supervisor: %s: %s" % (type(error).__name__, error))
-        offer.link.send(REFUSE, reason=str(error))
-        if supervisor is None:
-            os.write(status, b"refused %s\nback\n" % str(error).encode())
-        elif not supervisor.started:
-            supervisor.say("back")
-    finally:
-        os._exit(code)
-
-
-# A supervisor's states, which only _set() changes:
-#
-#   WAITING --GO--> RUNNING --all has ended: send EXIT--------------> OVER --the client closes--> the end
-#      A               '------the same, of a batch: ask cservice--> ASKING --no: send EXIT--> OVER
-#      '--JOB-- RESTING <--yes: send EXIT, more------------------------'
-#                  '--3 s without a JOB--> OVER
-#
-#   from any but OVER: the client has gone, or TERM: GONE, until the session is ended
-
-WAITING, RUNNING, ASKING, RESTING, OVER, GONE = "WAITING", "RUNNING", "ASKING", "RESTING", "OVER", "GONE"
-
-
-class Supervisor(Carrier):
-    """The worker's process for one job, or for several of a batch in turn.
-
-    It leads a session, starts the command and carries its streams.  Its own descriptors
-    keep to numbers above the command's, so that the command's ends can be put in place
-    here, and its start has nothing left to map.
-    """
-
-    def __init__(self, worker, offer, job, status):
-        floor = max([256] + [number + 1 for number, _, _ in job.descriptors])
-        make_room(floor + 4 * len(job.descriptors) + 16)
-        super().__init__(Loop(floor=floor), offer.link)
-        self.job, self.offer, self.settings, self.words = job, offer, worker.settings, Words()
-        offer.link.sock = self.loop.own(offer.link.sock)
-        self.status = lifted(status, floor)
-        log.hold(floor)
-        close_all_but([offer.link.sock.fileno(), self.status, log.fd])
-        self.far = {}               # number: the command's end, until it has started
-        self.process = self.result = None
-        self.group = None           # the command's process group, while its number can't be another's
-        self.state, self.started = WAITING, False   # started: whether any command was
-        self.timers = []            # of the job that runs
-        self.inputs = {}            # channel of a counted input: a reader of what is left in it
-        self.terminal = None        # the channel of the command's terminal
-
-    def work(self):
-        """Runs the job to its end; this process's exit code."""
-        loop = self.loop
-        for number in range(1, signal.NSIG):        # exec makes what is caught default again, not what is ignored
-            if signal.Handlers.SIG_IGN is signal.getsignal(number):
-                signal.signal(number, lambda number, frame: None)
-        loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        self.link.attach(loop, self)
-        try:
-            self.make_ends()
-        except OSError as error:
-            reason = "cannot make pipes or a terminal: %s" % error.strerror
-            self.link.send(REFUSE, reason=reason)
-            self.say("refused %s\nback" % reason)
-            return 1
-        self.link.send(ACCEPT)
-        self.patience = loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
-        loop.after(CHECK_SECONDS, self.check_client)
-        loop.run()
-        return 0
-
-    def _set(self, state):
-        log.note("supervisor %s -> %s", self.state, state)
-        self.state = state
-
-    def say(self, words):
-        """A line to cservice, which may be dead."""
-        try:
-            os.write(self.status, words.encode() + b"\n")
-        except OSError:
-            pass
-
-    # The command's descriptors
-
-    def make_ends(self):
-        """A pipe for each channel, a socketpair or a terminal; near ends carried, far ends kept for the command."""
-        for number, channel, flags in self.job.descriptors:
-            if number != channel:
-                continue
-            if flags & FLAG_TERMINAL:
-                far, end = self.make_terminal()
-                self.terminal = channel
-            elif flags & FLAG_SOCKET:
-                near, far = (lifted_away(end.detach(), self.loop.floor) for end in socket.socketpair())
-                end = SocketEnd(near, near, lambda near=near: os.close(near), ["read", "write"])
-                end.sock = self.loop.own(end.sock)
-            else:
-                reader, writer = (lifted_away(fd, self.loop.floor) for fd in os.pipe())
-                enlarge(writer)
-                near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
-                os.set_blocking(near, False)
-                end = End(near, near, lambda near=near, channel=channel: self.release(near, channel), [half])
-                end.watched = True
-            if self.settings.user:          # whoever opens /dev/stdout opens the pipe anew
-                os.fchown(far, self.settings.user.pw_uid, -1 if channel == self.terminal else self.settings.user.pw_gid)
-            self.far[channel] = far
-            self.carry(channel, end)
-
-    def make_terminal(self):
-        """(The command's end, ours) of a new pseudo terminal as the client described it.
-
-        We keep its other side open as well: it ends with the command, and not whenever nobody has it open.
-        """
-        near, far = (lifted_away(fd, self.loop.floor) for fd in os.openpty())
-        kept = lifted(far, self.loop.floor)
-        set_terminal_modes(far, self.job.modes)
-        set_window(near, self.job.lines, self.job.columns)
-        os.set_blocking(near, False)
-        return far, PtyEnd(near, near, lambda: (os.close(near), os.close(kept)), ["read", "write"])
-
-    def rcvd_resize(self, flags, channel, payload):
-        if self.terminal is None:
-            raise ProtocolError("RESIZE without a terminal")
-        end = self.sources[self.terminal].end
-        try:
-            if end.halves:
-                set_window(end.fd, payload.lines, payload.columns)
-        except OSError as error:
-            log.note("the terminal's size: %s", error.strerror)
-
-    def release(self, near, channel):
-        """Closes a pipe's near end; of a counted input, keeps a way to see what is left in it."""
-        if channel in self.counted() and self.state in (RUNNING, ASKING):
-            try:
-                reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
-                self.inputs[channel] = lifted_away(reader, self.loop.floor)
-            except OSError:         # no /proc
-                self.inputs[channel] = near
-                return self.close_when_empty(near, channel)
-        os.close(near)
-
-    def close_when_empty(self, near, channel):
-        """Gives the command its end of file once it has read all: until then near tells how much that was.
-
-        At once on macOS and the BSDs, where only a pipe's reader can be asked: all counts as taken there.
-        """
-        if self.state is RUNNING and unread(near):
-            self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
-        elif self.inputs.pop(channel, None) is not None:
-            os.close(near)
-
-    def counted(self):
-        return {channel for number, channel, flags in self.job.descriptors if flags & FLAG_COUNTED}
-
-    def taken(self, channel):
-        """How much of an input the command has read."""
-        sink = self.sinks.get(channel)
-        if sink is None:
-            return 0
-        if channel not in self.counted():
-            return sink.written
-        fd = self.inputs.get(channel, sink.end.polled if sink.end.halves else None)
-        return sink.written - (unread(fd) if fd is not None else 0)
-
-    # The command
-
-    def rcvd_go(self, flags, channel, payload):
-        if self.state is not WAITING:
-            raise ProtocolError("GO twice")
-        self._set(RUNNING)
-        self.patience.cancel()
-        try:
-            self.start()
-        except OSError as error:
-            found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
-            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno),
-                               ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
-        except Exception as error:  # subprocess.SubprocessError: prepare() failed
-            user = self.settings.user
-            self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
+            self.supervisors.terminate()
         else:
-            self.started, self.group = True, self.process.pid
-            self.say("%s %d" % ("group" if self.terminal is None else "session", self.process.pid))
-            self.refresh()
-        if self.link.write_closed or self.link.closed:
-            self.abandon("the client has gone")
+            self.drain()
 
-    def start(self):
-        """Puts the command's ends at its numbers and starts it.  Raises OSError."""
-        import subprocess
-        places = [(number, channel) for number, channel, _ in self.job.descriptors]
-        for number, channel in places:
-            os.dup2(self.far[channel], number, True)
-        for far in self.far.values():
-            os.close(far)
-        self.far = {}
-        try:
-            options = {"process_group": 0}
-            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
-                options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
-            self.process = subprocess.Popen(self.command(), env=self.environment(), close_fds=True,
-                                            pass_fds=[number for number, _ in places if number > 2], **options)
-        finally:
-            for number, _ in places:
-                os.close(number)
-            fill_standard()
-
-    def command(self):
-        """The command's words: the worker's, with the client's arguments where {} is, if it takes any."""
-        if not self.settings.options & HELLO_ARGUMENTS:
-            return self.settings.command
-        return [word for own in self.settings.command for word in (self.job.arguments if own == "{}" else [own])]
-
-    def prepare(self):
-        """In the child, before exec: its own process group, or session with a terminal; its user."""
-        if self.terminal is None:
-            os.setpgid(0, 0)
-        else:
-            import termios
-            os.setsid()
-            fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
-        user = self.settings.user
-        if user:
-            self.settings.join_keyring()        # or the user would have what is in root's
-            os.initgroups(user.pw_name, user.pw_gid)
-            os.setgid(user.pw_gid)
-            os.setuid(user.pw_uid)
-            self.settings.join_keyring()        # the user's own, unless too many have been made
-
-    def environment(self):
-        """cservice's own, what the client gave as PEER_*, and the two ends' addresses."""
-        sock, values = self.link.sock, dict(os.environ)
-        user = self.settings.user
-        if user:
-            values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
-        for variable in self.job.environment:
-            name, _, value = os.fsdecode(variable).partition("=")
-            values["PEER_" + name] = value
-        if self.terminal is not None:
-            values["TERM"] = self.job.term
-        client, here = self.offer.client, sock.getsockname()
-        values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
-                      SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
-        return values
-
-    def fail_to_start(self, status, reason, ours=True):
-        if ours:                    # not the client's, who gives it more than it can take
-            self.say("failed")
-        self.result = HOW_NOT_STARTED, status, "%s: %s" % (cut(os.fsdecode(self.command()[0]), 400), reason)
-        log.say("%s (%s gets %d)" % (self.result[2], self.offer.client.address, status))
-        for source in self.sources.values():
-            source.finish()
-        self.stream_ended()
-
-    def rcvd_signal(self, flags, channel, payload):
-        if payload.signal not in SIGNALS:
-            raise ProtocolError("signal %r" % payload.signal)
-        if self.group:
-            signal_all(os.killpg, self.group, [getattr(signal, "SIG" + payload.signal)])
-
-    def rcvd_ping(self, flags, channel, payload):
-        if not self.link.congested:         # one answer does for many
-            self.link.send(PONG)
-
-    def check_client(self):
-        """Is its host still there?"""
-        if not self.link.closed:
-            self.loop.after(CHECK_SECONDS, self.check_client)
-            self.link.check_host()
-
-    def signalled(self, number):
-        if number == signal.SIGTERM:
-            return self.abandon("told to end")
-        if self.state is not RUNNING or self.result or not self.group:
-            return
-        code = ended(self.group)
-        if code is not None:
-            self.group = self.group if HOLDS_PIDS else None
-            self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
-            if self.terminal is not None:
-                self.sources[self.terminal].close_soon()
-            if self.job.linger != NO_LINGER:
-                self.timers.append(self.loop.after(self.job.linger / 1000, self.stop_lingering))
-            self.timers.append(self.loop.after(1.0, self.tell_lingering))
-            self.stream_ended()
-
-    def stop_lingering(self):
-        for source in self.sources.values():
-            if source.state is OPEN:
-                source.close_soon()
-
-    def tell_lingering(self):
-        if self.state is RUNNING:
-            self.link.send(LINGER, status=self.result[1])
-
-    def stream_ended(self):
-        """The job is over when the command has ended and all that it writes is closed and sent."""
-        writing = any(source.state is OPEN for source in self.sources.values())
-        if self.result and not writing and self.state is RUNNING:
-            if self.offer.client.batch == NO_BATCH or self.process is None or self.left_behind():
-                self.send_exit()    # who can't start its command is not to fail a whole batch
-            else:
-                self.ask_for_more()
-
-    # Another job on this connection
-
-    def left_behind(self):
-        """Whether the command has left processes in its group: the next one's end is not to be theirs."""
-        self.group = None
-        self.process.poll()         # the command itself, a zombie, would count
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            pass                    # another user's
-        return True
-
-    def ask_for_more(self):
-        """Asks cservice whether this batch may go on here; it has a second to answer."""
-        self._set(ASKING)
-        self.patience = self.loop.after(1.0, lambda: self.answered(b"no\n"))
-        self.loop.on_read(self.status, self.rcvd_answer)
-        self.say("more")
-
-    def rcvd_answer(self):
-        try:
-            self.answered(os.read(self.status, 16))
-        except OSError:             # cservice has ended without reading all that we said
-            self.answered(b"no\n")
-
-    def answered(self, word):
-        self.patience.cancel()
-        self.loop.on_read(self.status, None)
-        if self.state is ASKING:
-            self.send_exit(more=word == b"yes\n")
-
-    def rest(self):
-        """After EXIT with more: forgets the job, and waits for the next or for the client's leaving."""
-        for timer in self.timers:
-            timer.cancel()
-        for sink in self.sinks.values():
-            if sink.state in (OPEN, ENDING):
-                self.loop.forget(sink.end.polled)
-                sink.end.done("write")
-        for fd in self.inputs.values():
-            os.close(fd)
-        self.sources, self.sinks, self.inputs, self.timers = {}, {}, {}, []
-        self.process = self.result = self.terminal = None
-        self._set(RESTING)
-        self.await_delivery(self.link.undelivered(), time.monotonic())
-
-    def await_delivery(self, left, since):
-        """The time for the next JOB begins when EXIT has arrived: until then what is under way must get less."""
-        now, rest = time.monotonic(), self.link.undelivered()
-        if rest < left:
-            since = now
-        if not rest:
-            self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
-        elif now - since > CLOSE_SECONDS:
-            self.rest_for_good()
-        else:
-            self.patience = self.loop.after(0.1, lambda: self.await_delivery(rest, since))
-
-    def rest_for_good(self):
-        """Frees the slot, and goes on as after an EXIT that is the last: the client may still be reading."""
-        self._set(OVER)
-        self.say("done")
-        self.close_when_sent()
-
-    def rcvd_words(self, flags, channel, payload):
-        """Of the next job of a batch."""
-        self.words.add(payload.bytes)
-        self.patience.cancel()
-        self.patience = self.loop.after(OFFER_SECONDS, self.rest_for_good)
-        self.link.send(PONG)
-
-    def rcvd_job(self, flags, channel, payload):
-        """The next job of a batch; its GO is on the way."""
-        self._set(WAITING)
-        self.patience.cancel()
-        self.patience = self.loop.after(OFFER_SECONDS, lambda: self.link.fail("no GO"))
-        self.job = check_job(payload, self.words, self.settings.options)
-        if any(number >= self.loop.floor for number, _, _ in self.job.descriptors):
-            raise ProtocolError("a job with higher descriptors than the first")
-        try:
-            self.make_ends()
-        except OSError as error:
-            return self.link.fail("cannot make pipes or a terminal: %s" % error.strerror)
-        self.link.send(ACCEPT)      # the client does not wait for it, but can tell what was begun
-
-    def send_exit(self, more=False):
-        """EXIT, the last frame; then waits for the client to close, or its input would be reset."""
-        how, status, reason = self.result
-        rows = [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
-                for number, channel, _ in self.job.descriptors if number == channel]
-        for sink in self.sinks.values():
-            self.loop.on_leave(sink.end.polled, None)       # no SHUT follows
-        self.link.send(EXIT, how=how, status=status, more=more, reason=reason, channels=rows)
-        if more:
-            return self.rest()
-        self._set(OVER)
-        self.say("done")
-        self.close_when_sent()
-
-    def close_when_sent(self):
-        if self.link.congested and not self.link.write_closed:
-            return                  # link_writable comes back here
-        self.link.finish()
-        self.delivered = time.monotonic()
-        self.await_close()
-
-    def await_close(self):
-        """Reads on, for nobody, until the client closes: to leave before it has all would reset what is under way.
-
-        It may be stopped, or its network slow.  check_client() sees to a host that has vanished.
-        """
-        now = time.monotonic()
-        if self.link.undelivered():
-            self.delivered = now
-        if now - max(self.delivered, self.link.last_activity) > CLOSE_SECONDS:
-            return self.loop.stop()
-        self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
-
-    def link_writable(self, link):
-        if self.state is OVER:
-            self.close_when_sent()
-        else:
-            super().link_writable(link)
-
-    def link_frame(self, link, kind, flags, channel, payload):
-        if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (WORDS, JOB, PING):
-            return                  # of a job that is over: of no interest
-        if kind in (WORDS, JOB) and self.state is not RESTING:
-            raise ProtocolError("%s within a job" % kind)
-        if self.state is WAITING and kind not in (GO, PING):
-            raise ProtocolError("%s before GO" % kind)
-        super().link_frame(link, kind, flags, channel, payload)
-
-    def local_error(self, channel, error):
-        log.say("descriptor %d: %s" % (channel, error.strerror))
-
-    def link_lost(self, link, reason, violation):
-        if self.state is OVER:
-            return self.loop.stop()
-        self.abandon(reason)
-
-    def abandon(self, reason):
-        """The client has gone: ends the command and whatever it has started."""
-        if self.state is OVER and not self.link.congested:
-            return self.loop.stop()
-        if self.state in (OVER, GONE):
-            return
-        log.note("abandons the job: %s", reason)
-        self._set(GONE)
-        self.link.close()
-        if not self.process:
-            self.say("done" if self.started else "back")
-            return self.loop.stop()
-        for source in self.sources.values():
-            source.discard()
-        for sink in self.sinks.values():            # left open: an early end of file could be taken for the true one
-            self.loop.on_write(sink.end.polled, None)
-        sessions = [os.getpid()] + [self.group] * (self.terminal is not None and self.group is not None)
-        end_sessions(self.loop, sessions, self.group, over=self.end)
-
-    def end(self):
-        self.say("done")
-        self.loop.stop()
+    def drain(self):
+        """Makes no more offers, and stops when the last job is over; goes on to answer who asks."""
+        log.note("draining: %d jobs run", self.supervisors.slots_in_use())
+        self.draining = True
+        for client in self.clients.under_way():
+            self.withdraw(client, NEW, "draining")
+        self.slots_changed()
 
 
-def close_all_but(kept):
-    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
-    try:
-        numbers = map(int, os.listdir("/dev/fd"))
-    except OSError:
-        numbers = range(4096)
-    for number in set(numbers) - set(kept):
-        try:
-            os.close(number)
-        except OSError:
-            pass                    # the listing's own
-    fill_standard()
-
+# ---------------------------------------------------------------------------
+# cservice, the applet
+# ---------------------------------------------------------------------------
 
 Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring")   # as HELLO's
 

@@ -2003,8 +2003,9 @@ def test_what_a_job_may_ask_for(rows, variables, good):
     job = cexec.JOB.unpack(cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, variables=len(variables))))
     words, _ = words_sent([variable.encode() for variable in variables])
     if good:
-        assert cexec.check_job(job, words, 0) is job
-        assert job.environment == [variable.encode() for variable in variables]
+        checked = cexec.check_job(job, words, 0)
+        assert checked.descriptors == job.descriptors
+        assert checked.environment == [variable.encode() for variable in variables] and checked.arguments == []
     else:
         with pytest.raises(cexec.ProtocolError):
             cexec.check_job(job, words, 0)
@@ -2074,9 +2075,18 @@ def test_spread_delay_is_a_fraction_of_it():
 def waiting(name, number, since, heard=0.0):
     pub, nonce = made_pub()._replace(name=name), bytes([number]) * 16
     data = make_datagram(cexec.ANNOUNCE, pub, nonce, 9, **FIRST_TRY)
-    client = cexec.Waiting(cexec.Datagram(data), "127.0.0.1", since)
-    client.heard = heard
+    client = cexec.KnownClient(cexec.Datagram(data), since)
+    client.announced(cexec.Datagram(data), "127.0.0.1", heard)
     return client
+
+
+def queued(*members):
+    """The Clients of a worker where these are in the line."""
+    clients = cexec.Clients()
+    for client in members:
+        assert clients.add(client)
+        clients.move(client, cexec.QUEUED)
+    return clients
 
 
 def line_of(text):
@@ -2132,27 +2142,25 @@ def test_line_tells_how_many_are_ahead(text):
 
 
 def test_line_forgets_whoever_is_silent():
-    line = cexec.Line()
     silent, alive = waiting("a", 1, 0.0, heard=100.0), waiting("b", 2, 0.0, heard=104.0)
-    line.join(silent)
-    line.join(alive)
-    line.expire(100.0 + cexec.LINE_SECONDS)
-    assert len(line) == 2
-    line.expire(100.1 + cexec.LINE_SECONDS)
-    assert silent not in line and alive in line and list(line.names) == ["b"]
+    clients = queued(silent, alive)
+    clients.expire(100.0 + cexec.LINE_SECONDS)
+    assert len(clients.line) == 2
+    clients.expire(100.1 + cexec.LINE_SECONDS)
+    assert silent not in clients.line and alive in clients.line and list(clients.line.names) == ["b"]
 
 
 @pytest.mark.parametrize("pause, patience", [(0, 5), (62, 5), (1250, 5), (10240, 40.96), (2 ** 32 - 1, 60)])
 def test_line_is_as_patient_as_an_announcement_says(pause, patience):
     """A group of thousands of addresses is announced to every ten seconds."""
-    line, client = cexec.Line(), waiting("a", 1, 0.0)
+    client = waiting("a", 1, 0.0)
     data = make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 9, **dict(FIRST_TRY, pause=pause))
     client.announced(cexec.Datagram(data), "127.0.0.1", 100.0)
-    line.join(client)
-    line.expire(100.0 + patience - 0.1)
-    assert client in line
-    line.expire(100.0 + patience + 0.1)
-    assert client not in line
+    clients = queued(client)
+    clients.expire(100.0 + patience - 0.1)
+    assert client in clients.line
+    clients.expire(100.0 + patience + 0.1)
+    assert client not in clients.line
 
 
 def test_announcement_says_its_pace(cluster):
@@ -2190,14 +2198,72 @@ def desk():
 
     def announce(nonce, address, attempt=1):
         made.say(cexec.ANNOUNCE, nonce, address, **dict(FIRST_TRY, attempt=attempt))
-        for timer in list(made.delayed.values()):       # BOOST is 0
-            call, timer.call = timer.call, None
-            call()
-        return made.offers.get(("anyone", nonce))
+        for client in made.clients.under_way():
+            if client.state is cexec.DELAYED:           # BOOST is 0
+                client.timer.call()
+        return made.clients.offers.get(("anyone", nonce))
     made.announce = announce
     yield made
-    for offer in list(made.offers.values()):
+    for offer in list(made.clients.offers.values()):
         offer.close()
+
+
+def test_a_client_knows_no_way_that_is_not_drawn():
+    client, clients = waiting("a", 1, 0.0), cexec.Clients()
+    clients.add(client)
+    with pytest.raises(RuntimeError, match="from NEW to SERVED is not in the drawing"):
+        clients.move(client, cexec.SERVED)
+    assert client.state is cexec.NEW and clients.find(client) is client
+
+
+def test_nobody_that_was_served_is_forgotten_for_announcements_or_claims():
+    """Or a replay of its announcement would get an offer, and its complaint would not count."""
+    clients, ours, other = cexec.Clients(limit=3), waiting("a", 1, 0.0), waiting("a", 2, 0.0)
+    clients.add(ours)
+    for state in (cexec.DELAYED, cexec.OFFERED, cexec.SERVED, cexec.CLAIMED):
+        clients.move(ours, state)
+    clients.move(other, cexec.CLAIMED)
+    for number in range(3, 13):
+        assert clients.add(waiting("a", number, 0.0))
+    assert clients.find(ours) is ours and clients.find(other) is other and len(clients.unserved) == 3
+    for number in range(20, 30):
+        clients.move(waiting("a", number, 0.0), cexec.CLAIMED)
+    assert clients.find(ours) is ours and clients.find(other) is None and len(clients.others) == 3
+
+
+def test_a_client_with_an_offer_or_a_place_is_not_forgotten():
+    clients, members = cexec.Clients(limit=3), [waiting("a", number, 0.0) for number in range(5)]
+    for client, state in zip(members, (cexec.DELAYED, cexec.QUEUED)):
+        clients.add(client)
+        clients.move(client, state)
+    assert clients.add(members[2]) and clients.add(members[3]) and clients.find(members[2]) is None
+    clients.move(members[3], cexec.QUEUED)
+    assert not clients.add(members[4]) and clients.find(members[4]) is None and len(clients.line) == 2
+
+
+def test_announcement_of_a_job_that_was_served_does_nothing(desk, monkeypatch):
+    """Until its supervisor says that the client left before GO, and nobody has claimed it."""
+    monkeypatch.setattr(desk.supervisors, "fork", lambda settings, client, link, job: None)
+    nonce = cexec.token_nonce(TOKEN)
+    desk.start_job(desk.announce(nonce, "127.0.0.2"), None)
+    client = desk.clients.find(SimpleNamespace(name="anyone", nonce=nonce))
+    assert client.state is cexec.SERVED and desk.announce(nonce, "127.0.0.2", attempt=2) is None
+    desk.job_returned(client)
+    again = desk.announce(nonce, "127.0.0.2", attempt=3)
+    assert again
+    desk.start_job(again, None)
+    desk.say(cexec.CLAIM, nonce, "127.0.0.2", token=TOKEN, offers=1)
+    desk.job_returned(client)
+    assert client.state is cexec.CLAIMED and desk.announce(nonce, "127.0.0.2", attempt=4) is None
+
+
+def test_a_draining_worker_takes_back_what_is_under_way(desk):
+    offer, _ = desk.announce(BAD, "127.0.0.2"), desk.announce(GOOD, "127.0.0.3")
+    desk.hear(cexec.Datagram(make_datagram(cexec.ANNOUNCE, made_pub(), THIRD, 9, **FIRST_TRY)), "127.0.0.4", 0)
+    assert len(desk.clients.line) == 2 and desk.clients.offers
+    desk.signalled(signal.SIGTERM)
+    assert offer.dial.sock is None and not desk.clients.offers and not desk.clients.line and not desk.loop.running
+    assert {client.state for client in desk.clients.unserved.values()} == {cexec.NEW}
 
 
 BAD, GOOD, THIRD = (bytes([number]) * 16 for number in (1, 2, 3))
@@ -2205,10 +2271,10 @@ BAD, GOOD, THIRD = (bytes([number]) * 16 for number in (1, 2, 3))
 
 def test_an_offer_that_hangs_leaves_the_only_slot_to_others(desk):
     hanging = desk.announce(BAD, "127.0.0.2")
-    assert desk.free_slots() == 0 and desk.announce(GOOD, "127.0.0.3") is None and len(desk.line) == 1
+    assert desk.free_slots() == 0 and desk.announce(GOOD, "127.0.0.3") is None and len(desk.clients.line) == 1
     hanging.late()
-    assert ("anyone", GOOD) in desk.offers and len(desk.line) == 0
-    assert desk.free_slots() == 0 and ("anyone", BAD) in desk.offers
+    assert ("anyone", GOOD) in desk.clients.offers and len(desk.clients.line) == 0
+    assert desk.free_slots() == 0 and ("anyone", BAD) in desk.clients.offers
 
 
 def test_a_failed_connection_costs_the_client_its_place(desk):
@@ -2217,12 +2283,12 @@ def test_a_failed_connection_costs_the_client_its_place(desk):
     hanging.late()
     hanging.lost("no answer")
     assert desk.said == [(cexec.BUSY, BAD, {"attempt": 1, "ahead": 0, "failures": 1})]
-    assert desk.announce(BAD, "127.0.0.2", attempt=2) is None and len(desk.line) == 0     # not yet
+    assert desk.announce(BAD, "127.0.0.2", attempt=2) is None and len(desk.clients.line) == 0     # not yet
     another = desk.announce(THIRD, "127.0.0.2")
     assert another and desk.free_slots() == 1
     good = desk.announce(GOOD, "127.0.0.3")
     assert good and desk.free_slots() == 0
-    client = desk.clients["anyone", BAD]
+    client = desk.clients.unserved["anyone", BAD]
     client.retry_at = 0.0
     again = desk.announce(BAD, "127.0.0.2", attempt=3)          # though no slot is free
     assert again and desk.free_slots() == 0
@@ -2237,10 +2303,10 @@ def test_a_client_that_is_slow_to_connect_finds_its_place_in_the_line(desk):
     near = desk.announce(GOOD, "127.0.0.3")
     far.began -= 1.0
     far.link_ready(None)
-    assert desk.offers == {("anyone", GOOD): near}
-    assert [client.nonce for client in desk.line] == [BAD] and desk.said[-1][2]["failures"] == 0
+    assert desk.clients.offers == {("anyone", GOOD): near}
+    assert [client.nonce for client in desk.clients.line] == [BAD] and desk.said[-1][2]["failures"] == 0
     near.end("it has another worker")
-    far = desk.offers["anyone", BAD]
+    far = desk.clients.offers["anyone", BAD]
     assert far.hold == cexec.HOLD_MAX and desk.free_slots() == 0
 
 
@@ -2256,20 +2322,20 @@ def test_our_own_lack_of_descriptors_is_no_failure_of_the_client(desk, monkeypat
     monkeypatch.setattr(cexec, "begin_connection", lambda address, port: (None, "Too many open files"))
     offer = desk.announce(BAD, "127.0.0.2")
     desk.loop.turn()
-    assert offer and not desk.offers and desk.said == [] and desk.clients["anyone", BAD].failures == 0
+    assert offer and not desk.clients.offers and desk.said == [] and desk.clients.unserved["anyone", BAD].failures == 0
 
 
 def test_only_claims_of_announced_jobs_steer_the_spread(desk):
     for _ in range(50):
         token = os.urandom(32)
         desk.say(cexec.CLAIM, cexec.token_nonce(token), "127.0.0.2", token=token, offers=65535)
-    assert (desk.spread, desk.few) == (cexec.SPREAD_MIN / 2, 1.0)
+    assert (desk.pace.spread, desk.pace.few) == (cexec.SPREAD_MIN / 2, 1.0)
     desk.announce(cexec.token_nonce(token), "127.0.0.2")
-    assert not desk.offers                      # it is remembered, all the same
+    assert not desk.clients.offers                      # it is remembered, all the same
     nonce = cexec.token_nonce(TOKEN)
     desk.announce(nonce, "127.0.0.2")
     desk.say(cexec.CLAIM, nonce, "127.0.0.2", token=TOKEN, offers=65535)
-    assert desk.spread > cexec.SPREAD_MIN and desk.few == 4.0
+    assert desk.pace.spread > cexec.SPREAD_MIN and desk.pace.few == 4.0
 
 
 MUCH = cexec.MUCH_MOVED
@@ -2290,7 +2356,7 @@ def test_weight_of_a_complaint(desk, others, fields, counts):
     for address in others:
         desk.say(cexec.ALERT, THIRD, address, **dict(complaint, worker_id=os.urandom(8)))
     desk.say(cexec.ALERT, NONCE, "127.0.0.2", **dict(complaint, worker_id=desk.id, **fields))
-    assert desk.penalty == (cexec.PENALTY if counts else 0.0)
+    assert desk.pace.penalty == (cexec.PENALTY if counts else 0.0)
 
 
 def test_line_leave_and_join_again():
@@ -3129,6 +3195,21 @@ def test_variables_of_a_client_are_always_prefixed(cluster):
     assert {b"PEER_LD_PRELOAD=/evil.so", b"PEER_PATH=/evil", b"PEER_REMOTE_USER=root"} <= set(lines)
     assert b"REMOTE_USER=anyone" in lines
     assert not any(line.startswith(b"LD_PRELOAD") or line == b"PATH=/evil" for line in lines)
+
+
+def test_connection_stays_after_a_command_that_cannot_be_started(cluster):
+    """Until the client closes it: what is under way to the worker would reset the connection otherwise."""
+    worker = cluster.worker("/no/such/command")
+    with Asker(cluster) as asker, asker.offer() as peer:
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB, descriptors=[(0, 0, 1), (1, 1, 2)], linger=cexec.NO_LINGER, environment=[])
+        peer.expect(cexec.ACCEPT)
+        supervisor, = children_of(worker.pid)
+        peer.send(cexec.GO)
+        peer.expect(cexec.EOF)
+        assert peer.expect(cexec.EXIT).status == cexec.EXIT_NOT_FOUND and peer.next() is None
+        until(lambda: state_of(supervisor) == "S", "the supervisor to wait")
+    until(lambda: not children_of(worker.pid), "the supervisor's end")
 
 
 def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
@@ -10844,7 +10925,7 @@ T = cexec.FLAG_INPUT | cexec.FLAG_OUTPUT | cexec.FLAG_TERMINAL
 def test_what_a_job_may_ask_of_a_terminal(rows, given, good):
     job = cexec.JOB.unpack(cexec.JOB.pack(**filled(cexec.JOB, descriptors=rows, **given)))
     if good:
-        assert cexec.check_job(job, cexec.Words(), 0) is job
+        assert cexec.check_job(job, cexec.Words(), 0).descriptors == job.descriptors
     else:
         with pytest.raises(cexec.ProtocolError):
             cexec.check_job(job, cexec.Words(), 0)
