@@ -7032,8 +7032,8 @@ Settings = collections.namedtuple("Settings", "command slots boost refused user 
 
 # What cservice -s and the workers that it starts say to each other.
 OVER_SSH = "-"                      # as the first -s: this is such a worker
-UP = b"cexec: serves "              # at the beginning of a line of its standard output: and here is its id
-ALIVE, DRAIN, END = b".", b"D", b"E"
+SERVES = b"cexec: serves "          # at the beginning of a line of its standard output: and here is its id
+ALIVE, DRAIN, END_JOBS = b".", b"D", b"E"
 ALIVE_SECONDS = 10.0                # how often the starter says ALIVE
 SILENCE_SECONDS = 60.0              # and after how long without a word a worker drains
 
@@ -7107,7 +7107,7 @@ class Lifeline:
         for number in (1, 2):
             os.set_blocking(number, False)      # a worker whose starter does not read must still drain
         try:                        # a login may have left a line unfinished
-            os.write(1, b"\n%s%s\n" % (UP, worker.id.hex().encode()))
+            os.write(1, b"\n%s%s\n" % (SERVES, worker.id.hex().encode()))
         except OSError:
             pass                    # nobody is there: read() will see it
         loop.on_read(0, self.read)
@@ -7124,9 +7124,9 @@ class Lifeline:
             self.loop.forget(0)
             return self.lose()
         self.timer = self.loop.after(SILENCE_SECONDS, self.lose)
-        if DRAIN in data or END in data:
+        if DRAIN in data or END_JOBS in data:
             self.drain()
-        if END in data:
+        if END_JOBS in data:
             self.drain(True)
 
     def drain(self, again=False):
@@ -8704,9 +8704,9 @@ def make_key(path, derived):
 #       | this file, as many bytes as it said ->  |   compiles it, starts it: cservice -s - ...
 #       | the private key in hexadecimal ------>  |   serves
 #       |  <------------ what a login has to say  |
-#       |  <------------------------- UP, its id  |
+#       |  <--------------------- SERVES, its id  |
 #       | ALIVE, every ten seconds ------------>  |   drains after a minute without
-#       | DRAIN, END, end of file ------------->  |   drains, ends its jobs, drains
+#       | DRAIN, END_JOBS, end of file -------->  |   drains, ends its jobs, drains
 #       |  <-------------------- its exit status  |   0 as told, 111 lost, 100 something is wrong
 
 # Without a file in between: nothing reads ahead, so each reader finds its own part of standard input.  These
@@ -8918,8 +8918,8 @@ class Host:
         return bool(data)
 
     def rcvd_line(self, line):
-        if line.startswith(UP) and self.state is LOGIN:
-            self.rcvd_up(line[len(UP):])
+        if line.startswith(SERVES) and self.state is LOGIN:
+            self.rcvd_up(line[len(SERVES):])
         elif line.strip():
             text = line.decode("utf-8", "backslashreplace").rstrip("\r")
             log.write("%s: %s\n" % (self.name, printable(text)))
@@ -9060,7 +9060,7 @@ class Starter:
             self.drain()
         elif self.signals == 2:
             log.say("ends the jobs")
-            self.tell(END, True)
+            self.tell(END_JOBS, True)
         else:
             for host in self.in_state(LOGIN, SERVING):
                 host.kill(signal.SIGKILL)

@@ -2011,6 +2011,18 @@ def test_what_a_job_may_ask_for(rows, variables, good):
             cexec.check_job(job, words, 0)
 
 
+def test_no_name_of_the_file_is_given_twice():
+    """A constant of one section that another section sets again is wrong in the first."""
+    names = collections.Counter()
+    for statement in ast.parse(read(PROGRAM)).body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            names[statement.name] += 1
+        elif isinstance(statement, ast.Assign):
+            names.update(found.id for target in statement.targets for found in ast.walk(target)
+                         if isinstance(found, ast.Name) and isinstance(found.ctx, ast.Store))
+    assert len(names) > 500 and [name for name, count in names.items() if count > 1] == []
+
+
 # ---------------------------------------------------------------------------
 # Load, spread, the line
 # ---------------------------------------------------------------------------
@@ -10285,7 +10297,7 @@ def test_a_worker_whose_words_nobody_reads_still_drains(local, monkeypatch):
     worker.stdin.write(cexec.first_input(["-v", local.key, "cat"], read(local.key).decode(), cexec.Group()))
     worker.stdin.close()
     assert worker.wait(PATIENCE) == 111
-    assert worker.stdout.read().startswith(b"\n" + cexec.UP)
+    assert worker.stdout.read().startswith(b"\n" + cexec.SERVES)
     os.close(reader)
 
 
