@@ -6618,7 +6618,7 @@ class Offer(Stateful):
         self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
 
     def __repr__(self):
-        return "offer to %s for %s" % (spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8])
+        return "offer for %s" % self.client.nonce.hex()[:8]
 
     def await_job(self, seconds=OFFER_SECONDS):
         if self.timer:
@@ -6681,7 +6681,8 @@ class Offer(Stateful):
         self.end(reason)
 
     def end(self, reason):
-        log.note("%r: %s", self, reason)
+        log.note("offer to %s for %s: %s", spelled(self.client.address, self.client.port), self.client.nonce.hex()[:8],
+                 reason)
         self.close()
         self.worker.offer_ended(self)
 
