@@ -5383,7 +5383,8 @@ CEXEC = Syntax(
     "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
               "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] -- FILE ..."},
     """Run an application's command on the least loaded worker, with the descriptors of
-this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.
+this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.  ARGUMENTs are
+arguments of the command, if its worker takes any (cservice -a).
 
 exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could not
 be run; 111 if cexec failed (try again); 100 for a usage error

@@ -6069,7 +6069,8 @@ def audio(ogg):
 def test_readme_four_steps(hosts):
     need("oggenc", "oggdec")
     keygen, service, logger, job = STEPS
-    assert all(step in read(PROGRAM).decode().partition("import gc")[0] for step in STEPS)
+    for file in (PROGRAM, os.path.join(HERE, "README")):
+        assert all("    %s " % step in read(file).decode().partition("import gc")[0] for step in STEPS)
     spaces = hosts.lan("lan", ["client", "one", "two", "logger"], "10.77.0")
     links = hosts.path("links")
     os.mkdir(links)
