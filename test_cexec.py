@@ -211,6 +211,21 @@ class Cluster:
         self.started.append(process)
         return process
 
+    def follow(self, applet, *arguments, **options):
+        """Starts an applet with a file for its standard error: process.log; process.said() is what is there by now."""
+        log = self.path("%s-%s.log" % (applet, uuid.uuid4().hex[:6]))
+        with open(log, "wb") as file:
+            process = self.start(applet, *arguments, stderr=file, **options)
+        process.log, process.said = log, lambda: read(log).decode()
+        return process
+
+    def proxy(self, *arguments, **options):
+        """Starts a cproxy -v and waits until it listens."""
+        process = self.follow("cproxy", "-v", *arguments, **options)
+        until(lambda: "cproxy: from " in process.said() or process.poll() is not None, "a proxy's start")
+        assert process.poll() is None, process.said()
+        return process
+
     def worker(self, *command, options=(), key=None, env=None, space=None, verbose=True):
         """Starts a cservice and waits until it listens; process.log is the file of its -v lines."""
         log = self.path("worker-%s.log" % uuid.uuid4().hex[:6])
@@ -837,7 +852,7 @@ def test_ckeygen_104_when_another_key_appears_meanwhile(tmp_path, monkeypatch):
 
 
 def test_ckeygen_101_what_is_there_can_be_no_key(keys):
-    refusal(keys.run_here("ckeygen", keys.directory, keys.path("x.pub")), 101, "Is a directory: not a cexec private key")
+    refusal(keys.run_here("ckeygen", keys.directory, keys.path("x.pub")), 101, "directory: not a cexec private key")
     refusal(keys.run_here("ckeygen", PROGRAM, keys.path("x.pub")), 101, "File too large: not a cexec private key")
 
 
@@ -2971,6 +2986,18 @@ class Peer:
         assert found and found[0] is kind, found
         return found[1]
 
+    def asked(self):
+        """A worker's part up to the JOB, which it gives."""
+        self.expect(cexec.AUTH)
+        return self.expect(cexec.JOB)
+
+    def take_job(self):
+        """A worker's part up to GO; the JOB."""
+        job = self.asked()
+        self.send(cexec.ACCEPT)
+        self.expect(cexec.GO)
+        return job
+
 
 class Asker:
     """A client in a test's hands."""
@@ -3004,6 +3031,15 @@ class Asker:
         assert peer.hello.nonce == self.nonce
         return peer
 
+    def begin(self, peer=None, **job):
+        """A job that is accepted and begun; its Peer."""
+        peer = peer or self.offer()
+        peer.send(cexec.AUTH, proof=self.proof(peer))
+        peer.send(cexec.JOB, **job)
+        peer.expect(cexec.ACCEPT)
+        peer.send(cexec.GO)
+        return peer
+
     def proof(self, peer):
         return cexec.client_proof(self.pub.secret, peer.hello.challenge, self.nonce)
 
@@ -3021,12 +3057,8 @@ def play_worker(datagram, address, key, nonce=None):
 
 def searching_client(cluster, port, *words, **env):
     """A client that announces itself on a port where only the test listens; client.log is its -v."""
-    log = cluster.path("client-%s.log" % os.urandom(3).hex())
-    with open(log, "wb") as file:
-        client = cluster.start("cexec", "-v", cluster.pub, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=file, env=dict(env, GROUP="127.255.255.255:%d" % port))
-    client.log = log
-    return client
+    return cluster.follow("cexec", "-v", cluster.pub, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          env=dict(env, GROUP="127.255.255.255:%d" % port))
 
 
 def test_silent_connections_take_no_descriptor_that_is_needed(cluster):
@@ -3228,11 +3260,8 @@ def test_variables_of_a_client_are_always_prefixed(cluster):
     """Whatever a client that keeps to no rule sends: LD_PRELOAD and PATH become PEER_LD_PRELOAD and PEER_PATH."""
     cluster.worker("env")
     with Asker(cluster) as asker, asker.offer() as peer:
-        peer.send(cexec.AUTH, proof=asker.proof(peer))
-        peer.send(cexec.JOB, descriptors=[(1, 1, 2)], linger=cexec.NO_LINGER,
-                  environment=["LD_PRELOAD=/evil.so", "PATH=/evil", "REMOTE_USER=root"])
-        peer.expect(cexec.ACCEPT)
-        peer.send(cexec.GO)
+        asker.begin(peer, descriptors=[(1, 1, 2)], linger=cexec.NO_LINGER,
+                    environment=["LD_PRELOAD=/evil.so", "PATH=/evil", "REMOTE_USER=root"])
         out = b""
         while not out.endswith(b"\n") or b"PEER_" not in out:
             kind, payload = peer.next()
@@ -3353,10 +3382,7 @@ def test_success_is_only_what_a_worker_has_said_in_full(cluster):
             announced, address = ear.wait_for(cexec.ANNOUNCE, known)
             known.append(announced.nonce)
             with play_worker(announced, address, key) as peer:
-                peer.expect(cexec.AUTH)
-                job = peer.expect(cexec.JOB)
-                peer.send(cexec.ACCEPT)
-                peer.expect(cexec.GO)
+                job = peer.take_job()
                 ending(peer, job)
                 while name not in CLOSED and peer.next():
                     pass                        # until the client closes: unread input would reset the connection
@@ -3498,15 +3524,13 @@ def test_before_go_the_search_goes_on_whatever_a_worker_does(cluster):
         with play_worker(announced, address, key, nonce=os.urandom(16)) as peer:
             assert peer.next() is None          # an offer for another job
         with play_worker(announced, address, key) as peer:
-            peer.expect(cexec.AUTH)
-            peer.expect(cexec.JOB)
+            peer.asked()
             peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=os.urandom(8),
                       address="127.0.0.1")      # once is enough
             assert peer.next() is None
         for name, refuse in REFUSALS:
             with play_worker(announced, address, key) as peer:
-                peer.expect(cexec.AUTH)
-                peer.expect(cexec.JOB)
+                peer.asked()
                 refuse(peer)
                 if name == "a close":
                     continue
@@ -3515,6 +3539,9 @@ def test_before_go_the_search_goes_on_whatever_a_worker_does(cluster):
             with Peer(socket.create_connection((address, announced.port), 20), key) as peer:
                 peer.send(cexec.HELLO, nonce=announced.nonce, **hello)
                 assert peer.next() is None
+        with Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+            peer.send(cexec.ACCEPT)             # nobody has asked
+            assert peer.next() is None
         assert client.poll() is None and b"-> GO" not in read(client.log)
         mouth.say(announced.readdressed("127.0.0.1", announced.port, 1))
         assert client.communicate(b"done", timeout=60)[0] == b"DONE" and client.returncode == 0
@@ -3650,105 +3677,6 @@ def test_a_thousand_garbage_connections(cluster):
     assert 1 <= len(complaints) <= 16 and len({line.split()[3] for line in complaints}) == len(complaints)
     assert all("127.0.0.1 rats out" in line and "unverified" not in line for line in complaints)
     no_defect(read(client.log), read(worker.log))
-
-
-class Middle:
-    """A man in the middle: the worker's offers come to him, he connects to the client, and flips one bit."""
-
-    def __init__(self, cluster):
-        self.port, self.stopped = free_port(), False
-        self.ear, self.mouth = Ear(self.port), Ear(group_port(cluster))
-        self.listener = socket.socket()
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen(16)
-        self.target = self.place = None         # place: (direction, byte, bit), once
-        self.flipped, self.passed = 0, {"up": 0, "down": 0}
-        self.thread = threading.Thread(target=self.work)
-        self.thread.start()
-
-    def begin(self, place):
-        """For the next client."""
-        self.place, self.flipped, self.passed = place, 0, {"up": 0, "down": 0}
-
-    def work(self):
-        while not self.stopped:
-            ready = select.select([self.ear.sock, self.listener], [], [], 0.05)[0]
-            for datagram, address in self.ear.hear():
-                if datagram.kind is cexec.ANNOUNCE:
-                    self.target = address, datagram.port
-                if datagram.kind in (cexec.ANNOUNCE, cexec.CLAIM):
-                    self.mouth.say(datagram.readdressed("127.0.0.1", self.listener.getsockname()[1], 1))
-            self.ear.heard = []
-            if self.listener in ready:
-                self.join(self.listener.accept()[0])
-
-    def join(self, worker):
-        place, self.place = self.place, None
-        try:
-            client = socket.create_connection(self.target, 5)
-        except OSError:
-            return worker.close()
-        for direction, source, target in (("up", client, worker), ("down", worker, client)):
-            threading.Thread(target=self.pump, args=(direction, source, target, place), daemon=True).start()
-
-    def pump(self, direction, source, target, place):
-        passed = 0
-        with contextlib.suppress(OSError):
-            while True:
-                data = source.recv(65536)
-                if not data:
-                    break
-                if place and place[0] == direction and passed <= place[1] < passed + len(data):
-                    data = with_byte(data, place[1] - passed, data[place[1] - passed] ^ 1 << place[2])
-                    self.flipped += 1
-                passed += len(data)
-                self.passed[direction] = max(passed, self.passed[direction])
-                target.sendall(data)
-        for sock, how in ((target, socket.SHUT_WR), (source, socket.SHUT_RD)):
-            with contextlib.suppress(OSError):
-                sock.shutdown(how)
-
-    def close(self):
-        self.stopped = True
-        self.thread.join()
-        self.listener.close()
-        self.ear.close()
-        self.mouth.close()
-
-
-def test_a_flipped_bit_anywhere_is_never_a_wrong_success(cluster):
-    """Before GO the search goes on; after it, the job is lost; what has no effect has none."""
-    worker, chance = cluster.worker("tr", "a-z", "A-Z", env={"CONCURRENCY": "8"}), random.Random(2)
-    middle, payload = Middle(cluster), b"the quick brown fox\n" * 100
-    env = {"CEXEC_TIMEOUT_PINGPONG": "1", "CEXEC_TIMEOUT_ACCEPT": "25"}
-    lost = again = flips = 0
-    try:
-        lengths = {}
-        for number in range(31):
-            place = None
-            if number:
-                direction = ("up", "down")[number % 2]
-                place = direction, chance.randrange(lengths[direction]), chance.randrange(8)
-            middle.begin(place)
-            client = searching_client(cluster, middle.port, **env)
-            out = client.communicate(payload, timeout=60)[0]
-            log = read(client.log)
-            no_defect(log)
-            flips += middle.flipped
-            if client.returncode == 0:
-                assert out == payload.upper(), place
-                again += b"TLS: " in log or b"said nothing" in log
-            else:
-                assert client.returncode == 111 and log.count(b"-> GO") == 1, (place, client.returncode, log)
-                assert b"worker 127.0.0.1 lost" in log, place
-                lost += 1
-            if not number:
-                assert client.returncode == 0 and not lost
-                lengths = dict(middle.passed)
-    finally:
-        middle.close()
-    assert flips >= 25 and lost >= 5 and again >= 5, (flips, lost, again)
-    no_defect(read(worker.log))
 
 
 # ---------------------------------------------------------------------------
@@ -5678,8 +5606,7 @@ def test_more_pongs_than_words(cluster, count):
         client = searching_client(cluster, port, *["A=1"] * count)
         announced, address = ear.wait_for(cexec.ANNOUNCE)
         with play_worker(announced, address, key) as peer:
-            peer.expect(cexec.AUTH)
-            peer.expect(cexec.JOB)
+            peer.asked()
             for _ in range(count + 1):
                 peer.send(cexec.PONG)
             assert peer.next() is None
@@ -5835,7 +5762,7 @@ def test_a_file_of_a_batch_whose_words_are_too_many(cluster):
 
 def test_arguments_cross_a_proxy(hosts, crossing):
     hosts.worker(*SHOW, options=["-a"], space=crossing.worker)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     assert hosts.client("x", *ODD, space=crossing.client).stdout == shown(["x", *ODD])
 
 
@@ -6083,11 +6010,7 @@ def lost(job, worker):
 
 
 def verbose_client(cluster, *words, pub=None, **options):
-    """Starts a cexec -v; client.said() is what it has said on standard error so far."""
-    with tempfile.NamedTemporaryFile(dir=cluster.directory, suffix=".err", delete=False) as file:
-        client = cluster.start("cexec", "-v", pub or cluster.pub, *words, stderr=file, **options)
-    client.said = lambda: read(file.name).decode()
-    return client
+    return cluster.follow("cexec", "-v", pub or cluster.pub, *words, **options)
 
 
 def held_job(cluster, *words, pub=None, **options):
@@ -6482,8 +6405,7 @@ def test_cproxy_joins_ipv4_and_ipv6(hosts):
     hosts.env["GROUP"] = "255.255.255.255"
     worker = hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=right["worker"], env={"CONCURRENCY": "1"})
     logger = hosts.logger(hosts.pub, space=right["worker"])
-    proxy = hosts.start("cproxy", "fd00:78::1", space=left["gate"])
-    until(lambda: listening(proxy.pid), "the proxy")
+    hosts.proxy("fd00:78::1", space=left["gate"])
     done = hosts.client(space=left["client"], input=b"in\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"in\nfd00:78::1\n", b"")
     first = held_job(hosts, space=left["client"])
@@ -6503,8 +6425,7 @@ def test_cproxy_with_a_link_local_address(hosts):
     shown = subprocess.check_output(["ip", "-n", left["gate"], "address", "show", "dev", "right"]).decode()
     address, = re.findall(r"inet6 (fe80::\S+)/64", shown)
     hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=right["worker"], env={"CONCURRENCY": "1"})
-    proxy = hosts.start("cproxy", address + "%right", space=left["gate"])
-    until(lambda: listening(proxy.pid), "the proxy")
+    hosts.proxy(address + "%right", space=left["gate"])
     for _ in range(2):
         done = hosts.client(space=left["client"], input=b"in\n")
         assert (done.returncode, done.stdout, done.stderr) == (0, b"in\n%s%%right\n" % address.encode(), b"")
@@ -6594,8 +6515,7 @@ def test_list_through_a_proxy(hosts):
     left = hosts.lan("left", ["client", "gate"], "10.77.0")
     right = hosts.lan("right", [left["gate"], "worker"], "10.78.0")
     hosts.worker("cat", space=right["worker"])
-    proxy = hosts.start("cproxy", "10.78.0.1", space=left["gate"])
-    until(lambda: listening(proxy.pid), "the proxy")
+    hosts.proxy("10.78.0.1", space=left["gate"])
     done = survey(hosts, space=left["client"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split("\t")[1] == "10.78.0.2"
@@ -7110,15 +7030,8 @@ class Crossing:
         self.worker = hosts.lan("right", [self.gate, "worker"], "10.78.0")["worker"]
         self.switch = next(space for space in hosts.spaces if space.endswith("right"))
 
-    def proxy(self, *arguments, space=None, env=None):
-        log = self.hosts.path("proxy-%s.log" % os.urandom(4).hex())
-        with open(log, "wb") as file:
-            process = self.hosts.start("cproxy", "-v", *arguments, space=space or self.gate, env=env,
-                                       stdout=file, stderr=file)
-        process.log = log
-        until(lambda: b"cproxy: from " in read(log) or process.poll() is not None, "a proxy's start")
-        assert process.poll() is None, read(log)
-        return process
+    def proxy(self, *arguments, space=None):
+        return self.hosts.proxy(*(arguments or ["10.78.0.1"]), space=space or self.gate)
 
 
 @pytest.fixture
@@ -7150,7 +7063,7 @@ def test_a_job_crosses_a_proxy(hosts, crossing, target):
 
 def test_twenty_megabytes_cross_and_come_back(hosts, crossing):
     hosts.worker("cat", space=crossing.worker)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     data = os.urandom(1 << 20) * 20
     done = hosts.client(space=crossing.client, input=data)
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout == data
@@ -7158,7 +7071,7 @@ def test_twenty_megabytes_cross_and_come_back(hosts, crossing):
 
 def test_half_closes_cross(hosts, crossing):
     hosts.worker("sort", space=crossing.worker)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     done = hosts.client(space=crossing.client, input=b"b\nc\na\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\nb\nc\n", b"")
 
@@ -7167,7 +7080,7 @@ def test_the_last_byte_crosses_to_a_slow_link(hosts, crossing):
     """The worker has left, the proxy has the rest: what the client says meanwhile resets nothing."""
     altered(hosts, CLOSE_SECONDS=0.1)
     worker = hosts.worker("head", "-c", "40000", "/dev/zero", space=crossing.worker)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     ip("netns", "exec", crossing.client, "sysctl", "-qw", "net.ipv4.tcp_rmem=4096 16384 16384")     # or all is sent
     slow_down(crossing.gate, "left")
     client = hosts.start_client(space=crossing.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -7181,7 +7094,7 @@ def test_a_client_that_vanishes_behind_a_proxy(hosts, crossing):
     mark = "PEER_MARK=" + os.urandom(8).hex()
     worker = hosts.worker("yes", space=crossing.worker)
     altered(hosts, GONE_SECONDS=2.0)
-    proxy = crossing.proxy("10.78.0.1")
+    proxy = crossing.proxy()
     client = hosts.start_client(mark[5:], space=crossing.client, stdout=subprocess.DEVNULL)
     until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output")
     ip("-n", crossing.client, "link", "set", "dev", "left", "down")
@@ -7192,7 +7105,7 @@ def test_a_client_that_vanishes_behind_a_proxy(hosts, crossing):
 
 def test_an_early_close_crosses(hosts, crossing):
     hosts.worker("yes", space=crossing.worker)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     client = hosts.start_client(space=crossing.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert client.stdout.readline() == b"y\n"
     client.stdout.close()
@@ -7201,7 +7114,7 @@ def test_an_early_close_crosses(hosts, crossing):
 
 def test_busy_crosses(hosts, crossing):
     hosts.worker(*ORDERLY, space=crossing.worker, env={"CONCURRENCY": "1"})
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     first = held_job(hosts, "N=0", space=crossing.client)
     clients = [in_line(hosts, n - 1, "N=%d" % n, space=crossing.client) for n in (1, 2)]
     outcome(first)
@@ -7213,7 +7126,7 @@ def test_busy_crosses(hosts, crossing):
 def test_two_proxies_in_a_row(hosts, crossing):
     far = hosts.lan("far", [crossing.worker, "worker"], "10.79.0")["worker"]
     hosts.shell_worker(space=far)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     crossing.proxy("10.79.0.1", space=crossing.worker)
     data = os.urandom(1 << 20)
     done = hosts.client("CMD=cat; exit 4", space=crossing.client, input=data)
@@ -7222,7 +7135,7 @@ def test_two_proxies_in_a_row(hosts, crossing):
 
 def test_a_proxy_can_not_read_what_it_relays(hosts, crossing):
     hosts.worker("sh", "-c", 'cat; echo "$PEER_WORD"', space=crossing.worker)
-    proxy = crossing.proxy("10.78.0.1")
+    proxy = crossing.proxy()
     secret = os.urandom(12).hex().encode()
     data = (secret + b"\n") * 50000
     with Capture(crossing.gate) as capture:
@@ -7283,7 +7196,7 @@ def test_proxies_in_opposite_directions_do_not_storm(hosts, crossing, gates):
 def test_a_proxy_killed_in_mid_job(hosts, crossing):
     mark = "PEER_MARK=" + os.urandom(8).hex()
     hosts.worker("cat", space=crossing.worker)
-    proxy = crossing.proxy("10.78.0.1")
+    proxy = crossing.proxy()
     job = held_job(hosts, mark[5:], space=crossing.client)
     proxy.kill()
     assert "no sign of life" not in lost(job, "10.78.0.2")      # long before CEXEC_TIMEOUT_PINGPONG
@@ -7292,7 +7205,7 @@ def test_a_proxy_killed_in_mid_job(hosts, crossing):
 
 def test_a_worker_killed_behind_a_proxy(hosts, crossing):
     worker = hosts.worker("cat", space=crossing.worker)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     job = held_job(hosts, space=crossing.client)
     for _ in range(2):
         worker.terminate()
@@ -7304,7 +7217,7 @@ def test_a_client_killed_behind_a_proxy(hosts, crossing):
     """Its connection ends without a word in TLS: the proxy has to pass that on."""
     mark = "PEER_MARK=" + os.urandom(8).hex()
     hosts.worker("cat", space=crossing.worker)
-    proxy = crossing.proxy("10.78.0.1")
+    proxy = crossing.proxy()
     job = held_job(hosts, mark[5:], space=crossing.client)
     assert len(processes_with(mark)) == 1
     job.kill()
@@ -7326,7 +7239,7 @@ def test_a_forged_return_address_gets_not_one_byte(hosts, crossing):
     """Services of another host that answer anybody; and somebody on the right who has words for them."""
     answers = [b"", b"220 ready\r\n", b"\x16\x03\x03\x00\x10\x02", b"\x15\x03\x03", b"\x16"]
     captured = captured_announcements(hosts, crossing, len(answers))
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     ear, mouth = udp_socket(crossing.worker, GROUP_PORT), udp_socket(crossing.client)
     sockets = [ear, mouth]
     try:
@@ -7361,7 +7274,7 @@ def test_a_forged_return_address_gets_not_one_byte(hosts, crossing):
 def test_a_proxy_passes_on_only_answers_and_to_hosts_alone(hosts, crossing):
     """Not every BUSY, REPLY or DENY that somebody sends to its port, and to whom its client's address is forged."""
     announced, forged, broadcast = captured_announcements(hosts, crossing, 3)
-    crossing.proxy("10.78.0.1")
+    crossing.proxy()
     pub = cexec.open_pub(hosts.pub)
     ear, mouth = udp_socket(crossing.worker, GROUP_PORT), udp_socket(crossing.client, 5555)
     neighbour = udp_socket(crossing.other, 5555)
@@ -7396,7 +7309,7 @@ def test_a_proxy_passes_on_only_answers_and_to_hosts_alone(hosts, crossing):
 def test_garbage_at_a_proxys_ports(hosts, crossing):
     noise = random.Random(2)
     captured, whole = captured_announcements(hosts, crossing, 2)
-    proxy = crossing.proxy("10.78.0.1")
+    proxy = crossing.proxy()
     ear, mouth = udp_socket(crossing.worker, GROUP_PORT), udp_socket(crossing.client)
     ear.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
     with ear, mouth:
@@ -7450,12 +7363,8 @@ def lose_worker(cluster, number=1):
     os.kill(runs(cluster)[number - 1], signal.SIGKILL)
 
 
-def start_job(cluster, command, *, words=("-r",), env=None, name="error", **options):
-    """Starts a client whose standard error is a file; client.said() is what is in it."""
-    with open(cluster.path(name), "wb") as errors:
-        client = cluster.start("cexec", *words, cluster.pub, "CMD=" + RUN + command, env=env, stderr=errors, **options)
-    client.said = lambda: read(cluster.path(name)).decode()
-    return client
+def start_job(cluster, command, *, words=("-r",), **options):
+    return cluster.follow("cexec", *words, cluster.pub, "CMD=" + RUN + command, **options)
 
 
 def make_file(cluster, name, data=b""):
@@ -7885,8 +7794,8 @@ class Fault:
     so, flip changes a bit of the record, dribble sends every byte for itself.
     """
 
-    def __init__(self, what, way="down", record=0, offset=0):
-        self.what, self.way, self.record, self.offset = what, way, record, offset
+    def __init__(self, what, way="down", record=0, offset=0, bit=0):
+        self.what, self.way, self.record, self.offset, self.bit = what, way, record, offset, bit
         self.reached, self.released = threading.Event(), threading.Event()
 
     def __repr__(self):
@@ -7950,7 +7859,7 @@ class Joined:
     def spoil(self, target, record):
         what, offset = self.fault.what, self.fault.offset
         if what == "flip":
-            return target.sendall(with_byte(record, offset, record[offset] ^ 1))
+            return target.sendall(with_byte(record, offset, record[offset] ^ 1 << self.fault.bit))
         target.sendall(record[:offset])
         if what == "hold":
             self.fault.released.wait(PATIENCE)
@@ -8076,7 +7985,8 @@ def lane(cluster, faults):
                 assert done.returncode == 111 and counted <= 1, where
                 assert re.search(rb"cexec: worker \S+ lost after", done.stderr), where  # not: nobody was free
                 assert done.stderr.count(b"-> GO") == 1 and payload.upper().startswith(done.stdout), where
-            outcomes.append((fault, done.returncode, done.stderr.count(b"-> AUTH")))
+            offers = len(re.findall(b"-> AUTH|: TLS: |: said nothing", done.stderr))
+            outcomes.append((fault, done.returncode, offers))
             records = meddler.last.records
     done = cluster.client("N=plain", input=payload, env={"GROUP": group, "CEXEC_TIMEOUT_ACCEPT": "10"})
     assert (done.returncode, done.stdout, done.stderr) == (0, payload.upper(), b""), done
@@ -8088,6 +7998,20 @@ def in_lanes(cluster, faults, lanes=8):
     with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
         results = list(pool.map(lambda number: lane(cluster, faults[number::lanes]), range(lanes)))
     return [outcome for outcomes, _ in results for outcome in outcomes]
+
+
+def test_a_flipped_bit_anywhere_is_never_a_wrong_success(cluster):
+    """Before GO the search goes on; after it, the job is lost; what has no effect has none."""
+    chance = random.Random(2)
+    _, records = lane(cluster, [None])
+    places = [(way, number, offset) for way, sizes in records.items() for number, size in enumerate(sizes)
+              for offset in range(size)]
+    faults = [Fault("flip", *place, bit=chance.randrange(8)) for place in chance.sample(places, 30)]
+    outcomes = in_lanes(cluster, faults, 4)
+    flips = sum(fault.reached.is_set() for fault in faults)
+    lost = sum(status != 0 for _, status, _ in outcomes)
+    again = sum(status == 0 and offers > 1 for _, status, offers in outcomes)
+    assert flips >= 25 and lost >= 5 and again >= 5, (flips, lost, again)
 
 
 def test_a_connection_spoiled_at_every_record(cluster):
@@ -8154,10 +8078,7 @@ def test_a_job_that_is_over_gets_no_offer_whatever_is_still_heard_of_it(cluster,
             asker.say(cexec.ANNOUNCE, attempt=attempt)      # a copy and a replay
         peer = stack.enter_context(asker.offer(attempt=3))
         if end != "given up":
-            peer.send(cexec.AUTH, proof=asker.proof(peer))
-            peer.send(cexec.JOB, descriptors=INPUT_AND_OUTPUTS)
-            peer.expect(cexec.ACCEPT)
-            peer.send(cexec.GO)
+            asker.begin(peer, descriptors=INPUT_AND_OUTPUTS)
             until(lambda: runs(cluster), "the command")
         if end == "served":
             peer.send(cexec.EOF, 0)
@@ -8221,8 +8142,7 @@ class Stage:
         self.files = open_files(self.service.pid)
 
     def start_proxy(self, target):
-        self.proxy = self.cluster.start("cproxy", "127.0.0.2", target, env=self.env(0))
-        until(lambda: listening(self.proxy.pid), "a proxy's start")
+        self.proxy = self.cluster.proxy("127.0.0.2", target, env=self.env(0))
 
     def start_client(self, command, log):
         with open(log, "wb") as errors, open("/dev/zero", "rb") as zero:
@@ -8333,7 +8253,7 @@ def test_anyone_is_killed_or_stopped(cluster, state):
         plays = [pool.submit(play, cluster, state, *way) for way in ways]
     for played in plays:
         played.result()
-    ours = ("app", "go-", "client-", "worker-")
+    ours = ("app", "go-", "client-", "worker-", "cproxy-")
     assert [name for name in os.listdir(cluster.directory) if not name.startswith(ours)] == []
 
 
@@ -8446,11 +8366,8 @@ def test_a_client_that_breaks_the_protocol_after_go_ends_its_job(cluster):
         before, mark = len(read(worker.log)), uuid.uuid4().hex
         with Asker(cluster) as asker:
             with asker.offer() as peer:
-                peer.send(cexec.AUTH, proof=asker.proof(peer))
-                peer.send(cexec.JOB, descriptors=INPUT_AND_OUTPUTS,
-                          environment=["MARK=" + mark, "CMD=printf ready; exec sleep 1000"])
-                peer.expect(cexec.ACCEPT)
-                peer.send(cexec.GO)
+                asker.begin(peer, descriptors=INPUT_AND_OUTPUTS,
+                            environment=["MARK=" + mark, "CMD=printf ready; exec sleep 1000"])
                 assert peer.expect(cexec.DATA) == b"ready"
                 peer.raw(data)
                 assert peer.next() is None, reason
@@ -8464,11 +8381,9 @@ def test_a_client_that_breaks_the_protocol_after_go_ends_its_job(cluster):
 def abused_client(cluster, meddler, **env):
     """A client that announces itself on the meddler's port: (the client, where it listens)."""
     with Ear(meddler.port) as ear:
-        log = cluster.path("client-%s.log" % uuid.uuid4().hex)
-        with open(log, "wb") as errors, open(cluster.path("in"), "rb") as source:
-            client = cluster.start("cexec", "-v", cluster.pub, stdin=source, stdout=subprocess.PIPE, stderr=errors,
-                                   env=dict(meddler.env, CEXEC_TIMEOUT_PINGPONG="1", **env))
-        client.log = log
+        with open(cluster.path("in"), "rb") as source:
+            client = verbose_client(cluster, stdin=source, stdout=subprocess.PIPE,
+                                    env=dict(meddler.env, CEXEC_TIMEOUT_PINGPONG="1", **env))
         return client, ear.wait_for(cexec.ANNOUNCE)
 
 
@@ -8566,10 +8481,7 @@ def abuse_after_go(cluster, key, reason, data):
     with Meddler(cluster.env["GROUP"], lambda datagram: []) as meddler:
         client, announced = abused_client(cluster, meddler)
         with play_worker(*announced, key) as peer:
-            peer.expect(cexec.AUTH)
-            peer.expect(cexec.JOB)
-            peer.send(cexec.ACCEPT)
-            peer.expect(cexec.GO)
+            peer.take_job()
             peer.raw(data)
             assert client.wait(PATIENCE) == 111, reason     # though the connection is open
         lines = [line for line in read(client.log).decode().splitlines() if "lost after" in line]
@@ -8596,18 +8508,12 @@ def test_a_worker_with_the_key_sends_anything_after_go(cluster):
 @pytest.mark.parametrize("how", ["told to end", "told twice", "killed"])
 def test_a_worker_ends_with_its_line_full_and_another_takes_over(cluster, how):
     """The job that runs is finished, but for a second SIGTERM; those in the line go to the new worker."""
-    def verbose_client(name, command):
-        with open(cluster.path("client-" + name), "wb") as errors:
-            client = cluster.start("cexec", "-v", cluster.pub, "CMD=" + command, stderr=errors)
-        client.said = lambda: read(cluster.path("client-" + name))
-        return client
-
     old = cluster.shell_worker(env={"CONCURRENCY": "1"})
-    running = verbose_client("running", "echo >begun; until [ -e go ]; do sleep 0.02; done; exit 9")
+    running = verbose_client(cluster, "CMD=echo >begun; until [ -e go ]; do sleep 0.02; done; exit 9")
     until(lambda: size_of(cluster, "begun") == 1, "the first job")
-    line = [verbose_client("%d" % number, "echo %d >>order; exit 8" % number) for number in range(3)]
+    line = [verbose_client(cluster, "CMD=echo %d >>order; exit 8" % number) for number in range(3)]
     for client in line:
-        until(lambda: b"every slot of a worker is busy" in client.said(), "a place in the line")
+        until(lambda: "every slot of a worker is busy" in client.said(), "a place in the line")
     new = None
     for _ in range(2 if how == "told twice" else 1):
         old.send_signal(signal.SIGKILL if how == "killed" else signal.SIGTERM)
@@ -8940,16 +8846,6 @@ def each_its_own(joins):
 
 # Networks of them
 
-def start_proxy(hosts, space, *arguments):
-    log = hosts.path("proxy-%s.log" % os.urandom(4).hex())
-    with open(log, "wb") as file:
-        process = hosts.start("cproxy", "-v", *arguments, space=space, stdout=file, stderr=file)
-    process.log = log
-    until(lambda: b"cproxy: from " in read(log) or process.poll() is not None, "a proxy's start")
-    assert process.poll() is None, read(log)
-    return process
-
-
 class Census:
     """How often each datagram is on each network, as the hosts there see it."""
 
@@ -8993,7 +8889,7 @@ def test_a_chain_of_three_proxies(hosts):
     three = hosts.lan("nc", [two, "three"], "10.73.0")["three"]
     far = hosts.lan("nd", [three, "worker"], "10.74.0")["worker"]
     for space, address in ((one, "10.72.0.1"), (two, "10.73.0.1"), (three, "10.74.0.1")):
-        start_proxy(hosts, space, address)
+        hosts.proxy(address, space=space)
     worker = hosts.shell_worker(space=far, env={"CONCURRENCY": "1"})
     logger = hosts.logger(hosts.pub, space=far)
     with Census({"na": client, "nb": one, "nc": two, "nd": far}) as census:
@@ -9014,7 +8910,7 @@ def test_jobs_both_ways_through_two_proxies(hosts):
     left, gate, _ = hosts.lan("na", ["left", "gate", "more"], "10.71.0").values()
     right = hosts.lan("nb", [gate, "right"], "10.72.0")["right"]
     for address in ("10.72.0.1", "10.71.0.2"):
-        start_proxy(hosts, gate, address)
+        hosts.proxy(address, space=gate)
     with Census({"na": left, "nb": right}) as census:
         job_crosses(hosts, left, hosts.shell_worker(space=right), 1)
         job_crosses(hosts, right, hosts.shell_worker(space=left), 2)
@@ -9034,7 +8930,7 @@ def test_a_ring_of_three_networks(hosts, directions):
     forward = [(one, "10.72.0.1"), (two, "10.73.0.1"), (three, "10.71.0.3")]
     backward = [(one, "10.71.0.2"), (two, "10.72.0.3"), (three, "10.73.0.2")]
     for space, address in forward + backward * (directions - 1):
-        start_proxy(hosts, space, address)
+        hosts.proxy(address, space=space)
     with Census({"na": client_a, "nb": client_b, "nc": client_c}) as census:
         done = hosts.client(space=client_a, env={"CEXEC_TIMEOUT_ACCEPT": "2"})      # tries that nobody answers
         assert done.returncode == 111
@@ -9049,19 +8945,10 @@ def test_a_ring_of_three_networks(hosts, directions):
 
 # What ends a proxy, and what it stands between
 
-@pytest.fixture
-def gate(hosts):
-    """Two networks, a client, a worker, and a gate between: .proxy() starts one there."""
-    client, space = hosts.lan("left", ["client", "gate"], "10.77.0").values()
-    worker = hosts.lan("right", [space, "worker"], "10.78.0")["worker"]
-    return SimpleNamespace(client=client, space=space, worker=worker,
-                           proxy=lambda: start_proxy(hosts, space, "10.78.0.1"))
-
-
-def job_in_flight(hosts, gate, mark, command, proxy, **env):
+def job_in_flight(hosts, crossing, mark, command, proxy, **env):
     """A job that sends, or takes, as fast as it can."""
     with open("/dev/zero", "rb") as zero:
-        job = hosts.start_client("CMD=" + command, mark, space=gate.client, stdin=zero, env=env,
+        job = hosts.start_client("CMD=" + command, mark, space=crossing.client, stdin=zero, env=env,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert len(job.stdout.read(4 << 20)) == 4 << 20
     assert any("pipe:" in os.readlink("/proc/%d/fd/%s" % (proxy.pid, fd))
@@ -9070,11 +8957,11 @@ def job_in_flight(hosts, gate, mark, command, proxy, **env):
 
 
 @pytest.mark.parametrize("command", ["exec cat", "exec cat /dev/zero"])
-def test_a_proxy_killed_while_much_is_moved(hosts, gate, command):
+def test_a_proxy_killed_while_much_is_moved(hosts, crossing, command):
     mark = "MARK=" + os.urandom(8).hex()
-    hosts.shell_worker(space=gate.worker)
-    proxy = gate.proxy()
-    job, reader = job_in_flight(hosts, gate, mark, command, proxy)
+    hosts.shell_worker(space=crossing.worker)
+    proxy = crossing.proxy()
+    job, reader = job_in_flight(hosts, crossing, mark, command, proxy)
     proxy.kill()
     assert job.wait(PATIENCE) == 111            # long before CEXEC_TIMEOUT_PINGPONG
     reader.join(PATIENCE)
@@ -9084,11 +8971,11 @@ def test_a_proxy_killed_while_much_is_moved(hosts, gate, command):
 
 
 @pytest.mark.parametrize("command", ["exec cat", "exec cat /dev/zero"])
-def test_a_proxy_stopped_while_much_is_moved(hosts, gate, command):
+def test_a_proxy_stopped_while_much_is_moved(hosts, crossing, command):
     mark = "MARK=" + os.urandom(8).hex()
-    hosts.shell_worker(space=gate.worker)
-    proxy = gate.proxy()
-    job, reader = job_in_flight(hosts, gate, mark, command, proxy, CEXEC_TIMEOUT_PINGPONG="2")
+    hosts.shell_worker(space=crossing.worker)
+    proxy = crossing.proxy()
+    job, reader = job_in_flight(hosts, crossing, mark, command, proxy, CEXEC_TIMEOUT_PINGPONG="2")
     proxy.send_signal(signal.SIGSTOP)
     assert job.wait(PATIENCE) == 111
     reader.join(PATIENCE)
@@ -9096,32 +8983,32 @@ def test_a_proxy_stopped_while_much_is_moved(hosts, gate, command):
                         job.stderr.read().decode())
     proxy.send_signal(signal.SIGCONT)
     until(lambda: not processes_with("PEER_" + mark), "the end of the command")
-    done = hosts.client("CMD=cat; exit 3", space=gate.client, input=b"again\n")
+    done = hosts.client("CMD=cat; exit 3", space=crossing.client, input=b"again\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"again\n", b"")
 
 
-def test_a_reset_in_mid_job_is_no_success(hosts, gate):
+def test_a_reset_in_mid_job_is_no_success(hosts, crossing):
     """The gate's worker's side is reset, all that has come until then looks whole: 111."""
     need("ss")
     mark = "MARK=" + os.urandom(8).hex()
-    hosts.shell_worker(space=gate.worker)
-    gate.proxy()
-    job = held_job(hosts, "CMD=exec cat", mark, space=gate.client)
-    subprocess.run(["ip", "netns", "exec", gate.worker, "ss", "-tK", "dst", "10.78.0.1"], check=True,
+    hosts.shell_worker(space=crossing.worker)
+    crossing.proxy()
+    job = held_job(hosts, "CMD=exec cat", mark, space=crossing.client)
+    subprocess.run(["ip", "netns", "exec", crossing.worker, "ss", "-tK", "dst", "10.78.0.1"], check=True,
                    stdout=subprocess.DEVNULL)
     if "Connection reset" not in lost(job, "10.78.0.2"):
         skip("the kernel has no SOCK_DESTROY")
     until(lambda: not processes_with("PEER_" + mark), "the end of the command")
 
 
-def test_busy_reaches_a_host_that_checks_where_it_comes_from(hosts, gate):
+def test_busy_reaches_a_host_that_checks_where_it_comes_from(hosts, crossing):
     """rp_filter, and no route to the workers: what came from there would be dropped."""
-    subprocess.run(["ip", "netns", "exec", gate.client, "sh", "-ec",
+    subprocess.run(["ip", "netns", "exec", crossing.client, "sh", "-ec",
                     "for name in all left; do echo 1 >/proc/sys/net/ipv4/conf/$name/rp_filter; done"], check=True)
-    hosts.worker(*ORDERLY, space=gate.worker, env={"CONCURRENCY": "1"})
-    gate.proxy()
-    first = held_job(hosts, "N=0", space=gate.client)
-    second = in_line(hosts, 0, "N=1", space=gate.client)
+    hosts.worker(*ORDERLY, space=crossing.worker, env={"CONCURRENCY": "1"})
+    crossing.proxy()
+    first = held_job(hosts, "N=0", space=crossing.client)
+    second = in_line(hosts, 0, "N=1", space=crossing.client)
     outcome(first)
     outcome(second)
     assert order(hosts) == ["anyone0", "anyone1"]
@@ -9145,7 +9032,7 @@ def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
         done = hosts.client("CMD=cat", space=client, env={"CEXEC_TIMEOUT_ACCEPT": "2", "GROUP": group})
         assert done.returncode == 111 and (b"no worker reached us" if group else b"no worker answered") in done.stderr
     assert heard(worker)
-    start_proxy(hosts, gateway, "10.78.0.1")
+    hosts.proxy("10.78.0.1", space=gateway)
     data = os.urandom(3 << 20)
     done = hosts.client("CMD=cat; echo $REMOTE_ADDR >&2; exit 5", space=client, input=data)
     assert (done.returncode, done.stderr) == (5, b"10.78.0.1\n") and done.stdout == data
@@ -9213,8 +9100,7 @@ def test_old_and_new_pythons_together(cluster, client, worker, proxy):
     cluster.shell_worker(env={"GROUP": far})
     logger = cluster.logger(cluster.pub, env={"GROUP": far})
     cluster.launch[0] = python[proxy]
-    between = cluster.start("cproxy", "-v", "127.0.0.2", far, stderr=subprocess.PIPE)
-    assert b"cproxy: from " in between.stderr.readline()
+    cluster.proxy("127.0.0.2", far)
     cluster.launch[0] = python[client]
     there_and_back(cluster)
     until(logger.lines, "the alert's way")
@@ -9382,8 +9268,7 @@ def test_what_there_is_without_netlink(hosts):
     hosts.shell_worker(space=space)
     done = hosts.run("cexec", "-l", hosts.pub, space=space)
     assert done.returncode == 0 and done.stdout
-    hosts.start("cproxy", "-v", "127.0.0.2", "127.255.255.255:4000", space=space, stderr=subprocess.PIPE)
-    assert b"cproxy: from " in hosts.started[-1].stderr.readline()
+    hosts.proxy("127.0.0.2", "127.255.255.255:4000", space=space)
     hosts.started[0].terminate()
     assert hosts.started[0].wait(PATIENCE) == 0
     done = hosts.run("cexec", "-l", hosts.pub, space=space)
@@ -9538,10 +9423,7 @@ def test_a_peer_of_another_version_is_named(cluster):
     group, other = cluster.env["GROUP"], "127.255.255.255:%d" % free_port()
     worker = cluster.worker("cat")
     plain, as_json = cluster.logger(), cluster.logger("-j")
-    proxy_log = cluster.path("proxy.log")
-    with open(proxy_log, "wb") as file:
-        cluster.start("cproxy", "-v", "127.0.0.2", other, stderr=file)
-    until(lambda: b"from " in read(proxy_log), "the proxy's start")
+    proxy = cluster.proxy("127.0.0.2", other)
     usual = cluster.launch
     altered(cluster, *NEXT_VERSION, PROTOCOL=3)
     done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
@@ -9549,7 +9431,7 @@ def test_a_peer_of_another_version_is_named(cluster):
     said = "127.0.0.1 speaks protocol version 3, this is 2 (cexec %s)" % cexec.VERSION
     until(lambda: plain.lines() and as_json.lines(), "crat's lines")
     dropped = b"dropped a datagram from 127.0.0.1: protocol version 3, this is 2"
-    for log in (worker.log, proxy_log):
+    for log in (worker.log, proxy.log):
         until(lambda: dropped in read(log), "a line in %s" % log)
     cluster.launch = usual
     assert cluster.client(input=b"mine").stdout == b"mine"      # its alert comes after all that
@@ -11002,10 +10884,7 @@ def test_what_a_job_may_ask_of_a_terminal(rows, given, good):
 def test_resize_needs_a_terminal(cluster, rows, term, status):
     worker = cluster.worker("sh", "-c", "exec sleep 0.5")
     with Asker(cluster) as asker, asker.offer() as peer:
-        peer.send(cexec.AUTH, proof=asker.proof(peer))
-        peer.send(cexec.JOB, descriptors=rows, term=term, linger=cexec.NO_LINGER)
-        peer.expect(cexec.ACCEPT)
-        peer.send(cexec.GO)
+        asker.begin(peer, descriptors=rows, term=term, linger=cexec.NO_LINGER)
         peer.send(cexec.RESIZE, lines=65535, columns=65535)
         kinds = []
         while kinds[-1:] != [None]:
@@ -11073,11 +10952,8 @@ def test_while_it_searches_again_the_keys_are_as_ever(tmux):
 def test_the_size_is_there_from_the_start(cluster):
     cluster.worker("stty", "size")
     with Asker(cluster) as asker, asker.offer() as peer:
-        peer.send(cexec.AUTH, proof=asker.proof(peer))
-        peer.send(cexec.JOB, descriptors=[(0, 0, T), (1, 0, T)], term="vt100", lines=34, columns=56,
-                  linger=cexec.NO_LINGER)
-        peer.expect(cexec.ACCEPT)
-        peer.send(cexec.GO)
+        asker.begin(peer, descriptors=[(0, 0, T), (1, 0, T)], term="vt100", lines=34, columns=56,
+                    linger=cexec.NO_LINGER)
         assert peer.expect(cexec.DATA) == b"34 56\r\n"
 
 
@@ -11123,12 +10999,7 @@ def batch(cluster, *files, options=(), variables=(), **rest):
 
 
 def start_batch(cluster, *files, options=(), variables=(), **rest):
-    """Starts cexec -m; client.said() is what is on its standard error."""
-    errors = cluster.path("errors-%s" % os.urandom(3).hex())
-    with open(errors, "wb") as file:
-        client = cluster.start("cexec", *batch_words(cluster, files, options, variables), stderr=file, **rest)
-    client.said = lambda: read(errors).decode()
-    return client
+    return cluster.follow("cexec", *batch_words(cluster, files, options, variables), **rest)
 
 
 def begun(cluster):
@@ -12011,7 +11882,7 @@ def test_batch_through_a_proxy(cluster):
     names = made_files(cluster, 60)
     far = "127.255.255.255:%d" % (group_port(cluster) + 1)
     worker = cluster.worker("sh", "-c", NOTED + "cat", env={"GROUP": far, "CONCURRENCY": "2"})
-    cluster.start("cproxy", "127.0.0.2", far)
+    cluster.proxy("127.0.0.2", far)
     done = batch(cluster, *names)
     assert (done.returncode, done.stderr) == (0, b"")
     for name in names:
@@ -12050,10 +11921,7 @@ def test_worker_that_goes_wrong_after_an_exit(cluster, what, counts, after):
         client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
         announced, address = ear.wait_for(cexec.ANNOUNCE)
         with play_worker(announced, address, key) as peer:
-            peer.expect(cexec.AUTH)
-            assert b"FILE=f000" in peer.expect(cexec.JOB).environment
-            peer.send(cexec.ACCEPT)
-            peer.expect(cexec.GO)
+            assert b"FILE=f000" in peer.take_job().environment
             peer.raw(data_frame(1, b"done"))
             exits(peer, more=1, out=4)
             after(peer)
