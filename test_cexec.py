@@ -709,7 +709,7 @@ WORDS = PUB_LINE.split()
     (PUB_LINE.replace("anyone", "any/one"), "damaged"),
     (PUB_LINE.replace("anyone", "a" * 65), "damaged"),
 ], ids=lambda value: value[-20:])
-def test_damaged_pub(text, word):
+def test_a_damaged_pub_is_refused_with_its_cause(text, word):
     assert word in fatal(100, cexec.parse_pub, text, "app.pub")
 
 
@@ -1193,7 +1193,7 @@ def every_frame():
     return stream, expected
 
 
-def test_frames_whole():
+def test_frames_that_come_whole():
     stream, expected = every_frame()
     assert all_frames(cexec.FrameReader(), stream, size=len(stream)) == expected
 
@@ -1317,7 +1317,7 @@ LOOPBACK = next((name for _, name in socket.if_nameindex() if name.startswith("l
     ("127.0.0.1,10.0.0.255:4000, " + LOOPBACK + ":239.1.2.3:5",
      [(None, "127.0.0.1", 3010), (None, "10.0.0.255", 4000), (LOOPBACK, "239.1.2.3", 5)]),
 ])
-def test_group(text, targets):
+def test_what_a_group_stands_for(text, targets):
     assert [tuple(target) for target in cexec.parse_group(text, 3010)] == targets
 
 
@@ -1649,7 +1649,7 @@ def test_a_loop_moves_its_own_sockets_out_of_the_way():
     ("", set()), ("k -j4", set()), (" -j4 --jobserver-auth=3,4", {3, 4}), ("--jobserver-fds=5,6 -j", {5, 6}),
     ("--jobserver-auth=fifo:/tmp/GMfifo3 -j", set()), ("--jobserver-auth=-2,-2", set()), ("--jobserver-auth=3", {3}),
     ("--jobserver-auth=", set()), ("--jobserver-auth=\xb2,4", {4}), ("-- CFLAGS=3,4", set())])
-def test_jobserver(flags, numbers, monkeypatch):
+def test_numbers_of_makes_jobserver(flags, numbers, monkeypatch):
     monkeypatch.setenv("MAKEFLAGS", flags)
     assert cexec.jobserver_numbers() == numbers
 
@@ -1747,7 +1747,7 @@ with open(sys.argv[1], "w") as file:
     ("<&- 3>out >&3 2>&3", "1,2,3=file:w"),
 ])
 @pytest.mark.parametrize("limit", [32])
-def test_inherited_descriptors(redirections, channels, limit, tmp_path):
+def test_which_inherited_descriptors_are_carried(redirections, channels, limit, tmp_path):
     with open(str(tmp_path / "in"), "w") as file:
         file.write("input\n")
     os.mkfifo(str(tmp_path / "fifo"))
@@ -1810,14 +1810,14 @@ def test_make_s_jobserver_is_not_carried(tmp_path):
 @pytest.mark.parametrize("text, ports", [
     ("", [0]), ("0", [0]), ("5000", [5000]), ("5000-5002", [5000, 5001, 5002]), ("5000-5001,6000", [5000, 5001, 6000]),
     (" 5000 , 6000-6000 ", [5000, 6000]), ("65535", [65535])])
-def test_listen_ports(text, ports):
+def test_ports_to_listen_on(text, ports):
     assert cexec.parse_ports(text) == ports
 
 
 @pytest.mark.parametrize("text", [
     "x", "5000-", "-5000", "5000,,6000", ",", "65536", "5000-70000", "5002-5000", "5000-5001-5002", "-", "+5", "0x10",
     "5 000", "\xb2"])
-def test_listen_ports_that_are_none(text):
+def test_what_is_no_port_to_listen_on(text):
     assert "CEXEC_LISTEN_PORTS" in fatal(100, cexec.parse_ports, text)
 
 
@@ -4417,7 +4417,7 @@ def test_oracle_writes_to_a_socket_that_the_peer_closed(one, tmp_path, family, n
     assert both(one, tmp_path, scenario) == (b"hello", 8)
 
 
-def test_full_disk(one):
+def test_output_on_a_full_disk_is_111_with_its_reason(one):
     """The one difference: what cannot be written here is 111, with its reason."""
     for command in ("echo x", "head -c 5000000 /dev/zero", "echo x; exit 3"):
         with open("/dev/full", "wb") as full:
@@ -4465,7 +4465,7 @@ def test_command_that_cannot_run(cluster, command, status, reason):
     until(lambda: "cservice: %s: %s (127.0.0.1 gets %d)\n" % (command, reason, status) in read(worker.log).decode())
 
 
-def test_n(one):
+def test_option_n_keeps_an_input_from_the_command(one):
     command = "cat; echo; cat <&5; echo end"
     with open(one.path("data/words")) as words, open(one.path("data/words")) as again:
         for options, expected in ((["-n"], b"\nend\n"),
@@ -4481,7 +4481,7 @@ def test_n(one):
             assert offsets == [23 * (options[-1] not in ("-n", "0", "-n0")), 23 * (options[-1] not in ("-n", "5"))]
 
 
-def test_n_in_a_loop(one):
+def test_option_n_leaves_a_loop_its_input(one):
     """As with ssh: -n leaves the loop its input."""
     run = " ".join(map(shlex.quote, one.argv("cexec", "-n", one.pub))) + ' CMD="cat; echo x"'
     done = subprocess.run(["sh", "-c", "while read w; do echo $w; %s; done <$DATA/words" % run],
@@ -4516,7 +4516,7 @@ def numbers_in_the_command(cluster, fds, env=None):
     ({"CEXEC_MAXFD": "5"}, [0, 1, 2, 3, 4]),
     ({"MAXFD": "4", "CEXEC_MAXFD": "40"}, [0, 1, 2, 3, 4, 31, 32, 39]),
     ({"CEXEC_MAXFD": "3"}, [0, 1, 2])])
-def test_maxfd(one, env, expected):
+def test_descriptors_below_maxfd_are_carried(one, env, expected):
     with open(os.devnull, "r+b") as null:
         assert numbers_in_the_command(one, dict.fromkeys((3, 4, 31, 32, 39, 40), null), env) == expected
 
@@ -4586,7 +4586,7 @@ def test_a_lost_job_leaves_its_input_where_it_was(one):
         assert file.tell() == 6
 
 
-def test_n_takes_nothing_from_a_socket(one):
+def test_option_n_takes_nothing_from_a_socket(one):
     """Nor the other direction of it: whoever has it as well goes on."""
     near, far = socket.socketpair()
     with near, far:
@@ -4621,7 +4621,7 @@ def test_jobserver_is_not_carried(one):
     os.close(writer)
 
 
-def test_under_make(one, tmp_path):
+def test_jobs_under_make_get_none_of_its_descriptors(one, tmp_path):
     need("make")
     run = " ".join(map(shlex.quote, one.argv("cexec", one.pub)))
     lines = ["all: one two three four"]
@@ -4685,11 +4685,11 @@ def test_nonblock_flag_is_left_alone(one, kind, nonblocking):
 # Jobs: every kind of descriptor at every number
 # ---------------------------------------------------------------------------
 
-MATRIX_NUMBERS = (0, 1, 2, 3, 9, 31)
-MATRIX_DATA = b"some bytes\nand more\n"
-MATRIX = [(kind, "input", number) for number in MATRIX_NUMBERS
+EVERY_NUMBER = (0, 1, 2, 3, 9, 31)
+SOME_BYTES = b"some bytes\nand more\n"
+EVERY_KIND = [(kind, "input", number) for number in EVERY_NUMBER
           for kind in ("pipe", "file", "null", "unix", "tcp", "closed", "pty") + ("readwrite",) * (number == 0)]
-MATRIX += [(kind, "output", number) for number in MATRIX_NUMBERS
+EVERY_KIND += [(kind, "output", number) for number in EVERY_NUMBER
            for kind in ("pipe", "file", "null", "unix", "tcp", "closed", "append", "pty")
            + ("readwrite",) * (number != 0)]
 
@@ -4722,7 +4722,7 @@ os._exit(3)
 """
 
 
-def matrix_end(kind, way, directory):
+def end_of_kind(kind, way, directory):
     """(descriptor for the command or None, a function that tells what is left of it afterwards)."""
     path = os.path.join(directory, "file")
     if kind == "closed":
@@ -4733,13 +4733,13 @@ def matrix_end(kind, way, directory):
         reader, writer = os.pipe()
         if way == "output":
             return writer, lambda: read_all(reader)
-        os.write(writer, MATRIX_DATA)
+        os.write(writer, SOME_BYTES)
         os.close(writer)
         return reader, lambda: None
     if kind in ("unix", "tcp"):
         near, far = socketpair(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
         if way == "input":
-            near.sendall(MATRIX_DATA)
+            near.sendall(SOME_BYTES)
             near.shutdown(socket.SHUT_WR)
         return far.detach(), lambda: read_all(near.detach())
     if kind == "pty":
@@ -4747,11 +4747,11 @@ def matrix_end(kind, way, directory):
         narrow = os.open(os.ttyname(slave), os.O_NOCTTY | (os.O_RDONLY if way == "input" else os.O_WRONLY))
         os.close(slave)
         if way == "input":
-            os.write(master, MATRIX_DATA + b"\x04")
+            os.write(master, SOME_BYTES + b"\x04")
             return narrow, lambda: os.close(master)
         return narrow, lambda: read_all(master)
     with open(path, "wb") as file:
-        file.write(MATRIX_DATA)
+        file.write(SOME_BYTES)
     access = {"file": os.O_RDONLY if way == "input" else os.O_WRONLY, "readwrite": os.O_RDWR,
               "append": os.O_WRONLY | os.O_APPEND}[kind]
     fd = os.open(path, access)
@@ -4765,8 +4765,8 @@ def matrix_end(kind, way, directory):
     return fd, left
 
 
-def matrix_cell(side, kind, way, number):
-    fd, left = matrix_end(kind, way, side.directory)
+def probed(side, kind, way, number):
+    fd, left = end_of_kind(kind, way, side.directory)
     report = side.path("report")
     process = side.start(python(PROBE, str(number), way, report), {number: fd})
     if fd is not None:
@@ -4775,9 +4775,9 @@ def matrix_cell(side, kind, way, number):
     return status, json.loads(read(report).decode()), left()
 
 
-@pytest.mark.parametrize("kind, way, number", MATRIX)
-def test_matrix(one, tmp_path, kind, way, number):
-    status, seen, _ = both(one, tmp_path, matrix_cell, kind, way, number)
+@pytest.mark.parametrize("kind, way, number", EVERY_KIND)
+def test_every_kind_of_descriptor_at_every_number(one, tmp_path, kind, way, number):
+    status, seen, _ = both(one, tmp_path, probed, kind, way, number)
     assert status == 3
     assert (number in seen["numbers"]) == (kind != "closed")
 
@@ -4995,7 +4995,7 @@ STUBBORN = {
 }
 
 
-def test_client_killed(one):
+def test_a_killed_client_leaves_nothing_of_its_command(one):
     """Nothing is left of the command, whatever it ignores and however its tree looks."""
     with contextlib.ExitStack() as stack:
         jobs = []
@@ -5011,7 +5011,7 @@ def test_client_killed(one):
             until(lambda mark=mark: not marked(mark), "the end of " + name)
 
 
-def test_supervisor_killed(one):
+def test_a_killed_supervisor_is_a_lost_job(one):
     mark = new_mark()
     with job(one, "trap '' HUP; sleep 1001 & echo ready; exec sleep 1000", outputs=(1, 2), mark=mark) as process:
         assert read_count(process.out[1], 6) == b"ready\n"
@@ -5149,7 +5149,7 @@ def is_free(file):
         return True
 
 
-def test_cservice_killed(cluster):
+def test_a_job_outlives_its_cservice(cluster):
     """The job that runs is its supervisor's: it finishes."""
     worker = cluster.shell_worker()
     go = cluster.path("go")
@@ -5162,7 +5162,7 @@ def test_cservice_killed(cluster):
 
 
 @pytest.mark.parametrize("size", (0, 50000000), ids=("quiet", "in_full_flow"))
-def test_worker_stopped(cluster, size):
+def test_a_stopped_worker_is_lost(cluster, size):
     """No sign of life is a loss."""
     worker = cluster.shell_worker()
     mark = new_mark()
@@ -5213,7 +5213,7 @@ def status_line(cluster, command, env=None, expected=None):
     ("exit 0", 0, "exited=0"), ("exit 111", 111, "exited=111"), ("exit 137", 137, "exited=137"),
     ("kill -KILL $$", 137, "signalled=9"), ("kill -SEGV $$", 139, "signalled=11"),
     ("kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000", 111, "lost=connection closed")])
-def test_status_line(one, command, status, word):
+def test_status_line_tells_how_the_command_ended(one, command, status, word):
     words = status_line(one, "ulimit -c 0; " + command, expected=status)
     assert words[0] == "worker=127.0.0.1" and float(words[1].partition("seconds=")[2]) >= 0
     assert words[2] == "status=%d" % status
@@ -5483,7 +5483,7 @@ def test_what_is_refused_by_a_process_of_its_own(one, applet, code, words):
     assert line.startswith(applet + ": ")
 
 
-def test_nobody_answers(one):
+def test_a_search_without_an_answer_says_where_it_asked(one):
     port = free_port()
     done = one.client(env={"GROUP": "127.255.255.255:%d" % port, "CEXEC_TIMEOUT_ACCEPT": "1"})
     assert done.returncode == 111
@@ -5861,7 +5861,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ROT13 = str.maketrans(LETTERS + LETTERS.upper(), LETTERS[13:] + LETTERS[:13] + (LETTERS[13:] + LETTERS[:13]).upper())
 
 
-def test_sftp(cluster):
+def test_sftp_over_cexec(cluster):
     """Its protocol over cexec, as -D has it with a server of this host."""
     need("sftp")
     servers = [path for path in ("/usr/lib/openssh/sftp-server", "/usr/libexec/sftp-server") if os.path.exists(path)]
@@ -5879,7 +5879,7 @@ def test_sftp(cluster):
     assert read(cluster.path("back")) == data and not os.path.exists(cluster.path("moved"))
 
 
-def test_rsync(cluster):
+def test_rsync_over_cexec(cluster):
     """There and back, where cexec is the remote shell; then what has changed alone."""
     need("rsync")
     cluster.shell_worker()
@@ -5899,7 +5899,7 @@ def test_rsync(cluster):
     copy("host:" + cluster.path("there") + "/", "back")
 
 
-def test_oggenc(cluster):
+def test_oggenc_gives_the_same_bytes(cluster):
     """The first example of the manual: the same bytes as oggenc gives here."""
     need("oggenc")
     sound = cluster.path("input.wav")
@@ -7112,7 +7112,7 @@ def test_an_early_close_crosses(hosts, crossing):
     assert client.wait(30) == 128 + signal.SIGPIPE and client.stderr.read() == b""
 
 
-def test_busy_crosses(hosts, crossing):
+def test_busy_crosses_a_proxy(hosts, crossing):
     hosts.worker(*ORDERLY, space=crossing.worker, env={"CONCURRENCY": "1"})
     crossing.proxy()
     first = held_job(hosts, "N=0", space=crossing.client)
@@ -9555,7 +9555,7 @@ def test_list_of_workers_with_standard_output_closed(cluster):
 
 @pytest.mark.parametrize("age", AGES)
 @pytest.mark.parametrize("how", ["read-only", "removed"])
-def test_current_directory(cluster, how, age):
+def test_a_current_directory_that_is_read_only_or_gone(cluster, how, age):
     need_root()
     need("unshare")
     cluster.launch[0] = oldest_and_newest()[age]
@@ -9581,7 +9581,7 @@ def test_current_directory(cluster, how, age):
 
 
 @pytest.mark.parametrize("age", AGES)
-def test_no_network(hosts, age):
+def test_without_a_network_the_client_says_so(hosts, age):
     """Not even loopback is up: the client says so, and the others wait for better times."""
     hosts.launch[0] = oldest_and_newest()[age]
     space = hosts.space("dark")
@@ -10401,7 +10401,7 @@ def test_the_terminal_is_as_before_when_the_command_has_ended(tmux):
     until(lambda: tmux.modes() == before, "the modes of before")
 
 
-def test_vi(tmux):
+def test_vi_in_a_terminal(tmux):
     need("vi")
     path = tmux.cluster.path(new_mark())
     tmux.line("$RUN -t $PUB CMD='exec vi %s'" % path)
@@ -10417,7 +10417,7 @@ def test_vi(tmux):
     assert read(path) == b"first line\nsecond ~. line\n"
 
 
-def test_top(tmux):
+def test_top_in_a_terminal_that_is_resized(tmux):
     need("top")
     tmux.line("$RUN -t $PUB CMD='exec top'")
     tmux.shows("load average")
@@ -10428,7 +10428,7 @@ def test_top(tmux):
     tmux.shows("here>$")
 
 
-def test_escapes(tmux):
+def test_tilde_escapes_at_the_beginning_of_a_line(tmux):
     mark, before = new_mark(), tmux.modes()
     tmux.line("$RUN -t $PUB MARK=%s %s" % (mark, THERE))
     tmux.shows("^there>$")
@@ -10720,7 +10720,7 @@ def test_without_a_terminal_t_is_told_and_ignored(one):
     assert done.stderr == b"cexec: -t: no descriptor is a terminal here, and so the command has none\n"
 
 
-def test_n_and_t(one, tmp_path):
+def test_options_n_and_t_do_not_share_a_terminal(one, tmp_path):
     side = There(one, tmp_path / "there")
     for options, status in (("-n -t", 100), ("-tn 0", 100), ("-tn 1", 100), ("-tn 3", 0)):
         run = side.shell().replace(" cexec ", " cexec %s " % options, 1)
@@ -12446,7 +12446,7 @@ def test_a_narrow_table_leaves_columns_out():
 
 @pytest.mark.parametrize("text, width, fits", [
     ("abc", 3, "abc"), ("abc", 2, "ab"), ("abc", 0, ""), ("\u6a5f\u6a5f", 3, "\u6a5f"), ("e\u0301e", 1, "e\u0301")])
-def test_fitted(text, width, fits):
+def test_text_is_cut_to_a_number_of_columns(text, width, fits):
     assert cexec.fitted(text, width) == fits
 
 
