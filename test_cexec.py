@@ -2748,11 +2748,6 @@ def test_a_failed_write_is_told_and_shuts_the_channel(wire):
     assert [(channel, error.errno) for channel, error in wire.there.errors] == [(0, errno.ENOSPC)]
 
 
-def frames(*made):
-    return b"".join(made)
-
-
-WHOLE_FRAME = data_frame(1, bytes(cexec.FRAME_MAX))
 TOO_MUCH = [data_frame(1, bytes(cexec.FRAME_MAX))] * (cexec.WINDOW // cexec.FRAME_MAX)
 
 
@@ -5615,6 +5610,7 @@ def test_more_pongs_than_words(cluster, count):
         client.wait(PATIENCE)
 
 
+# ---------------------------------------------------------------------------
 # Jobs: arguments
 # ---------------------------------------------------------------------------
 
@@ -9046,7 +9042,6 @@ def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
 # Every Python, every system, bare boxes
 # ---------------------------------------------------------------------------
 
-"""Every Python, every system, every version, every box."""
 
 
 
@@ -11036,7 +11031,7 @@ def supervisors(*workers):
 
 # Five hundred files
 
-ODD = [
+ODD_NAMES = [
     b"plain", b"with space", b'quote\'d "twice"', b"two\nlines", b"-dash", b"--", b"$(touch oops)", b"\xff\xfe bytes",
     "größe".encode(), b"tab\there", b"{}", b"{.}.x", b"a.b.c", b".hidden", b"back\\slash", b"*?[x]", b"%s%d"]
 FILES, FAILING, BIG = 500, 3, 200000000
@@ -11047,8 +11042,8 @@ def five_hundred(directory):
     chance, block = random.Random(3), os.urandom(1 << 20)
     names = []
     for number in range(FILES):
-        odd = ODD[number % len(ODD)]
-        name = (b"fail" if number % 150 == 149 else b"") + odd + (b"%d" % number if number >= len(ODD) else b"")
+        odd = ODD_NAMES[number % len(ODD_NAMES)]
+        name = (b"fail" if number % 150 == 149 else b"") + odd + (b"%d" % number if number >= len(ODD_NAMES) else b"")
         size = {0: 0, 100: BIG}.get(number, int(10 ** chance.uniform(0, 5)))
         start = chance.randrange(len(block))
         with open(os.path.join(os.fsencode(directory), name), "wb") as file:
