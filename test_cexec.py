@@ -9410,7 +9410,7 @@ def test_keys_are_made_without_ssl(keys):
 NEXT_VERSION = (('load="I", delay="I")', 'load="I", delay="I", more="I")'),
                 ("delay=u32(self.delay * 1e6))", "delay=u32(self.delay * 1e6), more=1)"),
                 ('pause="I", batch="8s")', 'pause="I", batch="8s", more="I")'),
-                ("batch=self.job.batch)\n", "batch=self.job.batch, more=1)\n"))
+                ("batch=self.terms.batch)\n", "batch=self.terms.batch, more=1)\n"))
 
 
 def test_a_peer_of_another_version_is_named(cluster):
@@ -13793,7 +13793,7 @@ def test_the_readmes_program(pooled):
 
 # A worker's Python that does as it likes: it speaks with send(kind, data), and with calls, which has their numbers
 
-EVIL = """
+EVIL_WORKER = """
 import os, struct, sys, threading, time
 def send(kind, data=b"", size=None):
     os.write(1, struct.pack("!cQ", kind, len(data) if size is None else size) + data)
@@ -13838,7 +13838,7 @@ def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
     live_in(cluster, monkeypatch)
     monkeypatch.setattr(cexec, "KILL_SECONDS", 0.5)
     monkeypatch.chdir(cluster.directory)
-    put(cluster.path("evil.py"), EVIL % does)
+    put(cluster.path("evil.py"), EVIL_WORKER % does)
     cluster.worker(PYTHON, cluster.path("evil.py"), env={"BOOST": "0"})
     with contextlib.ExitStack() as stack:
         pool = cexec.Executor(cluster.pub, retries=0)
