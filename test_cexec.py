@@ -2369,7 +2369,7 @@ def test_a_copy_of_an_announcement_gets_no_second_offer(desk):
         assert bool(offer) == good
         if offer:
             offer.end("it has left")
-    desk.hear(cexec.Datagram(cexec.make_datagram(cexec.ANNOUNCE, made_pub(), THIRD, 0, **FIRST_TRY)), "127.0.0.2", 0)
+    desk.hear(cexec.Datagram(make_datagram(cexec.ANNOUNCE, made_pub(), THIRD, 0, **FIRST_TRY)), "127.0.0.2", 0)
     assert not desk.delayed and not desk.line and ("anyone", THIRD) not in desk.clients
 
 
@@ -3056,19 +3056,21 @@ def searching_client(cluster, port, *words, **env):
                           env=dict(env, GROUP="127.255.255.255:%d" % port))
 
 
-def test_silent_connections_take_no_descriptor_that_is_needed(cluster):
+@pytest.mark.parametrize("limit", [128, 1024])
+def test_silent_connections_take_no_descriptor_that_is_needed(cluster, limit):
     """As many as the client may have, and more; a worker is found all the same."""
     port = group_port(cluster)
-    cluster.launch = ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh"] + cluster.launch
+    cluster.launch = ["sh", "-c", 'ulimit -n %d; exec "$@"' % limit, "sh"] + cluster.launch
     with contextlib.ExitStack() as stack:
         with Ear(port) as ear:
             client = searching_client(cluster, port, "CMD=echo done")
             announced, _ = ear.wait_for(cexec.ANNOUNCE)
-            for _ in range(150):
+            for _ in range(180):
                 sock = stack.enter_context(socket.socket())
                 sock.connect(("127.0.0.1", announced.port))
             ear.heard.clear()
             ear.wait_for(cexec.ANNOUNCE)            # it goes on
+            assert open_files(client.pid) < min(limit, 128) + 30
         cluster.launch = cluster.launch[4:]
         cluster.shell_worker()
         assert client.stdout.read() == b"done\n" and client.wait(PATIENCE) == 0
@@ -3421,7 +3423,7 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             return words in read(client.log)
         for forged, nonce in ((pub._replace(secret=bytes(32)), client_of.nonce), (pub, os.urandom(16))):
             before = read(client.log).count(b"dropped BUSY")
-            ear.mouth.sendto(cexec.make_datagram(cexec.BUSY, forged, nonce, 0, attempt=tries(), ahead=7, failures=0),
+            ear.mouth.sendto(make_datagram(cexec.BUSY, forged, nonce, 0, attempt=tries(), ahead=7, failures=0),
                              (address, client_of.port))
             until(lambda: read(client.log).count(b"dropped BUSY") > before, "a forged one")
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
