@@ -5432,9 +5432,9 @@ REFUSED = [
     refused("crat", 100, "not a cexec public key", "junk"),
     refused("crat", 100, "no such public key", "missing"),
     refused("crat", 100, "Not a directory: is the name right?", "app/none"),
-    refused("crat", 100, "-t: standard output is no terminal that can be drawn on (without -t the log is lines)", "-t",
+    refused("crat", 100, "-t: standard output is no terminal with a screen: leave -t out, and the log is lines", "-t",
             "app.pub"),
-    refused("crat", 100, "-j and -t: lines for a program, or a screen for a person", "-jt", "app.pub"),
+    refused("crat", 100, "-j and -t do not go together: leave one of them out", "-jt", "app.pub"),
     refused("crat", 111, "none: No such file or directory", "--svg", "none"),
     refused("crat", 111, "/: Is a directory", "--svg", "/"),
     refused("crat", 100, "app:1: neither a joblog's 9 fields", "--svg", "app"),
@@ -10262,7 +10262,7 @@ def test_what_stops_s_before_any_login(local):
     assert "exists, but the private key" in fails(local.path("other"), "cat")
     assert not os.path.exists(local.path("other"))
     assert "cannot write" in fails(local.path("none/key"), "cat", code=103)
-    refusal(local.run("cservice", "-s", "-", local.key, "cat"), 100, "-s - is only for workers of cservice -s itself")
+    refusal(local.run_here("cservice", "-s", "-", local.key, "cat"), 100, "-s - is only for workers of cservice -s itself")
     local.launch = [PYTHON, "-"]
     refusal(local.run("cservice", "-s", "box", local.key, "cat", input=read(PROGRAM)), 100, "from standard input")
 
@@ -12374,14 +12374,6 @@ def test_a_narrow_table_leaves_columns_out():
     ("abc", 3, "abc"), ("abc", 2, "ab"), ("abc", 0, ""), ("\u6a5f\u6a5f", 3, "\u6a5f"), ("e\u0301e", 1, "e\u0301")])
 def test_text_is_cut_to_a_number_of_columns(text, width, fits):
     assert cexec.fitted(text, width) == fits
-
-
-@pytest.mark.parametrize("words, env, message", [
-    (["-t"], {}, "-t: standard output is no terminal with a screen: leave -t out, and the log is lines"),
-    (["-jt"], {}, "-j and -t do not go together: leave one of them out")])
-def test_no_screen(cluster, words, env, message):
-    done = cluster.run("crat", *words, cluster.pub, env=env)
-    assert (done.returncode, done.stdout, done.stderr.decode()) == (100, b"", "crat: %s\n" % message)
 
 
 @pytest.mark.parametrize("options, env, message", [
