@@ -10851,6 +10851,17 @@ def test_run_gives_what_subprocess_run_gives(here, command, options):
     assert isinstance(done, subprocess.CompletedProcess) and done.args == [here.pub]
 
 
+def test_run_gives_the_command_its_arguments(cluster, monkeypatch):
+    """As they are, with variables before them or none, and in the right place of the worker's words."""
+    cluster.worker("printf", "<%s>", "first", "{}", "last", options=["-a"])
+    live_in(cluster, monkeypatch)
+    for words in (["K=V", "a b", "", "--", "-x", "\n", "{}"], ["--", "K=V"], ["-n", "1"]):
+        for env in ({}, {"K": "V"}):
+            done = cexec.run(cluster.pub, *words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            assert done.stdout.decode() == "".join(map("<%s>".__mod__, ["first", *words, "last"]))
+            assert done.args == [cluster.pub, *words]
+
+
 def test_run_takes_files_and_pipes(here, tmp_path):
     """A file's offset is where the command stopped to read; a pipe of pass_fds is at its number there."""
     reader, writer = os.pipe()
