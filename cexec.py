@@ -3959,7 +3959,7 @@ class Job(Terms):
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
                               "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
         self.channels = inherited_channels(self.limit)
-        make_room(self.limit + len(self.channels) + 18)     # one more each, and what finds a worker
+        make_room(self.limit + len(self.channels) + 16)     # one more each, and what finds a worker
         self.terminal = None        # the TerminalEnd of -t
         joined = join_terminal(self.channels) if terminal else None
         if terminal and not joined:
