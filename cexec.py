@@ -307,8 +307,9 @@ def print_out(data=b""):
     try:
         if sys.stdout:
             sys.stdout.flush()
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            if data:                # to write nothing fails, too, where standard output is an input
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
     except BrokenPipeError:
         raise
     except OSError as error:        # a full disk
