@@ -7142,7 +7142,7 @@ def test_two_batches_for_the_same_outputs(cluster):
 def test_stopped_client_goes_on(cluster):
     """Stopped for longer than a worker waits for the next file: no worker counts as lost, and no file as tried."""
     names = made_files(cluster, 6)
-    worker = cluster.worker("sh", "-c", NOTED + "cat; sleep 0.3; head -c 3000000 /dev/zero", env={"CONCURRENCY": "1"})
+    worker = cluster.worker("sh", "-c", NOTED + "cat; sleep 0.3; head -c 200000 /dev/zero", env={"CONCURRENCY": "1"})
     logger = cluster.logger(cluster.pub)
     client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
     until(lambda: len(begun(cluster)) == 2, "the second file")
@@ -7152,7 +7152,7 @@ def test_stopped_client_goes_on(cluster):
     client.send_signal(signal.SIGCONT)
     assert client.wait(PATIENCE) == 0, client.said()
     assert len(begun(cluster)) == 6 and client.said() == "" and not any("rats out" in line for line in logger.lines())
-    assert all(os.path.getsize(cluster.path(name + ".out")) > 3000000 for name in names)
+    assert all(os.path.getsize(cluster.path(name + ".out")) > 200000 for name in names)
 
 
 @pytest.mark.parametrize("age", AGES)
