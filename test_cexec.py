@@ -7142,7 +7142,8 @@ def test_two_batches_for_the_same_outputs(cluster):
 def test_stopped_client_goes_on(cluster):
     """Stopped for longer than a worker waits for the next file: no worker counts as lost, and no file as tried."""
     names = made_files(cluster, 6)
-    worker = cluster.worker("sh", "-c", NOTED + "cat; sleep 0.3; head -c 200000 /dev/zero", env={"CONCURRENCY": "1"})
+    command = "x=$(cat; echo .); %s sleep 0.3; head -c 200000 /dev/zero; echo ${x%%.}" % NOTED  # all input
+    worker = cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
     logger = cluster.logger(cluster.pub)
     client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
     until(lambda: len(begun(cluster)) == 2, "the second file")
