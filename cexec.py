@@ -4727,6 +4727,7 @@ PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
 IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
+NOT_THERE_MAX = 10                  # a batch stops if so many files, the first, all fail with 126 or 127
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
@@ -4826,6 +4827,10 @@ def part_of(output):
 class BatchTerms(Terms):
     """What the user wants of each file's job."""
 
+    def __init__(self, environment, arguments=(), errors=None):
+        super().__init__(environment, arguments, batch=os.urandom(8))
+        self.errors = errors        # the directory of --errors
+
     def words_for(self, name):
         """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
         environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
@@ -4848,6 +4853,7 @@ class Task:
     def __init__(self, terms, number, name, output):
         self.terms, self.number, self.name, self.output = terms, number, name, output
         self.part = output and part_of(output)
+        self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # of its job: (variables, arguments)
         self.exit_code = None       # once it is over; 0 is a success
@@ -4889,7 +4895,7 @@ class Task:
                 raise OSError(errno.EINVAL, "not a regular file")
             self.input = open(self.name, "rb", 0)
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
-            self.errors = tempfile.TemporaryFile()
+            self.errors = open(self.errors_kept, "w+b", 0) if self.errors_kept else tempfile.TemporaryFile()
         except OSError:
             self.discard()
             raise
@@ -5099,6 +5105,25 @@ class Printer:
         self.batch.fill()
 
 
+class Halt:
+    """When a batch stops before its end: after so many failures (--halt), or because its command is not there."""
+
+    def __init__(self, limit):
+        self.limit = limit          # failures; None if only a command that is not there stops it
+        self.over = self.failures = self.not_there = 0
+
+    def reason(self, exit_code):
+        """Counts a file that is over; why the batch stops now, or None."""
+        self.over += 1
+        self.failures += exit_code != 0
+        self.not_there += exit_code in (EXIT_CANNOT_RUN, EXIT_NOT_FOUND)
+        if self.limit:
+            return "stopped after %d failures (--halt)" % self.limit if self.failures == self.limit else None
+        if self.not_there == self.over == NOT_THERE_MAX:
+            return "stopped: the first %d failed with 126 or 127, the command is not there (--halt N)" % self.over
+        return None
+
+
 class Batch(Patron):
     """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
 
@@ -5106,13 +5131,14 @@ class Batch(Patron):
     Two searches at a time, or fewer if -j leaves no more, find workers besides.
     """
 
-    def __init__(self, pub, group, terms, tasks, jobs, joblog, force):
+    def __init__(self, pub, group, terms, tasks, jobs, joblog, force, halt):
         super().__init__(pub, group, terms, Loop())
         self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
         self.force = force          # whether -f was given: what was done before is done as well
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
+        self.halt, self.halted = halt, None         # a Halt; why nothing more is begun
         self.printer = Printer(self) if tasks[0].output is None else None
         self.watched = os.isatty(2) and not log.verbose
         self.directories = set()    # those with new outputs, whose names may not be on the disk yet
@@ -5133,11 +5159,14 @@ class Batch(Patron):
         if self.watched:
             log.say("%d done, %d failed, after %s"
                     % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
+        if self.halted:
+            log.say("%s; %s" % (self.halted, self.summary()))
         return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
 
     def is_busy(self):
         printing = self.printer and self.printer.task
-        return self.queue or self.runs or printing or any(search.asked for search in self.searches)
+        waiting = self.queue and not self.halted
+        return waiting or self.runs or printing or any(search.asked for search in self.searches)
 
     def make_durable(self):
         """Makes the names of all outputs durable, each directory once.
@@ -5168,7 +5197,7 @@ class Batch(Patron):
 
     def ready(self):
         """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
-        if self.queue and self.printer and not self.printer.has_room(self.queue[0]):
+        if self.halted or self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
 
@@ -5214,7 +5243,9 @@ class Batch(Patron):
     def ended(self, run):
         """EXIT: the file is done, or has failed, and the worker may take the next."""
         self.runs.remove(run)
-        self.go_on(run)             # first, so that the worker is busy while this output gets to the disk
+        success = run.exit.status == 0 and not run.trouble
+        if success:
+            self.go_on(run)         # first, so that the worker is busy while this output gets to the disk
         task, code = run.job, run.exit.status
         if run.exit.how == HOW_SIGNALLED and not run.trouble:
             reason = "killed by signal %d" % code
@@ -5224,6 +5255,8 @@ class Batch(Patron):
             code, reason = (EXIT_TEMPORARY, run.trouble) if run.trouble else self.keep(task, code, run.exit.reason)
             self.alert(run, ALERT_EXITED, code, reason)
             self.over(task, code, reason, run)
+        if not success:
+            self.go_on(run)         # last: after this failure the batch may stop
         self.fill()
 
     def keep(self, task, code, reason):
@@ -5268,8 +5301,7 @@ class Batch(Patron):
         """A file is done or has failed: says so, logs it, prints what is next in order."""
         task.conclude(exit_code, signal)
         self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
-        if exit_code:
-            self.tell_failure(task, exit_code, reason)
+        self.tell(task, reason)
         if self.joblog:
             self.log_job(task, run)
         if exit_code:
@@ -5280,14 +5312,29 @@ class Batch(Patron):
             task.close("input", "errors")
         if self.printer:
             self.printer.refresh()
+        self.stop_early(self.halt.reason(exit_code))
 
-    def tell_failure(self, task, exit_code, reason):
+    def stop_early(self, reason):
+        """Begins nothing more, if there is a reason; what runs goes on to its end."""
+        if reason and self.queue and not self.halted:
+            self.halted = reason
+            for search in list(self.searches):
+                self.end_search(search)
+
+    def tell(self, task, reason):
+        """Says why a file failed, and what its command said on standard error, also of a success."""
+        said = task.errors and os.fstat(task.errors.fileno()).st_size
+        if not task.exit_code and (task.errors_kept or not said):
+            return
+        text = reason or "exit status %d" % task.exit_code if task.exit_code else "done, and said:"
         log.status("")
-        log.say("%s: %s" % (task.name, reason or "exit status %d" % exit_code))
-        if task.errors:
+        log.say("%s: %s%s" % (task.name, text, " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
+        if said and not task.errors_kept:
             task.errors.seek(0)
             for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
-                log.copy(part)      # what the command said
+                log.copy(part)
+            if log.midline:
+                log.write("\n")
 
     def log_job(self, task, run):
         """A line as parallel's --joblog has it."""
@@ -5364,16 +5411,44 @@ def main_batch(pub, group, words, options):
     words, files = words[:place], words[place + 1:]
     pattern = options.output or "{}.out"
     names = batch_names(files, options.zero)
-    terms = BatchTerms(*parse_words(words), batch=os.urandom(8))
+    terms = BatchTerms(*parse_words(words), options.errors)
     tasks = batch_tasks(terms, names, pattern)
     check_directories(pattern, tasks)
-    joblog = open_joblog(options.joblog) if options.joblog else None
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
+    if options.dry_run:
+        return show_tasks(options.words[0], todo)
+    joblog = open_joblog(options.joblog) if options.joblog else None
+    if options.errors:
+        make_directory(options.errors)
     if not todo:
         return 0
     jobs = min(options.jobs or MEMORY, files_at_once())
-    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).work()
+    return Batch(pub, group, terms, tasks, jobs, joblog, options.force, Halt(options.halt)).work()
+
+
+def make_directory(path):
+    """The directory of --errors.  Raises Fatal (111)."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "--errors %s: %s" % (path, error.strerror)) from None
+
+
+def show_tasks(path, tasks):
+    """--dry-run: prints what would be done, for each Task a command of the shell that does the same."""
+    import shlex
+    for task in tasks:
+        try:
+            environment, arguments = task.terms.words_for(task.name)
+        except OSError as error:
+            raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error.strerror)) from None
+        words = [b"cexec", os.fsencode(path), *environment] + [b"--"] * bool(arguments) + arguments
+        line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
+        ends = [("<", task.name), (">", task.output), ("2>", task.errors_kept)]
+        line += "".join(" %s %s" % (sign, shlex.quote(name)) for sign, name in ends if name)
+        print_out(os.fsencode(line) + b"\n")
+    return 0
 
 
 # ---------------------------------------------------------------------------
@@ -5402,6 +5477,9 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-j", "N", "jobs", "run at most N jobs at a time", "-m"),
     Option("-o", "PATTERN", "output",
            "write outputs to files named with {} {.} {/} {//} {/.}; - is standard output, in order", "-m"),
+    Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
+    Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m"),
+    Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
     Option("--log", "FILE", "joblog", "append a line for each file, as parallel does", "-m"))
 
 

@@ -6682,7 +6682,7 @@ def test_a_batch_on_a_terminal(cluster):
 # What fails
 
 def test_failures_are_counted_and_told(cluster):
-    """Each with its file's name and what its command said; what a successful one said is not shown."""
+    """Each with its file's name and what its command said, as successful ones are told that said something."""
     command = ('echo "said $PEER_FILE" >&2; echo half; case "$PEER_FILE" in '
                "exit) exit 3;; killed) kill -KILL $$;; term) kill $$;; esac; cat")
     for name in ("good", "exit", "killed", "term", "fine"):
@@ -6697,6 +6697,7 @@ def test_failures_are_counted_and_told(cluster):
         "cexec: exit: exit status 3\nsaid exit\n", "cexec: killed: killed by signal 9\nsaid killed\n",
         "cexec: term: killed by signal 15\nsaid term\n", "cexec: missing: No such file or directory\n",
         "cexec: directory: not a regular file\n", "cexec: fifo: not a regular file\n",
+        "cexec: good: done, and said:\nsaid good\n", "cexec: fine: done, and said:\nsaid fine\n",
         "cexec: none/x: No such file or directory\n"])
     left = sorted(name for name in os.listdir(cluster.directory) if ".out" in name or ".part" in name)
     assert left == ["fine.out", "good.out"] and read(cluster.path("fine.out")) == b"half\nin\n"
@@ -6704,6 +6705,113 @@ def test_failures_are_counted_and_told(cluster):
     assert ends == {
         "good": ("0", "0"), "fine": ("0", "0"), "exit": ("3", "0"), "killed": ("0", "9"), "term": ("0", "15"),
         "missing": ("111", "0"), "directory": ("111", "0"), "fifo": ("111", "0"), "none/x": ("111", "0")}
+
+
+def test_what_is_said_ends_with_a_newline_and_nothing_is_nothing(cluster):
+    names = made_files(cluster, 2)
+    cluster.worker("sh", "-c", 'cat; if [ "$PEER_FILE" = f001 ]; then printf "no newline" >&2; fi')
+    done = batch(cluster, *names)
+    assert (done.returncode, done.stderr) == (0, b"cexec: f001: done, and said:\nno newline\n")
+
+
+def test_errors_are_kept(cluster):
+    """In a file for each number of --log, also of those that say nothing; a failure names its file."""
+    names = made_files(cluster, 4)
+    cluster.worker("sh", "-c", 'cat; case "$PEER_FILE" in f000) echo why >&2; exit 3;; f001) echo hm >&2;; '
+                   'f002) exit 4;; esac')
+    done = batch(cluster, *names, options=["--errors", "new/said", "--log", "log"])
+    assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
+        "cexec: f000: exit status 3 (see new/said/1)", "cexec: f002: exit status 4"]
+    assert [read(cluster.path("new/said/%d" % number)) for number in (1, 2, 3, 4)] == [b"why\n", b"hm\n", b"", b""]
+    assert {row["Seq"]: row["Command"] for row in rows_of_log(cluster.path("log"))} == {
+        str(number): name for number, name in enumerate(names, 1)}
+    refusal(batch(cluster, *names, options=["--errors", "f000/x"]), 111, "--errors f000/x: Not a directory")
+
+
+def test_errors_of_the_run_that_counts_are_kept(cluster):
+    """What a command said whose worker was lost is not."""
+    names = made_files(cluster, 1)
+    cluster.worker("sh", "-c", 'echo said >&2; [ -e lost ] || { touch lost; sleep 0.1; kill -KILL $PPID; }; cat')
+    done = batch(cluster, *names, options=["--errors", "said"])
+    assert done.returncode == 0 and read(cluster.path("said/1")) == b"said\n"
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_halt_after_so_many_failures(cluster, failures):
+    """Nothing more is begun; what runs goes on, and the same command again does the rest."""
+    names = made_files(cluster, 30)
+    cluster.worker("sh", "-c", NOTED + 'case "$PEER_FILE" in *[02468]) exit 3;; esac; cat', env={"CONCURRENCY": "1"})
+    done = batch(cluster, *names, options=["--halt", str(failures)])
+    assert done.returncode == failures
+    assert begun(cluster) == [name.encode() for name in names[:2 * failures - 1]]
+    assert done.stderr.decode().splitlines()[-1] == (
+        "cexec: stopped after %d failures (--halt); %d of 30 files are done; the same command again does the rest"
+        % (failures, failures - 1))
+
+
+def test_halt_lets_those_that_run_end(cluster):
+    names = made_files(cluster, 30)
+    cluster.worker("sh", "-c", NOTED + 'case "$PEER_FILE" in f001) exit 3;; esac; until [ -e go ]; do sleep 0.02; '
+                   'done; cat', env={"CONCURRENCY": "3"})
+    client = start_batch(cluster, *names, options=["--halt", "1", "-o", "-"], stdout=open(cluster.path("all"), "wb"))
+    until(lambda: "exit status 3" in client.said(), "the failure")
+    make_file(cluster, "go")
+    assert client.wait(PATIENCE) == 1 and len(begun(cluster)) <= 4
+    assert read(cluster.path("all")) == b"".join(
+        read(cluster.path(name.decode())) for name in sorted(begun(cluster)) if name != b"f001")
+
+
+def test_halt_counts_files_that_can_not_be_read(cluster):
+    cluster.worker("cat")
+    done = batch(cluster, *("no%d" % number for number in range(30)), options=["--halt", "2"])
+    assert done.returncode == 2 and done.stderr.count(b"No such file") == 2
+    refusal(batch(cluster, "f", options=["--halt", "0"]), 100, "--halt needs a number from 1")
+    refusal(cluster.run("cexec", "--halt", "1", cluster.pub), 100, "--halt is for -m")
+
+
+@pytest.mark.parametrize("status", [126, 127])
+def test_batch_whose_command_is_not_there_stops(cluster, status):
+    """After the first ten; not if one of them was another failure, and not with --halt."""
+    names = made_files(cluster, 40)
+    cluster.worker("sh", "-c", NOTED + 'exit "$PEER_X"', env={"CONCURRENCY": "1"})
+    done = batch(cluster, *names, variables=["X=%d" % status])
+    assert done.returncode == len(begun(cluster)) == 10
+    assert b"cexec: stopped: the first 10 failed with 126 or 127, the command is not there (--halt N); 0 of 40 files " \
+        in done.stderr
+    os.unlink(cluster.path("runs"))
+    assert batch(cluster, *names, variables=["X=%d" % status], options=["--halt", "15"]).returncode == 15
+
+
+def test_batch_with_a_command_that_is_not_there_now_and_then_goes_on(cluster):
+    names = made_files(cluster, 20)
+    cluster.worker("sh", "-c", '[ "$PEER_FILE" = f009 ] && exit 3; exit 127', env={"CONCURRENCY": "1"})
+    assert batch(cluster, *names).returncode == 20
+
+
+def test_dry_run_prints_what_would_be_done(cluster):
+    """Without a worker: commands that do just that, for what is not done yet."""
+    names = [*made_files(cluster, 3), "it's odd\n.x"]
+    make_file(cluster, names[-1], b"odd")
+    make_file(cluster, "f001.out")
+    words = {"variables": ["X={/}", "-q", "{.}", "a b"]}
+    done = batch(cluster, *names, options=["--dry-run", "--errors", "said", "--log", "log"], **words)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == "".join(
+        "cexec %s %s %s -- -q %s 'a b' < %s > %s 2> said/%d\n" % (cluster.pub, *map(shlex.quote, (
+            "X=" + name, "FILE=" + name, os.path.splitext(name)[0], name, name + ".out")), number)
+        for number, name in enumerate(names, 1) if name != "f001")
+    assert not os.path.exists(cluster.path("said")) and not os.path.exists(cluster.path("log"))
+    cluster.worker(*SHOW, options=["-a"])
+    os.mkdir(cluster.path("said"))
+    shell = "cexec() { %s \"$@\"; }; . ./script" % shlex.join(cluster.argv("cexec"))
+    make_file(cluster, "script", done.stdout)
+    subprocess.run(["sh", "-c", shell], check=True, cwd=cluster.directory, env=cluster.environment())
+    one = {name: read(cluster.path(name + ".out")) for name in names}
+    assert batch(cluster, *names, options=["-f"], **words).returncode == 0
+    assert {name: read(cluster.path(name + ".out")) for name in names if name != "f001"} == {
+        name: data for name, data in one.items() if name != "f001"}
+    done = batch(cluster, *names[:1], options=["--dry-run", "-f", "-o", "-"])
+    assert done.stdout.decode() == "cexec %s FILE=f000 < f000\n" % cluster.pub
 
 
 @pytest.mark.parametrize("call", ["fsync", "dup", "close"])
