@@ -4723,7 +4723,7 @@ def show_workers(survey, as_json):
 # A Task's way: Batch.queue --take--> a search's worker, or one that has just done another --EXIT-->
 # keep: the output gets its name, or waits for its turn on standard output --> over
 
-PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
+PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ...
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
 IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
@@ -4731,12 +4731,63 @@ NOT_THERE_MAX = 10                  # a batch stops if so many files, the first,
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
-def fill_pattern(pattern, name):
-    """The pattern with {} the name, {.} without its extension, {/} its last part, {//} its directory, {/.} both."""
+def fill_pattern(pattern, *inputs, between=" "):
+    """The pattern with {} the inputs, {.} without extensions, {/} their last parts, {//} their directories, {/.} both.
+
+    {2}, {2.} and so on are the second input's, {-1} the last one's; of an input that is not there they are empty.
+    between stands between several inputs.
+    """
     import re
-    values = {"": name, "/": os.path.basename(name), "//": os.path.dirname(name) or "."}
-    values.update({".": re.sub(r"\.[^/.]*$", "", name), "/.": re.sub(r"\.[^/.]*$", "", values["/"])})
-    return re.sub(PLACES, lambda match: values[match.group(1)], pattern)
+    return re.sub(PLACES, lambda match: fill_place(inputs, int(match.group(1) or 0), match.group(2), between), pattern)
+
+
+def fill_place(inputs, number, form, between):
+    """What stands for one place: the input of this number, counted from 1, or from the end; 0: all of them."""
+    if not number:
+        return between.join(formed(form, text) for text in inputs)
+    number = number - 1 if number > 0 else number + len(inputs)
+    return formed(form, inputs[number]) if 0 <= number < len(inputs) else ""
+
+
+def formed(form, text):
+    """An input as parallel(1)'s {}, {.}, {/}, {//} or {/.} has it."""
+    import re
+    if form == "//":
+        return os.path.dirname(text) or "."
+    text = os.path.basename(text) if form.startswith("/") else text
+    return re.sub(r"\.[^/.]*$", "", text) if form.endswith(".") else text
+
+
+def split_words(words):
+    """(the words for the command, lists of inputs): what stands before and behind the first -- or ::: of a batch.
+
+    Several ::: make several lists; -- makes one, which is None if there is no -- either.  Raises Fatal (100).
+    """
+    place = next((place for place, word in enumerate(words) if word in ("--", ":::")), len(words))
+    head, rest = words[:place], words[place:]
+    for word in words:
+        if word in (":::+", "::::", "::::+") or word == ":::" and rest[0] == "--":
+            raise Fatal(EXIT_USAGE, "%s: use either -- before one list, or ::: before each of several" % word)
+    if not rest or rest[0] == "--":
+        return head, [rest[1:]] if rest else None
+    lists = []
+    for word in rest:
+        if word == ":::":
+            lists.append([])
+        else:
+            lists[-1].append(word)
+    return head, lists
+
+
+def batch_inputs(words, zero):
+    """(the words for the command, the inputs of each job, as tuples).  Raises Fatal."""
+    head, lists = split_words(words)
+    if ":::" not in words:
+        return head, [(name,) for name in batch_names(lists[0] if lists else [], zero)]
+    if zero:
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those behind :::")
+    import itertools
+    return head, list(itertools.product(*lists))
 
 
 def batch_names(words, zero):
@@ -4756,40 +4807,46 @@ def batch_names(words, zero):
     return [os.fsdecode(name) for name in names if name]
 
 
-def batch_tasks(terms, names, pattern):
+def batch_tasks(terms, inputs, pattern):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
 
-    It must not be another file's output, nor a file of the batch.  What is there already must
+    It must not be another job's output, nor a file of the batch.  What is there already must
     be a regular file.
     """
-    if pattern == "-":
-        return [Task(terms, number, name, None) for number, name in enumerate(names, 1)]
-    tasks, taken, places = [], {}, {}
-    inputs = {place_of(name, places): name for name in names}
-    for number, name in enumerate(names, 1):
-        output = fill_pattern(pattern, name)
+    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
+             for number, given in enumerate(inputs, 1)]
+    if pattern != "-":
+        check_outputs(pattern, tasks)
+        check_directories(pattern, tasks)
+    return tasks
+
+
+def check_outputs(pattern, tasks):
+    """Raises Fatal (100) for an output that must not be written."""
+    taken, places = {}, {}
+    files = {place_of(task.file, places): task.file for task in tasks if task.file is not None}
+    for task in tasks:
+        output = task.output
         for written in (place_of(output, places), place_of(part_of(output), places)):
-            if written in inputs:
-                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, inputs[written]))
+            if written in files:
+                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, files[written]))
             if written in taken:
                 raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
-                            % (pattern, taken[written], name, output))
-            taken[written] = name
+                            % (pattern, taken[written], task.name, output))
+            taken[written] = task.name
         if output[-1:] in ("", "/") or not may_be_replaced(output):
             raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
-        tasks.append(Task(terms, number, name, output))
-    return tasks
 
 
 def check_directories(pattern, tasks):
     """Raises Fatal (100) if there is no directory for an output; the Task itself says that its input is missing."""
     known = {"": True}
     for task in tasks:
-        directory = os.path.dirname(task.output or "")
+        directory = os.path.dirname(task.output)
         try:
             if directory not in known:
                 known[directory] = os.path.isdir(directory)
-            if not known[directory] and os.path.exists(task.name):
+            if not known[directory] and (task.file is None or os.path.exists(task.file)):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
             pass                    # the name has a NUL in it: the Task fails in its turn
@@ -4827,22 +4884,31 @@ def part_of(output):
 class BatchTerms(Terms):
     """What the user wants of each file's job."""
 
-    def __init__(self, environment, arguments=(), errors=None):
+    def __init__(self, environment, arguments=(), values=False, errors=None):
         super().__init__(environment, arguments, batch=os.urandom(8))
+        self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
 
-    def words_for(self, name):
-        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
-        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
-                                  for words in (self.environment, self.arguments))
-        environment.append(b"FILE=" + os.fsencode(name))
+    def words_for(self, inputs):
+        """(variables, arguments) of a job, with {} and its relatives filled in.  Raises OSError, ValueError.
+
+        In an argument, several inputs for one {} make several arguments, as in the shell that parallel has.
+        """
+        if "\0" in "".join(inputs):
+            raise ValueError("a null character is in it")
+        environment = [os.fsencode(fill_pattern(os.fsdecode(word), *inputs)) for word in self.environment]
+        environment.append(b"FILE=" + os.fsencode(inputs[0]))
+        arguments = [part for word in self.arguments
+                     for part in os.fsencode(fill_pattern(os.fsdecode(word), *inputs, between="\0")).split(b"\0")]
         if words_size(environment + arguments) > WORDS_MAX:
             raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
         return environment, arguments
 
 
 class Task:
-    """A file of a batch, from its place in the list to its output.
+    """A job of a batch, from its place in the list to its output.
+
+    The first of its inputs is the file that it reads, or with -n a value like the others.
 
     The output is written beside its name, and gets that only when it is whole.  Without a
     name for it (-o -) it goes to an unnamed file, and is copied from there in its turn.
@@ -4850,15 +4916,25 @@ class Task:
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
 
-    def __init__(self, terms, number, name, output):
-        self.terms, self.number, self.name, self.output = terms, number, name, output
-        self.part = output and part_of(output)
+    def __init__(self, terms, number, inputs, output):
+        self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
+        self.file = None if terms.values else inputs[0]
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # of its job: (variables, arguments)
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
         self.done_before = False    # by a batch before this one
+
+    @property
+    def name(self):
+        """For messages and the log."""
+        return " ".join(self.inputs)
+
+    @property
+    def part(self):
+        """The name under which the output is written."""
+        return part_of(self.output)
 
     def job_fields(self):
         environment, arguments = self.words
@@ -4875,12 +4951,13 @@ class Task:
 
     def conclude(self, exit_code, signal=0):
         """It is over."""
-        self.exit_code, self.signal = exit_code, signal
+        self.exit_code, self.signal, self.words = exit_code, signal, None
 
     def is_done(self):
-        """Whether the output is there and no older than the input."""
+        """Whether the output is there and no older than the file that is read."""
         try:
-            self.done_before = os.stat(self.output).st_mtime_ns >= os.stat(self.name).st_mtime_ns
+            made = os.stat(self.output).st_mtime_ns
+            self.done_before = self.file is None or made >= os.stat(self.file).st_mtime_ns
         except (OSError, TypeError, ValueError):
             pass                    # it is not there, it has no name, or an impossible one
         return self.done_before
@@ -4888,17 +4965,21 @@ class Task:
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
-        self.words = self.terms.words_for(self.name)
+        self.words = self.terms.words_for(self.inputs)
         try:
-            self.stamp = self.state_of_input()
-            if not stat.S_ISREG(self.stamp[0]):
-                raise OSError(errno.EINVAL, "not a regular file")
-            self.input = open(self.name, "rb", 0)
+            self.open_input()
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
             self.errors = open(self.errors_kept, "w+b", 0) if self.errors_kept else tempfile.TemporaryFile()
         except OSError:
             self.discard()
             raise
+
+    def open_input(self):
+        """Opens the file that it reads; a value's job reads nothing.  Raises OSError."""
+        self.stamp = self.state_of_input()
+        if self.stamp and not stat.S_ISREG(self.stamp[0]):
+            raise OSError(errno.EINVAL, "not a regular file")
+        self.input = open(self.file if self.stamp else os.devnull, "rb", 0)
 
     def open_part(self):
         """The file beside the output, empty, and nobody else's.  Raises OSError."""
@@ -4930,7 +5011,9 @@ class Task:
 
     def state_of_input(self):
         """Equal values mean that the name stands for the same file, and that it was not changed.  Raises OSError."""
-        now = os.stat(self.name)
+        if self.file is None:
+            return None
+        now = os.stat(self.file)
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def keep(self):
@@ -4939,7 +5022,7 @@ class Task:
         A later batch takes a file with that name as done: it must be whole, and of this input.
         """
         if self.state_of_input() != self.stamp:
-            raise OSError(errno.EBUSY, "changed while it was read", self.name)
+            raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
             name_part(self.result, self.part, self.output)
 
@@ -5138,6 +5221,7 @@ class Batch(Patron):
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
+        self.before = len(tasks) - len(self.queue)  # done by batches before this one
         self.halt, self.halted = halt, None         # a Halt; why nothing more is begun
         self.printer = Printer(self) if tasks[0].output is None else None
         self.watched = os.isatty(2) and not log.verbose
@@ -5350,11 +5434,11 @@ class Batch(Patron):
 
     def summary(self):
         """How much is done, and how the rest can be."""
-        todo = sum(task.exit_code != 0 and not task.done_before for task in self.tasks)
         again = "" if self.tasks[0].output is None else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
-        return "%d of %d files are done%s" % (len(self.tasks) - todo, len(self.tasks), again)
+        what = "jobs" if self.terms.values else "files"
+        return "%d of %d %s are done%s" % (self.done + self.before, len(self.tasks), what, again)
 
     def stop(self):
         """Leaves: nothing runs on, nothing half-written stays."""
@@ -5380,8 +5464,8 @@ class Batch(Patron):
         seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
         over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
-        done = sum(task.exit_code == 0 or task.done_before for task in self.tasks)
-        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failures)
+        text = "%d/%d done, %d running, %d failed" % (
+            self.done + self.before, len(self.tasks), len(self.runs), self.failures)
         if over:
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
         if not self.runs:
@@ -5407,15 +5491,12 @@ def files_at_once():
 
 def main_batch(pub, group, words, options):
     """Does a batch; its exit code."""
-    place = words.index("--") if "--" in words else len(words)
-    words, files = words[:place], words[place + 1:]
-    pattern = options.output or "{}.out"
-    names = batch_names(files, options.zero)
-    terms = BatchTerms(*parse_words(words), options.errors)
-    tasks = batch_tasks(terms, names, pattern)
-    check_directories(pattern, tasks)
+    pattern = options.output or ("-" if options.values else "{}.out")
+    words, inputs = batch_inputs(words, options.zero)
+    terms = BatchTerms(*parse_words(words), options.values, options.errors)
+    tasks = batch_tasks(terms, inputs, pattern)
     todo = [task for task in tasks if options.force or not task.is_done()]
-    log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
+    log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
         return show_tasks(options.words[0], todo)
     joblog = open_joblog(options.joblog) if options.joblog else None
@@ -5440,12 +5521,13 @@ def show_tasks(path, tasks):
     import shlex
     for task in tasks:
         try:
-            environment, arguments = task.terms.words_for(task.name)
-        except OSError as error:
-            raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error.strerror)) from None
-        words = [b"cexec", os.fsencode(path), *environment] + [b"--"] * bool(arguments) + arguments
+            environment, arguments = task.terms.words_for(task.inputs)
+        except (OSError, ValueError) as error:
+            raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_of_task(error, task.name))) from None
+        words = [b"cexec"] + [b"-n"] * task.terms.values + [os.fsencode(path), *environment]
+        words += [b"--"] * bool(arguments) + arguments
         line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
-        ends = [("<", task.name), (">", task.output), ("2>", task.errors_kept)]
+        ends = [("<", task.file), (">", task.output), ("2>", task.errors_kept)]
         line += "".join(" %s %s" % (sign, shlex.quote(name)) for sign, name in ends if name)
         print_out(os.fsencode(line) + b"\n")
     return 0
@@ -5457,7 +5539,7 @@ def show_tasks(path, tasks):
 
 CEXEC = Syntax(
     "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
-              "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] -- FILE ..."},
+              "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] {-- FILE ... | ::: INPUT ... [::: INPUT ...]}"},
     """Run an application's command on the least loaded worker, with the descriptors of
 this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.  ARGUMENTs are
 arguments of the command, if its worker takes any (cservice -a).
@@ -5466,7 +5548,7 @@ exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could 
 be run; 111 if cexec failed (try again); 100 for a usage error
 """,
     Option("-l", "", "list", "list the workers; if there are none, say why"),
-    Option("-m", "", "batch", "run one job for each FILE, which is its standard input"),
+    Option("-m", "", "batch", "run one job for each FILE, which is its standard input, or each set of INPUTs"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
     Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
@@ -5475,8 +5557,9 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-0", "", "zero", "read the names of the files from standard input; each ends with a NUL", "-m"),
     Option("-f", "", "force", "do all files, also those that are done already", "-m"),
     Option("-j", "N", "jobs", "run at most N jobs at a time", "-m"),
+    Option("-n", "", "values", "the inputs are values, and not files to be read", "-m"),
     Option("-o", "PATTERN", "output",
-           "write outputs to files named with {} {.} {/} {//} {/.}; - is standard output, in order", "-m"),
+           "write outputs to files named with {} {.} {/} {//} {/.} {1} {2.} ...; - is standard output, in order", "-m"),
     Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
     Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m"),
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
@@ -5495,7 +5578,7 @@ def main_cexec(argv):
         fill_standard()
         return list_workers(Group(), open_pub(path), listen_ports(), options.json)
     if options.batch:
-        if "--" not in words and not options.zero:
+        if not {"--", ":::"} & set(words) and not options.zero:
             raise CEXEC.error("no files are named (-- FILE ..., or -- - for a list on standard input)", options.mode)
         fill_standard()
         return main_batch(open_pub(path), Group(), words, options)

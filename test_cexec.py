@@ -6550,6 +6550,129 @@ def test_no_names_are_no_work(cluster):
     os.close(unreadable)
 
 
+# Lists behind :::, values
+
+LISTS = [
+    [["a/b.c", "d"], ["x/y.z", "w", ""]],
+    [["1", "2", "3"]],
+    [["a b", "{1}", "$x", "-"], ["--", "\n"], ["ä", ".h", "a.tar.gz"]],
+]
+LIST_PATTERNS = ["{}", "{.}", "{/}", "{//}", "{/.}", "{1}", "{2}", "{1.}", "{2/}", "{2//}", "{1/.}", "{3}", "{-1}",
+                 "{-1/.}", "{01}", "x{2}-{1}.{}", "{a}", "{1"]
+
+
+def behind_colons(lists):
+    return [word for values in lists for word in (":::", *values)]
+
+
+@pytest.mark.parametrize("lists", LISTS, ids=["two", "one", "three"])
+def test_crossed_lists_as_parallel_has_them(cluster, lists):
+    """The same jobs in the same order, with the same fills, of arguments and, with variables, too."""
+    need("parallel")
+    told = subprocess.run(["parallel", "--will-cite", "-0k", "-j4", "-q", "printf", "%s\\0", *LIST_PATTERNS,
+                           *behind_colons(lists)], check=True, stdout=subprocess.PIPE).stdout
+    head, inputs = cexec.batch_inputs([*LIST_PATTERNS, *behind_colons(lists)], False)
+    assert head == LIST_PATTERNS
+    terms = cexec.BatchTerms([], [os.fsencode(word) for word in head])
+    assert [word for given in inputs for word in terms.words_for(given)[1]] == told.split(b"\0")[:-1]
+    cluster.worker(*SHOW[:2], "import os, sys; sys.stdout.buffer.write(b''.join(os.fsencode(word) + b'\\0' "
+                   "for word in [*sys.argv[1:], os.environ['PEER_X']]))", options=["-a"], env={"CONCURRENCY": "3"})
+    done = cluster.run("cexec", "-mn", cluster.pub, "X=" + LIST_PATTERNS[-1], *LIST_PATTERNS[:-1],
+                       *behind_colons(lists))
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", told)
+
+
+def test_what_stands_before_the_lists(cluster):
+    """The first -- or ::: begins them; what would be misread is refused."""
+    assert cexec.split_words(["x", ":::", "a", "--", "-"]) == (["x"], [["a", "--", "-"]])
+    assert cexec.split_words(["x", "--", "a", "--", "b"]) == (["x"], [["a", "--", "b"]])
+    assert cexec.batch_inputs(["x", ":::", "a", ":::"], False) == (["x"], [])
+    for words in (["--", "a", ":::", "b"], [":::", "a", ":::+", "b"], ["::::", "a"]):
+        refusal(cluster.run("cexec", "-m", cluster.pub, "--", *words), 100, "use either -- before one list, or :::")
+    refusal(cluster.run("cexec", "-m0", cluster.pub, ":::", "a"), 100, "-0 is for names on standard input")
+    done = cluster.run("cexec", "-mn", cluster.pub, ":::", "a", ":::")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_values_are_not_read(cluster):
+    """Standard input is empty, and a file of the value's name is only a name."""
+    make_file(cluster, "a", b"in a")
+    cluster.worker("sh", "-c", 'cat; echo "$PEER_FILE $PEER_X"')
+    for words in ([":::", "a", "none"], ["--", "a", "none"]):
+        done = cluster.run("cexec", "-m", "-n", cluster.pub, "X={}.{1}", *words)
+        assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"a a.a\nnone none.none\n")
+    done = cluster.run("cexec", "-m0n", cluster.pub, "X={}", input=b"a\nb\0c\0")
+    assert done.stdout == b"a\nb a\nb\nc c\n"
+    done = cluster.run("cexec", "-mn", cluster.pub, "X={}", "--", "-", input=b"a\0b\nc\n")
+    assert (done.returncode, done.stdout) == (1, b"c c\n")
+    assert done.stderr == b"cexec: a\\x00b: a null character is in it\n"
+
+
+def test_files_crossed_with_values(cluster):
+    """Without -n the first list is of files, each read once for each value."""
+    names = made_files(cluster, 3)
+    cluster.worker("sh", "-c", 'echo "$PEER_FILE $PEER_X"; cat')
+    words = ["cexec", "-m", "-o", "{1}-{2}", cluster.pub, "X={2}", ":::", *names, "missing", ":::", "1", "2"]
+    done = cluster.run(*words)
+    assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
+        "cexec: missing %d: missing: No such file or directory" % value for value in (1, 2)]
+    for name in names:
+        for value in "12":
+            assert read(cluster.path("%s-%s" % (name, value))) == b"%s %s\n" % (
+                name.encode(), value.encode()) + read(cluster.path(name))
+    os.utime(cluster.path("f001-2"), (1000, 1000))
+    assert b"f001-2" in cluster.run(*words[:2], "--dry-run", *words[2:]).stdout
+    refusal(cluster.run("cexec", "-m", "-o", "{2}", *words[4:]), 100, "f000 1 and f001 1 would both be written to 1")
+
+
+def test_values_are_resumed_by_their_outputs(cluster):
+    cluster.worker("sh", "-c", NOTED + 'echo "$PEER_X"; [ "$PEER_X" != 2-b ] || [ -e go ]')
+    words = ["-mn", "-o", "r/{1}-{2}", "--log", "log", cluster.pub, "X={1}-{2}", *behind_colons(["123", "ab"])]
+    refusal(cluster.run("cexec", *words), 100, "there is no directory r (mkdir -p makes one)")
+    os.mkdir(cluster.path("r"))
+    done = cluster.run("cexec", *words)
+    assert (done.returncode, done.stderr) == (1, b"cexec: 2 b: exit status 1\n") and len(begun(cluster)) == 6
+    make_file(cluster, "go")
+    done = cluster.run("cexec", "--dry-run", *words)
+    assert done.stdout.decode() == "cexec -n %s X=2-b FILE=2 > r/2-b\n" % cluster.pub
+    assert cluster.run("cexec", *words).returncode == 0 and len(begun(cluster)) == 7
+    assert {name: read(cluster.path("r/" + name)) for name in os.listdir(cluster.path("r"))} == {
+        "%s-%s" % pair: b"%s-%s\n" % tuple(map(str.encode, pair)) for pair in itertools.product("123", "ab")}
+    rows = rows_of_log(cluster.path("log"))
+    assert sorted((row["Seq"], row["Command"], row["Exitval"]) for row in rows) == [
+        ("1", "1 a", "0"), ("2", "1 b", "0"), ("3", "2 a", "0"), ("4", "2 b", "0"), ("4", "2 b", "1"),
+        ("5", "3 a", "0"), ("6", "3 b", "0")]
+    refusal(cluster.run("cexec", "-mn", "-o", "{1}", *words[5:]), 100, "1 a and 1 b would both be written to 1")
+
+
+def test_five_hundred_values_while_a_worker_is_killed(cluster):
+    workers = [cluster.worker("sh", "-c", 'sleep 0.01; echo "$PEER_X"', env={"CONCURRENCY": "2"}) for _ in range(3)]
+    with open(cluster.path("all"), "wb") as output:
+        client = cluster.start("cexec", "-mn", "--log", "log", cluster.pub, "X={2}{1}", *behind_colons(
+            ["abcde", map(str, range(100))]), stdout=output)
+    until(lambda: os.path.getsize(cluster.path("all")) > 300, "some of it")
+    for victim in (*children_of(workers[0].pid), workers[0].pid):
+        os.kill(victim, signal.SIGKILL)
+    assert client.wait(PATIENCE) == 0
+    assert read(cluster.path("all")).decode().split() == [
+        "%d%s" % (number, letter) for letter in "abcde" for number in range(100)]
+    assert len(rows_of_log(cluster.path("log"))) == 500
+
+
+@pytest.mark.parametrize("lists", [[100000], [1000, 100]], ids=["one list", "crossed"])
+def test_a_hundred_thousand_values(cluster, lists):
+    """Are begun at once, and fit in little memory."""
+    cluster.worker("sh", "-c", NOTED + "sleep 1000", env={"CONCURRENCY": "2"})
+    words = behind_colons([map(str, range(count)) for count in lists])
+    client = cluster.start("cexec", "-mn", cluster.pub, "X={1}", *words)
+    until(lambda: len(begun(cluster)) == 2, "the first two")
+    assert rss(client.pid) < 150000000
+    client.terminate()
+    assert client.wait(PATIENCE) == -signal.SIGTERM
+    with_outputs = cluster.run("cexec", "-mn", "--dry-run", "-o", "{}.x", cluster.pub, *words)
+    assert with_outputs.returncode == 0 and with_outputs.stdout.count(b"\n") == 100000
+
+
 # What is done, and where to
 
 def test_what_is_done_is_left_alone(cluster):
@@ -13971,6 +14094,19 @@ def test_a_job_for_each_file_by(linked_cluster, tool):
     done = linked_cluster.sh(commands[:place] if tool == "xargs" else commands[place:], HOME=linked_cluster.directory)
     assert done.returncode == 0, done.stdout
     assert [read(linked_cluster.path(name + ".ogg")).decode() for name in SOUNDS] == [name.upper() for name in SOUNDS]
+
+
+def test_a_simulation_for_each_pair(linked_cluster):
+    need("seq", "bash")
+    linked_cluster.worker("sh", "-c", 'echo "$PEER_SEED $PEER_RATE"', env={"CONCURRENCY": "3"})
+    put(linked_cluster.path("sim.pub"), read(linked_cluster.pub).decode())
+    done = linked_cluster.sh(recipe("cexec.1", "mkdir -p r\ncexec -mn"))
+    assert done.returncode == 0
+    pairs = [(str(seed), rate) for seed in range(1, 101) for rate in ("0.1", "0.2")]
+    assert done.stdout.decode() == "".join(
+        "cexec -n sim.pub SEED=%s RATE=%s FILE=%s > r/%s-%s\n" % (*pair, pair[0], *pair) for pair in pairs)
+    assert {name: read(linked_cluster.path("r/" + name)).decode() for name in os.listdir(linked_cluster.path("r"))} == {
+        "%s-%s" % pair: "%s %s\n" % pair for pair in pairs}
 
 
 def test_readme_has_the_same_recipes():
