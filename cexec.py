@@ -5491,7 +5491,9 @@ def files_at_once():
 
 def main_batch(pub, group, words, options):
     """Does a batch; its exit code."""
-    pattern = options.output or ("-" if options.values else "{}.out")
+    pattern = options.output
+    if pattern is None:
+        pattern = "-" if options.values else "{}.out"
     words, inputs = batch_inputs(words, options.zero)
     terms = BatchTerms(*parse_words(words), options.values, options.errors)
     tasks = batch_tasks(terms, inputs, pattern)

@@ -1777,7 +1777,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
 @pytest.mark.parametrize("syntax, line, message, usage", [
     (cexec.CEXEC, "-z app", "no such option: -z", "cexec [-h"),
     (cexec.CEXEC, "-rz app", "no such option: -z", "cexec [-h"),
-    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fv] [-j N] [-o PATTERN] [--log FILE] APP.pub"),
+    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-j N] [-o PATTERN] [--errors DIR] [--halt N] [--log FILE] "),
     (cexec.CEXEC, "-l --jsons app", "no such option: --jsons", "cexec -l [-jv] APP.pub"),
     (cexec.CEXEC, "-nx7 app", "no such option: -x", "cexec [-h"),
     (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r", "cexec [-h"),
