@@ -56,7 +56,8 @@ main_cservice, whose -s comes after ckeygen:
     cexec       the search for a worker                                        Terms, Candidate, Search
     cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
     cexec -l    who is there                                                   Survey
-    cexec -m    a batch of files, a job each                                   Task, FileRun, Printer, Batch
+    cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
+    cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
     cexec       the applet: its options and modes
     cservice    the supervisor: the process that has a client's jobs           Command, Supervisor, Supervisors
     cservice    the line and the offers                                        KnownClient, Clients, Offer, Worker
@@ -4705,7 +4706,7 @@ def show_workers(survey, as_json):
 
 
 # ---------------------------------------------------------------------------
-# cexec -m: a batch of files, a job each
+# cexec -m: a batch of files or values, a job each
 # ---------------------------------------------------------------------------
 #
 # The first file of a connection is a job like any other.  Then:
@@ -4807,17 +4808,18 @@ def batch_names(words, zero):
     return [os.fsdecode(name) for name in names if name]
 
 
-def batch_tasks(terms, inputs, pattern):
+def batch_tasks(terms, inputs):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
 
     It must not be another job's output, nor a file of the batch.  What is there already must
     be a regular file.
     """
-    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
-             for number, given in enumerate(inputs, 1)]
-    if pattern != "-":
-        check_outputs(pattern, tasks)
-        check_directories(pattern, tasks)
+    pattern = terms.pattern
+    if pattern == "-":
+        return [Task(terms, number, given, None) for number, given in enumerate(inputs, 1)]
+    tasks = [Task(terms, number, given, fill_pattern(pattern, *given)) for number, given in enumerate(inputs, 1)]
+    check_outputs(pattern, tasks)
+    check_directories(pattern, tasks)
     return tasks
 
 
@@ -4884,8 +4886,9 @@ def part_of(output):
 class BatchTerms(Terms):
     """What the user wants of each file's job."""
 
-    def __init__(self, environment, arguments=(), values=False, errors=None):
+    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None):
         super().__init__(environment, arguments, batch=os.urandom(8))
+        self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
 
@@ -4965,7 +4968,7 @@ class Task:
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
-        self.words = self.terms.words_for(self.inputs)
+        self.words = self.fill_words()
         try:
             self.open_input()
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
@@ -4973,6 +4976,10 @@ class Task:
         except OSError:
             self.discard()
             raise
+
+    def fill_words(self):
+        """(variables, arguments) of its job.  Raises OSError, ValueError."""
+        return self.terms.words_for(self.inputs)
 
     def open_input(self):
         """Opens the file that it reads; a value's job reads nothing.  Raises OSError."""
@@ -5142,10 +5149,11 @@ class FileRun(RemoteJob):
 
 
 class Printer:
-    """cexec -m -o -: prints the outputs on standard output, in the order of the files."""
+    """cexec -m -o -, cexec -b: prints the outputs on standard output, in the order of the jobs."""
 
-    def __init__(self, batch):
+    def __init__(self, batch, tasks):
         self.batch, self.loop = batch, batch.loop
+        self.line = collections.deque(tasks)        # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
         self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
 
@@ -5155,10 +5163,10 @@ class Printer:
 
     def refresh(self):
         """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
-        tasks = self.batch.tasks
-        while not self.task and self.count < len(tasks) and tasks[self.count].exit_code is not None:
-            task = tasks[self.count]
+        while not self.task and self.line and self.line[0].exit_code is not None:
+            task = self.line[0]
             if task.exit_code:
+                self.line.popleft()
                 self.count += 1
             else:
                 self.task = task
@@ -5182,7 +5190,7 @@ class Printer:
 
     def printed(self):
         self.loop.on_write(self.end.polled, None)
-        self.task.close()
+        self.line.popleft().close()
         self.task, self.count = None, self.count + 1
         self.refresh()
         self.batch.fill()
@@ -5223,7 +5231,7 @@ class Batch(Patron):
         self.began, self.failures, self.done = time.monotonic(), 0, 0
         self.before = len(tasks) - len(self.queue)  # done by batches before this one
         self.halt, self.halted = halt, None         # a Halt; why nothing more is begun
-        self.printer = Printer(self) if tasks[0].output is None else None
+        self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
         self.directories = set()    # those with new outputs, whose names may not be on the disk yet
 
@@ -5245,6 +5253,9 @@ class Batch(Patron):
                     % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
         if self.halted:
             log.say("%s; %s" % (self.halted, self.summary()))
+        return self.exit_code()
+
+    def exit_code(self):
         return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
 
     def is_busy(self):
@@ -5434,7 +5445,7 @@ class Batch(Patron):
 
     def summary(self):
         """How much is done, and how the rest can be."""
-        again = "" if self.tasks[0].output is None else "; the same command again does the rest"
+        again = "" if self.printer else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
         what = "jobs" if self.terms.values else "files"
@@ -5446,10 +5457,14 @@ class Batch(Patron):
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
-            run.detach()
-            run.link.close()
-            run.job.discard()
+            self.leave(run)
         self.runs = []
+
+    def leave(self, run):
+        """Ends a run, and its command with it."""
+        run.detach()
+        run.link.close()
+        run.job.discard()
 
     def interrupted(self, number):
         self.stop()
@@ -5495,8 +5510,8 @@ def main_batch(pub, group, words, options):
     if pattern is None:
         pattern = "-" if options.values else "{}.out"
     words, inputs = batch_inputs(words, options.zero)
-    terms = BatchTerms(*parse_words(words), options.values, options.errors)
-    tasks = batch_tasks(terms, inputs, pattern)
+    terms = BatchTerms(*parse_words(words), pattern, options.values, options.errors)
+    tasks = batch_tasks(terms, inputs)
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
@@ -5523,7 +5538,7 @@ def show_tasks(path, tasks):
     import shlex
     for task in tasks:
         try:
-            environment, arguments = task.terms.words_for(task.inputs)
+            environment, arguments = task.fill_words()
         except (OSError, ValueError) as error:
             raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_of_task(error, task.name))) from None
         words = [b"cexec"] + [b"-n"] * task.terms.values + [os.fsencode(path), *environment]
@@ -5536,11 +5551,238 @@ def show_tasks(path, tasks):
 
 
 # ---------------------------------------------------------------------------
+# cexec -b: standard input in blocks, a job each
+# ---------------------------------------------------------------------------
+#
+#   standard input --Splitter--> Blocks --Batch.queue, as with -m--> outputs --Printer--> standard output
+#
+# A Block holds its bytes until its output is whole.  Nothing is read while as many blocks are
+# held, or wait to be printed, as workers have taken at a time so far, and two more: the next
+# one for a worker, and the one that is being filled.
+
+class Block(Task):
+    """Lines of standard input, from this offset on, in an unnamed file: the input of a job, which may be done again."""
+
+    def __init__(self, terms, number, offset):
+        import tempfile
+        super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
+        self.file = None
+        self.data = tempfile.TemporaryFile(buffering=0)
+        self.size = self.whole = 0                  # bytes; how many of them are whole lines
+
+    def fill_words(self):
+        return self.terms.environment, self.terms.arguments
+
+    def open_input(self):
+        self.stamp = None
+        self.data.seek(0)
+        self.input = open(os.dup(self.data.fileno()), "rb", 0)
+
+    def conclude(self, exit_code, signal=0):
+        super().conclude(exit_code, signal)
+        self.data.close()
+
+    def add(self, view):
+        """Appends bytes.  Raises OSError."""
+        newline = bytes(view).rfind(b"\n")
+        if newline >= 0:
+            self.whole = self.size + newline + 1
+        self.size += len(view)
+        while view:
+            view = view[self.data.write(view):]
+
+    def rest(self):
+        """Yields what is behind the last whole line, in pieces, and then leaves it off.  Raises OSError."""
+        self.data.seek(self.whole)
+        yield from iter(lambda: self.data.read(FRAME_MAX), b"")
+        self.data.truncate(self.whole)
+        self.size = self.whole
+
+
+class Splitter:
+    """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: the most whole lines of so many bytes.
+
+    A line that is longer is a block of its own.  give(a Block) gets each when it is full, or the
+    input ends; may_read() tells whether there is room for another.
+    """
+
+    def __init__(self, loop, terms, size, may_read, give):
+        self.loop, self.terms, self.size, self.may_read, self.give = loop, terms, size, may_read, give
+        item = Inherited(0)
+        # A regular file is read at its common offset: whoever reads it after us goes on there.
+        self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
+        self.buffer = memoryview(bytearray(PIPE_SIZE))
+        self.block, self.count, self.ended = None, 0, False
+        self.offset = 0             # in the input, where the next block begins
+        self.paused = False         # while the terminal's foreground is another's
+
+    def refresh(self):
+        """Waits for input exactly when there is room for it."""
+        wanted = not self.ended and not self.paused and self.may_read()
+        self.loop.on_read(self.end.polled, self.readable if wanted else None)
+
+    def resume(self):
+        self.paused = False
+        self.refresh()
+
+    def stop(self):
+        """Reads nothing more; what is there of the next block is dropped."""
+        self.ended, self.block = True, None
+        self.loop.on_read(self.end.polled, None)
+
+    def readable(self):
+        """Raises Fatal (111)."""
+        if not self.end.may_read():
+            self.paused = True
+            self.loop.after(1.0, self.resume)
+            return self.refresh()
+        try:
+            count = self.end.read_into(self.buffer[:self.room()])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
+        try:
+            self.take(self.buffer[:count]) if count else self.finish()
+        except OSError as error:
+            import tempfile
+            raise Fatal(EXIT_TEMPORARY, "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror)) from None
+        self.refresh()
+
+    def room(self):
+        """How much to read: no more than is missing to a block, or as much again while a line is longer than one."""
+        filled = self.block.size if self.block else 0
+        return min(len(self.buffer), self.size - filled if filled < self.size else self.size)
+
+    def take(self, view):
+        self.block = self.block or self.new_block()
+        if self.block.size >= self.size:            # a line that is longer: the block ends with it
+            newline = bytes(view).find(b"\n") + 1
+            self.block.add(view[:newline or len(view)])
+            view = view[newline or len(view):]
+        else:
+            self.block.add(view)
+            view = view[:0]
+        if self.block.size >= self.size and self.block.whole:
+            self.cut(view)
+
+    def cut(self, view):
+        """Ends a block at its last whole line; what is behind that, and view, begin the next."""
+        full, self.block = self.block, None
+        self.offset += full.whole
+        if full.size > full.whole or view:
+            self.block = self.new_block()
+            for piece in full.rest():
+                self.block.add(piece)
+            self.give(full)
+            if view:
+                self.take(view)
+        else:
+            self.give(full)
+
+    def new_block(self):
+        self.count += 1
+        return Block(self.terms, self.count, self.offset)
+
+    def finish(self):
+        """The end of the input."""
+        last = self.block
+        self.stop()
+        if last:
+            self.give(last)
+
+
+class BlockBatch(Batch):
+    """cexec -b.  The first block that fails ends the output: those before it are still done, those behind are not."""
+
+    def __init__(self, pub, group, terms, size, jobs, joblog):
+        super().__init__(pub, group, terms, [], jobs, joblog, False, Halt(float("inf")))
+        self.taken = 0              # the most blocks that workers had at a time
+        self.broken = None          # the first Block that has failed
+        self.splitter = Splitter(self.loop, terms, size, self.may_read, self.add)
+
+    def may_read(self):
+        """Whether one more block may be held besides those that wait to be printed, at a worker or not."""
+        return len(self.printer.line) < self.taken + 2
+
+    def add(self, block):
+        self.queue.append(block)
+        self.printer.line.append(block)
+        self.fill()
+
+    def fill(self):
+        self.taken = max(self.taken, len(self.runs))
+        super().fill()
+        self.splitter.refresh()
+
+    def is_busy(self):
+        return not self.splitter.ended or self.printer.line or super().is_busy()
+
+    def over(self, block, exit_code, reason, run=None, signal=0):
+        if exit_code:               # first, or the printer would go on behind this block
+            self.broken = block
+            self.drop_rest(block.number)
+        super().over(block, exit_code, reason, run, signal)
+
+    def drop_rest(self, first):
+        """Forgets the blocks behind this one, which has failed: there is none that failed before it."""
+        self.splitter.stop()
+        for run in [run for run in self.runs if run.job.number > first]:
+            self.runs.remove(run)
+            self.leave(run)
+        for search in list(self.searches):
+            self.end_search(search)
+        self.queue = collections.deque(block for block in self.queue if block.number < first)
+        while self.printer.line and self.printer.line[-1].number > first:
+            self.printer.line.pop().discard()
+        self.printer.line.pop()
+
+    def put_back(self, block):
+        super().put_back(block)
+        if self.broken and block.number > self.broken.number:
+            self.queue.popleft()
+
+    def exit_code(self):
+        if not self.broken:
+            return 0
+        log.say("the output ends before %s" % self.broken.name)
+        return self.broken.exit_code
+
+    def summary(self):
+        return "the output of %d blocks was printed" % self.printer.count
+
+    def progress(self):
+        return "%d blocks done, %d running, %d printed" % (self.done, len(self.runs), self.printer.count)
+
+
+SIZES = {"": 1, "k": 1000, "m": 1000 ** 2, "g": 1000 ** 3, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_size(text):
+    """Bytes: 1000000, 64M, 1m, with parallel's letters: K, M, G are powers of 1024, k, m, g of 1000.  Raises Fatal."""
+    digits, letter = (text[:-1], text[-1:]) if text[-1:] in SIZES else (text, "")
+    if not digits.isdecimal() or not 0 < whole(digits) * SIZES[letter] <= 1 << 40:
+        raise Fatal(EXIT_USAGE, "-b %s: not a size as in 64M (K, M, G; a TiB at most)" % text)
+    return whole(digits) * SIZES[letter]
+
+
+def main_blocks(pub, group, words, options):
+    """Does standard input in blocks; the exit code."""
+    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
+    joblog = open_joblog(options.joblog) if options.joblog else None
+    if options.errors:
+        make_directory(options.errors)
+    jobs = min(options.jobs or MEMORY, files_at_once())
+    return BlockBatch(pub, group, terms, size, jobs, joblog).work()
+
+
+# ---------------------------------------------------------------------------
 # cexec, the applet
 # ---------------------------------------------------------------------------
 
 CEXEC = Syntax(
     "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
+              "-b": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]",
               "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] {-- FILE ... | ::: INPUT ... [::: INPUT ...]}"},
     """Run an application's command on the least loaded worker, with the descriptors of
 this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.  ARGUMENTs are
@@ -5551,6 +5793,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 """,
     Option("-l", "", "list", "list the workers; if there are none, say why"),
     Option("-m", "", "batch", "run one job for each FILE, which is its standard input, or each set of INPUTs"),
+    Option("-b", "SIZE", "blocks", "cut standard input into blocks of whole lines, and run one job for each"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
     Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
@@ -5558,14 +5801,14 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-j --json", "", "json", "print JSON", "-l"),
     Option("-0", "", "zero", "read the names of the files from standard input; each ends with a NUL", "-m"),
     Option("-f", "", "force", "do all files, also those that are done already", "-m"),
-    Option("-j", "N", "jobs", "run at most N jobs at a time", "-m"),
+    Option("-j", "N", "jobs", "run at most N jobs at a time", "-m -b"),
     Option("-n", "", "values", "the inputs are values, and not files to be read", "-m"),
     Option("-o", "PATTERN", "output",
            "write outputs to files named with {} {.} {/} {//} {/.} {1} {2.} ...; - is standard output, in order", "-m"),
     Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
-    Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m"),
+    Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m -b"),
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
-    Option("--log", "FILE", "joblog", "append a line for each file, as parallel does", "-m"))
+    Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"))
 
 
 def main_cexec(argv):
@@ -5584,6 +5827,9 @@ def main_cexec(argv):
             raise CEXEC.error("no files are named (-- FILE ..., or -- - for a list on standard input)", options.mode)
         fill_standard()
         return main_batch(open_pub(path), Group(), words, options)
+    if options.blocks is not None:
+        fill_standard()
+        return main_blocks(open_pub(path), Group(), words, options)
     return main_single(path, words, options)
 
 

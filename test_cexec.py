@@ -1777,7 +1777,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
 @pytest.mark.parametrize("syntax, line, message, usage", [
     (cexec.CEXEC, "-z app", "no such option: -z", "cexec [-h"),
     (cexec.CEXEC, "-rz app", "no such option: -z", "cexec [-h"),
-    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-j N] [-o PATTERN] [--errors DIR] [--halt N] [--log FILE] "),
+    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-j N] [-o PATTERN] "),
     (cexec.CEXEC, "-l --jsons app", "no such option: --jsons", "cexec -l [-jv] APP.pub"),
     (cexec.CEXEC, "-nx7 app", "no such option: -x", "cexec [-h"),
     (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r", "cexec [-h"),
@@ -1786,7 +1786,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
     (cexec.CEXEC, "-l -n app", "-n does not go with -l", "cexec -l"),
     (cexec.CEXEC, "-mt app", "-t does not go with -m", "cexec -m"),
     (cexec.CEXEC, "-o x app", "-o is for -m", "cexec [-h"),
-    (cexec.CEXEC, "-j app", "-j is for -l and -m", "cexec [-h"),
+    (cexec.CEXEC, "-j app", "-j is for -l and -m and -b", "cexec [-h"),
     (cexec.CEXEC, "-lj 4 app", "-j takes no number with -l", "cexec -l"),
     (cexec.CEXEC, "-mj app", "-j needs N", "cexec -m"),
     (cexec.CEXEC, "-m -j0 app", "-j needs a number from 1, and not 0", "cexec -m"),
@@ -7439,6 +7439,249 @@ AFTER_EXIT = [
     ("a PONG and the connection's end", False, lambda peer: peer.send(cexec.PONG)),
     ("ACCEPT and the connection's end", True, lambda peer: peer.send(cexec.ACCEPT)),
 ]
+
+
+# Standard input in blocks
+
+def lines_of(seed, size, longest=200):
+    """Lines of many lengths, the same for the same seed."""
+    drawn, made = random.Random(seed), []
+    while size > 0:
+        made.append(b"%d " % len(made) * (drawn.randrange(longest) // 4) + b"\n")
+        size -= len(made[-1])
+    return b"".join(made)
+
+
+def blocks(cluster, size, *words, **rest):
+    return cluster.run("cexec", "-b", str(size), cluster.pub, *words, **rest)
+
+
+MARKED = "cat; echo END"                       # shows where each block ends
+
+
+def blocks_of(data, size):
+    """The blocks by the rule: as many whole lines as there is room for, or a longer one."""
+    made = []
+    while len(data) > size:
+        end = data.rfind(b"\n", 0, size) + 1 or data.find(b"\n", size) + 1 or len(data)
+        made.append(data[:end])
+        data = data[end:]
+    return made + [data] * bool(data)
+
+
+LONG_LINE = b"x" * 5000 + b"\n"
+INPUTS = {"lines": lines_of(1, 30000), "no newline at the end": lines_of(2, 30000)[:-1] + b"x", "empty": b"",
+          "one byte": b"x", "newlines": b"\n" * 5000, "a long line": lines_of(3, 5000) + LONG_LINE + lines_of(4, 5000),
+          "long lines": LONG_LINE * 3 + b"a\n" + LONG_LINE[:-1], "a block and no more": b"x" * 776 + b"\n",
+          "exact blocks": (b"x" * 776 + b"\n") * 5, "zeros": bytes(3000)}
+
+
+@pytest.mark.parametrize("source", ["pipe", "file"])
+@pytest.mark.parametrize("what", INPUTS)
+def test_blocks(cluster, what, source):
+    """Of whole lines, one of them at least, in order; nothing is lost at their ends."""
+    data = INPUTS[what]
+    cluster.worker("sh", "-c", MARKED, env={"CONCURRENCY": "3"})
+    if source == "pipe":
+        done = blocks(cluster, 777, input=data)
+    else:
+        with open(make_file(cluster, "in", b"before\n" + data), "rb") as file:
+            file.seek(7)
+            done = blocks(cluster, 777, stdin=file)
+            assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 7 + len(data)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"".join(block + b"END\n" for block in blocks_of(data, 777))
+
+
+@pytest.mark.parametrize("size", ["777", "1k", "1K", "7"])
+def test_blocks_as_parallel_has_them(cluster, size):
+    need("parallel")
+    data = lines_of(size, 40000, 200 if size != "7" else 20) if size != "7" else b"1\n22\n333\n" * 100
+    cluster.worker("sh", "-c", MARKED, env={"CONCURRENCY": "3"})
+    told = subprocess.run(["parallel", "--will-cite", "--pipe", "-k", "--block", size, MARKED], input=data,
+                          check=True, stdout=subprocess.PIPE).stdout
+    done = blocks(cluster, size, input=data)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == told
+
+
+def test_words_of_blocks_are_the_commands(cluster):
+    """Nothing is filled in."""
+    cluster.worker(*SHOW, options=["-a"])
+    done = blocks(cluster, "1M", "X={}", "{.}", "a b", input=b"x\n")
+    assert done.stdout == shown(["{.}", "a b"])
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "1Q", "M", "2000G", ""])
+def test_sizes_that_are_none(cluster, size):
+    refusal(blocks(cluster, size, input=b"x"), 100, "not a size as in 64M")
+
+
+def test_sizes():
+    assert [cexec.parse_size(text) for text in ("7", "1k", "2K", "3m", "64M", "1g", "1G", "1024G")] == [
+        7, 1000, 2048, 3000000, 64 << 20, 10 ** 9, 1 << 30, 1 << 40]
+
+
+@pytest.mark.parametrize("what, status, text", [
+    ("exit 3", 3, "exit status 3\nwhy\n"), ("kill -KILL $$", 137, "killed by signal 9\nwhy\n"),
+    ("exec /no/such/command", 127, "exit status 127\n")])
+def test_first_block_that_fails_ends_the_output(cluster, what, status, text):
+    """All before it is there, though it took longer, and nothing behind it."""
+    data = b"".join(b"%03d\n" % number for number in range(200))
+    cluster.worker("sh", "-c", 'read line; case $line in 0[2-5]5) echo why >&2; %s;; 01*) sleep 0.2;; esac; '
+                   'echo $line; cat' % what, env={"CONCURRENCY": "6"})
+    done = blocks(cluster, 20, "--", input=data)
+    assert (done.returncode, done.stdout) == (status, data[:100])
+    said = done.stderr.decode()
+    assert "cexec: block 6 (from byte 100): " + text.partition("\n")[0] in said
+    assert said.endswith("cexec: the output ends before block 6 (from byte 100)\n")
+
+
+def test_block_that_fails_while_others_before_it_fail_too(cluster):
+    """The first by its place counts, not by its time."""
+    data = b"".join(b"%03d\n" % number for number in range(100))
+    cluster.worker("sh", "-c", 'read line; case $line in 010) until [ -e failed ]; do sleep 0.02; done; exit 3;; '
+                   '015) touch failed; exit 4;; esac; echo $line; cat', env={"CONCURRENCY": "6"})
+    done = blocks(cluster, 20, input=data)
+    assert (done.returncode, done.stdout) == (3, data[:40])
+    assert done.stderr.endswith(b"cexec: the output ends before block 3 (from byte 40)\n")
+
+
+def test_blocks_while_workers_are_killed(cluster):
+    """And one is stalled: no gap, and nothing twice."""
+    data = lines_of(5, 20000000, 2000)
+    workers = [cluster.worker("sh", "-c", "sleep 0.05; cat", env={"CONCURRENCY": "2"}) for _ in range(4)]
+    make_file(cluster, "in", data)
+    with open(cluster.path("in"), "rb") as source, open(cluster.path("out"), "wb") as output:
+        client = cluster.start("cexec", "-b", "200k", cluster.pub, stdin=source, stdout=output,
+                               env={"CEXEC_TIMEOUT_PINGPONG": "3"})
+    stalled = []
+    for victim, enough in zip(workers, (1000000, 4000000, 8000000)):
+        until(lambda enough=enough: os.path.getsize(cluster.path("out")) > enough, "some of it")
+        pids = [*children_of(victim.pid), victim.pid]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL if victim is not workers[2] else signal.SIGSTOP)
+        stalled = pids
+    assert client.wait(PATIENCE * 2) == 0
+    for pid in stalled:
+        os.kill(pid, signal.SIGCONT)
+    assert read(cluster.path("out")) == data
+
+
+def held_now(pid):
+    """What a process holds in files without names."""
+    sizes = {}
+    for fd in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):
+            path = "/proc/%d/fd/%s" % (pid, fd)
+            if " (deleted)" in os.readlink(path) or "/#" in os.readlink(path):
+                sizes[os.stat(path).st_ino] = os.stat(path).st_size
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("slow", ["reader", "first block"])
+def test_blocks_that_are_held_are_few(cluster, slow):
+    """As many as workers take, and two more, wherever they wait."""
+    data = b"x" * 99999 + b"\n"
+    cluster.worker("sh", "-c", NOTED + "cat; while [ -e stall ]; do sleep 0.05; done", env={"CONCURRENCY": "3"})
+    if slow == "first block":
+        make_file(cluster, "stall")
+    with open(make_file(cluster, "in", data * 100), "rb") as source:
+        client = cluster.start("cexec", "-b", "100000", cluster.pub, stdin=source, stdout=subprocess.PIPE)
+        place = lambda: os.lseek(source.fileno(), 0, os.SEEK_CUR)       # noqa: E731
+        until(lambda: place() >= (3 if slow == "reader" else 5) * len(data) and state_of(client.pid) == "S", "the wait")
+        time.sleep(0.5)
+        assert place() <= 5 * len(data)
+        assert held_now(client.pid) <= 10 * len(data)                   # inputs and outputs
+        if slow == "first block":
+            os.unlink(cluster.path("stall"))
+        assert client.stdout.read() == data * 100 and client.wait(PATIENCE) == 0
+
+
+def test_block_is_sent_when_it_is_full(cluster):
+    """Though the next one is far from it."""
+    cluster.worker("cat")
+    client = cluster.start("cexec", "-b", "10", cluster.pub, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for text in (b"12345\n789\n", b"abc\n", b"def\nghi\n"):
+        client.stdin.write(text)
+        client.stdin.flush()
+        if text.startswith(b"1"):
+            assert client.stdout.read(10) == b"12345\n789\n"
+    assert client.stdout.read(8) == b"abc\ndef\n"
+    client.stdin.close()
+    assert client.stdout.read() == b"ghi\n" and client.wait(PATIENCE) == 0
+
+
+def test_blocks_without_a_worker(cluster):
+    done = blocks(cluster, 10, input=b"1\n" * 30, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert b"no worker answered" in done.stderr and b"; the output of 0 blocks was printed" in done.stderr
+
+
+def test_blocks_log_and_errors(cluster):
+    cluster.worker("sh", "-c", "cat; echo said >&2")
+    words = ["-b10", "--log", "log", "--errors", "said", "-j2", cluster.pub]
+    done = cluster.run("cexec", *words, input=b"123456789\n" * 3)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"123456789\n" * 3, b"")
+    assert [read(cluster.path("said/%d" % number)) for number in (1, 2, 3)] == [b"said\n"] * 3
+    assert sorted((row["Seq"], row["Send"], row["Receive"], row["Command"]) for row in rows_of_log(
+        cluster.path("log"))) == [(str(n), "10", "15", "block %d (from byte %d)" % (n, 10 * n - 10)) for n in (1, 2, 3)]
+    refusal(cluster.run("cexec", "-b10", "-f", cluster.pub), 100, "-f does not go with -b")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_blocks_and_their_commands(cluster, number):
+    worker = cluster.worker("sh", "-c", NOTED + "sleep 1000", env={"CONCURRENCY": "2"})
+    client = cluster.start("cexec", "-b", "2", cluster.pub, stdin=open(make_file(cluster, "in", b"1\n" * 9), "rb"),
+                           stderr=open(cluster.path("said"), "wb"))
+    until(lambda: len(begun(cluster)) == 2, "two at a time")
+    client.send_signal(number)
+    assert client.wait(PATIENCE) == -number
+    assert read(cluster.path("said")) == b"cexec: interrupted: the output of 0 blocks was printed\n"
+    until(lambda: not children_of(worker.pid), "the end of the commands")
+
+
+def test_reader_of_the_blocks_leaves(cluster):
+    cluster.worker("cat", env={"CONCURRENCY": "2"})
+    client = cluster.start("cexec", "-b", "1k", cluster.pub, stdin=open(make_file(cluster, "in", lines_of(6, 3000000))),
+                           stdout=subprocess.PIPE)
+    assert client.stdout.read(5)
+    client.stdout.close()
+    assert client.wait(PATIENCE) == -signal.SIGPIPE
+
+
+def test_blocks_where_no_room_is_left(cluster):
+    need_root()
+    need("unshare", "mount")
+    os.mkdir(cluster.path("small"))
+    cluster.worker("cat")
+    make_file(cluster, "in", lines_of(7, 3000000))
+    script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small "$@" < in >out; echo $? >status'
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *cluster.argv("cexec", "-b2m", cluster.pub)],
+                          env=cluster.environment(), cwd=cluster.directory, stderr=subprocess.PIPE, timeout=PATIENCE)
+    assert read(cluster.path("status")) == b"111\n" and b"No space left on device (TMPDIR)" in done.stderr, done.stderr
+
+
+@HEAVY
+def test_a_gigabyte_in_blocks_is_flat_in_memory(cluster):
+    cluster.worker("cat", env={"CONCURRENCY": "2"})
+    client = cluster.start("cexec", "-b", "16M", cluster.pub, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    counted = subprocess.Popen(["cksum"], stdin=client.stdout, stdout=subprocess.PIPE)
+    client.stdout.close()
+    line, held, largest = b"0123456789" * 1000 + b"\n", 0, 0
+    expected = subprocess.Popen(["cksum"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for count in range(1000):
+        for stream in (client.stdin, expected.stdin):
+            stream.write(line * 100)
+        if count % 50 == 49:
+            held, largest = max(held, held_now(client.pid)), max(largest, rss(client.pid))
+    client.stdin.close()
+    expected.stdin.close()
+    assert client.wait(PATIENCE) == 0
+    assert counted.stdout.read() == expected.stdout.read()
+    counted.wait()
+    expected.wait()
+    print(held, largest)
+    assert held <= 2 * 5 * (16 << 20) and largest < 80000000
 
 
 # Peers that hold a key, or a pub, and do not keep to the protocol
