@@ -58,6 +58,7 @@ main_cservice, whose -s comes after ckeygen:
     cexec -l    who is there                                                   Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
+    cexec -A    a job on every worker                                          HostJob, HostRun, Everywhere
     cexec       the applet: its options and modes
     cservice    the supervisor: the process that has a client's jobs           Command, Supervisor, Supervisors
     cservice    the line and the offers                                        KnownClient, Clients, Offer, Worker
@@ -927,7 +928,7 @@ def handler_of(owner, kind):
 
 # Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
-ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s")   # waited, pause: ms
+ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
@@ -967,6 +968,7 @@ FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, 
 HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
 NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
 NO_BATCH = bytes(8)                                                 # ANNOUNCE's batch: a job of its own
+ANY_WORKER = bytes(8)                                               # ANNOUNCE's only: else a worker's id
 
 # A row of JOB's descriptors: the command's number, its channel, and these flags.
 FLAG_INPUT = 1                      # the client reads it, the command can read it
@@ -3606,7 +3608,7 @@ class Candidate:
             raise ProtocolError("a name that is too long")
         if not is_address(hello.address):       # messages for people and programs contain it
             raise ProtocolError("an impossible address")
-        if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
+        if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
             return self.link.fail("an offer that we do not take")
         unfit = self.search.terms.unfit(hello)
         if unfit:
@@ -3688,11 +3690,12 @@ class Search:
     """Announces a job until a worker has accepted it, then calls patron.begin().
 
     quiet: somebody else tells the person at the terminal what we wait for.
+    only: the id of the one worker that is wanted.
     """
 
-    def __init__(self, loop, group, pub, terms, patron, avoid, quiet):
+    def __init__(self, loop, group, pub, terms, patron, avoid, quiet, only=ANY_WORKER):
         self.loop, self.group, self.pub, self.terms = loop, group, pub, terms
-        self.patron, self.quiet = patron, quiet
+        self.patron, self.quiet, self.only = patron, quiet, only
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
         self.candidates, self.avoid, self.complained = [], avoid, set()
@@ -3736,7 +3739,7 @@ class Search:
         self.tell()
         pause = self.pause()
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000),
-                         pause=u32(pause * 1250), batch=self.terms.batch)
+                         pause=u32(pause * 1250), batch=self.terms.batch, only=self.only)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
@@ -3806,6 +3809,9 @@ class Search:
         self.last_busy, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
         self.tell()
+
+    def may_ask(self, worker_id):
+        return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
 
     def allows(self, address):
         """Whether this worker may do the job."""
@@ -4399,9 +4405,9 @@ class Patron:
         self.avoid = Avoided()
         self.speakers = {family: loop.own(sock) for family, sock in open_speakers().items()}
 
-    def new_search(self, quiet):
+    def new_search(self, quiet, only=ANY_WORKER):
         """A Search, which is to be started."""
-        return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet)
+        return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet, only)
 
     def alert(self, run, event, status, reason):
         """Tells crat how a run has ended."""
@@ -5777,12 +5783,298 @@ def main_blocks(pub, group, words, options):
 
 
 # ---------------------------------------------------------------------------
+# cexec -A: a job on every worker
+# ---------------------------------------------------------------------------
+#
+#   Survey (as -l) --a HostJob for each worker--> waiting --Search for that worker only--> runs --> over
+#
+# A worker that is busy has the search in its line, like any other client.
+
+LINE_MAX = 1024 * 1024              # bytes of a line that are held until its end comes
+
+
+class EveryTerms(Terms):
+    """What the user wants of the job on every worker: a worker in use is waited for, but not for ever."""
+
+    def __init__(self, environment, arguments=()):
+        super().__init__(environment, arguments)
+        self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 60, 0, 10 ** 9)
+
+
+class HostJob:
+    """One worker's job of cexec -A."""
+
+    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
+    losses = 0
+
+    def __init__(self, terms, worker_id, label):
+        self.terms, self.worker_id, self.label = terms, worker_id, label
+        self.exit_code = None       # once it is over
+
+    def job_fields(self):
+        return dict(self.terms.job_fields(), descriptors=self.ROWS)
+
+    def objection(self, run):
+        """Why it is not done again when its worker is lost: nobody has asked for that."""
+        return ""
+
+    def conclude(self, exit_code):
+        self.exit_code = exit_code
+
+
+def labels_of(workers):
+    """{worker_id: its name}: its host's name, with the address if others have that name, and a number if need be."""
+    names = {worker_id: printable(row["host"] or row["address"]) for worker_id, row in workers.items()}
+    long_names = {worker_id: "%s[%s]" % (name, workers[worker_id]["address"]) for worker_id, name in names.items()}
+    short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
+    labels, numbers = {}, collections.Counter()
+    for worker_id in sorted(names):
+        label = names[worker_id] if short[names[worker_id]] == 1 else long_names[worker_id]
+        numbers[label] += 1
+        labels[worker_id] = label if long[label] < 2 else "%s#%d" % (label, numbers[label])
+    return labels
+
+
+class LineWriter:
+    """Standard output or error, to which the lines of many jobs go, each line whole."""
+
+    def __init__(self, loop, number):
+        self.loop, self.number = loop, number
+        self.end, self.pending = local_end([Inherited(number)], ["write"], 3), bytearray()
+
+    def is_full(self):
+        return len(self.pending) >= FRAME_MAX
+
+    def add(self, data):
+        self.pending += data
+        self.loop.on_write(self.end.polled, self.writable)
+
+    def writable(self):
+        """Writes as much as is taken now: the reader may be slow.  Raises Fatal (111), BrokenPipeError."""
+        count = 0
+        with memoryview(self.pending) as pending, pending[:FRAME_MAX] as view:
+            try:
+                count = self.end.write(view)
+            except (BlockingIOError, InterruptedError):
+                pass
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise Fatal(EXIT_TEMPORARY, "%s: %s" % (STANDARD[self.number], error.strerror)) from None
+        del self.pending[:count]
+        if not self.pending:
+            self.loop.on_write(self.end.polled, None)
+        return count
+
+    def drain(self):
+        """Writes what is left, as long as it is taken."""
+        while self.pending and self.writable():
+            pass
+
+
+class LineEnd(End):
+    """Where one of a job's outputs goes: to a LineWriter, by lines, each with the worker's name before it."""
+
+    def __init__(self, writer, label, polled):
+        super().__init__(polled, polled, self.finish, ["write"])
+        self.writer, self.label, self.line = writer, os.fsencode(label) + b": ", b""
+
+    def write(self, view):
+        if self.writer.is_full():
+            raise BlockingIOError
+        self.add(view)
+        return len(view)
+
+    def add(self, data):
+        *lines, self.line = (self.line + data).split(b"\n")
+        if len(self.line) > LINE_MAX:
+            lines, self.line = [*lines, self.line], b""
+        if lines:
+            self.writer.add(b"".join(self.label + line + b"\n" for line in lines))
+
+    def finish(self):
+        """What has no newline at its end is a line too."""
+        if self.line:
+            self.add(b"\n")
+
+
+class HostRun(RemoteJob):
+    """A HostJob after GO.  Its Ends have descriptors of their own to wait for: the Loop knows one caller for each."""
+
+    def __init__(self, patron, link, hello, job):
+        super().__init__(patron, link, hello, job)
+        self.copies = [lifted(patron.input, 3), *(lifted(number, 3) for number in (1, 2))]
+        self.carry(0, FileEnd(self.copies[0], patron.offset))
+        for number in (1, 2):
+            self.carry(number, LineEnd(patron.writers[number], job.label, self.copies[number]))
+        self.refresh()
+
+    def exited(self, rows):
+        self.link.close()           # the worker closes it too, which is no loss while the lines wait for a slow reader
+        self.stream_ended()
+
+    def stream_ended(self):
+        """The job is over after EXIT, when every output has been taken here."""
+        if self.exit and self.copies and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+            self.patron.ended(self)
+
+    def detach(self):
+        self.send_no_more()
+        for sink in self.sinks.values():
+            sink.end.add(sink.queue)            # what has come of a job that is lost
+            sink.end.finish()
+        for fd in self.copies:
+            self.loop.forget(fd)
+            os.close(fd)
+        self.copies = []
+        self.link.close()
+
+    def local_error(self, channel, error):
+        self.trouble = self.trouble or "standard input: %s" % error.strerror
+
+    def rcvd_linger(self, flags, channel, payload):
+        self.patron.say(self.job, "the command has ended, and a process that it left behind holds its output")
+
+    def link_lost(self, link, reason, violation):
+        self.patron.lost(self, reason)
+
+
+class Everywhere(Patron):
+    """cexec -A: one job on each worker that is there, all at once, each on its own."""
+
+    def __init__(self, pub, group, terms, loop, workers, source):
+        super().__init__(pub, group, terms, loop)
+        self.input, self.offset = source        # what each job reads, from where
+        labels = labels_of(workers)
+        self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
+        self.waiting = collections.deque()      # HostJobs for which no search has begun
+        self.searches, self.runs = {}, []       # a Search: its HostJob
+        one = os.path.samestat(os.fstat(1), os.fstat(2))
+        out = LineWriter(loop, 1)
+        self.writers = {1: out, 2: out if one else LineWriter(loop, 2)}
+        for job in self.jobs:
+            if workers[job.worker_id]["state"] == "serving":
+                self.waiting.append(job)
+            else:
+                self.over(job, EXIT_TEMPORARY, "is draining: it takes no more jobs")
+
+    def work(self):
+        """Does all of it; the largest exit code.  Raises Fatal (111)."""
+        self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
+        self.fill()
+        started_up()
+        while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
+            self.loop.turn()
+        return max(job.exit_code for job in self.jobs)
+
+    def fill(self):
+        """Begins a search for each job, as long as there are ports for them."""
+        while self.waiting:
+            try:
+                search = self.new_search(True, self.waiting[0].worker_id)
+            except Fatal:           # CEXEC_LISTEN_PORTS has few: one ends some time
+                if not self.searches:
+                    raise
+                return
+            self.searches[search] = self.waiting.popleft()
+            search.start()
+
+    # What a Search asks of its patron
+
+    def next_job(self, search):
+        return self.searches[search]
+
+    def put_back(self, job):
+        pass                        # the search goes on, with the same job
+
+    def begin(self, search, candidate, job):
+        del self.searches[search]
+        self.runs.append(HostRun(self, candidate.link, candidate.hello, job))
+        self.fill()
+
+    def not_found(self, search, message, code):
+        job = self.searches.pop(search)
+        search.end()
+        self.over(job, code, message)
+        self.fill()
+
+    # The end of a run
+
+    def ended(self, run):
+        self.runs.remove(run)
+        run.detach()
+        code, reason = run.exit.status, run.exit.reason
+        if run.trouble:
+            code, reason = EXIT_TEMPORARY, run.trouble
+        elif run.exit.how == HOW_SIGNALLED:
+            self.alert(run, ALERT_SIGNALLED, code, "")
+            return self.over(run.job, EXIT_SIGNAL + code, "killed by signal %d" % code)
+        self.alert(run, ALERT_EXITED, code, reason)
+        self.over(run.job, code, reason or "exit status %d" % code)
+
+    def failed(self, run, reason, objection):
+        self.runs.remove(run)
+        run.detach()
+        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s; the command may have run" % (run.worker, reason))
+
+    def over(self, job, exit_code, reason):
+        job.conclude(exit_code)
+        if exit_code:
+            self.say(job, reason)
+
+    # The person who waits
+
+    def say(self, job, text):
+        """A line of ours, in its turn."""
+        line = "%s: %s: %s\n" % (log.applet, job.label, printable(text))
+        self.writers[2].add(line.encode("utf-8", "backslashreplace"))
+
+    def interrupted(self, number):
+        """Keeps what has come, and names who is missing; the links close, and the workers end the commands."""
+        missing = [job.label for job in self.jobs if job.exit_code is None]
+        for run in self.runs:
+            run.detach()
+        for writer in self.writers.values():
+            writer.drain()
+        log.say("interrupted: not over on " + ", ".join(missing))
+        for search in self.searches:
+            search.end()
+        die_of(number)
+
+
+def input_for_all(empty):
+    """(descriptor, offset) of what each job reads.  Raises Fatal (100)."""
+    item = Inherited(0)
+    if item.kind == FILE and not empty:
+        return 0, os.lseek(0, 0, os.SEEK_CUR)
+    if item.kind in (PIPE, SOCKET) and not empty:
+        raise Fatal(EXIT_USAGE, "-A: standard input is a pipe or a socket, which only one job can read: give a regular "
+                                "file, or nothing (-n)")
+    return os.open(os.devnull, os.O_RDONLY), 0
+
+
+def main_everywhere(pub, group, words, options):
+    """Runs a job on every worker; the exit code."""
+    terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
+    files_at_once()
+    survey = Survey(group, pub, terms.ports, Loop())
+    survey.begin(survey.loop.stop)
+    survey.loop.run()
+    survey.close()
+    for line in survey.troubles():
+        log.say(line)
+    if not survey.workers:
+        return EXIT_TEMPORARY
+    return Everywhere(pub, group, terms, survey.loop, survey.workers, source).work()
+
+
+# ---------------------------------------------------------------------------
 # cexec, the applet
 # ---------------------------------------------------------------------------
 
 CEXEC = Syntax(
     "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
-              "-b": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]",
+              "-A": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-b": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]",
               "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] {-- FILE ... | ::: INPUT ... [::: INPUT ...]}"},
     """Run an application's command on the least loaded worker, with the descriptors of
 this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.  ARGUMENTs are
@@ -5793,12 +6085,14 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 """,
     Option("-l", "", "list", "list the workers; if there are none, say why"),
     Option("-m", "", "batch", "run one job for each FILE, which is its standard input, or each set of INPUTs"),
+    Option("-A", "", "everywhere", "run one job on every worker; each line of output begins with HOST:"),
     Option("-b", "SIZE", "blocks", "cut standard input into blocks of whole lines, and run one job for each"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
     Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
     Option("-t", "", "terminal", "give the command a terminal, as ssh -t does", "-"),
     Option("-j --json", "", "json", "print JSON", "-l"),
+    Option("-n", "", "no_input", "give the commands an empty input", "-A"),
     Option("-0", "", "zero", "read the names of the files from standard input; each ends with a NUL", "-m"),
     Option("-f", "", "force", "do all files, also those that are done already", "-m"),
     Option("-j", "N", "jobs", "run at most N jobs at a time", "-m -b"),
@@ -5812,7 +6106,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 
 def main_cexec(argv):
-    """Does what one of the three modes says; its exit code."""
+    """Does what one of the modes says; its exit code."""
     options = CEXEC.read(argv)
     if not options.words:
         raise CEXEC.error("no public key is named", options.mode)
@@ -5827,6 +6121,9 @@ def main_cexec(argv):
             raise CEXEC.error("no files are named (-- FILE ..., or -- - for a list on standard input)", options.mode)
         fill_standard()
         return main_batch(open_pub(path), Group(), words, options)
+    if options.everywhere:
+        fill_standard()
+        return main_everywhere(open_pub(path), Group(), words, options)
     if options.blocks is not None:
         fill_standard()
         return main_blocks(open_pub(path), Group(), words, options)
@@ -6850,14 +7147,14 @@ class KnownClient(Stateful):
            BACKING_OFF: (DELAYED, QUEUED, CLAIMED), SERVED: (CLAIMED, NEW), CLAIMED: ()}
 
     # There may be 30,000 of them.
-    __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "state", "timer",
-                 "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
+    __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "only", "state",
+                 "timer", "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
 
     def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
         self.state, self.timer = NEW, None          # the Timer of a DELAYED one
-        self.address, self.port, self.attempt, self.batch = "", 0, 0, NO_BATCH
+        self.address, self.port, self.attempt, self.batch, self.only = "", 0, 0, NO_BATCH, ANY_WORKER
         self.since = since              # when it began to wait, by our clock
         self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
         self.patience = LINE_SECONDS    # how long it may be silent in the line
@@ -6879,6 +7176,7 @@ class KnownClient(Stateful):
     def announced(self, datagram, address, now):
         """It has announced itself, perhaps from another address than before."""
         self.heard, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
+        self.only = datagram.body.only
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
@@ -7179,8 +7477,8 @@ class Worker:
 
     def rcvd_announce(self, datagram, address):
         client, now = self.clients.find(datagram), time.monotonic()
-        if not datagram.port:
-            return
+        if not datagram.port or datagram.body.only not in (ANY_WORKER, self.id):
+            return                  # nobody can answer it, or another worker alone may
         if client is None:
             client = KnownClient(datagram, now - datagram.body.waited / 1000)
             if not self.clients.add(client):
@@ -7210,7 +7508,8 @@ class Worker:
         if client is None:
             self.clients.move(KnownClient(datagram, time.monotonic()), CLAIMED)
         elif client.state is not CLAIMED:
-            self.pace.claimed(datagram.body.offers)
+            if client.only == ANY_WORKER:
+                self.pace.claimed(datagram.body.offers)
             self.withdraw(client, CLAIMED, "the job is served")
 
     def rcvd_alert(self, datagram, address):

@@ -61,7 +61,7 @@ PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
-FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8)}      # ANNOUNCE's fields
+FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
 PORTS = itertools.count(6600 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
@@ -2084,8 +2084,8 @@ def test_codes_and_names_are_unique():
     (lambda: cexec.make_frame(cexec.AUTH, proof=TOKEN), "0200000000000020" + TOKEN.hex()),
     (lambda: cexec.COMMON.pack(application=b"application"[:8], client="bob", nonce=NONCE),
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
-    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8)),
-     "00000002" + "00000003" + "00000004" + "00" * 8),
+    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8), only=b"worker 1"),
+     "00000002" + "00000003" + "00000004" + "00" * 8 + "776f726b65722031"),
     (lambda: cexec.BUSY.pack(attempt=2, ahead=3, failures=4), "00000002" + "00000003" + "0004"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
@@ -8988,6 +8988,212 @@ def test_a_worker_whose_command_cannot_run_waits_until_it_can(cluster):
     assert one_job() == (6, True)
     assert one_job() == (6, False)
     no_defect(read(worker.log))
+
+
+# ---------------------------------------------------------------------------
+# cexec -A: a job on every worker
+# ---------------------------------------------------------------------------
+
+def every(cluster, *words, options=(), **rest):
+    return cluster.run("cexec", "-A", *options, cluster.pub, *words, **rest)
+
+
+def labels(count):
+    """The names of so many workers of this host, which have one name and one address."""
+    return ["%s[127.0.0.1]#%d" % (socket.gethostname(), number) for number in range(1, count + 1)]
+
+
+def test_names_of_workers():
+    rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
+        "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
+        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1")}.items()}
+    assert cexec.labels_of(rows) == {
+        b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
+        b"f": "10.0.0.5", b"g": "x\\ny"}
+
+
+def test_every_worker_has_one_job(cluster):
+    """With its output a line at a time, each stream where it belongs; no worker hears of another's job more."""
+    command = 'echo "out $PEER_X"; echo err >&2; sleep 0.1; printf "no newline"; exit $PEER_S'
+    workers = [cluster.worker("sh", "-c", command) for _ in range(3)]
+    done = every(cluster, "X=y", "S=0")
+    names = labels(3)
+    assert done.returncode == 0
+    assert sorted(done.stdout.decode().splitlines()) == sorted(
+        line for name in names for line in (name + ": out y", name + ": no newline"))
+    assert sorted(done.stderr.decode().splitlines()) == [name + ": err" for name in names]
+    assert [supervisors(worker) for worker in workers] == [1, 1, 1]
+    assert [read(worker.log).count(b"offers ") for worker in workers] == [1, 1, 1]
+    done = every(cluster, "X=y", "S=3")
+    assert done.returncode == 3 and done.stderr.count(b": exit status 3\n") == 3
+    for worker in workers:
+        no_defect(read(worker.log))
+
+
+def test_every_worker_reads_the_file_from_its_offset(cluster):
+    for _ in range(3):
+        cluster.worker("sh")
+    make_file(cluster, "script", b"nonsense\n" + b"echo one\n" + b"# much\n" * 100000 + b"echo two\n")
+    with open(cluster.path("script"), "rb") as script:
+        script.seek(9)
+        done = every(cluster, stdin=script)
+        assert os.lseek(script.fileno(), 0, os.SEEK_CUR) == 9
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(done.stdout.decode().split("\n")[:-1]) == sorted(
+        "%s: %s" % (name, word) for name in labels(3) for word in ("one", "two"))
+    refusal(every(cluster, input=b"echo x"), 100, "standard input is a pipe or a socket")
+    done = every(cluster, options=["-n"], input=b"echo x")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_exit_status_is_the_largest(cluster):
+    for status in ("0", "kill", "2"):
+        cluster.worker("sh", "-c", "kill -TERM $$" if status == "kill" else "exit " + status)
+    cluster.worker("/no/such/command")
+    done = every(cluster)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert sorted(line.partition(b": ")[2].partition(b": ")[2] for line in done.stderr.splitlines()) == [
+        b"/no/such/command: No such file or directory", b"exit status 2", b"killed by signal 15"]
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["in time", "never"])
+def test_worker_in_use_is_waited_for(cluster, free):
+    """The others are done meanwhile."""
+    command = '[ "$PEER_HOLD" ] && { touch held; until [ -e go ]; do sleep 0.02; done; }; echo $PEER_X; touch done'
+    cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
+    holder = cluster.start_client("HOLD=1")
+    until(lambda: os.path.exists(cluster.path("held")), "the hold")
+    cluster.worker("sh", "-c", "echo $PEER_X; touch done", env={"CONCURRENCY": "1"})
+    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
+        client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdout=out, stderr=err,
+                               env={"CEXEC_TIMEOUT_WAIT": "20" if free else "2"})
+    until(lambda: os.path.exists(cluster.path("done")), "the other's end")
+    if free:
+        make_file(cluster, "go")
+    assert client.wait(PATIENCE) == (0 if free else 111)
+    assert read(cluster.path("out")).count(b": y\n") == (2 if free else 1)
+    said = read(cluster.path("err"))
+    never = rb"cexec: \S+#[12]: no worker was free in \d s \(0 ahead in line\)\n"
+    assert re.fullmatch(b"" if free else never, said)
+    make_file(cluster, "go")
+    assert holder.wait(PATIENCE) == 0
+
+
+def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
+    """And the good one's output is there."""
+    drains = cluster.worker("sh", "-c", "touch held; until [ -e go ]; do sleep 0.02; done", options=["-a"])
+    holder = cluster.start_client("x")
+    until(lambda: os.path.exists(cluster.path("held")), "the hold")
+    drains.terminate()
+    until(lambda: "draining" in survey(cluster).stdout, "the drain")
+    cluster.worker("sh", "-c", 'echo "good $*"', "sh", options=["-a"])
+    cluster.worker("sh", "-c", 'echo half; sleep 0.3; kill -KILL $PPID; sleep 1000', "sh", options=["-a"])
+    cluster.worker("cat")                               # takes no arguments
+    refuses = cluster.worker("cat", options=["-a"])
+    resource.prlimit(refuses.pid, resource.RLIMIT_NOFILE, (100, 100))
+    done = every(cluster, "a", "b", env={"CEXEC_TIMEOUT_WAIT": "2"})
+    assert done.returncode == 111
+    assert sorted(re.sub(rb"^\S+ ", b"", line) for line in done.stdout.splitlines()) == [b"good a b", b"half"]
+    reasons = b"".join(sorted(re.sub(rb"^cexec: \S+: ", b"", line) + b"\n" for line in done.stderr.splitlines()))
+    for part in (b"is draining: it takes no more jobs", b"lost: ", b"; the command may have run", b"takes no arguments",
+                 b"127.0.0.1 refused it: no more than 100 descriptors"):
+        assert part in reasons, reasons
+    assert reasons.count(b"\n") == 4
+    make_file(cluster, "go")
+    assert holder.wait(PATIENCE) == 0
+
+
+def test_interrupt_keeps_what_has_come_and_names_who_is_missing(cluster):
+    workers = [cluster.worker("sh", "-c", command) for command in (
+        "echo quick", "echo begun; printf half; touch half; sleep 1000")]
+    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
+        client = cluster.start("cexec", "-A", cluster.pub, stdout=out, stderr=err)
+    until(lambda: read(cluster.path("out")).count(b"\n") == 2 and os.path.exists(cluster.path("half")), "the lines")
+    time.sleep(0.3)
+    client.send_signal(signal.SIGINT)
+    assert client.wait(PATIENCE) == -signal.SIGINT
+    slow = next(line for line in read(cluster.path("out")).splitlines() if b"begun" in line).partition(b": ")[0]
+    assert read(cluster.path("out")).endswith(slow + b": half\n")
+    assert read(cluster.path("err")) == b"cexec: interrupted: not over on " + slow + b"\n"
+    until(lambda: not any(children_of(worker.pid) for worker in workers), "the end of the commands")
+
+
+def test_lines_of_every_worker_stay_whole(cluster):
+    """Many at once, to a slow reader; long ones too, in bounded memory."""
+    for letter in "abc":
+        command = "seq -f 'X%0999.f' 3000; head -c 3000000 /dev/zero | tr '\\0' X"
+        cluster.worker("sh", "-c", command.replace("X", letter))
+    client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
+    time.sleep(2)
+    got = client.stdout.read()
+    assert client.wait(PATIENCE) == 0
+    lines = [line.partition(b": ")[2] for line in got.splitlines()]
+    for letter in "abc":
+        mine = [line.decode() for line in lines if line.startswith(letter.encode())]
+        assert mine[:3000] == ["%s%0999d" % (letter, number) for number in range(1, 3001)]
+        assert "".join(mine[3000:]) == letter * 3000000
+
+
+def test_an_announcement_for_one_worker_is_nothing_to_others(cluster):
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with Asker(cluster) as asker:
+        asker.say(cexec.ANNOUNCE, attempt=1, only=b"somebody")
+        until(lambda: b"<- ANNOUNCE" in read(worker.log), "the announcement")
+    assert cluster.client(input=b"x").stdout == b"x" and read(worker.log).count(b"offers ") == 1
+
+
+def test_offer_of_another_worker_is_declined(cluster):
+    """Which does not know that it was not meant, as one of another program may not."""
+    worker = cluster.worker("echo", "mine")
+    key, other = cexec.open_key(cluster.key), os.urandom(8)
+    with Ear(group_port(cluster)) as ear:
+        client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        assert announced.body.only not in (bytes(8), other)
+        with contextlib.suppress(OSError), Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+            peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=other, address="127.0.0.1",
+                      host="test")
+            assert peer.next() is None
+        assert client.communicate(timeout=PATIENCE)[0].endswith(b"mine\n") and client.returncode == 0
+    assert supervisors(worker) == 1
+
+
+def test_one_port_is_enough_for_every_worker(cluster):
+    for _ in range(3):
+        cluster.worker("echo", "x")
+    done = every(cluster, env={"CEXEC_LISTEN_PORTS": str(cexec_port())})
+    assert (done.returncode, done.stderr, done.stdout.count(b": x\n")) == (0, b"", 3)
+
+
+def test_every_worker_where_there_is_none(cluster):
+    done = every(cluster)
+    assert done.returncode == 111 and b"no worker answered on" in done.stderr
+
+
+def test_every_worker_of_a_network(hosts):
+    """Hosts of one name are told apart by address."""
+    spaces = hosts.lan("lan", ["client", "one", "two", "three"], "10.77.0")
+    for name in ("one", "two", "three"):
+        hosts.worker("echo", name, space=spaces[name])
+    done = every(hosts, space=spaces["client"])
+    name = socket.gethostname()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(done.stdout.decode().splitlines()) == [
+        "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
+
+
+@HEAVY
+def test_a_hundred_workers_have_one_job_each(cluster):
+    logs = [cluster.path("worker%d" % number) for number in range(100)]
+    for log in logs:
+        with open(log, "wb") as file:
+            cluster.start("cservice", "-v", cluster.key, "echo", "x", env={"CONCURRENCY": "1"}, stderr=file)
+    for log in logs:
+        until(lambda log=log: b"serves" in read(log), log, 120)
+    done = every(cluster, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(done.stdout.decode().splitlines()) == sorted(name + ": x" for name in labels(100))
+    assert sum(read(log).count(b"offers ") for log in logs) <= 110
 
 
 # ---------------------------------------------------------------------------
