@@ -56,7 +56,9 @@ main_cservice, whose -s comes after ckeygen:
     cexec       the search for a worker                                        Terms, Candidate, Search
     cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
     cexec -l    who is there                                                   Survey
-    cexec -m    a batch of files, a job each                                   Task, FileRun, Printer, Batch
+    cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
+    cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
+    cexec -A    a job on every worker                                          HostJob, HostRun, Everywhere
     cexec       the applet: its options and modes
     cservice    the supervisor: the process that has a client's jobs           Command, Supervisor, Supervisors
     cservice    the line and the offers                                        KnownClient, Clients, Offer, Worker
@@ -926,7 +928,7 @@ def handler_of(owner, kind):
 
 # Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
-ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s")   # waited, pause: ms
+ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
@@ -966,6 +968,7 @@ FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, 
 HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
 NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
 NO_BATCH = bytes(8)                                                 # ANNOUNCE's batch: a job of its own
+ANY_WORKER = bytes(8)                                               # ANNOUNCE's only: else a worker's id
 
 # A row of JOB's descriptors: the command's number, its channel, and these flags.
 FLAG_INPUT = 1                      # the client reads it, the command can read it
@@ -3605,7 +3608,7 @@ class Candidate:
             raise ProtocolError("a name that is too long")
         if not is_address(hello.address):       # messages for people and programs contain it
             raise ProtocolError("an impossible address")
-        if hello.nonce != self.search.nonce or hello.worker_id in self.search.avoid:
+        if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
             return self.link.fail("an offer that we do not take")
         unfit = self.search.terms.unfit(hello)
         if unfit:
@@ -3687,11 +3690,12 @@ class Search:
     """Announces a job until a worker has accepted it, then calls patron.begin().
 
     quiet: somebody else tells the person at the terminal what we wait for.
+    only: the id of the one worker that is wanted.
     """
 
-    def __init__(self, loop, group, pub, terms, patron, avoid, quiet):
+    def __init__(self, loop, group, pub, terms, patron, avoid, quiet, only=ANY_WORKER):
         self.loop, self.group, self.pub, self.terms = loop, group, pub, terms
-        self.patron, self.quiet = patron, quiet
+        self.patron, self.quiet, self.only = patron, quiet, only
         self.token = os.urandom(32)
         self.nonce = token_nonce(self.token)
         self.candidates, self.avoid, self.complained = [], avoid, set()
@@ -3735,7 +3739,7 @@ class Search:
         self.tell()
         pause = self.pause()
         ways = self.send(ANNOUNCE, attempt=self.attempt, waited=u32((now - self.began) * 1000),
-                         pause=u32(pause * 1250), batch=self.terms.batch)
+                         pause=u32(pause * 1250), batch=self.terms.batch, only=self.only)
         log.note("ANNOUNCE %s try %d, %d ways", self.nonce.hex()[:8], self.attempt, ways)
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
@@ -3805,6 +3809,9 @@ class Search:
         self.last_busy, self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
         self.tell()
+
+    def may_ask(self, worker_id):
+        return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
 
     def allows(self, address):
         """Whether this worker may do the job."""
@@ -4398,9 +4405,9 @@ class Patron:
         self.avoid = Avoided()
         self.speakers = {family: loop.own(sock) for family, sock in open_speakers().items()}
 
-    def new_search(self, quiet):
+    def new_search(self, quiet, only=ANY_WORKER):
         """A Search, which is to be started."""
-        return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet)
+        return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet, only)
 
     def alert(self, run, event, status, reason):
         """Tells crat how a run has ended."""
@@ -4705,7 +4712,7 @@ def show_workers(survey, as_json):
 
 
 # ---------------------------------------------------------------------------
-# cexec -m: a batch of files, a job each
+# cexec -m: a batch of files or values, a job each
 # ---------------------------------------------------------------------------
 #
 # The first file of a connection is a job like any other.  Then:
@@ -4723,19 +4730,71 @@ def show_workers(survey, as_json):
 # A Task's way: Batch.queue --take--> a search's worker, or one that has just done another --EXIT-->
 # keep: the output gets its name, or waits for its turn on standard output --> over
 
-PLACES = r"\{(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}
+PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ...
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
 IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
+NOT_THERE_MAX = 10                  # a batch stops if so many files, the first, all fail with 126 or 127
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
-def fill_pattern(pattern, name):
-    """The pattern with {} the name, {.} without its extension, {/} its last part, {//} its directory, {/.} both."""
+def fill_pattern(pattern, *inputs, between=" "):
+    """The pattern with {} the inputs, {.} without extensions, {/} their last parts, {//} their directories, {/.} both.
+
+    {2}, {2.} and so on are the second input's, {-1} the last one's; of an input that is not there they are empty.
+    between stands between several inputs.
+    """
     import re
-    values = {"": name, "/": os.path.basename(name), "//": os.path.dirname(name) or "."}
-    values.update({".": re.sub(r"\.[^/.]*$", "", name), "/.": re.sub(r"\.[^/.]*$", "", values["/"])})
-    return re.sub(PLACES, lambda match: values[match.group(1)], pattern)
+    return re.sub(PLACES, lambda match: fill_place(inputs, int(match.group(1) or 0), match.group(2), between), pattern)
+
+
+def fill_place(inputs, number, form, between):
+    """What stands for one place: the input of this number, counted from 1, or from the end; 0: all of them."""
+    if not number:
+        return between.join(formed(form, text) for text in inputs)
+    number = number - 1 if number > 0 else number + len(inputs)
+    return formed(form, inputs[number]) if 0 <= number < len(inputs) else ""
+
+
+def formed(form, text):
+    """An input as parallel(1)'s {}, {.}, {/}, {//} or {/.} has it."""
+    import re
+    if form == "//":
+        return os.path.dirname(text) or "."
+    text = os.path.basename(text) if form.startswith("/") else text
+    return re.sub(r"\.[^/.]*$", "", text) if form.endswith(".") else text
+
+
+def split_words(words):
+    """(the words for the command, lists of inputs): what stands before and behind the first -- or ::: of a batch.
+
+    Several ::: make several lists; -- makes one, which is None if there is no -- either.  Raises Fatal (100).
+    """
+    place = next((place for place, word in enumerate(words) if word in ("--", ":::")), len(words))
+    head, rest = words[:place], words[place:]
+    for word in words:
+        if word in (":::+", "::::", "::::+") or word == ":::" and rest[0] == "--":
+            raise Fatal(EXIT_USAGE, "%s: use either -- before one list, or ::: before each of several" % word)
+    if not rest or rest[0] == "--":
+        return head, [rest[1:]] if rest else None
+    lists = []
+    for word in rest:
+        if word == ":::":
+            lists.append([])
+        else:
+            lists[-1].append(word)
+    return head, lists
+
+
+def batch_inputs(words, zero):
+    """(the words for the command, the inputs of each job, as tuples).  Raises Fatal."""
+    head, lists = split_words(words)
+    if ":::" not in words:
+        return head, [(name,) for name in batch_names(lists[0] if lists else [], zero)]
+    if zero:
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those behind :::")
+    import itertools
+    return head, list(itertools.product(*lists))
 
 
 def batch_names(words, zero):
@@ -4755,40 +4814,47 @@ def batch_names(words, zero):
     return [os.fsdecode(name) for name in names if name]
 
 
-def batch_tasks(terms, names, pattern):
+def batch_tasks(terms, inputs):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
 
-    It must not be another file's output, nor a file of the batch.  What is there already must
+    It must not be another job's output, nor a file of the batch.  What is there already must
     be a regular file.
     """
+    pattern = terms.pattern
     if pattern == "-":
-        return [Task(terms, number, name, None) for number, name in enumerate(names, 1)]
-    tasks, taken, places = [], {}, {}
-    inputs = {place_of(name, places): name for name in names}
-    for number, name in enumerate(names, 1):
-        output = fill_pattern(pattern, name)
+        return [Task(terms, number, given, None) for number, given in enumerate(inputs, 1)]
+    tasks = [Task(terms, number, given, fill_pattern(pattern, *given)) for number, given in enumerate(inputs, 1)]
+    check_outputs(pattern, tasks)
+    check_directories(pattern, tasks)
+    return tasks
+
+
+def check_outputs(pattern, tasks):
+    """Raises Fatal (100) for an output that must not be written."""
+    taken, places = {}, {}
+    files = {place_of(task.file, places): task.file for task in tasks if task.file is not None}
+    for task in tasks:
+        output = task.output
         for written in (place_of(output, places), place_of(part_of(output), places)):
-            if written in inputs:
-                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, inputs[written]))
+            if written in files:
+                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, files[written]))
             if written in taken:
                 raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
-                            % (pattern, taken[written], name, output))
-            taken[written] = name
+                            % (pattern, taken[written], task.name, output))
+            taken[written] = task.name
         if output[-1:] in ("", "/") or not may_be_replaced(output):
             raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
-        tasks.append(Task(terms, number, name, output))
-    return tasks
 
 
 def check_directories(pattern, tasks):
     """Raises Fatal (100) if there is no directory for an output; the Task itself says that its input is missing."""
     known = {"": True}
     for task in tasks:
-        directory = os.path.dirname(task.output or "")
+        directory = os.path.dirname(task.output)
         try:
             if directory not in known:
                 known[directory] = os.path.isdir(directory)
-            if not known[directory] and os.path.exists(task.name):
+            if not known[directory] and (task.file is None or os.path.exists(task.file)):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
             pass                    # the name has a NUL in it: the Task fails in its turn
@@ -4826,18 +4892,32 @@ def part_of(output):
 class BatchTerms(Terms):
     """What the user wants of each file's job."""
 
-    def words_for(self, name):
-        """(variables, arguments) for the file of this name, with {} and its relatives filled in.  Raises OSError."""
-        environment, arguments = ([os.fsencode(fill_pattern(os.fsdecode(word), name)) for word in words]
-                                  for words in (self.environment, self.arguments))
-        environment.append(b"FILE=" + os.fsencode(name))
+    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None):
+        super().__init__(environment, arguments, batch=os.urandom(8))
+        self.pattern = pattern      # -o: where outputs go
+        self.values = values        # -n: the inputs are values, and not files to be read
+        self.errors = errors        # the directory of --errors
+
+    def words_for(self, inputs):
+        """(variables, arguments) of a job, with {} and its relatives filled in.  Raises OSError, ValueError.
+
+        In an argument, several inputs for one {} make several arguments, as in the shell that parallel has.
+        """
+        if "\0" in "".join(inputs):
+            raise ValueError("a null character is in it")
+        environment = [os.fsencode(fill_pattern(os.fsdecode(word), *inputs)) for word in self.environment]
+        environment.append(b"FILE=" + os.fsencode(inputs[0]))
+        arguments = [part for word in self.arguments
+                     for part in os.fsencode(fill_pattern(os.fsdecode(word), *inputs, between="\0")).split(b"\0")]
         if words_size(environment + arguments) > WORDS_MAX:
             raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
         return environment, arguments
 
 
 class Task:
-    """A file of a batch, from its place in the list to its output.
+    """A job of a batch, from its place in the list to its output.
+
+    The first of its inputs is the file that it reads, or with -n a value like the others.
 
     The output is written beside its name, and gets that only when it is whole.  Without a
     name for it (-o -) it goes to an unnamed file, and is copied from there in its turn.
@@ -4845,14 +4925,25 @@ class Task:
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
 
-    def __init__(self, terms, number, name, output):
-        self.terms, self.number, self.name, self.output = terms, number, name, output
-        self.part = output and part_of(output)
+    def __init__(self, terms, number, inputs, output):
+        self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
+        self.file = None if terms.values else inputs[0]
+        self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # of its job: (variables, arguments)
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
         self.done_before = False    # by a batch before this one
+
+    @property
+    def name(self):
+        """For messages and the log."""
+        return " ".join(self.inputs)
+
+    @property
+    def part(self):
+        """The name under which the output is written."""
+        return part_of(self.output)
 
     def job_fields(self):
         environment, arguments = self.words
@@ -4869,12 +4960,13 @@ class Task:
 
     def conclude(self, exit_code, signal=0):
         """It is over."""
-        self.exit_code, self.signal = exit_code, signal
+        self.exit_code, self.signal, self.words = exit_code, signal, None
 
     def is_done(self):
-        """Whether the output is there and no older than the input."""
+        """Whether the output is there and no older than the file that is read."""
         try:
-            self.done_before = os.stat(self.output).st_mtime_ns >= os.stat(self.name).st_mtime_ns
+            made = os.stat(self.output).st_mtime_ns
+            self.done_before = self.file is None or made >= os.stat(self.file).st_mtime_ns
         except (OSError, TypeError, ValueError):
             pass                    # it is not there, it has no name, or an impossible one
         return self.done_before
@@ -4882,17 +4974,25 @@ class Task:
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
-        self.words = self.terms.words_for(self.name)
+        self.words = self.fill_words()
         try:
-            self.stamp = self.state_of_input()
-            if not stat.S_ISREG(self.stamp[0]):
-                raise OSError(errno.EINVAL, "not a regular file")
-            self.input = open(self.name, "rb", 0)
+            self.open_input()
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
-            self.errors = tempfile.TemporaryFile()
+            self.errors = open(self.errors_kept, "w+b", 0) if self.errors_kept else tempfile.TemporaryFile()
         except OSError:
             self.discard()
             raise
+
+    def fill_words(self):
+        """(variables, arguments) of its job.  Raises OSError, ValueError."""
+        return self.terms.words_for(self.inputs)
+
+    def open_input(self):
+        """Opens the file that it reads; a value's job reads nothing.  Raises OSError."""
+        self.stamp = self.state_of_input()
+        if self.stamp and not stat.S_ISREG(self.stamp[0]):
+            raise OSError(errno.EINVAL, "not a regular file")
+        self.input = open(self.file if self.stamp else os.devnull, "rb", 0)
 
     def open_part(self):
         """The file beside the output, empty, and nobody else's.  Raises OSError."""
@@ -4924,7 +5024,9 @@ class Task:
 
     def state_of_input(self):
         """Equal values mean that the name stands for the same file, and that it was not changed.  Raises OSError."""
-        now = os.stat(self.name)
+        if self.file is None:
+            return None
+        now = os.stat(self.file)
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def keep(self):
@@ -4933,7 +5035,7 @@ class Task:
         A later batch takes a file with that name as done: it must be whole, and of this input.
         """
         if self.state_of_input() != self.stamp:
-            raise OSError(errno.EBUSY, "changed while it was read", self.name)
+            raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
             name_part(self.result, self.part, self.output)
 
@@ -5053,10 +5155,11 @@ class FileRun(RemoteJob):
 
 
 class Printer:
-    """cexec -m -o -: prints the outputs on standard output, in the order of the files."""
+    """cexec -m -o -, cexec -b: prints the outputs on standard output, in the order of the jobs."""
 
-    def __init__(self, batch):
+    def __init__(self, batch, tasks):
         self.batch, self.loop = batch, batch.loop
+        self.line = collections.deque(tasks)        # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
         self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
 
@@ -5066,10 +5169,10 @@ class Printer:
 
     def refresh(self):
         """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
-        tasks = self.batch.tasks
-        while not self.task and self.count < len(tasks) and tasks[self.count].exit_code is not None:
-            task = tasks[self.count]
+        while not self.task and self.line and self.line[0].exit_code is not None:
+            task = self.line[0]
             if task.exit_code:
+                self.line.popleft()
                 self.count += 1
             else:
                 self.task = task
@@ -5093,10 +5196,29 @@ class Printer:
 
     def printed(self):
         self.loop.on_write(self.end.polled, None)
-        self.task.close()
+        self.line.popleft().close()
         self.task, self.count = None, self.count + 1
         self.refresh()
         self.batch.fill()
+
+
+class Halt:
+    """When a batch stops before its end: after so many failures (--halt), or because its command is not there."""
+
+    def __init__(self, limit):
+        self.limit = limit          # failures; None if only a command that is not there stops it
+        self.over = self.failures = self.not_there = 0
+
+    def reason(self, exit_code):
+        """Counts a file that is over; why the batch stops now, or None."""
+        self.over += 1
+        self.failures += exit_code != 0
+        self.not_there += exit_code in (EXIT_CANNOT_RUN, EXIT_NOT_FOUND)
+        if self.limit:
+            return "stopped after %d failures (--halt)" % self.limit if self.failures == self.limit else None
+        if self.not_there == self.over == NOT_THERE_MAX:
+            return "stopped: the first %d failed with 126 or 127, the command is not there (--halt N)" % self.over
+        return None
 
 
 class Batch(Patron):
@@ -5106,14 +5228,16 @@ class Batch(Patron):
     Two searches at a time, or fewer if -j leaves no more, find workers besides.
     """
 
-    def __init__(self, pub, group, terms, tasks, jobs, joblog, force):
+    def __init__(self, pub, group, terms, tasks, jobs, joblog, force, halt):
         super().__init__(pub, group, terms, Loop())
         self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
         self.force = force          # whether -f was given: what was done before is done as well
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
-        self.printer = Printer(self) if tasks[0].output is None else None
+        self.before = len(tasks) - len(self.queue)  # done by batches before this one
+        self.halt, self.halted = halt, None         # a Halt; why nothing more is begun
+        self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
         self.directories = set()    # those with new outputs, whose names may not be on the disk yet
 
@@ -5133,11 +5257,17 @@ class Batch(Patron):
         if self.watched:
             log.say("%d done, %d failed, after %s"
                     % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
+        if self.halted:
+            log.say("%s; %s" % (self.halted, self.summary()))
+        return self.exit_code()
+
+    def exit_code(self):
         return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
 
     def is_busy(self):
         printing = self.printer and self.printer.task
-        return self.queue or self.runs or printing or any(search.asked for search in self.searches)
+        waiting = self.queue and not self.halted
+        return waiting or self.runs or printing or any(search.asked for search in self.searches)
 
     def make_durable(self):
         """Makes the names of all outputs durable, each directory once.
@@ -5168,7 +5298,7 @@ class Batch(Patron):
 
     def ready(self):
         """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
-        if self.queue and self.printer and not self.printer.has_room(self.queue[0]):
+        if self.halted or self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
 
@@ -5214,7 +5344,9 @@ class Batch(Patron):
     def ended(self, run):
         """EXIT: the file is done, or has failed, and the worker may take the next."""
         self.runs.remove(run)
-        self.go_on(run)             # first, so that the worker is busy while this output gets to the disk
+        success = run.exit.status == 0 and not run.trouble
+        if success:
+            self.go_on(run)         # first, so that the worker is busy while this output gets to the disk
         task, code = run.job, run.exit.status
         if run.exit.how == HOW_SIGNALLED and not run.trouble:
             reason = "killed by signal %d" % code
@@ -5224,6 +5356,8 @@ class Batch(Patron):
             code, reason = (EXIT_TEMPORARY, run.trouble) if run.trouble else self.keep(task, code, run.exit.reason)
             self.alert(run, ALERT_EXITED, code, reason)
             self.over(task, code, reason, run)
+        if not success:
+            self.go_on(run)         # last: after this failure the batch may stop
         self.fill()
 
     def keep(self, task, code, reason):
@@ -5268,8 +5402,7 @@ class Batch(Patron):
         """A file is done or has failed: says so, logs it, prints what is next in order."""
         task.conclude(exit_code, signal)
         self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
-        if exit_code:
-            self.tell_failure(task, exit_code, reason)
+        self.tell(task, reason)
         if self.joblog:
             self.log_job(task, run)
         if exit_code:
@@ -5280,14 +5413,29 @@ class Batch(Patron):
             task.close("input", "errors")
         if self.printer:
             self.printer.refresh()
+        self.stop_early(self.halt.reason(exit_code))
 
-    def tell_failure(self, task, exit_code, reason):
+    def stop_early(self, reason):
+        """Begins nothing more, if there is a reason; what runs goes on to its end."""
+        if reason and self.queue and not self.halted:
+            self.halted = reason
+            for search in list(self.searches):
+                self.end_search(search)
+
+    def tell(self, task, reason):
+        """Says why a file failed, and what its command said on standard error, also of a success."""
+        said = task.errors and os.fstat(task.errors.fileno()).st_size
+        if not task.exit_code and (task.errors_kept or not said):
+            return
+        text = reason or "exit status %d" % task.exit_code if task.exit_code else "done, and said:"
         log.status("")
-        log.say("%s: %s" % (task.name, reason or "exit status %d" % exit_code))
-        if task.errors:
+        log.say("%s: %s%s" % (task.name, text, " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
+        if said and not task.errors_kept:
             task.errors.seek(0)
             for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
-                log.copy(part)      # what the command said
+                log.copy(part)
+            if log.midline:
+                log.write("\n")
 
     def log_job(self, task, run):
         """A line as parallel's --joblog has it."""
@@ -5303,11 +5451,11 @@ class Batch(Patron):
 
     def summary(self):
         """How much is done, and how the rest can be."""
-        todo = sum(task.exit_code != 0 and not task.done_before for task in self.tasks)
-        again = "" if self.tasks[0].output is None else "; the same command again does the rest"
+        again = "" if self.printer else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
-        return "%d of %d files are done%s" % (len(self.tasks) - todo, len(self.tasks), again)
+        what = "jobs" if self.terms.values else "files"
+        return "%d of %d %s are done%s" % (self.done + self.before, len(self.tasks), what, again)
 
     def stop(self):
         """Leaves: nothing runs on, nothing half-written stays."""
@@ -5315,10 +5463,14 @@ class Batch(Patron):
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
-            run.detach()
-            run.link.close()
-            run.job.discard()
+            self.leave(run)
         self.runs = []
+
+    def leave(self, run):
+        """Ends a run, and its command with it."""
+        run.detach()
+        run.link.close()
+        run.job.discard()
 
     def interrupted(self, number):
         self.stop()
@@ -5333,8 +5485,8 @@ class Batch(Patron):
         seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
         over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
-        done = sum(task.exit_code == 0 or task.done_before for task in self.tasks)
-        text = "%d/%d done, %d running, %d failed" % (done, len(self.tasks), len(self.runs), self.failures)
+        text = "%d/%d done, %d running, %d failed" % (
+            self.done + self.before, len(self.tasks), len(self.runs), self.failures)
         if over:
             text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
         if not self.runs:
@@ -5360,20 +5512,560 @@ def files_at_once():
 
 def main_batch(pub, group, words, options):
     """Does a batch; its exit code."""
-    place = words.index("--") if "--" in words else len(words)
-    words, files = words[:place], words[place + 1:]
-    pattern = options.output or "{}.out"
-    names = batch_names(files, options.zero)
-    terms = BatchTerms(*parse_words(words), batch=os.urandom(8))
-    tasks = batch_tasks(terms, names, pattern)
-    check_directories(pattern, tasks)
-    joblog = open_joblog(options.joblog) if options.joblog else None
+    pattern = options.output
+    if pattern is None:
+        pattern = "-" if options.values else "{}.out"
+    words, inputs = batch_inputs(words, options.zero)
+    terms = BatchTerms(*parse_words(words), pattern, options.values, options.errors)
+    tasks = batch_tasks(terms, inputs)
     todo = [task for task in tasks if options.force or not task.is_done()]
-    log.note("%d files, %d of them are done already", len(tasks), len(tasks) - len(todo))
+    log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
+    if options.dry_run:
+        return show_tasks(options.words[0], todo)
+    joblog = open_joblog(options.joblog) if options.joblog else None
+    if options.errors:
+        make_directory(options.errors)
     if not todo:
         return 0
     jobs = min(options.jobs or MEMORY, files_at_once())
-    return Batch(pub, group, terms, tasks, jobs, joblog, options.force).work()
+    return Batch(pub, group, terms, tasks, jobs, joblog, options.force, Halt(options.halt)).work()
+
+
+def make_directory(path):
+    """The directory of --errors.  Raises Fatal (111)."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "--errors %s: %s" % (path, error.strerror)) from None
+
+
+def show_tasks(path, tasks):
+    """--dry-run: prints what would be done, for each Task a command of the shell that does the same."""
+    import shlex
+    for task in tasks:
+        try:
+            environment, arguments = task.fill_words()
+        except (OSError, ValueError) as error:
+            raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_of_task(error, task.name))) from None
+        words = [b"cexec"] + [b"-n"] * task.terms.values + [os.fsencode(path), *environment]
+        words += [b"--"] * bool(arguments) + arguments
+        line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
+        ends = [("<", task.file), (">", task.output), ("2>", task.errors_kept)]
+        line += "".join(" %s %s" % (sign, shlex.quote(name)) for sign, name in ends if name)
+        print_out(os.fsencode(line) + b"\n")
+    return 0
+
+
+# ---------------------------------------------------------------------------
+# cexec -b: standard input in blocks, a job each
+# ---------------------------------------------------------------------------
+#
+#   standard input --Splitter--> Blocks --Batch.queue, as with -m--> outputs --Printer--> standard output
+#
+# A Block holds its bytes until its output is whole.  Nothing is read while as many blocks are
+# held, or wait to be printed, as workers have taken at a time so far, and two more: the next
+# one for a worker, and the one that is being filled.
+
+class Block(Task):
+    """Lines of standard input, from this offset on, in an unnamed file: the input of a job, which may be done again."""
+
+    def __init__(self, terms, number, offset):
+        import tempfile
+        super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
+        self.file = None
+        self.data = tempfile.TemporaryFile(buffering=0)
+        self.size = self.whole = 0                  # bytes; how many of them are whole lines
+
+    def fill_words(self):
+        return self.terms.environment, self.terms.arguments
+
+    def open_input(self):
+        self.stamp = None
+        self.data.seek(0)
+        self.input = open(os.dup(self.data.fileno()), "rb", 0)
+
+    def conclude(self, exit_code, signal=0):
+        super().conclude(exit_code, signal)
+        self.data.close()
+
+    def add(self, view):
+        """Appends bytes.  Raises OSError."""
+        newline = bytes(view).rfind(b"\n")
+        if newline >= 0:
+            self.whole = self.size + newline + 1
+        self.size += len(view)
+        while view:
+            view = view[self.data.write(view):]
+
+    def rest(self):
+        """Yields what is behind the last whole line, in pieces, and then leaves it off.  Raises OSError."""
+        self.data.seek(self.whole)
+        yield from iter(lambda: self.data.read(FRAME_MAX), b"")
+        self.data.truncate(self.whole)
+        self.size = self.whole
+
+
+class Splitter:
+    """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: the most whole lines of so many bytes.
+
+    A line that is longer is a block of its own.  give(a Block) gets each when it is full, or the
+    input ends; may_read() tells whether there is room for another.
+    """
+
+    def __init__(self, loop, terms, size, may_read, give):
+        self.loop, self.terms, self.size, self.may_read, self.give = loop, terms, size, may_read, give
+        item = Inherited(0)
+        # A regular file is read at its common offset: whoever reads it after us goes on there.
+        self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
+        self.buffer = memoryview(bytearray(PIPE_SIZE))
+        self.block, self.count, self.ended = None, 0, False
+        self.offset = 0             # in the input, where the next block begins
+        self.paused = False         # while the terminal's foreground is another's
+
+    def refresh(self):
+        """Waits for input exactly when there is room for it."""
+        wanted = not self.ended and not self.paused and self.may_read()
+        self.loop.on_read(self.end.polled, self.readable if wanted else None)
+
+    def resume(self):
+        self.paused = False
+        self.refresh()
+
+    def stop(self):
+        """Reads nothing more; what is there of the next block is dropped."""
+        self.ended, self.block = True, None
+        self.loop.on_read(self.end.polled, None)
+
+    def readable(self):
+        """Raises Fatal (111)."""
+        if not self.end.may_read():
+            self.paused = True
+            self.loop.after(1.0, self.resume)
+            return self.refresh()
+        try:
+            count = self.end.read_into(self.buffer[:self.room()])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
+        try:
+            self.take(self.buffer[:count]) if count else self.finish()
+        except OSError as error:
+            import tempfile
+            raise Fatal(EXIT_TEMPORARY, "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror)) from None
+        self.refresh()
+
+    def room(self):
+        """How much to read: no more than is missing to a block, or as much again while a line is longer than one."""
+        filled = self.block.size if self.block else 0
+        return min(len(self.buffer), self.size - filled if filled < self.size else self.size)
+
+    def take(self, view):
+        self.block = self.block or self.new_block()
+        if self.block.size >= self.size:            # a line that is longer: the block ends with it
+            newline = bytes(view).find(b"\n") + 1
+            self.block.add(view[:newline or len(view)])
+            view = view[newline or len(view):]
+        else:
+            self.block.add(view)
+            view = view[:0]
+        if self.block.size >= self.size and self.block.whole:
+            self.cut(view)
+
+    def cut(self, view):
+        """Ends a block at its last whole line; what is behind that, and view, begin the next."""
+        full, self.block = self.block, None
+        self.offset += full.whole
+        if full.size > full.whole or view:
+            self.block = self.new_block()
+            for piece in full.rest():
+                self.block.add(piece)
+            self.give(full)
+            if view:
+                self.take(view)
+        else:
+            self.give(full)
+
+    def new_block(self):
+        self.count += 1
+        return Block(self.terms, self.count, self.offset)
+
+    def finish(self):
+        """The end of the input."""
+        last = self.block
+        self.stop()
+        if last:
+            self.give(last)
+
+
+class BlockBatch(Batch):
+    """cexec -b.  The first block that fails ends the output: those before it are still done, those behind are not."""
+
+    def __init__(self, pub, group, terms, size, jobs, joblog):
+        super().__init__(pub, group, terms, [], jobs, joblog, False, Halt(float("inf")))
+        self.taken = 0              # the most blocks that workers had at a time
+        self.broken = None          # the first Block that has failed
+        self.splitter = Splitter(self.loop, terms, size, self.may_read, self.add)
+
+    def may_read(self):
+        """Whether one more block may be held besides those that wait to be printed, at a worker or not."""
+        return len(self.printer.line) < self.taken + 2
+
+    def add(self, block):
+        self.queue.append(block)
+        self.printer.line.append(block)
+        self.fill()
+
+    def fill(self):
+        self.taken = max(self.taken, len(self.runs))
+        super().fill()
+        self.splitter.refresh()
+
+    def is_busy(self):
+        return not self.splitter.ended or self.printer.line or super().is_busy()
+
+    def over(self, block, exit_code, reason, run=None, signal=0):
+        if exit_code:               # first, or the printer would go on behind this block
+            self.broken = block
+            self.drop_rest(block.number)
+        super().over(block, exit_code, reason, run, signal)
+
+    def drop_rest(self, first):
+        """Forgets the blocks behind this one, which has failed: there is none that failed before it."""
+        self.splitter.stop()
+        for run in [run for run in self.runs if run.job.number > first]:
+            self.runs.remove(run)
+            self.leave(run)
+        for search in list(self.searches):
+            self.end_search(search)
+        self.queue = collections.deque(block for block in self.queue if block.number < first)
+        while self.printer.line and self.printer.line[-1].number > first:
+            self.printer.line.pop().discard()
+        self.printer.line.pop()
+
+    def put_back(self, block):
+        super().put_back(block)
+        if self.broken and block.number > self.broken.number:
+            self.queue.popleft()
+
+    def exit_code(self):
+        if not self.broken:
+            return 0
+        log.say("the output ends before %s" % self.broken.name)
+        return self.broken.exit_code
+
+    def summary(self):
+        return "the output of %d blocks was printed" % self.printer.count
+
+    def progress(self):
+        return "%d blocks done, %d running, %d printed" % (self.done, len(self.runs), self.printer.count)
+
+
+SIZES = {"": 1, "k": 1000, "m": 1000 ** 2, "g": 1000 ** 3, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_size(text):
+    """Bytes: 1000000, 64M, 1m, with parallel's letters: K, M, G are powers of 1024, k, m, g of 1000.  Raises Fatal."""
+    digits, letter = (text[:-1], text[-1:]) if text[-1:] in SIZES else (text, "")
+    if not digits.isdecimal() or not 0 < whole(digits) * SIZES[letter] <= 1 << 40:
+        raise Fatal(EXIT_USAGE, "-b %s: not a size as in 64M (K, M, G; a TiB at most)" % text)
+    return whole(digits) * SIZES[letter]
+
+
+def main_blocks(pub, group, words, options):
+    """Does standard input in blocks; the exit code."""
+    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
+    joblog = open_joblog(options.joblog) if options.joblog else None
+    if options.errors:
+        make_directory(options.errors)
+    jobs = min(options.jobs or MEMORY, files_at_once())
+    return BlockBatch(pub, group, terms, size, jobs, joblog).work()
+
+
+# ---------------------------------------------------------------------------
+# cexec -A: a job on every worker
+# ---------------------------------------------------------------------------
+#
+#   Survey (as -l) --a HostJob for each worker--> waiting --Search for that worker only--> runs --> over
+#
+# A worker that is busy has the search in its line, like any other client.
+
+LINE_MAX = 1024 * 1024              # bytes of a line that are held until its end comes
+
+
+class EveryTerms(Terms):
+    """What the user wants of the job on every worker: a worker in use is waited for, but not for ever."""
+
+    def __init__(self, environment, arguments=()):
+        super().__init__(environment, arguments)
+        self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 60, 0, 10 ** 9)
+
+
+class HostJob:
+    """One worker's job of cexec -A."""
+
+    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
+    losses = 0
+
+    def __init__(self, terms, worker_id, label):
+        self.terms, self.worker_id, self.label = terms, worker_id, label
+        self.exit_code = None       # once it is over
+
+    def job_fields(self):
+        return dict(self.terms.job_fields(), descriptors=self.ROWS)
+
+    def objection(self, run):
+        """Why it is not done again when its worker is lost: nobody has asked for that."""
+        return ""
+
+    def conclude(self, exit_code):
+        self.exit_code = exit_code
+
+
+def labels_of(workers):
+    """{worker_id: its name}: its host's name, with the address if others have that name, and a number if need be."""
+    names = {worker_id: printable(row["host"] or row["address"]) for worker_id, row in workers.items()}
+    long_names = {worker_id: "%s[%s]" % (name, workers[worker_id]["address"]) for worker_id, name in names.items()}
+    short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
+    labels, numbers = {}, collections.Counter()
+    for worker_id in sorted(names):
+        label = names[worker_id] if short[names[worker_id]] == 1 else long_names[worker_id]
+        numbers[label] += 1
+        labels[worker_id] = label if long[label] < 2 else "%s#%d" % (label, numbers[label])
+    return labels
+
+
+class LineWriter:
+    """Standard output or error, to which the lines of many jobs go, each line whole."""
+
+    def __init__(self, loop, number):
+        self.loop, self.number = loop, number
+        self.end, self.pending = local_end([Inherited(number)], ["write"], 3), bytearray()
+
+    def is_full(self):
+        return len(self.pending) >= FRAME_MAX
+
+    def add(self, data):
+        self.pending += data
+        self.loop.on_write(self.end.polled, self.writable)
+
+    def writable(self):
+        """Writes as much as is taken now: the reader may be slow.  Raises Fatal (111), BrokenPipeError."""
+        count = 0
+        with memoryview(self.pending) as pending, pending[:FRAME_MAX] as view:
+            try:
+                count = self.end.write(view)
+            except (BlockingIOError, InterruptedError):
+                pass
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise Fatal(EXIT_TEMPORARY, "%s: %s" % (STANDARD[self.number], error.strerror)) from None
+        del self.pending[:count]
+        if not self.pending:
+            self.loop.on_write(self.end.polled, None)
+        return count
+
+    def drain(self):
+        """Writes what is left, as long as it is taken."""
+        while self.pending and self.writable():
+            pass
+
+
+class LineEnd(End):
+    """Where one of a job's outputs goes: to a LineWriter, by lines, each with the worker's name before it."""
+
+    def __init__(self, writer, label, polled):
+        super().__init__(polled, polled, self.finish, ["write"])
+        self.writer, self.label, self.line = writer, os.fsencode(label) + b": ", b""
+
+    def write(self, view):
+        if self.writer.is_full():
+            raise BlockingIOError
+        self.add(view)
+        return len(view)
+
+    def add(self, data):
+        *lines, self.line = (self.line + data).split(b"\n")
+        if len(self.line) > LINE_MAX:
+            lines, self.line = [*lines, self.line], b""
+        if lines:
+            self.writer.add(b"".join(self.label + line + b"\n" for line in lines))
+
+    def finish(self):
+        """What has no newline at its end is a line too."""
+        if self.line:
+            self.add(b"\n")
+
+
+class HostRun(RemoteJob):
+    """A HostJob after GO.  Its Ends have descriptors of their own to wait for: the Loop knows one caller for each."""
+
+    def __init__(self, patron, link, hello, job):
+        super().__init__(patron, link, hello, job)
+        self.copies = [lifted(patron.input, 3), *(lifted(number, 3) for number in (1, 2))]
+        self.carry(0, FileEnd(self.copies[0], patron.offset))
+        for number in (1, 2):
+            self.carry(number, LineEnd(patron.writers[number], job.label, self.copies[number]))
+        self.refresh()
+
+    def exited(self, rows):
+        self.link.close()           # the worker closes it too, which is no loss while the lines wait for a slow reader
+        self.stream_ended()
+
+    def stream_ended(self):
+        """The job is over after EXIT, when every output has been taken here."""
+        if self.exit and self.copies and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+            self.patron.ended(self)
+
+    def detach(self):
+        self.send_no_more()
+        for sink in self.sinks.values():
+            sink.end.add(sink.queue)            # what has come of a job that is lost
+            sink.end.finish()
+        for fd in self.copies:
+            self.loop.forget(fd)
+            os.close(fd)
+        self.copies = []
+        self.link.close()
+
+    def local_error(self, channel, error):
+        self.trouble = self.trouble or "standard input: %s" % error.strerror
+
+    def rcvd_linger(self, flags, channel, payload):
+        self.patron.say(self.job, "the command has ended, and a process that it left behind holds its output")
+
+    def link_lost(self, link, reason, violation):
+        self.patron.lost(self, reason)
+
+
+class Everywhere(Patron):
+    """cexec -A: one job on each worker that is there, all at once, each on its own."""
+
+    def __init__(self, pub, group, terms, loop, workers, source):
+        super().__init__(pub, group, terms, loop)
+        self.input, self.offset = source        # what each job reads, from where
+        labels = labels_of(workers)
+        self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
+        self.waiting = collections.deque()      # HostJobs for which no search has begun
+        self.searches, self.runs = {}, []       # a Search: its HostJob
+        one = os.path.samestat(os.fstat(1), os.fstat(2))
+        out = LineWriter(loop, 1)
+        self.writers = {1: out, 2: out if one else LineWriter(loop, 2)}
+        for job in self.jobs:
+            if workers[job.worker_id]["state"] == "serving":
+                self.waiting.append(job)
+            else:
+                self.over(job, EXIT_TEMPORARY, "is draining: it takes no more jobs")
+
+    def work(self):
+        """Does all of it; the largest exit code.  Raises Fatal (111)."""
+        self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
+        self.fill()
+        started_up()
+        while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
+            self.loop.turn()
+        return max(job.exit_code for job in self.jobs)
+
+    def fill(self):
+        """Begins a search for each job, as long as there are ports for them."""
+        while self.waiting:
+            try:
+                search = self.new_search(True, self.waiting[0].worker_id)
+            except Fatal:           # CEXEC_LISTEN_PORTS has few: one ends some time
+                if not self.searches:
+                    raise
+                return
+            self.searches[search] = self.waiting.popleft()
+            search.start()
+
+    # What a Search asks of its patron
+
+    def next_job(self, search):
+        return self.searches[search]
+
+    def put_back(self, job):
+        pass                        # the search goes on, with the same job
+
+    def begin(self, search, candidate, job):
+        del self.searches[search]
+        self.runs.append(HostRun(self, candidate.link, candidate.hello, job))
+        self.fill()
+
+    def not_found(self, search, message, code):
+        job = self.searches.pop(search)
+        search.end()
+        self.over(job, code, message)
+        self.fill()
+
+    # The end of a run
+
+    def ended(self, run):
+        self.runs.remove(run)
+        run.detach()
+        code, reason = run.exit.status, run.exit.reason
+        if run.trouble:
+            code, reason = EXIT_TEMPORARY, run.trouble
+        elif run.exit.how == HOW_SIGNALLED:
+            self.alert(run, ALERT_SIGNALLED, code, "")
+            return self.over(run.job, EXIT_SIGNAL + code, "killed by signal %d" % code)
+        self.alert(run, ALERT_EXITED, code, reason)
+        self.over(run.job, code, reason or "exit status %d" % code)
+
+    def failed(self, run, reason, objection):
+        self.runs.remove(run)
+        run.detach()
+        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s; the command may have run" % (run.worker, reason))
+
+    def over(self, job, exit_code, reason):
+        job.conclude(exit_code)
+        if exit_code:
+            self.say(job, reason)
+
+    # The person who waits
+
+    def say(self, job, text):
+        """A line of ours, in its turn."""
+        line = "%s: %s: %s\n" % (log.applet, job.label, printable(text))
+        self.writers[2].add(line.encode("utf-8", "backslashreplace"))
+
+    def interrupted(self, number):
+        """Keeps what has come, and names who is missing; the links close, and the workers end the commands."""
+        missing = [job.label for job in self.jobs if job.exit_code is None]
+        for run in self.runs:
+            run.detach()
+        for writer in self.writers.values():
+            writer.drain()
+        log.say("interrupted: not over on " + ", ".join(missing))
+        for search in self.searches:
+            search.end()
+        die_of(number)
+
+
+def input_for_all(empty):
+    """(descriptor, offset) of what each job reads.  Raises Fatal (100)."""
+    item = Inherited(0)
+    if item.kind == FILE and not empty:
+        return 0, os.lseek(0, 0, os.SEEK_CUR)
+    if item.kind in (PIPE, SOCKET) and not empty:
+        raise Fatal(EXIT_USAGE, "-A: standard input is a pipe or a socket, which only one job can read: give a regular "
+                                "file, or nothing (-n)")
+    return os.open(os.devnull, os.O_RDONLY), 0
+
+
+def main_everywhere(pub, group, words, options):
+    """Runs a job on every worker; the exit code."""
+    terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
+    files_at_once()
+    survey = Survey(group, pub, terms.ports, Loop())
+    survey.begin(survey.loop.stop)
+    survey.loop.run()
+    survey.close()
+    for line in survey.troubles():
+        log.say(line)
+    if not survey.workers:
+        return EXIT_TEMPORARY
+    return Everywhere(pub, group, terms, survey.loop, survey.workers, source).work()
 
 
 # ---------------------------------------------------------------------------
@@ -5382,7 +6074,8 @@ def main_batch(pub, group, words, options):
 
 CEXEC = Syntax(
     "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
-              "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] -- FILE ..."},
+              "-A": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-b": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]",
+              "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] {-- FILE ... | ::: INPUT ... [::: INPUT ...]}"},
     """Run an application's command on the least loaded worker, with the descriptors of
 this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.  ARGUMENTs are
 arguments of the command, if its worker takes any (cservice -a).
@@ -5391,22 +6084,29 @@ exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could 
 be run; 111 if cexec failed (try again); 100 for a usage error
 """,
     Option("-l", "", "list", "list the workers; if there are none, say why"),
-    Option("-m", "", "batch", "run one job for each FILE, which is its standard input"),
+    Option("-m", "", "batch", "run one job for each FILE, which is its standard input, or each set of INPUTs"),
+    Option("-A", "", "everywhere", "run one job on every worker; each line of output begins with HOST:"),
+    Option("-b", "SIZE", "blocks", "cut standard input into blocks of whole lines, and run one job for each"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
     Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
     Option("-t", "", "terminal", "give the command a terminal, as ssh -t does", "-"),
     Option("-j --json", "", "json", "print JSON", "-l"),
+    Option("-n", "", "no_input", "give the commands an empty input", "-A"),
     Option("-0", "", "zero", "read the names of the files from standard input; each ends with a NUL", "-m"),
     Option("-f", "", "force", "do all files, also those that are done already", "-m"),
-    Option("-j", "N", "jobs", "run at most N jobs at a time", "-m"),
+    Option("-j", "N", "jobs", "run at most N jobs at a time", "-m -b"),
+    Option("-n", "", "values", "the inputs are values, and not files to be read", "-m"),
     Option("-o", "PATTERN", "output",
-           "write outputs to files named with {} {.} {/} {//} {/.}; - is standard output, in order", "-m"),
-    Option("--log", "FILE", "joblog", "append a line for each file, as parallel does", "-m"))
+           "write outputs to files named with {} {.} {/} {//} {/.} {1} {2.} ...; - is standard output, in order", "-m"),
+    Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
+    Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m -b"),
+    Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
+    Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"))
 
 
 def main_cexec(argv):
-    """Does what one of the three modes says; its exit code."""
+    """Does what one of the modes says; its exit code."""
     options = CEXEC.read(argv)
     if not options.words:
         raise CEXEC.error("no public key is named", options.mode)
@@ -5417,10 +6117,16 @@ def main_cexec(argv):
         fill_standard()
         return list_workers(Group(), open_pub(path), listen_ports(), options.json)
     if options.batch:
-        if "--" not in words and not options.zero:
+        if not {"--", ":::"} & set(words) and not options.zero:
             raise CEXEC.error("no files are named (-- FILE ..., or -- - for a list on standard input)", options.mode)
         fill_standard()
         return main_batch(open_pub(path), Group(), words, options)
+    if options.everywhere:
+        fill_standard()
+        return main_everywhere(open_pub(path), Group(), words, options)
+    if options.blocks is not None:
+        fill_standard()
+        return main_blocks(open_pub(path), Group(), words, options)
     return main_single(path, words, options)
 
 
@@ -6441,14 +7147,14 @@ class KnownClient(Stateful):
            BACKING_OFF: (DELAYED, QUEUED, CLAIMED), SERVED: (CLAIMED, NEW), CLAIMED: ()}
 
     # There may be 30,000 of them.
-    __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "state", "timer",
-                 "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
+    __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "only", "state",
+                 "timer", "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
 
     def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
         self.state, self.timer = NEW, None          # the Timer of a DELAYED one
-        self.address, self.port, self.attempt, self.batch = "", 0, 0, NO_BATCH
+        self.address, self.port, self.attempt, self.batch, self.only = "", 0, 0, NO_BATCH, ANY_WORKER
         self.since = since              # when it began to wait, by our clock
         self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
         self.patience = LINE_SECONDS    # how long it may be silent in the line
@@ -6470,6 +7176,7 @@ class KnownClient(Stateful):
     def announced(self, datagram, address, now):
         """It has announced itself, perhaps from another address than before."""
         self.heard, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
+        self.only = datagram.body.only
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
@@ -6770,8 +7477,8 @@ class Worker:
 
     def rcvd_announce(self, datagram, address):
         client, now = self.clients.find(datagram), time.monotonic()
-        if not datagram.port:
-            return
+        if not datagram.port or datagram.body.only not in (ANY_WORKER, self.id):
+            return                  # nobody can answer it, or another worker alone may
         if client is None:
             client = KnownClient(datagram, now - datagram.body.waited / 1000)
             if not self.clients.add(client):
@@ -6801,7 +7508,8 @@ class Worker:
         if client is None:
             self.clients.move(KnownClient(datagram, time.monotonic()), CLAIMED)
         elif client.state is not CLAIMED:
-            self.pace.claimed(datagram.body.offers)
+            if client.only == ANY_WORKER:
+                self.pace.claimed(datagram.body.offers)
             self.withdraw(client, CLAIMED, "the job is served")
 
     def rcvd_alert(self, datagram, address):

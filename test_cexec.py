@@ -61,7 +61,7 @@ PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
     BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
-FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8)}      # ANNOUNCE's fields
+FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
 PORTS = itertools.count(6600 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
@@ -1777,7 +1777,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
 @pytest.mark.parametrize("syntax, line, message, usage", [
     (cexec.CEXEC, "-z app", "no such option: -z", "cexec [-h"),
     (cexec.CEXEC, "-rz app", "no such option: -z", "cexec [-h"),
-    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fv] [-j N] [-o PATTERN] [--log FILE] APP.pub"),
+    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-j N] [-o PATTERN] "),
     (cexec.CEXEC, "-l --jsons app", "no such option: --jsons", "cexec -l [-jv] APP.pub"),
     (cexec.CEXEC, "-nx7 app", "no such option: -x", "cexec [-h"),
     (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r", "cexec [-h"),
@@ -1786,7 +1786,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
     (cexec.CEXEC, "-l -n app", "-n does not go with -l", "cexec -l"),
     (cexec.CEXEC, "-mt app", "-t does not go with -m", "cexec -m"),
     (cexec.CEXEC, "-o x app", "-o is for -m", "cexec [-h"),
-    (cexec.CEXEC, "-j app", "-j is for -l and -m", "cexec [-h"),
+    (cexec.CEXEC, "-j app", "-j is for -l and -m and -b", "cexec [-h"),
     (cexec.CEXEC, "-lj 4 app", "-j takes no number with -l", "cexec -l"),
     (cexec.CEXEC, "-mj app", "-j needs N", "cexec -m"),
     (cexec.CEXEC, "-m -j0 app", "-j needs a number from 1, and not 0", "cexec -m"),
@@ -2084,8 +2084,8 @@ def test_codes_and_names_are_unique():
     (lambda: cexec.make_frame(cexec.AUTH, proof=TOKEN), "0200000000000020" + TOKEN.hex()),
     (lambda: cexec.COMMON.pack(application=b"application"[:8], client="bob", nonce=NONCE),
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
-    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8)),
-     "00000002" + "00000003" + "00000004" + "00" * 8),
+    (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8), only=b"worker 1"),
+     "00000002" + "00000003" + "00000004" + "00" * 8 + "776f726b65722031"),
     (lambda: cexec.BUSY.pack(attempt=2, ahead=3, failures=4), "00000002" + "00000003" + "0004"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
@@ -6550,6 +6550,129 @@ def test_no_names_are_no_work(cluster):
     os.close(unreadable)
 
 
+# Lists behind :::, values
+
+LISTS = [
+    [["a/b.c", "d"], ["x/y.z", "w", ""]],
+    [["1", "2", "3"]],
+    [["a b", "{1}", "$x", "-"], ["--", "\n"], ["ä", ".h", "a.tar.gz"]],
+]
+LIST_PATTERNS = ["{}", "{.}", "{/}", "{//}", "{/.}", "{1}", "{2}", "{1.}", "{2/}", "{2//}", "{1/.}", "{3}", "{-1}",
+                 "{-1/.}", "{01}", "x{2}-{1}.{}", "{a}", "{1"]
+
+
+def behind_colons(lists):
+    return [word for values in lists for word in (":::", *values)]
+
+
+@pytest.mark.parametrize("lists", LISTS, ids=["two", "one", "three"])
+def test_crossed_lists_as_parallel_has_them(cluster, lists):
+    """The same jobs in the same order, with the same fills, of arguments and, with variables, too."""
+    need("parallel")
+    told = subprocess.run(["parallel", "--will-cite", "-0k", "-j4", "-q", "printf", "%s\\0", *LIST_PATTERNS,
+                           *behind_colons(lists)], check=True, stdout=subprocess.PIPE).stdout
+    head, inputs = cexec.batch_inputs([*LIST_PATTERNS, *behind_colons(lists)], False)
+    assert head == LIST_PATTERNS
+    terms = cexec.BatchTerms([], [os.fsencode(word) for word in head])
+    assert [word for given in inputs for word in terms.words_for(given)[1]] == told.split(b"\0")[:-1]
+    cluster.worker(*SHOW[:2], "import os, sys; sys.stdout.buffer.write(b''.join(os.fsencode(word) + b'\\0' "
+                   "for word in [*sys.argv[1:], os.environ['PEER_X']]))", options=["-a"], env={"CONCURRENCY": "3"})
+    done = cluster.run("cexec", "-mn", cluster.pub, "X=" + LIST_PATTERNS[-1], *LIST_PATTERNS[:-1],
+                       *behind_colons(lists))
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", told)
+
+
+def test_what_stands_before_the_lists(cluster):
+    """The first -- or ::: begins them; what would be misread is refused."""
+    assert cexec.split_words(["x", ":::", "a", "--", "-"]) == (["x"], [["a", "--", "-"]])
+    assert cexec.split_words(["x", "--", "a", "--", "b"]) == (["x"], [["a", "--", "b"]])
+    assert cexec.batch_inputs(["x", ":::", "a", ":::"], False) == (["x"], [])
+    for words in (["--", "a", ":::", "b"], [":::", "a", ":::+", "b"], ["::::", "a"]):
+        refusal(cluster.run("cexec", "-m", cluster.pub, "--", *words), 100, "use either -- before one list, or :::")
+    refusal(cluster.run("cexec", "-m0", cluster.pub, ":::", "a"), 100, "-0 is for names on standard input")
+    done = cluster.run("cexec", "-mn", cluster.pub, ":::", "a", ":::")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_values_are_not_read(cluster):
+    """Standard input is empty, and a file of the value's name is only a name."""
+    make_file(cluster, "a", b"in a")
+    cluster.worker("sh", "-c", 'cat; echo "$PEER_FILE $PEER_X"')
+    for words in ([":::", "a", "none"], ["--", "a", "none"]):
+        done = cluster.run("cexec", "-m", "-n", cluster.pub, "X={}.{1}", *words)
+        assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"a a.a\nnone none.none\n")
+    done = cluster.run("cexec", "-m0n", cluster.pub, "X={}", input=b"a\nb\0c\0")
+    assert done.stdout == b"a\nb a\nb\nc c\n"
+    done = cluster.run("cexec", "-mn", cluster.pub, "X={}", "--", "-", input=b"a\0b\nc\n")
+    assert (done.returncode, done.stdout) == (1, b"c c\n")
+    assert done.stderr == b"cexec: a\\x00b: a null character is in it\n"
+
+
+def test_files_crossed_with_values(cluster):
+    """Without -n the first list is of files, each read once for each value."""
+    names = made_files(cluster, 3)
+    cluster.worker("sh", "-c", 'echo "$PEER_FILE $PEER_X"; cat')
+    words = ["cexec", "-m", "-o", "{1}-{2}", cluster.pub, "X={2}", ":::", *names, "missing", ":::", "1", "2"]
+    done = cluster.run(*words)
+    assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
+        "cexec: missing %d: missing: No such file or directory" % value for value in (1, 2)]
+    for name in names:
+        for value in "12":
+            assert read(cluster.path("%s-%s" % (name, value))) == b"%s %s\n" % (
+                name.encode(), value.encode()) + read(cluster.path(name))
+    os.utime(cluster.path("f001-2"), (1000, 1000))
+    assert b"f001-2" in cluster.run(*words[:2], "--dry-run", *words[2:]).stdout
+    refusal(cluster.run("cexec", "-m", "-o", "{2}", *words[4:]), 100, "f000 1 and f001 1 would both be written to 1")
+
+
+def test_values_are_resumed_by_their_outputs(cluster):
+    cluster.worker("sh", "-c", NOTED + 'echo "$PEER_X"; [ "$PEER_X" != 2-b ] || [ -e go ]')
+    words = ["-mn", "-o", "r/{1}-{2}", "--log", "log", cluster.pub, "X={1}-{2}", *behind_colons(["123", "ab"])]
+    refusal(cluster.run("cexec", *words), 100, "there is no directory r (mkdir -p makes one)")
+    os.mkdir(cluster.path("r"))
+    done = cluster.run("cexec", *words)
+    assert (done.returncode, done.stderr) == (1, b"cexec: 2 b: exit status 1\n") and len(begun(cluster)) == 6
+    make_file(cluster, "go")
+    done = cluster.run("cexec", "--dry-run", *words)
+    assert done.stdout.decode() == "cexec -n %s X=2-b FILE=2 > r/2-b\n" % cluster.pub
+    assert cluster.run("cexec", *words).returncode == 0 and len(begun(cluster)) == 7
+    assert {name: read(cluster.path("r/" + name)) for name in os.listdir(cluster.path("r"))} == {
+        "%s-%s" % pair: b"%s-%s\n" % tuple(map(str.encode, pair)) for pair in itertools.product("123", "ab")}
+    rows = rows_of_log(cluster.path("log"))
+    assert sorted((row["Seq"], row["Command"], row["Exitval"]) for row in rows) == [
+        ("1", "1 a", "0"), ("2", "1 b", "0"), ("3", "2 a", "0"), ("4", "2 b", "0"), ("4", "2 b", "1"),
+        ("5", "3 a", "0"), ("6", "3 b", "0")]
+    refusal(cluster.run("cexec", "-mn", "-o", "{1}", *words[5:]), 100, "1 a and 1 b would both be written to 1")
+
+
+def test_five_hundred_values_while_a_worker_is_killed(cluster):
+    workers = [cluster.worker("sh", "-c", 'sleep 0.01; echo "$PEER_X"', env={"CONCURRENCY": "2"}) for _ in range(3)]
+    with open(cluster.path("all"), "wb") as output:
+        client = cluster.start("cexec", "-mn", "--log", "log", cluster.pub, "X={2}{1}", *behind_colons(
+            ["abcde", map(str, range(100))]), stdout=output)
+    until(lambda: os.path.getsize(cluster.path("all")) > 300, "some of it")
+    for victim in (*children_of(workers[0].pid), workers[0].pid):
+        os.kill(victim, signal.SIGKILL)
+    assert client.wait(PATIENCE) == 0
+    assert read(cluster.path("all")).decode().split() == [
+        "%d%s" % (number, letter) for letter in "abcde" for number in range(100)]
+    assert len(rows_of_log(cluster.path("log"))) == 500
+
+
+@pytest.mark.parametrize("lists", [[100000], [1000, 100]], ids=["one list", "crossed"])
+def test_a_hundred_thousand_values(cluster, lists):
+    """Are begun at once, and fit in little memory."""
+    cluster.worker("sh", "-c", NOTED + "sleep 1000", env={"CONCURRENCY": "2"})
+    words = behind_colons([map(str, range(count)) for count in lists])
+    client = cluster.start("cexec", "-mn", cluster.pub, "X={1}", *words)
+    until(lambda: len(begun(cluster)) == 2, "the first two")
+    assert rss(client.pid) < 150000000
+    client.terminate()
+    assert client.wait(PATIENCE) == -signal.SIGTERM
+    with_outputs = cluster.run("cexec", "-mn", "--dry-run", "-o", "{}.x", cluster.pub, *words)
+    assert with_outputs.returncode == 0 and with_outputs.stdout.count(b"\n") == 100000
+
+
 # What is done, and where to
 
 def test_what_is_done_is_left_alone(cluster):
@@ -6682,7 +6805,7 @@ def test_a_batch_on_a_terminal(cluster):
 # What fails
 
 def test_failures_are_counted_and_told(cluster):
-    """Each with its file's name and what its command said; what a successful one said is not shown."""
+    """Each with its file's name and what its command said, as successful ones are told that said something."""
     command = ('echo "said $PEER_FILE" >&2; echo half; case "$PEER_FILE" in '
                "exit) exit 3;; killed) kill -KILL $$;; term) kill $$;; esac; cat")
     for name in ("good", "exit", "killed", "term", "fine"):
@@ -6697,6 +6820,7 @@ def test_failures_are_counted_and_told(cluster):
         "cexec: exit: exit status 3\nsaid exit\n", "cexec: killed: killed by signal 9\nsaid killed\n",
         "cexec: term: killed by signal 15\nsaid term\n", "cexec: missing: No such file or directory\n",
         "cexec: directory: not a regular file\n", "cexec: fifo: not a regular file\n",
+        "cexec: good: done, and said:\nsaid good\n", "cexec: fine: done, and said:\nsaid fine\n",
         "cexec: none/x: No such file or directory\n"])
     left = sorted(name for name in os.listdir(cluster.directory) if ".out" in name or ".part" in name)
     assert left == ["fine.out", "good.out"] and read(cluster.path("fine.out")) == b"half\nin\n"
@@ -6704,6 +6828,113 @@ def test_failures_are_counted_and_told(cluster):
     assert ends == {
         "good": ("0", "0"), "fine": ("0", "0"), "exit": ("3", "0"), "killed": ("0", "9"), "term": ("0", "15"),
         "missing": ("111", "0"), "directory": ("111", "0"), "fifo": ("111", "0"), "none/x": ("111", "0")}
+
+
+def test_what_is_said_ends_with_a_newline_and_nothing_is_nothing(cluster):
+    names = made_files(cluster, 2)
+    cluster.worker("sh", "-c", 'cat; if [ "$PEER_FILE" = f001 ]; then printf "no newline" >&2; fi')
+    done = batch(cluster, *names)
+    assert (done.returncode, done.stderr) == (0, b"cexec: f001: done, and said:\nno newline\n")
+
+
+def test_errors_are_kept(cluster):
+    """In a file for each number of --log, also of those that say nothing; a failure names its file."""
+    names = made_files(cluster, 4)
+    cluster.worker("sh", "-c", 'cat; case "$PEER_FILE" in f000) echo why >&2; exit 3;; f001) echo hm >&2;; '
+                   'f002) exit 4;; esac')
+    done = batch(cluster, *names, options=["--errors", "new/said", "--log", "log"])
+    assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
+        "cexec: f000: exit status 3 (see new/said/1)", "cexec: f002: exit status 4"]
+    assert [read(cluster.path("new/said/%d" % number)) for number in (1, 2, 3, 4)] == [b"why\n", b"hm\n", b"", b""]
+    assert {row["Seq"]: row["Command"] for row in rows_of_log(cluster.path("log"))} == {
+        str(number): name for number, name in enumerate(names, 1)}
+    refusal(batch(cluster, *names, options=["--errors", "f000/x"]), 111, "--errors f000/x: Not a directory")
+
+
+def test_errors_of_the_run_that_counts_are_kept(cluster):
+    """What a command said whose worker was lost is not."""
+    names = made_files(cluster, 1)
+    cluster.worker("sh", "-c", 'echo said >&2; [ -e lost ] || { touch lost; sleep 0.1; kill -KILL $PPID; }; cat')
+    done = batch(cluster, *names, options=["--errors", "said"])
+    assert done.returncode == 0 and read(cluster.path("said/1")) == b"said\n"
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_halt_after_so_many_failures(cluster, failures):
+    """Nothing more is begun; what runs goes on, and the same command again does the rest."""
+    names = made_files(cluster, 30)
+    cluster.worker("sh", "-c", NOTED + 'case "$PEER_FILE" in *[02468]) exit 3;; esac; cat', env={"CONCURRENCY": "1"})
+    done = batch(cluster, *names, options=["--halt", str(failures)])
+    assert done.returncode == failures
+    assert begun(cluster) == [name.encode() for name in names[:2 * failures - 1]]
+    assert done.stderr.decode().splitlines()[-1] == (
+        "cexec: stopped after %d failures (--halt); %d of 30 files are done; the same command again does the rest"
+        % (failures, failures - 1))
+
+
+def test_halt_lets_those_that_run_end(cluster):
+    names = made_files(cluster, 30)
+    cluster.worker("sh", "-c", NOTED + 'case "$PEER_FILE" in f001) exit 3;; esac; until [ -e go ]; do sleep 0.02; '
+                   'done; cat', env={"CONCURRENCY": "3"})
+    client = start_batch(cluster, *names, options=["--halt", "1", "-o", "-"], stdout=open(cluster.path("all"), "wb"))
+    until(lambda: "exit status 3" in client.said(), "the failure")
+    make_file(cluster, "go")
+    assert client.wait(PATIENCE) == 1 and len(begun(cluster)) <= 4
+    assert read(cluster.path("all")) == b"".join(
+        read(cluster.path(name.decode())) for name in sorted(begun(cluster)) if name != b"f001")
+
+
+def test_halt_counts_files_that_can_not_be_read(cluster):
+    cluster.worker("cat")
+    done = batch(cluster, *("no%d" % number for number in range(30)), options=["--halt", "2"])
+    assert done.returncode == 2 and done.stderr.count(b"No such file") == 2
+    refusal(batch(cluster, "f", options=["--halt", "0"]), 100, "--halt needs a number from 1")
+    refusal(cluster.run("cexec", "--halt", "1", cluster.pub), 100, "--halt is for -m")
+
+
+@pytest.mark.parametrize("status", [126, 127])
+def test_batch_whose_command_is_not_there_stops(cluster, status):
+    """After the first ten; not if one of them was another failure, and not with --halt."""
+    names = made_files(cluster, 40)
+    cluster.worker("sh", "-c", NOTED + 'exit "$PEER_X"', env={"CONCURRENCY": "1"})
+    done = batch(cluster, *names, variables=["X=%d" % status])
+    assert done.returncode == len(begun(cluster)) == 10
+    assert b"cexec: stopped: the first 10 failed with 126 or 127, the command is not there (--halt N); 0 of 40 files " \
+        in done.stderr
+    os.unlink(cluster.path("runs"))
+    assert batch(cluster, *names, variables=["X=%d" % status], options=["--halt", "15"]).returncode == 15
+
+
+def test_batch_with_a_command_that_is_not_there_now_and_then_goes_on(cluster):
+    names = made_files(cluster, 20)
+    cluster.worker("sh", "-c", '[ "$PEER_FILE" = f009 ] && exit 3; exit 127', env={"CONCURRENCY": "1"})
+    assert batch(cluster, *names).returncode == 20
+
+
+def test_dry_run_prints_what_would_be_done(cluster):
+    """Without a worker: commands that do just that, for what is not done yet."""
+    names = [*made_files(cluster, 3), "it's odd\n.x"]
+    make_file(cluster, names[-1], b"odd")
+    make_file(cluster, "f001.out")
+    words = {"variables": ["X={/}", "-q", "{.}", "a b"]}
+    done = batch(cluster, *names, options=["--dry-run", "--errors", "said", "--log", "log"], **words)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == "".join(
+        "cexec %s %s %s -- -q %s 'a b' < %s > %s 2> said/%d\n" % (cluster.pub, *map(shlex.quote, (
+            "X=" + name, "FILE=" + name, os.path.splitext(name)[0], name, name + ".out")), number)
+        for number, name in enumerate(names, 1) if name != "f001")
+    assert not os.path.exists(cluster.path("said")) and not os.path.exists(cluster.path("log"))
+    cluster.worker(*SHOW, options=["-a"])
+    os.mkdir(cluster.path("said"))
+    shell = "cexec() { %s \"$@\"; }; . ./script" % shlex.join(cluster.argv("cexec"))
+    make_file(cluster, "script", done.stdout)
+    subprocess.run(["sh", "-c", shell], check=True, cwd=cluster.directory, env=cluster.environment())
+    one = {name: read(cluster.path(name + ".out")) for name in names}
+    assert batch(cluster, *names, options=["-f"], **words).returncode == 0
+    assert {name: read(cluster.path(name + ".out")) for name in names if name != "f001"} == {
+        name: data for name, data in one.items() if name != "f001"}
+    done = batch(cluster, *names[:1], options=["--dry-run", "-f", "-o", "-"])
+    assert done.stdout.decode() == "cexec %s FILE=f000 < f000\n" % cluster.pub
 
 
 @pytest.mark.parametrize("call", ["fsync", "dup", "close"])
@@ -7209,6 +7440,249 @@ AFTER_EXIT = [
     ("a PONG and the connection's end", False, lambda peer: peer.send(cexec.PONG)),
     ("ACCEPT and the connection's end", True, lambda peer: peer.send(cexec.ACCEPT)),
 ]
+
+
+# Standard input in blocks
+
+def lines_of(seed, size, longest=200):
+    """Lines of many lengths, the same for the same seed."""
+    drawn, made = random.Random(seed), []
+    while size > 0:
+        made.append(b"%d " % len(made) * (drawn.randrange(longest) // 4) + b"\n")
+        size -= len(made[-1])
+    return b"".join(made)
+
+
+def blocks(cluster, size, *words, **rest):
+    return cluster.run("cexec", "-b", str(size), cluster.pub, *words, **rest)
+
+
+MARKED = "cat; echo END"                       # shows where each block ends
+
+
+def blocks_of(data, size):
+    """The blocks by the rule: as many whole lines as there is room for, or a longer one."""
+    made = []
+    while len(data) > size:
+        end = data.rfind(b"\n", 0, size) + 1 or data.find(b"\n", size) + 1 or len(data)
+        made.append(data[:end])
+        data = data[end:]
+    return made + [data] * bool(data)
+
+
+LONG_LINE = b"x" * 5000 + b"\n"
+INPUTS = {"lines": lines_of(1, 30000), "no newline at the end": lines_of(2, 30000)[:-1] + b"x", "empty": b"",
+          "one byte": b"x", "newlines": b"\n" * 5000, "a long line": lines_of(3, 5000) + LONG_LINE + lines_of(4, 5000),
+          "long lines": LONG_LINE * 3 + b"a\n" + LONG_LINE[:-1], "a block and no more": b"x" * 776 + b"\n",
+          "exact blocks": (b"x" * 776 + b"\n") * 5, "zeros": bytes(3000)}
+
+
+@pytest.mark.parametrize("source", ["pipe", "file"])
+@pytest.mark.parametrize("what", INPUTS)
+def test_blocks(cluster, what, source):
+    """Of whole lines, one of them at least, in order; nothing is lost at their ends."""
+    data = INPUTS[what]
+    cluster.worker("sh", "-c", MARKED, env={"CONCURRENCY": "3"})
+    if source == "pipe":
+        done = blocks(cluster, 777, input=data)
+    else:
+        with open(make_file(cluster, "in", b"before\n" + data), "rb") as file:
+            file.seek(7)
+            done = blocks(cluster, 777, stdin=file)
+            assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 7 + len(data)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"".join(block + b"END\n" for block in blocks_of(data, 777))
+
+
+@pytest.mark.parametrize("size", ["777", "1k", "1K", "7"])
+def test_blocks_as_parallel_has_them(cluster, size):
+    need("parallel")
+    data = lines_of(size, 40000, 200 if size != "7" else 20) if size != "7" else b"1\n22\n333\n" * 100
+    cluster.worker("sh", "-c", MARKED, env={"CONCURRENCY": "3"})
+    told = subprocess.run(["parallel", "--will-cite", "--pipe", "-k", "--block", size, MARKED], input=data,
+                          check=True, stdout=subprocess.PIPE).stdout
+    done = blocks(cluster, size, input=data)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == told
+
+
+def test_words_of_blocks_are_the_commands(cluster):
+    """Nothing is filled in."""
+    cluster.worker(*SHOW, options=["-a"])
+    done = blocks(cluster, "1M", "X={}", "{.}", "a b", input=b"x\n")
+    assert done.stdout == shown(["{.}", "a b"])
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "1Q", "M", "2000G", ""])
+def test_sizes_that_are_none(cluster, size):
+    refusal(blocks(cluster, size, input=b"x"), 100, "not a size as in 64M")
+
+
+def test_sizes():
+    assert [cexec.parse_size(text) for text in ("7", "1k", "2K", "3m", "64M", "1g", "1G", "1024G")] == [
+        7, 1000, 2048, 3000000, 64 << 20, 10 ** 9, 1 << 30, 1 << 40]
+
+
+@pytest.mark.parametrize("what, status, text", [
+    ("exit 3", 3, "exit status 3\nwhy\n"), ("kill -KILL $$", 137, "killed by signal 9\nwhy\n"),
+    ("exec /no/such/command", 127, "exit status 127\n")])
+def test_first_block_that_fails_ends_the_output(cluster, what, status, text):
+    """All before it is there, though it took longer, and nothing behind it."""
+    data = b"".join(b"%03d\n" % number for number in range(200))
+    cluster.worker("sh", "-c", 'read line; case $line in 0[2-5]5) echo why >&2; %s;; 01*) sleep 0.2;; esac; '
+                   'echo $line; cat' % what, env={"CONCURRENCY": "6"})
+    done = blocks(cluster, 20, "--", input=data)
+    assert (done.returncode, done.stdout) == (status, data[:100])
+    said = done.stderr.decode()
+    assert "cexec: block 6 (from byte 100): " + text.partition("\n")[0] in said
+    assert said.endswith("cexec: the output ends before block 6 (from byte 100)\n")
+
+
+def test_block_that_fails_while_others_before_it_fail_too(cluster):
+    """The first by its place counts, not by its time."""
+    data = b"".join(b"%03d\n" % number for number in range(100))
+    cluster.worker("sh", "-c", 'read line; case $line in 010) until [ -e failed ]; do sleep 0.02; done; exit 3;; '
+                   '015) touch failed; exit 4;; esac; echo $line; cat', env={"CONCURRENCY": "6"})
+    done = blocks(cluster, 20, input=data)
+    assert (done.returncode, done.stdout) == (3, data[:40])
+    assert done.stderr.endswith(b"cexec: the output ends before block 3 (from byte 40)\n")
+
+
+def test_blocks_while_workers_are_killed(cluster):
+    """And one is stalled: no gap, and nothing twice."""
+    data = lines_of(5, 20000000, 2000)
+    workers = [cluster.worker("sh", "-c", "sleep 0.05; cat", env={"CONCURRENCY": "2"}) for _ in range(4)]
+    make_file(cluster, "in", data)
+    with open(cluster.path("in"), "rb") as source, open(cluster.path("out"), "wb") as output:
+        client = cluster.start("cexec", "-b", "200k", cluster.pub, stdin=source, stdout=output,
+                               env={"CEXEC_TIMEOUT_PINGPONG": "3"})
+    stalled = []
+    for victim, enough in zip(workers, (1000000, 4000000, 8000000)):
+        until(lambda enough=enough: os.path.getsize(cluster.path("out")) > enough, "some of it")
+        pids = [*children_of(victim.pid), victim.pid]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL if victim is not workers[2] else signal.SIGSTOP)
+        stalled = pids
+    assert client.wait(PATIENCE * 2) == 0
+    for pid in stalled:
+        os.kill(pid, signal.SIGCONT)
+    assert read(cluster.path("out")) == data
+
+
+def held_now(pid):
+    """What a process holds in files without names."""
+    sizes = {}
+    for fd in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):
+            path = "/proc/%d/fd/%s" % (pid, fd)
+            if " (deleted)" in os.readlink(path) or "/#" in os.readlink(path):
+                sizes[os.stat(path).st_ino] = os.stat(path).st_size
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("slow", ["reader", "first block"])
+def test_blocks_that_are_held_are_few(cluster, slow):
+    """As many as workers take, and two more, wherever they wait."""
+    data = b"x" * 99999 + b"\n"
+    cluster.worker("sh", "-c", NOTED + "cat; while [ -e stall ]; do sleep 0.05; done", env={"CONCURRENCY": "3"})
+    if slow == "first block":
+        make_file(cluster, "stall")
+    with open(make_file(cluster, "in", data * 100), "rb") as source:
+        client = cluster.start("cexec", "-b", "100000", cluster.pub, stdin=source, stdout=subprocess.PIPE)
+        place = lambda: os.lseek(source.fileno(), 0, os.SEEK_CUR)       # noqa: E731
+        until(lambda: place() >= (3 if slow == "reader" else 5) * len(data) and state_of(client.pid) == "S", "the wait")
+        time.sleep(0.5)
+        assert place() <= 5 * len(data)
+        assert held_now(client.pid) <= 10 * len(data)                   # inputs and outputs
+        if slow == "first block":
+            os.unlink(cluster.path("stall"))
+        assert client.stdout.read() == data * 100 and client.wait(PATIENCE) == 0
+
+
+def test_block_is_sent_when_it_is_full(cluster):
+    """Though the next one is far from it."""
+    cluster.worker("cat")
+    client = cluster.start("cexec", "-b", "10", cluster.pub, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for text in (b"12345\n789\n", b"abc\n", b"def\nghi\n"):
+        client.stdin.write(text)
+        client.stdin.flush()
+        if text.startswith(b"1"):
+            assert client.stdout.read(10) == b"12345\n789\n"
+    assert client.stdout.read(8) == b"abc\ndef\n"
+    client.stdin.close()
+    assert client.stdout.read() == b"ghi\n" and client.wait(PATIENCE) == 0
+
+
+def test_blocks_without_a_worker(cluster):
+    done = blocks(cluster, 10, input=b"1\n" * 30, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert (done.returncode, done.stdout) == (111, b"")
+    assert b"no worker answered" in done.stderr and b"; the output of 0 blocks was printed" in done.stderr
+
+
+def test_blocks_log_and_errors(cluster):
+    cluster.worker("sh", "-c", "cat; echo said >&2")
+    words = ["-b10", "--log", "log", "--errors", "said", "-j2", cluster.pub]
+    done = cluster.run("cexec", *words, input=b"123456789\n" * 3)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"123456789\n" * 3, b"")
+    assert [read(cluster.path("said/%d" % number)) for number in (1, 2, 3)] == [b"said\n"] * 3
+    assert sorted((row["Seq"], row["Send"], row["Receive"], row["Command"]) for row in rows_of_log(
+        cluster.path("log"))) == [(str(n), "10", "15", "block %d (from byte %d)" % (n, 10 * n - 10)) for n in (1, 2, 3)]
+    refusal(cluster.run("cexec", "-b10", "-f", cluster.pub), 100, "-f does not go with -b")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_blocks_and_their_commands(cluster, number):
+    worker = cluster.worker("sh", "-c", NOTED + "sleep 1000", env={"CONCURRENCY": "2"})
+    client = cluster.start("cexec", "-b", "2", cluster.pub, stdin=open(make_file(cluster, "in", b"1\n" * 9), "rb"),
+                           stderr=open(cluster.path("said"), "wb"))
+    until(lambda: len(begun(cluster)) == 2, "two at a time")
+    client.send_signal(number)
+    assert client.wait(PATIENCE) == -number
+    assert read(cluster.path("said")) == b"cexec: interrupted: the output of 0 blocks was printed\n"
+    until(lambda: not children_of(worker.pid), "the end of the commands")
+
+
+def test_reader_of_the_blocks_leaves(cluster):
+    cluster.worker("cat", env={"CONCURRENCY": "2"})
+    client = cluster.start("cexec", "-b", "1k", cluster.pub, stdin=open(make_file(cluster, "in", lines_of(6, 3000000))),
+                           stdout=subprocess.PIPE)
+    assert client.stdout.read(5)
+    client.stdout.close()
+    assert client.wait(PATIENCE) == -signal.SIGPIPE
+
+
+def test_blocks_where_no_room_is_left(cluster):
+    need_root()
+    need("unshare", "mount")
+    os.mkdir(cluster.path("small"))
+    cluster.worker("cat")
+    make_file(cluster, "in", lines_of(7, 3000000))
+    script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small "$@" < in >out; echo $? >status'
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *cluster.argv("cexec", "-b2m", cluster.pub)],
+                          env=cluster.environment(), cwd=cluster.directory, stderr=subprocess.PIPE, timeout=PATIENCE)
+    assert read(cluster.path("status")) == b"111\n" and b"No space left on device (TMPDIR)" in done.stderr, done.stderr
+
+
+@HEAVY
+def test_a_gigabyte_in_blocks_is_flat_in_memory(cluster):
+    cluster.worker("cat", env={"CONCURRENCY": "2"})
+    client = cluster.start("cexec", "-b", "16M", cluster.pub, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    counted = subprocess.Popen(["cksum"], stdin=client.stdout, stdout=subprocess.PIPE)
+    client.stdout.close()
+    line, held, largest = b"0123456789" * 1000 + b"\n", 0, 0
+    expected = subprocess.Popen(["cksum"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    for count in range(1000):
+        for stream in (client.stdin, expected.stdin):
+            stream.write(line * 100)
+        if count % 50 == 49:
+            held, largest = max(held, held_now(client.pid)), max(largest, rss(client.pid))
+    client.stdin.close()
+    expected.stdin.close()
+    assert client.wait(PATIENCE) == 0
+    assert counted.stdout.read() == expected.stdout.read()
+    counted.wait()
+    expected.wait()
+    print(held, largest)
+    assert held <= 2 * 5 * (16 << 20) and largest < 80000000
 
 
 # Peers that hold a key, or a pub, and do not keep to the protocol
@@ -8515,6 +8989,212 @@ def test_a_worker_whose_command_cannot_run_waits_until_it_can(cluster):
     assert one_job() == (6, True)
     assert one_job() == (6, False)
     no_defect(read(worker.log))
+
+
+# ---------------------------------------------------------------------------
+# cexec -A: a job on every worker
+# ---------------------------------------------------------------------------
+
+def every(cluster, *words, options=(), **rest):
+    return cluster.run("cexec", "-A", *options, cluster.pub, *words, **rest)
+
+
+def labels(count):
+    """The names of so many workers of this host, which have one name and one address."""
+    return ["%s[127.0.0.1]#%d" % (socket.gethostname(), number) for number in range(1, count + 1)]
+
+
+def test_names_of_workers():
+    rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
+        "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
+        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1")}.items()}
+    assert cexec.labels_of(rows) == {
+        b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
+        b"f": "10.0.0.5", b"g": "x\\ny"}
+
+
+def test_every_worker_has_one_job(cluster):
+    """With its output a line at a time, each stream where it belongs; no worker hears of another's job more."""
+    command = 'echo "out $PEER_X"; echo err >&2; sleep 0.1; printf "no newline"; exit $PEER_S'
+    workers = [cluster.worker("sh", "-c", command) for _ in range(3)]
+    done = every(cluster, "X=y", "S=0")
+    names = labels(3)
+    assert done.returncode == 0
+    assert sorted(done.stdout.decode().splitlines()) == sorted(
+        line for name in names for line in (name + ": out y", name + ": no newline"))
+    assert sorted(done.stderr.decode().splitlines()) == [name + ": err" for name in names]
+    assert [supervisors(worker) for worker in workers] == [1, 1, 1]
+    assert [read(worker.log).count(b"offers ") for worker in workers] == [1, 1, 1]
+    done = every(cluster, "X=y", "S=3")
+    assert done.returncode == 3 and done.stderr.count(b": exit status 3\n") == 3
+    for worker in workers:
+        no_defect(read(worker.log))
+
+
+def test_every_worker_reads_the_file_from_its_offset(cluster):
+    for _ in range(3):
+        cluster.worker("sh")
+    make_file(cluster, "script", b"nonsense\n" + b"echo one\n" + b"# much\n" * 100000 + b"echo two\n")
+    with open(cluster.path("script"), "rb") as script:
+        script.seek(9)
+        done = every(cluster, stdin=script)
+        assert os.lseek(script.fileno(), 0, os.SEEK_CUR) == 9
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(done.stdout.decode().split("\n")[:-1]) == sorted(
+        "%s: %s" % (name, word) for name in labels(3) for word in ("one", "two"))
+    refusal(every(cluster, input=b"echo x"), 100, "standard input is a pipe or a socket")
+    done = every(cluster, options=["-n"], input=b"echo x")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_exit_status_is_the_largest(cluster):
+    for status in ("0", "kill", "2"):
+        cluster.worker("sh", "-c", "kill -TERM $$" if status == "kill" else "exit " + status)
+    cluster.worker("/no/such/command")
+    done = every(cluster)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert sorted(line.partition(b": ")[2].partition(b": ")[2] for line in done.stderr.splitlines()) == [
+        b"/no/such/command: No such file or directory", b"exit status 2", b"killed by signal 15"]
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["in time", "never"])
+def test_worker_in_use_is_waited_for(cluster, free):
+    """The others are done meanwhile."""
+    command = '[ "$PEER_HOLD" ] && { touch held; until [ -e go ]; do sleep 0.02; done; }; echo $PEER_X; touch done'
+    cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
+    holder = cluster.start_client("HOLD=1")
+    until(lambda: os.path.exists(cluster.path("held")), "the hold")
+    cluster.worker("sh", "-c", "echo $PEER_X; touch done", env={"CONCURRENCY": "1"})
+    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
+        client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdout=out, stderr=err,
+                               env={"CEXEC_TIMEOUT_WAIT": "20" if free else "2"})
+    until(lambda: os.path.exists(cluster.path("done")), "the other's end")
+    if free:
+        make_file(cluster, "go")
+    assert client.wait(PATIENCE) == (0 if free else 111)
+    assert read(cluster.path("out")).count(b": y\n") == (2 if free else 1)
+    said = read(cluster.path("err"))
+    never = rb"cexec: \S+#[12]: no worker was free in \d s \(0 ahead in line\)\n"
+    assert re.fullmatch(b"" if free else never, said)
+    make_file(cluster, "go")
+    assert holder.wait(PATIENCE) == 0
+
+
+def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
+    """And the good one's output is there."""
+    drains = cluster.worker("sh", "-c", "touch held; until [ -e go ]; do sleep 0.02; done", options=["-a"])
+    holder = cluster.start_client("x")
+    until(lambda: os.path.exists(cluster.path("held")), "the hold")
+    drains.terminate()
+    until(lambda: "draining" in survey(cluster).stdout, "the drain")
+    cluster.worker("sh", "-c", 'echo "good $*"', "sh", options=["-a"])
+    cluster.worker("sh", "-c", 'echo half; sleep 0.3; kill -KILL $PPID; sleep 1000', "sh", options=["-a"])
+    cluster.worker("cat")                               # takes no arguments
+    refuses = cluster.worker("cat", options=["-a"])
+    resource.prlimit(refuses.pid, resource.RLIMIT_NOFILE, (100, 100))
+    done = every(cluster, "a", "b", env={"CEXEC_TIMEOUT_WAIT": "2"})
+    assert done.returncode == 111
+    assert sorted(re.sub(rb"^\S+ ", b"", line) for line in done.stdout.splitlines()) == [b"good a b", b"half"]
+    reasons = b"".join(sorted(re.sub(rb"^cexec: \S+: ", b"", line) + b"\n" for line in done.stderr.splitlines()))
+    for part in (b"is draining: it takes no more jobs", b"lost: ", b"; the command may have run", b"takes no arguments",
+                 b"127.0.0.1 refused it: no more than 100 descriptors"):
+        assert part in reasons, reasons
+    assert reasons.count(b"\n") == 4
+    make_file(cluster, "go")
+    assert holder.wait(PATIENCE) == 0
+
+
+def test_interrupt_keeps_what_has_come_and_names_who_is_missing(cluster):
+    workers = [cluster.worker("sh", "-c", command) for command in (
+        "echo quick", "echo begun; printf half; touch half; sleep 1000")]
+    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
+        client = cluster.start("cexec", "-A", cluster.pub, stdout=out, stderr=err)
+    until(lambda: read(cluster.path("out")).count(b"\n") == 2 and os.path.exists(cluster.path("half")), "the lines")
+    time.sleep(0.3)
+    client.send_signal(signal.SIGINT)
+    assert client.wait(PATIENCE) == -signal.SIGINT
+    slow = next(line for line in read(cluster.path("out")).splitlines() if b"begun" in line).partition(b": ")[0]
+    assert read(cluster.path("out")).endswith(slow + b": half\n")
+    assert read(cluster.path("err")) == b"cexec: interrupted: not over on " + slow + b"\n"
+    until(lambda: not any(children_of(worker.pid) for worker in workers), "the end of the commands")
+
+
+def test_lines_of_every_worker_stay_whole(cluster):
+    """Many at once, to a slow reader; long ones too, in bounded memory."""
+    for letter in "abc":
+        command = "seq -f 'X%0999.f' 3000; head -c 3000000 /dev/zero | tr '\\0' X"
+        cluster.worker("sh", "-c", command.replace("X", letter))
+    client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
+    time.sleep(2)
+    got = client.stdout.read()
+    assert client.wait(PATIENCE) == 0
+    lines = [line.partition(b": ")[2] for line in got.splitlines()]
+    for letter in "abc":
+        mine = [line.decode() for line in lines if line.startswith(letter.encode())]
+        assert mine[:3000] == ["%s%0999d" % (letter, number) for number in range(1, 3001)]
+        assert "".join(mine[3000:]) == letter * 3000000
+
+
+def test_an_announcement_for_one_worker_is_nothing_to_others(cluster):
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with Asker(cluster) as asker:
+        asker.say(cexec.ANNOUNCE, attempt=1, only=b"somebody")
+        until(lambda: b"<- ANNOUNCE" in read(worker.log), "the announcement")
+    assert cluster.client(input=b"x").stdout == b"x" and read(worker.log).count(b"offers ") == 1
+
+
+def test_offer_of_another_worker_is_declined(cluster):
+    """Which does not know that it was not meant, as one of another program may not."""
+    worker = cluster.worker("echo", "mine")
+    key, other = cexec.open_key(cluster.key), os.urandom(8)
+    with Ear(group_port(cluster)) as ear:
+        client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        assert announced.body.only not in (bytes(8), other)
+        with contextlib.suppress(OSError), Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+            peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=other, address="127.0.0.1",
+                      host="test")
+            assert peer.next() is None
+        assert client.communicate(timeout=PATIENCE)[0].endswith(b"mine\n") and client.returncode == 0
+    assert supervisors(worker) == 1
+
+
+def test_one_port_is_enough_for_every_worker(cluster):
+    for _ in range(3):
+        cluster.worker("echo", "x")
+    done = every(cluster, env={"CEXEC_LISTEN_PORTS": str(cexec_port())})
+    assert (done.returncode, done.stderr, done.stdout.count(b": x\n")) == (0, b"", 3)
+
+
+def test_every_worker_where_there_is_none(cluster):
+    done = every(cluster)
+    assert done.returncode == 111 and b"no worker answered on" in done.stderr
+
+
+def test_every_worker_of_a_network(hosts):
+    """Hosts of one name are told apart by address."""
+    spaces = hosts.lan("lan", ["client", "one", "two", "three"], "10.77.0")
+    for name in ("one", "two", "three"):
+        hosts.worker("echo", name, space=spaces[name])
+    done = every(hosts, space=spaces["client"])
+    name = socket.gethostname()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(done.stdout.decode().splitlines()) == [
+        "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
+
+
+@HEAVY
+def test_a_hundred_workers_have_one_job_each(cluster):
+    logs = [cluster.path("worker%d" % number) for number in range(100)]
+    for log in logs:
+        with open(log, "wb") as file:
+            cluster.start("cservice", "-v", cluster.key, "echo", "x", env={"CONCURRENCY": "1"}, stderr=file)
+    for log in logs:
+        until(lambda log=log: b"serves" in read(log), log, 120)
+    done = every(cluster, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(done.stdout.decode().splitlines()) == sorted(name + ": x" for name in labels(100))
+    assert sum(read(log).count(b"offers ") for log in logs) <= 110
 
 
 # ---------------------------------------------------------------------------
@@ -13864,6 +14544,19 @@ def test_a_job_for_each_file_by(linked_cluster, tool):
     done = linked_cluster.sh(commands[:place] if tool == "xargs" else commands[place:], HOME=linked_cluster.directory)
     assert done.returncode == 0, done.stdout
     assert [read(linked_cluster.path(name + ".ogg")).decode() for name in SOUNDS] == [name.upper() for name in SOUNDS]
+
+
+def test_a_simulation_for_each_pair(linked_cluster):
+    need("seq", "bash")
+    linked_cluster.worker("sh", "-c", 'echo "$PEER_SEED $PEER_RATE"', env={"CONCURRENCY": "3"})
+    put(linked_cluster.path("sim.pub"), read(linked_cluster.pub).decode())
+    done = linked_cluster.sh(recipe("cexec.1", "mkdir -p r\ncexec -mn"))
+    assert done.returncode == 0
+    pairs = [(str(seed), rate) for seed in range(1, 101) for rate in ("0.1", "0.2")]
+    assert done.stdout.decode() == "".join(
+        "cexec -n sim.pub SEED=%s RATE=%s FILE=%s > r/%s-%s\n" % (*pair, pair[0], *pair) for pair in pairs)
+    assert {name: read(linked_cluster.path("r/" + name)).decode() for name in os.listdir(linked_cluster.path("r"))} == {
+        "%s-%s" % pair: "%s %s\n" % pair for pair in pairs}
 
 
 def test_readme_has_the_same_recipes():
