@@ -2333,19 +2333,20 @@ class Dial:
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return self.fail(os.strerror(error))
-        self.timer.cancel()
         self.loop.forget(self.sock.fileno())
-        sock, self.sock = self.sock, None
-        self.connected(sock, max(0, self.deadline - time.monotonic()))
+        sock, self.sock, connected = self.sock, None, self.connected
+        self.close()
+        connected(sock, max(0, self.deadline - time.monotonic()))
 
     def fail(self, reason):
-        unreached = self.sock is not None
+        unreached, failed = self.sock is not None, self.failed
         self.close()
-        self.failed(reason, unreached)
+        failed(reason, unreached)
 
     def close(self):
         """Gives up.  What is connected already is no longer ours."""
         self.timer.cancel()
+        self.connected = self.failed = None         # no cycle: what they belong to goes at once
         if self.sock:
             self.loop.forget(self.sock.fileno())
             self.sock.close()
@@ -2737,9 +2738,10 @@ class Carrier:
     there is no method breaks the protocol.
     """
 
+    buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))     # between a read and TLS: shared by all
+
     def __init__(self, loop, link):
         self.loop, self.link = loop, link
-        self.buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))
         self.sources, self.sinks = {}, {}
 
     def carry(self, channel, end, replay=None):
@@ -6539,7 +6541,7 @@ class Command(Carrier, Stateful):
                 sink.end.done("write")
         for fd in self.inputs.values():
             os.close(fd)
-        self.inputs = {}
+        self.inputs, self.sources, self.sinks = {}, {}, {}      # no cycle: they go at once
 
     def abandon(self):
         """The client has gone: the output is read for nobody, so that the command can end in its own way.
