@@ -750,7 +750,9 @@ class Peer:
                 self.answers -= 1
             else:
                 if found and found[0] is cexec.JOB:
-                    found[1].environment, found[1].arguments = self.words.take(found[1].variables, found[1].arguments)
+                    job = found[1]
+                    job.environment, job.arguments, job.patterns = self.words.take(
+                        job.variables, job.arguments, job.patterns)
                 return found
 
     def next_frame(self):
@@ -7561,7 +7563,7 @@ class StillLoop(cexec.Loop):
 @pytest.fixture
 def desk():
     """A Worker with one slot, in this process: it hears announce() and say(), and said is what it answers."""
-    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None)
+    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None, None)
     key = SimpleNamespace(master=MASTER, application=made_pub().application)
     made = cexec.Worker(StillLoop(), key, None, [], settings)
     made.said = []
