@@ -3514,7 +3514,8 @@ def tree(path, name, wanted=lambda name: True):
                 raise
             return
         for entry in inside:
-            yield from tree(os.path.join(path, entry), entry if name == WHOLE else name + b"/" + entry, wanted)
+            yield from tree(entry if path == WHOLE else os.path.join(path, entry),
+                            entry if name == WHOLE else name + b"/" + entry, wanted)
 
 
 def pack_files(writer, entries):
@@ -3887,14 +3888,13 @@ def input_place(text):
 
     Raises OSError if it is not there.
     """
-    path, relative = os.fsencode(text), os.fsencode(os.path.normpath(text))
+    os.stat(text)
+    path, name = os.fsencode(text), os.fsencode(os.path.normpath(text))
     if path.startswith(b"/") or b".." in path.split(b"/"):
-        relative = os.path.basename(os.path.realpath(path))
-    real = os.path.realpath(path)
-    os.stat(real or path)
-    if not path or not relative:
+        name = os.path.basename(os.path.abspath(path))
+    if not name:
         raise OSError(errno.EINVAL, "it has no name of its own", text)
-    return real, relative
+    return os.path.realpath(path), name
 
 
 def input_entries(places):
