@@ -6243,6 +6243,7 @@ class JobDirectory:
 
     def begin(self, work, pipe, over):
         def as_user():
+            import tarfile          # noqa: F401 - while it can be: a Python in /root is not the user's to read
             if self.user:
                 become(self.user)
             work()
