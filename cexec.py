@@ -5716,9 +5716,11 @@ class Printer:
     def refresh(self):
         """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
         tasks = self.batch.tasks
-        while not self.task and self.count < len(tasks) and tasks[self.count].exit_code is not None:
+        while not self.task and self.count < len(tasks):
             task = tasks[self.count]
-            if task.exit_code:
+            if task.exit_code is None and not task.done_before:
+                break
+            if task.exit_code or task.done_before:
                 self.count += 1
             else:
                 self.task = task
@@ -6243,7 +6245,8 @@ class JobDirectory:
 
     def begin(self, work, pipe, over):
         def as_user():
-            import tarfile          # noqa: F401 - while it can be: a Python in /root is not the user's to read
+            import re               # noqa: F401 - while they can be: a Python in /root is not the user's to read
+            import tarfile          # noqa: F401
             if self.user:
                 become(self.user)
             work()

@@ -5654,7 +5654,7 @@ def test_a_directory_is_the_users(farm):
     in_desk(farm, "a", b"1")
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub, "sh", "-c", "stat -c %U . a; cp a b; chmod 0 .")
     assert (done.returncode, done.stdout, done.stderr[:48]) == (
-        111, b"nobody\nnobody\n", b"cexec: worker 127.0.0.1 cannot send results: .: ")
+        111, b"nobody\nnobody\n", b"cexec: worker 127.0.0.1 cannot send results: Per")
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub,
                      "sh", "-c", "cp a b; chmod 4711 b; mkdir r; touch r/x; chmod 0 r")
     assert (done.returncode, done.stderr, left(farm)) == (0, b"", [])
