@@ -53,6 +53,7 @@ main_cservice, whose -s comes after ckeygen:
     Comes back  a group's datagrams to their handler, offers and answers       ReturnPort
     Channel     TLS, frames over it, the streams of descriptors over these     Dial, Link, Source, Sink, Carrier
     Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
+    Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
     cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
     cexec -l    who is there                                                   Survey
@@ -86,6 +87,7 @@ try:
     import hashlib
     import heapq
     import hmac
+    import itertools
     import os
     import select
     import selectors
@@ -946,7 +948,7 @@ DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
-JOB = Message(3, "JOB", descriptors="rows:HHB", variables="I", arguments="I", linger="I",     # linger: ms
+JOB = Message(3, "JOB", descriptors="rows:HHB", variables="I", arguments="I", patterns="I", linger="I",   # ms
               term="text", lines="H", columns="H", modes="texts")   # of the terminal, if one is asked for
 ACCEPT = Message(4, "ACCEPT")
 REFUSE = Message(5, "REFUSE", reason="text")
@@ -976,13 +978,15 @@ FLAG_OUTPUT = 2                     # the command writes it, the client gets it
 FLAG_SOCKET = 4                     # both ways: a socketpair for the command
 FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
 FLAG_TERMINAL = 16                  # both ways: a terminal for the command, which controls its session
-POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT,
+FLAG_FILES = 32                     # an archive for the job's directory, or of results: the command has no such number
+POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT, FLAG_INPUT | FLAG_FILES, FLAG_OUTPUT | FLAG_FILES,
                   FLAG_INPUT | FLAG_OUTPUT | FLAG_SOCKET, FLAG_INPUT | FLAG_OUTPUT | FLAG_TERMINAL}
 
 HELLO_REPEATABLE = 1                # HELLO's and REPLY's options: the application may be run again,
 HELLO_ARGUMENTS = 2                 # the client may give arguments,
-HELLO_NO_COMMAND = 4                # which are the command: there is no other
-OPTION_LETTERS = {HELLO_ARGUMENTS: "a", HELLO_REPEATABLE: "i"}      # of cservice
+HELLO_DIRECTORIES = 4               # each job has a directory, and files may come into it and out of it,
+HELLO_NO_COMMAND = 8                # the arguments are the command: there is no other
+OPTION_LETTERS = {HELLO_ARGUMENTS: "a", HELLO_DIRECTORIES: "d", HELLO_REPEATABLE: "i"}      # of cservice
 
 # A frame's flags: on EOF and SHUT.
 FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
@@ -1180,7 +1184,7 @@ def make_frame(kind, channel=0, flags=0, **fields):
     return FRAME_HEAD.pack(kind.code, flags, channel, len(payload)) + payload
 
 
-# A job's words, its variables (KEY=VALUE) and then its arguments, are bytes and may be large.  They
+# A job's words, its variables (KEY=VALUE), arguments and -g's patterns, are bytes and may be large.  They
 # go ahead of JOB, which has their numbers, in WORDS: as in /proc/PID/environ, cut anywhere.
 
 def words_size(words):
@@ -1188,13 +1192,13 @@ def words_size(words):
     return sum(len(word) + 9 for word in words)
 
 
-def send_job(link, environment=(), arguments=(), **fields):
+def send_job(link, environment=(), arguments=(), patterns=(), **fields):
     """Sends a job's words and JOB; the number of WORDS, each of which is answered with PONG."""
-    data = b"".join(word + b"\0" for word in (*environment, *arguments))
+    data = b"".join(word + b"\0" for word in (*environment, *arguments, *patterns))
     places = range(0, len(data), WORDS_CHUNK)
     for place in places:
         link.send(WORDS, bytes=data[place:place + WORDS_CHUNK])
-    link.send(JOB, variables=len(environment), arguments=len(arguments), **fields)
+    link.send(JOB, variables=len(environment), arguments=len(arguments), patterns=len(patterns), **fields)
     return len(places)
 
 
@@ -1211,13 +1215,13 @@ class Words:
         if not data or len(self.data) + 8 * self.count > WORDS_MAX:
             raise ProtocolError("no words, or more than %d MiB of them" % (WORDS_MAX >> 20))
 
-    def take(self, variables, arguments):
-        """(a list of so many words, a list of so many more).  Raises ProtocolError unless these are all."""
-        if self.count != variables + arguments or self.data and self.data[-1]:
+    def take(self, *counts):
+        """A tuple of lists of so many words each, one after the other.  Raises ProtocolError unless these are all."""
+        if self.count != sum(counts) or self.data and self.data[-1]:
             raise ProtocolError("other words than JOB says")
-        words = bytes(self.data).split(b"\0")[:-1]
+        words = iter(bytes(self.data).split(b"\0"))
         self.__init__()
-        return words[:variables], words[variables:]
+        return tuple(list(itertools.islice(words, count)) for count in counts)
 
 
 # ---------------------------------------------------------------------------
@@ -3475,6 +3479,578 @@ def system_load():
 
 
 # ---------------------------------------------------------------------------
+# Files: what goes into a job's directory, and what comes out of it
+# ---------------------------------------------------------------------------
+#
+# Two channels carry archives: what cexec -i names goes to the worker before the command
+# starts, and what -g names comes back after it has ended with 0.  Each end has them written
+# and read by a child of its own (a Helper), so that a slow disk stops nothing else; the
+# worker's runs as the command's user.
+#
+# An archive is a tar file of GNU's kind (tarfile's GNU_FORMAT) that has regular files and
+# directories alone, with relative names.  Its last member is the directory ".", behind which
+# nothing comes: by that a reader knows that it is whole.
+
+FILES_IN, FILES_OUT = MAXFD_LIMIT, MAXFD_LIMIT + 1      # the numbers of the two channels
+WHOLE = b"."                        # the last member
+BLOCK = 512                         # tar(5): bytes of a member's head, and what its data is filled up to
+PATH_MAX = 4096                     # bytes of a name at most
+PIECE = 1024 * 1024                 # bytes of a file read or written at a time
+
+
+def file_error(error, name):
+    """An OSError with the name of the file, bytes."""
+    return OSError(error.errno, error.strerror, name)
+
+
+def tree(path, name, wanted=lambda name: True):
+    """Yields (path, name) of a file or directory and of what is in it, bytes; links to directories are not followed.
+
+    A directory comes before what is in it; "." itself does not come.  Raises OSError if one
+    that is wanted can't be read.
+    """
+    if name != WHOLE and wanted(name):
+        yield path, name
+    if os.path.isdir(path) and (name == WHOLE or not os.path.islink(path)):
+        try:
+            inside = sorted(os.listdir(path))
+        except OSError:
+            if name == WHOLE or wanted(name):
+                raise
+            return
+        for entry in inside:
+            yield from tree(entry if path == WHOLE else os.path.join(path, entry),
+                            entry if name == WHOLE else name + b"/" + entry, wanted)
+
+
+def pack_files(writer, entries):
+    """Writes an archive of the entries, (path, name), to a descriptor.  Raises OSError."""
+    with open(writer, "wb", PIECE) as out:
+        for path, name in entries:
+            try:
+                pack_member(out, path, name)
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise file_error(error, path) from None
+        out.write(member_head(WHOLE, stat.S_IFDIR | 0o700, 0, 0))
+
+
+def member_head(name, mode, size, seconds):
+    import tarfile
+    info = tarfile.TarInfo(name.decode("latin-1"))      # in which all bytes stand for themselves
+    info.type = tarfile.DIRTYPE if stat.S_ISDIR(mode) else tarfile.REGTYPE
+    info.mode, info.size, info.mtime = mode & 0o777, size, max(0, int(seconds))
+    return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
+
+
+def pack_member(out, path, name):
+    """Writes a file with its head.  Raises OSError if it is neither file nor directory, or changes meanwhile."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # it may be a FIFO
+    try:
+        before = os.fstat(fd)
+        if stat.S_ISREG(before.st_mode):
+            out.write(member_head(name, before.st_mode, before.st_size, before.st_mtime))
+            pack_data(out, fd, before)
+        elif not stat.S_ISDIR(before.st_mode):
+            raise OSError(errno.EINVAL, "neither a regular file nor a directory")
+        elif os.path.islink(path):
+            raise OSError(errno.ELOOP, "a link to a directory")
+        else:
+            out.write(member_head(name, before.st_mode, 0, before.st_mtime))
+    finally:
+        os.close(fd)
+
+
+def pack_data(out, fd, before):
+    left = before.st_size
+    while left:
+        piece = os.read(fd, min(left, PIECE))
+        if not piece:
+            break
+        out.write(piece)
+        left -= len(piece)
+    after = os.fstat(fd)
+    if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise OSError(errno.EBUSY, "changed while it was read")
+    out.write(bytes(-before.st_size % BLOCK))
+
+
+def members(file):
+    """Yields (name, TarInfo) of an archive's members; the data of each is to be read before the next.
+
+    Raises ProtocolError unless it is whole, and has nothing but regular files and directories
+    with relative names.  tarfile itself would take anything, and any amount of memory.
+    """
+    import tarfile
+    name = None
+    while True:
+        head = file.read(BLOCK)
+        try:
+            info = tarfile.TarInfo.frombuf(head, "latin-1", "strict")
+        except tarfile.TarError:
+            raise ProtocolError("the archive is cut short" if len(head) < BLOCK else "no archive") from None
+        if info.type == tarfile.GNUTYPE_LONGNAME and name is None and 0 < info.size <= PATH_MAX:
+            name = file.read(info.size + -info.size % BLOCK)[:info.size].rstrip(b"\0")
+            continue
+        name = info.name.encode("latin-1") if name is None else name
+        if info.isdir():
+            name = name.rstrip(b"/")
+            if name == WHOLE:
+                break
+        check_member(name, info, tarfile.DIRTYPE, tarfile.REGTYPE, tarfile.AREGTYPE)
+        yield name, info
+        name = None
+    if file.read(1):
+        raise ProtocolError("something behind the archive's end")
+
+
+def check_member(name, info, *kinds):
+    """Raises ProtocolError for a member that an archive of ours never has."""
+    if info.type not in kinds:
+        raise ProtocolError("%s is neither a regular file nor a directory" % os.fsdecode(name))
+    if len(name) >= PATH_MAX or b"\0" in name or {b"", b".", b".."} & set(name.split(b"/")):
+        raise ProtocolError("%s: not a relative name" % os.fsdecode(name[:PATH_MAX]))
+    if info.mode & ~0o777 or info.size < 0 or info.isdir() and info.size:
+        raise ProtocolError("%s has an impossible mode or size" % os.fsdecode(name))
+
+
+def unpack(reader, top, allowed=lambda name: True, dated=True):
+    """Puts the files of an archive from a descriptor into the empty directory that is open as top.
+
+    Returns the files' names, and {name: mode} of the directories, which all have mode
+    0700 yet.  dated: whether files have the archive's times.  Raises OSError, ProtocolError.
+    """
+    files, directories = [], {}
+    with open(reader, "rb", PIECE) as file:
+        for name, info in members(file):
+            if not allowed(name):
+                raise ProtocolError("%s was not asked for" % os.fsdecode(name))
+            try:
+                parts = name.split(b"/")
+                for count in range(1, len(parts) + info.isdir()):
+                    make_once(b"/".join(parts[:count]), top, directories)
+                if info.isdir():
+                    directories[name] = info.mode
+                else:
+                    unpack_file(file, name, info, top, dated)
+                    files.append(name)
+            except OSError as error:
+                raise file_error(error, name) from None
+    return files, directories
+
+
+def make_once(name, top, directories):
+    """Makes a directory that no member has named yet."""
+    if name not in directories:
+        os.mkdir(name, 0o700, dir_fd=top)
+        directories[name] = 0o777
+
+
+def unpack_file(file, name, info, top, dated):
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, info.mode, dir_fd=top)
+    with open(fd, "wb", 0) as out:
+        left = info.size
+        while left:
+            piece = memoryview(file.read(min(left, PIECE)))
+            if not piece:
+                raise ProtocolError("the archive is cut short")
+            left -= len(piece)
+            while piece:
+                piece = piece[out.write(piece):]
+        file.read(-info.size % BLOCK)
+        if dated:
+            seconds = min(max(0, info.mtime), 2 ** 33)
+            os.utime(fd, (seconds, seconds))
+
+
+def set_modes(directories, top):
+    """Gives directories their modes, the innermost first: one may not be writable."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for name in sorted(directories, reverse=True):
+        os.chmod(name, directories[name] & ~umask, dir_fd=top)
+
+
+# What -g names: a pattern as a shell's, of a relative name; ** stands for any directories.
+
+def result_pattern(text):
+    """A pattern of -g without what changes nothing.  Raises Fatal (100) if it names nothing in a directory."""
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if text.startswith("/") or ".." in parts or not parts:
+        raise Fatal(EXIT_USAGE, "-g %s: not the name of anything in the job's directory" % (text or "''"))
+    matcher([os.fsencode("/".join(parts))])
+    return "/".join(parts)
+
+
+def matcher(patterns):
+    """A function of a name, bytes: whether one of the patterns, bytes, matches it or a directory that it is in."""
+    import re
+    try:
+        rules = [re.compile(pattern_rule(os.fsdecode(pattern)) + r"(?:/.*)?\Z", re.DOTALL) for pattern in patterns]
+    except re.error as error:
+        raise Fatal(EXIT_USAGE, "-g: not a pattern: %s" % error) from None
+    return lambda name: any(rule.match(os.fsdecode(name)) for rule in rules)
+
+
+def pattern_rule(pattern):
+    """A pattern as a regular expression.  A name that begins with a dot is matched by a dot alone, as in a shell."""
+    import re
+
+    def rule(found):
+        text = found.group()
+        if len(text) > 1:           # [...]
+            inside = text[2:-1] if text[1] in "!^" else text[1:-1]
+            return "(?!/)[%s%s]" % ("^" * (text[1] in "!^"), re.sub(r"([\\\[\]^&~|])", r"\\\1", inside))
+        return {"*": "[^/]*", "?": "[^/]"}.get(text) or re.escape(text)
+
+    rules = []
+    *directories, last = pattern.split("/")
+    for part in directories + ["*" if last == "**" else last]:
+        hidden = r"(?!\.)" if part[0] in "*?[" else ""
+        rules.append(r"(?:(?!\.)[^/]+/)*" if part == "**" else
+                     hidden + re.sub(r"\[[!^]?\]?[^\]]*\]|.", rule, part, flags=re.DOTALL) + "/")
+    return "".join(rules)[:-1]
+
+
+def is_pattern(text):
+    return any(character in text for character in "*?[")
+
+
+def may_be_replaced(path):
+    """Whether there is nothing but a regular file, if anything at all."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return True
+
+
+# A directory of ours is locked for as long as somebody has it, and so what a crash has left is found.
+
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+OLD_SECONDS = 60.0                  # one that is not locked, and was made that long ago, was left by a crash
+
+
+def make_directory(path, floor=0):
+    """Makes a directory for us alone: a descriptor, from floor up, that locks it.  Raises OSError."""
+    os.mkdir(path, 0o700)
+    fd = lifted_away(os.open(path, DIRECTORY_FLAGS), floor)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
+
+
+def remove_directory(path):
+    """Removes a directory whatever is in it: read-only directories, deep ones, what is no file.  Raises OSError.
+
+    What is in it may be another user's, who changes it meanwhile: no link is followed.  Each
+    directory in it is moved to its top before it is emptied, so that none is too deep.
+    """
+    make_writable(path)
+    top, todo, moved = os.open(path, DIRECTORY_FLAGS), ["."], 0
+    prefix = os.urandom(8).hex()
+    try:
+        while todo:
+            name = todo.pop()
+            fd = os.open(name, DIRECTORY_FLAGS, dir_fd=top)
+            for entry in os.listdir(fd):
+                try:
+                    os.unlink(entry, dir_fd=fd)
+                except (IsADirectoryError, PermissionError):
+                    moved += 1
+                    make_writable(entry, fd)
+                    os.rename(entry, prefix + str(moved), src_dir_fd=fd, dst_dir_fd=top)
+                    todo.append(prefix + str(moved))
+            os.close(fd)
+            if name != ".":
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def make_writable(path, dir_fd=None):
+    """Lets us remove what is in a directory of ours.  Root may anyway, and would follow a link put there."""
+    if os.geteuid():
+        os.chmod(path, 0o700, dir_fd=dir_fd)
+
+
+def remove_left(place, is_ours):
+    """Removes directories that a crash has left in a place: those with a name of ours that nobody locks."""
+    for name in os.listdir(place):
+        path = os.path.join(place, name)
+        try:
+            if not is_ours(name) or time.time() - os.lstat(path).st_mtime < OLD_SECONDS:
+                continue
+            fd = os.open(path, DIRECTORY_FLAGS)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_directory(path)
+            finally:
+                os.close(fd)
+        except OSError as error:    # in use; another user's
+            log.note("%s stays: %s", path, error.strerror)
+
+
+def close_all_but(kept):
+    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
+    try:
+        numbers = map(int, os.listdir("/dev/fd"))
+    except OSError:
+        numbers = range(4096)
+    for number in set(numbers) - set(kept):
+        try:
+            os.close(number)
+        except OSError:
+            pass                    # the listing's own
+    fill_standard()
+
+
+class Helper:
+    """A child process that does some work with files; over(None, or what went wrong) is called when it has ended.
+
+    It has no descriptors but those that are kept for it.  Where a reader of what it writes has
+    gone, that one says why.
+    """
+
+    def __init__(self, loop, work, kept, over, handling=signal.SIG_IGN):
+        self.loop, self.over, self.said = loop, over, b""
+        self.reader, writer = (lifted_away(fd, loop.floor) for fd in os.pipe())
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.Signals)
+        try:
+            self.pid = os.fork()
+        except OSError:
+            os.close(self.reader)
+            raise
+        finally:
+            if getattr(self, "pid", None) == 0:
+                self.run(work, [writer, *kept], handling)
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+            os.close(writer)
+        os.set_blocking(self.reader, False)
+        loop.on_read(self.reader, self.read)
+
+    @staticmethod
+    def run(work, kept, handling):
+        """In the child; does not return."""
+        code, text = 1, ""
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+                signal.signal(number, handling)
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            log.verbose, log.fd = False, 2
+            close_all_but(kept)
+            work()
+            code = 0
+        except BrokenPipeError:
+            code = 0
+        except OSError as error:
+            text = "%s: %s" % (os.fsdecode(error.filename), error.strerror) if error.filename else error.strerror
+        except (Fatal, ProtocolError) as error:
+            text = str(error)
+        except BaseException as error:
+            text = "%s: %s" % (type(error).__name__, error)
+        finally:
+            os.write(kept[0], cut(text, 400).encode())
+            os._exit(code)
+
+    def read(self):
+        try:
+            data = os.read(self.reader, 4096)
+        except BlockingIOError:     # what poll has seen was of another pipe with that number
+            return
+        self.said += data
+        if not data:
+            self.over(self.wait())
+
+    def wait(self):
+        """Waits for its end: None, or what went wrong."""
+        self.loop.forget(self.reader)
+        os.close(self.reader)
+        code = os.waitpid(self.pid, 0)[1]
+        return (self.said.decode() or "it was killed") if code else None
+
+    def kill(self):
+        """Ends it, however far it is."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+def files_pipe(floor):
+    """(reader, writer) of a pipe between a Helper and us."""
+    reader, writer = (lifted_away(fd, floor) for fd in os.pipe())
+    enlarge(writer)
+    return reader, writer
+
+
+# The client's side
+
+PART_NAME = ".cexec.%s.part"        # of the directory in which results wait, in the current one
+
+
+def input_place(text):
+    """(path, name) of what -i names, bytes: its own relative path, or its last part where that would lead elsewhere.
+
+    Raises OSError if it is not there.
+    """
+    os.stat(text)
+    path, name = os.fsencode(text), os.fsencode(os.path.normpath(text))
+    if path.startswith(b"/") or b".." in path.split(b"/"):
+        name = os.path.basename(os.path.abspath(path))
+    if not name:
+        raise OSError(errno.EINVAL, "it has no name of its own", text)
+    return os.path.realpath(path), name
+
+
+def input_entries(places):
+    """Yields (path, name) for all that is packed for -i, each name once.  Raises OSError."""
+    known = {}
+    for path, name in places:
+        for one, its_name in tree(path, name):
+            if its_name not in known:
+                known[its_name] = one
+                yield one, its_name
+            elif known[its_name] != one and not os.path.isdir(one):
+                raise OSError(errno.EEXIST, "has the same name there as %s" % os.fsdecode(known[its_name]), one)
+
+
+def receive(reader, verdict, patterns, durable):
+    """In a child: unpacks results beside; puts them in their places when the verdict says so, else removes them.
+
+    Until then nothing that goes wrong matters: the command may have failed.  Raises OSError,
+    ProtocolError, Fatal.
+    """
+    part, error = PART_NAME % os.urandom(8).hex(), None
+    try:
+        try:
+            top = make_directory(part)
+            files, directories = unpack(reader, top, matcher(patterns), dated=False)
+        except (OSError, ProtocolError) as trouble:
+            error = trouble
+            os.closerange(reader, reader + 1)   # whoever writes need not wait
+        if not os.read(verdict, 1):
+            return
+        if error:
+            raise error
+        for pattern in patterns:
+            if not any(map(matcher([pattern]), files + list(directories))):
+                raise Fatal(EXIT_TEMPORARY, "-g %s: nothing in the job's directory matches" % os.fsdecode(pattern))
+        put_in_place(part, top, files, directories, durable)
+    finally:
+        if os.path.lexists(part):
+            remove_directory(part)
+
+
+def put_in_place(part, top, files, directories, durable):
+    """Moves results from where they wait to their places.  Raises OSError, if it can be before anything is moved."""
+    part, new = os.fsencode(part), {}
+    for name in files:
+        if not may_be_replaced(name):
+            raise OSError(errno.EEXIST, "there is something that is no regular file", name)
+        if durable:
+            fd = os.open(name, os.O_RDONLY, dir_fd=top)
+            os.fsync(fd)
+            os.close(fd)
+    try:
+        for name in sorted(directories):
+            if not os.path.isdir(name):
+                os.mkdir(name)
+                new[name] = directories[name]
+    except OSError:
+        for name in sorted(new, reverse=True):
+            os.rmdir(name)
+        raise
+    for name in files:
+        try:
+            os.rename(os.path.join(part, name), name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise file_error(error, name) from None
+            copy_over(os.path.join(part, name), name)       # its directory is a link to another disk
+    set_modes(new, None)
+
+
+def copy_over(path, name):
+    import shutil
+    beside = os.path.join(os.path.dirname(name), os.fsencode(PART_NAME % os.urandom(8).hex()))
+    shutil.copy(path, beside)
+    os.rename(beside, name)
+
+
+class JobFiles:
+    """A job's files at the client: a child packs what -i names, another waits with the results for the end.
+
+    changed() is called whenever one of them has ended.  Raises OSError.
+    """
+
+    def __init__(self, carrier, places, patterns, changed, durable=False):
+        self.loop, self.changed = carrier.loop, changed
+        self.trouble = None         # what went wrong
+        self.verdict = None         # where the child is told what becomes of the results
+        self.helpers, self.ends = [], []
+        at_end.append(self.close)               # whatever ends us: nothing of it is to stay
+        if places:
+            reader, writer = files_pipe(self.loop.floor)
+            self.help(lambda: pack_files(writer, input_entries(places)), [writer])
+            self.carry(carrier, FILES_IN, reader, "read")
+        if patterns:
+            reader, writer = files_pipe(self.loop.floor)
+            verdict, self.verdict = files_pipe(self.loop.floor)
+            self.help(lambda: receive(reader, verdict, patterns, durable), [reader, verdict])
+            self.carry(carrier, FILES_OUT, writer, "write")
+
+    def help(self, work, kept):
+        try:
+            helper = Helper(self.loop, work, kept, lambda trouble: self.ended(helper, trouble))
+        finally:
+            for fd in kept:
+                os.close(fd)
+        self.helpers.append(helper)
+
+    def carry(self, carrier, channel, fd, half):
+        os.set_blocking(fd, False)
+        end = End(fd, fd, lambda: os.close(fd), [half])
+        end.watched = True
+        self.ends.append((end, half))
+        carrier.carry(channel, end)
+
+    def ended(self, helper, trouble):
+        self.helpers.remove(helper)
+        self.trouble = self.trouble or trouble
+        self.changed()
+
+    def settled(self, success):
+        """After EXIT, when all has been received: whether everything is over.  Only a success keeps results."""
+        if self.verdict is not None:
+            if success and not self.trouble:
+                self.tell_verdict()
+            os.close(self.verdict)
+            self.verdict = None
+        return not self.helpers
+
+    def tell_verdict(self):
+        try:
+            os.write(self.verdict, b"1")
+        except OSError:
+            pass                    # it has ended, and says why
+
+    def close(self):
+        """Leaves: results that have no place yet are removed when this returns."""
+        if self.close in at_end:
+            at_end.remove(self.close)
+        for end, half in self.ends:
+            if end.halves:
+                self.loop.forget(end.polled)
+                end.done(half)
+        if self.verdict is not None:
+            os.close(self.verdict)
+            self.verdict = None
+        for helper in self.helpers:
+            helper.wait()
+        self.helpers = []
+
+
+# ---------------------------------------------------------------------------
 # cexec: the search
 # ---------------------------------------------------------------------------
 #
@@ -3488,10 +4064,13 @@ def system_load():
 # A job is a Job or a Task.  Its job_fields() are what send_job() sends.
 
 class Terms:
-    """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets."""
+    """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets.
 
-    def __init__(self, environment, arguments=(), batch=NO_BATCH):
-        self.environment, self.arguments = environment, arguments
+    inputs and results are what -i and -g name.
+    """
+
+    def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=()):
+        self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
         self.batch = batch          # the id that all searches of a batch have in common
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
@@ -3505,7 +4084,7 @@ class Terms:
     def job_fields(self):
         """What send_job() sends, without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
-                "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
+                "patterns": self.results, "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
     def unfit(self, hello):
         """Why the worker of a HELLO cannot do what is wanted; None if it can."""
@@ -3513,7 +4092,14 @@ class Terms:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
             return "has no command of its own: name one behind the public key (cservice -a)"
+        if (self.inputs or self.results) and not hello.options & HELLO_DIRECTORIES:
+            return "has no directory for the files of -i and -g (cservice -d)"
         return None
+
+    def file_rows(self):
+        """JOB's rows for its files."""
+        return ([(FILES_IN, FILES_IN, FLAG_INPUT | FLAG_FILES)] * bool(self.inputs)
+                + [(FILES_OUT, FILES_OUT, FLAG_OUTPUT | FLAG_FILES)] * bool(self.results))
 
 
 def parse_words(words):
@@ -3961,8 +4547,9 @@ class Search:
 class Job(Terms):
     """What the user wants done, with the descriptors of this process."""
 
-    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False):
-        super().__init__(environment, arguments)
+    def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False,
+                 inputs=(), results=()):
+        super().__init__(environment, arguments, inputs=inputs, results=results)
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
         self.repeat = repeat
         self.progress = progress    # whether cexec -p shows how far it is
@@ -4022,7 +4609,7 @@ class Job(Terms):
         return rows
 
     def job_fields(self):
-        fields = dict(super().job_fields(), descriptors=self.rows())
+        fields = dict(super().job_fields(), descriptors=self.rows() + self.file_rows())
         if self.terminal:
             term = os.environ.get("TERM", "")
             fields.update(self.terminal.size(), term=term if is_name(term) else "dumb",
@@ -4134,7 +4721,8 @@ class RemoteJob(Carrier):
         self.address = hello.address            # the worker's
         self.silence_seconds = patron.terms.silence_seconds
         self.exit = None            # EXIT's fields, once it has come
-        self.trouble = None         # what went wrong with a descriptor here
+        self.trouble = None         # what went wrong with a descriptor or a file here
+        self.files = None           # the JobFiles, if -i or -g names any
         self.began = self.last_tick = time.monotonic()
         self.tick = self.loop.after(self.tick_seconds(), self.check_life)
         link.attach(self.loop, self)
@@ -4157,7 +4745,8 @@ class RemoteJob(Carrier):
         """The worker wants neither input nor signs of life any more."""
         self.tick.cancel()
         for source in self.sources.values():
-            self.loop.on_read(source.end.polled, None)
+            if source.state is OPEN:            # else its number may be another's by now
+                self.loop.on_read(source.end.polled, None)
 
     def exited(self, rows):
         """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
@@ -4166,6 +4755,34 @@ class RemoteJob(Carrier):
     def detach(self):
         """Leaves the descriptors alone: another run gets them."""
         raise NotImplementedError
+
+    # Its files
+
+    def begin_files(self, places, patterns, durable=False):
+        """Has what -i and -g name sent and received, see JobFiles.  Raises Fatal (111)."""
+        if places or patterns:
+            try:
+                self.files = JobFiles(self, places, patterns, self.stream_ended, durable)
+            except OSError as error:
+                raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
+
+    def files_are_over(self):
+        """After EXIT: whether the results are in their places, or there will be none; trouble says what went wrong."""
+        sink = self.sinks.get(FILES_OUT)
+        if sink and sink.state in (OPEN, ENDING):
+            return False
+        if self.files:
+            success = self.exit.how == HOW_EXITED and self.exit.status == 0
+            if success and self.exit.reason:
+                self.trouble = self.trouble or "worker %s cannot send results: %s" % (self.address, self.exit.reason)
+            if not self.files.settled(success and not self.trouble):
+                return False
+            self.trouble = self.trouble or self.files.trouble
+        return True
+
+    def close_files(self):
+        if self.files:
+            self.files.close()
 
     def rcvd_pong(self, flags, channel, payload):
         pass                        # the link has noted the sign of life
@@ -4216,6 +4833,7 @@ class Run(RemoteJob):
             self.carry(channel, end, None if job.positions[channel].file else job.replay)
             if channel in self.sources and channel in job.empty:
                 self.sources[channel].leave_alone()
+        self.begin_files(job.inputs, job.results)
         if job.terminal:
             self.take_terminal()
 
@@ -4224,7 +4842,7 @@ class Run(RemoteJob):
     def exited(self, rows):
         self.link.close()
         for number, source in self.sources.items():
-            if number in rows:
+            if number in rows and number in self.job.positions:
                 # The worker tells how many bytes the command has taken: the rest, in pipes and
                 # buffers on the way, counts as never read.  More than we sent is not believed.
                 self.job.positions[number].advance(min(rows[number][1], source.sent))
@@ -4245,8 +4863,9 @@ class Run(RemoteJob):
         Whoever reads there then sees the end of file at once, as with a local command, and not
         at the end of the job.  A file or a terminal has no such reader: the log stays.
         """
-        closed = any(sink.state in (ENDED, SHUTDOWN) and self.job.has_number(channel, 2)
-                     and self.job.channels[channel][0].kind in (PIPE, SOCKET) for channel, sink in self.sinks.items())
+        closed = any(sink.state in (ENDED, SHUTDOWN) and channel in self.job.channels
+                     and self.job.has_number(channel, 2) and self.job.channels[channel][0].kind in (PIPE, SOCKET)
+                     for channel, sink in self.sinks.items())
         if closed and self.exit is None:
             log.release()
 
@@ -4257,6 +4876,7 @@ class Run(RemoteJob):
         if self.job.terminal:
             self.job.terminal.restore()
         log.release()
+        self.close_files()
         for end in self.job.ends.values():
             self.loop.forget(end.polled)
 
@@ -4269,7 +4889,8 @@ class Run(RemoteJob):
         """After EXIT the job is over when every output has been written here."""
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
-        elif self.exit_code is None and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+        elif (self.exit_code is None and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values())
+              and self.files_are_over()):
             self.conclude(self.exit.how, self.exit.status)
 
     def conclude(self, how, code):
@@ -4291,6 +4912,7 @@ class Run(RemoteJob):
         self.exit_code = exit_code
         self.tick.cancel()
         self.link.close()
+        self.close_files()
         self.job.tell(exit_code, word, self.address, time.monotonic() - self.began)
 
     # Signals
@@ -4823,11 +5445,12 @@ def batch_tasks(terms, inputs):
     be a regular file.
     """
     pattern = terms.pattern
-    if pattern == "-":
-        return [Task(terms, number, given, None) for number, given in enumerate(inputs, 1)]
-    tasks = [Task(terms, number, given, fill_pattern(pattern, *given)) for number, given in enumerate(inputs, 1)]
-    check_outputs(pattern, tasks)
-    check_directories(pattern, tasks)
+    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
+             for number, given in enumerate(inputs, 1)]
+    if pattern != "-" or terms.results:
+        check_outputs(pattern, tasks)
+    if pattern != "-":
+        check_directories(pattern, tasks)
     return tasks
 
 
@@ -4836,16 +5459,17 @@ def check_outputs(pattern, tasks):
     taken, places = {}, {}
     files = {place_of(task.file, places): task.file for task in tasks if task.file is not None}
     for task in tasks:
-        output = task.output
-        for written in (place_of(output, places), place_of(part_of(output), places)):
-            if written in files:
-                raise Fatal(EXIT_USAGE, "-o %s: %s would be overwritten" % (pattern, files[written]))
-            if written in taken:
-                raise Fatal(EXIT_USAGE, "-o %s: %s and %s would both be written to %s"
-                            % (pattern, taken[written], task.name, output))
-            taken[written] = task.name
-        if output[-1:] in ("", "/") or not may_be_replaced(output):
-            raise Fatal(EXIT_USAGE, "-o %s: %s is no regular file" % (pattern, output or "an empty name"))
+        for output in task.outputs():
+            option = "-o " + pattern if output == task.output else "-g " + output
+            for written in (place_of(output, places), place_of(part_of(output), places)):
+                if written in files:
+                    raise Fatal(EXIT_USAGE, "%s: %s would be overwritten" % (option, files[written]))
+                if written in taken:
+                    raise Fatal(EXIT_USAGE, "%s: %s and %s would both be written to %s"
+                                % (option, taken[written], task.name, output))
+                taken[written] = task.name
+            if output == task.output and (output[-1:] in ("", "/") or not may_be_replaced(output)):
+                raise Fatal(EXIT_USAGE, "%s: %s is no regular file" % (option, output or "an empty name"))
 
 
 def check_directories(pattern, tasks):
@@ -4876,14 +5500,6 @@ def place_of(name, known):
     return os.path.join(known[directory], base)
 
 
-def may_be_replaced(path):
-    """Whether there is a regular file, or nothing."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return True
-
-
 def part_of(output):
     """The name beside an output's under which it is written.  Names have a limit: a long one's is a hash."""
     directory, base = os.path.split(output)
@@ -4892,10 +5508,10 @@ def part_of(output):
 
 
 class BatchTerms(Terms):
-    """What the user wants of each file's job."""
+    """What the user wants of each file's job; inputs and results are words yet, with {} and its relatives."""
 
-    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None):
-        super().__init__(environment, arguments, batch=os.urandom(8))
+    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, **files):
+        super().__init__(environment, arguments, batch=os.urandom(8), **files)
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
@@ -4933,6 +5549,8 @@ class Task:
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # of its job: (variables, arguments)
+        self.places = []            # what goes into its directory, as input_place() has it
+        self.results = [result_pattern(fill_pattern(text, *map(quoted, inputs))) for text in terms.results]
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
         self.done_before = False    # by a batch before this one
@@ -4949,7 +5567,8 @@ class Task:
 
     def job_fields(self):
         environment, arguments = self.words
-        return dict(self.terms.job_fields(), descriptors=self.ROWS, environment=environment, arguments=arguments)
+        return dict(self.terms.job_fields(), descriptors=self.ROWS + self.terms.file_rows(), environment=environment,
+                    arguments=arguments, patterns=list(map(os.fsencode, self.results)))
 
     def objection(self, run):
         """Why it is not done again after this run: nobody has seen its output, and so nothing."""
@@ -4964,19 +5583,33 @@ class Task:
         """It is over."""
         self.exit_code, self.signal, self.words = exit_code, signal, None
 
+    def outputs(self):
+        """The names of what it makes here, as far as they are known before."""
+        named = [fill_pattern(text, *self.inputs) for text in self.terms.results if not is_pattern(text)]
+        return [os.path.normpath(name) for name in named] + [self.output] * (self.output is not None)
+
+    def input_place(self, text):
+        """What an -i names, with {} and its relatives filled in, as input_place() has it.  Raises OSError."""
+        return input_place(fill_pattern(text, *self.inputs))
+
     def is_done(self):
-        """Whether the output is there and no older than the file that is read."""
+        """Whether its outputs are there and no older than its inputs."""
         try:
-            made = os.stat(self.output).st_mtime_ns
-            self.done_before = self.file is None or made >= os.stat(self.file).st_mtime_ns
-        except (OSError, TypeError, ValueError):
-            pass                    # it is not there, it has no name, or an impossible one
+            made = [os.stat(name).st_mtime_ns for name in self.outputs()]
+            read = [os.stat(self.file).st_mtime_ns] if self.file is not None else []
+            for text in self.terms.inputs if made else []:
+                read += [os.stat(path).st_mtime_ns for path, _ in tree(*self.input_place(text))
+                         if not os.path.isdir(path)]
+            self.done_before = bool(made) and min(made) >= max(read, default=0)
+        except (OSError, ValueError):
+            pass                    # one is not there, or has an impossible name
         return self.done_before
 
     def open(self):
         """Opens what it reads and writes, for one more try.  Raises OSError."""
         import tempfile
         self.words = self.fill_words()
+        self.places = [self.input_place(text) for text in self.terms.inputs]
         try:
             self.open_input()
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
@@ -5059,6 +5692,12 @@ class Task:
                 log.note("%s: %s", self.name, error.strerror)
 
 
+def quoted(name):
+    """A file's name for fill_pattern() to make a pattern of -g of: there it stands for itself."""
+    import re
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
 def make_durable(directory):
     """Waits until the names in a directory are on the disk.  Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -5111,6 +5750,8 @@ class FileRun(RemoteJob):
         self.accepted = accepted    # for the next Task of a connection GO is sent at once, and ACCEPT comes later
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
+        self.over = False           # whether the batch was told of its end
+        self.begin_files(task.places, list(map(os.fsencode, task.results)), durable=True)
         self.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
@@ -5123,28 +5764,35 @@ class FileRun(RemoteJob):
         self.accepted = True
 
     def exited(self, rows):
-        for sink in self.sinks.values():        # after a short write: a disk that is full says so at the next one
-            while sink.queue:
-                sink.writable()
-        self.detach()
-        self.patron.ended(self)
+        for channel, sink in self.sinks.items():
+            while sink.queue and channel != FILES_OUT:
+                sink.writable()     # after a short write: a disk that is full says so at the next one
+        self.stream_ended()
 
     def detach(self):
         self.send_no_more()
-        for sink in self.sinks.values():
-            self.loop.on_write(sink.end.polled, None)
+        self.close_files()
+        for channel, sink in self.sinks.items():
+            if channel != FILES_OUT:
+                self.loop.on_write(sink.end.polled, None)
 
     def local_error(self, channel, error):
         names = (self.job.name, self.job.output or STANDARD[1], STANDARD[2])
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
-        pass                        # EXIT comes after the ends of all streams
+        """EXIT comes after the ends of all streams, but results are not in their places yet."""
+        if self.exit and not self.over and self.files_are_over():
+            self.over = True
+            self.detach()
+            self.patron.ended(self)
 
     def rcvd_linger(self, flags, channel, payload):
         pass
 
     def link_lost(self, link, reason, violation):
+        if self.exit:
+            return                  # it waits for its files, and no more for the worker
         self.detach()
         if self.accepted or violation:
             self.patron.lost(self, reason)
@@ -5171,9 +5819,9 @@ class Printer:
 
     def refresh(self):
         """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
-        while not self.task and self.line and self.line[0].exit_code is not None:
+        while not self.task and self.line and (self.line[0].done_before or self.line[0].exit_code is not None):
             task = self.line[0]
-            if task.exit_code:
+            if task.done_before or task.exit_code:
                 self.line.popleft()
                 self.count += 1
             else:
@@ -5249,6 +5897,8 @@ class Batch(Patron):
         if self.watched:
             self.show_progress()
         try:
+            if self.printer:
+                self.printer.refresh()          # passes over what is done already
             self.fill()
             started_up()
             while self.is_busy():
@@ -5375,7 +6025,7 @@ class Batch(Patron):
 
     def go_on(self, run):
         """Gives the run's worker the next file, if there is one and the worker takes it."""
-        following = self.take() if run.exit.more else None
+        following = self.take() if run.exit.more and not run.link.closed else None
         if following:
             send_job(run.link, **following.job_fields())
             run.link.send(GO)
@@ -5497,8 +6147,8 @@ class Batch(Patron):
         return "  ".join([text] + ["%s*%d" % item for item in sorted(workers.items())])
 
 
-def files_at_once():
-    """For how many files there are descriptors: four each, besides those of searches and of outputs in line."""
+def files_at_once(each):
+    """For how many files there are descriptors: so many each, besides those of searches and of outputs in line."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
@@ -5509,16 +6159,19 @@ def files_at_once():
         pass                        # macOS allows fewer than it says
     if not LINUX:
         soft = min(soft, 1024)      # what select can wait for
-    return max(1, (soft - OUTPUTS_MAX - 256) // 4)
+    return max(1, (soft - OUTPUTS_MAX - 256) // each)
 
 
 def main_batch(pub, group, words, options):
     """Does a batch; its exit code."""
     pattern = options.output
     if pattern is None:
-        pattern = "-" if options.values else "{}.out"
+        pattern = "-" if options.values or options.results else "{}.out"
     words, inputs = batch_inputs(words, options.zero)
-    terms = BatchTerms(*parse_words(words), pattern, options.values, options.errors)
+    terms = BatchTerms(*parse_words(words), pattern, options.values, options.errors, inputs=options.inputs,
+                       results=options.results)
+    if options.results:
+        check_current_directory()
     tasks = batch_tasks(terms, inputs)
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
@@ -5526,14 +6179,14 @@ def main_batch(pub, group, words, options):
         return show_tasks(options.words[0], todo)
     joblog = open_joblog(options.joblog) if options.joblog else None
     if options.errors:
-        make_directory(options.errors)
+        make_errors_directory(options.errors)
     if not todo:
         return 0
-    jobs = min(options.jobs or MEMORY, files_at_once())
+    jobs = min(options.jobs or MEMORY, files_at_once(9 if options.inputs or options.results else 4))
     return Batch(pub, group, terms, tasks, jobs, joblog, options.force, Halt(options.halt)).work()
 
 
-def make_directory(path):
+def make_errors_directory(path):
     """The directory of --errors.  Raises Fatal (111)."""
     try:
         os.makedirs(path, exist_ok=True)
@@ -5779,8 +6432,8 @@ def main_blocks(pub, group, words, options):
     size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
     joblog = open_joblog(options.joblog) if options.joblog else None
     if options.errors:
-        make_directory(options.errors)
-    jobs = min(options.jobs or MEMORY, files_at_once())
+        make_errors_directory(options.errors)
+    jobs = min(options.jobs or MEMORY, files_at_once(4))
     return BlockBatch(pub, group, terms, size, jobs, joblog).work()
 
 
@@ -6017,7 +6670,7 @@ class Everywhere(Patron):
     def failed(self, run, reason, objection):
         self.runs.remove(run)
         run.detach()
-        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s; the command may have run" % (run.worker, reason))
+        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s; the command may have run" % (run.address, reason))
 
     def over(self, job, exit_code, reason):
         job.conclude(exit_code)
@@ -6058,7 +6711,7 @@ def input_for_all(empty):
 def main_everywhere(pub, group, words, options):
     """Runs a job on every worker; the exit code."""
     terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
-    files_at_once()
+    files_at_once(4)
     survey = Survey(group, pub, terms.ports, Loop())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -6090,6 +6743,9 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-A", "", "everywhere", "run one job on every worker; each line of output begins with HOST:"),
     Option("-b", "SIZE", "blocks", "cut standard input into blocks of whole lines, and run one job for each"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
+    Option("-g", "PATTERN+", "results",
+           "bring what matches in the job's directory here when the command has ended with 0", "- -m"),
+    Option("-i", "PATH+", "inputs", "put the file or directory into the job's directory (may be repeated)", "- -m"),
     Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
     Option("-t", "", "terminal", "give the command a terminal, as ssh -t does", "-"),
@@ -6132,6 +6788,21 @@ def main_cexec(argv):
     return main_single(path, words, options)
 
 
+def places_of(inputs):
+    """What -i names, as input_place() has it.  Raises Fatal (100) for what is not there."""
+    try:
+        return [input_place(text) for text in inputs]
+    except (OSError, ValueError) as error:
+        raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
+
+
+def check_current_directory():
+    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
+    if not os.access(".", os.W_OK | os.X_OK):
+        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
+    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
+
+
 def main_single(path, words, options):
     """Runs one job; its exit code."""
     if options.terminal and options.progress:
@@ -6139,8 +6810,11 @@ def main_single(path, words, options):
     there = any(map(os.path.exists, (path, path + ".pub")))
     if options.empty == "all" and words and "=" not in words[0] and not there:
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
-    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress)
+    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress,
+              places_of(options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
     try:
+        if job.results:
+            check_current_directory()
         pub, group = open_pub(path), Group()
         fill_standard()
         return Client(pub, group, job).work()
@@ -6189,12 +6863,14 @@ def check_job(job, words, options):
     It has the fields of JOB; its environment and its arguments are lists of bytes.  options are
     those of HELLO: they say whether the worker takes arguments.
     """
-    environment, arguments = words.take(job.variables, job.arguments)
+    environment, arguments, patterns = words.take(job.variables, job.arguments, job.patterns)
     if arguments and not options & HELLO_ARGUMENTS:
         raise ProtocolError("arguments for a command that takes none")
     if not arguments and options & HELLO_NO_COMMAND:
         raise ProtocolError("no command")
-    channels = check_descriptors(job.descriptors)
+    channels = check_descriptors(job.descriptors, options & HELLO_DIRECTORIES)
+    if bool(patterns) != (FILES_OUT in channels):
+        raise ProtocolError("patterns without results")
     for variable in environment:
         name, equals, _ = variable.partition(b"=")
         if not equals or not is_variable(name.decode("latin-1")):
@@ -6206,22 +6882,103 @@ def check_job(job, words, options):
         name, _, value = mode.partition("=")
         if not is_variable(name) or not value.isdecimal() or len(value) > 3 or int(value) > 255:
             raise ProtocolError("impossible mode of a terminal")
-    return SimpleNamespace(**dict(vars(job), environment=environment, arguments=arguments))
+    return SimpleNamespace(**dict(vars(job), environment=environment, arguments=arguments, patterns=patterns))
 
 
-def check_descriptors(rows):
+def check_descriptors(rows, may_have_files):
     """The flags of each channel.  Raises ProtocolError if a row of JOB's descriptors is impossible."""
     channels = {}
     for number, channel, flags in rows:
         if channel not in channels and number != channel:       # the first row of a channel has its number
             raise ProtocolError("impossible descriptor %d" % number)
-        if number >= MAXFD_LIMIT or channels.setdefault(channel, flags) != flags:
+        files = {FLAG_INPUT | FLAG_FILES: FILES_IN, FLAG_OUTPUT | FLAG_FILES: FILES_OUT}.get(flags)
+        if files is None and number >= MAXFD_LIMIT or channels.setdefault(channel, flags) != flags:
             raise ProtocolError("impossible descriptor %d" % number)
         if flags not in POSSIBLE_FLAGS:
             raise ProtocolError("descriptor %d is not for anything, with flags %d" % (number, flags))
+        if files is not None and (number != files or not may_have_files):
+            raise ProtocolError("files for a job without a directory")
     if len({number for number, _, _ in rows}) < len(rows):
         raise ProtocolError("a descriptor twice")
     return channels
+
+
+# A job's directory is in TMPDIR.  Its supervisor removes it, cservice that of a supervisor that was
+# lost; and the next cservice there those that nobody locks, after a crash.
+
+DIRECTORY_NAME = "cexec."           # the beginning of a job directory's name; 16 hexadecimal digits follow
+
+
+def is_job_directory(name):
+    return name.startswith(DIRECTORY_NAME) and len(name) == len(DIRECTORY_NAME) + 16
+
+
+def become(user):
+    """Makes this process one of the user's, an entry of passwd(5)."""
+    os.initgroups(user.pw_name, user.pw_gid)
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
+
+
+class JobDirectory:
+    """The directory of one job, which is the command's; what is done in it is done by a child as the command's user.
+
+    Raises OSError.
+    """
+
+    def __init__(self, loop, settings, say):
+        self.loop, self.user, self.helper = loop, settings.user, None
+        name = DIRECTORY_NAME + os.urandom(8).hex()
+        self.path = os.path.join(settings.place, name)
+        say("directory " + name)
+        self.fd = make_directory(self.path, loop.floor)
+        if self.user:
+            os.fchown(self.fd, self.user.pw_uid, self.user.pw_gid)
+
+    def fill(self, reader, over):
+        """Unpacks what comes from the client, and then calls over(None, or what went wrong)."""
+        def work():
+            _, directories = unpack(reader, self.fd)
+            set_modes(directories, self.fd)
+        self.begin(work, reader, over)
+
+    def fetch(self, writer, patterns, over):
+        """Packs what the patterns match, and then calls over()."""
+        def work():
+            os.fchdir(self.fd)
+            pack_files(writer, tree(WHOLE, WHOLE, matcher(patterns)))
+        self.begin(work, writer, over)
+
+    def begin(self, work, pipe, over):
+        def as_user():
+            import re               # noqa: F401 - while they can be: a Python in /root is not the user's to read
+            import tarfile          # noqa: F401
+            if self.user:
+                become(self.user)
+            work()
+
+        def ended(trouble):
+            self.helper = None
+            over(trouble)
+        try:
+            self.helper = Helper(self.loop, as_user, [pipe, self.fd], ended, signal.SIG_DFL)
+        finally:
+            os.close(pipe)
+
+    def stop(self):
+        """Ends what is being done in it; whether there was anything."""
+        helper, self.helper = self.helper, None
+        if helper:
+            helper.kill()
+        return helper is not None
+
+    def remove(self):
+        self.stop()
+        os.close(self.fd)
+        try:
+            remove_directory(self.path)
+        except OSError as error:    # a process that the command has left behind is at work in it
+            log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
 
 
 # A command's states, which only _set() changes:
@@ -6271,6 +7028,7 @@ class Command(Carrier, Stateful):
         self.result = None          # (how, status, reason) for EXIT, once it is known
         self.inputs = {}            # channel of a counted input: a descriptor that tells what is left in the pipe
         self.timers = []            # of lingering
+        self.directory = None       # the JobDirectory
 
     def __repr__(self):
         return "command"
@@ -6282,6 +7040,8 @@ class Command(Carrier, Stateful):
 
         The near end is carried by a Source, a Sink or both.  The far end is kept for the command.
         """
+        if self.settings.place:
+            self.directory = JobDirectory(self.loop, self.settings, self.supervisor.say)
         # Several numbers of the command may be one open file, and are one channel then: its row is
         # the one whose number is the channel.  Both ends are moved to numbers from the floor up at
         # once: below it are the numbers that start() gives to the command, in whatever order.
@@ -6326,7 +7086,7 @@ class Command(Carrier, Stateful):
 
     def release(self, near, channel):
         """Closes a pipe's near end.  For a counted input a way to see what is left in the pipe is kept."""
-        if channel in self.counted and self.state in (RUNNING, LINGERING, FINISHED):
+        if channel in self.counted and self.state in (MADE, RUNNING, LINGERING, FINISHED):
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
                 self.inputs[channel] = lifted_away(reader, self.loop.floor)
@@ -6364,7 +7124,21 @@ class Command(Carrier, Stateful):
     # Its start
 
     def start(self):
-        """Starts the command, or has the reason why not as the result."""
+        """Starts the command when the client's files are there; or has the reason why not as the result."""
+        if FILES_IN not in self.far:
+            return self.begin()
+        try:
+            self.directory.fill(self.far.pop(FILES_IN), self.filled)
+        except OSError as error:
+            self.filled(error.strerror)
+
+    def filled(self, trouble):
+        if trouble:
+            self.fail_to_start(EXIT_CANNOT_RUN, "the job's directory: " + trouble, ours=False)
+        else:
+            self.begin()
+
+    def begin(self):
         try:
             self.spawn()
         except OSError as error:
@@ -6389,22 +7163,25 @@ class Command(Carrier, Stateful):
         # the numbers below it are free for the command.  Afterwards the supervisor closes its
         # copies: a pipe is at its end only when no process has the other end open.
         import subprocess
-        places = [(number, channel) for number, channel, _ in self.job.descriptors]
+        places = [(number, channel) for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES]
         for number, channel in places:
             os.dup2(self.far[channel], number, True)
-        for far in self.far.values():
-            os.close(far)
-        self.far = {}
+        self.close_far(set(self.far) - {FILES_OUT})
         try:
             options = {"process_group": 0}
             if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
                 options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
             self.process = subprocess.Popen(self.words(), env=self.environment(), close_fds=True,
+                                            cwd=self.directory and self.directory.path,
                                             pass_fds=[number for number, _ in places if number > 2], **options)
         finally:
             for number, _ in places:
                 os.close(number)
             fill_standard()
+
+    def close_far(self, channels):
+        for channel in channels:
+            os.close(self.far.pop(channel))
 
     def words(self):
         """The worker's command, with the client's arguments where {} is, if it takes any."""
@@ -6423,9 +7200,7 @@ class Command(Carrier, Stateful):
         user = self.settings.user
         if user:
             self.settings.join_keyring()        # or the user would have what is in root's
-            os.initgroups(user.pw_name, user.pw_gid)
-            os.setgid(user.pw_gid)
-            os.setuid(user.pw_uid)
+            become(user)
             self.settings.join_keyring()        # the user's own, unless too many have been made
 
     def environment(self):
@@ -6439,6 +7214,8 @@ class Command(Carrier, Stateful):
             values["PEER_" + name] = value
         if self.terminal is not None:
             values["TERM"] = self.job.term
+        if self.directory:
+            values["PWD"] = self.directory.path
         client, here = self.client, sock.getsockname()
         values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
                       SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
@@ -6451,9 +7228,50 @@ class Command(Carrier, Stateful):
             self.supervisor.command_failed()
         self.result = HOW_NOT_STARTED, status, "%s: %s" % (cut(os.fsdecode(self.words()[0]), 400), reason)
         log.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
+        self.end_sources()
+
+    def end_sources(self):
+        """There is no command that writes anything."""
+        self.close_far(list(self.far))
         for source in self.sources.values():
             source.finish()
         self.stream_ended()
+
+    # Its results
+
+    def is_fetching(self):
+        """Whether results are still to be sent: they are looked for once the command has ended with 0."""
+        if FILES_OUT in self.far:
+            for timer in self.timers:
+                timer.cancel()
+            writer = self.far.pop(FILES_OUT)
+            if self.result == (HOW_EXITED, 0, ""):
+                try:
+                    self.directory.fetch(writer, self.job.patterns, self.fetched)
+                except OSError as error:
+                    self.result = HOW_EXITED, 0, error.strerror
+            else:
+                os.close(writer)
+        results = self.sources.get(FILES_OUT)
+        return results is not None and results.state is OPEN or self.directory.helper is not None
+
+    def fetched(self, trouble):
+        if trouble:
+            self.result = HOW_EXITED, 0, trouble
+        self.stream_ended()
+
+    def interrupt_files(self, number):
+        """A signal that ends a job came while no command runs, but its files are under way."""
+        if self.directory and self.directory.stop():
+            self.result = HOW_SIGNALLED, number, ""
+            if self.state is MADE:
+                self._set(LINGERING)
+            self.end_sources()
+
+    def leave_directory(self):
+        if self.directory:
+            self.directory.remove()
+            self.directory = None
 
     # While it runs
 
@@ -6462,6 +7280,8 @@ class Command(Carrier, Stateful):
             raise ProtocolError("signal %r" % payload.signal)
         if self.group:
             signal_all(os.killpg, self.group, [getattr(signal, "SIG" + payload.signal)])
+        if payload.signal in ("INT", "TERM", "HUP", "QUIT"):
+            self.interrupt_files(getattr(signal, "SIG" + payload.signal))
 
     def rcvd_resize(self, flags, channel, payload):
         if self.terminal is None:
@@ -6498,8 +7318,8 @@ class Command(Carrier, Stateful):
         self.stream_ended()
 
     def stop_lingering(self):
-        for source in self.sources.values():
-            if source.state is OPEN:
+        for channel, source in self.sources.items():
+            if source.state is OPEN and channel != FILES_OUT:
                 source.close_soon()
 
     def tell_lingering(self):
@@ -6508,8 +7328,9 @@ class Command(Carrier, Stateful):
 
     def stream_ended(self):
         """The job is over when the command has ended, and all its output is closed and sent."""
-        writing = any(source.state is OPEN for source in self.sources.values())
-        if self.state is LINGERING and not writing:
+        writing = any(source.state is OPEN for channel, source in self.sources.items() if channel != FILES_OUT)
+        if self.state is LINGERING and not writing and not (self.directory and self.is_fetching()):
+            self.leave_directory()
             self._set(FINISHED)
             self.supervisor.command_finished(self)
 
@@ -6550,6 +7371,8 @@ class Command(Carrier, Stateful):
         finish its work with half of its input.
         """
         self._set(ABANDONED)
+        if self.directory:
+            self.directory.stop()
         for source in self.sources.values():
             source.discard()
         for sink in self.sinks.values():
@@ -6584,7 +7407,7 @@ class Supervisor(Stateful):
            RESTING: (WAITING, OVER, GONE), OVER: (), GONE: ()}
 
     def __init__(self, settings, client, link, job, service):
-        floor = max([256] + [number + 1 for number, _, _ in job.descriptors])
+        floor = max([256] + [number + 1 for number, _, flags in job.descriptors if not flags & FLAG_FILES])
         make_room(floor + 4 * len(job.descriptors) + 16)
         self.loop, self.link = Loop(floor=floor), link
         self.settings, self.client, self.words = settings, client, Words()
@@ -6615,7 +7438,8 @@ class Supervisor(Stateful):
         try:
             self.command.make_ends()
         except OSError as error:
-            reason = "cannot make pipes or a terminal: %s" % error.strerror
+            reason = "cannot make pipes, a terminal or a directory: %s" % error.strerror
+            self.command.leave_directory()
             self.link.send(REFUSE, reason=reason)
             self.say("refused %s\nback" % reason)
             return 1
@@ -6690,13 +7514,13 @@ class Supervisor(Stateful):
         """The next job of a batch; its GO is on the way."""
         job = check_job(payload, self.words, self.settings.options)
         self._set(WAITING)
-        if any(number >= self.loop.floor for number, _, _ in job.descriptors):
+        if any(number >= self.loop.floor and not flags & FLAG_FILES for number, _, flags in job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         self.command = Command(self, job)
         try:
             self.command.make_ends()
         except OSError as error:
-            return self.link.fail("cannot make pipes or a terminal: %s" % error.strerror)
+            return self.link.fail("cannot make pipes, a terminal or a directory: %s" % error.strerror)
         self.accept()
 
     def link_writable(self, link):
@@ -6823,6 +7647,8 @@ class Supervisor(Stateful):
         # Without a process nothing of the job has run: the client may ask again ("back").  Between
         # two jobs of a batch there is no process either, and nothing to ask again for ("done").
         if not self.command or not self.command.process:
+            if self.command:
+                self.command.leave_directory()
             self.say("done" if self.started else "back")
             return self.loop.stop()
         # The slot stays taken until all processes of our session, and of the command's own, have
@@ -6831,26 +7657,9 @@ class Supervisor(Stateful):
         end_sessions(self.loop, [os.getpid()] + self.command.sessions(), self.command.group, over=self.end)
 
     def end(self):
+        self.command.leave_directory()
         self.say("done")
         self.loop.stop()
-
-
-def close_all_but(kept):
-    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
-    # A fork has all that cservice has open: its sockets for datagrams, its offers to other clients and
-    # its pipes to other supervisors.  A connection ends for its client only when every copy of it
-    # is closed, and the command must be given none of them.  Their list is open itself while it is
-    # read, and closed again by the time that we come to its number.
-    try:
-        numbers = map(int, os.listdir("/dev/fd"))
-    except OSError:
-        numbers = range(4096)
-    for number in set(numbers) - set(kept):
-        try:
-            os.close(number)
-        except OSError:
-            pass                    # the listing's own
-    fill_standard()
 
 
 def become_supervisor(settings, client, link, job, service):
@@ -6881,9 +7690,11 @@ class SupervisorHandle:
     and slots_changed().
     """
 
-    def __init__(self, loop, patron, client, pid, pipe, slot):
+    def __init__(self, loop, patron, client, pid, pipe, slot, place):
         self.loop, self.patron, self.client, self.pid = loop, patron, client, pid
         self.slot = slot            # its number, CEXEC_SLOT
+        self.place = place          # where directories of jobs are
+        self.directory = None       # the path of its job's
         self.pipe = pipe            # our end of the socketpair; None once it is closed
         self.unfinished = b""       # a line's beginning
         self.sessions = [pid]       # and with a terminal the command's session
@@ -6917,6 +7728,17 @@ class SupervisorHandle:
     def rcvd_session(self, value):
         self.patron.job_started()
         self.sessions = [self.pid, int(value)]
+
+    def rcvd_directory(self, value):
+        self.directory = os.path.join(self.place, value)
+
+    def remove_directory(self):
+        """Removes what a lost supervisor has left there."""
+        if self.directory and os.path.lexists(self.directory):
+            try:
+                remove_directory(self.directory)
+            except OSError as error:
+                log.say("%s: cannot be removed: %s" % (self.directory, error.strerror))
 
     def rcvd_failed(self, value):
         self.patron.job_failed()
@@ -6995,7 +7817,7 @@ class Supervisors:
             become_supervisor(settings, client, link, job, far)
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
         os.close(far)
-        self.handles[pid] = SupervisorHandle(self.loop, self.patron, client, pid, near, slot)
+        self.handles[pid] = SupervisorHandle(self.loop, self.patron, client, pid, near, slot, settings.place)
         log.note("supervisor %d forked for %s", pid, client.address)
 
     def reap(self):
@@ -7031,6 +7853,7 @@ class Supervisors:
         """A supervisor was lost: ends what it has left; its slot is taken until that is over."""
         def over():
             del self.lost[handle.pid]
+            handle.remove_directory()
             self.reap()
         self.lost[handle.pid] = handle
         end_sessions(self.loop, handle.sessions, None, over)    # the command was never our child
@@ -7741,7 +8564,8 @@ class Worker:
 # cservice, the applet
 # ---------------------------------------------------------------------------
 
-Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring")   # as HELLO's
+Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place")
+                                    # options: as HELLO's; place: where directories of jobs are, if they have any
 
 # What cservice -s and the workers that it starts say to each other.
 OVER_SSH = "-"                      # as the first -s: this is such a worker
@@ -7759,6 +8583,7 @@ private key: -u runs COMMAND as another user.
 """,
     Option("-a", "", "arguments",
            "take the client's arguments: where {} is, or at the end; without COMMAND they are the command"),
+    Option("-d", "", "directories", "give each job a new empty directory, for files that come and go"),
     Option("-i", "", "repeatable", "allow a job to run again if its worker is lost"),
     Option("-s", "HOST,...+", "hosts",
            "start workers on these hosts, over ssh, until this process ends; @FILE lists hosts"),
@@ -7781,8 +8606,8 @@ def main_cservice(argv):
     make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
     user = find_user(options.user) if options.user else None
     command, bits = what_is_run(command, options)
-    settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused,
-                        user, bits, keyring_joiner() if user else None)
+    settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
+                        keyring_joiner() if user else None, place_for_directories() if options.directories else None)
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, path) if text else open_key(path), Group()
     warn_of_command(settings)
@@ -7862,11 +8687,25 @@ def tell_service(key, group, settings):
 
 def what_is_run(command, options):
     """(the command, in which {} are the client's arguments with -a; HELLO's options)."""
-    bits = HELLO_REPEATABLE * options.repeatable | HELLO_ARGUMENTS * options.arguments
+    bits = (HELLO_REPEATABLE * options.repeatable | HELLO_ARGUMENTS * options.arguments
+            | HELLO_DIRECTORIES * options.directories)
+    if options.directories and command and "/" in command[0]:
+        command = [os.path.abspath(command[0])] + command[1:]       # it does not run in our directory
     if options.arguments:
         command = command if "{}" in command else command + ["{}"]
         bits |= HELLO_NO_COMMAND * (command[0] == "{}")
     return command, bits
+
+
+def place_for_directories():
+    """TMPDIR, or what stands for it, without what a crash has left there.  Raises Fatal (111)."""
+    import tempfile
+    try:
+        place = os.path.realpath(tempfile.gettempdir())
+        remove_left(place, is_job_directory)
+        return place
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "-d: no directory for the jobs' directories: %s" % error.strerror) from None
 
 
 def warn_of_command(settings):
@@ -9845,7 +10684,7 @@ AHEAD_SECONDS = 0.010               # calls that a lane has before it, at most, 
 AHEAD_MAX = 32
 RECALL_SECONDS = 0.050              # a call that runs for longer keeps none waiting behind it
 TICK_SECONDS = 0.1
-LINE_MAX = 64 * 1024                # bytes of a line that is printed there
+PRINTED_MAX = 64 * 1024             # bytes of a line that is printed there
 NAMES_MAX = 10000                   # modules beside the main program
 
 LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of what follows
@@ -10446,7 +11285,7 @@ class Lane:
     def send(self, kind, *parts):
         """Queues a frame; flush() is called by the pool, after all that there is to send."""
         parts = [LANE_HEAD.pack(kind, sum(map(len, parts)))] + list(parts)
-        if len(parts[-1]) < LINE_MAX:
+        if len(parts[-1]) < PRINTED_MAX:
             parts = [b"".join(parts)]
         for part in parts:
             self.unsent.append(memoryview(part))
@@ -10475,7 +11314,7 @@ class Lane:
         """Whether it takes one more call: the first, or one of some short ones."""
         if self.state is not UP or self.leaving or not self.calls:
             return self.state is UP and not self.leaving
-        return (self.pool.retries > 0 and not self.recalled and self.backlog < LINE_MAX
+        return (self.pool.retries > 0 and not self.recalled and self.backlog < PRINTED_MAX
                 and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / self.pace))
 
     def take(self, number, call, data):
@@ -10529,7 +11368,7 @@ class Lane:
     def rcvd_prints(self, data):
         """Shows the lines that are whole, and of one that is too long what there is."""
         *lines, self.line = (self.line + data).split(b"\n")
-        if len(self.line) > LINE_MAX:
+        if len(self.line) > PRINTED_MAX:
             lines.append(self.line)
             self.line = b""
         self.pool.show("".join("%s: %s\n" % (self.host, "\t".join(map(printable, line.split("\t"))))

@@ -1,3 +1,5 @@
+
+
 """Tests of cexec, in the order of the code: bytes first, then processes, then hosts.
 
     make test                           # everything; what needs root or a tool is skipped without it
@@ -37,6 +39,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import termios
 import textwrap
@@ -708,7 +711,9 @@ class Peer:
                 self.answers -= 1
             else:
                 if found and found[0] is cexec.JOB:
-                    found[1].environment, found[1].arguments = self.words.take(found[1].variables, found[1].arguments)
+                    job = found[1]
+                    job.environment, job.arguments, job.patterns = self.words.take(
+                        job.variables, job.arguments, job.patterns)
                 return found
 
     def next_frame(self):
@@ -790,11 +795,11 @@ class Asker:
         self.say(cexec.ALERT, nonce=nonce, event=cexec.ALERT_COMPLAINT, worker_id=worker_id, reason="it is bad")
 
 
-def play_worker(datagram, address, key, nonce=None):
+def play_worker(datagram, address, key, nonce=None, options=0):
     """Connects to a client that announces itself, with some key: the Peer, after HELLO."""
     peer = Peer(socket.create_connection((address, datagram.port), 20), key)
     peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=nonce or datagram.nonce, worker_id=os.urandom(8),
-              challenge=os.urandom(32), address="127.0.0.1", host="test")
+              options=options, challenge=os.urandom(32), address="127.0.0.1", host="test")
     return peer
 
 
@@ -1735,7 +1740,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
 @pytest.mark.parametrize("syntax, line, message, usage", [
     (cexec.CEXEC, "-z app", "no such option: -z", "cexec [-h"),
     (cexec.CEXEC, "-rz app", "no such option: -z", "cexec [-h"),
-    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-j N] [-o PATTERN] "),
+    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-g PATTERN] [-i PATH] [-j N] [-o PATTERN] "),
     (cexec.CEXEC, "-l --jsons app", "no such option: --jsons", "cexec -l [-jv] APP.pub"),
     (cexec.CEXEC, "-nx7 app", "no such option: -x", "cexec [-h"),
     (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r", "cexec [-h"),
@@ -1751,7 +1756,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
     (cexec.CEXEC, "-m -o", "-o needs PATTERN", "cexec -m"),
     (cexec.CEXEC, "-m --log", "--log needs FILE", "cexec -m"),
     (cexec.CEXEC, "--json=x -l", "--json takes no value", "cexec [-h"),
-    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-ahiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP"),
+    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-adhiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP"),
     (cexec.CPROXY, "--bogus", "no such option: --bogus", "cproxy [-hv] [--version] SELF [TARGET]"),
 ])
 def test_wrong_options_are_told_with_the_usage_of_their_mode(syntax, line, message, usage):
@@ -5436,6 +5441,473 @@ def test_a_batch_keeps_its_number_and_a_lost_job_keeps_it_until_all_has_ended(cl
 
 
 # ---------------------------------------------------------------------------
+# Files: a directory for each job
+# ---------------------------------------------------------------------------
+
+def packed(*entries):
+    """An archive of (name, data) or (name, None) for a directory; names may be what no archive of ours has."""
+    data = b""
+    for name, content, *mode in entries:
+        kind = stat.S_IFREG if content is not None else stat.S_IFDIR
+        data += cexec.member_head(name, kind | (mode[0] if mode else 0o755), len(content or b""), 0)
+        data += (content or b"") + bytes(-len(content or b"") % 512)
+    return data
+
+
+END = packed((b".", None))
+
+
+def head_of(name, **fields):
+    """A tar head with any fields."""
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
+
+
+HOSTILE = {
+    "parent": packed((b"../x", b"1")) + END,
+    "hidden parent": packed((b"a/../../x", b"1")) + END,
+    "absolute": packed((b"/tmp/x", b"1")) + END,
+    "dot": packed((b"./x", b"1")) + END,
+    "double slash": packed((b"a//x", b"1")) + END,
+    "parent as a directory": packed((b"..", None)) + END,
+    "link": head_of("x", type=tarfile.SYMTYPE, linkname="/etc/passwd") + END,
+    "hard link": head_of("x", type=tarfile.LNKTYPE, linkname="/etc/passwd") + END,
+    "fifo": head_of("x", type=tarfile.FIFOTYPE) + END,
+    "device": head_of("x", type=tarfile.CHRTYPE, devmajor=1, devminor=3) + END,
+    "sparse": head_of("x", type=tarfile.GNUTYPE_SPARSE) + END,
+    "pax": head_of("x", type=tarfile.XHDTYPE, size=512) + bytes(512) + END,
+    "set-id": head_of("x", mode=0o4755) + END,
+    "size of a directory": head_of("x", type=tarfile.DIRTYPE, size=1) + END,
+    "large name": head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2 ** 40) + END,
+    "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + END,
+    "file twice": packed((b"x", b"1"), (b"x", b"2")) + END,
+    "file as a directory": packed((b"x", b"1"), (b"x/y", b"2")) + END,
+    "not the end": END + packed((b"x", b"1")),
+    "no end": packed((b"x", b"1")),
+    "half a head": packed((b"x", b"1"))[:700],
+    "nothing": b"",
+    "zeros": bytes(10240),
+    "noise": b"\x07" * 5120,
+}
+
+
+def unpacked(data, directory, **options):
+    """unpack() of an archive's bytes into a new directory."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        os.makedirs(directory)
+        top = os.open(directory, os.O_RDONLY)
+        try:
+            return cexec.unpack(os.dup(file.fileno()), top, **options)
+        finally:
+            os.close(top)
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_an_archive_that_is_refused(tmp_path, what):
+    with pytest.raises((cexec.ProtocolError, OSError)):
+        unpacked(HOSTILE[what], str(tmp_path / "in"), allowed=lambda name: True)
+    assert os.listdir(str(tmp_path)) == ["in"] and not os.path.islink(str(tmp_path / "in" / "x"))
+
+
+def test_an_archive_cut_anywhere_is_refused(tmp_path):
+    whole = packed((b"a", b"x" * 600), (b"d", None), (b"d/" + b"n" * 200, b"y"), (b"zero", bytes(2000))) + END
+    for size in [*range(0, len(whole), 512), *range(100, len(whole), 700)]:
+        with pytest.raises(cexec.ProtocolError):
+            unpacked(whole[:size], str(tmp_path / str(size)))
+    files, directories = unpacked(whole, str(tmp_path / "whole"))
+    assert files == [b"a", b"d/" + b"n" * 200, b"zero"] and list(directories) == [b"d"]
+
+
+@pytest.mark.parametrize("pattern, names, others", [
+    ("*.pdf", ["a.pdf", "a.b.pdf"], ["a.ps", ".x.pdf", "d/a.pdf"]),
+    ("out", ["out", "out/x", "out/d/.y"], ["outer", "d/out"]),
+    ("d/?.[ch]", ["d/a.c", "d/b.h"], ["d/ab.c", "d/.c", "d/a.o", "d/a.c2"]),
+    ("[!a]*", ["b", "bb/x"], ["a", ".b"]),
+    ("**/*.o", ["x.o", "a/x.o", "a/b/x.o"], [".a/x.o", "x.oo"]),
+    ("d/**", ["d/x", "d/e/f"], ["e/x", "d"]),
+    (".x", [".x"], ["x"]),
+    ("a[[]1].c", ["a[1].c"], ["a1.c"]),
+    ("a+(b).^$", ["a+(b).^$"], ["ab"])])
+def test_what_a_pattern_matches(pattern, names, others):
+    matches = cexec.matcher([cexec.result_pattern(pattern).encode()])
+    assert [name for name in names if not matches(name.encode())] == []
+    assert [name for name in others if matches(name.encode())] == []
+
+
+@pytest.mark.parametrize("pattern", ["", "/x", "..", "a/../b", ".", "/", "[z-a]"])
+def test_a_pattern_that_is_none(pattern):
+    fatal(100, cexec.result_pattern, pattern)
+
+
+def test_any_directory_is_removed(tmp_path):
+    """Deep ones, read-only ones, odd names; what links lead to stays."""
+    keep = tmp_path / "keep"
+    keep.write_text("x")
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def make_and_remove():
+        if os.getuid() == 0:
+            os.chown(str(place), 65534, 65534)
+            os.chdir(str(place))
+            os.setuid(65534)
+        os.chdir(str(place)) if os.getuid() != 65534 else None
+        os.mkdir("job")
+        top = os.open("job", os.O_RDONLY)
+        os.chdir("job")
+        for _ in range(1500):
+            os.mkdir("d")
+            os.mkfifo("f")
+            os.chdir("d")
+        os.chdir(top)
+        os.makedirs("ro/none")
+        os.symlink(str(keep), "ro/link")
+        os.symlink(str(tmp_path), "link")
+        os.mkfifo(b"fifo\xff")
+        for name, mode in (("ro/none", 0), ("ro", 0o555), (".", 0o700)):
+            os.chmod(name, mode)
+        os.fchdir(os.open("..", os.O_RDONLY))
+        os.chmod("job", 0)
+        cexec.remove_directory("job")
+    pid = os.fork()
+    if not pid:
+        try:
+            make_and_remove()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert os.listdir(str(place)) == [] and keep.read_text() == "x"
+
+
+@pytest.fixture
+def farm(cluster):
+    """A worker whose jobs have directories, below farm.place; its client runs in farm.desk."""
+    cluster.place, cluster.desk = cluster.path("place"), cluster.path("desk")
+    for path in (cluster.place, cluster.desk):
+        os.mkdir(path)
+        os.chmod(path, 0o1777)
+    os.chmod(cluster.directory, 0o755)
+    cluster.env["TMPDIR"] = cluster.place
+    cluster.serve = lambda *options, **rest: cluster.worker(*rest.pop("command", ()), options=["-ad", *options], **rest)
+    cluster.work = lambda *words, **rest: subprocess.run(
+        cluster.argv("cexec", *words), env=cluster.environment(), cwd=cluster.desk, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE * 2, **rest)
+    cluster.begin = lambda *words: cluster.start("cexec", *words, cwd=cluster.desk, stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return cluster
+
+
+def in_desk(farm, name, data=b"x", mode=0o644):
+    path = os.path.join(os.fsencode(farm.desk), os.fsencode(name))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+    os.chmod(path, mode)
+
+
+def left(farm):
+    """What is left of jobs: their directories, and results that wait."""
+    return os.listdir(farm.place) + [name for name in os.listdir(farm.desk) if name.startswith(".cexec")]
+
+
+def test_files_go_into_a_jobs_directory_and_come_out(farm):
+    farm.serve()
+    odd = b"n\xff\n " + b"long" * 50
+    in_desk(farm, "a", b"1")
+    in_desk(farm, b"d/" + odd, b"2", 0o755)
+    in_desk(farm, "d/e/ro", b"3", 0o400)
+    os.mkdir(os.path.join(farm.desk, "d", "empty"))
+    os.chmod(os.path.join(farm.desk, "d", "e"), 0o555)
+    os.symlink("a", os.path.join(farm.desk, "link"))
+    command = ('test "$PWD" = "$(pwd -P)" && stat -c "%a %F %n" . && find . ! -name . -printf "%P\\0" && '
+               'cp -r d out && cat link')
+    done = farm.work("-i", "a", "-i", "d", "-i", os.path.join(farm.desk, "link"), "-g", "out", farm.pub,
+                     "sh", "-c", command)
+    assert (done.returncode, done.stderr) == (0, b"")
+    head, found = done.stdout[:-1].split(b"\n", 1)
+    assert head == b"700 directory ."
+    assert set(found.rstrip(b"\0").split(b"\0")) == {b"a", b"d", b"d/" + odd, b"d/e", b"d/e/ro", b"d/empty", b"link"}
+    out = os.path.join(os.fsencode(farm.desk), b"out")
+    assert read(os.path.join(out, odd)) == b"2" and read(os.path.join(out, b"e/ro")) == b"3"
+    modes = [stat.S_IMODE(os.stat(os.path.join(out, name)).st_mode) for name in (odd, b"e/ro", b"e", b"empty")]
+    assert modes == [0o755, 0o400, 0o555, 0o755] and left(farm) == []
+
+
+def test_ten_thousand_files_and_thirty_megabytes(farm):
+    farm.serve()
+    for number in range(10000):
+        in_desk(farm, "many/%d" % number, b"%d" % number)
+    in_desk(farm, "large", noise(30000000))
+    done = farm.work("-n", "-i", "many", "-i", "large", "-g", "out", "-g", "l*2", farm.pub,
+                     "sh", "-c", "mv many out; mv large large2")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert read(os.path.join(farm.desk, "large2")) == noise(30000000)
+    names = os.listdir(os.path.join(farm.desk, "out"))
+    assert len(names) == 10000
+    assert all(read(os.path.join(farm.desk, "out", name)) == name.encode() for name in names[::97])
+    assert left(farm) == []
+
+
+def test_a_directory_is_the_users(farm):
+    need_root()
+    farm.serve("-u", "nobody")
+    in_desk(farm, "a", b"1")
+    done = farm.work("-n", "-i", "a", "-g", "b", farm.pub, "sh", "-c", "stat -c %U . a; cp a b; chmod 0 .")
+    assert (done.returncode, done.stdout, done.stderr[:48]) == (
+        111, b"nobody\nnobody\n", b"cexec: worker 127.0.0.1 cannot send results: Per")
+    done = farm.work("-n", "-i", "a", "-g", "b", farm.pub,
+                     "sh", "-c", "cp a b; chmod 4711 b; mkdir r; touch r/x; chmod 0 r")
+    assert (done.returncode, done.stderr, left(farm)) == (0, b"", [])
+    assert stat.S_IMODE(os.stat(os.path.join(farm.desk, "b")).st_mode) == 0o711
+
+
+def test_a_worker_without_directories(farm):
+    worker = farm.worker("touch", farm.path("ran"), options=["-a"])
+    for words in (["-i", "/etc/passwd"], ["-g", "x"]):
+        done = farm.work("-n", *words, farm.pub)
+        assert done.returncode == 100 and done.stderr == (
+            b"cexec: worker 127.0.0.1 has no directory for the files of -i and -g (cservice -d)\n")
+    assert not os.path.exists(farm.path("ran")) and b"supervisor" not in read(worker.log)
+
+
+@pytest.mark.parametrize("command, status, said", [
+    ("echo 1 > a; echo 2 > b; exit 3", 3, b""),
+    ("echo 1 > a; kill -9 $$", 137, b""),
+    ("echo 1 > a", 111, b"cexec: -g b: nothing in the job's directory matches\n"),
+    ("echo 1 > a; mkfifo b", 111,
+     b"cexec: worker 127.0.0.1 cannot send results: b: neither a regular file nor a directory\n"),
+    ("echo 1 > a; ln -s / b", 111, b"cexec: worker 127.0.0.1 cannot send results: b: a link to a directory\n"),
+    ("echo 1 > a; echo 2 > b; echo 3 > there", 111, b"cexec: there: there is something that is no regular file\n")])
+def test_all_results_come_or_none(farm, command, status, said):
+    farm.serve()
+    os.mkdir(os.path.join(farm.desk, "there"))
+    done = farm.work("-n", "-g", "a", "-g", "b", "-g", "there*" if "there" in command else "b",
+                     farm.pub, "sh", "-c", command)
+    assert (done.returncode, done.stderr) == (status, said)
+    assert os.listdir(farm.desk) == ["there"] and left(farm) == []
+
+
+def test_what_cannot_be_sent(farm):
+    """What is not there is said at once; the command is not started for half of its files."""
+    farm.serve()
+    done = farm.work("-n", "-i", "nix", farm.pub, "touch", farm.path("ran"))
+    assert (done.returncode, done.stderr) == (100, b"cexec: -i: nix: No such file or directory\n")
+    in_desk(farm, "d/a")
+    os.mkfifo(os.path.join(farm.desk, "d", "z"))
+    done = farm.work("-n", "-i", "d", farm.pub, "touch", farm.path("ran"))
+    assert done.returncode == 111 and done.stderr.endswith(b"d/z: neither a regular file nor a directory\n")
+    os.mkdir(os.path.join(farm.desk, "e"))
+    in_desk(farm, "e/a")
+    done = farm.work("-n", "-i", os.path.join(farm.desk, "d/a"), "-i", "../desk/e/a", farm.pub,
+                     "touch", farm.path("ran"))
+    assert done.returncode == 111 and b"has the same name there" in done.stderr
+    assert not os.path.exists(farm.path("ran")) and left(farm) == []
+
+
+@pytest.mark.parametrize("what", sorted(HOSTILE))
+def test_a_hostile_clients_archive_starts_nothing(farm, what):
+    worker = farm.serve(command=["touch", farm.path("ran")])
+    with Asker(farm) as asker, asker.offer() as peer:
+        assert peer.hello.options & cexec.HELLO_DIRECTORIES
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB, descriptors=[(cexec.FILES_IN, cexec.FILES_IN, cexec.FLAG_INPUT | cexec.FLAG_FILES)])
+        peer.expect(cexec.ACCEPT)
+        peer.send(cexec.GO)
+        if HOSTILE[what]:
+            peer.raw(data_frame(cexec.FILES_IN, HOSTILE[what]))
+        peer.send(cexec.EOF, cexec.FILES_IN, cexec.FLAG_WHOLE)
+        kind, payload = peer.next()
+        while kind is not cexec.EXIT:
+            kind, payload = peer.next()
+        assert (payload.how, payload.status) == (cexec.HOW_NOT_STARTED, 126) and "job's directory" in payload.reason
+    until(lambda: left(farm) == [], "its removal")
+    assert not os.path.exists(farm.path("ran")) and os.listdir(farm.directory).count("x") == 0
+    assert b"Traceback" not in read(worker.log)
+
+
+@pytest.mark.parametrize("what", sorted(HOSTILE) + ["not asked for"])
+def test_a_hostile_workers_archive_leaves_nothing(farm, what):
+    key, port = cexec.open_key(farm.key), free_port()
+    data = dict(HOSTILE, **{"not asked for": packed((b"x1", b"1"), (b".bashrc", b"2")) + END})[what]
+    with Ear(port) as ear:
+        client = farm.start("cexec", "-n", "-g", "x*", "-g", "a", farm.pub, cwd=farm.desk, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, env={"GROUP": "127.255.255.255:%d" % port})
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        with play_worker(announced, address, key, options=cexec.HELLO_DIRECTORIES) as peer:
+            peer.expect(cexec.AUTH)
+            job = peer.expect(cexec.JOB)
+            assert job.patterns == [b"x*", b"a"]
+            peer.send(cexec.ACCEPT)
+            peer.expect(cexec.GO)
+            if data:
+                peer.raw(data_frame(cexec.FILES_OUT, data))
+            for channel in (1, 2, cexec.FILES_OUT):
+                peer.send(cexec.EOF, channel, cexec.FLAG_WHOLE)
+            peer.send(cexec.EXIT, how=cexec.HOW_EXITED, status=0, channels=[
+                (0, 0, 0), (1, 0, 0), (2, 0, 0), (cexec.FILES_OUT, len(data), 0)])
+            assert client.wait(PATIENCE) == 111
+        assert client.stderr.read().count(b"\n") == 1
+    assert os.listdir(farm.desk) == [] and not os.path.exists(os.path.join(farm.directory, "x"))
+
+
+def phases(farm, phase):
+    """A job that hangs in a phase: its client."""
+    farm.worker_of_job = farm.serve()
+    if phase == "filling":          # the client's packer has more than fits, and its client is stopped
+        in_desk(farm, "large", bytes(80000000))
+    command = {"filling": "true", "running": "touch began; sleep 1000", "fetching": "truncate -s 300M big"}[phase]
+    client = farm.begin("-n", "-i", "large" if phase == "filling" else "/etc/passwd", "-g", "b*", farm.pub,
+                        "sh", "-c", command)
+    if phase == "running":
+        until(lambda: glob.glob(farm.place + "/*/began"), "its start")
+    elif phase == "filling":
+        until(lambda: glob.glob(farm.place + "/*/large"), "its files")
+    else:
+        until(lambda: glob.glob(farm.desk + "/.cexec.*.part/big"), "its results")
+    return client
+
+
+@HEAVY
+@pytest.mark.parametrize("phase", ["filling", "running", "fetching"])
+@pytest.mark.parametrize("victim", ["client", "supervisor", "both"])
+def test_kills_leave_no_directory(farm, phase, victim):
+    client = phases(farm, phase)
+    supervisors = children_of(farm.worker_of_job.pid)
+    if victim in ("client", "both"):
+        client.kill()
+    if victim in ("supervisor", "both"):
+        for pid in supervisors:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    client.wait(PATIENCE)
+    until(lambda: left(farm) == [], "their removal", 20)
+    until(lambda: not children_of(farm.worker_of_job.pid), "the end of all")
+    assert not os.path.exists(os.path.join(farm.desk, "big"))
+
+
+def test_the_directory_of_a_job_that_outlives_its_cservice(farm):
+    client = phases(farm, "running")
+    farm.worker_of_job.kill()
+    farm.worker_of_job.wait()
+    assert len(left(farm)) == 2                 # the supervisor lives on
+    client.terminate()
+    client.wait(PATIENCE)
+    until(lambda: left(farm) == [], "its removal")
+
+
+def test_what_a_crash_has_left_goes_at_the_next_start(farm):
+    client = phases(farm, "running")
+    supervisor, = children_of(farm.worker_of_job.pid)
+    farm.worker_of_job.kill()
+    os.kill(supervisor, signal.SIGKILL)
+    farm.worker_of_job.wait()
+    client.wait(PATIENCE)
+    path, = (os.path.join(farm.place, name) for name in os.listdir(farm.place))
+    farm.serve()
+    assert os.path.exists(path)                 # too new to be sure
+    os.utime(path, (1, 1))
+    for pid in farm.alive():
+        if read("/proc/%d/comm" % pid) == b"sleep\n":
+            os.kill(pid, signal.SIGKILL)
+    farm.serve()
+    assert not os.path.exists(path)
+
+
+@pytest.mark.parametrize("phase", ["filling", "running"])
+def test_a_signal_ends_a_job_in_each_phase(farm, phase):
+    farm.serve()
+    with Asker(farm) as asker, asker.offer() as peer:
+        peer.send(cexec.AUTH, proof=asker.proof(peer))
+        peer.send(cexec.JOB, environment=[], arguments=[b"sleep", b"1000"],
+                  **{key: value for key, value in filled(cexec.JOB, descriptors=[
+                      (cexec.FILES_IN, cexec.FILES_IN, cexec.FLAG_INPUT | cexec.FLAG_FILES)]).items()
+                     if key not in ("variables", "arguments", "patterns")})
+        peer.expect(cexec.ACCEPT)
+        peer.send(cexec.GO)
+        if phase == "running":
+            peer.raw(data_frame(cexec.FILES_IN, packed((b"x", b"1")) + END))
+            peer.send(cexec.EOF, cexec.FILES_IN, cexec.FLAG_WHOLE)
+            until(lambda: glob.glob(farm.place + "/*/x") and any(
+                read("/proc/%d/comm" % pid) == b"sleep\n" for pid in farm.alive()), "its start")
+        peer.send(cexec.SIGNAL, signal="TERM")
+        kind, payload = peer.next()
+        while kind is not cexec.EXIT:
+            kind, payload = peer.next()
+        assert (payload.how, payload.status) == (cexec.HOW_SIGNALLED, 15)
+    until(lambda: left(farm) == [], "its removal")
+
+
+@pytest.mark.parametrize("where", ["there", "here"])
+def test_a_full_disk_for_files(farm, where):
+    need_root()
+    need("unshare", "mount")
+    in_desk(farm, "in", bytes(3000000))
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && cd "$1" && shift && exec "$@"']
+    if where == "there":
+        farm.launch = [*small, farm.place, farm.directory] + farm.launch
+    farm.serve()
+    farm.launch = farm.launch[-len([PYTHON, *BOOT, PROGRAM]):]
+    if where == "there":
+        done = farm.work("-n", "-i", "in", farm.pub, "touch", farm.path("ran"))
+        assert done.returncode == 126 and done.stderr == (
+            b"cexec: worker 127.0.0.1 cannot run its command: touch: the job's directory: in: "
+            b"No space left on device\n")
+    else:
+        words = farm.argv("cexec", "-n", "-g", "out", "-g", "a", farm.pub, "sh", "-c", "truncate -s 3M out; echo 1 > a")
+        done = subprocess.run([*small, farm.desk, farm.desk, *words], env=farm.environment(), stdin=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        assert (done.returncode, done.stderr) == (111, b"cexec: out: No space left on device\n")
+    assert not os.path.exists(farm.path("ran")) and left(farm) == []
+
+
+def test_files_of_a_lost_job_are_sent_again(farm):
+    farm.serve()
+    in_desk(farm, "a", b"1")
+    lost = farm.path("lost")
+    farm.serve()
+    done = farm.work("-n", "-r", "-i", "a", "-g", "b", farm.pub, "sh", "-c",
+                     'test -e "$0" || { touch "$0"; cp a b; kill -KILL $PPID; sleep 1000; }; cp a b', lost)
+    assert (done.returncode, read(os.path.join(farm.desk, "b"))) == (0, b"1")
+    until(lambda: left(farm) == [], "the removal", 20)
+
+
+def test_a_batch_with_files_that_is_taken_up_again(farm):
+    farm.serve(env={"CONCURRENCY": "2"})
+    names = ["d/f %d[1].in" % number for number in range(6)]
+    for name in names:
+        in_desk(farm, name, name.encode())
+    in_desk(farm, "common", b"+")
+    words = ["-m", "-n", "-i", "{}", "-i", "common", "-g", "{/.}.out", "-g", "{/.}.*.log", farm.pub,
+             "sh", "-c", 'cat "$1" common > "$2.out"; echo x > "$2.x.log"; echo "$3"', "sh", "{}", "{/.}", "{.}",
+             "--", *names]
+    done = farm.work(*words)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().splitlines() == [name[:-3] for name in names]
+    assert all(read(os.path.join(farm.desk, name[2:-3] + ".out")) == name.encode() + b"+" for name in names)
+    assert farm.work(*words).stdout == b""                      # all is done
+    in_desk(farm, names[2], b"new")
+    done = farm.work(*words)
+    assert (done.stdout.decode().splitlines(), done.stderr) == ([names[2][:-3]], b"")
+    assert read(os.path.join(farm.desk, names[2][2:-3] + ".out")) == b"new+"
+    in_desk(farm, "common", b"-")
+    assert len(farm.work(*words).stdout.splitlines()) == 6 and left(farm) == []
+
+
+def test_a_batch_whose_results_clash_is_refused(farm):
+    in_desk(farm, "a")
+    in_desk(farm, "d/a")
+    done = farm.work("-m", "-n", "-i", "{}", "-g", "{/}.out", farm.pub, "--", "a", "d/a")
+    assert done.returncode == 100 and b"-g a.out: a and d/a would both be written to a.out" in done.stderr
+
+
+# ---------------------------------------------------------------------------
 # cexec: how far a job is
 # ---------------------------------------------------------------------------
 
@@ -8042,7 +8514,7 @@ class StillLoop(cexec.Loop):
 @pytest.fixture
 def desk():
     """A Worker with one slot, in this process: it hears announce() and say(), and said is what it answers."""
-    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None)
+    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None, None)
     key = SimpleNamespace(master=MASTER, application=made_pub().application)
     made = cexec.Worker(StillLoop(), key, None, [], settings)
     made.said = []
@@ -9202,7 +9674,7 @@ def test_a_hundred_workers_have_one_job_each(cluster):
     done = every(cluster, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
     assert sorted(done.stdout.decode().splitlines()) == sorted(name + ": x" for name in labels(100))
-    assert sum(read(log).count(b"offers ") for log in logs) <= 110
+    assert sum(read(log).count(b"offers ") for log in logs) < 300          # not each of them to each search
 
 
 # ---------------------------------------------------------------------------
@@ -12449,8 +12921,8 @@ NUMBER_SETTINGS = ("MAXFD", "CEXEC_MAXFD", "CEXEC_TIMEOUT_ACCEPT", "CEXEC_TIMEOU
 REFUSED = [
     refused("cexec", 100, "no public key is named"),
     refused("cexec", 100, "no public key is named", "-v"),
-    refused("cexec", 100, "no public key is named (usage: cexec -m [-0fv]", "-vm"),
-    refused("cexec", 100, "(usage: cexec -m [-0fv]", "-m", "-k", "app.pub"),
+    refused("cexec", 100, "no public key is named (usage: cexec -m [-0fnv]", "-vm"),
+    refused("cexec", 100, "(usage: cexec -m [-0fnv]", "-m", "-k", "app.pub"),
     refused("cexec", 100, "(usage: cexec -l [-jv] APP.pub)", "-l", "-k", "app.pub"),
     refused("cexec", 100, "(usage: cexec [-hprtv]", "--mad", "app.pub"),
     refused("cexec", 100, "-o no/{}: there is no directory no (mkdir -p makes one)", "-m", "-o", "no/{}", "app.pub",
@@ -14253,7 +14725,7 @@ def test_a_python_without(keys, module, applets):
 # The program as it will be in the next version of the protocol, with a longer HELLO
 NEXT_VERSION = (('load="I", delay="I")', 'load="I", delay="I", more="I")'),
                 ("delay=u32(self.delay * 1e6))", "delay=u32(self.delay * 1e6), more=1)"),
-                ('pause="I", batch="8s")', 'pause="I", batch="8s", more="I")'),
+                ('batch="8s", only="8s")', 'batch="8s", only="8s", more="I")'),
                 ("batch=self.terms.batch)\n", "batch=self.terms.batch, more=1)\n"))
 
 
