@@ -14726,7 +14726,7 @@ def test_a_python_without(keys, module, applets):
 NEXT_VERSION = (('load="I", delay="I")', 'load="I", delay="I", more="I")'),
                 ("delay=u32(self.delay * 1e6))", "delay=u32(self.delay * 1e6), more=1)"),
                 ('batch="8s", only="8s")', 'batch="8s", only="8s", more="I")'),
-                ("batch=self.terms.batch)\n", "batch=self.terms.batch, more=1)\n"))
+                ("only=self.only)\n", "only=self.only, more=1)\n"))
 
 
 # Other versions
