@@ -2954,12 +2954,11 @@ def peer_inode(inode):
 def are_peers(one, two):
     """Whether two stream sockets are the ends of one connection."""
     with socket.socket(fileno=os.dup(one)) as first, socket.socket(fileno=os.dup(two)) as second:
-        if first.family != second.family:
-            return False
-        if first.family == getattr(socket, "AF_UNIX", None):
-            return peer_inode(os.fstat(one).st_ino) == os.fstat(two).st_ino
         try:
-            return first.getsockname() == second.getpeername() and first.getpeername() == second.getsockname()
+            here, there = first.getsockname(), second.getsockname()
+            if not isinstance(here, tuple):     # a Unix socket: Python 3.6 calls every family AF_INET
+                return peer_inode(os.fstat(one).st_ino) == os.fstat(two).st_ino
+            return here == second.getpeername() and first.getpeername() == there
         except OSError:
             return False            # not connected, or no longer
 
