@@ -6445,6 +6445,7 @@ def main_blocks(pub, group, words, options):
 # A worker that is busy has the search in its line, like any other client.
 
 LINE_MAX = 1024 * 1024              # bytes of a line that are held until its end comes
+EVERY_PAUSE = 0.010                 # seconds between the beginnings of two searches
 
 
 class EveryTerms(Terms):
@@ -6603,6 +6604,7 @@ class Everywhere(Patron):
         self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
         self.waiting = collections.deque()      # HostJobs for which no search has begun
         self.searches, self.runs = {}, []       # a Search: its HostJob
+        self.timer = loop.after(0, self.fill)   # for the next search
         one = os.path.samestat(os.fstat(1), os.fstat(2))
         out = LineWriter(loop, 1)
         self.writers = {1: out, 2: out if one else LineWriter(loop, 2)}
@@ -6615,23 +6617,29 @@ class Everywhere(Patron):
     def work(self):
         """Does all of it; the largest exit code.  Raises Fatal (111)."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
-        self.fill()
         started_up()
         while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
             self.loop.turn()
         return max(job.exit_code for job in self.jobs)
 
     def fill(self):
-        """Begins a search for each job, as long as there are ports for them."""
-        while self.waiting:
-            try:
-                search = self.new_search(True, self.waiting[0].worker_id)
-            except Fatal:           # CEXEC_LISTEN_PORTS has few: one ends some time
-                if not self.searches:
-                    raise
-                return
-            self.searches[search] = self.waiting.popleft()
-            search.start()
+        """Begins a search for each job, one every EVERY_PAUSE, as long as there are ports for them.
+
+        All workers hear each announcement: a hundred at once, all of them repeated, would keep a
+        busy machine from answering.
+        """
+        self.timer.cancel()
+        if not self.waiting:
+            return
+        try:
+            search = self.new_search(True, self.waiting[0].worker_id)
+        except Fatal:               # CEXEC_LISTEN_PORTS has few: one ends some time
+            if not self.searches:
+                raise
+            return
+        self.searches[search] = self.waiting.popleft()
+        search.start()
+        self.timer = self.loop.after(EVERY_PAUSE, self.fill)
 
     # What a Search asks of its patron
 
