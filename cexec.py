@@ -392,8 +392,11 @@ def cut(text, limit):
 
 
 def whole(digits):
-    """The number of decimal digits, of which ten are as many as thousands: Python refuses those."""
-    return int(digits.lstrip("0")[:10] or "0")
+    """The number that decimal digits spell, or one that is beyond every limit of ours if they are very many.
+
+    Python refuses thousands of digits (int(), "Integer string conversion length limitation").
+    """
+    return int(digits.lstrip("0")[:20] or "0")
 
 
 def u32(number):
@@ -6421,9 +6424,10 @@ SIZES = {"": 1, "k": 1000, "m": 1000 ** 2, "g": 1000 ** 3, "K": 1 << 10, "M": 1 
 def parse_size(text):
     """Bytes: 1000000, 64M, 1m, with parallel's letters: K, M, G are powers of 1024, k, m, g of 1000.  Raises Fatal."""
     digits, letter = (text[:-1], text[-1:]) if text[-1:] in SIZES else (text, "")
-    if not digits.isdecimal() or not 0 < whole(digits) * SIZES[letter] <= 1 << 40:
-        raise Fatal(EXIT_USAGE, "-b %s: not a size as in 64M (K, M, G; a TiB at most)" % text)
-    return whole(digits) * SIZES[letter]
+    size = whole(digits) * SIZES[letter] if digits.isdecimal() else 0
+    if not 0 < size <= 1 << 40:
+        raise Fatal(EXIT_USAGE, "-b %s: not a size as in 64M (K, M, G; a TiB at most)" % cut(text, 20))
+    return size
 
 
 def main_blocks(pub, group, words, options):

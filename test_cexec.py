@@ -7990,14 +7990,14 @@ def test_words_of_blocks_are_the_commands(cluster):
     assert done.stdout == shown(["{.}", "a b"])
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "x", "1Q", "M", "2000G", ""])
+@pytest.mark.parametrize("size", ["0", "-1", "x", "1Q", "M", "2000G", "", "9" * 14, "1" * 5000])
 def test_sizes_that_are_none(cluster, size):
     refusal(blocks(cluster, size, input=b"x"), 100, "not a size as in 64M")
 
 
 def test_sizes():
-    assert [cexec.parse_size(text) for text in ("7", "1k", "2K", "3m", "64M", "1g", "1G", "1024G")] == [
-        7, 1000, 2048, 3000000, 64 << 20, 10 ** 9, 1 << 30, 1 << 40]
+    assert [cexec.parse_size(text) for text in ("7", "1k", "2K", "3m", "64M", "1g", "1G", "1024G", "100000000000")] == [
+        7, 1000, 2048, 3000000, 64 << 20, 10 ** 9, 1 << 30, 1 << 40, 10 ** 11]
 
 
 @pytest.mark.parametrize("what, status, text", [
@@ -15047,6 +15047,41 @@ def test_a_simulation_for_each_pair(linked_cluster):
         "cexec -n sim.pub SEED=%s RATE=%s FILE=%s > r/%s-%s\n" % (*pair, pair[0], *pair) for pair in pairs)
     assert {name: read(linked_cluster.path("r/" + name)).decode() for name in os.listdir(linked_cluster.path("r"))} == {
         "%s-%s" % pair: "%s %s\n" % pair for pair in pairs}
+
+
+def test_files_for_gnuplot_and_sox(linked_cluster):
+    need("gnuplot", "sox", "soxi", "bash")
+    cluster = linked_cluster
+    cluster.worker(options=["-a", "-d"])
+    put(cluster.path("run.pub"), read(cluster.pub).decode())
+    put(cluster.path("fig.gp"), 'set terminal svg\nset output "fig.svg"\nplot "data/points" with lines\n')
+    os.mkdir(cluster.path("data"))
+    put(cluster.path("data/points"), "1 1\n2 4\n3 9\n")
+    for name in ("a", "b c"):
+        write_wav(cluster.path(name + ".wav"), seconds=1)
+    done = cluster.sh(recipe("cexec.1", "cexec -n -i fig.gp"))
+    assert done.returncode == 0, done.stdout
+    assert b"</svg>" in read(cluster.path("fig.svg"))
+    for name in ("a", "b c"):
+        assert cluster.sh("soxi -s %s" % shlex.quote(name + ".flac")).stdout == b"44100\n"
+
+
+def test_blocks_for_gzip_and_a_job_on_every_worker(linked_cluster):
+    need("gzip", "bash")
+    cluster = linked_cluster
+    for name, command, options in (("gzip", ["gzip"], ()), ("run", [], ["-a"]), ("sh", ["sh"], ())):
+        cluster.run("ckeygen", name, name + ".pub", check=True)
+        for _ in range(2):
+            cluster.worker(*command, key=cluster.path(name), options=options)
+    put(cluster.path("dump.sql"), "".join("insert into t values (%d);\n" % number for number in range(100000)))
+    done = cluster.sh(recipe("cexec.1", "cexec -b 64M gzip.pub").replace("64M", "256K"))
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert cluster.sh("gzip -dc dump.sql.gz | cmp - dump.sql").returncode == 0
+    put(cluster.path("script"), "echo a script\necho $((2 * 21))\n")
+    done = cluster.sh(recipe("cexec.1", "cexec -A run.pub uptime"))
+    lines = done.stdout.decode().splitlines()
+    assert done.returncode == 0 and len(lines) == 6
+    assert sum("load average" in line for line in lines) == sum(line.endswith(": 42") for line in lines) == 2
 
 
 def test_readme_has_the_same_recipes():
