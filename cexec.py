@@ -10924,19 +10924,7 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
         universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
     args = [pub] + list(arguments)
     with open(status, "rb") as status, child:
-        try:
-            out, err = child.communicate(input, timeout)
-        except subprocess.TimeoutExpired:
-            child.terminate()
-            try:
-                out, err = child.communicate(timeout=1.0)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                out, err = child.communicate()
-            raise subprocess.TimeoutExpired(args, timeout, out, err) from None
-        except BaseException:
-            child.kill()
-            raise
+        out, err = communicate(child, args, input, timeout)
         report = status.read()
     try:
         code = returncode_of(report, child.returncode)
@@ -10946,6 +10934,24 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     if check and code:
         raise subprocess.CalledProcessError(code, args, out, err)
     return subprocess.CompletedProcess(args, code, out, err)
+
+
+def communicate(child, args, input, timeout):
+    """Its output and errors when it has ended; after the timeout it is ended.  Raises subprocess.TimeoutExpired."""
+    import subprocess
+    try:
+        return child.communicate(input, timeout)
+    except subprocess.TimeoutExpired:
+        child.terminate()
+        try:
+            out, err = child.communicate(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            out, err = child.communicate()
+        raise subprocess.TimeoutExpired(args, timeout, out, err) from None
+    except BaseException:
+        child.kill()
+        raise
 
 
 def variables(env):
@@ -12017,6 +12023,36 @@ def read_kept(path):
         return file.read(32), file.read()
 
 
+def made_by_child(make):
+    """What make() gives, made by a child; None if that cannot be.
+
+    The 15 MB that it takes to compile this file are not given back by a process.
+    """
+    import marshal
+    import os
+    try:
+        reader, writer = os.pipe()
+    except OSError:                 # no descriptor is free
+        return None
+    try:
+        child = os.fork()
+    except OSError:                 # there are too many processes
+        os.close(reader)
+        os.close(writer)
+        return None
+    if not child:
+        try:
+            with open(writer, "wb") as file:
+                file.write(marshal.dumps(make()))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        made = file.read()
+    return None if os.waitpid(child, 0)[1] else marshal.loads(made)
+
+
 def kept_loader(path):
     """Python's loader for the file at path, with our cache.
 
@@ -12024,7 +12060,6 @@ def kept_loader(path):
     hash takes in which file that was made of; and a damaged .pyc may crash the interpreter.
     """
     import hashlib
-    import marshal
     import os
     from _frozen_importlib_external import SourceFileLoader     # as importlib.machinery has it, 0.5 ms sooner
     about = os.stat(path)
@@ -12047,20 +12082,8 @@ def kept_loader(path):
             return data
 
         def source_to_code(self, data, path, **_):
-            """By a child, if that can be: the 15 MB that it takes to compile are not given back by a process."""
-            reader, writer = os.pipe()
-            child = os.fork()
-            if not child:
-                try:
-                    with open(writer, "wb") as file:
-                        file.write(marshal.dumps(super().source_to_code(data, path)))
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-            os.close(writer)
-            with open(reader, "rb") as file:
-                code = file.read()
-            return super().source_to_code(data, path) if os.waitpid(child, 0)[1] else marshal.loads(code)
+            compiled = super().source_to_code
+            return made_by_child(lambda: compiled(data, path)) or compiled(data, path)
 
         def set_data(self, pyc, data, **_):
             try:

@@ -13310,6 +13310,15 @@ def test_where_no_code_can_be_kept_it_is_compiled(door, changes):
     assert not os.listdir(door.path("foreign")) and not os.path.exists(door.cache)
 
 
+@pytest.mark.parametrize("call", ["reader, writer = os.pipe()", "child = os.fork()"])
+def test_where_no_child_can_compile_it_is_compiled(door, call):
+    text = read(door.copy).decode()
+    assert text.count(call) == 1
+    put(door.copy, text.replace(call, 'raise OSError("there are too many")'), 0o755)
+    assert door.version() == "cexec 1.0"
+    assert only_file(door.cache)
+
+
 def test_where_there_is_no_room_for_code_no_half_of_it_is_left(door):
     assert door.version("ulimit -f 1; ") == "cexec 1.0"
     assert os.listdir(door.cache) == []
