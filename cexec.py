@@ -51,7 +51,7 @@ main_cservice, whose -s comes after ckeygen:
     Groups      where announcements go, and how they are heard                 Group, Listener
     Event loop  descriptors, timers, signals and children                      Loop
     Comes back  a group's datagrams to their handler, offers and answers       ReturnPort
-    Channel     TLS, frames over it, the streams of descriptors over these     Dial, Link, Source, Sink, Carrier
+    Channel     TLS, frames over it, the channels of descriptors over these    Dial, Link, Channel, Carrier
     Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
@@ -2111,7 +2111,7 @@ class Delivery:
     def __init__(self):
         self.sent = self.delivered = 0              # bytes: given to the socket, acknowledged by the last look
         self.waited = False                         # whether some were not, then
-        self.answered = time.monotonic()            # the last look at which nothing waited for an answer
+        self.answered_at = time.monotonic()         # the last look at which nothing waited for an answer
 
     def moves(self, sock):
         """Whether what waited at the last call is on its way; what did not, as a PING, proves nothing."""
@@ -2131,8 +2131,8 @@ class Delivery:
         except (OSError, struct.error):
             return 0.0
         if not (retransmits or probes or unacknowledged):
-            self.answered = now
-        return min(now - self.answered, silence / 1000)
+            self.answered_at = now
+        return min(now - self.answered_at, silence / 1000)
 
 
 class Link:
@@ -2160,7 +2160,7 @@ class Link:
 
     def attach(self, loop, owner):
         """Has this loop drive it, for this owner."""
-        self.loop, self.owner = loop, owner
+        self.loop, self.owner, self.sock = loop, owner, loop.own(self.sock)
         loop.on_read(self.sock.fileno(), self.readable)
         loop.on_write(self.sock.fileno(), self.flush if self.sending else None)
 
@@ -2432,6 +2432,12 @@ class End:
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
+class PipeEnd(End):
+    """Our end of a pipe of which another process has the other end."""
+
+    watched = True
+
+
 class FileEnd(End):
     """A regular file as input, read at an offset of our own: the common one is everybody's who has the file open."""
 
@@ -2511,51 +2517,104 @@ class ReplayBuffer:
         self.replayed.clear()
 
 
-# A stream has a state, which only _set() changes.
-#
-#   Source (reads an End, sends DATA)          Sink (gets DATA, writes an End)
-#
-#     OPEN --end of file: send EOF--> ENDED      OPEN --rcvd EOF--> ENDING --drained--> ENDED
-#       '--rcvd SHUT----------> SHUTDOWN           '--------'---write failed: send SHUT--> SHUTDOWN
+class Stateful:
+    """An object with a state.  LAW has the states that may follow each state; _set() refuses every other."""
 
-OPEN, ENDING, ENDED, SHUTDOWN = "OPEN", "ENDING", "ENDED", "SHUTDOWN"
+    __slots__ = ()
+    LAW = {}
+
+    def _set(self, state):
+        if state not in self.LAW[self.state]:
+            raise RuntimeError("%r: from %s to %s is not in the drawing" % (self, self.state, state))
+        log.note("%r %s -> %s", self, self.state, state)
+        self.state = state
+
+
+# A channel joins an End to its peer at the other host.  For each half of the End it has a stream: a
+# Source, a Sink, or both.  A stream has a state, which only _set() changes; it refuses what is not
+# drawn here.
+#
+#   Source (reads the End, sends DATA)
+#
+#     OPEN --close_soon()--> DRAINING --nothing there, or the budget is spent: send EOF--> ENDED
+#      '--discard()--'----> DISCARDING
+#     from these three:  end of file: send EOF--> ENDED      rcvd SHUT--> SHUTDOWN      stop()--> STOPPED
+#
+#   Sink (gets DATA, writes the End)
+#
+#     OPEN --rcvd EOF--> DRAINING --all is written--> ENDED
+#     from these two:    write failed, or the reader has gone: send SHUT--> SHUTDOWN    stop()--> STOPPED
+#
+# stop() is for a job that is over, or that another run does again: the peer is told nothing, and
+# the End stays as it is.
+
+OPEN, DRAINING, DISCARDING = "OPEN", "DRAINING", "DISCARDING"
+ENDED, SHUTDOWN, STOPPED = "ENDED", "SHUTDOWN", "STOPPED"
 
 # The last is macOS's, of a socket that is just being torn down.
 READER_GONE = errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EPROTOTYPE
 
 
-class Stream:
-    def __init__(self, carrier, channel, end):
-        self.carrier, self.channel, self.end = carrier, channel, end
-        self.loop = carrier.loop
+class Stream(Stateful):
+    """One half of a channel."""
+
+    def __init__(self, carrier, number, end):
+        self.carrier, self.number, self.end = carrier, number, end
+        self.loop, self.link = carrier.loop, carrier.link
         self.state = OPEN
 
-    def _set(self, state):
-        log.note("%s %d %s -> %s", type(self).__name__, self.channel, self.state, state)
-        self.state = state
+    def __repr__(self):
+        return "%s %d" % (type(self).__name__, self.number)
+
+    def is_live(self):
+        """Whether its end is still to come."""
+        return bool(self.LAW[self.state])
+
+    def watch(self, call):
+        """Has the Loop call when there is something to do; None ends that."""
+        raise NotImplementedError
+
+    def stop(self):
+        """Does nothing more, and tells the peer nothing."""
+        if self.is_live():
+            self._set(STOPPED)
+            self.watch(None)
+
+    def _leave(self, half, whole):
+        """The half is at its end; whole: so is the other."""
+        self.watch(None)
+        self.end.done(half, whole)
+        self.carrier.stream_ended()
 
 
 class Source(Stream):
     """Reads its End while there is credit and the link has room; sends DATA, then EOF."""
 
-    def __init__(self, carrier, channel, end, replay=None):
-        super().__init__(carrier, channel, end)
+    LAW = {OPEN: (DRAINING, DISCARDING, ENDED, SHUTDOWN, STOPPED), DRAINING: (DISCARDING, ENDED, SHUTDOWN, STOPPED),
+           DISCARDING: (ENDED, SHUTDOWN, STOPPED), ENDED: (), SHUTDOWN: (), STOPPED: ()}
+
+    def __init__(self, carrier, number, end, replay=None):
+        super().__init__(carrier, number, end)
         self.credit, self.sent = WINDOW, 0
         self.replay = replay        # the ReplayBuffer of a job that may be run again
-        self.left = None            # once it is about to end: the most bytes to be read until then
-        self.discarding = self.paused = False
+        self.drain_budget = None    # while DRAINING: the most bytes that are still to be read
+        self.paused = False         # while its terminal is in the background
+
+    def watch(self, call):
+        self.loop.on_read(self.end.polled, call)
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
         if self.replay:
             self._replay_held()
-        while self.left is not None and self._wanted():
+        while self.state is DRAINING and self._wanted():
             self.readable()
-        self.loop.on_read(self.end.polled, self.readable if self._wanted() else None)
+        self.watch(self.readable if self._wanted() else None)
 
     def _wanted(self):
-        link = self.carrier.link
-        return self.state is OPEN and (self.discarding or self.credit and not link.congested and not link.closed)
+        if self.state is OPEN or self.state is DRAINING:
+            return self.credit and not self.link.congested and not self.link.closed
+        return self.state is DISCARDING
 
     def _resume(self):
         self.paused = False
@@ -2563,78 +2622,88 @@ class Source(Stream):
 
     def _room(self):
         """Where to put what is read, behind room for a frame's head."""
-        size = min(FRAME_MAX, self.credit) if self.left is None else min(FRAME_MAX, self.credit, self.left)
+        size = FRAME_MAX if self.state is DISCARDING else min(FRAME_MAX, self.credit)
+        if self.state is DRAINING:
+            size = min(size, self.drain_budget)
         return self.carrier.buffer[FRAME_HEAD.size:][:size]
 
     def _send(self, count):
         self.sent += count
         self.credit -= count
-        self.carrier.link.send_data(self.channel, self.carrier.buffer, count)
+        self.link.send_data(self.number, self.carrier.buffer, count)
 
     def _replay_held(self):
         """Sends what is held of the run before."""
         while self._wanted():
-            count = self.replay.read_into(self.channel, self._room())
+            count = self.replay.read_into(self.number, self._room())
             if not count:
                 break
             self._send(count)
 
     def readable(self):
         if not self.end.may_read():
-            self.loop.on_read(self.end.polled, None)
-            if not self.paused:
-                self.paused = True
-                self.loop.after(1.0, self._resume)
-            return
+            return self._pause()
         room = self._room()
         try:
             count = self.end.read_into(room)
         except (BlockingIOError, InterruptedError):
-            if self.left is not None:
+            if self.state is DRAINING:
                 self.finish()
             return
         except OSError as error:
             pty_ended = error.errno == errno.EIO and self.end.terminal
             if error.errno != errno.ECONNRESET and not pty_ended:           # a socket's end, of a kind
-                self.carrier.local_error(self.channel, error)
+                self.carrier.local_error(self.number, error)
             count = 0
         if not count:
             return self.finish()
+        if self.state is DISCARDING:
+            return
         if self.replay:
-            self.replay.keep(self.channel, room[:count])
+            self.replay.keep(self.number, room[:count])
         self._send(count)
-        if self.left is not None:
-            self.left -= count
-            if not self.left:
+        if self.state is DRAINING:
+            self.drain_budget -= count
+            if not self.drain_budget:
                 return self.finish()
         if not self._wanted():
             self.refresh()
 
+    def _pause(self):
+        """Tries again in a second: nobody tells when a terminal's foreground becomes ours."""
+        self.watch(None)
+        if not self.paused:
+            self.paused = True
+            self.loop.after(1.0, self._resume)
+
     def discard(self):
         """Goes on reading, for nobody: whoever writes has time to end in its own way."""
-        self.discarding, self.credit = True, float("inf")
-        self.refresh()
+        if self.state in (OPEN, DRAINING):
+            self._set(DISCARDING)
+            self.refresh()
 
     def close_soon(self):
         """Takes what is there already, no more than any pipe holds, and then is at its end."""
-        self.left = PIPE_SIZE
-        self.refresh()
+        if self.state is OPEN:
+            self._set(DRAINING)
+            self.drain_budget = PIPE_SIZE
+            self.refresh()
 
     def finish(self):
         """The end of file: tells the peer."""
-        if self.state is OPEN:
+        if self.is_live():
             self._set(ENDED)
             whole = len(self.end.halves) < 2 or self.end.hung_up()
-            self.carrier.link.send(EOF, self.channel, FLAG_WHOLE if whole else 0)
-            self._leave(whole)
-            if whole and "write" in self.end.halves:
-                self.carrier.sinks[self.channel].break_off(True)
+            self.link.send(EOF, self.number, FLAG_WHOLE if whole else 0)
+            self._leave("read", whole)
+            if whole:
+                self.carrier.channels[self.number].break_off()
 
     def leave_alone(self):
         """The end of file for the peer, of what others are to read here: a socket stays open both ways."""
         self._set(ENDED)
-        self.carrier.link.send(EOF, self.channel, FLAG_WHOLE if self.end.halves == {"read"} else 0)
-        self._leave(True)
+        self.link.send(EOF, self.number, FLAG_WHOLE if self.end.halves == {"read"} else 0)
+        self._leave("read", True)
 
     def rcvd_credit(self, count):
         self.credit += count
@@ -2644,48 +2713,56 @@ class Source(Stream):
 
     def rcvd_shut(self, whole):
         """Nobody reads at the other end."""
-        if self.state is OPEN:
+        if self.is_live():
             self._set(SHUTDOWN)
-            self._leave(whole)
-
-    def _leave(self, whole):
-        self.loop.on_read(self.end.polled, None)
-        self.end.done("read", whole)
-        self.carrier.stream_ended()
+            self._leave("read", whole)
 
 
 class Sink(Stream):
     """Writes to its End what came as DATA, and gives credit for what it has written."""
 
-    def __init__(self, carrier, channel, end):
-        super().__init__(carrier, channel, end)
+    LAW = {OPEN: (DRAINING, SHUTDOWN, STOPPED), DRAINING: (ENDED, SHUTDOWN, STOPPED),
+           ENDED: (), SHUTDOWN: (), STOPPED: ()}
+
+    def __init__(self, carrier, number, end):
+        super().__init__(carrier, number, end)
         self.queue = bytearray()    # what the End has not taken: at most a window, in however many frames
         self.received = self.written = self.owed = 0
         self.allowed = WINDOW       # bytes that the peer may still send
-        self.whole = False
-        if end.watched:
-            self.loop.on_leave(end.polled, self.reader_left)
+        self.whole = False          # whether the peer has closed both halves
+        if self.end.watched:
+            self.loop.on_leave(self.end.polled, self.reader_left)
+
+    def watch(self, call):
+        self.loop.on_write(self.end.polled, call)
+        if call is None and not self.is_live():
+            self.loop.on_leave(self.end.polled, None)
 
     def rcvd_data(self, view):
         self.allowed -= len(view)
-        if self.allowed < 0 or self.state in (ENDING, ENDED):
-            raise ProtocolError("DATA without credit or after EOF on channel %d" % self.channel)
-        if self.state is SHUTDOWN:
-            return                  # it was under way when we sent SHUT
+        if self.allowed < 0 or self.state in (DRAINING, ENDED):
+            raise ProtocolError("DATA without credit or after EOF on channel %d" % self.number)
+        if self.state is not OPEN:
+            return                  # the peer has sent it before our SHUT came there, and could not know
         self.received += len(view)
         if not self.queue and not self.end.patient:
             view = view[self._write(view):]
         if view and self.state is OPEN:
             self.queue += view
-            self.loop.on_write(self.end.polled, self.writable)
+            self.watch(self.writable)
 
     def writable(self):
         with memoryview(self.queue) as queue, queue[:FRAME_MAX] as view:
             count = self._write(view)
         del self.queue[:count]
-        if not self.queue and self.state is not SHUTDOWN:
-            self.loop.on_write(self.end.polled, None)
+        if not self.queue and self.is_live():
+            self.watch(None)
             self._drained()
+
+    def write_all(self):
+        """Writes what is left at once: to a regular file, where a write waits for nothing."""
+        while self.queue:
+            self.writable()         # after a short write: a disk that is full says so at the next one
 
     def _write(self, view):
         """The number of bytes written now, with credit for them."""
@@ -2695,51 +2772,101 @@ class Sink(Stream):
             return 0
         except OSError as error:
             if error.errno not in READER_GONE:
-                self.carrier.local_error(self.channel, error)
+                self.carrier.local_error(self.number, error)
             self.break_off(self.end.halves == {"write"} or self.end.hung_up())
             return 0
         self.written += count
         self.owed += count
         if self.owed >= WINDOW // 4 and self.state is OPEN:
-            self.carrier.link.send(CREDIT, self.channel, bytes=self.owed)
+            self.link.send(CREDIT, self.number, bytes=self.owed)
             self.allowed += self.owed
             self.owed = 0
         return count
 
     def rcvd_eof(self, whole):
+        if self.state in (DRAINING, ENDED):
+            raise ProtocolError("EOF twice on channel %d" % self.number)
         if self.state is OPEN:
-            self._set(ENDING)
+            self._set(DRAINING)
             self.whole = whole
             self._drained()
-        elif self.state is not SHUTDOWN:
-            raise ProtocolError("EOF twice on channel %d" % self.channel)
 
     def _drained(self):
-        if self.state is ENDING and not self.queue:
+        if self.state is DRAINING and not self.queue:
             self._set(ENDED)
-            self._leave(self.whole)
+            self._leave("write", self.whole)
 
     def break_off(self, whole):
         """Nobody reads here any more: tells the peer."""
-        if self.state in (OPEN, ENDING):
+        if self.is_live():
             self._set(SHUTDOWN)
             self.queue = bytearray()
-            self.carrier.link.send(SHUT, self.channel, FLAG_WHOLE if whole else 0)
-            self._leave(whole)
+            self.link.send(SHUT, self.number, FLAG_WHOLE if whole else 0)
+            self._leave("write", whole)
 
     def reader_left(self):
         """Seen though nothing was to be written: whoever writes at the peer may be waiting for nothing else."""
         self.break_off(self.end.halves == {"write"})
 
-    def _leave(self, whole):
-        self.loop.on_write(self.end.polled, None)
-        self.loop.on_leave(self.end.polled, None)
-        self.end.done("write", whole)
-        self.carrier.stream_ended()
+    def has_all(self, sent):
+        """Whether everything has come, if the peer tells that it has sent so many bytes (None: it tells nothing)."""
+        return self.state is SHUTDOWN or self.state is not OPEN and self.received == sent
+
+
+class Channel:
+    """An End of a job here, and the streams of its halves: source and sink, None for a half that it lacks."""
+
+    source = sink = None
+
+    def __init__(self, carrier, number, end, replay=None):
+        self.end = end
+        if "read" in end.halves:
+            self.source = Source(carrier, number, end, replay)
+        if "write" in end.halves:
+            self.sink = Sink(carrier, number, end)
+
+    @property
+    def sent(self):
+        """Bytes that were read here and sent."""
+        return self.source.sent if self.source else 0
+
+    @property
+    def received(self):
+        """Bytes that came from the peer."""
+        return self.sink.received if self.sink else 0
+
+    @property
+    def written(self):
+        """Bytes that were written here."""
+        return self.sink.written if self.sink else 0
+
+    def is_reading(self):
+        """Whether the end of what is read here is still to come."""
+        return self.source is not None and self.source.is_live()
+
+    def is_writing(self):
+        """Whether the end of what is written here is still to come."""
+        return self.sink is not None and self.sink.is_live()
+
+    def break_off(self):
+        """Whoever writes what is read here has closed both halves: nobody reads here any more either."""
+        if self.sink:
+            self.sink.break_off(True)
+
+    def stop(self):
+        """The job is over here.  The End stays: another run may get it."""
+        for stream in filter(None, (self.source, self.sink)):
+            stream.stop()
+
+    def close(self):
+        """The job is over, and nobody needs the End any more."""
+        self.stop()
+        for half in list(self.end.halves):
+            self.end.done(half)
 
 
 class Carrier:
-    """A job's streams over a link: what the client and the supervisor have in common.
+    """A job's channels over a link: what the client and the supervisor have in common.
 
     A frame is handled by the method rcvd_NAME(flags, channel, payload); one for which
     there is no method breaks the protocol.
@@ -2749,18 +2876,32 @@ class Carrier:
 
     def __init__(self, loop, link):
         self.loop, self.link = loop, link
-        self.sources, self.sinks = {}, {}
+        self.channels = {}          # by their numbers
 
-    def carry(self, channel, end, replay=None):
-        """Adds the streams of a channel for the halves that its End has; replay keeps what is read."""
-        if "read" in end.halves:
-            self.sources[channel] = Source(self, channel, end, replay)
-        if "write" in end.halves:
-            self.sinks[channel] = Sink(self, channel, end)
+    def carry(self, number, end, replay=None):
+        """A new Channel for the halves that the End has; replay keeps what is read."""
+        self.channels[number] = Channel(self, number, end, replay)
+        return self.channels[number]
 
     def refresh(self):
-        for source in self.sources.values():
-            source.refresh()
+        for channel in self.channels.values():
+            if channel.source:
+                channel.source.refresh()
+
+    def is_writing(self):
+        """Whether the end of any output is still to come."""
+        return any(channel.is_writing() for channel in self.channels.values())
+
+    def stop_sources(self):
+        """The peer wants no more input."""
+        for channel in self.channels.values():
+            if channel.source:
+                channel.source.stop()
+
+    def stop_channels(self):
+        """The job is over here; see Channel.stop()."""
+        for channel in self.channels.values():
+            channel.stop()
 
     def link_frame(self, link, kind, flags, channel, payload):
         method = handler_of(self, kind)
@@ -2771,22 +2912,23 @@ class Carrier:
     def link_writable(self, link):
         self.refresh()
 
-    def _stream(self, streams, channel):
-        if channel not in streams:
-            raise ProtocolError("no channel %d" % channel)
-        return streams[channel]
+    def _stream(self, number, half):
+        stream = getattr(self.channels.get(number), half, None)
+        if stream is None:
+            raise ProtocolError("no channel %d" % number)
+        return stream
 
     def rcvd_data(self, flags, channel, payload):
-        self._stream(self.sinks, channel).rcvd_data(payload)
+        self._stream(channel, "sink").rcvd_data(payload)
 
     def rcvd_eof(self, flags, channel, payload):
-        self._stream(self.sinks, channel).rcvd_eof(bool(flags & FLAG_WHOLE))
+        self._stream(channel, "sink").rcvd_eof(bool(flags & FLAG_WHOLE))
 
     def rcvd_shut(self, flags, channel, payload):
-        self._stream(self.sources, channel).rcvd_shut(bool(flags & FLAG_WHOLE))
+        self._stream(channel, "source").rcvd_shut(bool(flags & FLAG_WHOLE))
 
     def rcvd_credit(self, flags, channel, payload):
-        self._stream(self.sources, channel).rcvd_credit(payload.bytes)
+        self._stream(channel, "source").rcvd_credit(payload.bytes)
 
     def local_error(self, channel, error):
         """A descriptor here failed in a way that is no end of file."""
@@ -3989,7 +4131,7 @@ class JobFiles:
         self.loop, self.changed = carrier.loop, changed
         self.trouble = None         # what went wrong
         self.verdict = None         # where the child is told what becomes of the results
-        self.helpers, self.ends = [], []
+        self.helpers, self.channels = [], []
         at_end.append(self.close)               # whatever ends us: nothing of it is to stay
         if places:
             reader, writer = files_pipe(self.loop.floor)
@@ -4011,10 +4153,7 @@ class JobFiles:
 
     def carry(self, carrier, channel, fd, half):
         os.set_blocking(fd, False)
-        end = End(fd, fd, lambda: os.close(fd), [half])
-        end.watched = True
-        self.ends.append((end, half))
-        carrier.carry(channel, end)
+        self.channels.append(carrier.carry(channel, PipeEnd(fd, fd, lambda: os.close(fd), [half])))
 
     def ended(self, helper, trouble):
         self.helpers.remove(helper)
@@ -4040,10 +4179,8 @@ class JobFiles:
         """Leaves: results that have no place yet are removed when this returns."""
         if self.close in at_end:
             at_end.remove(self.close)
-        for end, half in self.ends:
-            if end.halves:
-                self.loop.forget(end.polled)
-                end.done(half)
+        for channel in self.channels:
+            channel.close()
         if self.verdict is not None:
             os.close(self.verdict)
             self.verdict = None
@@ -4636,15 +4773,14 @@ class Job(Terms):
             return "it was told to end"
         if run.trouble:
             return run.trouble
-        found = (position.objection(run.sources.get(channel), run.sinks.get(channel), self.replay)
-                 for channel, position in self.positions.items())
+        found = (position.objection(run.channels[number], self.replay) for number, position in self.positions.items())
         return next(filter(None, found), None)
 
     def rewind(self, run):
         """Puts everything back to how it was before this run."""
         self.losses += 1
         for channel, position in self.positions.items():
-            position.restore(run.sinks.get(channel))
+            position.restore(run.channels[channel].written)
             self.reopen(channel)
         self.replay.rewind()
 
@@ -4667,25 +4803,26 @@ class SavedPosition:
         if self.file:
             self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
 
-    def objection(self, source, sink, replay):
-        """Why this run cannot be made invisible on this descriptor; None if it can.  source or sink may be None."""
+    def objection(self, channel, replay):
+        """Why this run cannot be made invisible on this descriptor; None if it can."""
+        source, sink, written = channel.source, channel.sink, channel.written
         # A regular file has its old contents and offset again if all that changed is what we added.
         # As an input it is simply read again from its offset, and needs no replay buffer.
         if self.file:
-            if sink and sink.written and not self.can_cut(sink.written):
+            if written and not self.can_cut(written):
                 return "the file on descriptor %d cannot be cut back" % self.number
             return None
         # A pipe, socket or terminal gives each byte once: the next run gets them from the replay buffer.
         if source and replay.overflowed:
             return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
         # And what was written to one has been seen.
-        if sink and sink.written:
+        if written:
             return "descriptor %d was written to" % self.number
         # An input at its end is no obstacle: the next run finds the end as well.  But the peer of a
         # socket has seen a close, and so has whoever writes into a pipe that the command has closed.
         if source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
             return "descriptor %d was closed" % self.number
-        if sink and sink.state not in (OPEN, ENDING):
+        if sink and not sink.is_live():
             return "descriptor %d was closed" % self.number
         return None
 
@@ -4707,9 +4844,9 @@ class SavedPosition:
             except OSError as error:            # a file of /proc or the like
                 log.note("descriptor %d: %s", self.number, error.strerror)
 
-    def restore(self, sink):
-        """Puts a regular file that is output back to how it was.  Raises OSError."""
-        if self.file and sink and sink.written:
+    def restore(self, written):
+        """Puts a regular file that is output back to how it was before so many bytes.  Raises OSError."""
+        if self.file and written:
             os.ftruncate(self.number, self.size)
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
@@ -4736,8 +4873,8 @@ class RemoteJob(Carrier):
         if payload.how == HOW_SIGNALLED and not 0 < payload.status < EXIT_SIGNAL:
             raise ProtocolError("EXIT by signal %d" % payload.status)
         rows = {number: (sent, taken) for number, sent, taken in payload.channels}
-        for number, sink in self.sinks.items():
-            if sink.state is OPEN or sink.state is not SHUTDOWN and rows.get(number, (None,))[0] != sink.received:
+        for number, channel in self.channels.items():
+            if channel.sink and not channel.sink.has_all(rows.get(number, (None,))[0]):
                 raise ProtocolError("output is missing on descriptor %d" % number)
         self.exit = payload
         self.send_no_more()
@@ -4746,9 +4883,7 @@ class RemoteJob(Carrier):
     def send_no_more(self):
         """The worker wants neither input nor signs of life any more."""
         self.tick.cancel()
-        for source in self.sources.values():
-            if source.state is OPEN:            # else its number may be another's by now
-                self.loop.on_read(source.end.polled, None)
+        self.stop_sources()
 
     def exited(self, rows):
         """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
@@ -4770,8 +4905,7 @@ class RemoteJob(Carrier):
 
     def files_are_over(self):
         """After EXIT: whether the results are in their places, or there will be none; trouble says what went wrong."""
-        sink = self.sinks.get(FILES_OUT)
-        if sink and sink.state in (OPEN, ENDING):
+        if FILES_OUT in self.channels and self.channels[FILES_OUT].is_writing():
             return False
         if self.files:
             success = self.exit.how == HOW_EXITED and self.exit.status == 0
@@ -4791,8 +4925,8 @@ class RemoteJob(Carrier):
 
     def moved(self):
         """(bytes sent to the worker, bytes received from it)."""
-        return (sum(source.sent for source in self.sources.values()),
-                sum(sink.received for sink in self.sinks.values()))
+        return (sum(channel.sent for channel in self.channels.values()),
+                sum(channel.received for channel in self.channels.values()))
 
     def alert_nonce(self, event):
         """The nonce of an ALERT: that of the announcement which the worker has answered."""
@@ -4831,10 +4965,10 @@ class Run(RemoteJob):
         self.exit_code = None       # once it is over
         self.interrupted = 0.0      # when the last INT came
         log.hold(self.loop.floor)
-        for channel, end in job.ends.items():
-            self.carry(channel, end, None if job.positions[channel].file else job.replay)
-            if channel in self.sources and channel in job.empty:
-                self.sources[channel].leave_alone()
+        for number, end in job.ends.items():
+            channel = self.carry(number, end, None if job.positions[number].file else job.replay)
+            if channel.source and number in job.empty:
+                channel.source.leave_alone()
         self.begin_files(job.inputs, job.results)
         if job.terminal:
             self.take_terminal()
@@ -4843,11 +4977,11 @@ class Run(RemoteJob):
 
     def exited(self, rows):
         self.link.close()
-        for number, source in self.sources.items():
+        for number, channel in self.channels.items():
             if number in rows and number in self.job.positions:
                 # The worker tells how many bytes the command has taken: the rest, in pipes and
                 # buffers on the way, counts as never read.  More than we sent is not believed.
-                self.job.positions[number].advance(min(rows[number][1], source.sent))
+                self.job.positions[number].advance(min(rows[number][1], channel.sent))
         self.stream_ended()
 
     def rcvd_linger(self, flags, channel, payload):
@@ -4865,9 +4999,9 @@ class Run(RemoteJob):
         Whoever reads there then sees the end of file at once, as with a local command, and not
         at the end of the job.  A file or a terminal has no such reader: the log stays.
         """
-        closed = any(sink.state in (ENDED, SHUTDOWN) and channel in self.job.channels
-                     and self.job.has_number(channel, 2) and self.job.channels[channel][0].kind in (PIPE, SOCKET)
-                     for channel, sink in self.sinks.items())
+        closed = any(self.job.has_number(number, 2) and members[0].kind in (PIPE, SOCKET)
+                     and self.channels[number].sink and not self.channels[number].is_writing()
+                     for number, members in self.job.channels.items())
         if closed and self.exit is None:
             log.release()
 
@@ -4879,8 +5013,7 @@ class Run(RemoteJob):
             self.job.terminal.restore()
         log.release()
         self.close_files()
-        for end in self.job.ends.values():
-            self.loop.forget(end.polled)
+        self.stop_channels()
 
     def local_error(self, channel, error):
         if not self.trouble:
@@ -4891,8 +5024,7 @@ class Run(RemoteJob):
         """After EXIT the job is over when every output has been written here."""
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
-        elif (self.exit_code is None and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values())
-              and self.files_are_over()):
+        elif self.exit_code is None and not self.is_writing() and self.files_are_over():
             self.conclude(self.exit.how, self.exit.status)
 
     def conclude(self, how, code):
@@ -5011,8 +5143,8 @@ class Progress:
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
-        files = [(run.sources[channel].sent, position.size - position.offset)
-                 for channel, position in run.job.positions.items() if channel in run.sources and position.file]
+        files = [(run.channels[number].sent, position.size - position.offset)
+                 for number, position in run.job.positions.items() if run.channels[number].source and position.file]
         sent, total = (sum(column) for column in zip((0, 0), *files))
         return " (%d%%)" % min(100, 100 * sent // total) if total > 0 else ""
 
@@ -5766,17 +5898,14 @@ class FileRun(RemoteJob):
         self.accepted = True
 
     def exited(self, rows):
-        for channel, sink in self.sinks.items():
-            while sink.queue and channel != FILES_OUT:
-                sink.writable()     # after a short write: a disk that is full says so at the next one
+        for number in (1, 2):
+            self.channels[number].sink.write_all()
         self.stream_ended()
 
     def detach(self):
-        self.send_no_more()
+        self.tick.cancel()
         self.close_files()
-        for channel, sink in self.sinks.items():
-            if channel != FILES_OUT:
-                self.loop.on_write(sink.end.polled, None)
+        self.stop_channels()
 
     def local_error(self, channel, error):
         names = (self.job.name, self.job.output or STANDARD[1], STANDARD[2])
@@ -6574,16 +6703,17 @@ class HostRun(RemoteJob):
 
     def stream_ended(self):
         """The job is over after EXIT, when every output has been taken here."""
-        if self.exit and self.copies and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
+        if self.exit and self.copies and not self.is_writing():
             self.patron.ended(self)
 
     def detach(self):
-        self.send_no_more()
-        for sink in self.sinks.values():
-            sink.end.add(sink.queue)            # what has come of a job that is lost
-            sink.end.finish()
+        self.tick.cancel()
+        self.stop_channels()
+        for number in (1, 2):
+            channel = self.channels[number]
+            channel.end.add(channel.sink.queue)         # what has come of a job that is lost
+            channel.end.finish()
         for fd in self.copies:
-            self.loop.forget(fd)
             os.close(fd)
         self.copies = []
         self.link.close()
@@ -6855,19 +6985,6 @@ def main_single(path, words, options):
 WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-class Stateful:
-    """An object with a state.  LAW has the states that may follow each state; _set() refuses every other."""
-
-    __slots__ = ()
-    LAW = {}
-
-    def _set(self, state):
-        if state not in self.LAW[self.state]:
-            raise RuntimeError("%r: from %s to %s is not in the drawing" % (self, self.state, state))
-        log.note("%r %s -> %s", self, self.state, state)
-        self.state = state
-
-
 def check_job(job, words, options):
     """A job to be run, made of a JOB and its words.  Raises ProtocolError if it is impossible.
 
@@ -7003,12 +7120,6 @@ MADE, LINGERING, FINISHED, CLOSED, ABANDONED = "MADE", "LINGERING", "FINISHED", 
 RUNNING = "RUNNING"                 # a supervisor's state as well
 
 
-class PipeEnd(End):
-    """Our end of a pipe to or from the command."""
-
-    watched = True
-
-
 class PairEnd(SocketEnd):
     """Our end of a socketpair of which the command has the other end."""
 
@@ -7119,18 +7230,15 @@ class Command(Carrier, Stateful):
 
     def taken(self, channel):
         """The number of bytes of an input that the command has read."""
-        sink = self.sinks.get(channel)
-        if sink is None:
-            return 0
+        written, end = self.channels[channel].written, self.channels[channel].end
         if channel not in self.counted:
-            return sink.written
-        fd = self.inputs.get(channel, sink.end.polled if sink.end.halves else None)
-        return sink.written - (unread(fd) if fd is not None else 0)
+            return written
+        fd = self.inputs.get(channel, end.polled if end.halves else None)
+        return written - (unread(fd) if fd is not None else 0)
 
     def counts(self):
         """EXIT's rows: (channel, bytes sent, bytes taken)."""
-        return [(channel, self.sources[channel].sent if channel in self.sources else 0, self.taken(channel))
-                for number, channel, _ in self.job.descriptors if number == channel]
+        return [(number, channel.sent, self.taken(number)) for number, channel in self.channels.items()]
 
     # Its start
 
@@ -7244,8 +7352,9 @@ class Command(Carrier, Stateful):
     def end_sources(self):
         """There is no command that writes anything."""
         self.close_far(list(self.far))
-        for source in self.sources.values():
-            source.finish()
+        for channel in self.channels.values():
+            if channel.source:
+                channel.source.finish()
         self.stream_ended()
 
     # Its results
@@ -7263,8 +7372,8 @@ class Command(Carrier, Stateful):
                     self.result = HOW_EXITED, 0, error.strerror
             else:
                 os.close(writer)
-        results = self.sources.get(FILES_OUT)
-        return results is not None and results.state is OPEN or self.directory.helper is not None
+        results = self.channels.get(FILES_OUT)
+        return results is not None and results.is_reading() or self.directory.helper is not None
 
     def fetched(self, trouble):
         if trouble:
@@ -7297,7 +7406,7 @@ class Command(Carrier, Stateful):
     def rcvd_resize(self, flags, channel, payload):
         if self.terminal is None:
             raise ProtocolError("RESIZE without a terminal")
-        end = self.sources[self.terminal].end
+        end = self.channels[self.terminal].end
         try:
             if end.halves:
                 set_window(end.fd, payload.lines, payload.columns)
@@ -7322,16 +7431,16 @@ class Command(Carrier, Stateful):
         self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
         self._set(LINGERING)
         if self.terminal is not None:
-            self.sources[self.terminal].close_soon()
+            self.channels[self.terminal].source.close_soon()
         if self.job.linger != NO_LINGER:
             self.timers.append(self.loop.after(self.job.linger / 1000, self.stop_lingering))
         self.timers.append(self.loop.after(1.0, self.tell_lingering))
         self.stream_ended()
 
     def stop_lingering(self):
-        for channel, source in self.sources.items():
-            if source.state is OPEN and channel != FILES_OUT:
-                source.close_soon()
+        for number, channel in self.channels.items():
+            if channel.source and number != FILES_OUT:
+                channel.source.close_soon()
 
     def tell_lingering(self):
         if self.state is LINGERING:
@@ -7339,8 +7448,8 @@ class Command(Carrier, Stateful):
 
     def stream_ended(self):
         """The job is over when the command has ended, and all its output is closed and sent."""
-        writing = any(source.state is OPEN for channel, source in self.sources.items() if channel != FILES_OUT)
-        if self.state is LINGERING and not writing and not (self.directory and self.is_fetching()):
+        has_output = any(channel.is_reading() for number, channel in self.channels.items() if number != FILES_OUT)
+        if self.state is LINGERING and not has_output and not (self.directory and self.is_fetching()):
             self.leave_directory()
             self._set(FINISHED)
             self.supervisor.command_finished(self)
@@ -7357,23 +7466,16 @@ class Command(Carrier, Stateful):
             pass                    # another user's
         return True
 
-    def watch_no_more(self):
-        """EXIT is the last frame of a job: no SHUT follows if the other end of an input is closed now."""
-        for sink in self.sinks.values():
-            self.loop.on_leave(sink.end.polled, None)
-
     def close(self):
         """Lets go of everything that is left of the job."""
         self._set(CLOSED)
         for timer in self.timers:
             timer.cancel()
-        for sink in self.sinks.values():
-            if sink.state in (OPEN, ENDING):
-                self.loop.forget(sink.end.polled)
-                sink.end.done("write")
+        for channel in self.channels.values():
+            channel.close()
         for fd in self.inputs.values():
             os.close(fd)
-        self.inputs, self.sources, self.sinks = {}, {}, {}      # no cycle: they go at once
+        self.inputs, self.channels = {}, {}     # no cycle: they go at once
 
     def abandon(self):
         """The client has gone: the output is read for nobody, so that the command can end in its own way.
@@ -7384,10 +7486,11 @@ class Command(Carrier, Stateful):
         self._set(ABANDONED)
         if self.directory:
             self.directory.stop()
-        for source in self.sources.values():
-            source.discard()
-        for sink in self.sinks.values():
-            self.loop.on_write(sink.end.polled, None)
+        for channel in self.channels.values():
+            if channel.source:
+                channel.source.discard()
+            if channel.sink:
+                channel.sink.stop()
 
     def sessions(self):
         """The session that the command has of its own, with a terminal: a list of it, or an empty one."""
@@ -7422,7 +7525,7 @@ class Supervisor(Stateful):
         make_room(floor + 4 * len(job.descriptors) + 16)
         self.loop, self.link = Loop(floor=floor), link
         self.settings, self.client, self.words = settings, client, Words()
-        link.sock = self.loop.own(link.sock)
+        link.attach(self.loop, self)
         self.service = lifted(service, floor)
         log.hold(floor)
         close_all_but([link.sock.fileno(), self.service, log.fd])
@@ -7445,7 +7548,6 @@ class Supervisor(Stateful):
                 signal.signal(number, lambda number, frame: None)
         loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        self.link.attach(loop, self)
         try:
             self.command.make_ends()
         except OSError as error:
@@ -7588,7 +7690,7 @@ class Supervisor(Stateful):
         """Sends EXIT, the last frame of a job."""
         how, status, reason = self.command.result
         counts = self.command.counts()
-        self.command.watch_no_more()
+        self.command.stop_channels()            # no SHUT follows if the other end of an input is closed now
         self.link.send(EXIT, how=how, status=status, more=more, reason=reason, channels=counts)
         if more:
             self.await_next_job()
@@ -11215,7 +11317,7 @@ def load_error(readers, data, place, host):
 
 # Executor: lanes, and the pool that has them
 
-SEARCHING, UP = "SEARCHING", "UP"
+SEARCHING, UP, ENDING = "SEARCHING", "UP", "ENDING"
 
 
 class Call:

@@ -593,9 +593,9 @@ class Wire:
     def close(self):
         for holder in (self.here, self.there):
             holder.link.close()
-            for stream in list(holder.sources.values()) + list(holder.sinks.values()):
-                if isinstance(stream.end, cexec.SocketEnd):
-                    stream.end.sock.close()
+            for channel in holder.channels.values():
+                if isinstance(channel.end, cexec.SocketEnd):
+                    channel.end.sock.close()
         for fd in list(self.fds):
             self.close_fd(fd)
 
@@ -2787,7 +2787,7 @@ def test_bytes_and_end_of_file_come_through(size, wire):
     wire.close_fd(into)
     wire.spin(lambda: tap.ended, "the end of file")
     assert tap.got == data and not back.ended
-    assert wire.here.sources[0].state == wire.there.sinks[0].state == cexec.ENDED
+    assert wire.here.channels[0].source.state == wire.there.channels[0].sink.state == cexec.ENDED
     os.write(back_into, b"there")
     wire.close_fd(back_into)
     wire.spin(lambda: back.ended)
@@ -2810,7 +2810,7 @@ def test_a_reader_that_has_gone_reaches_the_writer(wire):
     tap.hang_up()
     wire.spin(lambda: feed.error)
     assert feed.error.errno == errno.EPIPE
-    assert wire.here.sources[0].state == wire.there.sinks[0].state == cexec.SHUTDOWN
+    assert wire.here.channels[0].source.state == wire.there.channels[0].sink.state == cexec.SHUTDOWN
     assert wire.here.errors == wire.there.errors == []
 
 
@@ -2829,7 +2829,7 @@ def test_a_socket_is_closed_one_way_at_a_time(wire):
         there.close()
         wire.spin(lambda: back.ended)
         assert all(stream.state != cexec.OPEN for holder in (wire.here, wire.there)
-                   for stream in (holder.sources[5], holder.sinks[5]))
+                   for stream in (holder.channels[5].source, holder.channels[5].sink))
 
 
 def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
@@ -2838,7 +2838,7 @@ def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
     into, out = wire.through(0)
     other_into, other_out = wire.through(1)
     Tap(wire, into, stalled)
-    source, sink = wire.here.sources[0], wire.there.sinks[0]
+    source, sink = wire.here.channels[0].source, wire.there.channels[0].sink
     tracemalloc.start()
     try:
         wire.spin(lambda: source.credit == 0 and sink.received == source.sent, "the credit's end")
@@ -2859,7 +2859,7 @@ def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
 def test_a_window_in_frames_of_one_byte_takes_no_more_memory(wire):
     """A holder of a pub may send so; what is kept is bytes, not pieces."""
     into, out = wire.through(0)
-    sink, count = wire.there.sinks[0], 100000
+    sink, count = wire.there.channels[0].sink, 100000
     tracemalloc.start()
     try:
         for _ in range(count // 1000):
@@ -2885,7 +2885,7 @@ def test_after_shut_what_was_under_way_is_swallowed(wire):
     wire.raw(cexec.make_frame(cexec.EOF, 0) + cexec.make_frame(cexec.PING))
     wire.spin(lambda: wire.there.lost)
     assert wire.there.lost == [("PING out of place", True)]         # all before it was in order
-    assert wire.there.sinks[0].state == cexec.SHUTDOWN and not wire.there.sinks[0].queue
+    assert wire.there.channels[0].sink.state == cexec.SHUTDOWN and not wire.there.channels[0].sink.queue
 
 
 def test_a_failed_write_is_told_and_shuts_the_channel(wire):
@@ -2895,7 +2895,7 @@ def test_a_failed_write_is_told_and_shuts_the_channel(wire):
     wire.fds.append(fd)
     wire.there.carry(0, cexec.End(fd, fd, lambda: wire.close_fd(fd), ["write"]))
     wire.raw(data_frame(0, b"does not fit"))
-    wire.spin(lambda: wire.here.sources[0].state == cexec.SHUTDOWN)
+    wire.spin(lambda: wire.here.channels[0].source.state == cexec.SHUTDOWN)
     assert [(channel, error.errno) for channel, error in wire.there.errors] == [(0, errno.ENOSPC)]
 
 
@@ -2944,8 +2944,8 @@ def test_a_violation_loses_the_link_and_nothing_else(stream, word, wire):
     assert wire.there.link.closed and wire.there.link.sock.fileno() == -1
     allowed = b"".join(piece[8:] for piece in stream if piece[:1] == bytes([cexec.DATA.code]))
     tap = Tap(wire, out)
-    left = wire.there.sinks[1].queue
-    wire.spin(lambda: len(tap.got) == wire.there.sinks[1].written)
+    left = wire.there.channels[1].sink.queue
+    wire.spin(lambda: len(tap.got) == wire.there.channels[1].sink.written)
     assert allowed.startswith(bytes(tap.got)) and len(left) <= cexec.WINDOW
 
 
@@ -2958,7 +2958,7 @@ def test_bytes_beneath_tls_that_are_no_tls_are_a_violation(data, word, wire):
     wire.spin(lambda: wire.there.lost)
     (reason, violation), = wire.there.lost
     assert violation and reason.startswith("TLS: ")
-    assert wire.there.sinks[1].received == 0
+    assert wire.there.channels[1].sink.received == 0
 
 
 @pytest.mark.parametrize("how", ["closed", "reset", "cut in a record", "said so in TLS"])
@@ -2979,7 +2979,7 @@ def test_a_cut_connection_is_no_violation_and_no_end_of_file(how, wire):
     wire.spin(lambda: wire.there.lost)
     (reason, violation), = wire.there.lost
     assert not violation and reason and not tap.ended and tap.got == b"so far"
-    assert wire.there.sinks[1].state == cexec.OPEN
+    assert wire.there.channels[1].sink.state == cexec.OPEN
 
 
 def test_a_lost_link_is_told_once_and_is_not_waited_for(wire):
@@ -3018,15 +3018,69 @@ def test_no_handshake_with_what_is_not_tls(worker_key):
 
 def test_a_source_that_is_to_end_waits_for_credit_and_not_for_an_endless_writer():
     zero = os.open("/dev/zero", os.O_RDONLY)
-    link = SimpleNamespace(congested=False, closed=False, send=lambda *words: None, send_data=lambda *words: None)
-    carrier = SimpleNamespace(loop=cexec.Loop(), link=link, stream_ended=lambda: None, sinks={},
-                              buffer=memoryview(bytearray(cexec.FRAME_HEAD.size + cexec.FRAME_MAX)))
-    source = cexec.Source(carrier, 1, cexec.End(zero, zero, lambda: os.close(zero), ["read"]))
+    holder = Holder(cexec.Loop())
+    nothing = {"send": lambda *words: None, "send_data": lambda *words: None}
+    holder.link = SimpleNamespace(congested=False, closed=False, **nothing)
+    source = holder.carry(1, cexec.End(zero, zero, lambda: os.close(zero), ["read"])).source
     source.credit = 1000
     source.close_soon()
-    assert (source.sent, source.state) == (1000, cexec.OPEN)
+    assert (source.sent, source.state) == (1000, cexec.DRAINING)
     source.rcvd_credit(cexec.WINDOW)
     assert (source.sent, source.state) == (cexec.PIPE_SIZE, cexec.ENDED)
+
+
+# What a stream is told, one after another -> its state after each
+@pytest.mark.parametrize("half, events, states", [
+    ("read", ["close_soon", "discard", "finish"], ["DRAINING", "DISCARDING", "ENDED"]),
+    ("read", ["discard", "stop", "finish"], ["DISCARDING", "STOPPED", "STOPPED"]),
+    ("read", ["rcvd_shut", "close_soon", "discard", "stop"], ["SHUTDOWN"] * 4),
+    ("read", ["finish", "rcvd_shut", "close_soon", "discard", "stop"], ["ENDED"] * 5),
+    ("read", ["close_soon", "rcvd_shut"], ["DRAINING", "SHUTDOWN"]),
+    ("write", ["rcvd_eof", "stop"], ["ENDED", "ENDED"]),
+    ("write", ["fill", "rcvd_eof", "break_off", "rcvd_eof"], ["OPEN", "DRAINING", "SHUTDOWN", "SHUTDOWN"]),
+    ("write", ["fill", "rcvd_eof", "write_all"], ["OPEN", "DRAINING", "ENDED"]),
+    ("write", ["fill", "rcvd_eof", "stop", "rcvd_eof"], ["OPEN", "DRAINING", "STOPPED", "STOPPED"]),
+    ("write", ["break_off", "stop"], ["SHUTDOWN", "SHUTDOWN"]),
+])
+def test_a_stream_goes_only_where_the_drawing_says(half, events, states):
+    """The source has no credit and does not read; the sink's End takes nothing until it is asked again."""
+    class End(cexec.End):
+        taken = 0
+
+        def write(self, view):
+            if not self.taken:
+                self.taken = len(view)
+                raise BlockingIOError
+            return len(view)
+
+        def read_into(self, view):
+            raise AssertionError("read without credit")
+
+    reader, writer = os.pipe()
+    holder, frames = Holder(cexec.Loop()), []
+    holder.link = SimpleNamespace(congested=False, closed=False, send=lambda kind, *words: frames.append(kind))
+    fd = reader if half == "read" else writer
+    channel = holder.carry(1, End(fd, fd, lambda: None, [half]))
+    stream = channel.source or channel.sink
+    if channel.source:
+        channel.source.credit = 0
+    words = {"rcvd_shut": [True], "rcvd_eof": [True], "break_off": [True]}
+    seen = []
+    try:
+        for event in events:
+            stream.rcvd_data(b"data") if event == "fill" else getattr(stream, event)(*words.get(event, []))
+            seen.append(stream.state)
+        assert seen == states
+        # The peer is told of an end exactly once, and of none that it has told us, or that stop() made
+        told = {"ENDED": [cexec.EOF], "SHUTDOWN": []} if half == "read" else {"SHUTDOWN": [cexec.SHUT]}
+        assert frames == told.get(states[-1], [])
+        watched = fd in holder.loop.readers or fd in holder.loop.writers
+        assert not watched
+        with pytest.raises(RuntimeError, match="not in the drawing"):
+            stream._set(cexec.OPEN)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 # ---------------------------------------------------------------------------
