@@ -167,6 +167,7 @@ PROBES_MAX = 64                     # connections back to whoever asks who is th
 DENY_SECONDS = 0.2                  # between two answers to those who have no key
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
 LOOKS = 3                           # times that nothing must be seen of it
+BURST = 100                         # times that they are looked for in a row when they are late
 CLOSE_SECONDS = 30.0                # what a worker waits for its client to close, which has all and says nothing
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
 CHECK_SECONDS = GONE_SECONDS / 6    # how often a worker looks after that
@@ -3469,15 +3470,22 @@ def session_members(sessions):
     names = os.listdir("/proc")
     if "self" not in names:
         raise FileNotFoundError(errno.ENOENT, "no /proc")
-    for name in reversed(names):    # in the order of their numbers; whoever forks and ends at once is the last
+    for name in reversed(names):    # in the order of their numbers: a process that forks and ends at once is the last
         if name.isdigit() and int(name) != sessions[0]:
             try:
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    state, _, group, session = file.read().rpartition(b")")[2].split()[:4]
-            except (OSError, ValueError):
-                continue            # it has just ended
-            if int(session) in sessions and state != b"Z":
-                yield int(name), int(group)
+                if os.getsid(int(name)) in sessions:        # 50 times as fast as its file in /proc
+                    yield int(name), os.getpgid(int(name))
+            except OSError:
+                pass                # it has just ended
+
+
+def is_running(pid):
+    """Whether a process is there and is no zombie.  Raises OSError where there is no /proc."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] != b"Z"
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return False
 
 
 def signal_all(kill, target, numbers):
@@ -3503,10 +3511,10 @@ def signal_sessions(sessions, group, told, late):
         # Each is signalled as soon as it is seen: a moment later its number may be another's.
         for member, its_group in session_members(sessions):
             if late and its_group != sessions[0]:       # that may be our own group
-                found |= signal_all(os.killpg, its_group, [signal.SIGKILL])
+                signal_all(os.killpg, its_group, [signal.SIGKILL])
             else:
-                numbers = (signal.SIGKILL,) if late else (0,) if member in told else first
-                found |= signal_all(os.kill, member, numbers)
+                signal_all(os.kill, member, (signal.SIGKILL,) if late else (0,) if member in told else first)
+            found |= is_running(member)
             told.add(member)
     except OSError:
         if group and late:
@@ -3528,7 +3536,9 @@ def end_sessions(loop, sessions, group, over):
     deadline, told = time.monotonic() + KILL_SECONDS, set()
 
     def look(tries=LOOKS):
-        if signal_sessions(sessions, group, told, late=time.monotonic() > deadline):
+        late = time.monotonic() > deadline
+        # A process that forks and ends at once lives for a millisecond: many looks in a row meet one of them.
+        if all(signal_sessions(sessions, group, told, late) for _ in range(BURST if late else 1)):
             loop.after(0.05, look)
         elif tries > 1:
             loop.after(0.01, lambda: look(tries - 1))
