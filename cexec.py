@@ -2044,14 +2044,19 @@ class Tls:
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
         self.ready = False
+        self.ended = False          # whether the peer has said that nothing more comes
 
     def feed(self, data):
         """Bytes that came from the peer."""
         self.incoming.write(data)
 
     def take(self):
-        """Bytes to send to the peer."""
-        return self.outgoing.read()
+        """Bytes to send to the peer: none if there are none."""
+        return self.outgoing.read() if self.outgoing.pending else b""
+
+    def has_more(self):
+        """Whether read_into() may find something.  To ask is cheaper than the exception that says no."""
+        return self.incoming.pending or self.object.pending() or self.ended
 
     def handshake(self):
         """One more step; True when it is done.  Raises ProtocolError."""
@@ -2073,16 +2078,17 @@ class Tls:
 
         Raises ProtocolError on damage, EOFError when the peer has closed properly.
         """
-        count = 0
+        count, size = 0, len(view)
         try:
-            while count < len(view):
-                got = self.object.read(len(view) - count, view[count:])
+            while count < size and self.has_more():
+                got = self.object.read(size - count, view[count:])
                 if not got:
                     break
                 count += got
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            self.ended = True
             if not count:
                 raise EOFError from None
         except ssl.SSLError as error:
@@ -2209,11 +2215,8 @@ class Link:
             self.fail(str(error), violation=error)
 
     def _deliver(self):
-        while not self.closed:
-            count = self.tls.read_into(self.reader.room())
-            if not count:
-                return
-            self.reader.filled(count)
+        while not self.closed and self.tls.has_more():
+            self.reader.filled(self.tls.read_into(self.reader.room()))
             for kind, flags, channel, payload in self.reader.frames():
                 if log.verbose:
                     log.note("<- %s %d %s", kind, channel, len(payload) if kind is DATA else "")
