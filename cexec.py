@@ -1853,7 +1853,7 @@ class Loop:
     def stop(self):
         self.running = False
 
-    def own(self, sock):
+    def above_floor(self, sock):
         """The socket, moved out of the way of the descriptors that are carried."""
         if sock.fileno() < self.floor:
             with sock:
@@ -1864,7 +1864,7 @@ class Loop:
 
     def catch(self, numbers, call):
         """Has call(number) called for these signals but those ignored, outside of signal handlers."""
-        near, far = map(self.own, socket.socketpair())
+        near, far = map(self.above_floor, socket.socketpair())
         far.setblocking(False)
         near.setblocking(False)
         self.wakeup = near, far     # kept: a collected socket would close
@@ -2120,6 +2120,10 @@ class Delivery:
         self.waited = False                         # whether some were not, then
         self.answered_at = time.monotonic()         # the last look at which nothing waited for an answer
 
+    def took(self, count):
+        """The socket has taken so many bytes."""
+        self.sent += count
+
     def moves(self, sock):
         """Whether what waited at the last call is on its way; what did not, as a PING, proves nothing."""
         waiting, waited, before = unacknowledged(sock), self.waited, self.delivered
@@ -2256,7 +2260,7 @@ class Link:
             except OSError:
                 self.write_closed, self.sending = True, memoryview(b"")
                 break
-            self.delivery.sent += count
+            self.delivery.took(count)
             self.sending = self.sending[count:]
             if was_congested:       # what was queued moves: the peer's host takes it
                 self.last_activity = time.monotonic()
