@@ -1929,7 +1929,7 @@ class ReturnPort:
 
     def open(self, family, address):
         try:
-            listener = self.loop.own(socket.socket(family, socket.SOCK_STREAM))
+            listener = self.loop.above_floor(socket.socket(family, socket.SOCK_STREAM))
         except OSError:
             if not self.listeners:
                 raise
@@ -1942,7 +1942,7 @@ class ReturnPort:
         listener.bind(socket_address(address, self.port) if address else ("", self.port))
         listener.listen(128)
         self.port = listener.getsockname()[1]
-        self.udp[family] = self.loop.own(open_udp(family, address, self.port))
+        self.udp[family] = self.loop.above_floor(open_udp(family, address, self.port))
 
     def attend(self, hear, accept, stranger=None, spare=None):
         """Has hear(datagram, sender's address) and accept(socket, its address) called for what comes.
@@ -1970,7 +1970,7 @@ class ReturnPort:
         while True:
             try:
                 sock, peer = listener.accept()
-                sock, address = self.loop.own(sock), address_of(peer)
+                sock, address = self.loop.above_floor(sock), address_of(peer)
             except OSError as error:
                 if error.errno == errno.EMFILE and spare and spare():
                     continue
@@ -2171,7 +2171,7 @@ class Link:
 
     def attach(self, loop, owner):
         """Has this loop drive it, for this owner."""
-        self.loop, self.owner, self.sock = loop, owner, loop.own(self.sock)
+        self.loop, self.owner, self.sock = loop, owner, loop.above_floor(self.sock)
         loop.on_read(self.sock.fileno(), self.readable)
         loop.on_write(self.sock.fileno(), self.flush if self.sending else None)
 
@@ -5178,7 +5178,7 @@ class Patron:
     def __init__(self, pub, group, terms, loop):
         self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
         self.avoid = Avoided()
-        self.speakers = {family: loop.own(sock) for family, sock in open_speakers().items()}
+        self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
 
     def new_search(self, quiet, only=ANY_WORKER):
         """A Search, which is to be started."""

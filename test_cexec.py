@@ -2680,9 +2680,9 @@ def test_a_loop_tells_that_the_reader_has_left(make):
 
 def test_a_loop_moves_its_own_sockets_out_of_the_way():
     loop = cexec.Loop(floor=300)
-    sock = loop.own(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    sock = loop.above_floor(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     assert sock.fileno() >= 300 and not os.get_inheritable(sock.fileno())
-    assert loop.own(sock) is sock
+    assert loop.above_floor(sock) is sock
     sock.setblocking(False)
     sock.close()
 
@@ -4708,7 +4708,7 @@ def test_a_stop_under_congestion_with_high_descriptors(monkeypatch):
     near, far = socket.socketpair()
     loop = cexec.Loop(floor=1024)
     cexec.make_room(1100)
-    with contextlib.closing(loop.own(near)) as sock, far:
+    with contextlib.closing(loop.above_floor(near)) as sock, far:
         sock.setblocking(False)
         flushed, stopped = [], []
         link = SimpleNamespace(sock=sock, closed=False, congested=True)
