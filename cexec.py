@@ -2030,7 +2030,10 @@ def tls_context(key=None, text=None):
 
 
 def full_pipe(data):
-    """The reading end of a pipe with this in it, which must fit: for what wants a path, without a file."""
+    """The reading end of a pipe that holds data: for a function that wants a path, where there is no file.
+
+    data must fit into the pipe, or this blocks: 64 KiB on Linux, pipe(7).
+    """
     reader, writer = os.pipe()
     with open(writer, "wb", 0) as file:
         file.write(data)
@@ -2038,7 +2041,7 @@ def full_pipe(data):
 
 
 class Tls:
-    """One end of a TLS connection as a matter of bytes: feed(), take(), read(), write()."""
+    """One end of a TLS connection, without a socket: its bytes go in by feed() and come out by take()."""
 
     def __init__(self, context, server_side):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -2109,15 +2112,15 @@ class Tls:
 class Delivery:
     """What the peer's host has acknowledged, as Linux tells it: tcp(7), TCP_INFO, and linux/tcp.h.
 
-    A process that is stopped has a host that acknowledges: data at first, and probes once its
-    buffers are full.  Elsewhere nothing is known.
+    It tells a host that has vanished from a process that is stopped.  The stopped process's host
+    acknowledges data until its buffers are full, and then probes.  Other systems tell nothing.
     """
 
     INFO = struct.Struct("2xBB20xI28xI")            # retransmits, probes, unacked, last_ack_recv (ms ago)
 
     def __init__(self):
         self.sent = self.delivered = 0              # bytes: given to the socket, acknowledged by the last look
-        self.waited = False                         # whether some were not, then
+        self.waited = False                         # whether some bytes were not acknowledged at the last look
         self.answered_at = time.monotonic()         # the last look at which nothing waited for an answer
 
     def took(self, count):
@@ -2125,15 +2128,18 @@ class Delivery:
         self.sent += count
 
     def moves(self, sock):
-        """Whether what waited at the last call is on its way; what did not, as a PING, proves nothing."""
+        """Whether the host has acknowledged bytes that waited at the last call.
+
+        Only bytes that had to wait count: a PING leaves at once, and proves nothing.
+        """
         waiting, waited, before = unacknowledged(sock), self.waited, self.delivered
         self.delivered, self.waited = self.sent - waiting, waiting > 0
         return waited and self.delivered > before
 
     def unanswered(self, sock):
-        """Seconds for which the host has acknowledged nothing, although it should have; 0 if that is not known.
+        """Seconds since the host should have acknowledged something and has not; 0 if that is not known.
 
-        To be called now and then: only a call tells since when it should have.
+        Call it now and then: a call that finds nothing to be acknowledged starts the time anew.
         """
         now = time.monotonic()
         try:
@@ -2177,7 +2183,7 @@ class Link:
 
     @property
     def congested(self):
-        """Whether the socket takes no more: whoever has data for it had better wait."""
+        """Whether the socket takes no more: a sender should wait for link_writable()."""
         return bool(self.sending)
 
     def undelivered(self):
@@ -2185,7 +2191,7 @@ class Link:
         return len(self.sending) + unacknowledged(self.sock)
 
     def start(self):
-        """Begins the handshake (the client's side has something to say at once)."""
+        """Begins the handshake: the client's side sends first."""
         self._digest()
 
     def readable(self):
@@ -2215,7 +2221,7 @@ class Link:
         except EOFError:
             self.fail("connection closed")
         except ProtocolError as error:
-            self.flush()            # with TLS's own word on it
+            self.flush()            # the alert that TLS has made of it
             self.fail(str(error), violation=error)
 
     def _deliver(self):
@@ -2234,7 +2240,7 @@ class Link:
         self._write(make_frame(kind, channel, flags, **fields))
 
     def send_data(self, channel, buffer, size):
-        """Sends size bytes that stand in buffer behind room for a frame's head."""
+        """Sends size bytes as DATA.  buffer has room for a frame's head, and then the bytes."""
         if log.verbose:
             log.note("-> DATA %d %d", channel, size)
         FRAME_HEAD.pack_into(buffer, 0, DATA.code, 0, channel, size)
@@ -2280,7 +2286,7 @@ class Link:
         self.last_activity = time.monotonic()
 
     def check_delivery(self):
-        """Takes it for a sign of life if what was queued in the kernel is on its way."""
+        """Counts it as a sign of life if the peer's host takes what was queued in the kernel."""
         if self.delivery.moves(self.sock):
             self.last_activity = time.monotonic()
 
@@ -2329,16 +2335,16 @@ def begin_connection(address, port):
 class Dial:
     """A connection that is being opened, with a deadline.
 
-    Calls connected(its socket, the seconds that are left until the deadline) or
-    failed(reason, unreached), once.  Whoever is called has the socket from then on.
-    unreached is false where no socket was to be had: that tells nothing of the peer.
+    Calls connected(socket, seconds left until the deadline) or failed(reason, unreached), once.
+    The socket is the called one's from then on.  unreached is false if this process got no
+    socket: that tells nothing about the peer.
     """
 
     def __init__(self, loop, address, port, seconds, connected, failed):
         self.loop, self.connected, self.failed = loop, connected, failed
         self.deadline = time.monotonic() + seconds
         self.sock, error = begin_connection(address, port)
-        if error:                   # told later: whoever dials has nothing yet to be told with
+        if error:                   # told from the loop: our caller does not have this object yet
             self.timer = loop.after(0, lambda: self.fail(error))
         else:
             self.timer = loop.after(seconds, lambda: self.fail("no connection in %g s" % seconds))
@@ -2359,7 +2365,7 @@ class Dial:
         failed(reason, unreached)
 
     def close(self):
-        """Gives up.  What is connected already is no longer ours."""
+        """Gives up.  A socket that was handed to connected() stays open."""
         self.timer.cancel()
         self.connected = self.failed = None         # no cycle: what they belong to goes at once
         if self.sock:
@@ -2386,7 +2392,7 @@ def keep_alive(sock):
 
 
 def in_foreground(terminal):
-    """Whether we are; of a terminal that does not control us, too: nobody will stop us."""
+    """Whether a read of the terminal would not stop us: our group has it, or it does not control us."""
     try:
         return os.tcgetpgrp(terminal) == os.getpgrp()
     except OSError:
@@ -2396,9 +2402,9 @@ def in_foreground(terminal):
 class End:
     """One open file at this host that a channel reads, writes, or both.
 
-    polled is the descriptor to wait on, fd the one to use: where the polled one is shared
-    with other processes, fd is the same file opened again, without blocking.  release()
-    is called when nothing is left to be done with it.
+    polled is the descriptor to wait on, fd the one to use.  If other processes share the
+    polled one, fd is the same file opened again, without blocking.  halves are "read", "write"
+    or both; release() is called when both are done.
     """
 
     patient = False                 # to be written only when poll says so, PIPE_BUF at most
@@ -2421,7 +2427,7 @@ class End:
         return log.beside(self.fd, view) if self.terminal else os.write(self.fd, view)
 
     def done(self, half, whole=True):
-        """Nothing more will be read, or written; whole: the peer has closed both."""
+        """Nothing more will be read, or written.  A socket is shut that way, unless the peer has closed both (whole)."""
         self.halves.discard(half)
         if not self.halves:
             self.release()
@@ -2432,7 +2438,7 @@ class End:
         """Closes one direction of two."""
 
     def hung_up(self):
-        """Whether whoever has the other end has closed it entirely; False where there is no poll to tell."""
+        """Whether the process at the other end has closed both directions; False where there is no poll to tell."""
         if not hasattr(select, "poll"):
             return False
         poll = select.poll()
@@ -2447,7 +2453,7 @@ class PipeEnd(End):
 
 
 class FileEnd(End):
-    """A regular file as input, read at an offset of our own: the common one is everybody's who has the file open."""
+    """A regular file as input, read at an offset of our own: other processes may use the common one."""
 
     def __init__(self, fd, offset):
         super().__init__(fd, fd, lambda: None, ["read"])
@@ -2493,9 +2499,9 @@ class SocketEnd(End):
 
 
 class ReplayBuffer:
-    """What a job has read from inputs that cannot be rewound, so that another run can read it again.
+    """What a job has read from inputs that cannot be rewound.  Another run reads it again.
 
-    It has a bound, for all channels together.  Once that is passed it keeps nothing more.
+    limit bounds the bytes of all channels together.  Once it is passed, nothing is kept any more.
     """
 
     def __init__(self, limit=HELD_MAX):
@@ -2504,7 +2510,7 @@ class ReplayBuffer:
         self.replayed = collections.Counter()                   # channel: how much of that this run has got
 
     def read_into(self, channel, view):
-        """Puts bytes of the channel that this run has not got into view; how many."""
+        """Copies bytes of the channel that this run has not got yet into view; returns their number."""
         part = memoryview(self.parts[channel])[self.replayed[channel]:][:len(view)]
         view[:len(part)] = part
         self.replayed[channel] += len(part)
@@ -2660,7 +2666,7 @@ class Source(Stream):
             return
         except OSError as error:
             pty_ended = error.errno == errno.EIO and self.end.terminal
-            if error.errno != errno.ECONNRESET and not pty_ended:           # a socket's end, of a kind
+            if error.errno != errno.ECONNRESET and not pty_ended:           # a reset is a socket's end too
                 self.carrier.local_error(self.number, error)
             count = 0
         if not count:
@@ -2685,13 +2691,13 @@ class Source(Stream):
             self.loop.after(1.0, self._resume)
 
     def discard(self):
-        """Goes on reading, for nobody: whoever writes has time to end in its own way."""
+        """Goes on reading and throws away what it reads: so the writer can end in its own way."""
         if self.state in (OPEN, DRAINING):
             self._set(DISCARDING)
             self.refresh()
 
     def close_soon(self):
-        """Takes what is there already, no more than any pipe holds, and then is at its end."""
+        """Reads what is there already, no more than a pipe holds, and is then at its end."""
         if self.state is OPEN:
             self._set(DRAINING)
             self.drain_budget = PIPE_SIZE
@@ -2708,7 +2714,7 @@ class Source(Stream):
                 self.carrier.channels[self.number].break_off()
 
     def leave_alone(self):
-        """The end of file for the peer, of what others are to read here: a socket stays open both ways."""
+        """Tells the peer an end of file at once.  Others are to read the End: a socket stays open both ways."""
         self._set(ENDED)
         self.link.send(EOF, self.number, FLAG_WHOLE if self.end.halves == {"read"} else 0)
         self._leave("read", True)
@@ -2813,7 +2819,7 @@ class Sink(Stream):
             self._leave("write", whole)
 
     def reader_left(self):
-        """Seen though nothing was to be written: whoever writes at the peer may be waiting for nothing else."""
+        """The reader has left while nothing was to be written: a writer at the peer may wait for just that."""
         self.break_off(self.end.halves == {"write"})
 
     def has_all(self, sent):
@@ -2876,8 +2882,8 @@ class Channel:
 class Carrier:
     """A job's channels over a link: what the client and the supervisor have in common.
 
-    A frame is handled by the method rcvd_NAME(flags, channel, payload); one for which
-    there is no method breaks the protocol.
+    The method rcvd_NAME(flags, channel, payload) handles a frame.  A frame without a method
+    breaks the protocol.
     """
 
     buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))     # between a read and TLS: shared by all
