@@ -2427,7 +2427,7 @@ class End:
         return log.beside(self.fd, view) if self.terminal else os.write(self.fd, view)
 
     def done(self, half, whole=True):
-        """Nothing more will be read, or written.  A socket is shut that way, unless the peer has closed both (whole)."""
+        """Nothing more will be read, or written.  A socket is shut so, unless the peer has closed both (whole)."""
         self.halves.discard(half)
         if not self.halves:
             self.release()
