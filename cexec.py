@@ -185,14 +185,18 @@ class ProtocolError(Exception):
 
     sender = "a peer"               # whose datagram it was, where that is known
 
+    def sent_by(self, sender):
+        """Itself, with the address that the datagram came from."""
+        self.sender = sender
+        return self
+
 
 class OtherVersion(ProtocolError):
     """A peer speaks another version of the protocol."""
 
-    def __init__(self, version):
+    def __init__(self, version, asks_at=0):
         super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
-        self.version = version
-        self.asks_at = 0            # the return port of a QUERY
+        self.version, self.asks_at = version, asks_at       # asks_at: the return port of a QUERY, or 0
 
 
 class Log:
@@ -204,6 +208,13 @@ class Log:
         self.fd, self.newline, self.shown = 2, "\n", ""
         self.midline = False        # whether what was written last has not ended its line
         self.said = set()           # by once()
+
+    def begin(self, applet):
+        """This process is that applet."""
+        self.applet = applet
+
+    def be_verbose(self, verbose):
+        self.verbose = verbose
 
     def hold(self, floor):
         """Writes to a copy of descriptor 2 from now on, with a number from floor up.
@@ -242,8 +253,7 @@ class Log:
     def copy(self, data):
         self.midline = data[-1:] != b"\n"
         try:
-            while data:
-                data = data[os.write(self.fd, data):]
+            write_all(functools.partial(os.write, self.fd), data)
         except OSError:
             pass                    # nobody is there to be told
 
@@ -268,6 +278,12 @@ class Log:
     def note(self, message, *args):
         if self.verbose:
             self.say(message % args if args else message)
+
+
+def write_all(write, data):
+    """Calls write() again after each short write, until all of the data is written.  Raises OSError."""
+    while data:
+        data = data[write(data):]
 
 
 def printable(text):
@@ -477,7 +493,7 @@ class Syntax:
         if rest and (self.anywhere or not words):
             rest.pop(0)                                 # the --
         values = self._values(given, words + rest)
-        log.verbose = values.verbose
+        log.be_verbose(values.verbose)
         return values
 
     def _read_long(self, word, rest, given):
@@ -1005,11 +1021,10 @@ SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT"
 
 def other_version(data):
     """An OtherVersion for a datagram, whose head is alike in every version."""
-    error = OtherVersion(data[4])
+    code = port = 0
     if len(data) >= DATAGRAM_HEAD.size:
         _, _, code, _, _, port = DATAGRAM_HEAD.unpack_from(data)
-        error.asks_at = port if code == QUERY.code else 0
-    return error
+    return OtherVersion(data[4], port if code == QUERY.code else 0)
 
 
 class Datagram:
@@ -1614,8 +1629,7 @@ def parsed(data, sender):
     try:
         return Datagram(data)
     except ProtocolError as error:
-        error.sender = sender
-        raise
+        raise error.sent_by(sender)
 
 
 class Listener:
@@ -3658,8 +3672,7 @@ def unpack_file(file, name, info, top, dated):
             if not piece:
                 raise ProtocolError("the archive is cut short")
             left -= len(piece)
-            while piece:
-                piece = piece[out.write(piece):]
+            write_all(out.write, piece)
         file.read(-info.size % BLOCK)
         if dated:
             seconds = min(max(0, info.mtime), 2 ** 33)
@@ -3793,6 +3806,13 @@ def remove_left(place, is_ours):
             log.note("%s stays: %s", path, error.strerror)
 
 
+def check_current_directory():
+    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
+    if not os.access(".", os.W_OK | os.X_OK):
+        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
+    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
+
+
 def close_all_but(kept):
     """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
     try:
@@ -3840,7 +3860,8 @@ class Helper:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
                 signal.signal(number, handling)
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            log.verbose, log.fd = False, 2
+            log.be_verbose(False)
+            log.release()
             close_all_but(kept)
             work()
             code = 0
@@ -5737,8 +5758,7 @@ def write_joblog(file, line):
     """Adds a line.  Raises Fatal (111)."""
     data = (line + "\n").encode("utf-8", "surrogateescape")
     try:
-        while data:
-            data = data[file.write(data):]
+        write_all(file.write, data)
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
@@ -5811,9 +5831,18 @@ class Printer:
 
     def __init__(self, batch, tasks):
         self.batch, self.loop = batch, batch.loop
-        self.line = collections.deque(tasks)        # those whose outputs are not printed yet
+        self.tasks = collections.deque(tasks)       # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
         self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
+
+    def add(self, task):
+        self.tasks.append(task)
+
+    def end_before(self, number):
+        """The output ends before this task, which has failed: drops the output of each later one."""
+        while self.tasks and self.tasks[-1].number > number:
+            self.tasks.pop().discard()
+        self.tasks.pop()
 
     def has_room(self, task):
         """Whether a task may be begun: the outputs in line take descriptors, and so they have a bound."""
@@ -5821,10 +5850,10 @@ class Printer:
 
     def refresh(self):
         """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
-        while not self.task and self.line and (self.line[0].done_before or self.line[0].exit_code is not None):
-            task = self.line[0]
+        while not self.task and self.tasks and (self.tasks[0].done_before or self.tasks[0].exit_code is not None):
+            task = self.tasks[0]
             if task.done_before or task.exit_code:
-                self.line.popleft()
+                self.tasks.popleft()
                 self.count += 1
             else:
                 self.task = task
@@ -5848,7 +5877,7 @@ class Printer:
 
     def printed(self):
         self.loop.on_write(self.end.polled, None)
-        self.line.popleft().close()
+        self.tasks.popleft().close()
         self.task, self.count = None, self.count + 1
         self.refresh()
         self.batch.fill()
@@ -6251,8 +6280,7 @@ class Block(Task):
         if newline >= 0:
             self.whole = self.size + newline + 1
         self.size += len(view)
-        while view:
-            view = view[self.data.write(view):]
+        write_all(self.data.write, view)
 
     def rest(self):
         """Yields what is behind the last whole line, in pieces, and then leaves it off.  Raises OSError."""
@@ -6366,11 +6394,11 @@ class BlockBatch(Batch):
 
     def may_read(self):
         """Whether one more block may be held besides those that wait to be printed, at a worker or not."""
-        return len(self.printer.line) < self.taken + 2
+        return len(self.printer.tasks) < self.taken + 2
 
     def add(self, block):
         self.queue.append(block)
-        self.printer.line.append(block)
+        self.printer.add(block)
         self.fill()
 
     def fill(self):
@@ -6379,7 +6407,7 @@ class BlockBatch(Batch):
         self.splitter.refresh()
 
     def is_busy(self):
-        return not self.splitter.ended or self.printer.line or super().is_busy()
+        return not self.splitter.ended or self.printer.tasks or super().is_busy()
 
     def over(self, block, exit_code, reason, run=None, signal=0):
         if exit_code:               # first, or the printer would go on behind this block
@@ -6396,9 +6424,7 @@ class BlockBatch(Batch):
         for search in list(self.searches):
             self.end_search(search)
         self.queue = collections.deque(block for block in self.queue if block.number < first)
-        while self.printer.line and self.printer.line[-1].number > first:
-            self.printer.line.pop().discard()
-        self.printer.line.pop()
+        self.printer.end_before(first)
 
     def put_back(self, block):
         super().put_back(block)
@@ -6806,12 +6832,6 @@ def places_of(inputs):
     except (OSError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
 
-
-def check_current_directory():
-    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
-    if not os.access(".", os.W_OK | os.X_OK):
-        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
-    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
 
 
 def main_single(path, words, options):
@@ -8251,7 +8271,7 @@ class Probe:
         self.over()
 
     def over(self, reason="", unreached=False):
-        self.worker.probes.discard(self)
+        self.worker.probe_over(self)
 
 
 def local_address(address):
@@ -9937,7 +9957,7 @@ class Join:
             sock.close()
         for pump in filter(None, (self.up, self.down)):
             pump.load.close()
-        self.relay.joins.discard(self)
+        self.relay.join_over(self)
 
 
 class Relay:
@@ -9961,6 +9981,13 @@ class Relay:
             return worker.close()
         log.note("offer from %s goes to %s", address, spelled(*self.client))
         self.joins.add(Join(self, worker))
+
+    def join_over(self, join):
+        self.joins.discard(join)
+
+    def rcvd_question(self, datagram):
+        """The client has announced or asked something: its answers may come back here."""
+        self.asked[datagram.nonce] = datagram.kind
 
     def hear(self, datagram, address):
         """What a worker says to the client, as it stands.
@@ -10003,7 +10030,7 @@ class Proxy:
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
-            relay.asked[datagram.nonce] = datagram.kind
+            relay.rcvd_question(datagram)
             port = relay.back.port
         # a link-local address means something on its link alone: there it is the sender's
         self_address = None if "%" in self.address else self.address
@@ -10894,6 +10921,11 @@ class Failed(OSError):
         super().__init__(message)
         self.code, self.stdout, self.stderr = code, stdout, stderr
 
+    def with_output(self, stdout, stderr):
+        """Itself, with what run() had captured."""
+        self.stdout, self.stderr = stdout, stderr
+        return self
+
 
 def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None, timeout=None,
         check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=()):
@@ -10929,8 +10961,7 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     try:
         code = returncode_of(report, child.returncode)
     except Failed as failed:
-        failed.stdout, failed.stderr = out, err
-        raise
+        raise failed.with_output(out, err) from None
     if check and code:
         raise subprocess.CalledProcessError(code, args, out, err)
     return subprocess.CompletedProcess(args, code, out, err)
@@ -10990,7 +11021,7 @@ def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
 
 
 def returncode_of(report, code):
-    """The command's returncode, from cexec's status line.  Raises Failed if there is none."""
+    """The command's returncode, from cexec's status line; code is cexec's own.  Raises Failed if there is none."""
     words = report.decode("utf-8", "replace").rstrip("\n").split(" ", 3)
     what, _, value = words[3].partition("=") if len(words) == 4 else ("", "", "")
     if what == "exited":
@@ -11225,6 +11256,15 @@ class Call:
         self.future, self.what = future, (function, tuple(arguments), keywords)
         self.tries, self.begun = 0, False
 
+    def begin(self):
+        """Whether it may be sent to a worker: not if it was cancelled before its first try."""
+        self.begun = self.begun or self.future.set_running_or_notify_cancel()
+        return self.begun
+
+    def lost(self, error):
+        """Its lane has ended with this error.  That was a try, except after FAILED: then no call was begun."""
+        self.tries += not isinstance(error.__cause__, RemoteTraceback)
+
     def pickled(self, protocol, has_main):
         """The bytes for the worker.  Raises anything."""
         import pickle
@@ -11343,6 +11383,14 @@ class Lane:
             self.head_since = time.monotonic()
         self.calls[number] = call
         self.send(CALL, CALL_NUMBER.pack(number), data)
+
+    def awaited(self):
+        """Calls wait for it while it searches: it is not idle."""
+        self.idle_since = time.monotonic()
+
+    def leave(self):
+        """It takes no more calls; the pool ends it when it has none."""
+        self.leaving = True
 
     def recall(self):
         self.recalled = True
@@ -11497,7 +11545,6 @@ class Lane:
         was, self.state = self.state, OVER
         self.pool.lane_over(self, was is SEARCHING, self.failure or reason, hopeless)
 
-
     def ended(self, code):
         """What is to be said of a command that has ended with that returncode."""
         worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
@@ -11609,9 +11656,8 @@ class Pool:
         self.end_idle()
 
     def give(self, call, lane):
-        if not call.begun and not call.future.set_running_or_notify_cancel():
-            return                  # it was cancelled
-        call.begun = True
+        if not call.begin():
+            return
         try:
             data = call.pickled(lane.protocol, self.program.text)
         except BaseException as error:
@@ -11650,7 +11696,7 @@ class Pool:
     def fail_all(self, error):
         while self.queue:
             call = self.queue.popleft()
-            if call.begun or call.future.set_running_or_notify_cancel():
+            if call.begin():
                 self.done(call, error)
 
     def lane_over(self, lane, searched, error, hopeless):
@@ -11658,7 +11704,7 @@ class Pool:
         self.lanes.remove(lane)
         again = []
         for call in lane.calls.values():
-            call.tries += not isinstance(error.__cause__, RemoteTraceback)      # FAILED: none was begun
+            call.lost(error)
             if self.abandoned or call.tries > self.retries:
                 broken = self.broken("%s (%s)" % (error, "ended here" if self.abandoned else
                                                   "that was try %d of %d" % (call.tries, self.retries + 1)))
@@ -11683,7 +11729,7 @@ class Pool:
         last = self.shut or not self.threading.main_thread().is_alive()
         for lane in list(self.lanes):
             if self.queue and lane.state is SEARCHING:
-                lane.idle_since = now
+                lane.awaited()
             elif not lane.calls and (lane.leaving or not self.queue) and (
                     lane.leaving or last or now - lane.idle_since > LANE_IDLE_SECONDS):
                 if lane.state is UP:
@@ -11705,7 +11751,7 @@ class Pool:
             for lane in up:
                 warm_up = (lane.first or 0) - lane.fastest      # seconds, of what it has to do again
                 if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
-                    lane.leaving = True
+                    lane.leave()
                     break
 
     def abandon(self):
@@ -11897,7 +11943,7 @@ def run_applet(argv):
     if name not in APPLETS:
         name, words = (words[0], words[1:]) if words else ("", [])
     if name in APPLETS:
-        log.applet = name
+        log.begin(name)
         if name != "cexec":         # which looks first at what is open
             fill_standard()
         return APPLETS[name](words)
