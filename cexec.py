@@ -33,16 +33,17 @@ The way of a job:
        |  <------------------------------- EXIT |   status, bytes sent, bytes taken
        |  ALERT completed ---------- group ---> |   crat
 
-Until GO nothing has run, and any loss means that the search goes on; after it, a
-loss is exit status 111, or another run where nobody can tell: of a file of a batch (cexec
--m), and of a job that may be repeated (cexec -r, cservice -i).  EXIT is the last frame of
-a job: without it, and without every byte that it counts, no job is a success.
+Before GO nothing has run: if the connection is lost, the search goes on.  After GO a loss
+means exit status 111.  Two kinds of jobs run again instead: those of a batch (cexec -m, -b),
+and those that may be repeated (cexec -r, cservice -i) while no output of theirs was shown.
+EXIT is the last frame of a job: without it, and without every byte that it counts, no job is
+a success.
 
-Not promised: that a worker with load to spare is found where no datagram reaches it;
-secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
+Not promised: a worker that no datagram reaches is not found; names, sizes and times are not
+secret.  cexec(7) has the whole protocol, and what it does not protect from.
 
-The sections, from the leaves up; a section calls only those above it, but for
-main_cservice, whose -s comes after ckeygen:
+The sections, from the leaves up.  A section calls only those above it, with one exception:
+main_cservice calls cservice -s, which needs ckeygen.
 
     Limits      limits, exit codes, errors, the log                            Log, Fatal, ProtocolError
     Options     an applet's table of options: read, and told by -h             Option, Syntax
@@ -50,20 +51,20 @@ main_cservice, whose -s comes after ckeygen:
     Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
     Groups      where announcements go, and how they are heard                 Group, Listener
     Event loop  descriptors, timers, signals and children                      Loop
-    Comes back  a group's datagrams to their handler, offers and answers       ReturnPort
+    Return port the client's port, to which offers and answers are sent        ReturnPort
     Channel     TLS, frames over it, the streams of descriptors over these     Dial, Link, Source, Sink, Carrier
-    Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
+    Descriptors descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
-    cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
-    cexec -l    who is there                                                   Survey
+    cexec       the job: one run of it, and the next if that is lost           Job, RemoteJob, Run, Client
+    cexec -l    which workers there are                                        Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
     cexec -A    a job on every worker                                          HostJob, HostRun, Everywhere
     cexec       the applet: its options and modes
-    cservice    the supervisor: the process that has a client's jobs           Command, Supervisor, Supervisors
-    cservice    the line and the offers                                        KnownClient, Clients, Offer, Worker
-    cservice    the applet, and its line to cservice -s                        Lifeline
+    cservice    the supervisor: the process that runs a client's jobs          Command, Supervisor, Supervisors
+    cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
+    cservice    the applet, and its lifeline to cservice -s                    Lifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
     crat --svg  a log as a picture                                             Axis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
@@ -134,42 +135,42 @@ WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a sl
 WINDOW = 4 * 1024 * 1024            # bytes of credit for each channel and direction
 PIPE_SIZE = 1024 * 1024             # bytes asked for in the command's pipes
 MAXFD = 32                          # descriptors below this number are carried
-MAXFD_LIMIT = 1024                  # and never any from here on
+MAXFD_LIMIT = 1024                  # the most that CEXEC_MAXFD can be
 HELD_MAX = 8 * 1024 * 1024          # bytes of input held for a job that may be run again
 RETRIES = 3                         # times that such a job is run again
-MEMORY = 10000                      # jobs, datagrams remembered by anyone
+MEMORY = 10000                      # jobs or datagrams that are remembered, in each memory
 
 OFFER_SECONDS = 3.0                 # an offer is open for this long
-HOLD_SECONDS = 0.25                 # and holds a slot for this long before TLS is up,
-HOLD_MAX = 1.0                      # or this, if it took longer than that the last time
-LATE_MAX = 64                       # offers beyond that, which hold no slot, at a time
-BACKOFF_MAX = 16.0                  # seconds until a client to which no connection gets through is tried again
+HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
+HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
+LATE_MAX = 64                       # LATE offers at a time: they took longer, and hold no slot
+BACKOFF_MAX = 16.0                  # the longest pause before a client that cannot be reached is tried again
 LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
 LINE_PAUSES = 4                     # or after so many pauses between its announcements, if these are longer
-PAUSE_MAX = 15.0                    # seconds: none announces itself more seldom, whatever it says
-FRESH_TRIES = 3                     # a BUSY that answers an earlier announcement than that is a replay
+PAUSE_MAX = 15.0                    # seconds: a longer pause between announcements is not believed
+FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
-OBJECTION_SECONDS = 1.0             # after one worker that can't do the job, another may offer for this long
+OBJECTION_SECONDS = 1.0             # a client waits so long for a better offer, if all others can't do the job
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
-PENALTY = 2.0                       # seconds more for a worker that has failed
-COMPLAINT_SECONDS = 600.0           # who has complained of another worker in this time may have a bad link
-MUCH_MOVED = 1024 * 1024            # bytes taken by a worker or sent by it: it works, if its client can be reached
-SPREAD_MIN = 0.002                  # a random spread below this is none
+PENALTY = 2.0                       # seconds that a worker which has failed waits in addition
+COMPLAINT_SECONDS = 600.0           # a client that complains of two workers in this time may have a bad link
+MUCH_MOVED = 1024 * 1024            # bytes of a job: a worker that has moved so many works, so no complaint counts
+SPREAD_MIN = 0.002                  # a smaller random spread counts as none
 SPREAD_MAX = 1.0
-OFFERS_WANTED = 3                   # offers an announcement that the spread steers for
-OFFERS_IN_LINE = 2                  # and offers a client in the line, by the choice among the oldest few
-FEW_MAX = 64
+OFFERS_WANTED = 3                   # offers for an announcement: the spread is adapted to get so many
+OFFERS_IN_LINE = 2                  # offers for a client in the line: "few" is adapted to get so many
+FEW_MAX = 64                        # a worker chooses among so many of the oldest in the line at most
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
-QUERIES_MAX = 64                    # questions who is there that a worker answers, a second
-PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
-DENY_SECONDS = 0.2                  # between two answers to those who have no key
+QUERIES_MAX = 64                    # QUERYs that a worker answers in a second
+PROBES_MAX = 64                     # connections back to clients that sent a QUERY, at a time
+DENY_SECONDS = 0.2                  # between two DENYs
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
-LOOKS = 3                           # times that nothing must be seen of it
-CLOSE_SECONDS = 30.0                # what a worker waits for its client to close, which has all and says nothing
+LOOKS = 3                           # looks in turn that must find no process of it
+CLOSE_SECONDS = 30.0                # after EXIT a worker waits so long for a silent client to close
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
-CHECK_SECONDS = GONE_SECONDS / 6    # how often a worker looks after that
+CHECK_SECONDS = GONE_SECONDS / 6    # between two looks for such hosts
 
 
 class Fatal(Exception):
@@ -183,7 +184,7 @@ class Fatal(Exception):
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
 
-    sender = "a peer"               # whose datagram it was, where that is known
+    sender = "a peer"               # the address that a datagram came from, if it was one
 
     def sent_by(self, sender):
         """Itself, with the address that the datagram came from."""
@@ -220,7 +221,7 @@ class Log:
         """Writes to a copy of descriptor 2 from now on, with a number from floor up.
 
         A job carries 2 like any other descriptor, and closes it when the command does.
-        What is to be said after that still has to get out.
+        Later messages still have to get out.
         """
         self.release()
         self.fd = lifted(2, floor)
@@ -232,7 +233,7 @@ class Log:
             self.fd = 2
 
     def on_raw_terminal(self, raw):
-        """Ends lines so that the next one begins at the left: a raw terminal does not do it."""
+        """Ends lines with CR LF while the terminal is raw: there LF alone does not go back to the left."""
         self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
     def once(self, message):
@@ -243,9 +244,9 @@ class Log:
 
     def say(self, message):
         shown = self.shown
-        self.status("")
+        self.status_line("")
         self.write("%s: %s%s" % (self.applet, printable(message), self.newline))
-        self.status(shown)
+        self.status_line(shown)
 
     def write(self, text):
         self.copy(text.encode("utf-8", "backslashreplace"))
@@ -255,17 +256,17 @@ class Log:
         try:
             write_all(functools.partial(os.write, self.fd), data)
         except OSError:
-            pass                    # nobody is there to be told
+            pass                    # nobody reads it
 
     def beside(self, fd, data):
-        """os.write() to a terminal, which may be ours: the status line makes way, until a line has ended."""
-        self.status("")
+        """os.write() to a terminal, perhaps to ours: the status line is away until this output has ended a line."""
+        self.status_line("")
         count = os.write(fd, data)
         self.midline = bytes(data[:count][-1:]) != b"\n"
         return count
 
-    def status(self, text):
-        """Keeps a line below the others, on a terminal; what was there before goes."""
+    def status_line(self, text):
+        """Shows this line below the others, on a terminal, in place of the last one; "" removes it."""
         if text and not self.midline or self.shown:
             try:
                 width = os.get_terminal_size(self.fd).columns or 80
@@ -287,13 +288,13 @@ def write_all(write, data):
 
 
 def printable(text):
-    """The text with control characters escaped: a peer's words never move a cursor."""
+    """The text with control characters escaped: what a peer says never moves a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
                    for c in text)
 
 
 log = Log()
-at_end = []                         # to be called before this process ends, however it does
+at_end = []                         # functions that are called before this process ends, in every case
 
 
 def tidy_up():
@@ -311,7 +312,7 @@ def die_of(number):
 
 
 def encoded(text):
-    """The bytes of a text on standard output, whatever its encoding."""
+    """The bytes of a text in the encoding of standard output."""
     return text.encode(sys.stdout and sys.stdout.encoding or "ascii", "backslashreplace")
 
 
@@ -323,11 +324,11 @@ def show(line):
 
 
 def print_out(data=b""):
-    """Writes to standard output, and what waits there.  Raises Fatal (111), BrokenPipeError."""
+    """Writes to standard output, after what its buffer holds.  Raises Fatal (111), BrokenPipeError."""
     try:
         if sys.stdout:
             sys.stdout.flush()
-            if data:                # to write nothing fails, too, where standard output is an input
+            if data:                # a write of nothing also fails if standard output is open for reading only
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
     except BrokenPipeError:
@@ -396,7 +397,7 @@ def setting(name, default, low, high, hint=""):
 
 
 def started_up():
-    """Begins to collect garbage; what is in memory now stays, in common with processes forked later."""
+    """Begins to collect garbage, but not what is there now: processes forked later share its memory."""
     if hasattr(gc, "freeze"):       # Python 3.7
         gc.freeze()
     gc.enable()
@@ -408,7 +409,7 @@ def cut(text, limit):
 
 
 def whole(digits):
-    """The number that decimal digits spell, or one that is beyond every limit of ours if they are very many.
+    """The number in decimal digits; only the first twenty count, which is beyond every limit here.
 
     Python refuses thousands of digits (int(), "Integer string conversion length limitation").
     """
@@ -416,7 +417,7 @@ def whole(digits):
 
 
 def u32(number):
-    """A whole number that fits a field of 32 bits."""
+    """The whole number, or the largest that fits a field of 32 bits."""
     return min(int(number), 0xffffffff)
 
 
@@ -445,9 +446,10 @@ class Option:
     """A row of an applet's table.
 
     flags: its spellings, "-j --json".  argument: "" for none, "N" for a number from 1, "[N]" for
-    a number or nothing (the value is then "all"), "NAME+" if it may be repeated (a list), else
-    any text.  name: where the value is found.  modes: those it belongs to, "- -m"; all if empty.
-    Rows of different modes may share a flag: one has a number, for example, and the other nothing.
+    an optional number (without it the value is "all"), "NAME+" if the option may be repeated (a
+    list), else any text.  name: the value's attribute in what Syntax.read() returns.  modes: the
+    modes that have the option, "- -m"; all modes if empty.  Rows of different modes may share a
+    flag, and then their arguments may differ.
     """
 
     def __init__(self, flags, argument, name, help, modes=""):
@@ -455,7 +457,7 @@ class Option:
         self.spelled = (self.flags[0] + " " + argument.rstrip("+")).rstrip()
 
     def lines(self):
-        """What -h says of it."""
+        """The lines of -h about it."""
         import textwrap
         heads = "  %-14s  " % (", ".join(self.flags) + self.spelled[len(self.flags[0]):])
         return textwrap.wrap(self.help, 79, initial_indent=heads, subsequent_indent=" " * 18)
@@ -464,8 +466,8 @@ class Option:
 class Syntax:
     """An applet's command line.
 
-    operands: {mode: the words after the options}.  A mode is "-", or the flag that chooses it.
-    Options end at the first other word, or at --; with anywhere=True they end at -- alone.
+    operands: {mode: what -h calls the words after the options}.  A mode is "-", or the flag that
+    chooses it.  Options end at the first other word, or at --; with anywhere=True only at --.
     """
 
     def __init__(self, applet, operands, text, *rows, anywhere=False):
@@ -473,14 +475,14 @@ class Syntax:
         self.rows = [Option("-h --help", "", "help", "print this and exit", "-"), *rows,
                      Option("-v", "", "verbose", "say on standard error what happens"),
                      Option("--version", "", "version", "print the version and exit", "-")]
-        self.arguments = {}             # flag: what it has as argument, in all its rows
+        self.arguments = {}             # flag: the arguments of all its rows
         for row in self.rows:
             for flag in row.flags:
                 self.arguments.setdefault(flag, set()).add(row.argument)
 
     def read(self, argv):
-        """The words, the mode, and a value for each name in the table; -v is obeyed at once.  Raises Fatal (100)."""
-        given, words, rest = [], [], list(argv)         # given: (flag, value), as they come
+        """A namespace: words, mode, and a value for each name in the table.  Obeys -v at once.  Raises Fatal (100)."""
+        given, words, rest = [], [], list(argv)         # given: (flag, value) in this order; rest: not read yet
         while rest and rest[0] != "--" and (self.anywhere or not words):
             word = rest.pop(0)
             flag = word.partition("=")[0]
@@ -506,7 +508,7 @@ class Syntax:
         self._give(flag, value or True, given)
 
     def _read_letters(self, word, rest, given):
-        """-nr is -n -r, -oFILE is -o FILE; a number goes to the option before it, if that may have one."""
+        """-nr is -n -r, -oFILE is -o FILE; a number belongs to the option before it if that takes one."""
         letters = word[1:]
         while letters:
             flag, letters, value = "-" + letters[0], letters[1:], True
@@ -554,14 +556,14 @@ class Syntax:
         return values
 
     def _misplaced(self, flag, mode):
-        """What is to be said of an option of other modes."""
+        """The message for an option that only other modes have."""
         if mode != "-":
             return "%s does not go with %s" % (flag, mode)
         modes = [mode for row in self.rows if flag in row.flags for mode in row.modes]
         return "%s is for %s" % (flag, " and ".join(modes))
 
     def _value(self, flag, argument, value, mode):
-        """The value of an option, as its row has it."""
+        """An option's value, of the type that its row's argument asks for."""
         if value is True:
             if argument in ("", "[N]"):
                 return "all" if argument else True
@@ -574,7 +576,7 @@ class Syntax:
         return int(value) if argument == "N" else value
 
     def error(self, message, mode="-"):
-        """A Fatal (100) that has the usage of a mode."""
+        """A Fatal (100) with the usage of a mode."""
         return Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, self.synopsis(mode)))
 
     def synopsis(self, mode):
@@ -588,7 +590,7 @@ class Syntax:
         return " ".join(words + [self.operands[mode]])
 
     def help(self):
-        """What -h prints: the options of one mode alone come after the others."""
+        """The text of -h: first the options of the common mode, then those of the others."""
         groups = {"options": []}
         for row in self.rows:
             heading = "with " + " or ".join(row.modes) if row.modes and "-" not in row.modes else "options"
@@ -603,9 +605,10 @@ class Syntax:
 # Keys: a keypair made of HMACs, and the certificate that goes with it
 # ---------------------------------------------------------------------------
 #
-# The private key is a P-256 scalar, the master.  HMACs of it under labels give the
-# application id, which everybody may see, and a secret for each client's name.  The
-# certificate is computed from it too, always the same bytes, so that a pub can pin it.
+# The private key is a P-256 scalar, the master.  Each other secret or id is an HMAC of a label,
+# with the master as key: the application id, which everybody may see, and a secret for each
+# client's name.  The certificate is computed from the master too, so its bytes are always the
+# same, and a pub can pin it.
 
 DEFAULT_NAME = "anyone"             # the client's name in a pub made without -n
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
@@ -646,7 +649,7 @@ def client_proof(secret, challenge, nonce):
 
 
 def is_name(name):
-    """Whether it can be a client's name; a terminal's type (TERM) is held to the same."""
+    """Whether it can be a client's name, or a terminal's type (TERM)."""
     return 0 < len(name) <= NAME_MAX and NAME_CHARACTERS.issuperset(name)
 
 
@@ -711,8 +714,8 @@ def unpem(kind, text):
 def parse_key(text, path):
     """The Key in a private key file's text; Fatal (100) says what is wrong with it.
 
-    Reads the scalar of the EC PRIVATE KEY (RFC 5915) as ckeygen writes it; whether the
-    certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
+    Reads only the scalar of the EC PRIVATE KEY (RFC 5915), as ckeygen writes it.  load_cert_chain
+    checks that the certificate belongs to it; ckeygen computes the certificate again.
     """
     if text.startswith(PUB_MAGIC):
         raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (its name is without .pub)" % path)
@@ -724,20 +727,20 @@ def parse_key(text, path):
 
 
 NO_FILE = errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
-NO_KEY = errno.EFBIG, errno.EISDIR  # what is there can't be a key
+NO_KEY = errno.EFBIG, errno.EISDIR  # the path is there, and can't be a key
 
 
 def read_text(path, limit=CONTROL_MAX):
     """A small text file's contents.  Raises OSError."""
     with open(path, "rb") as file:
         text = file.read(limit + 1).decode("latin-1")
-    if len(text) > limit:           # a part of it could be taken for the whole
+    if len(text) > limit:           # never return a part as if it were the whole
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     return text
 
 
 def open_pub(path):
-    """The Pub in the file PATH, or in PATH.pub if PATH is none.  Raises Fatal."""
+    """The Pub in the file PATH, or in PATH.pub if PATH is missing or no pub.  Raises Fatal."""
     for name in (path, path + ".pub"):
         try:
             text = read_text(name)
@@ -752,7 +755,7 @@ def open_pub(path):
 
 
 def unreadable(path, error, kind):
-    """The Fatal for a key that can't be read: 100 if it is not there, or can't be a key."""
+    """The Fatal for a key file that can't be read: 100 if it is missing or can't be a key, else 111."""
     remedy = {errno.ENOENT: ": is the name right? (ckeygen makes keys)",
               errno.ENOTDIR: ": is the name right? (ckeygen makes keys)",
               errno.EFBIG: ": not a cexec %s" % kind,
@@ -774,7 +777,7 @@ def open_key(path):
     return parse_key(text, path)
 
 
-# The certificate.  Used by ckeygen alone: integers and DER, 3 ms, no randomness.
+# The certificate.  Only ckeygen uses this: integers and DER, 3 ms, no randomness.
 
 def p256_multiply(scalar, point):
     """scalar * point on P-256, in Jacobian coordinates; both points affine pairs.
@@ -802,7 +805,7 @@ def p256_double(x, y, z):
 
 
 def p256_add(x1, y1, z1, x2, y2):
-    """madd of the same, the second point affine; the points are never equal here."""
+    """madd of the same database; the second point is affine, and the points are never equal here."""
     zz = z1 * z1 % P256_P
     h = (x2 * zz - x1) % P256_P
     r = (y2 * zz * z1 - y1) % P256_P
@@ -813,9 +816,9 @@ def p256_add(x1, y1, z1, x2, y2):
 
 
 def ecdsa_sign(master, message):
-    """(r, s) of message's SHA-256 under the scalar (FIPS 186-4, 6.4).
+    """(r, s): the signature of message's SHA-256 by the scalar (FIPS 186-4, 6.4).
 
-    The nonce is an HMAC of the message under the scalar, RFC 6979's idea.
+    The nonce is an HMAC of the message with the scalar as key: the idea of RFC 6979.
     """
     digest = int.from_bytes(hashlib.sha256(message).digest(), "big")
     scalar = int.from_bytes(master, "big")
@@ -929,7 +932,7 @@ def unpack_field(kind, view):
 
 
 def option_letters(options):
-    """What of cservice's options HELLO and REPLY tell, as "-ai"; "-" if there is none."""
+    """The options of cservice in a HELLO or REPLY, as "-ai"; "-" if there is none."""
     return "-" + "".join(letter for bit, letter in OPTION_LETTERS.items() if options & bit)
 
 
@@ -943,11 +946,11 @@ def by_code(*messages):
 
 
 def handler_of(owner, kind):
-    """The owner's method rcvd_NAME for a message of this kind; None if it takes none."""
+    """The owner's method rcvd_NAME for a message of this kind; None if there is no such method."""
     return getattr(owner, "rcvd_" + kind.name.lower(), None)
 
 
-# Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
+# Datagrams: to the group; BUSY, REPLY and DENY are answers to one client.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
@@ -963,7 +966,7 @@ DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
 DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's why
 
-# Frames: on the channel.
+# Frames: on the connection of a worker and a client.
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
@@ -995,9 +998,9 @@ ANY_WORKER = bytes(8)                                               # ANNOUNCE's
 FLAG_INPUT = 1                      # the client reads it, the command can read it
 FLAG_OUTPUT = 2                     # the command writes it, the client gets it
 FLAG_SOCKET = 4                     # both ways: a socketpair for the command
-FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
-FLAG_TERMINAL = 16                  # both ways: a terminal for the command, which controls its session
-FLAG_FILES = 32                     # an archive for the job's directory, or of results: the command has no such number
+FLAG_COUNTED = 8                    # an input; the client gives back the bytes that the command did not take
+FLAG_TERMINAL = 16                  # both ways: a terminal for the command, the controlling one of its session
+FLAG_FILES = 32                     # an archive for the job's directory, or of results: no descriptor of the command
 POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT, FLAG_INPUT | FLAG_FILES, FLAG_OUTPUT | FLAG_FILES,
                   FLAG_INPUT | FLAG_OUTPUT | FLAG_SOCKET, FLAG_INPUT | FLAG_OUTPUT | FLAG_TERMINAL}
 
@@ -1008,11 +1011,11 @@ HELLO_NO_COMMAND = 8                # the arguments are the command: there is no
 OPTION_LETTERS = {HELLO_ARGUMENTS: "a", HELLO_DIRECTORIES: "d", HELLO_REPEATABLE: "i"}      # of cservice
 
 # A frame's flags: on EOF and SHUT.
-FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
+FLAG_WHOLE = 1                      # both directions: the descriptor is closed
 
 MAGIC = b"CEXC"
 DATAGRAM_HEAD = struct.Struct("!4sBBB16sH")     # magic, version, kind, hops, return address, port
-PROVED = struct.Struct("!4sBB")                 # of the head, what the MAC covers
+PROVED = struct.Struct("!4sBB")                 # the part of the head that the MAC covers
 MAC_SIZE = 16
 FRAME_HEAD = struct.Struct("!BBHI")             # kind, flags, channel, length of the payload
 
@@ -1020,7 +1023,7 @@ SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT"
 
 
 def other_version(data):
-    """An OtherVersion for a datagram, whose head is alike in every version."""
+    """An OtherVersion for a datagram: its head is the same in every version."""
     code = port = 0
     if len(data) >= DATAGRAM_HEAD.size:
         _, _, code, _, _, port = DATAGRAM_HEAD.unpack_from(data)
@@ -1028,10 +1031,10 @@ def other_version(data):
 
 
 class Datagram:
-    """A datagram that parsed; whether it is true, proved_by() tells.
+    """A datagram that is well formed; proved_by() tells whether it is genuine.
 
-    address and port are the return address: None where it is the sender's.  identity (16
-    bytes) is common to all copies, whatever way they came.
+    address and port are the return address; address is None if it is the sender's.  identity (16
+    bytes) is the same for all copies, by whatever way they came.
     """
 
     def __init__(self, data):
@@ -1070,7 +1073,7 @@ class Datagram:
 
 
 def make_datagram(kind, application, name, secret, nonce, port, **fields):
-    """A datagram's bytes, at most 1200, proved by the secret of the client name: the return address is the sender's."""
+    """A datagram's bytes, at most 1200, with a MAC by the client's secret; the return address is the sender's."""
     common = COMMON.pack(application=application, client=name, nonce=nonce)
     body = common + kind.pack(**fields)
     proved = PROVED.pack(MAGIC, PROTOCOL, kind.code) + body
@@ -1084,7 +1087,7 @@ LINK_LOCAL = bytes.fromhex("fe80")  # RFC 4291, 2.5.6: and then 54 bits of zeros
 def pack_address(address):
     """16 bytes for an IP address: IPv4 mapped into IPv6 (RFC 4291, 2.5.5.2), zeros for None.
 
-    A link-local one's interface goes where the zeros would be: for this host alone.
+    A link-local address has its interface's index in place of zeros; only this host understands it.
     """
     if address is None:
         return bytes(16)
@@ -1114,12 +1117,12 @@ def unpack_address(data):
 
 
 def token_nonce(token):
-    """The 16-byte nonce that names a job; CLAIM reveals the token it is the hash of."""
+    """The 16-byte nonce that names a job: a hash of the token, which the client reveals in CLAIM."""
     return hashlib.sha256(token).digest()[:16]
 
 
 class Memory(collections.OrderedDict):
-    """A dictionary that forgets its oldest entries beyond a number of them."""
+    """A dictionary of limited size, which forgets its oldest entries."""
 
     def __init__(self, limit=MEMORY):
         super().__init__()
@@ -1133,11 +1136,11 @@ class Memory(collections.OrderedDict):
 
 
 class FrameReader:
-    """Takes the channel's bytes, gives frames.
+    """Takes the connection's bytes, gives frames.
 
-    Fill room(), tell filled() how much came, and take frames() until it ends.  DATA
-    comes in pieces as they arrive, as views that hold until the next room(); every
-    other frame comes whole, its payload unpacked.
+    Put bytes into room(), tell filled() how many, and go through frames().  DATA comes in
+    pieces as they arrive, as views that are valid until the next room(); every other frame comes
+    whole, with its payload unpacked.
     """
 
     FULL_SIZE = FRAME_MAX + CONTROL_MAX + FRAME_HEAD.size
@@ -1148,14 +1151,13 @@ class FrameReader:
         self.data_flags = self.data_channel = self.data_left = 0
 
     def room(self):
-        """A view to fill from its beginning; never empty."""
-        rest = self.end - self.start
+        """A view that the caller fills from its beginning; never empty."""
         waiting = self.view[self.start:self.end]
         if self.end == len(self.view) < self.FULL_SIZE:
             self.view = memoryview(bytearray(self.FULL_SIZE))
-        self.view[:rest] = waiting
-        self.start, self.end = 0, rest
-        return self.view[rest:]
+        self.start, self.end = 0, len(waiting)
+        self.view[:self.end] = waiting
+        return self.view[self.end:]
 
     def filled(self, count):
         self.end += count
@@ -1187,7 +1189,7 @@ class FrameReader:
 
 
 def unpack_frame(kind, body):
-    """A frame's fields.  Raises ProtocolError, and OtherVersion for a HELLO that has fields of its own."""
+    """A frame's fields.  Raises ProtocolError; OtherVersion for a HELLO with other fields than ours."""
     try:
         return kind.unpack(body)
     except ProtocolError:
@@ -1202,16 +1204,16 @@ def make_frame(kind, channel=0, flags=0, **fields):
     return FRAME_HEAD.pack(kind.code, flags, channel, len(payload)) + payload
 
 
-# A job's words, its variables (KEY=VALUE), arguments and -g's patterns, are bytes and may be large.  They
-# go ahead of JOB, which has their numbers, in WORDS: as in /proc/PID/environ, cut anywhere.
+# A job's words are its variables (KEY=VALUE), its arguments and the patterns of -g: bytes, perhaps many.
+# WORDS frames carry them before JOB, each word with a NUL after it, cut anywhere.  JOB has their numbers.
 
 def words_size(words):
-    """The bytes that words take of WORDS_MAX."""
+    """How many bytes of WORDS_MAX the words take."""
     return sum(len(word) + 9 for word in words)
 
 
 def send_job(link, environment=(), arguments=(), patterns=(), **fields):
-    """Sends a job's words and JOB; the number of WORDS, each of which is answered with PONG."""
+    """Sends a job's words and JOB; the number of WORDS frames.  The worker answers each of them with PONG."""
     data = b"".join(word + b"\0" for word in (*environment, *arguments, *patterns))
     places = range(0, len(data), WORDS_CHUNK)
     for place in places:
@@ -1227,14 +1229,14 @@ class Words:
         self.data, self.count = bytearray(), 0
 
     def add(self, data):
-        """Takes what WORDS has.  Raises ProtocolError if it is more than any command can be given."""
+        """Adds the bytes of a WORDS frame.  Raises ProtocolError if all are more than a command can be given."""
         self.data += data
         self.count += data.count(b"\0")
         if not data or len(self.data) + 8 * self.count > WORDS_MAX:
             raise ProtocolError("no words, or more than %d MiB of them" % (WORDS_MAX >> 20))
 
     def take(self, *counts):
-        """A tuple of lists of so many words each, one after the other.  Raises ProtocolError unless these are all."""
+        """Lists of so many words each, in their order.  Raises ProtocolError if there are fewer words or more."""
         if self.count != sum(counts) or self.data and self.data[-1]:
             raise ProtocolError("other words than JOB says")
         words = iter(bytes(self.data).split(b"\0"))
@@ -1249,14 +1251,14 @@ class Words:
 LINUX = sys.platform.startswith("linux")
 ALL_NETWORKS = "255.255.255.255"    # out of every interface that broadcasts
 ALL_NODES = "ff02::1"               # RFC 4291, 2.7.1: every IPv6 host of a network hears it unasked
-THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of this machine; macOS and the
-                                    # BSDs have no broadcast on loopback: one listener of their own hears it
+THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of this machine; on macOS and the
+                                    # BSDs only one listener, because their loopback has no broadcast
 MULTICAST_TTL = 31                  # hops: within a site
 NETWORK_MAX = 1024                  # addresses of a network that a group may name: a /22
 TARGETS_MAX = 4096                  # addresses of a group in all
-GROUP_FILE_MAX = 1024 * 1024        # bytes of a file of them
-SECONDS_A_WAY = 0.002               # a client in a network of a thousand addresses announces every two seconds
-REJOIN_SECONDS = 5.0                # an interface that has come up meanwhile is joined to a multicast group
+GROUP_FILE_MAX = 1024 * 1024        # bytes of a file of addresses
+SECONDS_A_WAY = 0.002               # the pause for each address: announcements to a thousand are 2 s apart
+REJOIN_SECONDS = 5.0                # so often new interfaces are joined to a multicast group
 IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000 if LINUX else 0x8000
 if LINUX:
     SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = 0x8913, 0x8915, 0x8919      # netdevice(7)
@@ -1264,8 +1266,8 @@ else:                               # sys/sockio.h: _IOWR('i', N, struct ifreq),
     SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (
         0xc0000000 | (144 if sys.platform.startswith("netbsd") else 32) << 16 | 0x6900 | number
         for number in (17, 33, 35))
-HOLDS_PIDS = hasattr(os, "waitid")  # whether a child can be seen to have ended and not be reaped
-IP_PKTINFO = 8 if LINUX else None   # ip(7); Python names it from 3.14.  macOS and NetBSD have others of that name
+HOLDS_PIDS = hasattr(os, "waitid")  # whether the system can say that a child has ended without reaping it
+IP_PKTINFO = 8 if LINUX else None   # ip(7); Python has the name from 3.14.  It differs on macOS and NetBSD
 PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
 PKTINFO6 = struct.Struct("@16sI")   # destination address, interface index: RFC 3542, 6.
 
@@ -1290,13 +1292,13 @@ def is_multicast(address):
 
 
 def address_of(peer):
-    """The IP address in a socket's address, a link-local one (RFC 4007) with its interface.  Raises OSError."""
+    """The IP address in a socket's address; a link-local one has its interface (RFC 4007).  Raises OSError."""
     address = peer[0].partition("%")[0]
     return address + "%" + socket.if_indextoname(peer[3]) if peer[3:] and peer[3] else address
 
 
 def socket_address(address, port, index=0):
-    """What the calls of a socket take; of a link-local address the interface.  Raises OSError."""
+    """An address as a socket's methods take it; a link-local one gets its interface's index.  Raises OSError."""
     if ":" not in address:
         return address, port
     address, _, device = address.partition("%")
@@ -1308,12 +1310,12 @@ def spelled(address, port):
 
 
 def ask_interface(sock, name, request):
-    """What an ioctl says of an interface: the 16 bytes after the name in struct ifreq.  Raises OSError."""
+    """An ioctl's answer about an interface: the 16 bytes after the name in struct ifreq.  Raises OSError."""
     return fcntl.ioctl(sock, request, struct.pack("256s", os.fsencode(name)))[16:32]
 
 
 def interface_names():
-    """{index: name} of the interfaces; none where the system does not tell (a sandbox without AF_NETLINK)."""
+    """{index: name} of the interfaces; empty if the system does not tell (a sandbox without AF_NETLINK)."""
     try:
         return dict(socket.if_nameindex())
     except OSError:
@@ -1321,7 +1323,7 @@ def interface_names():
 
 
 def interfaces():
-    """The interfaces that are up, with their IPv4 addresses; none where the system does not tell."""
+    """The interfaces that are up, with their IPv4 addresses; none if the system does not tell."""
     try:
         probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     except OSError:                 # no descriptor is free just now
@@ -1343,7 +1345,7 @@ def interfaces():
 
 
 def interface_of(address):
-    """The (index, name) of the interface that has an address; (0, None) if none is known to."""
+    """The (index, name) of the interface that has an address; (0, None) if no such interface is known."""
     if "%" in address:
         name = address.partition("%")[2]
         return socket.if_nametoindex(name), name
@@ -1358,13 +1360,13 @@ def interface_of(address):
 
 
 def broadcast_address(name):
-    """An interface's own broadcast address, which leads out of it.  Raises OSError."""
+    """The broadcast address of an interface's own network.  Raises OSError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         return socket.inet_ntoa(ask_interface(probe, name, SIOCGIFBRDADDR)[4:8])
 
 
 def tells_interfaces(sock):
-    """Has the system tell and take a datagram's interface; whether it can."""
+    """Asks the system for each datagram's interface, in both directions; whether it can do that."""
     try:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     except (OSError, TypeError):    # not Linux, or an emulation of it
@@ -1375,9 +1377,10 @@ def tells_interfaces(sock):
 def parse_group(text, default_port):
     """The Targets of a list of [DEVICE:]ADDRESS[:PORT], with commas between them.
 
-    An ADDRESS is one of IPv4, one of IPv6 in brackets, a network of at most 1,024
-    addresses, or a name, which stands for all of its addresses; @FILE is a file of such
-    lists.  Raises Fatal: 100; 111 for a DEVICE that is not there and a name without an answer, which may come yet.
+    An ADDRESS is an IPv4 address, an IPv6 address in brackets, a network of at most 1,024
+    addresses, or a name, which stands for all of its addresses.  @FILE is a file of such
+    lists.  Raises Fatal: 111 for a DEVICE that is not there and for a name server that does not
+    answer, because both may change; else 100.
     """
     targets = []
     for item in text.split(","):
@@ -1391,7 +1394,7 @@ def parse_group(text, default_port):
 
 
 def parse_group_file(path, default_port):
-    """The Targets of a file: lists, one or more lines; what follows a # is a comment."""
+    """The Targets of a file: a list on each line; a comment begins with #."""
     try:
         lines = [line.partition("#")[0].strip() for line in read_text(path, GROUP_FILE_MAX).splitlines()]
     except OSError as error:
@@ -1423,7 +1426,7 @@ def parse_target(item, text, port):
     try:
         targets = [Target(device, address, port) for address in resolve(words[0])]
         if device:
-            find_device(device)     # last: an address that is none stays so, a device may come up
+            find_device(device)     # last: a wrong address is permanent (100), but a device may come up (111)
         return targets
     except (OSError, UnicodeError, ValueError) as error:
         code, why = no_address(words[0], error)
@@ -1431,7 +1434,7 @@ def parse_target(item, text, port):
 
 
 class NoDevice(OSError):
-    """An interface that is not there, or not yet."""
+    """There is no such interface now."""
 
 
 def find_device(name):
@@ -1443,7 +1446,7 @@ def find_device(name):
 
 
 def no_address(text, error):
-    """(exit code, what is wrong) for a text that resolve() does not take: 111 if that may pass."""
+    """(exit code, reason) for a text that resolve() has refused; the code is 111 if another try may work."""
     if isinstance(error, NoDevice):
         return EXIT_TEMPORARY, error.strerror
     if isinstance(error, socket.gaierror):
@@ -1451,12 +1454,12 @@ def no_address(text, error):
             return EXIT_TEMPORARY, "the name %s has no address now: %s" % (text, error.strerror)
         return EXIT_USAGE, "not an address, and the name %s has none: %s" % (text, error.strerror)
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return EXIT_USAGE, str(error)           # of a network
+        return EXIT_USAGE, str(error)           # a wrong network
     return EXIT_USAGE, "not an address: %s" % (getattr(error, "strerror", None) or text)
 
 
 def resolve(name):
-    """The IP addresses of a name or a network, or the one that it is.  Raises OSError, UnicodeError, ValueError."""
+    """The IP addresses of a name, network or address.  Raises OSError, UnicodeError, ValueError."""
     if "/" in name:
         import ipaddress
         network = ipaddress.ip_network(name, strict=False)
@@ -1474,7 +1477,7 @@ def resolve(name):
 
 
 class Group:
-    """The addresses to speak to; send() never fails, it says how many ways worked."""
+    """The addresses of CEXEC_GROUP.  A way is one copy of a datagram: its interface, address and port."""
 
     def __init__(self, text=None, default_port=PORT):
         named = next((name for name in ("CEXEC_GROUP", "GROUP") if os.environ.get(name)), None)
@@ -1484,20 +1487,20 @@ class Group:
         except Fatal as error:
             source = "TARGET" if text else "from GROUP: set CEXEC_GROUP" if named == "GROUP" else "from CEXEC_GROUP"
             raise Fatal(error.code, "%s (%s)" % (error, source)) from None
-        self.error = None           # of the last send: the last reason why a way failed
-        self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
+        self.error = None           # why a way of the last send() failed
+        self.chooses = bool(IP_PKTINFO)         # whether we can choose a datagram's interface
 
     def families(self):
         """The address families of the targets, IPv4 first."""
         return sorted({family_of(target.address) for target in self.targets})
 
     def ways(self):
-        """Yields (interface index or 0, address, port) for every copy to be sent."""
+        """Yields (interface index or 0, address, port) for every way."""
         for device, address, port in self.targets:
             if device:
                 try:
                     yield self.way_through(socket.if_nametoindex(device), device, address, port)
-                except OSError as error:        # it has been removed
+                except OSError as error:        # the device was removed
                     self.error = "%s: %s" % (device, error.strerror or error)
             elif address == ALL_NETWORKS or is_multicast(address):
                 yield from self.every_interface(address, port)
@@ -1507,14 +1510,15 @@ class Group:
     def way_through(self, index, name, address, port):
         """The way out of one interface.  Raises OSError.
 
-        Where it can't be chosen a broadcast goes to the interface's own address for it, and
-        everything else where the system's routes lead.
+        If we can't choose the interface, a broadcast goes to the broadcast address of its network,
+        and everything else takes the system's routes.
         """
         if not self.chooses and ":" not in address:
             return 0, broadcast_address(name) if address == ALL_NETWORKS else address, port
         return index, address, port
 
     def every_interface(self, address, port):
+        """Yields the ways of a broadcast or multicast: out of every interface, and to this machine itself."""
         wanted = IFF_MULTICAST if is_multicast(address) else IFF_BROADCAST
         known, ways = interfaces(), {}
         for interface in known:
@@ -1524,14 +1528,14 @@ class Group:
                 try:
                     ways[self.way_through(interface.index, interface.name, address, port)] = True
                 except OSError:
-                    pass            # it has lost its address meanwhile
+                    pass            # it has just lost its address
         if not known:
             yield 0, address, port
         yield from ways             # each once
-        yield 0, "::1" if ":" in address else THIS_HOST, port       # this machine's own listeners, networks or none
+        yield 0, "::1" if ":" in address else THIS_HOST, port       # listeners here hear us without any network
 
     def send(self, socks, data):
-        """Sends a datagram every way there is, by {family: UDP socket}; the number of ways that worked."""
+        """Sends a datagram by all ways, with {family: UDP socket}; the number of ways that worked.  Raises nothing."""
         sent, self.error, socks = 0, None, dict(socks)
         self.chooses = socket.AF_INET in socks and tells_interfaces(socks[socket.AF_INET])
         for way in self.ways():
@@ -1539,7 +1543,7 @@ class Group:
             try:
                 try:
                     send_through(socks[family], data, *way)
-                except BlockingIOError:         # full of what waits for hosts that are not there
+                except BlockingIOError:         # datagrams to hosts that do not exist fill this socket's buffer
                     socks[family] = open_udp(family)
                     send_through(socks[family], data, *way)
                 sent += 1
@@ -1551,7 +1555,7 @@ class Group:
 
 
 def send_through(sock, data, index, address, port):
-    """One datagram, out of the interface with that index unless it is 0."""
+    """Sends one datagram, out of the interface with that index; index 0 leaves the choice to the system."""
     ancillary = []
     if index and ":" in address and hasattr(socket, "IPV6_PKTINFO"):
         ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
@@ -1561,9 +1565,10 @@ def send_through(sock, data, index, address, port):
 
 
 def open_udp(family, address="", port=0, shared=False, broadcasts=True):
-    """A UDP socket, not blocking; shared: beside others on the same port; broadcasts: may speak to groups of hosts.
+    """A UDP socket that does not block.  Raises OSError.
 
-    Answers go to a return address that anybody may have forged: to one host, then.  Raises OSError.
+    shared: other sockets may have the same port.  broadcasts: it may send broadcasts; a socket
+    for answers may not, because anybody can forge a return address.
     """
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
@@ -1577,8 +1582,8 @@ def open_udp(family, address="", port=0, shared=False, broadcasts=True):
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if not LINUX and hasattr(socket, "SO_REUSEPORT"):
-                # macOS and the BSDs share a port so: there each socket hears a broadcast.  Linux would deal
-                # unicast datagrams out among such sockets, and share only those of one user.
+                # On macOS and the BSDs this shares a port, and each socket hears a broadcast.  On Linux it
+                # would give each unicast datagram to one of the sockets, and only one user's could share.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(socket_address(address, port) if address else ("", port))
     except OSError:
@@ -1588,7 +1593,7 @@ def open_udp(family, address="", port=0, shared=False, broadcasts=True):
 
 
 def open_speakers(address=None):
-    """{family: UDP socket}, the one of an address's family bound to that.  Raises OSError."""
+    """{family: UDP socket}; the socket of an address's family is bound to this address.  Raises OSError."""
     socks = {family_of(address): open_udp(family_of(address), address)} if address else {}
     for family in {socket.AF_INET, socket.AF_INET6} - set(socks):
         try:
@@ -1599,7 +1604,7 @@ def open_speakers(address=None):
 
 
 def who_has(error, protocols, port):
-    """If a port is in use: how to find by whom; protocols: "t" (TCP), "u" (UDP) or both."""
+    """A hint how to find who uses a port, if that is the error; protocols: "t" (TCP), "u" (UDP) or both."""
     if error.errno != errno.EADDRINUSE:
         return ""
     command = "ss -%sanp sport = :%d" % (protocols, port) if LINUX else "lsof -i :%d" % port
@@ -1607,10 +1612,10 @@ def who_has(error, protocols, port):
 
 
 def deliver(receive, handler, stranger=None):
-    """Calls handler(*what receive() gives) for the datagrams that have come, at most 64: others wait too.
+    """Calls handler(*receive()) for each datagram that waits, at most 64: other descriptors get their turn.
 
-    receive() gives None when there is no more, and raises ProtocolError for what does not
-    parse.  stranger(address, an OtherVersion) is told of those who speak another version.
+    receive() returns None if no datagram waits, and raises ProtocolError for one that is not well
+    formed.  stranger(address, an OtherVersion) is called for one of another protocol version.
     """
     for _ in range(64):
         try:
@@ -1633,11 +1638,11 @@ def parsed(data, sender):
 
 
 class Listener:
-    """UDP sockets that hear a group on one port, beside others of the same host.
+    """UDP sockets that hear a group on one port; other processes of this host may hear it too.
 
-    They bind 0.0.0.0, which hears every broadcast (one bound to 255.255.255.255 misses
-    those to a network's own address), and ::.  Only one socket of a host hears a unicast
-    datagram, so whoever hears one passes it on to the others, once, by THIS_HOST.
+    They are bound to :: and to 0.0.0.0, which hears every broadcast; a socket bound to
+    255.255.255.255 would miss broadcasts to a network's own address.  Only one socket of a host
+    hears a unicast datagram, so its listener sends it on to the others once, to THIS_HOST.
     """
 
     def __init__(self, port, targets):
@@ -1646,7 +1651,7 @@ class Listener:
         self.joined = {}            # target: the indexes of the interfaces on which it was joined
         try:
             self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True, broadcasts=False)}
-            tells_interfaces(self.socks[socket.AF_INET])        # or unicast is heard by one listener of the host alone
+            tells_interfaces(self.socks[socket.AF_INET])        # else receive() cannot tell unicast from broadcast
             if socket.has_ipv6:
                 self.open_ipv6(required=any(":" in target.address for target in targets))
         except OSError as error:
@@ -1664,7 +1669,7 @@ class Listener:
             log.note("does not listen by IPv6: %s", error.strerror)
 
     def join(self):
-        """Joins the multicast groups on their devices, or on every interface there is; whether there are any."""
+        """Joins the multicast groups on their devices, or on every interface; False if there is no such group."""
         for target in self.groups:
             try:
                 present = {socket.if_nametoindex(target.device)} if target.device else {i.index for i in interfaces()}
@@ -1688,9 +1693,9 @@ class Listener:
             log.note("cannot join %s on interface %d: %s", address, index, error.strerror)
 
     def receive(self, sock):
-        """(Datagram, sender's address, interface index), or None when there is no more.
+        """(Datagram, sender's address, interface index), or None if no datagram waits.
 
-        Raises ProtocolError for a datagram that does not parse, with the sender's address.
+        Raises ProtocolError, with the sender's address, for a datagram that is not well formed.
         """
         try:
             data, ancillary, _, sender = sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO6.size))
@@ -1725,7 +1730,7 @@ class Listener:
 
 
 def arrival(ancillary):
-    """(interface index, whether it was sent to this host alone) by what the kernel says of a datagram."""
+    """(interface index, whether it was unicast) of a datagram, from its ancillary data."""
     for level, kind, info in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
             index, local, destination = PKTINFO.unpack(info)
@@ -1755,20 +1760,20 @@ class Timer:
 
 
 def new_selector():
-    """What waits for descriptors of every kind.
+    """A selector for descriptors of every kind.
 
-    epoll refuses regular files and /dev/null.  macOS's poll takes no terminals and devices
-    (poll(2), BUGS), and Python leaves out one that is broken: there it is select, which
-    ends at descriptor 1023.
+    epoll refuses regular files and /dev/null.  macOS's poll refuses terminals and devices
+    (poll(2), BUGS), and Python has no poll if it is broken: then it is select, which takes
+    descriptors up to 1023.
     """
     broken = sys.platform == "darwin" or not hasattr(selectors, "PollSelector")
     return selectors.SelectSelector() if broken else selectors.PollSelector()
 
 
 class Loop:
-    """Calls back what can be read or written, what is due, and what was signalled.
+    """Waits, and calls a function when a descriptor is ready, a time has come or a signal has.
 
-    What nobody wants to read or write is not registered, or it would spin.
+    A descriptor is registered only while somebody wants to read or write it: else the loop would spin.
     """
 
     def __init__(self, floor=0):
@@ -1779,17 +1784,17 @@ class Loop:
         self.running = True
 
     def on_read(self, fd, call):
-        """Calls when fd can be read; None ends that."""
+        """Calls call() whenever fd can be read; None ends that."""
         self._want(self.readers, fd, call)
 
     def on_write(self, fd, call):
-        """Calls when fd can be written; None ends that."""
+        """Calls call() whenever fd can be written; None ends that."""
         self._want(self.writers, fd, call)
 
     def on_leave(self, fd, call):
-        """Calls when nobody reads the other end of a pipe or socket any more; None ends that.
+        """Calls call() when a pipe's or socket's other end has no reader any more; None ends that.
 
-        Linux alone tells: an epoll that waits for nothing is told of errors (epoll_ctl(2)).
+        Only on Linux: an epoll without any events still reports errors (epoll_ctl(2)).
         """
         if call is None:
             if self.leavers.pop(fd, None):
@@ -1803,10 +1808,10 @@ class Loop:
         if self.watch is None:
             with select.epoll() as epoll:
                 self.watch = select.epoll.fromfd(lifted(epoll.fileno(), self.floor))
-            self.on_read(self.watch.fileno(), self._left)
+            self.on_read(self.watch.fileno(), self._readers_gone)
         return self.watch
 
-    def _left(self):
+    def _readers_gone(self):
         for fd, _ in self.watch.poll(0):
             if fd in self.leavers:
                 self.leavers[fd]()
@@ -1834,14 +1839,14 @@ class Loop:
         self.on_leave(fd, None)
 
     def after(self, seconds, call):
-        """Calls once, that much later, unless the Timer that it returns is cancelled."""
+        """Calls call() once, so many seconds later, unless the Timer that this returns is cancelled."""
         timer = Timer(call)
         self.count += 1
         heapq.heappush(self.timers, (time.monotonic() + seconds, self.count, timer))
         return timer
 
     def turn(self):
-        """Waits for something to happen and sees to it: first what came, then what is due."""
+        """Waits once, then calls: first for descriptors that are ready, then for timers that are due."""
         for key, events in self.selector.select(self._patience()):
             if events & selectors.EVENT_READ and key.fd in self.readers:
                 self.readers[key.fd]()
@@ -1854,6 +1859,7 @@ class Loop:
                 timer.call()
 
     def _patience(self):
+        """Seconds until the next timer is due; None if there is none."""
         while self.timers and self.timers[0][2].call is None:
             heapq.heappop(self.timers)
         return max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
@@ -1867,7 +1873,7 @@ class Loop:
         self.running = False
 
     def own(self, sock):
-        """The socket, moved out of the way of the descriptors that are carried."""
+        """The socket, at a number from floor up: the lower numbers are for descriptors that are carried."""
         if sock.fileno() < self.floor:
             with sock:
                 moved = socket.socket(sock.family, sock.type, sock.proto, fileno=lifted(sock.fileno(), self.floor))
@@ -1876,14 +1882,14 @@ class Loop:
         return sock
 
     def catch(self, numbers, call):
-        """Has call(number) called for these signals but those ignored, outside of signal handlers."""
+        """Calls call(number) from the loop for each of these signals, except ignored ones."""
         near, far = map(self.own, socket.socketpair())
         far.setblocking(False)
         near.setblocking(False)
-        self.wakeup = near, far     # kept: a collected socket would close
+        self.wakeup = near, far     # a reference: garbage collection would close them
         signal.set_wakeup_fd(far.fileno())
         for number in numbers:
-            ignored = signal.getsignal(number) is signal.SIG_IGN    # by nohup, or a shell's background
+            ignored = signal.getsignal(number) is signal.SIG_IGN    # nohup does this, and a shell for its background
             if not ignored or number == signal.SIGCHLD:
                 signal.signal(number, lambda number, frame: None)
 
@@ -1894,13 +1900,13 @@ class Loop:
 
 
 # ---------------------------------------------------------------------------
-# What comes back: a group's datagrams, and the return port
+# The return port, and the datagrams of a group: how they get to a handler
 # ---------------------------------------------------------------------------
 
 def hear_all(loop, listeners, handler, stranger=None):
-    """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
+    """Calls handler(datagram, address, interface index) for each datagram that the listeners hear.
 
-    stranger is that of deliver().
+    It ends with hear_no_more().  stranger is that of deliver().
     """
     for listener in listeners:
         for sock in listener.socks.values():
@@ -1921,9 +1927,9 @@ def hear_no_more(loop, listeners):
 
 
 class ReturnPort:
-    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
+    """The client's port for offers (TCP) and answers (UDP): one number for both, and for each address family.
 
-    ports are tried in turn, [0] is any.  Raises Fatal (111).
+    ports are tried in turn; [0] stands for any free port.  Raises Fatal (111).
     """
 
     def __init__(self, ports, loop, families, address=""):
@@ -1946,7 +1952,7 @@ class ReturnPort:
         except OSError:
             if not self.listeners:
                 raise
-            return                  # a kernel without IPv6, which is only one of two
+            return                  # a kernel without IPv6; IPv4 is there already
         self.listeners.append(listener)
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1958,10 +1964,10 @@ class ReturnPort:
         self.udp[family] = self.loop.own(open_udp(family, address, self.port))
 
     def attend(self, hear, accept, stranger=None, spare=None):
-        """Has hear(datagram, sender's address) and accept(socket, its address) called for what comes.
+        """Calls hear(datagram, sender's address) for each datagram, accept(socket, address) for each connection.
 
-        stranger is that of deliver().  spare() is asked to close something when there is no
-        descriptor for a connection: whether it did.
+        stranger is that of deliver().  If no descriptor is left for a connection, spare() is called:
+        it closes something, and returns whether it did.
         """
         for sock in self.udp.values():
             receive = functools.partial(self.receive, sock)
@@ -1970,7 +1976,7 @@ class ReturnPort:
             self.loop.on_read(listener.fileno(), functools.partial(self.accept_all, listener, accept, spare))
 
     def receive(self, sock):
-        """(Datagram, the sender's address), or None when there is no more.  Raises ProtocolError."""
+        """(Datagram, the sender's address), or None if no datagram waits.  Raises ProtocolError."""
         try:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
             sender = address_of(peer)
@@ -1979,7 +1985,7 @@ class ReturnPort:
         return parsed(data, sender), sender
 
     def accept_all(self, listener, accept, spare):
-        """Takes every connection that has come, in the order in which they came."""
+        """Accepts every connection that waits, in the order in which they came."""
         while True:
             try:
                 sock, peer = listener.accept()
@@ -4367,7 +4373,7 @@ class Search:
         quiet = log.verbose or self.quiet
         if text != self.told and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
             self.told = text
-            log.status(text)
+            log.status_line(text)
 
     def complaint(self, now):
         """Why no worker was found."""
@@ -4544,7 +4550,7 @@ class Search:
     def end(self):
         """No more announcements and offers: the job is served, or given up."""
         if self.told:
-            log.status("")
+            log.status_line("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
         if self.unfit_timer:
@@ -5006,13 +5012,13 @@ class Progress:
         self.client, self.loop = client, client.loop
         self.on_terminal, self.began = os.isatty(log.fd), time.monotonic()
         self.samples = collections.deque([(self.began, 0)], maxlen=9)       # (when, bytes) of the last two seconds
-        at_end.append(lambda: log.status(""))
+        at_end.append(lambda: log.status_line(""))
         self.tick()
 
     def tick(self):
         seconds = 0.25 if self.on_terminal else 10.0
         if self.on_terminal:
-            log.status(self.text())
+            log.status_line(self.text())
         elif time.monotonic() - self.began >= seconds:
             log.say(self.text())
         self.loop.after(seconds, self.tick)
@@ -5040,7 +5046,7 @@ class Progress:
     def end(self, run):
         """Says the last line."""
         seconds = time.monotonic() - run.began
-        log.status("")
+        log.status_line("")
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
@@ -5862,7 +5868,7 @@ class Printer:
 
     def writable(self):
         """Prints as much as standard output takes now: its reader may be slow.  Raises Fatal (111), BrokenPipeError."""
-        log.status("")
+        log.status_line("")
         self.unprinted = self.unprinted or memoryview(self.task.result.read(FRAME_MAX))
         if not self.unprinted:
             return self.printed()
@@ -6111,7 +6117,7 @@ class Batch(Patron):
         if not task.exit_code and (task.errors_kept or not said):
             return
         text = reason or "exit status %d" % task.exit_code if task.exit_code else "done, and said:"
-        log.status("")
+        log.status_line("")
         log.say("%s: %s%s" % (task.name, text, " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
         if said and not task.errors_kept:
             task.errors.seek(0)
@@ -6142,7 +6148,7 @@ class Batch(Patron):
 
     def stop(self):
         """Leaves: nothing runs on, nothing half-written stays."""
-        log.status("")
+        log.status_line("")
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
@@ -6161,7 +6167,7 @@ class Batch(Patron):
         die_of(number)
 
     def show_progress(self):
-        log.status(self.progress())
+        log.status_line(self.progress())
         self.loop.after(0.2, self.show_progress)
 
     def progress(self):
@@ -8407,6 +8413,9 @@ class Worker:
                     options=self.settings.options)
         if len(self.probes) < PROBES_MAX:
             self.probes.add(Probe(self, address, datagram.port))
+
+    def probe_over(self, probe):
+        self.probes.discard(probe)
 
     def deny(self, datagram, address, why):
         """Tells a client that asks for strangers that we are one; this proves nothing."""
