@@ -2823,17 +2823,17 @@ class Carrier:
 
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031 if LINUX else None)      # fcntl(2)
 O_PATH = getattr(os, "O_PATH", 0)
-PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f}     # what only a pty's master
-                                    # answers: TIOCGPTN of ioctl_tty(2) and pts(4), macOS's TIOCPTYGNAME
-PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs is only a dup, which
-                                    # shares O_NONBLOCK with everybody else
+PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f}     # ioctls that only a pty's
+                                    # master accepts: TIOCGPTN of ioctl_tty(2) and pts(4), macOS's TIOCPTYGNAME
+PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs only duplicates the
+                                    # descriptor, and then O_NONBLOCK would change for every process that has it
 
 STANDARD = ("standard input", "standard output", "standard error")
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
 
 
 class Inherited:
-    """One descriptor that this process was started with, as a channel will carry it."""
+    """A descriptor that this process has inherited from its parent, and that a channel can carry."""
 
     def __init__(self, number):
         self.number = number
@@ -2841,12 +2841,14 @@ class Inherited:
         self.stat = os.fstat(number)
         self.kind = self._kind()
         access = self.flags & os.O_ACCMODE
-        if self.kind != SOCKET and access == os.O_RDWR:     # the other half is somebody else's: a FIFO's tokens, say
+        if self.kind != SOCKET and access == os.O_RDWR:
+            # A channel carries one direction of it: 0 is an input, every other number an output.  In the other
+            # direction we would take what belongs to other processes, such as the tokens of make in a FIFO.
             access = os.O_WRONLY if number else os.O_RDONLY
         self.readable, self.writable = access != os.O_WRONLY, access != os.O_RDONLY
 
     def _kind(self):
-        """What it is; None for what is not carried."""
+        """PIPE, FILE, SOCKET, TERMINAL or DEVICE; None if no channel can carry it."""
         mode = self.stat.st_mode
         if self.flags & O_PATH and O_PATH:
             return None
@@ -2861,20 +2863,21 @@ class Inherited:
         return DEVICE if stat.S_ISCHR(mode) else None
 
     def _has_offset(self):
+        """Whether pread() and lseek() work, as with every regular file but some in /proc."""
         try:
             os.lseek(self.number, 0, os.SEEK_CUR)
             if self.flags & os.O_ACCMODE != os.O_WRONLY:
                 os.pread(self.number, 0, 0)
             return True
         except OSError:
-            return False            # some files of /proc
+            return False
 
     def _is_stream(self):
-        """Whether it is a stream that can be read, not a listening socket or datagrams."""
+        """Whether this socket carries a stream: it is not for datagrams, and does not listen."""
         with socket.socket(fileno=os.dup(self.number)) as sock:
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
                 return False
-            # 30 is Linux's; macOS and the BSDs have 2, and some of them do not tell
+            # SO_ACCEPTCONN is 30 on Linux, 2 on macOS and the BSDs; some of these refuse the question
             try:
                 return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30 if LINUX else 2))
             except OSError:
@@ -2891,17 +2894,20 @@ class Inherited:
         self.readable = self.writable = True
 
     def same_as(self, other):
-        """Whether both numbers are one open file, or one end of a pipe: then the command gets one as well."""
+        """Whether both numbers are the same open file, or the same end of a pipe.
+
+        If so, one channel carries both, and the command too gets one open file at both numbers.
+        """
         if (self.readable, self.writable) != (other.readable, other.writable):
-            return False            # a terminal, once as input and once as output
+            return False            # a terminal that is open as an input and as an output
         if not os.path.samestat(self.stat, other.stat):
             return False
-        if self.kind == PIPE:       # opened twice, it is still one queue, from which the one would take the other's
+        if self.kind == PIPE:       # even if it was opened twice: two channels would compete for the same bytes
             return True
         return self.flags == other.flags and (self.kind != FILE or shares_offset(self.number, other.number))
 
     def is_nameless_pipe(self):
-        """Whether nobody can open it any more: the readers of a FIFO come and go."""
+        """Whether it was made by pipe(2).  Of a FIFO, other processes can still open the reading end."""
         made = os.pipe()
         try:
             return self.kind == PIPE and self.stat.st_dev == os.fstat(made[0]).st_dev
@@ -2910,29 +2916,27 @@ class Inherited:
                 os.close(fd)
 
     def is_other_end_of(self, output):
-        """Whether what is written to that output would be read here."""
+        """Whether bytes that are written to that output can be read here."""
         if self.kind == PIPE:
             return output.kind == PIPE and self.stat.st_ino and os.path.samestat(self.stat, output.stat)
         return self.kind == output.kind == SOCKET and are_peers(self.number, output.number)
 
 
-F_DUPFD_QUERY = 1027                # fcntl(2), Linux 6.10: whether two descriptors are one open file
+F_DUPFD_QUERY = 1027                # fcntl(2), Linux 6.10: are two descriptors the same open file?
 F_SETOWN, F_GETOWN = fcntl.F_SETOWN, fcntl.F_GETOWN
 
 
 def shares_offset(one, two):
-    """Whether two descriptors of a regular file have a common offset, which stays where it is.
-
-    Others may write there at this very moment.  Where fcntl(2) does not tell it by itself, one
-    is given an owner, of which regular files make no use: is it the other's too?  Several
-    cexec may do so at once, but each sets only its own id or none, so that an id that has
-    stayed at one, and is not at two, is an answer.
-    """
+    """Whether two descriptors of a regular file are one open file, and so have a common offset."""
+    # To move the offset and look would disturb other processes, which may write there now.
     if LINUX:
         try:
             return fcntl.fcntl(one, F_DUPFD_QUERY, two) == 1
         except OSError:
             pass                    # an older kernel
+    # So we set the owner of the first one (F_SETOWN), which regular files do not use, and look whether the
+    # second one has this owner too.  Other cexec processes may do the same with this file at the same
+    # time.  But each sets only its own id, or 0: so "no" is sure if our id is still at the first one.
     try:
         for _ in range(100):
             fcntl.fcntl(one, F_SETOWN, os.getpid())
@@ -2942,7 +2946,8 @@ def shares_offset(one, two):
             if settled:
                 return shared
     except OSError:
-        pass                        # macOS and the BSDs, of a regular file, which O_NONBLOCK does nothing to
+        pass                        # macOS and the BSDs refuse this for a regular file
+    # There we change O_NONBLOCK for a moment, which has no effect on a regular file.
     flags = fcntl.fcntl(one, fcntl.F_GETFL)
     fcntl.fcntl(one, fcntl.F_SETFL, flags ^ os.O_NONBLOCK)
     shared = (fcntl.fcntl(two, fcntl.F_GETFL) ^ flags) & os.O_NONBLOCK != 0
@@ -2955,7 +2960,7 @@ SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, UDIAG_SHOW_PEER, UNIX_DIAG_PEER, ANY_STATE =
 
 
 def peer_inode(inode):
-    """The inode of the socket that a Unix socket is connected to; None where the system does not tell."""
+    """The inode of the socket that a Unix socket is connected to; None if the system does not tell."""
     request = SOCK_DIAG.pack(SOCK_DIAG.size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0, socket.AF_UNIX, 0, 0,
                              ANY_STATE, inode, UDIAG_SHOW_PEER, ANY_STATE, ANY_STATE)
     try:
@@ -2964,8 +2969,8 @@ def peer_inode(inode):
             sock.send(request)
             answer = sock.recv(8192)
     except (OSError, AttributeError):
-        return None                 # no unix_diag in this kernel; no netlink in this system
-    place = 32                      # behind nlmsghdr and unix_diag_msg: attributes
+        return None                 # this kernel has no unix_diag, or the system has no netlink
+    place = 32                      # attributes begin here, after nlmsghdr and unix_diag_msg
     while struct.unpack_from("@H", answer, 4) == (SOCK_DIAG_BY_FAMILY,) and place + 8 <= len(answer):
         length, kind, value = struct.unpack_from("@HHI", answer, place)
         if kind == UNIX_DIAG_PEER:
@@ -2983,7 +2988,7 @@ def are_peers(one, two):
                 return peer_inode(os.fstat(one).st_ino) == os.fstat(two).st_ino
             return here == second.getpeername() and first.getpeername() == there
         except OSError:
-            return False            # not connected, or no longer
+            return False            # one of them is not connected
 
 
 def jobserver_numbers():
@@ -2997,16 +3002,16 @@ def jobserver_numbers():
 
 
 def enlarge(pipe):
-    """Asks for room for a frame and more in a pipe."""
+    """Asks for a larger buffer for a pipe, with room for more than a frame."""
     if F_SETPIPE_SZ:
         try:
             fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            pass                    # pipe(7): the user has too many large ones
+            pass                    # the user has too many large pipes: pipe(7)
 
 
 def make_room(numbers):
-    """Sees to it that descriptors up to that number can be opened.  Raises Fatal (111)."""
+    """Raises the limit, so that so many descriptors can be open.  Raises Fatal (111)."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < numbers:
@@ -3018,7 +3023,7 @@ def make_room(numbers):
 
 
 def is_controlling(fd):
-    """Whether it is our controlling terminal, by whatever name it was opened."""
+    """Whether it is our controlling terminal, no matter by which name it was opened."""
     try:
         return os.tcgetpgrp(fd) > 0
     except OSError:
@@ -3026,11 +3031,13 @@ def is_controlling(fd):
 
 
 def join_terminal(channels):
-    """Makes one channel, both ways, of all descriptors that are the first terminal's: its members, or None."""
-    # A shell gives 0, 1 and 2 the same terminal, but not always as one open file: after 2>/dev/tty it
-    # is opened twice, under two names.  The command gets one terminal, which has all these numbers.
-    # Two names are one terminal if the device is the same; /dev/tty has a device of its own, and is
-    # the same as another name if both control this session.  A second terminal stays what it is.
+    """Puts all descriptors of the first terminal into one channel, for both directions: its members, or None."""
+    # A shell gives us the same terminal at 0, 1 and 2, but not always as one open file: after 2>/dev/tty
+    # the terminal is open twice, by two names.  The command gets one terminal at all these numbers.
+    # So which descriptors are the same terminal?  Those with the same device number (st_rdev).  But
+    # /dev/tty has a device number of its own; it means the controlling terminal of this session.
+    # So two descriptors are also the same terminal if both are the controlling one.
+    # A second terminal, which a user may have opened at 3, keeps its own channel.
     found = [members for members in channels.values() if members[0].kind == TERMINAL]
     if not found:
         return None
@@ -3048,9 +3055,9 @@ def join_terminal(channels):
 
 
 def inherited_channels(limit):
-    """The descriptors below limit to carry, as {channel: [Inherited, ...]}.
+    """{channel: [Inherited, ...]} for the descriptors below limit that are carried.
 
-    What shares a list is one open file; the channel is its lowest number.
+    Descriptors in one list are one open file; the channel's number is the lowest of theirs.
     """
     channels, left_out = {}, jobserver_numbers()
     for number in range(limit):
@@ -3073,9 +3080,10 @@ def inherited_channels(limit):
 
 
 def without_own_outputs(channels):
-    """The channels, but for inputs from 3 up that would take the command's own output away from its reader.
+    """The channels without inputs from 3 up at which the command's own outputs would be read.
 
-    Whoever started us has left them open; a local command would just not read there.
+    Our parent has forgotten to close such a reading end.  A local command would not read there, but we
+    would, and the output's real reader would miss those bytes.
     """
     outputs = [members[0] for members in channels.values() if members[0].writable]
 
@@ -3085,7 +3093,7 @@ def without_own_outputs(channels):
 
 
 def fill_standard():
-    """Opens /dev/null at a closed 0, 1 or 2, so that nothing of ours lands there."""
+    """Opens /dev/null at a closed 0, 1 or 2, so that no file of ours gets this number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -3097,7 +3105,7 @@ def fill_standard():
 
 
 def replace_with_null(numbers):
-    """Closes descriptors, so that the other end sees it, and keeps their numbers: nothing of ours may land there."""
+    """Closes descriptors, and opens /dev/null at their numbers, so that no file of ours gets them."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in numbers:
         os.dup2(null, number, False)
@@ -3105,7 +3113,7 @@ def replace_with_null(numbers):
 
 
 def opened_again(item):
-    """A new descriptor, without blocking, for a pipe or a terminal that was inherited.  Raises OSError."""
+    """A descriptor of its own, which does not block, for an inherited pipe or terminal.  Raises OSError."""
     flags = item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY
     try:
         return os.open(PROC_FD % item.number, flags)
@@ -3116,14 +3124,11 @@ def opened_again(item):
 
 
 def local_end(members, halves, floor, signalled=None):
-    """An End for one channel of inherited descriptors.
-
-    O_NONBLOCK belongs to the open file, which other processes share: it is not changed.
-    Pipes and terminals are opened again instead, a terminal by its name where /proc does not
-    do it.  What cannot be opened again is written with patience.  A regular file opened
-    again would begin at offset 0: it is used as it is, and stays open until the end, when
-    its offset is put right.
-    """
+    """An End for one channel of inherited descriptors."""
+    # We must not block, but must not set O_NONBLOCK either: it belongs to the open file, which other
+    # processes share.  So a pipe or a terminal is opened again, a terminal by its name if /proc does not
+    # help.  If that fails, SharedEnd writes only when poll() says that there is room.  A regular file
+    # never blocks, and opened again it would begin at offset 0: so it is used as it is.
     item = members[0]
     number, numbers = item.number, [member.number for member in members]
     if item.kind == FILE and item.readable:
@@ -3138,10 +3143,10 @@ def local_end(members, halves, floor, signalled=None):
         return open_terminal(number, floor, signalled)
     try:
         fd = lifted_away(opened_again(item), floor)
-    except OSError:                 # another user's
+    except OSError:                 # it belongs to another user
         return SharedEnd(item, number, lambda: replace_with_null(numbers), halves)
     if item.kind == PIPE and halves == ["read"]:
-        enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
+        enlarge(fd)                 # with 64 KiB it would be slower by a fifth
     return SharedEnd(item, fd, lambda: (replace_with_null(numbers), os.close(fd)), halves)
 
 
@@ -3150,14 +3155,14 @@ class SharedEnd(End):
 
     def __init__(self, item, fd, release, halves):
         super().__init__(fd, item.number, release, halves)
-        self.patient = fd == item.number        # it could not be opened again, and so it may block
+        self.patient = fd == item.number        # it could not be opened again, so a write may block
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
 class TerminalEnd(End):
-    """A terminal of which an applet has the whole, from take() until restore() or the end of this process.
+    """A terminal that an applet controls, from take() until restore() or the end of this process.
 
-    cexec -t makes it raw: every key is a byte for the command, but for ssh's escapes at the
+    cexec -t makes it raw: every key is a byte for the command, except the escapes of ssh at the
     beginning of a line.  signalled(number) is called for the escape that hangs up.
     """
 
@@ -3166,13 +3171,14 @@ class TerminalEnd(End):
 
     def __init__(self, fd, number, signalled=None):
         super().__init__(fd, number, self.restore, ["read", "write"])
-        self.patient = fd == number             # it could not be opened again, and so it may block
-        self.saved = None           # while it is taken: the modes to go back to
-        self.at = "start"           # of a line; or after a "tilde" there, which is held back; or "within" one
+        self.patient = fd == number             # it could not be opened again, so a write may block
+        self.saved = None           # while it is taken: the modes that restore() sets again
+        self.at = "start"           # where we are in the line: at its "start"; after a "tilde" there, which is
+                                    # held back; or "within" it
         self.signalled = signalled
 
     def size(self):
-        """Its lines and columns, as RESIZE has them; 0 where they are not known."""
+        """Its lines and columns, as the fields of RESIZE; 0 if they are not known."""
         try:
             columns, lines = os.get_terminal_size(self.fd)
         except OSError:
@@ -3180,14 +3186,14 @@ class TerminalEnd(End):
         return {"lines": lines, "columns": columns}
 
     def take(self, raw=True):
-        """Makes it raw, or only without echo and lines; whether we have it now.  Raises OSError.
+        """Makes it raw, or only without echo and line mode.  False if we may not.  Raises OSError.
 
-        In the background this process stops instead: after CONT this is to be called again.
+        In the background this process stops itself and returns False: call this again after CONT.
         """
         import termios
         import tty
         if not self.may_read():
-            os.kill(0, signal.SIGTTOU)          # tcsetattr would do it too, and then we would not hear of TERM
+            os.kill(0, signal.SIGTTOU)          # tcsetattr would stop us too, but inside a call that misses TERM
             return False
         try:
             self.saved = self.saved or termios.tcgetattr(self.fd)
@@ -3198,7 +3204,7 @@ class TerminalEnd(End):
         return True
 
     def restore(self):
-        """Puts it back to how it was, unless it is a shell's or another job's by now."""
+        """Sets its old modes again, unless a shell or another job has the terminal by now."""
         import termios
         saved, self.saved = self.saved, None
         log.on_raw_terminal(False)
@@ -3210,7 +3216,7 @@ class TerminalEnd(End):
 
     def read_into(self, view):
         size = len(view) - (self.at == "tilde")
-        if not size:                # no room for the tilde and another: then it was no escape
+        if not size:                # no room for the tilde and another byte: send the tilde, it is no escape
             self.at, view[0] = "within", ord("~")
             return 1
         typed = os.read(self.fd, size)
@@ -3221,7 +3227,7 @@ class TerminalEnd(End):
         return len(sent)
 
     def without_escapes(self, typed):
-        """What of it is the command's.  Sees to the rest."""
+        """The bytes for the command; obeys the escapes in the others."""
         sent = bytearray()
         for code in typed:
             if self.at == "tilde" and self.escape(code):
@@ -3237,11 +3243,11 @@ class TerminalEnd(End):
         return sent
 
     def escape(self, code):
-        """Whether there is such an escape; sees to it."""
+        """Obeys an escape; False if there is none with this key."""
         if code == ord("."):
             self.signalled(signal.SIGHUP)
         elif code == ord("Z") - 64:
-            os.kill(0, signal.SIGTSTP)          # us, and who else is in our pipeline
+            os.kill(0, signal.SIGTSTP)          # us, and the other processes of our pipeline
         elif code == ord("?"):
             os.write(self.fd, self.HELP.encode())
         else:
@@ -3250,15 +3256,15 @@ class TerminalEnd(End):
 
 
 def open_terminal(number, floor, signalled=None):
-    """A TerminalEnd for a descriptor that is a terminal, opened again if that may be done."""
+    """A TerminalEnd for a descriptor that is a terminal, which is opened again if we may."""
     try:
         fd = lifted_away(os.open(PROC_FD % number, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), floor)
-    except OSError:                 # another user's: su has been here
+    except OSError:                 # it belongs to another user: after su(1)
         fd = number
     return TerminalEnd(fd, number, signalled)
 
 
-# What of a terminal's modes is carried: the place in tcgetattr's list, and names of termios(3)
+# The modes that are carried to the command's terminal: the place in tcgetattr's list, and names of termios(3)
 TERMINAL_MODES = (
     (0, "BRKINT ISTRIP INLCR IGNCR ICRNL IXON IXANY IXOFF IMAXBEL IUTF8"), (1, "OPOST ONLCR OCRNL"),
     (3, "ISIG ICANON IEXTEN ECHO ECHOE ECHOK ECHONL ECHOCTL ECHOKE NOFLSH TOSTOP"),
@@ -3266,7 +3272,7 @@ TERMINAL_MODES = (
 
 
 def known_modes():
-    """Yields (name, place, and there the bit or the character's index) for what this system has."""
+    """Yields (name, place in the list, bit or index of the character) for each mode that this system has."""
     import termios
     for place, names in TERMINAL_MODES:
         for name in names.split():
@@ -3276,7 +3282,7 @@ def known_modes():
 
 
 def terminal_modes(fd):
-    """The modes of a terminal as ["NAME=N", ...]: a character's code, else 0 or 1."""
+    """The modes of a terminal as ["NAME=N", ...]; N is a character's code, or 0 or 1."""
     import termios
     now = termios.tcgetattr(fd)
     return ["%s=%d" % (name, ord(now[6][bit]) if place == 6 else bool(now[place] & bit))
@@ -3284,7 +3290,7 @@ def terminal_modes(fd):
 
 
 def set_terminal_modes(fd, modes):
-    """Sets what terminal_modes() gave of another; what this system does not have is left out."""
+    """Gives a terminal the modes from another's terminal_modes(), except those that this system does not have."""
     import termios
     now, wanted = termios.tcgetattr(fd), dict(mode.split("=") for mode in modes)
     for name, place, bit in known_modes():
@@ -3302,20 +3308,20 @@ def set_terminal_modes(fd, modes):
 
 
 def set_window(fd, lines, columns):
-    """Tells a terminal its size; its foreground process group gets WINCH if that is a new one."""
+    """Sets a terminal's size; if it changes, the system sends WINCH to its foreground process group."""
     import termios
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
 
 class PtyEnd(End):
-    """The worker's side of the command's terminal: it ends in both directions at once."""
+    """The master of the command's terminal, at the worker: both its directions end at once."""
 
     def hung_up(self):
         return True
 
 
 def unread(fd):
-    """The bytes that wait in a pipe; 0 where the system does not tell."""
+    """How many bytes wait in a pipe; 0 if the system does not tell."""
     import termios
     try:
         return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
@@ -3324,10 +3330,10 @@ def unread(fd):
 
 
 def ended(pid):
-    """How a child has ended, as subprocess has it: its exit code, or minus a signal; None while it runs.
+    """A child's returncode, as in subprocess: its exit code, or minus a signal; None while it runs.
 
-    It stays a zombie, so that its pid, session and process group are no other's until it is
-    reaped.  A system without waitid(2) (macOS before Python 3.13) reaps it here.
+    The child stays a zombie: so no other process, session or process group gets its number before it
+    is reaped.  If there is no waitid(2) (macOS before Python 3.13), this reaps it.
     """
     if not HOLDS_PIDS:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -3340,14 +3346,14 @@ def ended(pid):
 
 
 def session_members(sessions):
-    """Yields (pid, process group) of the sessions' processes, but their leader's own: the newest first.
+    """Yields (pid, process group) of the sessions' processes, the newest first, without the first session's leader.
 
-    Raises OSError where there is no /proc.
+    Raises OSError if there is no /proc.
     """
     names = os.listdir("/proc")
     if "self" not in names:
         raise FileNotFoundError(errno.ENOENT, "no /proc")
-    for name in reversed(names):    # in the order of their numbers; whoever forks and ends at once is the last
+    for name in reversed(names):    # the names are in order; the newest pid may fork again and end at once
         if name.isdigit() and int(name) != sessions[0]:
             try:
                 with open("/proc/%s/stat" % name, "rb") as file:
@@ -3359,28 +3365,28 @@ def session_members(sessions):
 
 
 def signal_all(kill, target, numbers):
-    """Whether there was anybody to be signalled."""
+    """Sends these signals to a process or a group; False if there is none."""
     try:
         for number in numbers:
             kill(target, number)
         return True
     except OSError:
-        return False                # it has just ended
+        return False
 
 
 def signal_sessions(sessions, group, told, late):
-    """Signals every process of sessions but the first one's leader; whether there was one.
+    """Signals every process of the sessions, except the first session's leader; whether there was one.
 
-    Each gets HUP, TERM and CONT once, for it may have been forked since the last time, and
-    its whole process group KILL when it is late: of that no process is missed that forks
-    meanwhile.  told has those that got them.  Where there is no /proc to find them, the
-    command's process group is signalled.
+    Each process gets HUP, TERM and CONT once.  told has those that got them: this is called again
+    and again, because new processes may have been forked.  When it is late, each whole process group
+    gets KILL, so that no process escapes by a fork at this moment.  Without /proc only the command's
+    process group is signalled.
     """
     first, found = (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT), False
     try:
-        # Each is signalled as soon as it is seen: a moment later its number may be another's.
+        # Signal each one at once: a moment later its pid may belong to another process.
         for member, its_group in session_members(sessions):
-            if late and its_group != sessions[0]:       # that may be our own group
+            if late and its_group != sessions[0]:       # sessions[0] may be our own group
                 found |= signal_all(os.killpg, its_group, [signal.SIGKILL])
             else:
                 numbers = (signal.SIGKILL,) if late else (0,) if member in told else first
@@ -3388,7 +3394,7 @@ def signal_sessions(sessions, group, told, late):
             told.add(member)
     except OSError:
         if group and late:
-            signal_all(os.killpg, group, [signal.SIGKILL])      # a zombie that leads it would count for ever
+            signal_all(os.killpg, group, [signal.SIGKILL])      # not "found": its zombie leader always is
         elif group:
             found = signal_all(os.killpg, group, [0] if group in told else first)
             told.add(group)
@@ -3396,13 +3402,13 @@ def signal_sessions(sessions, group, told, late):
 
 
 def end_sessions(loop, sessions, group, over):
-    """Ends what is left of the supervisor's session, and of the command's own if it has one.
+    """Ends the processes in the supervisor's session, and in the command's own session if it has one.
 
-    HUP, TERM and CONT, 5 s later KILL; calls over() when nothing is left.  A process that
-    forks and ends over and over may be missed: it is looked for several times, and the
-    command's process group is killed in the end, whatever was seen.  The first session's
-    leader and the group's are ours and not reaped yet (see ended()), or group is None.
+    They get HUP, TERM and CONT, and KILL 5 s later.  Calls over() when no process is left.  group is
+    the command's process group; its leader is not reaped yet (see ended()).  If it is, group is None.
     """
+    # A process that forks and ends again and again can escape one look through /proc.  So several looks
+    # in turn must find nothing, and in the end the command's process group gets KILL in any case.
     deadline, told = time.monotonic() + KILL_SECONDS, set()
 
     def look(tries=LOOKS):
@@ -3417,16 +3423,18 @@ def end_sessions(loop, sessions, group, over):
     look()
 
 
-# A file is written beside its name, and gets that only when it is whole: keys, and a batch's outputs.
+# A file is written under another name in the same directory, and gets its own name only when it is whole.
+# This is done for keys, and for the outputs of a batch.
 
 def name_part(file, part, path, replace=True):
-    """Gives an open file, which is at part, the name path, once all of it is on the disk.  Raises OSError.
+    """Renames an open file from part to path, once all of it is on the disk.  Raises OSError.
 
-    Without replace another file of that name is left alone: FileExistsError.
+    Without replace it raises FileExistsError if there is another file of that name.
     """
     file.flush()
     os.fsync(file.fileno())
-    os.close(os.dup(file.fileno()))     # NFS may tell at a close; one of the file itself would end its lock too soon
+    os.close(os.dup(file.fileno()))     # NFS reports some errors only at a close; to close the file itself would
+                                        # end its lock
     if not replace:
         claim_name(part, path)
     if replace or os.path.lexists(part):
@@ -3434,10 +3442,10 @@ def name_part(file, part, path, replace=True):
 
 
 def claim_name(part, path):
-    """Takes a name that no other file has, as rename(2) cannot; the file is there already, or an empty one.
+    """Gives the file at part the name path, but never replaces another file, as rename(2) would.  Raises OSError.
 
-    That is where there are no hard links (FAT, and some file systems over a network): the
-    rename is still to be done.  Raises OSError.
+    If the file system has no hard links (FAT, some network file systems), this only makes an
+    empty file at path, and the caller must rename.
     """
     try:
         os.link(part, path)
@@ -3449,23 +3457,23 @@ def claim_name(part, path):
 
 
 def drop_part(part):
-    """Removes what did not get its name, if it is there."""
+    """Removes a file that did not get its name, if it is there."""
     try:
         os.unlink(part)
     except OSError:
         pass
 
 
-# keyctl(2) by machine and the size of a pointer, for which Python has no name
+# The number of keyctl(2), which Python does not know, by machine and size of a pointer
 KEYCTL = {("x86_64", 8): 250, ("x86_64", 4): 288, ("i686", 4): 288, ("aarch64", 8): 219, ("aarch64", 4): 311,
           ("armv7l", 4): 311, ("riscv64", 8): 219, ("ppc64le", 8): 271, ("s390x", 8): 280}
 KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
 def keyring_joiner():
-    """A function that gives this process a new session keyring (keyrings(7)) where it may have one, or else nothing.
+    """A function that gives this process a new session keyring (keyrings(7)), or does nothing if it cannot.
 
-    It is made ready before the fork after which it is called: ctypes takes long to import.
+    Call this before the fork, and the function after it: ctypes takes long to import.
     """
     number = KEYCTL.get((os.uname().machine, struct.calcsize("P"))) if LINUX else None
     if number is None:
@@ -3490,7 +3498,7 @@ def system_load():
     """(1-minute load average, processes runnable now besides this one)."""
     try:
         average = os.getloadavg()[0]
-    except (AttributeError, OSError):           # not every C library has it (Android's)
+    except (AttributeError, OSError):           # Android's C library has no getloadavg
         average = 0.0
     try:
         with open("/proc/loadavg", "rb") as file:
@@ -3504,19 +3512,19 @@ def system_load():
 # Files: what goes into a job's directory, and what comes out of it
 # ---------------------------------------------------------------------------
 #
-# Two channels carry archives: what cexec -i names goes to the worker before the command
-# starts, and what -g names comes back after it has ended with 0.  Each end has them written
-# and read by a child of its own (a Helper), so that a slow disk stops nothing else; the
-# worker's runs as the command's user.
+# Two channels carry archives.  FILES_IN takes the files of cexec -i to the worker, before the
+# command starts.  FILES_OUT brings the files of -g to the client, after the command has ended
+# with 0.  At each end a child process (a Helper) writes or reads the archive, so that a slow
+# disk stops nothing else; at the worker it runs as the command's user.
 #
-# An archive is a tar file of GNU's kind (tarfile's GNU_FORMAT) that has regular files and
-# directories alone, with relative names.  Its last member is the directory ".", behind which
-# nothing comes: by that a reader knows that it is whole.
+# An archive is a tar file in GNU's format (tarfile's GNU_FORMAT) with regular files and
+# directories only, all with relative names.  Its last member is the directory ".", and nothing
+# comes after it: so a reader knows that the archive is whole.
 
 FILES_IN, FILES_OUT = MAXFD_LIMIT, MAXFD_LIMIT + 1      # the numbers of the two channels
 WHOLE = b"."                        # the last member
-BLOCK = 512                         # tar(5): bytes of a member's head, and what its data is filled up to
-PATH_MAX = 4096                     # bytes of a name at most
+BLOCK = 512                         # tar(5): bytes of a member's head; its data is padded to a multiple of this
+PATH_MAX = 4096                     # a name has fewer bytes
 PIECE = 1024 * 1024                 # bytes of a file read or written at a time
 
 
@@ -3526,10 +3534,10 @@ def file_error(error, name):
 
 
 def tree(path, name, wanted=lambda name: True):
-    """Yields (path, name) of a file or directory and of what is in it, bytes; links to directories are not followed.
+    """Yields (path, name), both bytes, of a file, or of a directory and everything in it.
 
-    A directory comes before what is in it; "." itself does not come.  Raises OSError if one
-    that is wanted can't be read.
+    A directory comes before its entries; "." itself does not come.  Links to directories are not
+    followed.  Raises OSError if a wanted directory can't be read.
     """
     if name != WHOLE and wanted(name):
         yield path, name
@@ -3560,14 +3568,14 @@ def pack_files(writer, entries):
 
 def member_head(name, mode, size, seconds):
     import tarfile
-    info = tarfile.TarInfo(name.decode("latin-1"))      # in which all bytes stand for themselves
+    info = tarfile.TarInfo(name.decode("latin-1"))      # each byte is one character of latin-1
     info.type = tarfile.DIRTYPE if stat.S_ISDIR(mode) else tarfile.REGTYPE
     info.mode, info.size, info.mtime = mode & 0o777, size, max(0, int(seconds))
     return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
 
 
 def pack_member(out, path, name):
-    """Writes a file with its head.  Raises OSError if it is neither file nor directory, or changes meanwhile."""
+    """Writes a member.  Raises OSError if it is no regular file or directory, or if the file changes meanwhile."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # it may be a FIFO
     try:
         before = os.fstat(fd)
@@ -3585,24 +3593,24 @@ def pack_member(out, path, name):
 
 
 def pack_data(out, fd, before):
-    left = before.st_size
-    while left:
-        piece = os.read(fd, min(left, PIECE))
+    missing = before.st_size
+    while missing:
+        piece = os.read(fd, min(missing, PIECE))
         if not piece:
             break
         out.write(piece)
-        left -= len(piece)
+        missing -= len(piece)
     after = os.fstat(fd)
-    if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+    if missing or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise OSError(errno.EBUSY, "changed while it was read")
     out.write(bytes(-before.st_size % BLOCK))
 
 
 def members(file):
-    """Yields (name, TarInfo) of an archive's members; the data of each is to be read before the next.
+    """Yields (name, TarInfo) of an archive's members; the caller reads a member's data before it goes on.
 
-    Raises ProtocolError unless it is whole, and has nothing but regular files and directories
-    with relative names.  tarfile itself would take anything, and any amount of memory.
+    Raises ProtocolError unless the archive is whole, and has only regular files and directories
+    with relative names.  tarfile's own reader would accept anything, and use any amount of memory.
     """
     import tarfile
     name = None
@@ -3628,7 +3636,7 @@ def members(file):
 
 
 def check_member(name, info, *kinds):
-    """Raises ProtocolError for a member that an archive of ours never has."""
+    """Raises ProtocolError for a member that pack_files() never writes."""
     if info.type not in kinds:
         raise ProtocolError("%s is neither a regular file nor a directory" % os.fsdecode(name))
     if len(name) >= PATH_MAX or b"\0" in name or {b"", b".", b".."} & set(name.split(b"/")):
@@ -3638,10 +3646,10 @@ def check_member(name, info, *kinds):
 
 
 def unpack(reader, top, allowed=lambda name: True, dated=True):
-    """Puts the files of an archive from a descriptor into the empty directory that is open as top.
+    """Unpacks an archive, read from a descriptor, into an empty directory; top is a descriptor of this.
 
-    Returns the files' names, and {name: mode} of the directories, which all have mode
-    0700 yet.  dated: whether files have the archive's times.  Raises OSError, ProtocolError.
+    Returns the files' names, and {name: mode} for set_modes(): until then each directory has mode
+    0700.  dated: files get the archive's times.  Raises OSError, ProtocolError.
     """
     files, directories = [], {}
     with open(reader, "rb", PIECE) as file:
@@ -3663,7 +3671,7 @@ def unpack(reader, top, allowed=lambda name: True, dated=True):
 
 
 def make_once(name, top, directories):
-    """Makes a directory that no member has named yet."""
+    """Makes a directory, unless it was made for an earlier member."""
     if name not in directories:
         os.mkdir(name, 0o700, dir_fd=top)
         directories[name] = 0o777
@@ -3672,12 +3680,12 @@ def make_once(name, top, directories):
 def unpack_file(file, name, info, top, dated):
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, info.mode, dir_fd=top)
     with open(fd, "wb", 0) as out:
-        left = info.size
-        while left:
-            piece = memoryview(file.read(min(left, PIECE)))
+        missing = info.size
+        while missing:
+            piece = memoryview(file.read(min(missing, PIECE)))
             if not piece:
                 raise ProtocolError("the archive is cut short")
-            left -= len(piece)
+            missing -= len(piece)
             write_all(out.write, piece)
         file.read(-info.size % BLOCK)
         if dated:
@@ -3686,17 +3694,17 @@ def unpack_file(file, name, info, top, dated):
 
 
 def set_modes(directories, top):
-    """Gives directories their modes, the innermost first: one may not be writable."""
+    """Gives directories their modes, the innermost first, because a mode may forbid to change what is inside."""
     umask = os.umask(0o077)
     os.umask(umask)
     for name in sorted(directories, reverse=True):
         os.chmod(name, directories[name] & ~umask, dir_fd=top)
 
 
-# What -g names: a pattern as a shell's, of a relative name; ** stands for any directories.
+# A pattern of -g is one for relative names, as in a shell; ** stands for any number of directories.
 
 def result_pattern(text):
-    """A pattern of -g without what changes nothing.  Raises Fatal (100) if it names nothing in a directory."""
+    """A pattern of -g without "." and double slashes.  Raises Fatal (100) if it leads out of the directory."""
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if text.startswith("/") or ".." in parts or not parts:
         raise Fatal(EXIT_USAGE, "-g %s: not the name of anything in the job's directory" % (text or "''"))
@@ -3705,7 +3713,7 @@ def result_pattern(text):
 
 
 def matcher(patterns):
-    """A function of a name, bytes: whether one of the patterns, bytes, matches it or a directory that it is in."""
+    """A function that tells whether a pattern matches a name, or a directory in it.  Patterns and names are bytes."""
     import re
     try:
         rules = [re.compile(pattern_rule(os.fsdecode(pattern)) + r"(?:/.*)?\Z", re.DOTALL) for pattern in patterns]
@@ -3715,7 +3723,7 @@ def matcher(patterns):
 
 
 def pattern_rule(pattern):
-    """A pattern as a regular expression.  A name that begins with a dot is matched by a dot alone, as in a shell."""
+    """A pattern as a regular expression.  Only a dot matches the dot at the beginning of a name, as in a shell."""
     import re
 
     def rule(found):
@@ -3739,21 +3747,22 @@ def is_pattern(text):
 
 
 def may_be_replaced(path):
-    """Whether there is nothing but a regular file, if anything at all."""
+    """Whether the path is a regular file, or there is nothing."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return True
 
 
-# A directory of ours is locked for as long as somebody has it, and so what a crash has left is found.
+# A process locks each directory that it makes here, as long as it uses it.  So a directory without a lock
+# was left by a crash.
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-OLD_SECONDS = 60.0                  # one that is not locked, and was made that long ago, was left by a crash
+OLD_SECONDS = 60.0                  # a younger directory without a lock may have just been made
 
 
 def make_directory(path, floor=0):
-    """Makes a directory for us alone: a descriptor, from floor up, that locks it.  Raises OSError."""
+    """Makes a directory with mode 0700: a descriptor, from floor up, that locks it.  Raises OSError."""
     os.mkdir(path, 0o700)
     fd = lifted_away(os.open(path, DIRECTORY_FLAGS), floor)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3761,10 +3770,10 @@ def make_directory(path, floor=0):
 
 
 def remove_directory(path):
-    """Removes a directory whatever is in it: read-only directories, deep ones, what is no file.  Raises OSError.
+    """Removes a directory with everything in it, read-only and very deep directories too.  Raises OSError.
 
-    What is in it may be another user's, who changes it meanwhile: no link is followed.  Each
-    directory in it is moved to its top before it is emptied, so that none is too deep.
+    Its contents may belong to another user, who may change them at the same time: so no link is
+    followed.  Each inner directory is moved to the top before it is emptied: so no path gets too long.
     """
     make_writable(path)
     top, todo, moved = os.open(path, DIRECTORY_FLAGS), ["."], 0
@@ -3790,13 +3799,13 @@ def remove_directory(path):
 
 
 def make_writable(path, dir_fd=None):
-    """Lets us remove what is in a directory of ours.  Root may anyway, and would follow a link put there."""
+    """Lets us remove the entries of a directory of ours.  Root can do that anyway, and might follow a planted link."""
     if os.geteuid():
         os.chmod(path, 0o700, dir_fd=dir_fd)
 
 
 def remove_left(place, is_ours):
-    """Removes directories that a crash has left in a place: those with a name of ours that nobody locks."""
+    """Removes directories that a crash has left in a place: is_ours(name) is true, and no process locks them."""
     for name in os.listdir(place):
         path = os.path.join(place, name)
         try:
@@ -3808,12 +3817,12 @@ def remove_left(place, is_ours):
                 remove_directory(path)
             finally:
                 os.close(fd)
-        except OSError as error:    # in use; another user's
+        except OSError as error:    # it is in use, or belongs to another user
             log.note("%s stays: %s", path, error.strerror)
 
 
 def check_current_directory():
-    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
+    """Raises Fatal (111) if results cannot be put there; removes results that a crash has left unfinished."""
     if not os.access(".", os.W_OK | os.X_OK):
         raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
     remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
@@ -3829,15 +3838,15 @@ def close_all_but(kept):
         try:
             os.close(number)
         except OSError:
-            pass                    # the listing's own
+            pass                    # listdir() itself had it open
     fill_standard()
 
 
 class Helper:
-    """A child process that does some work with files; over(None, or what went wrong) is called when it has ended.
+    """A child process that does some work with files.  When it has ended, over(None or an error's text) is called.
 
-    It has no descriptors but those that are kept for it.  Where a reader of what it writes has
-    gone, that one says why.
+    It keeps only the descriptors in kept.  If the reader of its output has gone, this is no error
+    here: the reader reports it.
     """
 
     def __init__(self, loop, work, kept, over, handling=signal.SIG_IGN):
@@ -3893,14 +3902,14 @@ class Helper:
             self.over(self.wait())
 
     def wait(self):
-        """Waits for its end: None, or what went wrong."""
+        """Waits for its end: None, or the error's text."""
         self.loop.forget(self.reader)
         os.close(self.reader)
         code = os.waitpid(self.pid, 0)[1]
         return (self.said.decode() or "it was killed") if code else None
 
     def kill(self):
-        """Ends it, however far it is."""
+        """Ends it at once."""
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
@@ -3914,13 +3923,13 @@ def files_pipe(floor):
 
 # The client's side
 
-PART_NAME = ".cexec.%s.part"        # of the directory in which results wait, in the current one
+PART_NAME = ".cexec.%s.part"        # a directory in the current one, in which results wait
 
 
 def input_place(text):
-    """(path, name) of what -i names, bytes: its own relative path, or its last part where that would lead elsewhere.
+    """(path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
-    Raises OSError if it is not there.
+    The name is the same relative path; for an absolute path and one with ".." it is the last part.
     """
     os.stat(text)
     path, name = os.fsencode(text), os.fsencode(os.path.normpath(text))
@@ -3932,7 +3941,7 @@ def input_place(text):
 
 
 def input_entries(places):
-    """Yields (path, name) for all that is packed for -i, each name once.  Raises OSError."""
+    """Yields (path, name) for everything that -i packs, each name once.  Raises OSError."""
     known = {}
     for path, name in places:
         for one, its_name in tree(path, name):
@@ -3944,11 +3953,11 @@ def input_entries(places):
 
 
 def receive(reader, verdict, patterns, durable):
-    """In a child: unpacks results beside; puts them in their places when the verdict says so, else removes them.
+    """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
-    Until then nothing that goes wrong matters: the command may have failed.  Raises OSError,
-    ProtocolError, Fatal.
+    After a byte it puts the results in their places, else it removes them.  Raises OSError, ProtocolError, Fatal.
     """
+    # An error before the verdict is kept until then: if the command has failed, it does not matter.
     part, error = PART_NAME % os.urandom(8).hex(), None
     try:
         try:
@@ -3956,7 +3965,7 @@ def receive(reader, verdict, patterns, durable):
             files, directories = unpack(reader, top, matcher(patterns), dated=False)
         except (OSError, ProtocolError) as trouble:
             error = trouble
-            os.closerange(reader, reader + 1)   # whoever writes need not wait
+            os.closerange(reader, reader + 1)   # the writer must not wait for us
         if not os.read(verdict, 1):
             return
         if error:
@@ -3971,7 +3980,9 @@ def receive(reader, verdict, patterns, durable):
 
 
 def put_in_place(part, top, files, directories, durable):
-    """Moves results from where they wait to their places.  Raises OSError, if it can be before anything is moved."""
+    """Moves results from the directory part to their places.  Raises OSError."""
+    # Do first what may fail, so that an error leaves all places as they were: look at the places, write
+    # the data to the disk, make new directories.  Only then rename.
     part, new = os.fsencode(part), {}
     for name in files:
         if not may_be_replaced(name):
@@ -4007,17 +4018,17 @@ def copy_over(path, name):
 
 
 class JobFiles:
-    """A job's files at the client: a child packs what -i names, another waits with the results for the end.
+    """A job's files at the client: one Helper packs the files of -i, another receives the results of -g.
 
-    changed() is called whenever one of them has ended.  Raises OSError.
+    changed() is called when a Helper has ended.  Raises OSError.
     """
 
     def __init__(self, carrier, places, patterns, changed, durable=False):
         self.loop, self.changed = carrier.loop, changed
-        self.trouble = None         # what went wrong
-        self.verdict = None         # where the child is told what becomes of the results
+        self.trouble = None         # the first error's text
+        self.verdict = None         # a pipe to the Helper that has the results: see receive()
         self.helpers, self.ends = [], []
-        at_end.append(self.close)               # whatever ends us: nothing of it is to stay
+        at_end.append(self.close)               # remove unfinished results, no matter why this process ends
         if places:
             reader, writer = files_pipe(self.loop.floor)
             self.help(lambda: pack_files(writer, input_entries(places)), [writer])
@@ -4049,7 +4060,7 @@ class JobFiles:
         self.changed()
 
     def settled(self, success):
-        """After EXIT, when all has been received: whether everything is over.  Only a success keeps results."""
+        """Gives the verdict, after EXIT when all bytes have come; whether all Helpers have ended."""
         if self.verdict is not None:
             if success and not self.trouble:
                 self.tell_verdict()
@@ -4061,10 +4072,10 @@ class JobFiles:
         try:
             os.write(self.verdict, b"1")
         except OSError:
-            pass                    # it has ended, and says why
+            pass                    # the Helper has ended, and says why
 
     def close(self):
-        """Leaves: results that have no place yet are removed when this returns."""
+        """Stops; when this returns, results that are not in their places are removed."""
         if self.close in at_end:
             at_end.remove(self.close)
         for end, half in self.ends:
