@@ -3895,7 +3895,7 @@ class Helper:
     def read(self):
         try:
             data = os.read(self.reader, 4096)
-        except BlockingIOError:     # what poll has seen was of another pipe with that number
+        except BlockingIOError:     # poll has seen another pipe, which had this number before
             return
         self.said += data
         if not data:
@@ -4096,22 +4096,22 @@ class JobFiles:
 #
 # A Search finds a worker for a patron: a Client, which has one job, or a Batch, which has many.
 #
-#   patron.next_job(search)              the job for the worker that offers, or None if there is none left
-#   patron.put_back(job)                 that worker was lost before GO: nothing has run
-#   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's
+#   patron.next_job(search)              returns a job for the worker that offers, or None if none is left
+#   patron.put_back(job)                 this worker was lost before GO: nothing has run
+#   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
 #
-# A job is a Job or a Task.  Its job_fields() are what send_job() sends.
+# A job is a Job, a Task or a HostJob.  send_job() sends its job_fields().
 
 class Terms:
-    """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets.
+    """The settings of all jobs of one call of cexec: from its words and options, and from the environment.
 
-    inputs and results are what -i and -g name.
+    environment (KEY=VALUE) and arguments are bytes.  inputs and results are the arguments of -i and -g.
     """
 
     def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=()):
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
-        self.batch = batch          # the id that all searches of a batch have in common
+        self.batch = batch          # an id, the same in all searches of a batch
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
@@ -4122,30 +4122,30 @@ class Terms:
         self.ports = listen_ports()
 
     def job_fields(self):
-        """What send_job() sends, without descriptors and terminal."""
+        """The arguments of send_job(), without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "patterns": self.results, "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
     def unfit(self, hello):
-        """Why the worker of a HELLO cannot do what is wanted; None if it can."""
+        """Why the worker of a HELLO cannot do the job; None if it can."""
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
-            return "has no command of its own: name one behind the public key (cservice -a)"
+            return "has no command of its own: name one after the public key (cservice -a)"
         if (self.inputs or self.results) and not hello.options & HELLO_DIRECTORIES:
             return "has no directory for the files of -i and -g (cservice -d)"
         return None
 
     def file_rows(self):
-        """JOB's rows for its files."""
+        """JOB's rows for the channels of files."""
         return ([(FILES_IN, FILES_IN, FLAG_INPUT | FLAG_FILES)] * bool(self.inputs)
                 + [(FILES_OUT, FILES_OUT, FLAG_OUTPUT | FLAG_FILES)] * bool(self.results))
 
 
 def parse_words(words):
-    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
+    """(variables, arguments) from the words after a public key, as bytes.  Raises Fatal (100).
 
-    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
+    As with env(1), the first word that is no KEY=VALUE is the first argument; a "--" before it is left out.
     """
     count = next((place for place, word in enumerate(words)
                   if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
@@ -4170,14 +4170,14 @@ def parse_ports(text):
 
 
 def listen_ports():
-    """What CEXEC_LISTEN_PORTS says.  Raises Fatal (100)."""
+    """The ports in CEXEC_LISTEN_PORTS.  Raises Fatal (100)."""
     return parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
 
 
 def address_filter(accept, reject):
-    """A function of an address: whether the lists in these two variables let it in.
+    """A function that tells whether the lists in these two environment variables allow an address.
 
-    A list has addresses and networks (10.0.0.0/24), with commas or spaces.
+    A list has addresses and networks (10.0.0.0/24), with commas or spaces between them.
     """
     def networks(name):
         import ipaddress
@@ -4202,7 +4202,7 @@ def address_filter(accept, reject):
 
 
 class Candidate:
-    """A worker's connection: it offers to do the job.
+    """An offer: a worker's connection to the client, until GO.
 
     CONNECTED --right certificate, HELLO for this job--> READY --we send AUTH, JOB--> ASKED
     """
@@ -4234,7 +4234,7 @@ class Candidate:
             raise OtherVersion(hello.version)
         if len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
-        if not is_address(hello.address):       # messages for people and programs contain it
+        if not is_address(hello.address):       # it goes into messages, and programs read some of them
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
             return self.link.fail("an offer that we do not take")
@@ -4249,13 +4249,13 @@ class Candidate:
         self.search.choose()
 
     def ask(self, secret, job_fields):
-        """Proves who we are, and says what the job is."""
+        """Sends AUTH and JOB."""
         self.state = "ASKED"
         self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
         self.unconfirmed = send_job(self.link, **job_fields)
 
     def rcvd_pong(self, payload):
-        """Some more of the job's words have arrived: a slow link has more time for the rest."""
+        """A part of the job's words has arrived: the worker has more time for the rest."""
         self.unconfirmed -= 1
         if self.unconfirmed < 0:
             raise ProtocolError("PONG out of place")
@@ -4264,7 +4264,7 @@ class Candidate:
         self.search.worker_answered()
 
     def rcvd_accept(self, payload):
-        """The job begins: GO commits it, and the link goes to the patron."""
+        """Sends GO: from now on the job may run, and the link belongs to the patron."""
         self.timer.cancel()
         self.link.send(GO)
         self.search.won(self)
@@ -4274,7 +4274,7 @@ class Candidate:
         self.link.fail("refused: " + payload.reason)
 
     def link_writable(self, link):
-        pass                        # before GO nothing waits for it: the link queues a job's words itself
+        pass                        # before GO no stream waits for room: the link queues the words
 
     def link_lost(self, link, reason, violation):
         self.search.dropped(self, reason, violation)
@@ -4285,10 +4285,10 @@ class Candidate:
 
 
 class Avoided:
-    """The workers that are not asked: for ever, or for seconds, which double each time that one refuses."""
+    """Workers that are not asked: for ever, or for a time that doubles each time that the worker refuses."""
 
     def __init__(self):
-        self.until, self.seconds = {}, {}           # worker_id: a time of ours; for how long the last time
+        self.until, self.seconds = {}, {}           # worker_id: until when (monotonic); the last length of time
 
     def __contains__(self, worker_id):
         return time.monotonic() < self.until.get(worker_id, 0.0)
@@ -4317,8 +4317,7 @@ def client_context():
 class Search:
     """Announces a job until a worker has accepted it, then calls patron.begin().
 
-    quiet: somebody else tells the person at the terminal what we wait for.
-    only: the id of the one worker that is wanted.
+    quiet: the patron shows on the terminal what we wait for.  only: the id of the one worker that may do the job.
     """
 
     def __init__(self, loop, group, pub, terms, patron, avoid, quiet, only=ANY_WORKER):
@@ -4329,36 +4328,37 @@ class Search:
         self.candidates, self.avoid, self.complained = [], avoid, set()
         self.offers = self.attempt = 0
         self.context = None
-        self.asked = self.job = None                # the Candidate that was sent a job, and that job
+        self.asked = self.job = None                # the Candidate to which we sent a job, and this job
         self.back = ReturnPort(terms.ports, loop, group.families())
         self.began = self.last_answer = time.monotonic()
-        self.ahead = None           # clients before us in a line, by the last BUSY
-        self.stranger = None        # which worker speaks another version, and which
-        self.told = ""              # what the terminal shows
-        self.refusal = None         # what the last worker said that refused the job
-        self.unfit = self.unfit_timer = None        # why a worker cannot do the job; another may
-        self.last_busy = 0.0        # when a worker said BUSY, which may be able to
-        self.not_allowed = set()    # addresses of workers that answered, and may not
-        self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
+        self.ahead = None           # how many clients are before us in the line, from the last BUSY
+        self.stranger = None        # the address of a worker with another protocol version, and this version
+        self.shown = ""             # our text on the terminal
+        self.refusal = None         # the address of the last worker that refused the job, and its reason
+        self.unfit = self.unfit_timer = None        # why a worker cannot do the job (others may); for insist()
+        self.last_busy = 0.0        # when the last BUSY came: its sender may be able to do the job
+        self.not_allowed = set()    # addresses of workers that answered, and that we do not accept
+        self.arrived = self.blocked = False         # a connection came; a worker says that its connections fail
 
     def start(self):
         """Announces the job, and then takes offers.
 
-        ssl takes long to import.  So that comes after the announcement: workers answer meanwhile.
+        ssl takes long to import, so this comes after the announcement: workers connect at the same time.
         """
         self.announce()
         self.context = client_context()
         self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
     def pause(self):
-        """The seconds until the next announcement, a quarter less or more."""
+        """The seconds until the next announcement; announce() varies them by a quarter."""
         seconds = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
         return max(seconds, len(self.group.targets) * SECONDS_A_WAY)
 
     def announce(self):
+        """Sends ANNOUNCE and sets the timer for the next, or gives up if the time is over."""
         now = time.monotonic()
         accept, wait = self.terms.accept_seconds, self.terms.wait_seconds
-        if accept and self.ahead is not None:           # a worker with a line says BUSY that seldom
+        if accept and self.ahead is not None:           # BUSY comes only every BUSY_SECONDS: wait longer than that
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.last_answer > accept or wait and now - self.began > wait:
             message, code = (self.unfit, EXIT_USAGE) if self.unfit else (self.complaint(now), EXIT_TEMPORARY)
@@ -4372,18 +4372,18 @@ class Search:
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
     def waits(self):
-        """What the search waits for; "" in its first seconds."""
+        """A text for the terminal: what the search waits for; "" in its first seconds."""
         if self.ahead is not None:
             return "in line, %d ahead" % self.ahead
         late = time.monotonic() - self.began >= SILENT_SECONDS
         return "looking for a worker (cexec -l finds out more)" if late else ""
 
     def tell(self):
-        """Tells a terminal what the search waits for, in a line that goes when the job begins."""
+        """Shows on a terminal what the search waits for, until the job begins."""
         text = self.waits()
         quiet = log.verbose or self.quiet
-        if text != self.told and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
-            self.told = text
+        if text != self.shown and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
+            self.shown = text
             log.status_line(text)
 
     def complaint(self, now):
@@ -4413,7 +4413,7 @@ class Search:
     # Answers in datagrams: BUSY
 
     def worker_answered(self):
-        """A worker of ours is there, and the search waits on."""
+        """A worker is there: the time in which one must answer begins again."""
         self.last_answer = time.monotonic()
 
     def hear_stranger(self, address, error):
@@ -4428,7 +4428,7 @@ class Search:
     def rcvd_busy(self, datagram, address):
         """A worker has us in its line, or its connections to us fail."""
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
-            return log.note("dropped %r: an old one", datagram)
+            return log.note("dropped %r: it is old", datagram)
         if not self.allows(address):
             return
         if datagram.body.failures:
@@ -4442,7 +4442,7 @@ class Search:
         return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
 
     def allows(self, address):
-        """Whether this worker may do the job."""
+        """Whether CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS allow this worker."""
         allowed = self.terms.may_offer(address)
         if not allowed:
             log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
@@ -4450,11 +4450,11 @@ class Search:
         return allowed
 
     def not_reached(self, address):
-        """A worker says that its connections to us fail: a firewall blocks us, if no other worker's arrives."""
+        """A worker says that its connections to us fail.  If no connection arrives at all, a firewall blocks them."""
         log.note("connections of %s to us fail", address)
         if not self.arrived:
             self.blocked = True
-            self.loop.after(1.0, self.say_blocked)      # this process may have been stopped: one may arrive now
+            self.loop.after(1.0, self.say_blocked)      # perhaps we were stopped, and a connection arrives now
 
     def say_blocked(self):
         if self.blocked:
@@ -4463,17 +4463,20 @@ class Search:
     # Offers
 
     def found_unfit(self, why):
-        """A worker cannot do the job, now or later.  Another may, and has a second to offer."""
+        """This worker can never do the job.  Others may: they have a second more to offer."""
         if not self.unfit:
             self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
         self.unfit = why
 
     def insist(self):
-        """Gives up, unless a worker has us in its line: whether that one can do the job, its offer will tell."""
+        """Gives up, unless a worker is doing our job or has us in its line.
+
+        Only the offer of a busy worker will tell whether it can do the job.
+        """
         if not self.asked and time.monotonic() - self.last_busy > BUSY_SECONDS + 2:
             return self.patron.not_found(self, self.unfit, EXIT_USAGE)
         if not self.asked:
-            log.once(self.unfit + "; waits for one that is busy")
+            log.once(self.unfit + "; waits for a worker that is busy")
         self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
     def accept(self, sock, address):
@@ -4487,7 +4490,7 @@ class Search:
         self.candidates.append(Candidate(self, sock, address))
 
     def drop_quiet(self, count):
-        """Drops the oldest connections that have said nothing; how many there were."""
+        """Closes the oldest connections on which no HELLO came, so many at most; how many it has closed."""
         quiet = [c for c in self.candidates if c.state == "CONNECTED"][:count]
         for candidate in quiet:
             candidate.close()
@@ -4495,9 +4498,9 @@ class Search:
         return len(quiet)
 
     def choose(self):
-        """Asks the earliest offer; a later one only when the earliest is slow to say HELLO.
+        """Asks the worker that has connected first, because the least loaded worker waits least.
 
-        Offers come in the order of the workers' loads.
+        If its HELLO is slow, the first one that is ready gets the job after HEAD_START.
         """
         ready = [c for c in self.candidates if c.state == "READY"]
         if self.asked or not ready:
@@ -4515,12 +4518,12 @@ class Search:
             candidate.ask(self.pub.secret, job.job_fields())
 
     def take_job(self):
-        """The job that a worker was asked to do, which is no longer ours; None if none was."""
+        """Gives away the job that we asked a worker to do; None if there is none."""
         job, self.asked, self.job = self.job, None, None
         return job
 
     def refused(self, candidate, reason):
-        """This worker has a trouble, which may be over in a moment."""
+        """This worker cannot take the job now: it is not asked for some seconds."""
         self.avoid.for_now(candidate.hello.worker_id)
         self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
         self.worker_answered()
@@ -4543,7 +4546,7 @@ class Search:
         self.choose()
 
     def complain(self, candidate, reason):
-        """ALERT: somebody answered our announcement and broke the protocol."""
+        """Sends ALERT: the sender of an offer has broken the protocol."""
         hello = candidate.hello
         self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
                   worker_id=hello.worker_id if hello else bytes(8), status=0,
@@ -4551,7 +4554,10 @@ class Search:
                   reason=cut(reason, 400))
 
     def won(self, candidate):
-        """GO was sent: CLAIM tells all other workers that they may forget the job."""
+        """GO was sent: the search is over."""
+        # The order matters.  end() closes every candidate that it knows and gives a job back to the patron: so
+        # the winner and its job leave the search first.  CLAIM, which end() sends, comes after GO: it ends the
+        # other workers' offers, and if GO had not been sent, nobody would do the job.
         self.candidates.remove(candidate)
         self.avoid.forgive(candidate.hello.worker_id)
         job = self.take_job()
@@ -4559,8 +4565,8 @@ class Search:
         self.patron.begin(self, candidate, job)
 
     def end(self):
-        """No more announcements and offers: the job is served, or given up."""
-        if self.told:
+        """Ends announcements and offers: the job was begun or given up.  CLAIM tells all workers to forget it."""
+        if self.shown:
             log.status_line("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
@@ -4579,28 +4585,28 @@ class Search:
 # cexec: the job
 # ---------------------------------------------------------------------------
 #
-# After GO the job runs at a worker.  When that worker is lost, a Client and a Batch do the same:
+# After GO the job runs at a worker: a Run, FileRun or HostRun.  If the connection breaks then:
 #
 #   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
 #                               '-- a text ----------------------> Patron.failed(run, reason, text)
 
 class Job(Terms):
-    """What the user wants done, with the descriptors of this process."""
+    """The single job of cexec, with the descriptors of this process."""
 
     def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False,
                  inputs=(), results=()):
         super().__init__(environment, arguments, inputs=inputs, results=results)
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
         self.repeat = repeat
-        self.progress = progress    # whether cexec -p shows how far it is
+        self.progress = progress    # cexec -p
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
                               "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
         self.channels = inherited_channels(self.limit)
-        make_room(self.limit + len(self.channels) + 16)     # one more each, and what finds a worker
+        make_room(self.limit + len(self.channels) + 16)     # each is opened again; a search needs some too
         self.terminal = None        # the TerminalEnd of -t
         joined = join_terminal(self.channels) if terminal else None
         if terminal and not joined:
-            log.say("-t: no descriptor is a terminal here, and so the command has none")
+            log.say("-t: no descriptor here is a terminal, so the command has none")
         self.empty = {channel for channel in self.channels
                       if empty == "all" or empty and self.has_number(channel, whole(empty))}
         if joined and joined[0].number in self.empty:
@@ -4623,7 +4629,7 @@ class Job(Terms):
                 log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
 
     def open_ends(self, floor, signalled):
-        """Opens what the job reads and writes here, for every run of it; signalled is for the TerminalEnd."""
+        """Opens an End for each channel, once for all runs; signalled is for the TerminalEnd."""
         self.ends = {}
         for channel, members in self.channels.items():
             halves = ["read"] * members[0].readable + ["write"] * members[0].writable
@@ -4637,7 +4643,7 @@ class Job(Terms):
         return number in [member.number for member in self.channels[channel]]
 
     def rows(self):
-        """JOB's rows: a number of the command's, its channel, flags."""
+        """JOB's rows: the descriptor's number in the command, its channel, flags."""
         rows = []
         for channel, members in sorted(self.channels.items()):
             item = members[0]
@@ -4659,15 +4665,15 @@ class Job(Terms):
     # Another run, after a worker was lost
 
     def keep_input(self):
-        """The job may be run again: from now on what it reads is kept."""
+        """The job may be run again: from now on its input is kept."""
         self.replay = self.replay or ReplayBuffer()
 
     def tell_to_end(self):
-        """The user has sent a signal that ends commands: the job is not run again."""
+        """The user has sent a signal that ends commands: the job will not run again."""
         self.told_to_end = True
 
     def objection(self, run):
-        """Why the job is not run again after this run: None if it can be, "" if nobody has asked for it."""
+        """Why the job does not run again after this run; None if it does, "" if neither side allows it (-r, -i)."""
         if self.replay is None:
             return ""
         if self.told_to_end:
@@ -4679,7 +4685,7 @@ class Job(Terms):
         return next(filter(None, found), None)
 
     def rewind(self, run):
-        """Puts everything back to how it was before this run."""
+        """Puts descriptors and input back to their state before this run."""
         self.losses += 1
         for channel, position in self.positions.items():
             position.restore(run.sinks.get(channel))
@@ -4687,7 +4693,7 @@ class Job(Terms):
         self.replay.rewind()
 
     def reopen(self, channel):
-        """Makes an End fit for another run: an input that has ended is at its end there as well."""
+        """Gives the next run an End that it can use; a closed one is replaced by /dev/null or the file itself."""
         end, item = self.ends[channel], self.channels[channel][0]
         if item.kind == FILE and item.readable:
             self.ends[channel] = FileEnd(item.number, self.positions[channel].offset)
@@ -4697,7 +4703,7 @@ class Job(Terms):
 
 
 class SavedPosition:
-    """Where a descriptor stood before the job, so that another run can begin there."""
+    """A descriptor's state before the job, at which another run can begin."""
 
     def __init__(self, item):
         self.item, self.number = item, item.number
@@ -4706,21 +4712,24 @@ class SavedPosition:
             self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
 
     def objection(self, source, sink, replay):
-        """Why this run cannot be made invisible on this descriptor; None if it can.  source or sink may be None."""
-        # A regular file has its old contents and offset again if all that changed is what we added.
-        # As an input it is simply read again from its offset, and needs no replay buffer.
+        """Why the effects of this run on the descriptor cannot be undone; None if they can.
+
+        source or sink may be None.
+        """
+        # A regular file: an input is read again from its offset, and needs no replay buffer.  An output
+        # is cut back to its old size, if only our bytes were added to it.
         if self.file:
             if sink and sink.written and not self.can_cut(sink.written):
                 return "the file on descriptor %d cannot be cut back" % self.number
             return None
-        # A pipe, socket or terminal gives each byte once: the next run gets them from the replay buffer.
+        # A pipe, socket or terminal gives each byte once: the next run reads it from the replay buffer.
         if source and replay.overflowed:
             return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
-        # And what was written to one has been seen.
+        # An output there cannot be taken back: its reader may have seen it.
         if sink and sink.written:
             return "descriptor %d was written to" % self.number
-        # An input at its end is no obstacle: the next run finds the end as well.  But the peer of a
-        # socket has seen a close, and so has whoever writes into a pipe that the command has closed.
+        # An input at its end is no obstacle: the next run finds the end too.  But if the command closed
+        # a descriptor, the process at the other end of the socket or pipe may have seen that.
         if source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
             return "descriptor %d was closed" % self.number
         if sink and sink.state not in (OPEN, ENDING):
@@ -4728,32 +4737,32 @@ class SavedPosition:
         return None
 
     def can_cut(self, written):
-        """Whether the file was written from its end, and now is exactly what it was and our bytes."""
+        """Whether the file is now its old contents and our bytes after them, and nothing else."""
         now = self.offset + written
         return (not self.item.flags & os.O_APPEND and self.offset == self.size and
                 os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
 
     def advance(self, count):
-        """Moves the offset of a regular file that is input over the bytes that the command has taken.
+        """Moves the offset of an input that is a regular file behind the bytes that the command has taken.
 
-        We read ahead, at an offset of our own.  A shell's next command goes on at the common
-        one, and has to find it where a local command would have left it.
+        We have read more, at an offset of our own.  The common offset must be where a local command
+        would have left it, because the shell's next command begins there.
         """
         if self.file and count:
             try:
                 os.lseek(self.number, self.offset + count, os.SEEK_SET)
-            except OSError as error:            # a file of /proc or the like
+            except OSError as error:            # some files in /proc
                 log.note("descriptor %d: %s", self.number, error.strerror)
 
     def restore(self, sink):
-        """Puts a regular file that is output back to how it was.  Raises OSError."""
+        """Cuts an output that is a regular file back to its old size.  Raises OSError."""
         if self.file and sink and sink.written:
             os.ftruncate(self.number, self.size)
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
 class RemoteJob(Carrier):
-    """A job after GO, at the client: the part that a Run and a FileRun have in common."""
+    """A job after GO, at the client: the common part of Run, FileRun and HostRun."""
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron.loop, link)
@@ -4761,16 +4770,16 @@ class RemoteJob(Carrier):
         self.address = hello.address            # the worker's
         self.silence_seconds = patron.terms.silence_seconds
         self.exit = None            # EXIT's fields, once it has come
-        self.trouble = None         # what went wrong with a descriptor or a file here
-        self.files = None           # the JobFiles, if -i or -g names any
+        self.trouble = None         # the text of the first error with a descriptor or a file here
+        self.files = None           # the JobFiles, with -i or -g
         self.began = self.last_tick = time.monotonic()
         self.tick = self.loop.after(self.tick_seconds(), self.check_life)
         link.attach(self.loop, self)
 
     def rcvd_exit(self, flags, channel, payload):
-        """EXIT counts if all output that it tells of has come."""
+        """Checks that all output has come that EXIT counts."""
         if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
-            raise ProtocolError("EXIT that tells nothing")
+            raise ProtocolError("EXIT with an unknown how")
         if payload.how == HOW_SIGNALLED and not 0 < payload.status < EXIT_SIGNAL:
             raise ProtocolError("EXIT by signal %d" % payload.status)
         rows = {number: (sent, taken) for number, sent, taken in payload.channels}
@@ -4782,10 +4791,10 @@ class RemoteJob(Carrier):
         self.exited(rows)
 
     def send_no_more(self):
-        """The worker wants neither input nor signs of life any more."""
+        """Sends no more input and no more PING: the command has ended."""
         self.tick.cancel()
         for source in self.sources.values():
-            if source.state is OPEN:            # else its number may be another's by now
+            if source.state is OPEN:            # a closed one's number may belong to another file
                 self.loop.on_read(source.end.polled, None)
 
     def exited(self, rows):
@@ -4793,13 +4802,13 @@ class RemoteJob(Carrier):
         raise NotImplementedError
 
     def detach(self):
-        """Leaves the descriptors alone: another run gets them."""
+        """Stops using the descriptors: another run gets them."""
         raise NotImplementedError
 
     # Its files
 
     def begin_files(self, places, patterns, durable=False):
-        """Has what -i and -g name sent and received, see JobFiles.  Raises Fatal (111)."""
+        """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if places or patterns:
             try:
                 self.files = JobFiles(self, places, patterns, self.stream_ended, durable)
@@ -4807,7 +4816,7 @@ class RemoteJob(Carrier):
                 raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
 
     def files_are_over(self):
-        """After EXIT: whether the results are in their places, or there will be none; trouble says what went wrong."""
+        """After EXIT: whether the results are in their places, or have failed; the error's text is in trouble."""
         sink = self.sinks.get(FILES_OUT)
         if sink and sink.state in (OPEN, ENDING):
             return False
@@ -4833,7 +4842,7 @@ class RemoteJob(Carrier):
                 sum(sink.received for sink in self.sinks.values()))
 
     def alert_nonce(self, event):
-        """The nonce of an ALERT: that of the announcement which the worker has answered."""
+        """The nonce for an ALERT: the one of the announcement which the worker has answered."""
         return self.hello.nonce
 
     def alert_fields(self, event, status, reason):
@@ -4851,7 +4860,7 @@ class RemoteJob(Carrier):
         """Sends PING; a worker that has been silent for too long is lost."""
         now, interval = time.monotonic(), self.tick_seconds()
         if now - self.last_tick > interval * 2:
-            self.link.excuse_silence()          # this process was stopped, and heard nobody
+            self.link.excuse_silence()          # this process was stopped, and read nothing
         self.last_tick = now
         self.link.check_delivery()
         if self.link.silence() > self.silence_seconds:
@@ -4866,8 +4875,8 @@ class Run(RemoteJob):
 
     def __init__(self, client, link, hello, job):
         super().__init__(client, link, hello, job)
-        self.exit_code = None       # once it is over
-        self.interrupted = 0.0      # when the last INT came
+        self.exit_code = None       # cexec's, once the run is over
+        self.interrupted_at = 0.0   # when the last INT came
         log.hold(self.loop.floor)
         for channel, end in job.ends.items():
             self.carry(channel, end, None if job.positions[channel].file else job.replay)
@@ -4877,14 +4886,14 @@ class Run(RemoteJob):
         if job.terminal:
             self.take_terminal()
 
-    # What the worker says
+    # What the worker tells us
 
     def exited(self, rows):
         self.link.close()
         for number, source in self.sources.items():
             if number in rows and number in self.job.positions:
-                # The worker tells how many bytes the command has taken: the rest, in pipes and
-                # buffers on the way, counts as never read.  More than we sent is not believed.
+                # The worker tells how many bytes the command has taken.  The bytes in pipes and
+                # buffers on the way count as never read.  We do not believe more than we sent.
                 self.job.positions[number].advance(min(rows[number][1], source.sent))
         self.stream_ended()
 
@@ -4898,10 +4907,10 @@ class Run(RemoteJob):
             self.patron.lost(self, reason)
 
     def let_go_of_stderr(self):
-        """Releases the log's copy of 2 when the command has closed 2 and goes on.
+        """Releases the log's copy of 2, if the command has closed 2 and goes on.
 
-        Whoever reads there then sees the end of file at once, as with a local command, and not
-        at the end of the job.  A file or a terminal has no such reader: the log stays.
+        So the reader there sees the end of file at once, as with a local command, and not at the end
+        of the job.  A file or a terminal has no such reader: then the log keeps its copy.
         """
         closed = any(sink.state in (ENDED, SHUTDOWN) and channel in self.job.channels
                      and self.job.has_number(channel, 2) and self.job.channels[channel][0].kind in (PIPE, SOCKET)
@@ -4909,7 +4918,7 @@ class Run(RemoteJob):
         if closed and self.exit is None:
             log.release()
 
-    # What happens here
+    # The descriptors here
 
     def detach(self):
         self.tick.cancel()
@@ -4934,7 +4943,7 @@ class Run(RemoteJob):
             self.conclude(self.exit.how, self.exit.status)
 
     def conclude(self, how, code):
-        """The job is over: tells the user and crat how, by EXIT's how and status."""
+        """The job is over: tells the user and crat how it ended (EXIT's how and status)."""
         if self.trouble:
             log.say(self.trouble)
             self.patron.alert(self, ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
@@ -4961,11 +4970,11 @@ class Run(RemoteJob):
         now = time.monotonic()
         if self.job.terminal and self.signalled_at_terminal(number):
             return
-        if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
+        if number == signal.SIGINT and now - self.interrupted_at < 1.0 or self.exit is not None:
             if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
                 self.die_of(number)
         if number == signal.SIGINT:
-            self.interrupted = now
+            self.interrupted_at = now
         if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             self.job.tell_to_end()
         if self.exit is None:
@@ -4981,11 +4990,11 @@ class Run(RemoteJob):
         die_of(number)
 
     def signalled_at_terminal(self, number):
-        """With -t the keys for signals are the command's, and signals are cexec's: all but USR1 and USR2."""
+        """With -t signals are for cexec, except USR1 and USR2; whether this one was.  Keys like Ctrl-C go as bytes."""
         if number == signal.SIGWINCH:
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
-            self.loop.after(0, self.take_terminal)      # a TERM that came meanwhile goes first: that may stop us again
+            self.loop.after(0, self.take_terminal)      # later: it may stop us, so a TERM that waits must go first
             self.refresh()
         elif number == signal.SIGTSTP:
             self.job.terminal.restore()
@@ -4995,7 +5004,7 @@ class Run(RemoteJob):
         return number not in (signal.SIGUSR1, signal.SIGUSR2)
 
     def take_terminal(self):
-        """At the job's start, and when we go on after a stop: its size may be another by now."""
+        """Makes the terminal raw and sends its size: at the start, and after a stop, when the size may be new."""
         try:
             self.job.terminal.take()
         except OSError as error:
@@ -5003,11 +5012,11 @@ class Run(RemoteJob):
         self.link.send(RESIZE, **self.job.terminal.size())
 
     def stop_here(self):
-        """Stops this process like the command, once the link has taken the signal, or after a second."""
-        # SIGSTOP stops us at this very line.  What is still queued here would stay until we go on:
-        # the command would run, although the user has stopped it.  So the queue is written first.
-        # The loop cannot do that: it would also read, and act as if nothing had been stopped.  A
-        # link that takes nothing for a second belongs to a worker that is no better off with us.
+        """Stops this process, as the command is stopped; but first sends the signal that is queued in the link."""
+        # SIGSTOP stops us at once, at the last line here.  If the signal were still in our queue then, the
+        # command would run on, although the user has stopped it.  So we write the queue first.  The loop
+        # must not do that: it would also read, and write output while the user sees a stopped job.
+        # After a second we stop in any case: a worker that takes nothing for so long cannot be helped.
         deadline, selector = time.monotonic() + 1.0, new_selector()
         selector.register(self.link.sock, selectors.EVENT_WRITE)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
@@ -5017,7 +5026,7 @@ class Run(RemoteJob):
 
 
 class Progress:
-    """cexec -p: shows how far the job is: on a terminal four times a second, in its last line; else every 10 s."""
+    """cexec -p: shows the job's progress, on a terminal in its last line four times a second, else every 10 s."""
 
     def __init__(self, client):
         self.client, self.loop = client, client.loop
@@ -5062,7 +5071,7 @@ class Progress:
 
 
 class Patron:
-    """Has jobs for which it searches workers, and does a job again when its worker is lost: a Client or a Batch."""
+    """Has jobs, searches workers for them, and may run a job again if its worker is lost: a Client or a Batch."""
 
     def __init__(self, pub, group, terms, loop):
         self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
@@ -5070,7 +5079,7 @@ class Patron:
         self.speakers = {family: loop.own(sock) for family, sock in open_speakers().items()}
 
     def new_search(self, quiet, only=ANY_WORKER):
-        """A Search, which is to be started."""
+        """A Search; the caller starts it."""
         return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet, only)
 
     def alert(self, run, event, status, reason):
@@ -5080,7 +5089,7 @@ class Patron:
             **run.alert_fields(event, status, reason)))
 
     def lost(self, run, reason):
-        """The connection has broken after GO: does the job again, unless something speaks against that."""
+        """The connection broke after GO: runs the job again, or fails, as objection() says."""
         objection = self.objection(run)
         if objection is None:
             log.note("worker %s lost: %s; runs the job again", run.address, reason)
@@ -5093,7 +5102,7 @@ class Patron:
             self.failed(run, reason, objection)
 
     def objection(self, run):
-        """Why a lost job is not done again: None if it is, "" if nobody has asked for it."""
+        """Why a lost job does not run again; None if it does, "" if that was not asked for."""
         objection = run.job.objection(run)
         if objection is None and run.job.losses >= self.terms.retries:
             return "that was try %d (CEXEC_RETRIES)" % (run.job.losses + 1)
@@ -5101,14 +5110,14 @@ class Patron:
 
 
 class Client(Patron):
-    """A single job: the search, then a run, and both again if the job may be repeated and is lost."""
+    """Has a single job: a search, then a run; both again if the run is lost and the job may be repeated."""
 
     def __init__(self, pub, group, job):
         super().__init__(pub, group, job, Loop(floor=job.limit))
         self.job = job
         self.search = self.run = None           # one of them is there at a time
         job.open_ends(self.loop.floor, self.signalled)
-        deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
+        deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # restore the terminal first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
 
     def work(self):
@@ -5126,7 +5135,7 @@ class Client(Patron):
         return self.run.exit_code
 
     def look(self):
-        """Looks for a worker."""
+        """Begins a search."""
         self.search = self.new_search(self.job.progress)
         self.search.start()
 
@@ -5145,7 +5154,7 @@ class Client(Patron):
             self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number)
             die_of(number)
 
-    # What a Search asks of its patron
+    # The patron's methods, which Search calls
 
     def next_job(self, search):
         return self.job
@@ -5179,41 +5188,44 @@ class Client(Patron):
 
 
 # ---------------------------------------------------------------------------
-# cexec -l: who is there
+# cexec -l: which workers there are
 # ---------------------------------------------------------------------------
 
 class Survey:
-    """cexec -l: asks who is there.  When nobody answers it finds out why."""
+    """cexec -l: sends QUERY and collects the workers that answer.  If none does, it finds out why.
 
-    STRANGERS_MAX = 16              # of a kind that are kept: anybody can send any number of datagrams
+    A stranger is a peer that cannot do this client's jobs.
+    """
 
-    ASK = (0.0, 0.2, 0.6)           # seconds after the start: it asks
-    ENOUGH, PATIENCE = 1.2, 3.0     # it stops, if somebody has answered, and if nobody has
+    STRANGERS_MAX = 16              # remembered of each kind: anybody can send any number of datagrams
+
+    ASK = (0.0, 0.2, 0.6)           # seconds after the start at which it asks
+    ENOUGH, PATIENCE = 1.2, 3.0     # seconds after which it stops: with an answer, and without one
 
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
-        self.connected = set()      # addresses of workers whose probe has come
+        self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
-        self.foreign = {}           # application id: addresses of its workers
-        self.others = {}            # application id: addresses of its clients, and of its workers that we heard
+        self.foreign = {}           # application id: addresses of the workers that sent DENY
+        self.others = {}            # application id: addresses from which we heard datagrams to the group
         self.versions = {}          # (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.hear, self.accept, self.hear_stranger)
         self.listen()
 
     def listen(self):
-        """Hears what others send to the group."""
+        """Begins to hear what other peers send to the group."""
         try:
             self.listeners = open_listeners(self.group)
-        except Fatal as error:      # another program has the port for itself
+        except Fatal as error:      # another program does not share the port
             log.note("%s", error)
             self.listeners = []
         hear_all(self.loop, self.listeners, self.overhear, self.hear_stranger)
 
     def begin(self, over):
-        """Asks, and calls over() when there is enough to show."""
+        """Asks, and calls over() when its time is over: see ENOUGH and PATIENCE."""
         for seconds in self.ASK:
             self.loop.after(seconds, self.ask)
         self.loop.after(self.ENOUGH, lambda: over() if self.workers else self.loop.after(
@@ -5237,7 +5249,7 @@ class Survey:
             handler(datagram, address)
 
     def rcvd_reply(self, datagram, address):
-        """A worker of ours."""
+        """A worker that can do our jobs."""
         body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
         if datagram.proved_by(self.pub.secret):
             self.add_worker(body.worker_id, {
@@ -5247,7 +5259,7 @@ class Survey:
                 "state": "draining" if body.draining else "serving", "options": option_letters(body.options)})
 
     def rcvd_deny(self, datagram, address):
-        """A worker that does not serve us: of our application, or of another."""
+        """A worker that refuses us, or one of another application."""
         if datagram.body.serves == self.pub.application:
             self.note_stranger(self.denied, datagram.body.why, address)
         else:
@@ -5263,7 +5275,7 @@ class Survey:
         self.connected.add(address)
 
     def overhear(self, datagram, address, index):
-        """A datagram that another client, or worker, has sent to the group."""
+        """A datagram to the group from another client or worker."""
         if datagram.nonce not in self.asked:
             self.note_stranger(self.others, datagram.application, address)
 
@@ -5271,20 +5283,20 @@ class Survey:
         self.note_stranger(self.versions, (error.version, address), address)
 
     def note_stranger(self, known, what, address):
-        """Adds an address to known[what], which are both bounded."""
+        """Adds an address to the set known[what]; the dictionary and the set are bounded."""
         if what in known or len(known) < self.STRANGERS_MAX:
             addresses = known.setdefault(what, set())
             if len(addresses) < self.STRANGERS_MAX:
                 addresses.add(address)
 
-    # What it shows
+    # The result
 
     def rows(self):
         """The workers as dictionaries, the least loaded first."""
         return sorted(self.workers.values(), key=lambda row: (row["load"], row["host"], row["address"]))
 
     def troubles(self):
-        """Yields why a job would find no worker: lines with the cause and the remedy."""
+        """Yields the reasons why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
             if not self.connected:
                 yield TCP_BLOCKED
@@ -5301,7 +5313,7 @@ class Survey:
             yield from self.guesses()
 
     def causes(self):
-        """Yields what is certainly wrong."""
+        """Yields the certain causes."""
         for why, addresses in sorted(self.denied.items()):
             yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(why))
         for version, address in sorted(self.versions):
@@ -5311,7 +5323,7 @@ class Survey:
                    "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
 
     def guesses(self):
-        """Yields what may be wrong, if nothing is certain."""
+        """Yields the possible causes, if none is certain."""
         for application, addresses in sorted(self.foreign.items()):
             yield ("%s: a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or "
                    "make the pub again" % (", ".join(sorted(addresses)), application.hex(), self.pub.label,
@@ -5325,6 +5337,7 @@ class Survey:
                    "does the firewall there let UDP port %s in?" % ports)
 
     def sending_troubles(self):
+        """Yields where the questions went, or why they could not be sent."""
         names = interface_names()
         own = {interface.index: interface.address for interface in interfaces()}
         ways = sorted({"%s (%s)" % (names.get(index, "?"), own.get(index) or "no IPv4") if index else address
@@ -5345,7 +5358,7 @@ class Survey:
 
 
 def list_workers(group, pub, ports, as_json):
-    """Prints a line for each worker.  If there is none it says why, and returns EXIT_TEMPORARY."""
+    """Asks for the workers, and shows them; the exit code."""
     survey = Survey(group, pub, ports, Loop())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -5353,7 +5366,7 @@ def list_workers(group, pub, ports, as_json):
 
 
 def show_workers(survey, as_json):
-    """Prints a line for each worker that has answered, and says what is wrong; EXIT_TEMPORARY if none has."""
+    """Prints a line for each worker that has answered, and says what is wrong; 0, or 111 if none has answered."""
     rows = survey.rows()
     if as_json:
         import json
@@ -5382,38 +5395,41 @@ def show_workers(survey, as_json):
 # The first file of a connection is a job like any other.  Then:
 #
 #   client (Batch, a FileRun for each file)     worker (Supervisor)
-#     |  <----------------------- EXIT, more=1  |  cservice says that nobody else waits: it keeps the slot
+#     |  <----------------------- EXIT, more=1  |  no other client waits: the supervisor keeps the slot
 #     |  JOB, GO, DATA ... EOF ------------->   |  no JOB in 3 s: it gives the slot back
 #     |  <------------------------------ ACCEPT |  the command starts
 #     |     lost before ACCEPT: nothing has run, the file goes back to the head of the queue
 #     |  <------------------- DATA, EOF ...     |
-#     |     lost after ACCEPT: nobody has seen its output, it is done again, CEXEC_RETRIES times
+#     |     lost after ACCEPT: no output was shown, so the file is done again, CEXEC_RETRIES times
 #     |  <----------------------- EXIT, more=1  |  and so on; after more=0 the client closes, and searches
 #     |  no file is left: it closes             |  it gives the slot back
 #
-# A Task's way: Batch.queue --take--> a search's worker, or one that has just done another --EXIT-->
-# keep: the output gets its name, or waits for its turn on standard output --> over
+# The way of a Task:
+#
+#   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
+#     --EXIT--> Task.keep: the output gets its name, or waits for its turn on standard output --> Batch.over
 
 PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ...
-OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
+OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 IN_LINE = 2                         # searches at a time
-FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
-NOT_THERE_MAX = 10                  # a batch stops if so many files, the first, all fail with 126 or 127
+FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
+NOT_THERE_MAX = 10                  # a batch stops if its first so many files all fail with 126 or 127
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
 def fill_pattern(pattern, *inputs, between=" "):
-    """The pattern with {} the inputs, {.} without extensions, {/} their last parts, {//} their directories, {/.} both.
+    """The pattern with its places filled in from the inputs.  between stands between several inputs.
 
-    {2}, {2.} and so on are the second input's, {-1} the last one's; of an input that is not there they are empty.
-    between stands between several inputs.
+    {} is the input, {.} without its extension, {/} its last part, {//} its directory, {/.} the last
+    part without the extension.  {2}, {2.} and so on are the same for the second input, {-1} for the
+    last one; without such an input they are empty.
     """
     import re
     return re.sub(PLACES, lambda match: fill_place(inputs, int(match.group(1) or 0), match.group(2), between), pattern)
 
 
 def fill_place(inputs, number, form, between):
-    """What stands for one place: the input of this number, counted from 1, or from the end; 0: all of them."""
+    """The text for one place: the input of this number, counted from 1, or with -1 from the end; 0: all inputs."""
     if not number:
         return between.join(formed(form, text) for text in inputs)
     number = number - 1 if number > 0 else number + len(inputs)
@@ -5421,7 +5437,7 @@ def fill_place(inputs, number, form, between):
 
 
 def formed(form, text):
-    """An input as parallel(1)'s {}, {.}, {/}, {//} or {/.} has it."""
+    """An input in the form of {}, {.}, {/}, {//} or {/.}, as in parallel(1)."""
     import re
     if form == "//":
         return os.path.dirname(text) or "."
@@ -5430,9 +5446,9 @@ def formed(form, text):
 
 
 def split_words(words):
-    """(the words for the command, lists of inputs): what stands before and behind the first -- or ::: of a batch.
+    """(the words before the first -- or ::: of a batch, the lists of inputs after it).  Raises Fatal (100).
 
-    Several ::: make several lists; -- makes one, which is None if there is no -- either.  Raises Fatal (100).
+    Each ::: begins a list; -- begins the only one.  Without them the lists are None.
     """
     place = next((place for place, word in enumerate(words) if word in ("--", ":::")), len(words))
     head, rest = words[:place], words[place:]
@@ -5456,15 +5472,15 @@ def batch_inputs(words, zero):
     if ":::" not in words:
         return head, [(name,) for name in batch_names(lists[0] if lists else [], zero)]
     if zero:
-        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those behind :::")
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those after :::")
     import itertools
     return head, list(itertools.product(*lists))
 
 
 def batch_names(words, zero):
-    """The names of a batch's files: words, or for "-" the lines of standard input.  Raises Fatal.
+    """The names of a batch's files: the words, or for "-" and no words the lines of standard input.  Raises Fatal.
 
-    With zero a NUL ends each name there.
+    zero: on standard input a NUL ends each name.
     """
     if zero and words not in ([], ["-"]):
         raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
@@ -5479,11 +5495,7 @@ def batch_names(words, zero):
 
 
 def batch_tasks(terms, inputs):
-    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
-
-    It must not be another job's output, nor a file of the batch.  What is there already must
-    be a regular file.
-    """
+    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written."""
     pattern = terms.pattern
     tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
              for number, given in enumerate(inputs, 1)]
@@ -5495,7 +5507,7 @@ def batch_tasks(terms, inputs):
 
 
 def check_outputs(pattern, tasks):
-    """Raises Fatal (100) for an output that must not be written."""
+    """Raises Fatal (100) for an output that is another job's output too, an input, or no regular file."""
     taken, places = {}, {}
     files = {place_of(task.file, places): task.file for task in tasks if task.file is not None}
     for task in tasks:
@@ -5513,7 +5525,7 @@ def check_outputs(pattern, tasks):
 
 
 def check_directories(pattern, tasks):
-    """Raises Fatal (100) if there is no directory for an output; the Task itself says that its input is missing."""
+    """Raises Fatal (100) if an output has no directory, unless its input is missing: then the Task itself fails."""
     known = {"": True}
     for task in tasks:
         directory = os.path.dirname(task.output)
@@ -5523,13 +5535,13 @@ def check_directories(pattern, tasks):
             if not known[directory] and (task.file is None or os.path.exists(task.file)):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
-            pass                    # the name has a NUL in it: the Task fails in its turn
+            pass                    # a NUL in the name: the Task will fail
 
 
 def place_of(name, known):
-    """One name for a file, by whatever links its name leads there: its directory's real path, and its name there.
+    """A name for a file that does not depend on links to its directory: the directory's real path, and the last part.
 
-    known keeps the real paths of directories, so that each is looked up once.
+    known has the real paths of directories, so that each is looked up once.
     """
     directory, base = os.path.split(name)
     if directory not in known:
@@ -5541,14 +5553,14 @@ def place_of(name, known):
 
 
 def part_of(output):
-    """The name beside an output's under which it is written.  Names have a limit: a long one's is a hash."""
+    """The name under which an output is written, in its directory: .NAME.part, or with a hash for a long name."""
     directory, base = os.path.split(output)
     raw = os.fsencode(base)
     return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
 
 class BatchTerms(Terms):
-    """What the user wants of each file's job; inputs and results are words yet, with {} and its relatives."""
+    """The settings of all jobs of a batch.  In words, inputs and results the places {} {.} ... are not filled in."""
 
     def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, **files):
         super().__init__(environment, arguments, batch=os.urandom(8), **files)
@@ -5557,9 +5569,9 @@ class BatchTerms(Terms):
         self.errors = errors        # the directory of --errors
 
     def words_for(self, inputs):
-        """(variables, arguments) of a job, with {} and its relatives filled in.  Raises OSError, ValueError.
+        """(variables, arguments) of a job, with {} {.} ... filled in.  Raises OSError, ValueError.
 
-        In an argument, several inputs for one {} make several arguments, as in the shell that parallel has.
+        If one {} in an argument stands for several inputs, it makes several arguments, as with parallel.
         """
         if "\0" in "".join(inputs):
             raise ValueError("a null character is in it")
@@ -5573,12 +5585,12 @@ class BatchTerms(Terms):
 
 
 class Task:
-    """A job of a batch, from its place in the list to its output.
+    """A job of a batch.
 
-    The first of its inputs is the file that it reads, or with -n a value like the others.
+    Its first input is the file that it reads, or with -n a value like the others.
 
-    The output is written beside its name, and gets that only when it is whole.  Without a
-    name for it (-o -) it goes to an unnamed file, and is copied from there in its turn.
+    The output is written under another name (part), and gets its own name when it is whole: in
+    keep().  With -o - it goes to an unnamed file, from which the Printer copies it in its turn.
     """
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
@@ -5588,16 +5600,16 @@ class Task:
         self.file = None if terms.values else inputs[0]
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
-        self.words = None           # of its job: (variables, arguments)
-        self.places = []            # what goes into its directory, as input_place() has it
+        self.words = None           # (variables, arguments), while its files are open
+        self.places = []            # the files of -i: see input_place()
         self.results = [result_pattern(fill_pattern(text, *map(quoted, inputs))) for text in terms.results]
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
-        self.done_before = False    # by a batch before this one
+        self.done_before = False    # an earlier batch has done it
 
     @property
     def name(self):
-        """For messages and the log."""
+        """A name for messages and the joblog."""
         return " ".join(self.inputs)
 
     @property
@@ -5611,25 +5623,24 @@ class Task:
                     arguments=arguments, patterns=list(map(os.fsencode, self.results)))
 
     def objection(self, run):
-        """Why it is not done again after this run: nobody has seen its output, and so nothing."""
+        """Why it is not done again after this run.  None: it always can, because no output was shown."""
         return None
 
     def rewind(self, run):
-        """Leaves nothing of a run that was lost."""
+        """Removes the unfinished output of a run that was lost."""
         self.losses += 1
         self.discard()
 
     def conclude(self, exit_code, signal=0):
-        """It is over."""
         self.exit_code, self.signal, self.words = exit_code, signal, None
 
     def outputs(self):
-        """The names of what it makes here, as far as they are known before."""
+        """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
         named = [fill_pattern(text, *self.inputs) for text in self.terms.results if not is_pattern(text)]
         return [os.path.normpath(name) for name in named] + [self.output] * (self.output is not None)
 
     def input_place(self, text):
-        """What an -i names, with {} and its relatives filled in, as input_place() has it.  Raises OSError."""
+        """input_place() of an argument of -i, with {} {.} ... filled in.  Raises OSError."""
         return input_place(fill_pattern(text, *self.inputs))
 
     def is_done(self):
@@ -5642,11 +5653,11 @@ class Task:
                          if not os.path.isdir(path)]
             self.done_before = bool(made) and min(made) >= max(read, default=0)
         except (OSError, ValueError):
-            pass                    # one is not there, or has an impossible name
+            pass                    # a file is missing, or its name is impossible
         return self.done_before
 
     def open(self):
-        """Opens what it reads and writes, for one more try.  Raises OSError."""
+        """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
         import tempfile
         self.words = self.fill_words()
         self.places = [self.input_place(text) for text in self.terms.inputs]
@@ -5659,18 +5670,20 @@ class Task:
             raise
 
     def fill_words(self):
-        """(variables, arguments) of its job.  Raises OSError, ValueError."""
+        """Its (variables, arguments).  Raises OSError, ValueError."""
         return self.terms.words_for(self.inputs)
 
     def open_input(self):
-        """Opens the file that it reads; a value's job reads nothing.  Raises OSError."""
+        """Opens the file that it reads; with -n it reads nothing.  Raises OSError."""
         self.stamp = self.state_of_input()
         if self.stamp and not stat.S_ISREG(self.stamp[0]):
             raise OSError(errno.EINVAL, "not a regular file")
         self.input = open(self.file if self.stamp else os.devnull, "rb", 0)
 
     def open_part(self):
-        """The file beside the output, empty, and nobody else's.  Raises OSError."""
+        """The file for the unfinished output, empty, and locked for us alone.  Raises OSError."""
+        # A file with this name may be there: another cexec has left it, is writing it, or is just giving it
+        # its final name.  So take it only with a lock, and look then whether the name still leads to it.
         while True:
             flags, ours = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, True
             try:
@@ -5688,7 +5701,7 @@ class Task:
                     part.truncate(0)
                     return part
             except FileNotFoundError:
-                pass                # another cexec had it, and has just renamed or removed it
+                pass                # another cexec has just renamed or removed it: try again
             except BlockingIOError:
                 part.close()
                 raise OSError(errno.EBUSY, "another cexec is writing it", self.part) from None
@@ -5698,7 +5711,7 @@ class Task:
             part.close()
 
     def state_of_input(self):
-        """Equal values mean that the name stands for the same file, and that it was not changed.  Raises OSError."""
+        """A value that changes if the input is changed or replaced by another file.  Raises OSError."""
         if self.file is None:
             return None
         now = os.stat(self.file)
@@ -5707,7 +5720,7 @@ class Task:
     def keep(self):
         """Gives the output its name, once it is on the disk.  Raises OSError.
 
-        A later batch takes a file with that name as done: it must be whole, and of this input.
+        For a later batch a file with this name is done: so it must be whole, and from the present input.
         """
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
@@ -5715,7 +5728,7 @@ class Task:
             name_part(self.result, self.part, self.output)
 
     def discard(self):
-        """Leaves nothing of an output that is not whole."""
+        """Removes the unfinished output."""
         if self.result and self.output is not None:
             drop_part(self.part)
         self.close()
@@ -5728,12 +5741,12 @@ class Task:
             try:
                 if file:
                     file.close()
-            except OSError as error:            # keep() has raised it, if it matters
+            except OSError as error:            # if this matters, keep() has raised it
                 log.note("%s: %s", self.name, error.strerror)
 
 
 def quoted(name):
-    """A file's name for fill_pattern() to make a pattern of -g of: there it stands for itself."""
+    """A file's name with its * ? [ escaped, to be filled into a pattern of -g."""
     import re
     return re.sub(r"([*?[])", r"[\1]", name)
 
@@ -5760,8 +5773,8 @@ def error_of_task(error, name):
 def open_joblog(path):
     """A file to append to, with the heads of parallel's columns if it is new.  Raises Fatal (111)."""
     try:
-        # Without a buffer: a line that finds no room on the disk is not written later by surprise.
-        # Not mode "ab": Python 3.6 takes no pipe with that.
+        # Without a buffer: else a line for which the disk had no room could be written later.
+        # Not mode "ab": with it Python 3.6 refuses a pipe.
         file = open(path, "wb", 0, opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         size_before = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -5781,15 +5794,15 @@ def write_joblog(file, line):
 
 
 class FileRun(RemoteJob):
-    """One run of a Task: after its EXIT the connection has the next Task's, if client and worker want that."""
+    """One run of a Task.  After its EXIT the next Task can use the connection: see Batch.go_on()."""
 
     def __init__(self, batch, link, hello, task, accepted):
         super().__init__(batch, link, hello, task)
-        self.started = time.time()
-        self.accepted = accepted    # for the next Task of a connection GO is sent at once, and ACCEPT comes later
+        self.started_at = time.time()           # for the joblog
+        self.accepted = accepted    # False for the next Task of a connection, until ACCEPT: its GO was sent at once
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
-        self.over = False           # whether the batch was told of its end
+        self.over = False           # whether ended() of the batch was called
         self.begin_files(task.places, list(map(os.fsencode, task.results)), durable=True)
         self.refresh()
 
@@ -5805,7 +5818,7 @@ class FileRun(RemoteJob):
     def exited(self, rows):
         for channel, sink in self.sinks.items():
             while sink.queue and channel != FILES_OUT:
-                sink.writable()     # after a short write: a disk that is full says so at the next one
+                sink.writable()     # a short write left this; if the disk is full, the next write says so
         self.stream_ended()
 
     def detach(self):
@@ -5820,7 +5833,7 @@ class FileRun(RemoteJob):
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
-        """EXIT comes after the ends of all streams, but results are not in their places yet."""
+        """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
         if self.exit and not self.over and self.files_are_over():
             self.over = True
             self.detach()
@@ -5831,7 +5844,7 @@ class FileRun(RemoteJob):
 
     def link_lost(self, link, reason, violation):
         if self.exit:
-            return                  # it waits for its files, and no more for the worker
+            return                  # only our own files are missing now: the worker has done its part
         self.detach()
         if self.accepted or violation:
             self.patron.lost(self, reason)
@@ -5839,7 +5852,7 @@ class FileRun(RemoteJob):
             self.patron.came_too_late(self, reason)
 
     def alert_nonce(self, event):
-        """A complaint names the job of the offer; other ALERTs need one each, or would be taken for copies."""
+        """A complaint has the nonce of the offer's job.  Other ALERTs need new ones: else they look like copies."""
         return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
@@ -5850,7 +5863,8 @@ class Printer:
         self.batch, self.loop = batch, batch.loop
         self.tasks = collections.deque(tasks)       # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
-        self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
+        self.count = 0              # outputs that were printed or left out
+        self.task, self.unprinted = None, b""       # whose output is being printed; bytes of it
 
     def add(self, task):
         self.tasks.append(task)
@@ -5862,11 +5876,11 @@ class Printer:
         self.tasks.pop()
 
     def has_room(self, task):
-        """Whether a task may be begun: the outputs in line take descriptors, and so they have a bound."""
+        """Whether a task may be begun: waiting outputs need descriptors, so their number is bounded."""
         return task.number <= self.count + OUTPUTS_MAX
 
     def refresh(self):
-        """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
+        """Begins to print the next output if it is whole; outputs of failed tasks are left out."""
         while not self.task and self.tasks and (self.tasks[0].done_before or self.tasks[0].exit_code is not None):
             task = self.tasks[0]
             if task.done_before or task.exit_code:
@@ -5901,14 +5915,14 @@ class Printer:
 
 
 class Halt:
-    """When a batch stops before its end: after so many failures (--halt), or because its command is not there."""
+    """Decides when a batch stops early: after so many failures (--halt), or if its command is not there."""
 
     def __init__(self, limit):
-        self.limit = limit          # failures; None if only a command that is not there stops it
+        self.limit = limit          # failures; without --halt None: only a missing command stops the batch
         self.over = self.failures = self.not_there = 0
 
     def reason(self, exit_code):
-        """Counts a file that is over; why the batch stops now, or None."""
+        """Counts a file that is over.  Returns why the batch stops now, or None."""
         self.over += 1
         self.failures += exit_code != 0
         self.not_there += exit_code in (EXIT_CANNOT_RUN, EXIT_NOT_FOUND)
@@ -5920,24 +5934,24 @@ class Halt:
 
 
 class Batch(Patron):
-    """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
+    """cexec -m: does as many files at a time as the workers take, each on the least loaded worker.
 
-    A worker takes the next file on the connection that it has, unless others wait for it.
-    Two searches at a time, or fewer if -j leaves no more, find workers besides.
+    A worker takes the next file on the same connection, unless other clients wait for it.  In
+    addition, two searches at a time find more workers, or fewer searches if -j leaves less room.
     """
 
     def __init__(self, pub, group, terms, tasks, jobs, joblog, force, halt):
         super().__init__(pub, group, terms, Loop())
         self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
-        self.force = force          # whether -f was given: what was done before is done as well
+        self.force = force          # -f: files that are done already are done again
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
-        self.before = len(tasks) - len(self.queue)  # done by batches before this one
-        self.halt, self.halted = halt, None         # a Halt; why nothing more is begun
+        self.done_before = len(tasks) - len(self.queue)         # files that earlier batches have done
+        self.halt, self.halted = halt, None         # a Halt; its reason, if no more files are begun
         self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
-        self.directories = set()    # those with new outputs, whose names may not be on the disk yet
+        self.directories = set()    # they have new outputs, whose names may not be on the disk yet
 
     def work(self):
         """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
@@ -5946,7 +5960,7 @@ class Batch(Patron):
             self.show_progress()
         try:
             if self.printer:
-                self.printer.refresh()          # passes over what is done already
+                self.printer.refresh()          # passes over files that are done already
             self.fill()
             started_up()
             while self.is_busy():
@@ -5970,9 +5984,9 @@ class Batch(Patron):
         return waiting or self.runs or printing or any(search.asked for search in self.searches)
 
     def make_durable(self):
-        """Makes the names of all outputs durable, each directory once.
+        """Makes the names of all outputs durable, once for each directory.
 
-        An output that loses its name in a crash before that is only done again.
+        If a crash before this loses a name, the next batch does this file again: no harm.
         """
         for directory in self.directories:
             try:
@@ -5983,11 +5997,11 @@ class Batch(Patron):
     # Searches, and the files for the workers that they find
 
     def fill(self):
-        """Begins searches, as long as there are files for them, and -j leaves room."""
+        """Begins searches, if there are files for them, and -j leaves room."""
         room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
             try:
-                search = self.new_search(quiet=True)    # the batch has a line for all
+                search = self.new_search(quiet=True)    # the batch shows one line for all of them
             except Fatal as error:  # CEXEC_LISTEN_PORTS has only one
                 if not self.searches and not self.runs:
                     raise
@@ -5997,7 +6011,7 @@ class Batch(Patron):
             search.start()
 
     def ready(self):
-        """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
+        """How many files may be begun; with -o - the number of waiting outputs is a bound."""
         if self.halted or self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
@@ -6008,7 +6022,7 @@ class Batch(Patron):
             search.end()
 
     def not_found(self, search, message, code):
-        """A search has given up.  The batch goes on as long as there is another, or a run."""
+        """A search has given up.  The batch goes on if there is another search or a run."""
         self.end_search(search)
         if not self.runs and not self.searches:
             raise Fatal(code, "%s; %s" % (message, self.summary()))
@@ -6042,11 +6056,11 @@ class Batch(Patron):
     # The end of a run
 
     def ended(self, run):
-        """EXIT: the file is done, or has failed, and the worker may take the next."""
+        """EXIT: the file is done, or has failed; its worker may take the next file."""
         self.runs.remove(run)
         success = run.exit.status == 0 and not run.trouble
         if success:
-            self.go_on(run)         # first, so that the worker is busy while this output gets to the disk
+            self.go_on(run)         # first: the worker computes while keep() waits for the disk
         task, code = run.job, run.exit.status
         if run.exit.how == HOW_SIGNALLED and not run.trouble:
             reason = "killed by signal %d" % code
@@ -6057,11 +6071,11 @@ class Batch(Patron):
             self.alert(run, ALERT_EXITED, code, reason)
             self.over(task, code, reason, run)
         if not success:
-            self.go_on(run)         # last: after this failure the batch may stop
+            self.go_on(run)         # last: this failure may stop the batch
         self.fill()
 
     def keep(self, task, code, reason):
-        """Gives the output of a success its name; (exit code, reason) as they are then."""
+        """Gives the output its name if the exit code is 0; the (exit code, reason) after that."""
         try:
             if code == 0:
                 task.keep()
@@ -6082,7 +6096,7 @@ class Batch(Patron):
             run.link.close()
 
     def came_too_late(self, run, reason):
-        """The worker has left before it accepted the next file: nothing has run."""
+        """The connection has ended before the worker accepted the next file: nothing has run."""
         self.runs.remove(run)
         log.note("%s: worker %s lost: %s before it began", run.job.name, run.address, reason)
         self.put_back(run.job)
@@ -6099,7 +6113,7 @@ class Batch(Patron):
         self.fill()
 
     def over(self, task, exit_code, reason, run=None, signal=0):
-        """A file is done or has failed: says so, logs it, prints what is next in order."""
+        """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
         task.conclude(exit_code, signal)
         self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
         self.tell(task, reason)
@@ -6116,14 +6130,14 @@ class Batch(Patron):
         self.stop_early(self.halt.reason(exit_code))
 
     def stop_early(self, reason):
-        """Begins nothing more, if there is a reason; what runs goes on to its end."""
+        """If there is a reason, begins no more files; those that run go on to their end."""
         if reason and self.queue and not self.halted:
             self.halted = reason
             for search in list(self.searches):
                 self.end_search(search)
 
     def tell(self, task, reason):
-        """Says why a file failed, and what its command said on standard error, also of a success."""
+        """Says why a file failed, and shows what its command wrote on standard error, also after a success."""
         said = task.errors and os.fstat(task.errors.fileno()).st_size
         if not task.exit_code and (task.errors_kept or not said):
             return
@@ -6138,27 +6152,27 @@ class Batch(Patron):
                 log.write("\n")
 
     def log_job(self, task, run):
-        """A line as parallel's --joblog has it."""
+        """Writes a line in the format of parallel's --joblog."""
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
-        address, started = (run.address, run.started) if run else ("-", time.time())
+        address, started_at = (run.address, run.started_at) if run else ("-", time.time())
         line = "\t".join(map(str, [
-            task.number, address, "%.3f" % started, "%10.3f" % seconds,
+            task.number, address, "%.3f" % started_at, "%10.3f" % seconds,
             sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
         write_joblog(self.joblog, line)
 
-    # The person who waits
+    # For the user
 
     def summary(self):
-        """How much is done, and how the rest can be."""
+        """How much is done, and how to do the rest."""
         again = "" if self.printer else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
         what = "jobs" if self.terms.values else "files"
-        return "%d of %d %s are done%s" % (self.done + self.before, len(self.tasks), what, again)
+        return "%d of %d %s are done%s" % (self.done + self.done_before, len(self.tasks), what, again)
 
     def stop(self):
-        """Leaves: nothing runs on, nothing half-written stays."""
+        """Ends all searches and runs, and removes unfinished outputs."""
         log.status_line("")
         for search in list(self.searches):
             self.end_search(search)
@@ -6167,7 +6181,7 @@ class Batch(Patron):
         self.runs = []
 
     def leave(self, run):
-        """Ends a run, and its command with it."""
+        """Ends a run: the link closes, so the worker ends the command."""
         run.detach()
         run.link.close()
         run.job.discard()
@@ -6182,13 +6196,13 @@ class Batch(Patron):
         self.loop.after(0.2, self.show_progress)
 
     def progress(self):
-        seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
+        seconds, to_do = time.monotonic() - self.began, len(self.queue) + len(self.runs)
         over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
         text = "%d/%d done, %d running, %d failed" % (
-            self.done + self.before, len(self.tasks), len(self.runs), self.failures)
+            self.done + self.done_before, len(self.tasks), len(self.runs), self.failures)
         if over:
-            text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
+            text += ", %.1f/s, %s left" % (rate, duration(int(to_do / rate)))
         if not self.runs:
             text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
         workers = collections.Counter(run.address for run in self.runs)
@@ -6196,7 +6210,7 @@ class Batch(Patron):
 
 
 def files_at_once(each):
-    """For how many files there are descriptors: so many each, besides those of searches and of outputs in line."""
+    """How many files can be done at a time, if each needs so many descriptors; searches and outputs need others."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
@@ -6204,9 +6218,9 @@ def files_at_once(each):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
         soft = max(soft, wanted)
     except (OSError, ValueError):
-        pass                        # macOS allows fewer than it says
+        pass                        # macOS allows fewer than its hard limit
     if not LINUX:
-        soft = min(soft, 1024)      # what select can wait for
+        soft = min(soft, 1024)      # select cannot wait for more
     return max(1, (soft - OUTPUTS_MAX - 256) // each)
 
 
@@ -6235,7 +6249,7 @@ def main_batch(pub, group, words, options):
 
 
 def make_errors_directory(path):
-    """The directory of --errors.  Raises Fatal (111)."""
+    """Makes the directory of --errors.  Raises Fatal (111)."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -6243,7 +6257,7 @@ def make_errors_directory(path):
 
 
 def show_tasks(path, tasks):
-    """--dry-run: prints what would be done, for each Task a command of the shell that does the same."""
+    """--dry-run: prints for each Task a shell command that does the same; 0."""
     import shlex
     for task in tasks:
         try:
@@ -6265,19 +6279,19 @@ def show_tasks(path, tasks):
 #
 #   standard input --Splitter--> Blocks --Batch.queue, as with -m--> outputs --Printer--> standard output
 #
-# A Block holds its bytes until its output is whole.  Nothing is read while as many blocks are
-# held, or wait to be printed, as workers have taken at a time so far, and two more: the next
-# one for a worker, and the one that is being filled.
+# A Block keeps its bytes until its output is whole, so that its job can be done again.  The
+# number of blocks has a bound: as many as workers have had at a time so far, one that is ready
+# for the next worker, and one that is being filled.  A block counts until it is printed.
 
 class Block(Task):
-    """Lines of standard input, from this offset on, in an unnamed file: the input of a job, which may be done again."""
+    """A job whose input is a part of standard input, from this offset on, in an unnamed file."""
 
     def __init__(self, terms, number, offset):
         import tempfile
         super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
         self.file = None
         self.data = tempfile.TemporaryFile(buffering=0)
-        self.size = self.whole = 0                  # bytes; how many of them are whole lines
+        self.size = self.whole = 0                  # bytes; bytes in whole lines
 
     def fill_words(self):
         return self.terms.environment, self.terms.arguments
@@ -6299,8 +6313,8 @@ class Block(Task):
         self.size += len(view)
         write_all(self.data.write, view)
 
-    def rest(self):
-        """Yields what is behind the last whole line, in pieces, and then leaves it off.  Raises OSError."""
+    def cut_off(self):
+        """Yields the bytes after the last whole line, in pieces, and then removes them.  Raises OSError."""
         self.data.seek(self.whole)
         yield from iter(lambda: self.data.read(FRAME_MAX), b"")
         self.data.truncate(self.whole)
@@ -6308,24 +6322,24 @@ class Block(Task):
 
 
 class Splitter:
-    """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: the most whole lines of so many bytes.
+    """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: as many whole lines as fit the size.
 
-    A line that is longer is a block of its own.  give(a Block) gets each when it is full, or the
-    input ends; may_read() tells whether there is room for another.
+    A longer line is a block of its own.  give(block) is called for each Block that is full, and for
+    the last one.  may_read() tells whether there is room for another Block.
     """
 
     def __init__(self, loop, terms, size, may_read, give):
         self.loop, self.terms, self.size, self.may_read, self.give = loop, terms, size, may_read, give
         item = Inherited(0)
-        # A regular file is read at its common offset: whoever reads it after us goes on there.
+        # A regular file is read at its common offset, where the next process that reads it goes on.
         self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
         self.buffer = memoryview(bytearray(PIPE_SIZE))
         self.block, self.count, self.ended = None, 0, False
-        self.offset = 0             # in the input, where the next block begins
-        self.paused = False         # while the terminal's foreground is another's
+        self.offset = 0             # where the next block begins in the input
+        self.paused = False         # true while another job has the terminal
 
     def refresh(self):
-        """Waits for input exactly when there is room for it."""
+        """Waits for input if there is room for it, else not."""
         wanted = not self.ended and not self.paused and self.may_read()
         self.loop.on_read(self.end.polled, self.readable if wanted else None)
 
@@ -6334,7 +6348,7 @@ class Splitter:
         self.refresh()
 
     def stop(self):
-        """Reads nothing more; what is there of the next block is dropped."""
+        """Reads nothing more, and drops the block that is being filled."""
         self.ended, self.block = True, None
         self.loop.on_read(self.end.polled, None)
 
@@ -6358,13 +6372,13 @@ class Splitter:
         self.refresh()
 
     def room(self):
-        """How much to read: no more than is missing to a block, or as much again while a line is longer than one."""
+        """How many bytes to read: what the block has room for, or a block's size while one line is longer."""
         filled = self.block.size if self.block else 0
         return min(len(self.buffer), self.size - filled if filled < self.size else self.size)
 
     def take(self, view):
         self.block = self.block or self.new_block()
-        if self.block.size >= self.size:            # a line that is longer: the block ends with it
+        if self.block.size >= self.size:            # one long line: the block ends with it
             newline = bytes(view).find(b"\n") + 1
             self.block.add(view[:newline or len(view)])
             view = view[newline or len(view):]
@@ -6375,12 +6389,12 @@ class Splitter:
             self.cut(view)
 
     def cut(self, view):
-        """Ends a block at its last whole line; what is behind that, and view, begin the next."""
+        """Ends a block after its last whole line; the bytes after that, and view, begin the next block."""
         full, self.block = self.block, None
         self.offset += full.whole
         if full.size > full.whole or view:
             self.block = self.new_block()
-            for piece in full.rest():
+            for piece in full.cut_off():
                 self.block.add(piece)
             self.give(full)
             if view:
@@ -6393,7 +6407,7 @@ class Splitter:
         return Block(self.terms, self.count, self.offset)
 
     def finish(self):
-        """The end of the input."""
+        """The input has ended."""
         last = self.block
         self.stop()
         if last:
@@ -6401,17 +6415,17 @@ class Splitter:
 
 
 class BlockBatch(Batch):
-    """cexec -b.  The first block that fails ends the output: those before it are still done, those behind are not."""
+    """cexec -b.  The output ends before the first block that fails: only the blocks before it are still done."""
 
     def __init__(self, pub, group, terms, size, jobs, joblog):
         super().__init__(pub, group, terms, [], jobs, joblog, False, Halt(float("inf")))
-        self.taken = 0              # the most blocks that workers had at a time
+        self.most = 0               # the largest number of blocks that workers had at a time
         self.broken = None          # the first Block that has failed
         self.splitter = Splitter(self.loop, terms, size, self.may_read, self.add)
 
     def may_read(self):
-        """Whether one more block may be held besides those that wait to be printed, at a worker or not."""
-        return len(self.printer.tasks) < self.taken + 2
+        """Whether one more block may be filled, see above."""
+        return len(self.printer.tasks) < self.most + 2
 
     def add(self, block):
         self.queue.append(block)
@@ -6419,7 +6433,7 @@ class BlockBatch(Batch):
         self.fill()
 
     def fill(self):
-        self.taken = max(self.taken, len(self.runs))
+        self.most = max(self.most, len(self.runs))
         super().fill()
         self.splitter.refresh()
 
@@ -6427,13 +6441,13 @@ class BlockBatch(Batch):
         return not self.splitter.ended or self.printer.tasks or super().is_busy()
 
     def over(self, block, exit_code, reason, run=None, signal=0):
-        if exit_code:               # first, or the printer would go on behind this block
+        if exit_code:               # first: else the printer would go on with the block after this one
             self.broken = block
-            self.drop_rest(block.number)
+            self.drop_from(block.number)
         super().over(block, exit_code, reason, run, signal)
 
-    def drop_rest(self, first):
-        """Forgets the blocks behind this one, which has failed: there is none that failed before it."""
+    def drop_from(self, first):
+        """Ends the output before this block, which has failed, and forgets all blocks after it."""
         self.splitter.stop()
         for run in [run for run in self.runs if run.job.number > first]:
             self.runs.remove(run)
@@ -6465,7 +6479,7 @@ SIZES = {"": 1, "k": 1000, "m": 1000 ** 2, "g": 1000 ** 3, "K": 1 << 10, "M": 1 
 
 
 def parse_size(text):
-    """Bytes: 1000000, 64M, 1m, with parallel's letters: K, M, G are powers of 1024, k, m, g of 1000.  Raises Fatal."""
+    """The bytes in "1000000", "64M", "1m"; as with parallel, K M G are powers of 1024, k m g of 1000.  Raises Fatal."""
     digits, letter = (text[:-1], text[-1:]) if text[-1:] in SIZES else (text, "")
     size = whole(digits) * SIZES[letter] if digits.isdecimal() else 0
     if not 0 < size <= 1 << 40:
@@ -7754,7 +7768,7 @@ class SupervisorHandle:
         """Handles the lines that have come."""
         try:
             data = os.read(self.pipe, 65536)
-        except BlockingIOError:     # what poll has seen was of another pipe with that number
+        except BlockingIOError:     # poll has seen another pipe, which had this number before
             return
         except OSError:             # it has ended without reading our answer
             data = b""
