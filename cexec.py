@@ -6503,14 +6503,14 @@ def main_blocks(pub, group, words, options):
 #
 #   Survey (as -l) --a HostJob for each worker--> waiting --Search for that worker only--> runs --> over
 #
-# A worker that is busy has the search in its line, like any other client.
+# The search for a busy worker waits in this worker's line, like any other client.
 
-LINE_MAX = 1024 * 1024              # bytes of a line that are held until its end comes
+LINE_MAX = 1024 * 1024              # bytes of a line that are kept until its end comes
 EVERY_PAUSE = 0.010                 # seconds between the beginnings of two searches
 
 
 class EveryTerms(Terms):
-    """What the user wants of the job on every worker: a worker in use is waited for, but not for ever."""
+    """The settings of all jobs of cexec -A: by default each waits for its busy worker no longer than a minute."""
 
     def __init__(self, environment, arguments=()):
         super().__init__(environment, arguments)
@@ -6518,7 +6518,7 @@ class EveryTerms(Terms):
 
 
 class HostJob:
-    """One worker's job of cexec -A."""
+    """The job of cexec -A for one worker."""
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     losses = 0
@@ -6531,7 +6531,7 @@ class HostJob:
         return dict(self.terms.job_fields(), descriptors=self.ROWS)
 
     def objection(self, run):
-        """Why it is not done again when its worker is lost: nobody has asked for that."""
+        """Why it is not done again if its worker is lost: "", as it was not asked for."""
         return ""
 
     def conclude(self, exit_code):
@@ -6539,7 +6539,7 @@ class HostJob:
 
 
 def labels_of(workers):
-    """{worker_id: its name}: its host's name, with the address if others have that name, and a number if need be."""
+    """{worker_id: label}: the host's name; if several workers have it, with the address, and a number if needed."""
     names = {worker_id: printable(row["host"] or row["address"]) for worker_id, row in workers.items()}
     long_names = {worker_id: "%s[%s]" % (name, workers[worker_id]["address"]) for worker_id, name in names.items()}
     short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
@@ -6552,7 +6552,7 @@ def labels_of(workers):
 
 
 class LineWriter:
-    """Standard output or error, to which the lines of many jobs go, each line whole."""
+    """Standard output or standard error, for whole lines from many jobs."""
 
     def __init__(self, loop, number):
         self.loop, self.number = loop, number
@@ -6566,7 +6566,7 @@ class LineWriter:
         self.loop.on_write(self.end.polled, self.writable)
 
     def writable(self):
-        """Writes as much as is taken now: the reader may be slow.  Raises Fatal (111), BrokenPipeError."""
+        """Writes as much as the reader takes now; how many bytes.  Raises Fatal (111), BrokenPipeError."""
         count = 0
         with memoryview(self.pending) as pending, pending[:FRAME_MAX] as view:
             try:
@@ -6583,13 +6583,13 @@ class LineWriter:
         return count
 
     def drain(self):
-        """Writes what is left, as long as it is taken."""
+        """Writes the pending bytes, as long as the reader takes some."""
         while self.pending and self.writable():
             pass
 
 
 class LineEnd(End):
-    """Where one of a job's outputs goes: to a LineWriter, by lines, each with the worker's name before it."""
+    """The End of one output of a job: puts the worker's label before each line, and gives it to a LineWriter."""
 
     def __init__(self, writer, label, polled):
         super().__init__(polled, polled, self.finish, ["write"])
@@ -6609,13 +6609,15 @@ class LineEnd(End):
             self.writer.add(b"".join(self.label + line + b"\n" for line in lines))
 
     def finish(self):
-        """What has no newline at its end is a line too."""
+        """Adds the last line, if it has no newline."""
         if self.line:
             self.add(b"\n")
 
 
 class HostRun(RemoteJob):
-    """A HostJob after GO.  Its Ends have descriptors of their own to wait for: the Loop knows one caller for each."""
+    """A HostJob after GO."""
+    # All runs share 0, 1 and 2, but the Loop calls only one function for a descriptor: so each run waits
+    # for its own copies.
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron, link, hello, job)
@@ -6626,18 +6628,18 @@ class HostRun(RemoteJob):
         self.refresh()
 
     def exited(self, rows):
-        self.link.close()           # the worker closes it too, which is no loss while the lines wait for a slow reader
+        self.link.close()           # now: else the worker's close would count as a loss while a slow reader reads
         self.stream_ended()
 
     def stream_ended(self):
-        """The job is over after EXIT, when every output has been taken here."""
+        """After EXIT the job is over when each LineEnd has taken its output."""
         if self.exit and self.copies and not any(sink.state in (OPEN, ENDING) for sink in self.sinks.values()):
             self.patron.ended(self)
 
     def detach(self):
         self.send_no_more()
         for sink in self.sinks.values():
-            sink.end.add(sink.queue)            # what has come of a job that is lost
+            sink.end.add(sink.queue)            # of a lost job, show the output that has come
             sink.end.finish()
         for fd in self.copies:
             self.loop.forget(fd)
@@ -6656,11 +6658,11 @@ class HostRun(RemoteJob):
 
 
 class Everywhere(Patron):
-    """cexec -A: one job on each worker that is there, all at once, each on its own."""
+    """cexec -A: one job on each worker, all at the same time, independent of each other."""
 
     def __init__(self, pub, group, terms, loop, workers, source):
         super().__init__(pub, group, terms, loop)
-        self.input, self.offset = source        # what each job reads, from where
+        self.input, self.offset = source        # the descriptor that each job reads, from this offset
         labels = labels_of(workers)
         self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
         self.waiting = collections.deque()      # HostJobs for which no search has begun
@@ -6676,7 +6678,7 @@ class Everywhere(Patron):
                 self.over(job, EXIT_TEMPORARY, "is draining: it takes no more jobs")
 
     def work(self):
-        """Does all of it; the largest exit code.  Raises Fatal (111)."""
+        """Does all jobs; the largest exit code.  Raises Fatal (111)."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         started_up()
         while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
@@ -6684,17 +6686,17 @@ class Everywhere(Patron):
         return max(job.exit_code for job in self.jobs)
 
     def fill(self):
-        """Begins a search for each job, one every EVERY_PAUSE, as long as there are ports for them.
+        """Begins the next search, and sets a timer for the one after it.
 
-        All workers hear each announcement: a hundred at once, all of them repeated, would keep a
-        busy machine from answering.
+        All workers hear each announcement.  A hundred at once, all repeated, would be too many for
+        a busy machine.
         """
         self.timer.cancel()
         if not self.waiting:
             return
         try:
             search = self.new_search(True, self.waiting[0].worker_id)
-        except Fatal:               # CEXEC_LISTEN_PORTS has few: one ends some time
+        except Fatal:               # no port of CEXEC_LISTEN_PORTS is free until another search ends
             if not self.searches:
                 raise
             return
@@ -6702,7 +6704,7 @@ class Everywhere(Patron):
         search.start()
         self.timer = self.loop.after(EVERY_PAUSE, self.fill)
 
-    # What a Search asks of its patron
+    # The patron's methods, which Search calls
 
     def next_job(self, search):
         return self.searches[search]
@@ -6745,15 +6747,15 @@ class Everywhere(Patron):
         if exit_code:
             self.say(job, reason)
 
-    # The person who waits
+    # For the user
 
     def say(self, job, text):
-        """A line of ours, in its turn."""
+        """Adds a message to standard error, after the lines that wait there."""
         line = "%s: %s: %s\n" % (log.applet, job.label, printable(text))
         self.writers[2].add(line.encode("utf-8", "backslashreplace"))
 
     def interrupted(self, number):
-        """Keeps what has come, and names who is missing; the links close, and the workers end the commands."""
+        """Writes the output that has come, and names the missing workers.  Closed links end their commands."""
         missing = [job.label for job in self.jobs if job.exit_code is None]
         for run in self.runs:
             run.detach()
@@ -6766,7 +6768,7 @@ class Everywhere(Patron):
 
 
 def input_for_all(empty):
-    """(descriptor, offset) of what each job reads.  Raises Fatal (100)."""
+    """(descriptor, offset) of the input that each job reads.  Raises Fatal (100)."""
     item = Inherited(0)
     if item.kind == FILE and not empty:
         return 0, os.lseek(0, 0, os.SEEK_CUR)
@@ -6832,7 +6834,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 
 def main_cexec(argv):
-    """Does what one of the modes says; its exit code."""
+    """Runs the mode that the options choose; its exit code."""
     options = CEXEC.read(argv)
     if not options.words:
         raise CEXEC.error("no public key is named", options.mode)
@@ -6857,12 +6859,11 @@ def main_cexec(argv):
 
 
 def places_of(inputs):
-    """What -i names, as input_place() has it.  Raises Fatal (100) for what is not there."""
+    """input_place() of each argument of -i.  Raises Fatal (100) for one that does not exist."""
     try:
         return [input_place(text) for text in inputs]
     except (OSError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
-
 
 
 def main_single(path, words, options):
@@ -6889,13 +6890,15 @@ def main_single(path, words, options):
 # cservice: the supervisor
 # ---------------------------------------------------------------------------
 
-# cservice forks a supervisor for each job, and another for each connection of a batch.  They
-# talk over a socketpair.  A supervisor sends a line for each event; cservice answers one of them.
+# cservice forks a supervisor for each connection that brings a job; it does this job, and the next
+# jobs of a batch.  They talk over a socketpair: the supervisor sends a line for each event, and
+# cservice answers only "more".
 #
 #     cservice (Supervisors, SupervisorHandle)     supervisor (Supervisor, Command)
 #       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
 #       |  <---------------- refused REASON, back   |  or cannot make them: sends REFUSE
 #       |  <--------------------------------- back  |  the client left before GO: it may ask again
+#       |  <---------------------- directory NAME   |  with -d: a directory was made for the job
 #       |  <---------------- group PID|session PID  |  GO came: the command has started
 #       |  <------------------------------- failed  |  or it cannot be started
 #       |  <--------------------------------- more  |  a job of a batch is over: may the batch go on?
@@ -6907,7 +6910,7 @@ WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 class Stateful:
-    """An object with a state.  LAW has the states that may follow each state; _set() refuses every other."""
+    """An object with a state.  LAW: which states may follow each state; _set() refuses all others."""
 
     __slots__ = ()
     LAW = {}
@@ -6920,10 +6923,9 @@ class Stateful:
 
 
 def check_job(job, words, options):
-    """A job to be run, made of a JOB and its words.  Raises ProtocolError if it is impossible.
+    """A namespace: the fields of JOB, and environment, arguments and patterns as lists of bytes.
 
-    It has the fields of JOB; its environment and its arguments are lists of bytes.  options are
-    those of HELLO: they say whether the worker takes arguments.
+    options are those of our HELLO.  Raises ProtocolError if such a job is impossible.
     """
     environment, arguments, patterns = words.take(job.variables, job.arguments, job.patterns)
     if arguments and not options & HELLO_ARGUMENTS:
@@ -6957,7 +6959,7 @@ def check_descriptors(rows, may_have_files):
         if files is None and number >= MAXFD_LIMIT or channels.setdefault(channel, flags) != flags:
             raise ProtocolError("impossible descriptor %d" % number)
         if flags not in POSSIBLE_FLAGS:
-            raise ProtocolError("descriptor %d is not for anything, with flags %d" % (number, flags))
+            raise ProtocolError("descriptor %d has impossible flags %d" % (number, flags))
         if files is not None and (number != files or not may_have_files):
             raise ProtocolError("files for a job without a directory")
     if len({number for number, _, _ in rows}) < len(rows):
@@ -6965,8 +6967,8 @@ def check_descriptors(rows, may_have_files):
     return channels
 
 
-# A job's directory is in TMPDIR.  Its supervisor removes it, cservice that of a supervisor that was
-# lost; and the next cservice there those that nobody locks, after a crash.
+# A job's directory is in TMPDIR.  The supervisor removes it.  If the supervisor was lost, cservice
+# removes it; if cservice was lost too, the next cservice on this host: nobody locks it any more.
 
 DIRECTORY_NAME = "cexec."           # the beginning of a job directory's name; 16 hexadecimal digits follow
 
@@ -6976,14 +6978,14 @@ def is_job_directory(name):
 
 
 def become(user):
-    """Makes this process one of the user's, an entry of passwd(5)."""
+    """Gives this process the rights of a user, an entry of passwd(5)."""
     os.initgroups(user.pw_name, user.pw_gid)
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
 
 
 class JobDirectory:
-    """The directory of one job, which is the command's; what is done in it is done by a child as the command's user.
+    """The directory of one job, owned by the command's user.  A Helper with this user's rights works in it.
 
     Raises OSError.
     """
@@ -6998,14 +7000,14 @@ class JobDirectory:
             os.fchown(self.fd, self.user.pw_uid, self.user.pw_gid)
 
     def fill(self, reader, over):
-        """Unpacks what comes from the client, and then calls over(None, or what went wrong)."""
+        """Unpacks the client's archive from a pipe, and then calls over(None or an error's text)."""
         def work():
             _, directories = unpack(reader, self.fd)
             set_modes(directories, self.fd)
         self.begin(work, reader, over)
 
     def fetch(self, writer, patterns, over):
-        """Packs what the patterns match, and then calls over()."""
+        """Packs the files that match the patterns into a pipe, and then calls over() in the same way."""
         def work():
             os.fchdir(self.fd)
             pack_files(writer, tree(WHOLE, WHOLE, matcher(patterns)))
@@ -7013,7 +7015,7 @@ class JobDirectory:
 
     def begin(self, work, pipe, over):
         def as_user():
-            import re               # noqa: F401 - while they can be: a Python in /root is not the user's to read
+            import re               # noqa: F401 - before become(): the user may not be able to read this Python
             import tarfile          # noqa: F401
             if self.user:
                 become(self.user)
@@ -7028,7 +7030,7 @@ class JobDirectory:
             os.close(pipe)
 
     def stop(self):
-        """Ends what is being done in it; whether there was anything."""
+        """Ends the Helper that works in it; whether there was one."""
         helper, self.helper = self.helper, None
         if helper:
             helper.kill()
@@ -7039,7 +7041,7 @@ class JobDirectory:
         os.close(self.fd)
         try:
             remove_directory(self.path)
-        except OSError as error:    # a process that the command has left behind is at work in it
+        except OSError as error:    # a process that the command has left behind makes files in it
             log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
 
 
@@ -7061,7 +7063,7 @@ class PipeEnd(End):
 
 
 class PairEnd(SocketEnd):
-    """Our end of a socketpair of which the command has the other end."""
+    """Our end of a socketpair; the command has the other end."""
 
     def __init__(self, fd, floor):
         super().__init__(fd, fd, lambda: os.close(fd), ["read", "write"])
@@ -7070,9 +7072,9 @@ class PairEnd(SocketEnd):
 
 
 class Command(Carrier, Stateful):
-    """A job's command: its descriptors, its process, its result.  The client has the mirror of it.
+    """A job's command: its descriptors, its process, its result.  At the client, a RemoteJob is its counterpart.
 
-    The supervisor is told by command_started(), command_failed() and command_finished().
+    It calls the supervisor's command_started(), command_failed() and command_finished().
     """
 
     LAW = {MADE: (RUNNING, LINGERING, ABANDONED), RUNNING: (LINGERING, ABANDONED), LINGERING: (FINISHED, ABANDONED),
@@ -7086,10 +7088,10 @@ class Command(Carrier, Stateful):
         self.far = {}               # channel: the command's end, until the command has started
         self.terminal = None        # the channel of the command's terminal
         self.process = None         # a Popen, once the command has started
-        self.group = None           # its process group, as long as no other group can have that number
+        self.group = None           # its process group; None as soon as another group could get this number
         self.result = None          # (how, status, reason) for EXIT, once it is known
-        self.inputs = {}            # channel of a counted input: a descriptor that tells what is left in the pipe
-        self.timers = []            # of lingering
+        self.inputs = {}            # channel of a counted input: a descriptor for unread(), after ours was closed
+        self.timers = []            # of the time LINGERING
         self.directory = None       # the JobDirectory
 
     def __repr__(self):
@@ -7100,21 +7102,23 @@ class Command(Carrier, Stateful):
     def make_ends(self):
         """Makes a pipe, a socketpair or a terminal for each channel.  Raises OSError.
 
-        The near end is carried by a Source, a Sink or both.  The far end is kept for the command.
+        A Source, a Sink or both carry the near end.  The far end waits in self.far for the command.
         """
         if self.settings.place:
             self.directory = JobDirectory(self.loop, self.settings, self.supervisor.say)
-        # Several numbers of the command may be one open file, and are one channel then: its row is
-        # the one whose number is the channel.  Both ends are moved to numbers from the floor up at
-        # once: below it are the numbers that start() gives to the command, in whatever order.
+        # JOB has a row for each number that the command gets.  If several numbers are one open file,
+        # they have the same channel, and only the row whose number is the channel makes ends.
+        # All ends are moved at once to numbers from the floor up.  Below the floor are the numbers of
+        # the command, which spawn() fills with dup2(): it must never overwrite an end of ours.
         for number, channel, flags in self.job.descriptors:
             if number != channel:
                 continue
             make = (self.make_terminal if flags & FLAG_TERMINAL else self.make_pair if flags & FLAG_SOCKET
                     else self.make_pipe)
             far, end = make(channel, flags)
-            # A command that runs as another user may open /dev/stdout: that opens the pipe again, and
-            # needs the permission.  A terminal keeps its group, tty, as login(1) leaves it.
+            # A command may open /dev/stdout, which opens the pipe again.  With -u it runs as another
+            # user, who needs the permission to do that: so the pipe gets this owner.  A terminal keeps
+            # its group, tty, as with login(1).
             user = self.settings.user
             if user:
                 os.fchown(far, user.pw_uid, -1 if channel == self.terminal else user.pw_gid)
@@ -7135,11 +7139,11 @@ class Command(Carrier, Stateful):
         return far, PairEnd(near, self.loop.floor)
 
     def make_terminal(self, channel, flags):
-        """(the command's end, ours) of a new pseudo terminal as the client described it."""
+        """(the command's end, ours) of a new pseudo terminal, with the modes and the size of the client's."""
         self.terminal = channel
         near, far = (lifted_away(fd, self.loop.floor) for fd in os.openpty())
-        # Our side reads an end of file (EIO) whenever no process has the other side open.  A command may
-        # close its terminal and open it again: we keep one open ourselves, until the command has ended.
+        # Our side gets EIO, an end of file, whenever no process has the other side open.  But a command may
+        # close its terminal and open it again: so we keep the other side open until the command has ended.
         kept = lifted(far, self.loop.floor)
         set_terminal_modes(far, self.job.modes)
         set_window(near, self.job.lines, self.job.columns)
@@ -7147,7 +7151,7 @@ class Command(Carrier, Stateful):
         return far, PtyEnd(near, near, lambda: (os.close(near), os.close(kept)), ["read", "write"])
 
     def release(self, near, channel):
-        """Closes a pipe's near end.  For a counted input a way to see what is left in the pipe is kept."""
+        """Closes a pipe's near end.  For a counted input it keeps a descriptor for unread()."""
         if channel in self.counted and self.state in (MADE, RUNNING, LINGERING, FINISHED):
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
@@ -7158,10 +7162,10 @@ class Command(Carrier, Stateful):
         os.close(near)
 
     def close_when_empty(self, near, channel):
-        """Gives the command its end of file when it has read everything; until then near tells how much is left.
+        """Without /proc: closes the near end when the command has read everything; until then it serves unread().
 
-        On macOS and the BSDs only a pipe's reader can be asked.  There it closes at once, and
-        everything counts as taken.
+        On macOS and the BSDs only a pipe's reading end can tell how much is unread.  There this closes at
+        once, and all bytes count as taken.
         """
         if self.state in (RUNNING, LINGERING) and unread(near):
             self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
@@ -7186,7 +7190,7 @@ class Command(Carrier, Stateful):
     # Its start
 
     def start(self):
-        """Starts the command when the client's files are there; or has the reason why not as the result."""
+        """Starts the command, first the client's files if there are any; a failure becomes the result."""
         if FILES_IN not in self.far:
             return self.begin()
         try:
@@ -7218,12 +7222,12 @@ class Command(Carrier, Stateful):
 
     def spawn(self):
         """Puts the command's ends at its numbers and starts it.  Raises OSError."""
-        # The command's descriptors are put in place here, in the supervisor, and not in the child.
-        # subprocess can pass descriptors on, but only at the numbers that they have; to move them
-        # in the child takes a preexec_fn, and with one the start is a fork of all our memory
-        # instead of a vfork.  That is why everything of ours is at numbers from the floor up:
-        # the numbers below it are free for the command.  Afterwards the supervisor closes its
-        # copies: a pipe is at its end only when no process has the other end open.
+        # The supervisor itself puts the descriptors at the command's numbers.  subprocess can pass
+        # descriptors on, but does not move them.  To move them in the child needs a preexec_fn, and
+        # with that subprocess forks all our memory, instead of a fast vfork.  So all descriptors of
+        # ours are at numbers from the floor up, and the numbers below it are free for the command.
+        # Afterwards the supervisor closes its copies: a pipe is at its end only when no process has
+        # the other end open.
         import subprocess
         places = [(number, channel) for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES]
         for number, channel in places:
@@ -7246,13 +7250,13 @@ class Command(Carrier, Stateful):
             os.close(self.far.pop(channel))
 
     def words(self):
-        """The worker's command, with the client's arguments where {} is, if it takes any."""
+        """The worker's command, with the client's arguments in place of {} (cservice -a)."""
         if not self.settings.options & HELLO_ARGUMENTS:
             return self.settings.command
-        return [word for own in self.settings.command for word in (self.job.arguments if own == "{}" else [own])]
+        return [word for ours in self.settings.command for word in (self.job.arguments if ours == "{}" else [ours])]
 
     def prepare(self):
-        """In the child, before exec: makes its process group, or its session with a terminal, and becomes its user."""
+        """In the child before exec: makes a process group, or with a terminal a session, and becomes the user of -u."""
         if self.terminal is None:
             os.setpgid(0, 0)
         else:
@@ -7261,9 +7265,9 @@ class Command(Carrier, Stateful):
             fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
         user = self.settings.user
         if user:
-            self.settings.join_keyring()        # or the user would have what is in root's
+            self.settings.join_keyring()        # a new one: the user must not get the keys in root's
             become(user)
-            self.settings.join_keyring()        # the user's own, unless too many have been made
+            self.settings.join_keyring()        # one that the user owns; fails if the user has too many
 
     def environment(self):
         """cservice's own variables, the client's with PEER_ before the name, and the addresses of both."""
@@ -7284,7 +7288,7 @@ class Command(Carrier, Stateful):
         return values
 
     def fail_to_start(self, status, reason, ours=True):
-        """The command cannot be started; ours is false if the client is to blame: it gives more than fits."""
+        """The command cannot be started.  ours: the reason lies in this host, and not in the client's job."""
         self._set(LINGERING)
         if ours:
             self.supervisor.command_failed()
@@ -7293,7 +7297,7 @@ class Command(Carrier, Stateful):
         self.end_sources()
 
     def end_sources(self):
-        """There is no command that writes anything."""
+        """Ends all outputs: there is no command that could write."""
         self.close_far(list(self.far))
         for source in self.sources.values():
             source.finish()
@@ -7302,7 +7306,7 @@ class Command(Carrier, Stateful):
     # Its results
 
     def is_fetching(self):
-        """Whether results are still to be sent: they are looked for once the command has ended with 0."""
+        """Whether results of -g are not sent yet; begins to send them if the command has ended with 0."""
         if FILES_OUT in self.far:
             for timer in self.timers:
                 timer.cancel()
@@ -7323,7 +7327,7 @@ class Command(Carrier, Stateful):
         self.stream_ended()
 
     def interrupt_files(self, number):
-        """A signal that ends a job came while no command runs, but its files are under way."""
+        """A signal that ends a job has come: if the job's files are on the way, this ends it."""
         if self.directory and self.directory.stop():
             self.result = HOW_SIGNALLED, number, ""
             if self.state is MADE:
@@ -7361,14 +7365,14 @@ class Command(Carrier, Stateful):
     # Its end
 
     def child_ended(self):
-        """SIGCHLD came: looks whether the command has ended, and how."""
+        """SIGCHLD came: if the command has ended, takes its exit code or signal."""
         if self.state is not RUNNING:
             return
         code = ended(self.group)
         if code is None:
             return
-        # ended() has left a zombie.  As long as it is there its number is no other's, and the
-        # group may still be signalled.  Where there is no waitid(2), the number is free now.
+        # ended() leaves a zombie, so no other process group can get this number, and we may still
+        # signal the group.  But without waitid(2) the zombie is reaped, and the number is free now.
         self.group = self.group if HOLDS_PIDS else None
         self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
         self._set(LINGERING)
@@ -7389,15 +7393,15 @@ class Command(Carrier, Stateful):
             self.link.send(LINGER, status=self.result[1])
 
     def stream_ended(self):
-        """The job is over when the command has ended, and all its output is closed and sent."""
+        """The job is over when the command has ended, and all its outputs are closed and sent."""
         writing = any(source.state is OPEN for channel, source in self.sources.items() if channel != FILES_OUT)
         if self.state is LINGERING and not writing and not (self.directory and self.is_fetching()):
             self.leave_directory()
             self._set(FINISHED)
             self.supervisor.command_finished(self)
 
-    def left_behind(self):
-        """Whether the command has left processes in its group: their end is not to be the next command's end."""
+    def has_left_processes(self):
+        """Whether processes of the command's group still run.  Then the batch must not go on here."""
         self.group = None
         self.process.poll()         # reaps the command: as a zombie it would count
         try:
@@ -7405,16 +7409,16 @@ class Command(Carrier, Stateful):
         except ProcessLookupError:
             return False
         except OSError:
-            pass                    # another user's
+            pass                    # they belong to another user
         return True
 
     def watch_no_more(self):
-        """EXIT is the last frame of a job: no SHUT follows if the other end of an input is closed now."""
+        """Ignores from now on that an input's reader closes it: EXIT is the last frame, and no SHUT may follow."""
         for sink in self.sinks.values():
             self.loop.on_leave(sink.end.polled, None)
 
     def close(self):
-        """Lets go of everything that is left of the job."""
+        """Closes everything that the job still has open."""
         self._set(CLOSED)
         for timer in self.timers:
             timer.cancel()
@@ -7424,13 +7428,13 @@ class Command(Carrier, Stateful):
                 sink.end.done("write")
         for fd in self.inputs.values():
             os.close(fd)
-        self.inputs, self.sources, self.sinks = {}, {}, {}      # no cycle: they go at once
+        self.inputs, self.sources, self.sinks = {}, {}, {}      # breaks reference cycles, which would keep memory
 
     def abandon(self):
-        """The client has gone: the output is read for nobody, so that the command can end in its own way.
+        """The client has gone: reads the outputs and drops them, so that the command can end in its own way.
 
-        The inputs stay open: the command could take an early end of file for the true one, and
-        finish its work with half of its input.
+        The inputs stay open: else the command would see an early end of file, and might finish its
+        work with half of its input.
         """
         self._set(ABANDONED)
         if self.directory:
@@ -7441,28 +7445,28 @@ class Command(Carrier, Stateful):
             self.loop.on_write(sink.end.polled, None)
 
     def sessions(self):
-        """The session that the command has of its own, with a terminal: a list of it, or an empty one."""
+        """[the command's own session] if it has a terminal, else []."""
         return [self.group] if self.terminal is not None and self.group is not None else []
 
 
 # A supervisor's states, which only _set() changes:
 #
-#   WAITING --GO--> RUNNING --all has ended: send EXIT--------------> OVER --the client closes--> the end
-#      A               '------the same, of a batch: ask cservice--> ASKING --no: send EXIT--> OVER
-#      '--JOB-- RESTING <--yes: send EXIT, more------------------------'
+#   WAITING --GO--> RUNNING --the job is over: send EXIT------------> OVER --the client closes--> the end
+#      A               '------a job of a batch is over: say "more"--> ASKING --no: send EXIT--> OVER
+#      '--JOB-- RESTING <--yes: send EXIT, more=1----------------------'
 #                  '--3 s without a JOB--> OVER
 #
-#   from any but OVER: the client has gone, or TERM: GONE, until the session is ended
+#   from every state but OVER: the client has gone, or TERM came: GONE, until the session is ended
 
 WAITING, ASKING, RESTING, OVER, GONE = "WAITING", "ASKING", "RESTING", "OVER", "GONE"
-CONNECTION_FRAMES = (GO, PING, WORDS, JOB)      # what a supervisor handles itself; the others are its Command's
+CONNECTION_FRAMES = (GO, PING, WORDS, JOB)      # the supervisor handles these itself, and its Command the others
 
 
 class Supervisor(Stateful):
     """The worker's process for one job, or for several jobs of a batch in turn.
 
-    It leads a session.  It owns the connection to the client and the one to cservice; the job
-    that runs is its Command, and between two jobs there is none.
+    It leads a session.  It owns the connections to the client and to cservice.  The job that runs
+    is its Command; between two jobs there is none.
     """
 
     LAW = {WAITING: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
@@ -7478,9 +7482,9 @@ class Supervisor(Stateful):
         log.hold(floor)
         close_all_but([link.sock.fileno(), self.service, log.fd])
         self.state = WAITING
-        self.started = False        # whether any command was
-        self.patience = None        # the Timer of what the state waits for
-        self.delivered = 0.0        # when everything that was sent had arrived, after the last EXIT
+        self.started = False        # whether any command has started
+        self.deadline = None        # the Timer of set_deadline()
+        self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
         self.command = Command(self, job)
 
     def __repr__(self):
@@ -7489,8 +7493,8 @@ class Supervisor(Stateful):
     def work(self):
         """Runs the job to its end; this process's exit code."""
         loop = self.loop
-        # exec gives a signal that is caught its default again, but one that is ignored stays ignored:
-        # the command must not inherit that from whoever started cservice.
+        # cservice may have inherited ignored signals, which exec would pass on to the command.  A signal
+        # with a handler gets its default from exec: so each ignored one gets a handler here.
         for number in range(1, signal.NSIG):
             if signal.Handlers.SIG_IGN is signal.getsignal(number):
                 signal.signal(number, lambda number, frame: None)
@@ -7511,18 +7515,18 @@ class Supervisor(Stateful):
         return 0
 
     def accept(self):
-        """The descriptors are made, nothing has run: waits for GO."""
-        self.link.send(ACCEPT)      # in a batch the client does not wait for it, but can tell what was begun
-        self.be_patient(OFFER_SECONDS, lambda: self.link.fail("no GO"))
+        """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
+        self.link.send(ACCEPT)      # in a batch GO is here already; ACCEPT still tells the client what has begun
+        self.set_deadline(OFFER_SECONDS, lambda: self.link.fail("no GO"))
 
-    def be_patient(self, seconds, call):
-        """Waits for what comes next in this state, for so many seconds; then it calls."""
-        if self.patience:
-            self.patience.cancel()
-        self.patience = self.loop.after(seconds, call)
+    def set_deadline(self, seconds, call):
+        """Calls call() after so many seconds, if the next event of this state has not come until then."""
+        if self.deadline:
+            self.deadline.cancel()
+        self.deadline = self.loop.after(seconds, call)
 
     def say(self, words):
-        """Sends a line to cservice, which may have ended."""
+        """Sends a line to cservice, if that has not ended."""
         try:
             os.write(self.service, words.encode() + b"\n")
         except OSError:
@@ -7535,18 +7539,18 @@ class Supervisor(Stateful):
             self.command.child_ended()
 
     def check_client(self):
-        """Looks now and then whether the client's host has vanished."""
+        """Looks every CHECK_SECONDS whether the client's host has vanished."""
         if not self.link.closed:
             self.loop.after(CHECK_SECONDS, self.check_client)
             self.link.check_host()
 
-    # What the client says
+    # What the client tells us
 
     def link_frame(self, link, kind, flags, channel, payload):
         if self.state is RUNNING and kind not in CONNECTION_FRAMES:
             return self.command.link_frame(link, kind, flags, channel, payload)
         if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (WORDS, JOB, PING):
-            return                  # it belongs to a job that is over
+            return                  # the frame belongs to a job that is over
         if kind in (WORDS, JOB) and self.state is not RESTING:
             raise ProtocolError("%s within a job" % kind)
         if self.state is WAITING and kind not in (GO, PING):
@@ -7557,19 +7561,19 @@ class Supervisor(Stateful):
         if self.state is not WAITING:
             raise ProtocolError("GO twice")
         self._set(RUNNING)
-        self.patience.cancel()
+        self.deadline.cancel()
         self.command.start()
         if self.state is RUNNING and (self.link.write_closed or self.link.closed):
             self.abandon("the client has gone")
 
     def rcvd_ping(self, flags, channel, payload):
-        if not self.link.congested:         # one answer does for many
+        if not self.link.congested:         # else one PONG will answer several PINGs
             self.link.send(PONG)
 
     def rcvd_words(self, flags, channel, payload):
         """A part of the words of the batch's next job."""
         self.words.add(payload.bytes)
-        self.be_patient(OFFER_SECONDS, self.leave)
+        self.set_deadline(OFFER_SECONDS, self.leave)
         self.link.send(PONG)
 
     def rcvd_job(self, flags, channel, payload):
@@ -7596,39 +7600,39 @@ class Supervisor(Stateful):
             return self.loop.stop()
         self.abandon(reason)
 
-    # What the command does
+    # What the command tells us
 
     def command_started(self, command):
         self.started = True
         self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
 
     def command_failed(self):
-        """It cannot be started, and this host is to blame."""
+        """The command cannot be started, for a reason that lies in this host."""
         self.say("failed")
 
     def command_finished(self, command):
-        """Sends EXIT; but in a batch it asks first whether the batch may go on here."""
-        # A command that cannot be started must not fail a whole batch: the next job goes elsewhere.
-        if self.client.batch == NO_BATCH or command.process is None or command.left_behind():
+        """Sends EXIT; in a batch it first asks cservice whether the batch may go on here."""
+        # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
+        if self.client.batch == NO_BATCH or command.process is None or command.has_left_processes():
             self.send_exit()
         else:
             self.ask_for_more()
 
     def ask_for_more(self):
-        """Asks cservice whether this batch may go on here; it has a second to answer."""
+        """Asks cservice whether this batch may go on here; without an answer in a second it may not."""
         self._set(ASKING)
-        self.be_patient(1.0, lambda: self.decide(b"no\n"))
+        self.set_deadline(1.0, lambda: self.decide(b"no\n"))
         self.loop.on_read(self.service, self.rcvd_decision)
         self.say("more")
 
     def rcvd_decision(self):
         try:
             self.decide(os.read(self.service, 16))
-        except OSError:             # cservice has ended without reading all that we said
+        except OSError:             # cservice has ended, and did not read all our lines
             self.decide(b"no\n")
 
     def decide(self, word):
-        self.patience.cancel()
+        self.deadline.cancel()
         self.loop.on_read(self.service, None)
         if self.state is ASKING:
             self.send_exit(more=word == b"yes\n")
@@ -7654,51 +7658,52 @@ class Supervisor(Stateful):
         self.await_delivery(self.link.undelivered(), time.monotonic())
 
     def await_delivery(self, before, since):
-        """Begins the time for the next JOB when EXIT has arrived; until then what is under way must get less.
+        """Waits until EXIT has arrived; from then on the client has OFFER_SECONDS for the next JOB.
 
-        before is the number of bytes that were under way at the last look, since when they got less.
+        before: how many bytes were not delivered at the last look.  since: when this number last fell.
+        It gives up if the number does not fall for CLOSE_SECONDS.
         """
-        now, left = time.monotonic(), self.link.undelivered()
-        if left < before:
+        now, undelivered = time.monotonic(), self.link.undelivered()
+        if undelivered < before:
             since = now
-        if not left:
-            self.be_patient(OFFER_SECONDS, self.leave)
+        if not undelivered:
+            self.set_deadline(OFFER_SECONDS, self.leave)
         elif now - since > CLOSE_SECONDS:
             self.leave()
         else:
-            self.be_patient(0.1, lambda: self.await_delivery(left, since))
+            self.set_deadline(0.1, lambda: self.await_delivery(undelivered, since))
 
     def leave(self):
-        """No job follows: frees the slot.  The client may still be reading, so the connection stays for a while."""
+        """Frees the slot, because no job follows.  The connection stays, for the client may still be reading."""
         self._set(OVER)
         self.say("done")
         self.close_when_sent()
 
     def close_when_sent(self):
         if self.link.congested and not self.link.write_closed:
-            return                  # link_writable comes back here
+            return                  # link_writable() will call this again
         self.link.finish()
-        self.delivered = time.monotonic()
+        self.delivered_at = time.monotonic()
         self.await_close()
 
     def await_close(self):
-        """Reads on, for nobody, until the client closes.
+        """Goes on reading until the client closes, and drops what it reads.
 
-        If we closed first while its input is under way, TCP would reset the connection, and the
-        client would lose what it has not read yet.  It may be stopped, or its network slow.
-        check_client() sees to a host that has vanished.
+        If we closed first while input of the client is on its way to us, TCP would reset the
+        connection, and the client would lose the output that it has not read yet.  It may need long:
+        it may be stopped, or its network is slow.  check_client() detects a host that has vanished.
         """
         now = time.monotonic()
         if self.link.undelivered():
-            self.delivered = now
-        if now - max(self.delivered, self.link.last_activity) > CLOSE_SECONDS:
+            self.delivered_at = now
+        if now - max(self.delivered_at, self.link.last_activity) > CLOSE_SECONDS:
             return self.loop.stop()
         self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
 
     def abandon(self, reason):
-        """The client has gone, or we are told to end: ends the command and whatever it has started."""
-        # After the last EXIT nothing is left to be ended: this process ends, unless a part of EXIT is
-        # still here.  Then close_when_sent() goes on, and link_lost() ends it if the client has gone.
+        """The client has gone, or we got TERM: ends the command and all processes that it has started."""
+        # After the last EXIT there is no command to end, and this process ends too.  But if a part of EXIT
+        # is still in our queue, close_when_sent() goes on; link_lost() ends us if the client has gone.
         if self.state is OVER and not self.link.congested:
             return self.loop.stop()
         if self.state in (OVER, GONE):
@@ -7706,15 +7711,15 @@ class Supervisor(Stateful):
         log.note("abandons the job: %s", reason)
         self._set(GONE)
         self.link.close()
-        # Without a process nothing of the job has run: the client may ask again ("back").  Between
-        # two jobs of a batch there is no process either, and nothing to ask again for ("done").
+        # If no process was started, nothing of the job has run: the client may ask again ("back").
+        # Between two jobs of a batch there is no process either, but no job to ask again for ("done").
         if not self.command or not self.command.process:
             if self.command:
                 self.command.leave_directory()
             self.say("done" if self.started else "back")
             return self.loop.stop()
-        # The slot stays taken until all processes of our session, and of the command's own, have
-        # ended.  cservice does the same if this process is killed meanwhile: see Supervisors.
+        # The slot stays in use until all processes of our session and of the command's own session
+        # have ended.  If this process is killed before that, cservice ends them: see Supervisors.
         self.command.abandon()
         end_sessions(self.loop, [os.getpid()] + self.command.sessions(), self.command.group, over=self.end)
 
@@ -7745,9 +7750,9 @@ def become_supervisor(settings, client, link, job, service):
 
 
 class SupervisorHandle:
-    """A supervisor process, as cservice knows it.
+    """A supervisor process, at cservice.
 
-    A line from it is handled by the method rcvd_WORD(value).  The patron is told by
+    The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), job_refused(reason), job_returned(client), may_go_on(client)
     and slots_changed().
     """
@@ -7755,12 +7760,12 @@ class SupervisorHandle:
     def __init__(self, loop, patron, client, pid, pipe, slot, place):
         self.loop, self.patron, self.client, self.pid = loop, patron, client, pid
         self.slot = slot            # its number, CEXEC_SLOT
-        self.place = place          # where directories of jobs are
-        self.directory = None       # the path of its job's
+        self.place = place          # the directory in which directories of jobs are made
+        self.directory = None       # the path of its job's directory
         self.pipe = pipe            # our end of the socketpair; None once it is closed
-        self.unfinished = b""       # a line's beginning
-        self.sessions = [pid]       # and with a terminal the command's session
-        self.done = False           # whether EXIT was sent: its slot is free
+        self.unfinished = b""       # the beginning of a line
+        self.sessions = [pid]       # its session; with a terminal also the command's session
+        self.done = False           # whether its slot is free: it has sent EXIT, or ended the command
         os.set_blocking(pipe, False)
         loop.on_read(pipe, self.read)
 
@@ -7770,7 +7775,7 @@ class SupervisorHandle:
             data = os.read(self.pipe, 65536)
         except BlockingIOError:     # poll has seen another pipe, which had this number before
             return
-        except OSError:             # it has ended without reading our answer
+        except OSError:             # it has ended, and did not read our answer
             data = b""
         if not data:
             return self.hang_up()
@@ -7785,7 +7790,7 @@ class SupervisorHandle:
 
     def rcvd_group(self, value):
         self.patron.job_started()
-        self.sessions = [self.pid]  # that of the job before, in a batch, may be another's now
+        self.sessions = [self.pid]  # forgets the session of the batch's last job: its number may be in use again
 
     def rcvd_session(self, value):
         self.patron.job_started()
@@ -7795,7 +7800,7 @@ class SupervisorHandle:
         self.directory = os.path.join(self.place, value)
 
     def remove_directory(self):
-        """Removes what a lost supervisor has left there."""
+        """Removes the job's directory, if a lost supervisor has left it."""
         if self.directory and os.path.lexists(self.directory):
             try:
                 remove_directory(self.directory)
@@ -7827,12 +7832,12 @@ class SupervisorHandle:
             self.pipe = None
 
     def has_ended(self):
-        """Whether the process has ended; then its last words are handled, too."""
+        """Whether the process has ended; if so, its last lines are handled first."""
         code = ended(self.pid)
         if code is None:
             return False
         if self.pipe is not None:
-            self.read()             # and no more: a child of its own may still hold the pipe open
+            self.read()             # once, not to the end of file: a child of its may hold the pipe open
             self.hang_up()
         log.note("supervisor %d ended, %s", self.pid, "done" if self.done else "status %d" % code)
         return True
@@ -7842,12 +7847,12 @@ class SupervisorHandle:
 
 
 class Supervisors:
-    """All supervisors of a cservice, and what the lost ones have left."""
+    """All supervisors of a cservice, and the processes that lost supervisors have left."""
 
     def __init__(self, loop, patron):
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
-        self.lost = {}              # the same, of those that were killed, until all that they left has ended
+        self.lost = {}              # the same for supervisors that were killed, until their processes have ended
 
     def __len__(self):
         return len(self.handles) + len(self.lost)
@@ -7856,14 +7861,14 @@ class Supervisors:
         return sum(not handle.done for handle in self.handles.values()) + len(self.lost)
 
     def free_slot(self):
-        """The smallest number of a slot that no running job has: below CONCURRENCY, for each has one."""
+        """The smallest number that no running job has as its slot; it is below CONCURRENCY."""
         taken = {handle.slot for handle in [*self.handles.values(), *self.lost.values()] if not handle.done}
         return min(set(range(len(taken) + 1)) - taken)
 
     def fork(self, settings, client, link, job):
         """Hands a client's connection to a new supervisor.  Raises OSError."""
-        # A signal that came to the child before it has handlers of its own would be written to the
-        # wakeup socket that it shares with us: so signals wait, there until Supervisor.work().
+        # A new child still has our handlers: until it has its own, a signal to it would be written to the
+        # wakeup socket, which it shares with us.  So signals are blocked: in the child until Supervisor.work().
         old, ends, slot = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), [], self.free_slot()
         try:
             ends = [end.detach() for end in socket.socketpair()]
@@ -7883,7 +7888,7 @@ class Supervisors:
         log.note("supervisor %d forked for %s", pid, client.address)
 
     def reap(self):
-        """Sees to the supervisors that have ended."""
+        """Removes supervisors that have ended from handles; ends the processes of those that were lost."""
         for handle in list(self.handles.values()):
             if handle.has_ended():
                 del self.handles[handle.pid]
@@ -7893,15 +7898,15 @@ class Supervisors:
         self.patron.slots_changed()
 
     def reap_zombies(self):
-        """Reaps every child that has ended, except supervisors that still count.
+        """Reaps every child that has ended, except supervisors in handles and lost.
 
-        In a container cservice may be the first process: then orphans become its children.
+        In a container cservice may be process 1: then orphans become its children.
         """
-        # A process's number is free for others as soon as it is reaped; and so is the number of the
-        # session that it led.  A lost supervisor therefore stays a zombie until its session has
-        # ended: end_session() finds the session's members by that number, and signals them.
-        # A supervisor in self.handles has not been seen by reap() yet.  waitid(2) shows the same
-        # child again and again: the first one that must stay ends the loop, and reap() comes back.
+        # As soon as a process is reaped, another process and another session can get its number.  But
+        # end_session() finds the processes of a lost supervisor by this number.  So a lost supervisor
+        # stays a zombie until its session has ended.  One in self.handles was not seen by reap() yet.
+        # waitid(2) returns the same child again and again, so the loop must stop at the first child
+        # that has to stay; reap() will be called again.
         while HOLDS_PIDS:
             try:
                 child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -7912,7 +7917,7 @@ class Supervisors:
             os.waitpid(child.si_pid, 0)
 
     def end_session(self, handle):
-        """A supervisor was lost: ends what it has left; its slot is taken until that is over."""
+        """A supervisor was lost: ends the processes that it has left.  Until then its slot is in use."""
         def over():
             del self.lost[handle.pid]
             handle.remove_directory()
@@ -7921,7 +7926,7 @@ class Supervisors:
         end_sessions(self.loop, handle.sessions, None, over)    # the command was never our child
 
     def terminate(self):
-        """Ends the jobs that run."""
+        """Ends all running jobs."""
         for handle in self.handles.values():
             handle.terminate()
 
