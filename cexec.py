@@ -7932,20 +7932,22 @@ class Supervisors:
 
 
 # ---------------------------------------------------------------------------
-# cservice: the line and the offers
+# cservice: the offers, their delay, and the line of waiting clients
 # ---------------------------------------------------------------------------
 
 # The way of an announcement:
 #
 #     Worker.hear --> rcvd_announce --a slot is free--> delay_offer --Pace.delay()--> offer --> Offer --> start_job
 #                          '--no slot is free--> wait --> Line --a slot is free: serve_line--'
+#
+# Pace.delay() makes the least loaded worker the first: its delay grows with the load.
 
 def load_delay(busy, slots, average, runnable, cpus):
-    """(load, seconds to wait before an offer); load 1 is a host whose slots or CPUs are all in use.
+    """(load, seconds to wait before an offer); the load is 1 if all slots or all CPUs are in use.
 
-    The load is the share of the slots in use, plus the greater of two numbers for each CPU:
-    the 1-minute load average, and the processes that are runnable now beyond the CPUs.  It
-    is a sum, so that of two workers on equally loaded hosts the one with fewer jobs is sooner.
+    It is the share of the slots that are in use, plus the greater of two numbers per CPU: the
+    1-minute load average, and the number of processes that are runnable now beyond the CPUs.
+    The sum decides between two workers on equally loaded hosts: the one with fewer jobs is first.
     """
     system = max(average / cpus, max(0, runnable - cpus) / cpus)
     load = busy / slots + (system if system >= 0.1 else 0)
@@ -7953,38 +7955,37 @@ def load_delay(busy, slots, average, runnable, cpus):
 
 
 def next_spread(spread, offers):
-    """The random spread (seconds) after a CLAIM that tells how many offers its client got.
+    """The random spread (seconds) after a CLAIM, which tells how many offers its client got.
 
-    It grows when there were more offers than are wanted, and shrinks when there were fewer.
-    So a hundred idle workers soon make three offers for an announcement, and two workers wait
-    for nothing.
+    It grows after more offers than OFFERS_WANTED, and shrinks after fewer.  So a hundred idle
+    workers soon make about three offers for an announcement, and two workers do not wait at all.
     """
     factor = min(16.0, max(0.5, offers / OFFERS_WANTED))
     return min(SPREAD_MAX, max(SPREAD_MIN / 2, spread * factor))
 
 
 def spread_delay(spread, fraction):
-    """The seconds to wait for a random fraction: none while the spread is below 2 ms."""
+    """This fraction of the spread, in seconds; 0 while the spread is below 2 ms."""
     return spread * fraction if spread >= SPREAD_MIN else 0.0
 
 
 def next_few(few, offers):
-    """Among how many of the oldest clients to choose, after a CLAIM that tells how many offers its client got.
+    """Among how many of the oldest clients a worker chooses, after a CLAIM, which tells how many offers its client got.
 
-    When many slots free at once, not all workers may choose the same client.  A worker that
-    is alone hears of one offer for each claim, and keeps to the order.
+    If many slots become free at once, not all workers should choose the same client.  A single
+    worker hears of one offer in each claim, and so keeps to the order.
     """
     factor = min(4.0, max(0.5, offers / OFFERS_IN_LINE))
     return min(FEW_MAX, max(1.0, few * factor))
 
 
 class Pace:
-    """How long a worker waits before an offer: for its load, for a random spread, and for a penalty."""
+    """Decides how long a worker waits before an offer: the sum of its load's delay, a random spread and a penalty."""
 
     def __init__(self, slots, boost):
-        self.slots, self.boost = slots, boost       # boost: the seconds that are set instead, or None
+        self.slots, self.boost = slots, boost       # boost: BOOST's seconds, which replace the sum, or None
         self.penalty, self.spread = 0.0, SPREAD_MIN / 2
-        self.few = 1.0              # among so many of the oldest in the line it chooses
+        self.few = 1.0              # it chooses among so many of the oldest in the line
         self.sample()
 
     def sample(self):
@@ -7994,18 +7995,18 @@ class Pace:
     def load(self, in_use):
         """(load, delay in seconds) with so many slots in use."""
         average, runnable = system_load()
-        # A process counts as runnable if there was one a second ago too: one that just starts is no load.
+        # The smaller number of now and a second ago: a process that runs for a moment only is no load.
         return load_delay(in_use, self.slots, average, min(runnable, self.runnable), processors())
 
     def delay(self, in_use, first):
-        """Seconds until an offer; first: it answers a client's first announcement, as other workers do now."""
+        """Seconds until an offer; first: all workers answer this announcement now, so the spread is needed."""
         if self.boost is not None:
             return self.boost
         spread = spread_delay(self.spread, random_fraction()) if first else 0.0
         return self.load(in_use)[1] + spread + self.penalty
 
     def claimed(self, offers):
-        """A client has claimed that it is served, and had so many offers."""
+        """A client has sent CLAIM, and had so many offers."""
         self.spread, self.few = next_spread(self.spread, offers), next_few(self.few, offers)
 
     def failed(self):
@@ -8019,20 +8020,20 @@ class Pace:
 #
 #   NEW --a slot is free--> DELAYED --its delay is over--> OFFERED --JOB--> SERVED --CLAIM--> CLAIMED
 #    |                       |   A                          A   |             '--gone before GO--> NEW
-#    |      no slot any more |   | its turn, and we         |   |--it has ended--> NEW
-#    |                       V   | have failed              |   |--TLS is up, no slot is free--> QUEUED
+#    |      no slot any more |   | its turn, and we         |   |--the connection has ended--> NEW
+#    |                       V   | have a penalty           |   |--TLS is up, no slot is free--> QUEUED
 #    '--no slot is free---> QUEUED -------its turn----------'   '--no connection--> BACKING_OFF
-#                             '--silent for long--> NEW
+#                             '--silent for too long--> NEW
 #
-#   In NEW, and in BACKING_OFF after some seconds, its next ANNOUNCE leads on.
-#   From every state CLAIM leads to CLAIMED; from DELAYED, QUEUED and OFFERED draining leads to NEW.
+#   In NEW, and in BACKING_OFF after some seconds, its next ANNOUNCE leads to DELAYED or QUEUED.
+#   From every state CLAIM leads to CLAIMED.  From DELAYED, QUEUED and OFFERED draining leads to NEW.
 
 NEW, DELAYED, QUEUED, OFFERED = "NEW", "DELAYED", "QUEUED", "OFFERED"
 BACKING_OFF, SERVED, CLAIMED = "BACKING_OFF", "SERVED", "CLAIMED"
 
 
 class KnownClient(Stateful):
-    """A client that announces a job, as a worker knows it."""
+    """A client that announces a job, at a worker: one object for each job."""
 
     LAW = {NEW: (DELAYED, QUEUED, CLAIMED), DELAYED: (OFFERED, QUEUED, NEW, CLAIMED),
            QUEUED: (OFFERED, DELAYED, NEW, CLAIMED), OFFERED: (SERVED, NEW, QUEUED, BACKING_OFF, CLAIMED),
@@ -8040,24 +8041,24 @@ class KnownClient(Stateful):
 
     # There may be 30,000 of them.
     __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "only", "state",
-                 "timer", "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
+                 "timer", "since", "heard_at", "patience", "told_at", "failures", "retry_at", "ours", "complained")
 
     def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
-        self.state, self.timer = NEW, None          # the Timer of a DELAYED one
+        self.state, self.timer = NEW, None          # the timer of the state DELAYED
         self.address, self.port, self.attempt, self.batch, self.only = "", 0, 0, NO_BATCH, ANY_WORKER
         self.since = since              # when it began to wait, by our clock
-        self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
-        self.patience = LINE_SECONDS    # how long it may be silent in the line
-        self.failures, self.retry_at = 0, 0.0       # connections to it that failed, in a row; not before then again
-        self.ours = self.complained = False     # whether it got an offer of ours; whether it complained of the last one
+        self.heard_at = self.told_at = 0.0          # when it last announced itself; when we last sent it BUSY
+        self.patience = LINE_SECONDS    # seconds that it may be silent in the line
+        self.failures, self.retry_at = 0, 0.0       # failed connections to it in a row; the time of the next try
+        self.ours = self.complained = False         # we have made it an offer; it has complained of the last one
 
     def __repr__(self):
         return "client %s %s" % (self.name, self.nonce.hex()[:8])
 
     def enter(self, state, timer):
-        """For Clients.move() alone."""
+        """Only Clients.move() calls this."""
         self._set(state)
         if self.timer:
             self.timer.cancel()
@@ -8066,38 +8067,38 @@ class KnownClient(Stateful):
             self.ours, self.complained = True, False
 
     def announced(self, datagram, address, now):
-        """It has announced itself, perhaps from another address than before."""
-        self.heard, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
+        """An ANNOUNCE came; its address may be another than before."""
+        self.heard_at, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
         self.only = datagram.body.only
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
     def reached(self):
-        """A connection has got through."""
+        """A connection to it was made."""
         self.failures, self.retry_at = 0, 0.0
 
     def failed(self, now):
-        """No connection gets through: backs off, for seconds that double."""
+        """A connection to it could not be made: the next try comes after a pause, which doubles each time."""
         self.retry_at = now + min(BACKOFF_MAX, 2.0 ** min(self.failures, 10))
         self.failures += 1
 
     def may_be_told(self, now):
-        """Whether it was told nothing for ten seconds; then it counts as told now."""
-        due = now - self.told >= BUSY_SECONDS
-        self.told = now if due else self.told
+        """Whether it is time for the next BUSY; if so, that counts as sent."""
+        due = now - self.told_at >= BUSY_SECONDS
+        self.told_at = now if due else self.told_at
         return due
 
     def may_complain(self):
-        """Whether a complaint of it counts: once for each offer; then it counts as made."""
+        """Whether a complaint from it counts: one for each offer.  If so, that counts as made."""
         may, self.complained = self.ours and not self.complained, True
         return may
 
 
 class Line:
-    """Clients that wait for a slot: oldest first within a name, names in turn."""
+    """Clients that wait for a slot.  The names take turns; within a name the oldest client is first."""
 
     def __init__(self):
-        self.names = collections.OrderedDict()      # name: {nonce: KnownClient}; whose turn is next first
+        self.names = collections.OrderedDict()      # name: {nonce: KnownClient}; the next name is the first one
 
     def __len__(self):
         return sum(map(len, self.names.values()))
@@ -8118,17 +8119,17 @@ class Line:
             self.names.pop(client.name, None)
 
     def silent(self, now):
-        """The clients that have not announced themselves for longer than they say."""
-        return [client for client in self if now - client.heard > client.patience]
+        """The clients that have been silent for longer than their patience."""
+        return [client for client in self if now - client.heard_at > client.patience]
 
     def ahead(self, client):
-        """How many are served before this one, as things stand."""
+        """How many clients will be served before this one, if none comes or goes."""
         place = sum(other.since < client.since for other in self.names[client.name].values())
         return place + sum(min(len(members), place + 1)
                            for name, members in self.names.items() if name != client.name)
 
     def take(self, few, fraction):
-        """Removes and returns one of the oldest few of the next name in turn."""
+        """Removes and returns one of the oldest few clients of the name whose turn it is."""
         name, members = next(iter(self.names.items()))
         oldest = heapq.nsmallest(int(few), members.values(), key=lambda client: client.since)
         client = oldest[int(fraction * len(oldest))]
@@ -8138,32 +8139,32 @@ class Line:
 
 
 class Clients:
-    """All clients that a worker knows.  Each is one object here, and its state says what happens to it.
+    """All clients that a worker knows.
 
-    line and offers are found by going through the clients, too; they are kept because that
-    would take long.  line has those that are QUEUED, offers the Offer of each that is OFFERED.
+    line has the clients that are QUEUED, and offers has the Offer of each that is OFFERED: to find
+    them among all clients would take long.
     """
 
     def __init__(self, limit=MEMORY):
-        # An ANNOUNCE that is replayed must do nothing: so a client is remembered after it was served
-        # or claimed.  Each of these parts has a bound of its own.  However many clients announce
-        # themselves, none that was served is forgotten for them; and however many claims of other
-        # workers' jobs are heard, none that we served is: a complaint of it still counts.
+        # A replayed ANNOUNCE must do nothing: so a client is remembered after it was served or claimed.
+        # Each of the three parts has its own bound.  So a flood of announcements makes us forget no
+        # client that was served; and a flood of claims for other workers' jobs makes us forget no
+        # client that we have made an offer: its complaint must still count.
         self.limit = limit
-        self.unserved = collections.OrderedDict()
-        self.ours, self.others = Memory(limit), Memory(limit)
+        self.unserved = collections.OrderedDict()   # (name, nonce): KnownClient, here and in the other parts
+        self.ours, self.others = Memory(limit), Memory(limit)   # SERVED or CLAIMED: with an offer of ours, without
         self.line, self.offers = Line(), {}         # offers: (name, nonce): Offer
 
     def find(self, named):
-        """The client with the name and the nonce of a datagram, or of another object; None if it is not known."""
+        """The client with the same name and nonce as this datagram or object; None if it is not known."""
         key = named.name, named.nonce
         return self.unserved.get(key) or self.ours.get(key) or self.others.get(key)
 
     def add(self, client):
-        """Takes in a client that has announced itself for the first time.  False if there is no room.
+        """Adds a client after its first ANNOUNCE.  False if there is no room.
 
-        The client that was idle longest is forgotten for it.  One with an offer, a delay or a
-        place in the line is never forgotten: a replay of its ANNOUNCE would get it another.
+        To make room it forgets the oldest idle client, but never one with an offer, a delay or a place in
+        the line: a replay of its ANNOUNCE would get it another.
         """
         if len(self.unserved) >= self.limit:
             idle = next((other for other in self.unserved.values() if other.state in (NEW, BACKING_OFF)), None)
@@ -8188,7 +8189,7 @@ class Clients:
             self.offers[client.key] = offer
 
     def expire(self, now):
-        """Whoever is silent loses its place in the line."""
+        """Takes silent clients out of the line."""
         for client in self.line.silent(now):
             self.move(client, NEW)
 
@@ -8199,14 +8200,14 @@ class Clients:
 
 # An offer's states, which only _set() changes:
 #
-#   CONNECTING (holds a slot) --TLS is up--------------------------> OPEN (holds one)
-#        '--hold seconds are over--> LATE (holds none) --the same, and a slot is free--^
+#   CONNECTING (holds a slot) --TLS is up--------------------------------> OPEN (holds a slot)
+#        '--hold seconds are over--> LATE (holds none) --TLS is up, a slot is free--^
 
 CONNECTING, LATE = "CONNECTING", "LATE"
 
 
 class Offer(Stateful):
-    """A worker's connection to a client, until the job is forked or the client has gone."""
+    """A worker's connection to a client, until a supervisor is forked for it, or the connection has ended."""
 
     LAW = {CONNECTING: (LATE, OPEN), LATE: (OPEN,), OPEN: ()}
 
@@ -8214,7 +8215,7 @@ class Offer(Stateful):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.state, self.began = CONNECTING if hold else LATE, time.monotonic()
         self.challenge, self.proved, self.link = os.urandom(32), False, None
-        self.words, self.timer = Words(), None      # the timer: until the JOB, once there is a connection
+        self.words, self.timer = Words(), None      # timer: the deadline for JOB
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
         self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
 
@@ -8227,7 +8228,7 @@ class Offer(Stateful):
         self.timer = self.worker.loop.after(seconds, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
 
     def late(self):
-        """A connection that is slow, or is never made, must not keep others from the slot."""
+        """TLS is not up yet: a connection that is slow or is never made must not hold a slot for long."""
         if self.state is CONNECTING:
             self._set(LATE)
             self.worker.slow(self)
@@ -8249,7 +8250,7 @@ class Offer(Stateful):
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
-        """AUTH comes first, and once; nothing else is looked at before it is right."""
+        """Takes AUTH first, and only once; every other frame before a right AUTH is an error."""
         method = handler_of(self, kind)
         if method is None or self.proved == (kind is AUTH):
             raise ProtocolError("%s out of place" % kind)
@@ -8276,7 +8277,7 @@ class Offer(Stateful):
         self.lost(reason)
 
     def lost(self, reason):
-        """The connection has failed, or the client has left it."""
+        """The connection could not be made, or has ended."""
         if self.state is not OPEN:
             self.worker.not_reached(self)
         self.end(reason)
@@ -8296,7 +8297,7 @@ class Offer(Stateful):
 
 
 class Probe:
-    """A connection back to a client that asks who is there.  It sends nothing; the connection itself is the answer."""
+    """A connection to a client that has sent QUERY.  It sends nothing: it shows that offers reach this client."""
 
     def __init__(self, worker, address, port):
         self.worker = worker
@@ -8311,7 +8312,7 @@ class Probe:
 
 
 def local_address(address):
-    """This host's own address, as the host at that address sees it; "" if there is no way to it."""
+    """The address of this host from which it sends to that address; "" if there is no route."""
     try:
         with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
             sock.connect(socket_address(address, PORT))
@@ -8323,7 +8324,7 @@ def local_address(address):
 class Worker:
     """cservice: hears clients, makes offers, has a supervisor for each job.
 
-    A datagram is handled by the method rcvd_NAME(datagram, address); others are not for a worker.
+    The method rcvd_NAME(datagram, address) handles a datagram; kinds without a method are not for a worker.
     """
 
     def __init__(self, loop, key, context, listeners, settings):
@@ -8332,18 +8333,18 @@ class Worker:
         self.id = os.urandom(8)
         self.pace = Pace(settings.slots, settings.boost)
         self.clients, self.supervisors = Clients(), Supervisors(loop, self)
-        self.complainers = Memory()                 # (name, address): when it complained of another worker
+        self.complainers = Memory()                 # (name, address): when it last complained of another worker
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
-        self.queried = Memory()     # (name, nonce) of the questions that were answered
-        self.replies = 0            # how many of them in this second
+        self.queried = Memory()     # (name, nonce) of each QUERY that was answered
+        self.replies = 0            # how many of these in this second
         self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
-        self.trouble = None         # why we refuse jobs, since we last took one
+        self.trouble = None         # why we refuse jobs; None after a job was started
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
 
     def sweep(self):
-        """Every second."""
+        """Runs every second."""
         self.pace.sample()
         self.replies = 0
         self.serve_line()
@@ -8370,30 +8371,31 @@ class Worker:
     def rcvd_announce(self, datagram, address):
         client, now = self.clients.find(datagram), time.monotonic()
         if not datagram.port or datagram.body.only not in (ANY_WORKER, self.id):
-            return                  # nobody can answer it, or another worker alone may
+            return                  # no answer can reach the client; or it wants only another worker
         if client is None:
             client = KnownClient(datagram, now - datagram.body.waited / 1000)
             if not self.clients.add(client):
                 return
         elif client.state in (SERVED, CLAIMED) or datagram.body.attempt <= client.attempt:
-            return                  # it is over; or this is a copy, or a replay
+            return                  # the job is served; or this is a copy or a replay
         client.announced(datagram, address, now)
         if client.state in (DELAYED, OFFERED) or now < client.retry_at:
             return
-        # If the last connection to a client did not get through, its next offer holds no slot at
-        # first, and need not wait for one.  Every other client comes behind the line.
+        # If the last connection to a client failed, its next offer holds no slot before TLS is up:
+        # so it need not wait for a slot.  Every other client has to wait if there is a line.
         if not self.hold(client) or self.free_slots() and not self.clients.line:
             self.delay_offer(client, self.pace.delay(self.in_use(), first=client.attempt == 1))
         else:
             self.wait(client)
 
     def rcvd_claim(self, datagram, address):
-        """The job is served, here or by another worker, or given up: only its client has the token."""
-        # 1. The token makes the nonce, so nobody else can say so.  A repeated claim does nothing.
-        # 2. A claim whose announcement we did not hear may be made up, by a holder of the key: it
-        #    must not steer us.  It is remembered, in case the announcement comes later.
-        # 3. The client is CLAIMED before its offer ends: the end of an offer serves the line, and
-        #    must find neither this client there nor its slot in use.
+        """The job is served, here or by another worker, or its client has given it up."""
+        # 1. The nonce is a hash of the token, so only the job's client can send this.  A repeated claim
+        #    does nothing.
+        # 2. If we did not hear the announcement, a holder of the key may have invented the claim: it
+        #    must not change our pace.  We remember it, in case the announcement comes later.
+        # 3. The client becomes CLAIMED before its offer ends, see withdraw().  The end of an offer
+        #    serves the line: then this client must not be in the line, nor its slot in use.
         if token_nonce(datagram.body.token) != datagram.nonce:
             return
         client = self.clients.find(datagram)
@@ -8405,7 +8407,7 @@ class Worker:
             self.withdraw(client, CLAIMED, "the job is served")
 
     def rcvd_alert(self, datagram, address):
-        """A complaint about us counts once for each offer, and not if the client's link may be to blame."""
+        """A complaint about us counts once for each offer, and not if the reason may be the client's own link."""
         body, client = datagram.body, self.clients.find(datagram)
         if body.event != ALERT_COMPLAINT:
             return
@@ -8418,9 +8420,9 @@ class Worker:
             log.note("a complaint about us: %s%s", body.reason, "; of no weight: " + excuse if excuse else "")
 
     def excuse(self, complaint, other):
-        """Why a complaint tells more of its client's link than of us; None if it does not.
+        """Why a complaint does not count: the reason may be the client's link.  None if it counts.
 
-        other is when its client last complained of another worker, or None.
+        other is the time when the client last complained of another worker, or None.
         """
         if other is not None and time.monotonic() - other < COMPLAINT_SECONDS:
             return "its client complains of others too"
@@ -8429,7 +8431,7 @@ class Worker:
         return None
 
     def rcvd_query(self, datagram, address):
-        """Says that we are there, once; and a connection back shows the client whether offers would reach it."""
+        """Answers REPLY, once, and connects to the client: this shows it whether offers would reach it."""
         key = (datagram.name, datagram.nonce)
         if key in self.queried or not datagram.port or self.replies >= QUERIES_MAX:
             return
@@ -8448,26 +8450,26 @@ class Worker:
         self.probes.discard(probe)
 
     def deny(self, datagram, address, why):
-        """Tells a client that asks for strangers that we are one; this proves nothing."""
+        """Sends DENY to a client whose QUERY asks for strangers.  It has no valid MAC, so it proves nothing."""
         if datagram.kind is QUERY and datagram.body.strangers and datagram.port and self.may_deny():
             self.answer(DENY, datagram, address, serves=self.key.application, why=why)
 
     def may_deny(self):
-        """Whether the last time is long enough ago; then it counts as now."""
+        """Whether it is time for another DENY; if so, that counts as sent."""
         last, now = self.last_denial, time.monotonic()
         if now - last >= DENY_SECONDS:
             self.last_denial = now
         return now - last >= DENY_SECONDS
 
     def hear_stranger(self, address, error):
-        """A question in another version of the protocol gets an answer in ours, which shows that one."""
+        """Answers a QUERY of another protocol version with a DENY of ours: so the client learns our version."""
         if error.asks_at and self.may_deny():
             asker = SimpleNamespace(application=self.key.application, name=DEFAULT_NAME, nonce=bytes(16),
                                     port=error.asks_at)
             self.answer(DENY, asker, address, serves=self.key.application, why=DENY_VERSION)
 
     def answer(self, kind, datagram, to, **fields):
-        """Sends a datagram to the address to, where the client is that sent another datagram."""
+        """Sends a datagram to the address to, as an answer to a client's datagram."""
         secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
         try:
             self.listeners[0].send(make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0,
@@ -8488,14 +8490,14 @@ class Worker:
         return self.pace.load(self.in_use())[0]
 
     def hold(self, client):
-        """The seconds for which an offer holds a slot until TLS is up; 0 if the last one did not get through.
+        """The seconds for which an offer to this client holds a slot before TLS is up; 0 if the last one failed.
 
-        It is known by address as well, for a client can take another nonce.
+        This is also remembered for its address, because its next job will have another nonce.
         """
         return 0.0 if client.failures else self.holds.get(client.address, HOLD_SECONDS)
 
     def wait(self, client):
-        """Puts a client in the line, and tells it its place at first and every ten seconds."""
+        """Puts a client in the line, and sends it BUSY with its place, at once and then every ten seconds."""
         if client.state is not QUEUED:
             self.clients.move(client, QUEUED)
         if client.may_be_told(time.monotonic()):
@@ -8506,7 +8508,7 @@ class Worker:
         self.clients.move(client, DELAYED, timer=self.loop.after(delay, lambda: self.offer(client, delay)))
 
     def offer(self, client, delay):
-        """Connects to a client, if there is still a slot for it."""
+        """Connects to a client, if a slot is still free; else the client waits in the line."""
         hold, offers = self.hold(client), self.clients.offers.values()
         if hold and not self.free_slots():
             return self.wait(client)
@@ -8521,12 +8523,12 @@ class Worker:
         self.serve_line()
 
     def reached(self, offer):
-        """TLS is up: whether there is a slot for the offer.  Without one the client gets its place in the line."""
+        """TLS is up: whether the offer has a slot.  If not, the client waits in the line."""
         client, free = offer.client, offer.state is CONNECTING or self.free_slots()
         client.reached()
-        if time.monotonic() - offer.began > HOLD_SECONDS:   # far away, or slow: it needs more, or it never gets a slot
+        if time.monotonic() - offer.began > HOLD_SECONDS:   # a far or slow host: with less it would never get a slot
             self.holds[client.address] = HOLD_MAX
-        elif offer.hold < HOLD_SECONDS:                     # it failed before: it is trusted again step by step
+        elif offer.hold < HOLD_SECONDS:                     # it failed before: trust it again step by step
             self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
         if not free:
             self.withdraw(client, QUEUED, "no slot is free any more")
@@ -8534,12 +8536,12 @@ class Worker:
         return bool(free)
 
     def slow(self, offer):
-        """An offer keeps others waiting: the next one to that address holds no slot until TLS is up."""
+        """An offer is LATE: the next offer to this address holds no slot before TLS is up."""
         self.holds[offer.client.address] = 0.0
         self.serve_line()
 
     def not_reached(self, offer):
-        """A connection failed: the client loses its place, and is told so."""
+        """A connection failed: the client has to back off, and BUSY tells it that its connections fail."""
         client = offer.client
         client.failed(time.monotonic())
         self.clients.move(client, BACKING_OFF)
@@ -8547,9 +8549,9 @@ class Worker:
                     failures=min(client.failures, 0xffff))
 
     def serve_line(self):
-        """Offers every free slot to the next client in line.
+        """Offers every free slot to the next client in the line.
 
-        After a failure of ours the offer waits first: another worker may serve the client meanwhile.
+        With a penalty the offer is delayed, so that another worker can serve the client first.
         """
         self.clients.expire(time.monotonic())
         while self.clients.line and self.free_slots():
@@ -8569,15 +8571,15 @@ class Worker:
     # Jobs
 
     def start_job(self, offer, job):
-        """Hands the connection to a supervisor of its own."""
+        """Forks a supervisor, which gets the connection."""
         try:
             self.supervisors.fork(self.settings, offer.client, offer.link, job)
         except OSError as error:
             self.job_refused("cannot fork: %s" % error.strerror)
             offer.link.send(REFUSE, reason=self.trouble)
             return offer.end(error.strerror)
-        # The supervisor counts from here on, and not the offer as well.  Our copy of the connection
-        # is closed last, and without a word: the supervisor speaks to the client now.
+        # From here on the slot is counted for the supervisor: so the offer must leave Clients.offers first.
+        # Then our copy of the connection is closed.  We send nothing: the supervisor talks to the client.
         self.clients.move(offer.client, SERVED)
         offer.close()
 
@@ -8586,28 +8588,28 @@ class Worker:
         self.pace.works()
 
     def job_failed(self):
-        """A command cannot be started here: other workers are to be preferred."""
+        """A command cannot be started here: the penalty lets other workers be first."""
         self.pace.failed()
 
     def job_refused(self, reason):
-        """This host can take no job for now; whoever runs cservice is told, once."""
+        """This host cannot take a job now; this is said once, until a job is started again."""
         self.pace.failed()
         if self.trouble is None:
             log.say("refuses jobs until there is room: " + reason)
         self.trouble = reason
 
     def job_returned(self, client):
-        """The client left before GO: it may ask again, unless another worker has served it meanwhile."""
+        """The connection has ended before GO: the client may ask again, unless another worker has served it."""
         if client.state is SERVED and self.clients.find(client) is client:
             self.clients.move(client, NEW)
 
     def may_go_on(self, client):
-        """Whether a batch may have its next job on the connection that it has: if no other client waits."""
+        """Whether a batch may have its next job on the same connection: only if no other client waits."""
         self.clients.expire(time.monotonic())
         return not self.draining and all(other.batch == client.batch for other in self.clients.line)
 
     def slots_changed(self):
-        """A slot may be free, or the last job over."""
+        """A slot may be free, or the last job may be over."""
         self.serve_line()
         if self.draining and not self.supervisors:
             self.loop.stop()
@@ -8622,7 +8624,7 @@ class Worker:
             self.drain()
 
     def drain(self):
-        """Makes no more offers, and stops when the last job is over; goes on to answer who asks."""
+        """Makes no more offers, and stops when the last job is over; until then it still answers QUERY."""
         log.note("draining: %d jobs run", self.supervisors.slots_in_use())
         self.draining = True
         for client in self.clients.under_way():
