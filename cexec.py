@@ -33,16 +33,17 @@ The way of a job:
        |  <------------------------------- EXIT |   status, bytes sent, bytes taken
        |  ALERT completed ---------- group ---> |   crat
 
-Until GO nothing has run, and any loss means that the search goes on; after it, a
-loss is exit status 111, or another run where nobody can tell: of a file of a batch (cexec
--m), and of a job that may be repeated (cexec -r, cservice -i).  EXIT is the last frame of
-a job: without it, and without every byte that it counts, no job is a success.
+Before GO nothing has run: if the connection is lost, the search goes on.  After GO a loss
+means exit status 111.  Two kinds of jobs run again instead: those of a batch (cexec -m, -b),
+and those that may be repeated (cexec -r, cservice -i) while no output of theirs was shown.
+EXIT is the last frame of a job: without it, and without every byte that it counts, no job is
+a success.
 
-Not promised: that a worker with load to spare is found where no datagram reaches it;
-secrecy of names, sizes and times.  cexec(7) has the protocol in full and what it does not protect from.
+Not promised: a worker that no datagram reaches is not found; names, sizes and times are not
+secret.  cexec(7) has the whole protocol, and what it does not protect from.
 
-The sections, from the leaves up; a section calls only those above it, but for
-main_cservice, whose -s comes after ckeygen:
+The sections, from the leaves up.  A section calls only those above it, with one exception:
+main_cservice calls cservice -s, which needs ckeygen.
 
     Limits      limits, exit codes, errors, the log                            Log, Fatal, ProtocolError
     Options     an applet's table of options: read, and told by -h             Option, Syntax
@@ -50,20 +51,20 @@ main_cservice, whose -s comes after ckeygen:
     Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
     Groups      where announcements go, and how they are heard                 Group, Listener
     Event loop  descriptors, timers, signals and children                      Loop
-    Comes back  a group's datagrams to their handler, offers and answers       ReturnPort
+    Return port the client's port, to which offers and answers are sent        ReturnPort
     Channel     TLS, frames over it, the channels of descriptors over these    Dial, Link, Channel, Carrier
-    Host        descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
+    Descriptors descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
-    cexec       the job at that worker, and again if it is lost                Job, RemoteJob, Run, Client
-    cexec -l    who is there                                                   Survey
+    cexec       the job: one run of it, and the next if that is lost           Job, RemoteJob, Run, Client
+    cexec -l    which workers there are                                        Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
     cexec -A    a job on every worker                                          HostJob, HostRun, Everywhere
     cexec       the applet: its options and modes
-    cservice    the supervisor: the process that has a client's jobs           Command, Supervisor, Supervisors
-    cservice    the line and the offers                                        KnownClient, Clients, Offer, Worker
-    cservice    the applet, and its line to cservice -s                        Lifeline
+    cservice    the supervisor: the process that runs a client's jobs          Command, Supervisor, Supervisors
+    cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
+    cservice    the applet, and its lifeline to cservice -s                    Lifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
     crat --svg  a log as a picture                                             Axis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
@@ -134,43 +135,43 @@ WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a sl
 WINDOW = 4 * 1024 * 1024            # bytes of credit for each channel and direction
 PIPE_SIZE = 1024 * 1024             # bytes asked for in the command's pipes
 MAXFD = 32                          # descriptors below this number are carried
-MAXFD_LIMIT = 1024                  # and never any from here on
+MAXFD_LIMIT = 1024                  # the most that CEXEC_MAXFD can be
 HELD_MAX = 8 * 1024 * 1024          # bytes of input held for a job that may be run again
 RETRIES = 3                         # times that such a job is run again
-MEMORY = 10000                      # jobs, datagrams remembered by anyone
+MEMORY = 10000                      # jobs or datagrams that are remembered, in each memory
 
 OFFER_SECONDS = 3.0                 # an offer is open for this long
-HOLD_SECONDS = 0.25                 # and holds a slot for this long before TLS is up,
-HOLD_MAX = 1.0                      # or this, if it took longer than that the last time
-LATE_MAX = 64                       # offers beyond that, which hold no slot, at a time
-BACKOFF_MAX = 16.0                  # seconds until a client to which no connection gets through is tried again
+HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
+HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
+LATE_MAX = 64                       # LATE offers at a time: they took longer, and hold no slot
+BACKOFF_MAX = 16.0                  # the longest pause before a client that cannot be reached is tried again
 LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
 LINE_PAUSES = 4                     # or after so many pauses between its announcements, if these are longer
-PAUSE_MAX = 15.0                    # seconds: none announces itself more seldom, whatever it says
-FRESH_TRIES = 3                     # a BUSY that answers an earlier announcement than that is a replay
+PAUSE_MAX = 15.0                    # seconds: a longer pause between announcements is not believed
+FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
-OBJECTION_SECONDS = 1.0             # after one worker that can't do the job, another may offer for this long
+OBJECTION_SECONDS = 1.0             # a client waits so long for a better offer, if all others can't do the job
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
-PENALTY = 2.0                       # seconds more for a worker that has failed
-COMPLAINT_SECONDS = 600.0           # who has complained of another worker in this time may have a bad link
-MUCH_MOVED = 1024 * 1024            # bytes taken by a worker or sent by it: it works, if its client can be reached
-SPREAD_MIN = 0.002                  # a random spread below this is none
+PENALTY = 2.0                       # seconds that a worker which has failed waits in addition
+COMPLAINT_SECONDS = 600.0           # a client that complains of two workers in this time may have a bad link
+MUCH_MOVED = 1024 * 1024            # bytes of a job: a worker that has moved so many works, so no complaint counts
+SPREAD_MIN = 0.002                  # a smaller random spread counts as none
 SPREAD_MAX = 1.0
-OFFERS_WANTED = 3                   # offers an announcement that the spread steers for
-OFFERS_IN_LINE = 2                  # and offers a client in the line, by the choice among the oldest few
-FEW_MAX = 64
+OFFERS_WANTED = 3                   # offers for an announcement: the spread is adapted to get so many
+OFFERS_IN_LINE = 2                  # offers for a client in the line: "few" is adapted to get so many
+FEW_MAX = 64                        # a worker chooses among so many of the oldest in the line at most
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
-QUERIES_MAX = 64                    # questions who is there that a worker answers, a second
-PROBES_MAX = 64                     # connections back to whoever asks who is there, at a time
-DENY_SECONDS = 0.2                  # between two answers to those who have no key
+QUERIES_MAX = 64                    # QUERYs that a worker answers in a second
+PROBES_MAX = 64                     # connections back to clients that sent a QUERY, at a time
+DENY_SECONDS = 0.2                  # between two DENYs
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
-LOOKS = 3                           # times that nothing must be seen of it
-BURST = 100                         # times that they are looked for in a row when they are late
-CLOSE_SECONDS = 30.0                # what a worker waits for its client to close, which has all and says nothing
+LOOKS = 3                           # looks in turn that must find no process of it
+BURST = 100                         # looks in a row once KILL_SECONDS are over
+CLOSE_SECONDS = 30.0                # after EXIT a worker waits so long for a silent client to close
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
-CHECK_SECONDS = GONE_SECONDS / 6    # how often a worker looks after that
+CHECK_SECONDS = GONE_SECONDS / 6    # between two looks for such hosts
 
 
 class Fatal(Exception):
@@ -184,16 +185,20 @@ class Fatal(Exception):
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
 
-    sender = "a peer"               # whose datagram it was, where that is known
+    sender = "a peer"               # the address that a datagram came from, if it was one
+
+    def sent_by(self, sender):
+        """Itself, with the address that the datagram came from."""
+        self.sender = sender
+        return self
 
 
 class OtherVersion(ProtocolError):
     """A peer speaks another version of the protocol."""
 
-    def __init__(self, version):
+    def __init__(self, version, asks_at=0):
         super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
-        self.version = version
-        self.asks_at = 0            # the return port of a QUERY
+        self.version, self.asks_at = version, asks_at       # asks_at: the return port of a QUERY, or 0
 
 
 class Log:
@@ -206,11 +211,18 @@ class Log:
         self.midline = False        # whether what was written last has not ended its line
         self.said = set()           # by once()
 
+    def begin(self, applet):
+        """This process is that applet."""
+        self.applet = applet
+
+    def be_verbose(self, verbose):
+        self.verbose = verbose
+
     def hold(self, floor):
         """Writes to a copy of descriptor 2 from now on, with a number from floor up.
 
         A job carries 2 like any other descriptor, and closes it when the command does.
-        What is to be said after that still has to get out.
+        Later messages still have to get out.
         """
         self.release()
         self.fd = lifted(2, floor)
@@ -222,7 +234,7 @@ class Log:
             self.fd = 2
 
     def on_raw_terminal(self, raw):
-        """Ends lines so that the next one begins at the left: a raw terminal does not do it."""
+        """Ends lines with CR LF while the terminal is raw: there LF alone does not go back to the left."""
         self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
     def once(self, message):
@@ -233,9 +245,9 @@ class Log:
 
     def say(self, message):
         shown = self.shown
-        self.status("")
+        self.status_line("")
         self.write("%s: %s%s" % (self.applet, printable(message), self.newline))
-        self.status(shown)
+        self.status_line(shown)
 
     def write(self, text):
         self.copy(text.encode("utf-8", "backslashreplace"))
@@ -243,20 +255,19 @@ class Log:
     def copy(self, data):
         self.midline = data[-1:] != b"\n"
         try:
-            while data:
-                data = data[os.write(self.fd, data):]
+            write_all(functools.partial(os.write, self.fd), data)
         except OSError:
-            pass                    # nobody is there to be told
+            pass                    # nobody reads it
 
     def beside(self, fd, data):
-        """os.write() to a terminal, which may be ours: the status line makes way, until a line has ended."""
-        self.status("")
+        """os.write() to a terminal, perhaps to ours: the status line is away until this output has ended a line."""
+        self.status_line("")
         count = os.write(fd, data)
         self.midline = bytes(data[:count][-1:]) != b"\n"
         return count
 
-    def status(self, text):
-        """Keeps a line below the others, on a terminal; what was there before goes."""
+    def status_line(self, text):
+        """Shows this line below the others, on a terminal, in place of the last one; "" removes it."""
         if text and not self.midline or self.shown:
             try:
                 width = os.get_terminal_size(self.fd).columns or 80
@@ -271,14 +282,20 @@ class Log:
             self.say(message % args if args else message)
 
 
+def write_all(write, data):
+    """Calls write() again after each short write, until all of the data is written.  Raises OSError."""
+    while data:
+        data = data[write(data):]
+
+
 def printable(text):
-    """The text with control characters escaped: a peer's words never move a cursor."""
+    """The text with control characters escaped: what a peer says never moves a cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
                    for c in text)
 
 
 log = Log()
-at_end = []                         # to be called before this process ends, however it does
+at_end = []                         # functions that are called before this process ends, in every case
 
 
 def tidy_up():
@@ -296,7 +313,7 @@ def die_of(number):
 
 
 def encoded(text):
-    """The bytes of a text on standard output, whatever its encoding."""
+    """The bytes of a text in the encoding of standard output."""
     return text.encode(sys.stdout and sys.stdout.encoding or "ascii", "backslashreplace")
 
 
@@ -308,11 +325,11 @@ def show(line):
 
 
 def print_out(data=b""):
-    """Writes to standard output, and what waits there.  Raises Fatal (111), BrokenPipeError."""
+    """Writes to standard output, after what its buffer holds.  Raises Fatal (111), BrokenPipeError."""
     try:
         if sys.stdout:
             sys.stdout.flush()
-            if data:                # to write nothing fails, too, where standard output is an input
+            if data:                # a write of nothing also fails if standard output is open for reading only
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
     except BrokenPipeError:
@@ -381,7 +398,7 @@ def setting(name, default, low, high, hint=""):
 
 
 def started_up():
-    """Begins to collect garbage; what is in memory now stays, in common with processes forked later."""
+    """Begins to collect garbage, but not what is there now: processes forked later share its memory."""
     if hasattr(gc, "freeze"):       # Python 3.7
         gc.freeze()
     gc.enable()
@@ -393,7 +410,7 @@ def cut(text, limit):
 
 
 def whole(digits):
-    """The number that decimal digits spell, or one that is beyond every limit of ours if they are very many.
+    """The number in decimal digits; only the first twenty count, which is beyond every limit here.
 
     Python refuses thousands of digits (int(), "Integer string conversion length limitation").
     """
@@ -401,7 +418,7 @@ def whole(digits):
 
 
 def u32(number):
-    """A whole number that fits a field of 32 bits."""
+    """The whole number, or the largest that fits a field of 32 bits."""
     return min(int(number), 0xffffffff)
 
 
@@ -430,9 +447,10 @@ class Option:
     """A row of an applet's table.
 
     flags: its spellings, "-j --json".  argument: "" for none, "N" for a number from 1, "[N]" for
-    a number or nothing (the value is then "all"), "NAME+" if it may be repeated (a list), else
-    any text.  name: where the value is found.  modes: those it belongs to, "- -m"; all if empty.
-    Rows of different modes may share a flag: one has a number, for example, and the other nothing.
+    an optional number (without it the value is "all"), "NAME+" if the option may be repeated (a
+    list), else any text.  name: the value's attribute in what Syntax.read() returns.  modes: the
+    modes that have the option, "- -m"; all modes if empty.  Rows of different modes may share a
+    flag, and then their arguments may differ.
     """
 
     def __init__(self, flags, argument, name, help, modes=""):
@@ -440,7 +458,7 @@ class Option:
         self.spelled = (self.flags[0] + " " + argument.rstrip("+")).rstrip()
 
     def lines(self):
-        """What -h says of it."""
+        """The lines of -h about it."""
         import textwrap
         heads = "  %-14s  " % (", ".join(self.flags) + self.spelled[len(self.flags[0]):])
         return textwrap.wrap(self.help, 79, initial_indent=heads, subsequent_indent=" " * 18)
@@ -449,8 +467,8 @@ class Option:
 class Syntax:
     """An applet's command line.
 
-    operands: {mode: the words after the options}.  A mode is "-", or the flag that chooses it.
-    Options end at the first other word, or at --; with anywhere=True they end at -- alone.
+    operands: {mode: what -h calls the words after the options}.  A mode is "-", or the flag that
+    chooses it.  Options end at the first other word, or at --; with anywhere=True only at --.
     """
 
     def __init__(self, applet, operands, text, *rows, anywhere=False):
@@ -458,14 +476,14 @@ class Syntax:
         self.rows = [Option("-h --help", "", "help", "print this and exit", "-"), *rows,
                      Option("-v", "", "verbose", "say on standard error what happens"),
                      Option("--version", "", "version", "print the version and exit", "-")]
-        self.arguments = {}             # flag: what it has as argument, in all its rows
+        self.arguments = {}             # flag: the arguments of all its rows
         for row in self.rows:
             for flag in row.flags:
                 self.arguments.setdefault(flag, set()).add(row.argument)
 
     def read(self, argv):
-        """The words, the mode, and a value for each name in the table; -v is obeyed at once.  Raises Fatal (100)."""
-        given, words, rest = [], [], list(argv)         # given: (flag, value), as they come
+        """A namespace: words, mode, and a value for each name in the table.  Obeys -v at once.  Raises Fatal (100)."""
+        given, words, rest = [], [], list(argv)         # given: (flag, value) in this order; rest: not read yet
         while rest and rest[0] != "--" and (self.anywhere or not words):
             word = rest.pop(0)
             flag = word.partition("=")[0]
@@ -478,7 +496,7 @@ class Syntax:
         if rest and (self.anywhere or not words):
             rest.pop(0)                                 # the --
         values = self._values(given, words + rest)
-        log.verbose = values.verbose
+        log.be_verbose(values.verbose)
         return values
 
     def _read_long(self, word, rest, given):
@@ -491,7 +509,7 @@ class Syntax:
         self._give(flag, value or True, given)
 
     def _read_letters(self, word, rest, given):
-        """-nr is -n -r, -oFILE is -o FILE; a number goes to the option before it, if that may have one."""
+        """-nr is -n -r, -oFILE is -o FILE; a number belongs to the option before it if that takes one."""
         letters = word[1:]
         while letters:
             flag, letters, value = "-" + letters[0], letters[1:], True
@@ -539,14 +557,14 @@ class Syntax:
         return values
 
     def _misplaced(self, flag, mode):
-        """What is to be said of an option of other modes."""
+        """The message for an option that only other modes have."""
         if mode != "-":
             return "%s does not go with %s" % (flag, mode)
         modes = [mode for row in self.rows if flag in row.flags for mode in row.modes]
         return "%s is for %s" % (flag, " and ".join(modes))
 
     def _value(self, flag, argument, value, mode):
-        """The value of an option, as its row has it."""
+        """An option's value, of the type that its row's argument asks for."""
         if value is True:
             if argument in ("", "[N]"):
                 return "all" if argument else True
@@ -559,7 +577,7 @@ class Syntax:
         return int(value) if argument == "N" else value
 
     def error(self, message, mode="-"):
-        """A Fatal (100) that has the usage of a mode."""
+        """A Fatal (100) with the usage of a mode."""
         return Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, self.synopsis(mode)))
 
     def synopsis(self, mode):
@@ -573,7 +591,7 @@ class Syntax:
         return " ".join(words + [self.operands[mode]])
 
     def help(self):
-        """What -h prints: the options of one mode alone come after the others."""
+        """The text of -h: first the options of the common mode, then those of the others."""
         groups = {"options": []}
         for row in self.rows:
             heading = "with " + " or ".join(row.modes) if row.modes and "-" not in row.modes else "options"
@@ -588,9 +606,10 @@ class Syntax:
 # Keys: a keypair made of HMACs, and the certificate that goes with it
 # ---------------------------------------------------------------------------
 #
-# The private key is a P-256 scalar, the master.  HMACs of it under labels give the
-# application id, which everybody may see, and a secret for each client's name.  The
-# certificate is computed from it too, always the same bytes, so that a pub can pin it.
+# The private key is a P-256 scalar, the master.  Each other secret or id is an HMAC of a label,
+# with the master as key: the application id, which everybody may see, and a secret for each
+# client's name.  The certificate is computed from the master too, so its bytes are always the
+# same, and a pub can pin it.
 
 DEFAULT_NAME = "anyone"             # the client's name in a pub made without -n
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
@@ -631,7 +650,7 @@ def client_proof(secret, challenge, nonce):
 
 
 def is_name(name):
-    """Whether it can be a client's name; a terminal's type (TERM) is held to the same."""
+    """Whether it can be a client's name, or a terminal's type (TERM)."""
     return 0 < len(name) <= NAME_MAX and NAME_CHARACTERS.issuperset(name)
 
 
@@ -696,8 +715,8 @@ def unpem(kind, text):
 def parse_key(text, path):
     """The Key in a private key file's text; Fatal (100) says what is wrong with it.
 
-    Reads the scalar of the EC PRIVATE KEY (RFC 5915) as ckeygen writes it; whether the
-    certificate belongs to it is for load_cert_chain, or for ckeygen, which computes it.
+    Reads only the scalar of the EC PRIVATE KEY (RFC 5915), as ckeygen writes it.  load_cert_chain
+    checks that the certificate belongs to it; ckeygen computes the certificate again.
     """
     if text.startswith(PUB_MAGIC):
         raise Fatal(EXIT_USAGE, "%s: a public key where the private key is needed (its name is without .pub)" % path)
@@ -709,20 +728,20 @@ def parse_key(text, path):
 
 
 NO_FILE = errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP
-NO_KEY = errno.EFBIG, errno.EISDIR  # what is there can't be a key
+NO_KEY = errno.EFBIG, errno.EISDIR  # the path is there, and can't be a key
 
 
 def read_text(path, limit=CONTROL_MAX):
     """A small text file's contents.  Raises OSError."""
     with open(path, "rb") as file:
         text = file.read(limit + 1).decode("latin-1")
-    if len(text) > limit:           # a part of it could be taken for the whole
+    if len(text) > limit:           # never return a part as if it were the whole
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     return text
 
 
 def open_pub(path):
-    """The Pub in the file PATH, or in PATH.pub if PATH is none.  Raises Fatal."""
+    """The Pub in the file PATH, or in PATH.pub if PATH is missing or no pub.  Raises Fatal."""
     for name in (path, path + ".pub"):
         try:
             text = read_text(name)
@@ -737,7 +756,7 @@ def open_pub(path):
 
 
 def unreadable(path, error, kind):
-    """The Fatal for a key that can't be read: 100 if it is not there, or can't be a key."""
+    """The Fatal for a key file that can't be read: 100 if it is missing or can't be a key, else 111."""
     remedy = {errno.ENOENT: ": is the name right? (ckeygen makes keys)",
               errno.ENOTDIR: ": is the name right? (ckeygen makes keys)",
               errno.EFBIG: ": not a cexec %s" % kind,
@@ -759,7 +778,7 @@ def open_key(path):
     return parse_key(text, path)
 
 
-# The certificate.  Used by ckeygen alone: integers and DER, 3 ms, no randomness.
+# The certificate.  Only ckeygen uses this: integers and DER, 3 ms, no randomness.
 
 def p256_multiply(scalar, point):
     """scalar * point on P-256, in Jacobian coordinates; both points affine pairs.
@@ -787,7 +806,7 @@ def p256_double(x, y, z):
 
 
 def p256_add(x1, y1, z1, x2, y2):
-    """madd of the same, the second point affine; the points are never equal here."""
+    """madd of the same database; the second point is affine, and the points are never equal here."""
     zz = z1 * z1 % P256_P
     h = (x2 * zz - x1) % P256_P
     r = (y2 * zz * z1 - y1) % P256_P
@@ -798,9 +817,9 @@ def p256_add(x1, y1, z1, x2, y2):
 
 
 def ecdsa_sign(master, message):
-    """(r, s) of message's SHA-256 under the scalar (FIPS 186-4, 6.4).
+    """(r, s): the signature of message's SHA-256 by the scalar (FIPS 186-4, 6.4).
 
-    The nonce is an HMAC of the message under the scalar, RFC 6979's idea.
+    The nonce is an HMAC of the message with the scalar as key: the idea of RFC 6979.
     """
     digest = int.from_bytes(hashlib.sha256(message).digest(), "big")
     scalar = int.from_bytes(master, "big")
@@ -914,7 +933,7 @@ def unpack_field(kind, view):
 
 
 def option_letters(options):
-    """What of cservice's options HELLO and REPLY tell, as "-ai"; "-" if there is none."""
+    """The options of cservice in a HELLO or REPLY, as "-ai"; "-" if there is none."""
     return "-" + "".join(letter for bit, letter in OPTION_LETTERS.items() if options & bit)
 
 
@@ -928,11 +947,11 @@ def by_code(*messages):
 
 
 def handler_of(owner, kind):
-    """The owner's method rcvd_NAME for a message of this kind; None if it takes none."""
+    """The owner's method rcvd_NAME for a message of this kind; None if there is no such method."""
     return getattr(owner, "rcvd_" + kind.name.lower(), None)
 
 
-# Datagrams: to the group, and BUSY, REPLY and DENY back from it.  Every body begins with COMMON.
+# Datagrams: to the group; BUSY, REPLY and DENY are answers to one client.  Every body begins with COMMON.
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
@@ -948,7 +967,7 @@ DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
 DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's why
 
-# Frames: on the channel.
+# Frames: on the connection of a worker and a client.
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
@@ -980,9 +999,9 @@ ANY_WORKER = bytes(8)                                               # ANNOUNCE's
 FLAG_INPUT = 1                      # the client reads it, the command can read it
 FLAG_OUTPUT = 2                     # the command writes it, the client gets it
 FLAG_SOCKET = 4                     # both ways: a socketpair for the command
-FLAG_COUNTED = 8                    # an input whose bytes not taken are given back
-FLAG_TERMINAL = 16                  # both ways: a terminal for the command, which controls its session
-FLAG_FILES = 32                     # an archive for the job's directory, or of results: the command has no such number
+FLAG_COUNTED = 8                    # an input; the client gives back the bytes that the command did not take
+FLAG_TERMINAL = 16                  # both ways: a terminal for the command, the controlling one of its session
+FLAG_FILES = 32                     # an archive for the job's directory, or of results: no descriptor of the command
 POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT, FLAG_INPUT | FLAG_FILES, FLAG_OUTPUT | FLAG_FILES,
                   FLAG_INPUT | FLAG_OUTPUT | FLAG_SOCKET, FLAG_INPUT | FLAG_OUTPUT | FLAG_TERMINAL}
 
@@ -993,11 +1012,11 @@ HELLO_NO_COMMAND = 8                # the arguments are the command: there is no
 OPTION_LETTERS = {HELLO_ARGUMENTS: "a", HELLO_DIRECTORIES: "d", HELLO_REPEATABLE: "i"}      # of cservice
 
 # A frame's flags: on EOF and SHUT.
-FLAG_WHOLE = 1                      # not only this direction: the descriptor is closed
+FLAG_WHOLE = 1                      # both directions: the descriptor is closed
 
 MAGIC = b"CEXC"
 DATAGRAM_HEAD = struct.Struct("!4sBBB16sH")     # magic, version, kind, hops, return address, port
-PROVED = struct.Struct("!4sBB")                 # of the head, what the MAC covers
+PROVED = struct.Struct("!4sBB")                 # the part of the head that the MAC covers
 MAC_SIZE = 16
 FRAME_HEAD = struct.Struct("!BBHI")             # kind, flags, channel, length of the payload
 
@@ -1005,19 +1024,18 @@ SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT"
 
 
 def other_version(data):
-    """An OtherVersion for a datagram, whose head is alike in every version."""
-    error = OtherVersion(data[4])
+    """An OtherVersion for a datagram: its head is the same in every version."""
+    code = port = 0
     if len(data) >= DATAGRAM_HEAD.size:
         _, _, code, _, _, port = DATAGRAM_HEAD.unpack_from(data)
-        error.asks_at = port if code == QUERY.code else 0
-    return error
+    return OtherVersion(data[4], port if code == QUERY.code else 0)
 
 
 class Datagram:
-    """A datagram that parsed; whether it is true, proved_by() tells.
+    """A datagram that is well formed; proved_by() tells whether it is genuine.
 
-    address and port are the return address: None where it is the sender's.  identity (16
-    bytes) is common to all copies, whatever way they came.
+    address and port are the return address; address is None if it is the sender's.  identity (16
+    bytes) is the same for all copies, by whatever way they came.
     """
 
     def __init__(self, data):
@@ -1056,7 +1074,7 @@ class Datagram:
 
 
 def make_datagram(kind, application, name, secret, nonce, port, **fields):
-    """A datagram's bytes, at most 1200, proved by the secret of the client name: the return address is the sender's."""
+    """A datagram's bytes, at most 1200, with a MAC by the client's secret; the return address is the sender's."""
     common = COMMON.pack(application=application, client=name, nonce=nonce)
     body = common + kind.pack(**fields)
     proved = PROVED.pack(MAGIC, PROTOCOL, kind.code) + body
@@ -1070,7 +1088,7 @@ LINK_LOCAL = bytes.fromhex("fe80")  # RFC 4291, 2.5.6: and then 54 bits of zeros
 def pack_address(address):
     """16 bytes for an IP address: IPv4 mapped into IPv6 (RFC 4291, 2.5.5.2), zeros for None.
 
-    A link-local one's interface goes where the zeros would be: for this host alone.
+    A link-local address has its interface's index in place of zeros; only this host understands it.
     """
     if address is None:
         return bytes(16)
@@ -1100,12 +1118,12 @@ def unpack_address(data):
 
 
 def token_nonce(token):
-    """The 16-byte nonce that names a job; CLAIM reveals the token it is the hash of."""
+    """The 16-byte nonce that names a job: a hash of the token, which the client reveals in CLAIM."""
     return hashlib.sha256(token).digest()[:16]
 
 
 class Memory(collections.OrderedDict):
-    """A dictionary that forgets its oldest entries beyond a number of them."""
+    """A dictionary of limited size, which forgets its oldest entries."""
 
     def __init__(self, limit=MEMORY):
         super().__init__()
@@ -1119,11 +1137,11 @@ class Memory(collections.OrderedDict):
 
 
 class FrameReader:
-    """Takes the channel's bytes, gives frames.
+    """Takes the connection's bytes, gives frames.
 
-    Fill room(), tell filled() how much came, and take frames() until it ends.  DATA
-    comes in pieces as they arrive, as views that hold until the next room(); every
-    other frame comes whole, its payload unpacked.
+    Put bytes into room(), tell filled() how many, and go through frames().  DATA comes in
+    pieces as they arrive, as views that are valid until the next room(); every other frame comes
+    whole, with its payload unpacked.
     """
 
     FULL_SIZE = FRAME_MAX + CONTROL_MAX + FRAME_HEAD.size
@@ -1134,14 +1152,13 @@ class FrameReader:
         self.data_flags = self.data_channel = self.data_left = 0
 
     def room(self):
-        """A view to fill from its beginning; never empty."""
-        rest = self.end - self.start
+        """A view that the caller fills from its beginning; never empty."""
         waiting = self.view[self.start:self.end]
         if self.end == len(self.view) < self.FULL_SIZE:
             self.view = memoryview(bytearray(self.FULL_SIZE))
-        self.view[:rest] = waiting
-        self.start, self.end = 0, rest
-        return self.view[rest:]
+        self.start, self.end = 0, len(waiting)
+        self.view[:self.end] = waiting
+        return self.view[self.end:]
 
     def filled(self, count):
         self.end += count
@@ -1173,7 +1190,7 @@ class FrameReader:
 
 
 def unpack_frame(kind, body):
-    """A frame's fields.  Raises ProtocolError, and OtherVersion for a HELLO that has fields of its own."""
+    """A frame's fields.  Raises ProtocolError; OtherVersion for a HELLO with other fields than ours."""
     try:
         return kind.unpack(body)
     except ProtocolError:
@@ -1188,16 +1205,16 @@ def make_frame(kind, channel=0, flags=0, **fields):
     return FRAME_HEAD.pack(kind.code, flags, channel, len(payload)) + payload
 
 
-# A job's words, its variables (KEY=VALUE), arguments and -g's patterns, are bytes and may be large.  They
-# go ahead of JOB, which has their numbers, in WORDS: as in /proc/PID/environ, cut anywhere.
+# A job's words are its variables (KEY=VALUE), its arguments and the patterns of -g: bytes, perhaps many.
+# WORDS frames carry them before JOB, each word with a NUL after it, cut anywhere.  JOB has their numbers.
 
 def words_size(words):
-    """The bytes that words take of WORDS_MAX."""
+    """How many bytes of WORDS_MAX the words take."""
     return sum(len(word) + 9 for word in words)
 
 
 def send_job(link, environment=(), arguments=(), patterns=(), **fields):
-    """Sends a job's words and JOB; the number of WORDS, each of which is answered with PONG."""
+    """Sends a job's words and JOB; the number of WORDS frames.  The worker answers each of them with PONG."""
     data = b"".join(word + b"\0" for word in (*environment, *arguments, *patterns))
     places = range(0, len(data), WORDS_CHUNK)
     for place in places:
@@ -1213,14 +1230,14 @@ class Words:
         self.data, self.count = bytearray(), 0
 
     def add(self, data):
-        """Takes what WORDS has.  Raises ProtocolError if it is more than any command can be given."""
+        """Adds the bytes of a WORDS frame.  Raises ProtocolError if all are more than a command can be given."""
         self.data += data
         self.count += data.count(b"\0")
         if not data or len(self.data) + 8 * self.count > WORDS_MAX:
             raise ProtocolError("no words, or more than %d MiB of them" % (WORDS_MAX >> 20))
 
     def take(self, *counts):
-        """A tuple of lists of so many words each, one after the other.  Raises ProtocolError unless these are all."""
+        """Lists of so many words each, in their order.  Raises ProtocolError if there are fewer words or more."""
         if self.count != sum(counts) or self.data and self.data[-1]:
             raise ProtocolError("other words than JOB says")
         words = iter(bytes(self.data).split(b"\0"))
@@ -1235,14 +1252,14 @@ class Words:
 LINUX = sys.platform.startswith("linux")
 ALL_NETWORKS = "255.255.255.255"    # out of every interface that broadcasts
 ALL_NODES = "ff02::1"               # RFC 4291, 2.7.1: every IPv6 host of a network hears it unasked
-THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of this machine; macOS and the
-                                    # BSDs have no broadcast on loopback: one listener of their own hears it
+THIS_HOST = "127.255.255.255" if LINUX else "127.0.0.1"     # every listener of this machine; on macOS and the
+                                    # BSDs only one listener, because their loopback has no broadcast
 MULTICAST_TTL = 31                  # hops: within a site
 NETWORK_MAX = 1024                  # addresses of a network that a group may name: a /22
 TARGETS_MAX = 4096                  # addresses of a group in all
-GROUP_FILE_MAX = 1024 * 1024        # bytes of a file of them
-SECONDS_A_WAY = 0.002               # a client in a network of a thousand addresses announces every two seconds
-REJOIN_SECONDS = 5.0                # an interface that has come up meanwhile is joined to a multicast group
+GROUP_FILE_MAX = 1024 * 1024        # bytes of a file of addresses
+SECONDS_A_WAY = 0.002               # the pause for each address: announcements to a thousand are 2 s apart
+REJOIN_SECONDS = 5.0                # so often new interfaces are joined to a multicast group
 IFF_UP, IFF_BROADCAST, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x2, 0x8, 0x1000 if LINUX else 0x8000
 if LINUX:
     SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = 0x8913, 0x8915, 0x8919      # netdevice(7)
@@ -1250,8 +1267,8 @@ else:                               # sys/sockio.h: _IOWR('i', N, struct ifreq),
     SIOCGIFFLAGS, SIOCGIFADDR, SIOCGIFBRDADDR = (
         0xc0000000 | (144 if sys.platform.startswith("netbsd") else 32) << 16 | 0x6900 | number
         for number in (17, 33, 35))
-HOLDS_PIDS = hasattr(os, "waitid")  # whether a child can be seen to have ended and not be reaped
-IP_PKTINFO = 8 if LINUX else None   # ip(7); Python names it from 3.14.  macOS and NetBSD have others of that name
+HOLDS_PIDS = hasattr(os, "waitid")  # whether the system can say that a child has ended without reaping it
+IP_PKTINFO = 8 if LINUX else None   # ip(7); Python has the name from 3.14.  It differs on macOS and NetBSD
 PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destination address
 PKTINFO6 = struct.Struct("@16sI")   # destination address, interface index: RFC 3542, 6.
 
@@ -1276,13 +1293,13 @@ def is_multicast(address):
 
 
 def address_of(peer):
-    """The IP address in a socket's address, a link-local one (RFC 4007) with its interface.  Raises OSError."""
+    """The IP address in a socket's address; a link-local one has its interface (RFC 4007).  Raises OSError."""
     address = peer[0].partition("%")[0]
     return address + "%" + socket.if_indextoname(peer[3]) if peer[3:] and peer[3] else address
 
 
 def socket_address(address, port, index=0):
-    """What the calls of a socket take; of a link-local address the interface.  Raises OSError."""
+    """An address as a socket's methods take it; a link-local one gets its interface's index.  Raises OSError."""
     if ":" not in address:
         return address, port
     address, _, device = address.partition("%")
@@ -1294,12 +1311,12 @@ def spelled(address, port):
 
 
 def ask_interface(sock, name, request):
-    """What an ioctl says of an interface: the 16 bytes after the name in struct ifreq.  Raises OSError."""
+    """An ioctl's answer about an interface: the 16 bytes after the name in struct ifreq.  Raises OSError."""
     return fcntl.ioctl(sock, request, struct.pack("256s", os.fsencode(name)))[16:32]
 
 
 def interface_names():
-    """{index: name} of the interfaces; none where the system does not tell (a sandbox without AF_NETLINK)."""
+    """{index: name} of the interfaces; empty if the system does not tell (a sandbox without AF_NETLINK)."""
     try:
         return dict(socket.if_nameindex())
     except OSError:
@@ -1307,7 +1324,7 @@ def interface_names():
 
 
 def interfaces():
-    """The interfaces that are up, with their IPv4 addresses; none where the system does not tell."""
+    """The interfaces that are up, with their IPv4 addresses; none if the system does not tell."""
     try:
         probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     except OSError:                 # no descriptor is free just now
@@ -1329,7 +1346,7 @@ def interfaces():
 
 
 def interface_of(address):
-    """The (index, name) of the interface that has an address; (0, None) if none is known to."""
+    """The (index, name) of the interface that has an address; (0, None) if no such interface is known."""
     if "%" in address:
         name = address.partition("%")[2]
         return socket.if_nametoindex(name), name
@@ -1344,13 +1361,13 @@ def interface_of(address):
 
 
 def broadcast_address(name):
-    """An interface's own broadcast address, which leads out of it.  Raises OSError."""
+    """The broadcast address of an interface's own network.  Raises OSError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         return socket.inet_ntoa(ask_interface(probe, name, SIOCGIFBRDADDR)[4:8])
 
 
 def tells_interfaces(sock):
-    """Has the system tell and take a datagram's interface; whether it can."""
+    """Asks the system for each datagram's interface, in both directions; whether it can do that."""
     try:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     except (OSError, TypeError):    # not Linux, or an emulation of it
@@ -1361,9 +1378,10 @@ def tells_interfaces(sock):
 def parse_group(text, default_port):
     """The Targets of a list of [DEVICE:]ADDRESS[:PORT], with commas between them.
 
-    An ADDRESS is one of IPv4, one of IPv6 in brackets, a network of at most 1,024
-    addresses, or a name, which stands for all of its addresses; @FILE is a file of such
-    lists.  Raises Fatal: 100; 111 for a DEVICE that is not there and a name without an answer, which may come yet.
+    An ADDRESS is an IPv4 address, an IPv6 address in brackets, a network of at most 1,024
+    addresses, or a name, which stands for all of its addresses.  @FILE is a file of such
+    lists.  Raises Fatal: 111 for a DEVICE that is not there and for a name server that does not
+    answer, because both may change; else 100.
     """
     targets = []
     for item in text.split(","):
@@ -1377,7 +1395,7 @@ def parse_group(text, default_port):
 
 
 def parse_group_file(path, default_port):
-    """The Targets of a file: lists, one or more lines; what follows a # is a comment."""
+    """The Targets of a file: a list on each line; a comment begins with #."""
     try:
         lines = [line.partition("#")[0].strip() for line in read_text(path, GROUP_FILE_MAX).splitlines()]
     except OSError as error:
@@ -1409,7 +1427,7 @@ def parse_target(item, text, port):
     try:
         targets = [Target(device, address, port) for address in resolve(words[0])]
         if device:
-            find_device(device)     # last: an address that is none stays so, a device may come up
+            find_device(device)     # last: a wrong address is permanent (100), but a device may come up (111)
         return targets
     except (OSError, UnicodeError, ValueError) as error:
         code, why = no_address(words[0], error)
@@ -1417,7 +1435,7 @@ def parse_target(item, text, port):
 
 
 class NoDevice(OSError):
-    """An interface that is not there, or not yet."""
+    """There is no such interface now."""
 
 
 def find_device(name):
@@ -1429,7 +1447,7 @@ def find_device(name):
 
 
 def no_address(text, error):
-    """(exit code, what is wrong) for a text that resolve() does not take: 111 if that may pass."""
+    """(exit code, reason) for a text that resolve() has refused; the code is 111 if another try may work."""
     if isinstance(error, NoDevice):
         return EXIT_TEMPORARY, error.strerror
     if isinstance(error, socket.gaierror):
@@ -1437,12 +1455,12 @@ def no_address(text, error):
             return EXIT_TEMPORARY, "the name %s has no address now: %s" % (text, error.strerror)
         return EXIT_USAGE, "not an address, and the name %s has none: %s" % (text, error.strerror)
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return EXIT_USAGE, str(error)           # of a network
+        return EXIT_USAGE, str(error)           # a wrong network
     return EXIT_USAGE, "not an address: %s" % (getattr(error, "strerror", None) or text)
 
 
 def resolve(name):
-    """The IP addresses of a name or a network, or the one that it is.  Raises OSError, UnicodeError, ValueError."""
+    """The IP addresses of a name, network or address.  Raises OSError, UnicodeError, ValueError."""
     if "/" in name:
         import ipaddress
         network = ipaddress.ip_network(name, strict=False)
@@ -1460,7 +1478,7 @@ def resolve(name):
 
 
 class Group:
-    """The addresses to speak to; send() never fails, it says how many ways worked."""
+    """The addresses of CEXEC_GROUP.  A way is one copy of a datagram: its interface, address and port."""
 
     def __init__(self, text=None, default_port=PORT):
         named = next((name for name in ("CEXEC_GROUP", "GROUP") if os.environ.get(name)), None)
@@ -1470,20 +1488,20 @@ class Group:
         except Fatal as error:
             source = "TARGET" if text else "from GROUP: set CEXEC_GROUP" if named == "GROUP" else "from CEXEC_GROUP"
             raise Fatal(error.code, "%s (%s)" % (error, source)) from None
-        self.error = None           # of the last send: the last reason why a way failed
-        self.chooses = bool(IP_PKTINFO)         # whether a datagram's interface can be chosen
+        self.error = None           # why a way of the last send() failed
+        self.chooses = bool(IP_PKTINFO)         # whether we can choose a datagram's interface
 
     def families(self):
         """The address families of the targets, IPv4 first."""
         return sorted({family_of(target.address) for target in self.targets})
 
     def ways(self):
-        """Yields (interface index or 0, address, port) for every copy to be sent."""
+        """Yields (interface index or 0, address, port) for every way."""
         for device, address, port in self.targets:
             if device:
                 try:
                     yield self.way_through(socket.if_nametoindex(device), device, address, port)
-                except OSError as error:        # it has been removed
+                except OSError as error:        # the device was removed
                     self.error = "%s: %s" % (device, error.strerror or error)
             elif address == ALL_NETWORKS or is_multicast(address):
                 yield from self.every_interface(address, port)
@@ -1493,14 +1511,15 @@ class Group:
     def way_through(self, index, name, address, port):
         """The way out of one interface.  Raises OSError.
 
-        Where it can't be chosen a broadcast goes to the interface's own address for it, and
-        everything else where the system's routes lead.
+        If we can't choose the interface, a broadcast goes to the broadcast address of its network,
+        and everything else takes the system's routes.
         """
         if not self.chooses and ":" not in address:
             return 0, broadcast_address(name) if address == ALL_NETWORKS else address, port
         return index, address, port
 
     def every_interface(self, address, port):
+        """Yields the ways of a broadcast or multicast: out of every interface, and to this machine itself."""
         wanted = IFF_MULTICAST if is_multicast(address) else IFF_BROADCAST
         known, ways = interfaces(), {}
         for interface in known:
@@ -1510,14 +1529,14 @@ class Group:
                 try:
                     ways[self.way_through(interface.index, interface.name, address, port)] = True
                 except OSError:
-                    pass            # it has lost its address meanwhile
+                    pass            # it has just lost its address
         if not known:
             yield 0, address, port
         yield from ways             # each once
-        yield 0, "::1" if ":" in address else THIS_HOST, port       # this machine's own listeners, networks or none
+        yield 0, "::1" if ":" in address else THIS_HOST, port       # listeners here hear us without any network
 
     def send(self, socks, data):
-        """Sends a datagram every way there is, by {family: UDP socket}; the number of ways that worked."""
+        """Sends a datagram by all ways, with {family: UDP socket}; the number of ways that worked.  Raises nothing."""
         sent, self.error, socks = 0, None, dict(socks)
         self.chooses = socket.AF_INET in socks and tells_interfaces(socks[socket.AF_INET])
         for way in self.ways():
@@ -1525,7 +1544,7 @@ class Group:
             try:
                 try:
                     send_through(socks[family], data, *way)
-                except BlockingIOError:         # full of what waits for hosts that are not there
+                except BlockingIOError:         # datagrams to hosts that do not exist fill this socket's buffer
                     socks[family] = open_udp(family)
                     send_through(socks[family], data, *way)
                 sent += 1
@@ -1537,7 +1556,7 @@ class Group:
 
 
 def send_through(sock, data, index, address, port):
-    """One datagram, out of the interface with that index unless it is 0."""
+    """Sends one datagram, out of the interface with that index; index 0 leaves the choice to the system."""
     ancillary = []
     if index and ":" in address and hasattr(socket, "IPV6_PKTINFO"):
         ancillary = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, PKTINFO6.pack(bytes(16), index))]
@@ -1547,9 +1566,10 @@ def send_through(sock, data, index, address, port):
 
 
 def open_udp(family, address="", port=0, shared=False, broadcasts=True):
-    """A UDP socket, not blocking; shared: beside others on the same port; broadcasts: may speak to groups of hosts.
+    """A UDP socket that does not block.  Raises OSError.
 
-    Answers go to a return address that anybody may have forged: to one host, then.  Raises OSError.
+    shared: other sockets may have the same port.  broadcasts: it may send broadcasts; a socket
+    for answers may not, because anybody can forge a return address.
     """
     sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
@@ -1563,8 +1583,8 @@ def open_udp(family, address="", port=0, shared=False, broadcasts=True):
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if not LINUX and hasattr(socket, "SO_REUSEPORT"):
-                # macOS and the BSDs share a port so: there each socket hears a broadcast.  Linux would deal
-                # unicast datagrams out among such sockets, and share only those of one user.
+                # On macOS and the BSDs this shares a port, and each socket hears a broadcast.  On Linux it
+                # would give each unicast datagram to one of the sockets, and only one user's could share.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(socket_address(address, port) if address else ("", port))
     except OSError:
@@ -1574,7 +1594,7 @@ def open_udp(family, address="", port=0, shared=False, broadcasts=True):
 
 
 def open_speakers(address=None):
-    """{family: UDP socket}, the one of an address's family bound to that.  Raises OSError."""
+    """{family: UDP socket}; the socket of an address's family is bound to this address.  Raises OSError."""
     socks = {family_of(address): open_udp(family_of(address), address)} if address else {}
     for family in {socket.AF_INET, socket.AF_INET6} - set(socks):
         try:
@@ -1585,7 +1605,7 @@ def open_speakers(address=None):
 
 
 def who_has(error, protocols, port):
-    """If a port is in use: how to find by whom; protocols: "t" (TCP), "u" (UDP) or both."""
+    """A hint how to find who uses a port, if that is the error; protocols: "t" (TCP), "u" (UDP) or both."""
     if error.errno != errno.EADDRINUSE:
         return ""
     command = "ss -%sanp sport = :%d" % (protocols, port) if LINUX else "lsof -i :%d" % port
@@ -1593,10 +1613,10 @@ def who_has(error, protocols, port):
 
 
 def deliver(receive, handler, stranger=None):
-    """Calls handler(*what receive() gives) for the datagrams that have come, at most 64: others wait too.
+    """Calls handler(*receive()) for each datagram that waits, at most 64: other descriptors get their turn.
 
-    receive() gives None when there is no more, and raises ProtocolError for what does not
-    parse.  stranger(address, an OtherVersion) is told of those who speak another version.
+    receive() returns None if no datagram waits, and raises ProtocolError for one that is not well
+    formed.  stranger(address, an OtherVersion) is called for one of another protocol version.
     """
     for _ in range(64):
         try:
@@ -1615,16 +1635,15 @@ def parsed(data, sender):
     try:
         return Datagram(data)
     except ProtocolError as error:
-        error.sender = sender
-        raise
+        raise error.sent_by(sender) from None
 
 
 class Listener:
-    """UDP sockets that hear a group on one port, beside others of the same host.
+    """UDP sockets that hear a group on one port; other processes of this host may hear it too.
 
-    They bind 0.0.0.0, which hears every broadcast (one bound to 255.255.255.255 misses
-    those to a network's own address), and ::.  Only one socket of a host hears a unicast
-    datagram, so whoever hears one passes it on to the others, once, by THIS_HOST.
+    They are bound to :: and to 0.0.0.0, which hears every broadcast; a socket bound to
+    255.255.255.255 would miss broadcasts to a network's own address.  Only one socket of a host
+    hears a unicast datagram, so its listener sends it on to the others once, to THIS_HOST.
     """
 
     def __init__(self, port, targets):
@@ -1633,7 +1652,7 @@ class Listener:
         self.joined = {}            # target: the indexes of the interfaces on which it was joined
         try:
             self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True, broadcasts=False)}
-            tells_interfaces(self.socks[socket.AF_INET])        # or unicast is heard by one listener of the host alone
+            tells_interfaces(self.socks[socket.AF_INET])        # else receive() cannot tell unicast from broadcast
             if socket.has_ipv6:
                 self.open_ipv6(required=any(":" in target.address for target in targets))
         except OSError as error:
@@ -1651,7 +1670,7 @@ class Listener:
             log.note("does not listen by IPv6: %s", error.strerror)
 
     def join(self):
-        """Joins the multicast groups on their devices, or on every interface there is; whether there are any."""
+        """Joins the multicast groups on their devices, or on every interface; False if there is no such group."""
         for target in self.groups:
             try:
                 present = {socket.if_nametoindex(target.device)} if target.device else {i.index for i in interfaces()}
@@ -1675,9 +1694,9 @@ class Listener:
             log.note("cannot join %s on interface %d: %s", address, index, error.strerror)
 
     def receive(self, sock):
-        """(Datagram, sender's address, interface index), or None when there is no more.
+        """(Datagram, sender's address, interface index), or None if no datagram waits.
 
-        Raises ProtocolError for a datagram that does not parse, with the sender's address.
+        Raises ProtocolError, with the sender's address, for a datagram that is not well formed.
         """
         try:
             data, ancillary, _, sender = sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO6.size))
@@ -1712,7 +1731,7 @@ class Listener:
 
 
 def arrival(ancillary):
-    """(interface index, whether it was sent to this host alone) by what the kernel says of a datagram."""
+    """(interface index, whether it was unicast) of a datagram, from its ancillary data."""
     for level, kind, info in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
             index, local, destination = PKTINFO.unpack(info)
@@ -1742,20 +1761,20 @@ class Timer:
 
 
 def new_selector():
-    """What waits for descriptors of every kind.
+    """A selector for descriptors of every kind.
 
-    epoll refuses regular files and /dev/null.  macOS's poll takes no terminals and devices
-    (poll(2), BUGS), and Python leaves out one that is broken: there it is select, which
-    ends at descriptor 1023.
+    epoll refuses regular files and /dev/null.  macOS's poll refuses terminals and devices
+    (poll(2), BUGS), and Python has no poll if it is broken: then it is select, which takes
+    descriptors up to 1023.
     """
     broken = sys.platform == "darwin" or not hasattr(selectors, "PollSelector")
     return selectors.SelectSelector() if broken else selectors.PollSelector()
 
 
 class Loop:
-    """Calls back what can be read or written, what is due, and what was signalled.
+    """Waits, and calls a function when a descriptor is ready, a time has come or a signal has.
 
-    What nobody wants to read or write is not registered, or it would spin.
+    A descriptor is registered only while somebody wants to read or write it: else the loop would spin.
     """
 
     def __init__(self, floor=0):
@@ -1766,17 +1785,17 @@ class Loop:
         self.running = True
 
     def on_read(self, fd, call):
-        """Calls when fd can be read; None ends that."""
+        """Calls call() whenever fd can be read; None ends that."""
         self._want(self.readers, fd, call)
 
     def on_write(self, fd, call):
-        """Calls when fd can be written; None ends that."""
+        """Calls call() whenever fd can be written; None ends that."""
         self._want(self.writers, fd, call)
 
     def on_leave(self, fd, call):
-        """Calls when nobody reads the other end of a pipe or socket any more; None ends that.
+        """Calls call() when a pipe's or socket's other end has no reader any more; None ends that.
 
-        Linux alone tells: an epoll that waits for nothing is told of errors (epoll_ctl(2)).
+        Only on Linux: an epoll without any events still reports errors (epoll_ctl(2)).
         """
         if call is None:
             if self.leavers.pop(fd, None):
@@ -1790,10 +1809,10 @@ class Loop:
         if self.watch is None:
             with select.epoll() as epoll:
                 self.watch = select.epoll.fromfd(lifted(epoll.fileno(), self.floor))
-            self.on_read(self.watch.fileno(), self._left)
+            self.on_read(self.watch.fileno(), self._readers_gone)
         return self.watch
 
-    def _left(self):
+    def _readers_gone(self):
         for fd, _ in self.watch.poll(0):
             if fd in self.leavers:
                 self.leavers[fd]()
@@ -1821,14 +1840,14 @@ class Loop:
         self.on_leave(fd, None)
 
     def after(self, seconds, call):
-        """Calls once, that much later, unless the Timer that it returns is cancelled."""
+        """Calls call() once, so many seconds later, unless the Timer that this returns is cancelled."""
         timer = Timer(call)
         self.count += 1
         heapq.heappush(self.timers, (time.monotonic() + seconds, self.count, timer))
         return timer
 
     def turn(self):
-        """Waits for something to happen and sees to it: first what came, then what is due."""
+        """Waits once, then calls: first for descriptors that are ready, then for timers that are due."""
         for key, events in self.selector.select(self._patience()):
             if events & selectors.EVENT_READ and key.fd in self.readers:
                 self.readers[key.fd]()
@@ -1841,6 +1860,7 @@ class Loop:
                 timer.call()
 
     def _patience(self):
+        """Seconds until the next timer is due; None if there is none."""
         while self.timers and self.timers[0][2].call is None:
             heapq.heappop(self.timers)
         return max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
@@ -1854,7 +1874,7 @@ class Loop:
         self.running = False
 
     def above_floor(self, sock):
-        """The socket, moved out of the way of the descriptors that are carried."""
+        """The socket, at a number from floor up: the lower numbers are for descriptors that are carried."""
         if sock.fileno() < self.floor:
             with sock:
                 moved = socket.socket(sock.family, sock.type, sock.proto, fileno=lifted(sock.fileno(), self.floor))
@@ -1863,14 +1883,14 @@ class Loop:
         return sock
 
     def catch(self, numbers, call):
-        """Has call(number) called for these signals but those ignored, outside of signal handlers."""
+        """Calls call(number) from the loop for each of these signals, except ignored ones."""
         near, far = map(self.above_floor, socket.socketpair())
         far.setblocking(False)
         near.setblocking(False)
-        self.wakeup = near, far     # kept: a collected socket would close
+        self.wakeup = near, far     # a reference: garbage collection would close them
         signal.set_wakeup_fd(far.fileno())
         for number in numbers:
-            ignored = signal.getsignal(number) is signal.SIG_IGN    # by nohup, or a shell's background
+            ignored = signal.getsignal(number) is signal.SIG_IGN    # nohup does this, and a shell for its background
             if not ignored or number == signal.SIGCHLD:
                 signal.signal(number, lambda number, frame: None)
 
@@ -1881,13 +1901,13 @@ class Loop:
 
 
 # ---------------------------------------------------------------------------
-# What comes back: a group's datagrams, and the return port
+# The return port, and the datagrams of a group: how they get to a handler
 # ---------------------------------------------------------------------------
 
 def hear_all(loop, listeners, handler, stranger=None):
-    """Has handler(datagram, address, interface index) called for what the listeners hear, until they are closed.
+    """Calls handler(datagram, address, interface index) for each datagram that the listeners hear.
 
-    stranger is that of deliver().
+    It ends with hear_no_more().  stranger is that of deliver().
     """
     for listener in listeners:
         for sock in listener.socks.values():
@@ -1908,9 +1928,9 @@ def hear_no_more(loop, listeners):
 
 
 class ReturnPort:
-    """Where offers (TCP) and answers (UDP) come back: one port number, for every family that is spoken.
+    """The client's port for offers (TCP) and answers (UDP): one number for both, and for each address family.
 
-    ports are tried in turn, [0] is any.  Raises Fatal (111).
+    ports are tried in turn; [0] stands for any free port.  Raises Fatal (111).
     """
 
     def __init__(self, ports, loop, families, address=""):
@@ -1933,7 +1953,7 @@ class ReturnPort:
         except OSError:
             if not self.listeners:
                 raise
-            return                  # a kernel without IPv6, which is only one of two
+            return                  # a kernel without IPv6; IPv4 is there already
         self.listeners.append(listener)
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1945,10 +1965,10 @@ class ReturnPort:
         self.udp[family] = self.loop.above_floor(open_udp(family, address, self.port))
 
     def attend(self, hear, accept, stranger=None, spare=None):
-        """Has hear(datagram, sender's address) and accept(socket, its address) called for what comes.
+        """Calls hear(datagram, sender's address) for each datagram, accept(socket, address) for each connection.
 
-        stranger is that of deliver().  spare() is asked to close something when there is no
-        descriptor for a connection: whether it did.
+        stranger is that of deliver().  If no descriptor is left for a connection, spare() is called:
+        it closes something, and returns whether it did.
         """
         for sock in self.udp.values():
             receive = functools.partial(self.receive, sock)
@@ -1957,7 +1977,7 @@ class ReturnPort:
             self.loop.on_read(listener.fileno(), functools.partial(self.accept_all, listener, accept, spare))
 
     def receive(self, sock):
-        """(Datagram, the sender's address), or None when there is no more.  Raises ProtocolError."""
+        """(Datagram, the sender's address), or None if no datagram waits.  Raises ProtocolError."""
         try:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
             sender = address_of(peer)
@@ -1966,7 +1986,7 @@ class ReturnPort:
         return parsed(data, sender), sender
 
     def accept_all(self, listener, accept, spare):
-        """Takes every connection that has come, in the order in which they came."""
+        """Accepts every connection that waits, in the order in which they came."""
         while True:
             try:
                 sock, peer = listener.accept()
@@ -1985,7 +2005,7 @@ class ReturnPort:
 
 
 # ---------------------------------------------------------------------------
-# The channel: TLS, a link of frames, and the streams of descriptors over it
+# The channel: TLS, a link of frames, and the channels of descriptors over it
 # ---------------------------------------------------------------------------
 
 def load_ssl():
@@ -2532,7 +2552,7 @@ class ReplayBuffer:
 
 
 class Stateful:
-    """An object with a state.  LAW has the states that may follow each state; _set() refuses every other."""
+    """An object with a state.  LAW: which states may follow each state; _set() refuses all others."""
 
     __slots__ = ()
     LAW = {}
@@ -2959,17 +2979,17 @@ class Carrier:
 
 F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031 if LINUX else None)      # fcntl(2)
 O_PATH = getattr(os, "O_PATH", 0)
-PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f}     # what only a pty's master
-                                    # answers: TIOCGPTN of ioctl_tty(2) and pts(4), macOS's TIOCPTYGNAME
-PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs is only a dup, which
-                                    # shares O_NONBLOCK with everybody else
+PTY_MASTER = {"linux": 0x80045430, "darwin": 0x40807453, "freebsd": 0x4004740f}     # ioctls that only a pty's
+                                    # master accepts: TIOCGPTN of ioctl_tty(2) and pts(4), macOS's TIOCPTYGNAME
+PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and the BSDs only duplicates the
+                                    # descriptor, and then O_NONBLOCK would change for every process that has it
 
 STANDARD = ("standard input", "standard output", "standard error")
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
 
 
 class Inherited:
-    """One descriptor that this process was started with, as a channel will carry it."""
+    """A descriptor that this process has inherited from its parent, and that a channel can carry."""
 
     def __init__(self, number):
         self.number = number
@@ -2977,12 +2997,14 @@ class Inherited:
         self.stat = os.fstat(number)
         self.kind = self._kind()
         access = self.flags & os.O_ACCMODE
-        if self.kind != SOCKET and access == os.O_RDWR:     # the other half is somebody else's: a FIFO's tokens, say
+        if self.kind != SOCKET and access == os.O_RDWR:
+            # A channel carries one direction of it: 0 is an input, every other number an output.  In the other
+            # direction we would take what belongs to other processes, such as the tokens of make in a FIFO.
             access = os.O_WRONLY if number else os.O_RDONLY
         self.readable, self.writable = access != os.O_WRONLY, access != os.O_RDONLY
 
     def _kind(self):
-        """What it is; None for what is not carried."""
+        """PIPE, FILE, SOCKET, TERMINAL or DEVICE; None if no channel can carry it."""
         mode = self.stat.st_mode
         if self.flags & O_PATH and O_PATH:
             return None
@@ -2997,20 +3019,21 @@ class Inherited:
         return DEVICE if stat.S_ISCHR(mode) else None
 
     def _has_offset(self):
+        """Whether pread() and lseek() work, as with every regular file but some in /proc."""
         try:
             os.lseek(self.number, 0, os.SEEK_CUR)
             if self.flags & os.O_ACCMODE != os.O_WRONLY:
                 os.pread(self.number, 0, 0)
             return True
         except OSError:
-            return False            # some files of /proc
+            return False
 
     def _is_stream(self):
-        """Whether it is a stream that can be read, not a listening socket or datagrams."""
+        """Whether this socket carries a stream: it is not for datagrams, and does not listen."""
         with socket.socket(fileno=os.dup(self.number)) as sock:
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
                 return False
-            # 30 is Linux's; macOS and the BSDs have 2, and some of them do not tell
+            # SO_ACCEPTCONN is 30 on Linux, 2 on macOS and the BSDs; some of these refuse the question
             try:
                 return not sock.getsockopt(socket.SOL_SOCKET, getattr(socket, "SO_ACCEPTCONN", 30 if LINUX else 2))
             except OSError:
@@ -3027,17 +3050,20 @@ class Inherited:
         self.readable = self.writable = True
 
     def same_as(self, other):
-        """Whether both numbers are one open file, or one end of a pipe: then the command gets one as well."""
+        """Whether both numbers are the same open file, or the same end of a pipe.
+
+        If so, one channel carries both, and the command too gets one open file at both numbers.
+        """
         if (self.readable, self.writable) != (other.readable, other.writable):
-            return False            # a terminal, once as input and once as output
+            return False            # a terminal that is open as an input and as an output
         if not os.path.samestat(self.stat, other.stat):
             return False
-        if self.kind == PIPE:       # opened twice, it is still one queue, from which the one would take the other's
+        if self.kind == PIPE:       # even if it was opened twice: two channels would compete for the same bytes
             return True
         return self.flags == other.flags and (self.kind != FILE or shares_offset(self.number, other.number))
 
     def is_nameless_pipe(self):
-        """Whether nobody can open it any more: the readers of a FIFO come and go."""
+        """Whether it was made by pipe(2).  Of a FIFO, other processes can still open the reading end."""
         made = os.pipe()
         try:
             return self.kind == PIPE and self.stat.st_dev == os.fstat(made[0]).st_dev
@@ -3046,29 +3072,27 @@ class Inherited:
                 os.close(fd)
 
     def is_other_end_of(self, output):
-        """Whether what is written to that output would be read here."""
+        """Whether bytes that are written to that output can be read here."""
         if self.kind == PIPE:
             return output.kind == PIPE and self.stat.st_ino and os.path.samestat(self.stat, output.stat)
         return self.kind == output.kind == SOCKET and are_peers(self.number, output.number)
 
 
-F_DUPFD_QUERY = 1027                # fcntl(2), Linux 6.10: whether two descriptors are one open file
+F_DUPFD_QUERY = 1027                # fcntl(2), Linux 6.10: are two descriptors the same open file?
 F_SETOWN, F_GETOWN = fcntl.F_SETOWN, fcntl.F_GETOWN
 
 
 def shares_offset(one, two):
-    """Whether two descriptors of a regular file have a common offset, which stays where it is.
-
-    Others may write there at this very moment.  Where fcntl(2) does not tell it by itself, one
-    is given an owner, of which regular files make no use: is it the other's too?  Several
-    cexec may do so at once, but each sets only its own id or none, so that an id that has
-    stayed at one, and is not at two, is an answer.
-    """
+    """Whether two descriptors of a regular file are one open file, and so have a common offset."""
+    # To move the offset and look would disturb other processes, which may write there now.
     if LINUX:
         try:
             return fcntl.fcntl(one, F_DUPFD_QUERY, two) == 1
         except OSError:
             pass                    # an older kernel
+    # So we set the owner of the first one (F_SETOWN), which regular files do not use, and look whether the
+    # second one has this owner too.  Other cexec processes may do the same with this file at the same
+    # time.  But each sets only its own id, or 0: so "no" is sure if our id is still at the first one.
     try:
         for _ in range(100):
             fcntl.fcntl(one, F_SETOWN, os.getpid())
@@ -3078,7 +3102,8 @@ def shares_offset(one, two):
             if settled:
                 return shared
     except OSError:
-        pass                        # macOS and the BSDs, of a regular file, which O_NONBLOCK does nothing to
+        pass                        # macOS and the BSDs refuse this for a regular file
+    # There we change O_NONBLOCK for a moment, which has no effect on a regular file.
     flags = fcntl.fcntl(one, fcntl.F_GETFL)
     fcntl.fcntl(one, fcntl.F_SETFL, flags ^ os.O_NONBLOCK)
     shared = (fcntl.fcntl(two, fcntl.F_GETFL) ^ flags) & os.O_NONBLOCK != 0
@@ -3091,7 +3116,7 @@ SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, UDIAG_SHOW_PEER, UNIX_DIAG_PEER, ANY_STATE =
 
 
 def peer_inode(inode):
-    """The inode of the socket that a Unix socket is connected to; None where the system does not tell."""
+    """The inode of the socket that a Unix socket is connected to; None if the system does not tell."""
     request = SOCK_DIAG.pack(SOCK_DIAG.size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0, socket.AF_UNIX, 0, 0,
                              ANY_STATE, inode, UDIAG_SHOW_PEER, ANY_STATE, ANY_STATE)
     try:
@@ -3100,8 +3125,8 @@ def peer_inode(inode):
             sock.send(request)
             answer = sock.recv(8192)
     except (OSError, AttributeError):
-        return None                 # no unix_diag in this kernel; no netlink in this system
-    place = 32                      # behind nlmsghdr and unix_diag_msg: attributes
+        return None                 # this kernel has no unix_diag, or the system has no netlink
+    place = 32                      # attributes begin here, after nlmsghdr and unix_diag_msg
     while struct.unpack_from("@H", answer, 4) == (SOCK_DIAG_BY_FAMILY,) and place + 8 <= len(answer):
         length, kind, value = struct.unpack_from("@HHI", answer, place)
         if kind == UNIX_DIAG_PEER:
@@ -3119,7 +3144,7 @@ def are_peers(one, two):
                 return peer_inode(os.fstat(one).st_ino) == os.fstat(two).st_ino
             return here == second.getpeername() and first.getpeername() == there
         except OSError:
-            return False            # not connected, or no longer
+            return False            # one of them is not connected
 
 
 def jobserver_numbers():
@@ -3133,16 +3158,16 @@ def jobserver_numbers():
 
 
 def enlarge(pipe):
-    """Asks for room for a frame and more in a pipe."""
+    """Asks for a larger buffer for a pipe, with room for more than a frame."""
     if F_SETPIPE_SZ:
         try:
             fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
         except OSError:
-            pass                    # pipe(7): the user has too many large ones
+            pass                    # the user has too many large pipes: pipe(7)
 
 
 def make_room(numbers):
-    """Sees to it that descriptors up to that number can be opened.  Raises Fatal (111)."""
+    """Raises the limit, so that so many descriptors can be open.  Raises Fatal (111)."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < numbers:
@@ -3154,7 +3179,7 @@ def make_room(numbers):
 
 
 def is_controlling(fd):
-    """Whether it is our controlling terminal, by whatever name it was opened."""
+    """Whether it is our controlling terminal, no matter by which name it was opened."""
     try:
         return os.tcgetpgrp(fd) > 0
     except OSError:
@@ -3162,11 +3187,13 @@ def is_controlling(fd):
 
 
 def join_terminal(channels):
-    """Makes one channel, both ways, of all descriptors that are the first terminal's: its members, or None."""
-    # A shell gives 0, 1 and 2 the same terminal, but not always as one open file: after 2>/dev/tty it
-    # is opened twice, under two names.  The command gets one terminal, which has all these numbers.
-    # Two names are one terminal if the device is the same; /dev/tty has a device of its own, and is
-    # the same as another name if both control this session.  A second terminal stays what it is.
+    """Puts all descriptors of the first terminal into one channel, for both directions: its members, or None."""
+    # A shell gives us the same terminal at 0, 1 and 2, but not always as one open file: after 2>/dev/tty
+    # the terminal is open twice, by two names.  The command gets one terminal at all these numbers.
+    # So which descriptors are the same terminal?  Those with the same device number (st_rdev).  But
+    # /dev/tty has a device number of its own; it means the controlling terminal of this session.
+    # So two descriptors are also the same terminal if both are the controlling one.
+    # A second terminal, which a user may have opened at 3, keeps its own channel.
     found = [members for members in channels.values() if members[0].kind == TERMINAL]
     if not found:
         return None
@@ -3184,9 +3211,9 @@ def join_terminal(channels):
 
 
 def inherited_channels(limit):
-    """The descriptors below limit to carry, as {channel: [Inherited, ...]}.
+    """{channel: [Inherited, ...]} for the descriptors below limit that are carried.
 
-    What shares a list is one open file; the channel is its lowest number.
+    Descriptors in one list are one open file; the channel's number is the lowest of theirs.
     """
     channels, left_out = {}, jobserver_numbers()
     for number in range(limit):
@@ -3209,9 +3236,10 @@ def inherited_channels(limit):
 
 
 def without_own_outputs(channels):
-    """The channels, but for inputs from 3 up that would take the command's own output away from its reader.
+    """The channels without inputs from 3 up at which the command's own outputs would be read.
 
-    Whoever started us has left them open; a local command would just not read there.
+    Our parent has forgotten to close such a reading end.  A local command would not read there, but we
+    would, and the output's real reader would miss those bytes.
     """
     outputs = [members[0] for members in channels.values() if members[0].writable]
 
@@ -3221,7 +3249,7 @@ def without_own_outputs(channels):
 
 
 def fill_standard():
-    """Opens /dev/null at a closed 0, 1 or 2, so that nothing of ours lands there."""
+    """Opens /dev/null at a closed 0, 1 or 2, so that no file of ours gets this number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -3233,7 +3261,7 @@ def fill_standard():
 
 
 def replace_with_null(numbers):
-    """Closes descriptors, so that the other end sees it, and keeps their numbers: nothing of ours may land there."""
+    """Closes descriptors, and opens /dev/null at their numbers, so that no file of ours gets them."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in numbers:
         os.dup2(null, number, False)
@@ -3241,7 +3269,7 @@ def replace_with_null(numbers):
 
 
 def opened_again(item):
-    """A new descriptor, without blocking, for a pipe or a terminal that was inherited.  Raises OSError."""
+    """A descriptor of its own, which does not block, for an inherited pipe or terminal.  Raises OSError."""
     flags = item.flags & os.O_ACCMODE | os.O_NONBLOCK | os.O_NOCTTY
     try:
         return os.open(PROC_FD % item.number, flags)
@@ -3252,14 +3280,11 @@ def opened_again(item):
 
 
 def local_end(members, halves, floor, signalled=None):
-    """An End for one channel of inherited descriptors.
-
-    O_NONBLOCK belongs to the open file, which other processes share: it is not changed.
-    Pipes and terminals are opened again instead, a terminal by its name where /proc does not
-    do it.  What cannot be opened again is written with patience.  A regular file opened
-    again would begin at offset 0: it is used as it is, and stays open until the end, when
-    its offset is put right.
-    """
+    """An End for one channel of inherited descriptors."""
+    # We must not block, but must not set O_NONBLOCK either: it belongs to the open file, which other
+    # processes share.  So a pipe or a terminal is opened again, a terminal by its name if /proc does not
+    # help.  If that fails, SharedEnd writes only when poll() says that there is room.  A regular file
+    # never blocks, and opened again it would begin at offset 0: so it is used as it is.
     item = members[0]
     number, numbers = item.number, [member.number for member in members]
     if item.kind == FILE and item.readable:
@@ -3274,10 +3299,10 @@ def local_end(members, halves, floor, signalled=None):
         return open_terminal(number, floor, signalled)
     try:
         fd = lifted_away(opened_again(item), floor)
-    except OSError:                 # another user's
+    except OSError:                 # it belongs to another user
         return SharedEnd(item, number, lambda: replace_with_null(numbers), halves)
     if item.kind == PIPE and halves == ["read"]:
-        enlarge(fd)                 # 64 KiB at a time would cost a fifth of the speed
+        enlarge(fd)                 # with 64 KiB it would be slower by a fifth
     return SharedEnd(item, fd, lambda: (replace_with_null(numbers), os.close(fd)), halves)
 
 
@@ -3286,14 +3311,14 @@ class SharedEnd(End):
 
     def __init__(self, item, fd, release, halves):
         super().__init__(fd, item.number, release, halves)
-        self.patient = fd == item.number        # it could not be opened again, and so it may block
+        self.patient = fd == item.number        # it could not be opened again, so a write may block
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
 class TerminalEnd(End):
-    """A terminal of which an applet has the whole, from take() until restore() or the end of this process.
+    """A terminal that an applet controls, from take() until restore() or the end of this process.
 
-    cexec -t makes it raw: every key is a byte for the command, but for ssh's escapes at the
+    cexec -t makes it raw: every key is a byte for the command, except the escapes of ssh at the
     beginning of a line.  signalled(number) is called for the escape that hangs up.
     """
 
@@ -3302,13 +3327,14 @@ class TerminalEnd(End):
 
     def __init__(self, fd, number, signalled=None):
         super().__init__(fd, number, self.restore, ["read", "write"])
-        self.patient = fd == number             # it could not be opened again, and so it may block
-        self.saved = None           # while it is taken: the modes to go back to
-        self.at = "start"           # of a line; or after a "tilde" there, which is held back; or "within" one
+        self.patient = fd == number             # it could not be opened again, so a write may block
+        self.saved = None           # while it is taken: the modes that restore() sets again
+        self.at = "start"           # where we are in the line: at its "start"; after a "tilde" there, which is
+                                    # held back; or "within" it
         self.signalled = signalled
 
     def size(self):
-        """Its lines and columns, as RESIZE has them; 0 where they are not known."""
+        """Its lines and columns, as the fields of RESIZE; 0 if they are not known."""
         try:
             columns, lines = os.get_terminal_size(self.fd)
         except OSError:
@@ -3316,14 +3342,14 @@ class TerminalEnd(End):
         return {"lines": lines, "columns": columns}
 
     def take(self, raw=True):
-        """Makes it raw, or only without echo and lines; whether we have it now.  Raises OSError.
+        """Makes it raw, or only without echo and line mode.  False if we may not.  Raises OSError.
 
-        In the background this process stops instead: after CONT this is to be called again.
+        In the background this process stops itself and returns False: call this again after CONT.
         """
         import termios
         import tty
         if not self.may_read():
-            os.kill(0, signal.SIGTTOU)          # tcsetattr would do it too, and then we would not hear of TERM
+            os.kill(0, signal.SIGTTOU)          # tcsetattr would stop us too, but inside a call that misses TERM
             return False
         try:
             self.saved = self.saved or termios.tcgetattr(self.fd)
@@ -3334,7 +3360,7 @@ class TerminalEnd(End):
         return True
 
     def restore(self):
-        """Puts it back to how it was, unless it is a shell's or another job's by now."""
+        """Sets its old modes again, unless a shell or another job has the terminal by now."""
         import termios
         saved, self.saved = self.saved, None
         log.on_raw_terminal(False)
@@ -3346,7 +3372,7 @@ class TerminalEnd(End):
 
     def read_into(self, view):
         size = len(view) - (self.at == "tilde")
-        if not size:                # no room for the tilde and another: then it was no escape
+        if not size:                # no room for the tilde and another byte: send the tilde, it is no escape
             self.at, view[0] = "within", ord("~")
             return 1
         typed = os.read(self.fd, size)
@@ -3357,7 +3383,7 @@ class TerminalEnd(End):
         return len(sent)
 
     def without_escapes(self, typed):
-        """What of it is the command's.  Sees to the rest."""
+        """The bytes for the command; obeys the escapes in the others."""
         sent = bytearray()
         for code in typed:
             if self.at == "tilde" and self.escape(code):
@@ -3373,11 +3399,11 @@ class TerminalEnd(End):
         return sent
 
     def escape(self, code):
-        """Whether there is such an escape; sees to it."""
+        """Obeys an escape; False if there is none with this key."""
         if code == ord("."):
             self.signalled(signal.SIGHUP)
         elif code == ord("Z") - 64:
-            os.kill(0, signal.SIGTSTP)          # us, and who else is in our pipeline
+            os.kill(0, signal.SIGTSTP)          # us, and the other processes of our pipeline
         elif code == ord("?"):
             os.write(self.fd, self.HELP.encode())
         else:
@@ -3386,15 +3412,15 @@ class TerminalEnd(End):
 
 
 def open_terminal(number, floor, signalled=None):
-    """A TerminalEnd for a descriptor that is a terminal, opened again if that may be done."""
+    """A TerminalEnd for a descriptor that is a terminal, which is opened again if we may."""
     try:
         fd = lifted_away(os.open(PROC_FD % number, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY), floor)
-    except OSError:                 # another user's: su has been here
+    except OSError:                 # it belongs to another user: after su(1)
         fd = number
     return TerminalEnd(fd, number, signalled)
 
 
-# What of a terminal's modes is carried: the place in tcgetattr's list, and names of termios(3)
+# The modes that are carried to the command's terminal: the place in tcgetattr's list, and names of termios(3)
 TERMINAL_MODES = (
     (0, "BRKINT ISTRIP INLCR IGNCR ICRNL IXON IXANY IXOFF IMAXBEL IUTF8"), (1, "OPOST ONLCR OCRNL"),
     (3, "ISIG ICANON IEXTEN ECHO ECHOE ECHOK ECHONL ECHOCTL ECHOKE NOFLSH TOSTOP"),
@@ -3402,7 +3428,7 @@ TERMINAL_MODES = (
 
 
 def known_modes():
-    """Yields (name, place, and there the bit or the character's index) for what this system has."""
+    """Yields (name, place in the list, bit or index of the character) for each mode that this system has."""
     import termios
     for place, names in TERMINAL_MODES:
         for name in names.split():
@@ -3412,7 +3438,7 @@ def known_modes():
 
 
 def terminal_modes(fd):
-    """The modes of a terminal as ["NAME=N", ...]: a character's code, else 0 or 1."""
+    """The modes of a terminal as ["NAME=N", ...]; N is a character's code, or 0 or 1."""
     import termios
     now = termios.tcgetattr(fd)
     return ["%s=%d" % (name, ord(now[6][bit]) if place == 6 else bool(now[place] & bit))
@@ -3420,7 +3446,7 @@ def terminal_modes(fd):
 
 
 def set_terminal_modes(fd, modes):
-    """Sets what terminal_modes() gave of another; what this system does not have is left out."""
+    """Gives a terminal the modes from another's terminal_modes(), except those that this system does not have."""
     import termios
     now, wanted = termios.tcgetattr(fd), dict(mode.split("=") for mode in modes)
     for name, place, bit in known_modes():
@@ -3438,20 +3464,20 @@ def set_terminal_modes(fd, modes):
 
 
 def set_window(fd, lines, columns):
-    """Tells a terminal its size; its foreground process group gets WINCH if that is a new one."""
+    """Sets a terminal's size; if it changes, the system sends WINCH to its foreground process group."""
     import termios
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
 
 class PtyEnd(End):
-    """The worker's side of the command's terminal: it ends in both directions at once."""
+    """The master of the command's terminal, at the worker: both its directions end at once."""
 
     def hung_up(self):
         return True
 
 
 def unread(fd):
-    """The bytes that wait in a pipe; 0 where the system does not tell."""
+    """How many bytes wait in a pipe; 0 if the system does not tell."""
     import termios
     try:
         return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
@@ -3460,10 +3486,10 @@ def unread(fd):
 
 
 def ended(pid):
-    """How a child has ended, as subprocess has it: its exit code, or minus a signal; None while it runs.
+    """A child's returncode, as in subprocess: its exit code, or minus a signal; None while it runs.
 
-    It stays a zombie, so that its pid, session and process group are no other's until it is
-    reaped.  A system without waitid(2) (macOS before Python 3.13) reaps it here.
+    The child stays a zombie: so no other process, session or process group gets its number before it
+    is reaped.  If there is no waitid(2) (macOS before Python 3.13), this reaps it.
     """
     if not HOLDS_PIDS:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -3476,14 +3502,14 @@ def ended(pid):
 
 
 def session_members(sessions):
-    """Yields (pid, process group) of the sessions' processes, but their leader's own: the newest first.
+    """Yields (pid, process group) of the sessions' processes, the newest first, without the first session's leader.
 
-    Raises OSError where there is no /proc.
+    Raises OSError if there is no /proc.
     """
     names = os.listdir("/proc")
     if "self" not in names:
         raise FileNotFoundError(errno.ENOENT, "no /proc")
-    for name in reversed(names):    # in the order of their numbers: a process that forks and ends at once is the last
+    for name in reversed(names):    # the names are in order; the newest pid may fork again and end at once
         if name.isdigit() and int(name) != sessions[0]:
             try:
                 if os.getsid(int(name)) in sessions:        # 50 times as fast as its file in /proc
@@ -3502,28 +3528,28 @@ def is_running(pid):
 
 
 def signal_all(kill, target, numbers):
-    """Whether there was anybody to be signalled."""
+    """Sends these signals to a process or a group; False if there is none."""
     try:
         for number in numbers:
             kill(target, number)
         return True
     except OSError:
-        return False                # it has just ended
+        return False
 
 
 def signal_sessions(sessions, group, told, late):
-    """Signals every process of sessions but the first one's leader; whether there was one.
+    """Signals every process of the sessions, except the first session's leader; whether there was one.
 
-    Each gets HUP, TERM and CONT once, for it may have been forked since the last time, and
-    its whole process group KILL when it is late: of that no process is missed that forks
-    meanwhile.  told has those that got them.  Where there is no /proc to find them, the
-    command's process group is signalled.
+    Each process gets HUP, TERM and CONT once.  told has those that got them: this is called again
+    and again, because new processes may have been forked.  When it is late, each whole process group
+    gets KILL, so that no process escapes by a fork at this moment.  Without /proc only the command's
+    process group is signalled.
     """
     first, found = (signal.SIGHUP, signal.SIGTERM, signal.SIGCONT), False
     try:
-        # Each is signalled as soon as it is seen: a moment later its number may be another's.
+        # Signal each one at once: a moment later its pid may belong to another process.
         for member, its_group in session_members(sessions):
-            if late and its_group != sessions[0]:       # that may be our own group
+            if late and its_group != sessions[0]:       # sessions[0] may be our own group
                 signal_all(os.killpg, its_group, [signal.SIGKILL])
             else:
                 signal_all(os.kill, member, (signal.SIGKILL,) if late else (0,) if member in told else first)
@@ -3531,7 +3557,7 @@ def signal_sessions(sessions, group, told, late):
             told.add(member)
     except OSError:
         if group and late:
-            signal_all(os.killpg, group, [signal.SIGKILL])      # a zombie that leads it would count for ever
+            signal_all(os.killpg, group, [signal.SIGKILL])      # not "found": its zombie leader always is
         elif group:
             found = signal_all(os.killpg, group, [0] if group in told else first)
             told.add(group)
@@ -3539,13 +3565,13 @@ def signal_sessions(sessions, group, told, late):
 
 
 def end_sessions(loop, sessions, group, over):
-    """Ends what is left of the supervisor's session, and of the command's own if it has one.
+    """Ends the processes in the supervisor's session, and in the command's own session if it has one.
 
-    HUP, TERM and CONT, 5 s later KILL; calls over() when nothing is left.  A process that
-    forks and ends over and over may be missed: it is looked for several times, and the
-    command's process group is killed in the end, whatever was seen.  The first session's
-    leader and the group's are ours and not reaped yet (see ended()), or group is None.
+    They get HUP, TERM and CONT, and KILL 5 s later.  Calls over() when no process is left.  group is
+    the command's process group; its leader is not reaped yet (see ended()).  If it is, group is None.
     """
+    # A process that forks and ends again and again can escape one look through /proc.  So several looks
+    # in turn must find nothing, and in the end the command's process group gets KILL in any case.
     deadline, told = time.monotonic() + KILL_SECONDS, set()
 
     def look(tries=LOOKS):
@@ -3562,16 +3588,18 @@ def end_sessions(loop, sessions, group, over):
     look()
 
 
-# A file is written beside its name, and gets that only when it is whole: keys, and a batch's outputs.
+# A file is written under another name in the same directory, and gets its own name only when it is whole.
+# This is done for keys, and for the outputs of a batch.
 
 def name_part(file, part, path, replace=True):
-    """Gives an open file, which is at part, the name path, once all of it is on the disk.  Raises OSError.
+    """Renames an open file from part to path, once all of it is on the disk.  Raises OSError.
 
-    Without replace another file of that name is left alone: FileExistsError.
+    Without replace it raises FileExistsError if there is another file of that name.
     """
     file.flush()
     os.fsync(file.fileno())
-    os.close(os.dup(file.fileno()))     # NFS may tell at a close; one of the file itself would end its lock too soon
+    os.close(os.dup(file.fileno()))     # NFS reports some errors only at a close; to close the file itself would
+                                        # end its lock
     if not replace:
         claim_name(part, path)
     if replace or os.path.lexists(part):
@@ -3579,10 +3607,10 @@ def name_part(file, part, path, replace=True):
 
 
 def claim_name(part, path):
-    """Takes a name that no other file has, as rename(2) cannot; the file is there already, or an empty one.
+    """Gives the file at part the name path, but never replaces another file, as rename(2) would.  Raises OSError.
 
-    That is where there are no hard links (FAT, and some file systems over a network): the
-    rename is still to be done.  Raises OSError.
+    If the file system has no hard links (FAT, some network file systems), this only makes an
+    empty file at path, and the caller must rename.
     """
     try:
         os.link(part, path)
@@ -3594,23 +3622,23 @@ def claim_name(part, path):
 
 
 def drop_part(part):
-    """Removes what did not get its name, if it is there."""
+    """Removes a file that did not get its name, if it is there."""
     try:
         os.unlink(part)
     except OSError:
         pass
 
 
-# keyctl(2) by machine and the size of a pointer, for which Python has no name
+# The number of keyctl(2), which Python does not know, by machine and size of a pointer
 KEYCTL = {("x86_64", 8): 250, ("x86_64", 4): 288, ("i686", 4): 288, ("aarch64", 8): 219, ("aarch64", 4): 311,
           ("armv7l", 4): 311, ("riscv64", 8): 219, ("ppc64le", 8): 271, ("s390x", 8): 280}
 KEYCTL_JOIN_SESSION_KEYRING = 1
 
 
 def keyring_joiner():
-    """A function that gives this process a new session keyring (keyrings(7)) where it may have one, or else nothing.
+    """A function that gives this process a new session keyring (keyrings(7)), or does nothing if it cannot.
 
-    It is made ready before the fork after which it is called: ctypes takes long to import.
+    Call this before the fork, and the function after it: ctypes takes long to import.
     """
     number = KEYCTL.get((os.uname().machine, struct.calcsize("P"))) if LINUX else None
     if number is None:
@@ -3635,7 +3663,7 @@ def system_load():
     """(1-minute load average, processes runnable now besides this one)."""
     try:
         average = os.getloadavg()[0]
-    except (AttributeError, OSError):           # not every C library has it (Android's)
+    except (AttributeError, OSError):           # Android's C library has no getloadavg
         average = 0.0
     try:
         with open("/proc/loadavg", "rb") as file:
@@ -3649,19 +3677,19 @@ def system_load():
 # Files: what goes into a job's directory, and what comes out of it
 # ---------------------------------------------------------------------------
 #
-# Two channels carry archives: what cexec -i names goes to the worker before the command
-# starts, and what -g names comes back after it has ended with 0.  Each end has them written
-# and read by a child of its own (a Helper), so that a slow disk stops nothing else; the
-# worker's runs as the command's user.
+# Two channels carry archives.  FILES_IN takes the files of cexec -i to the worker, before the
+# command starts.  FILES_OUT brings the files of -g to the client, after the command has ended
+# with 0.  At each end a child process (a Helper) writes or reads the archive, so that a slow
+# disk stops nothing else; at the worker it runs as the command's user.
 #
-# An archive is a tar file of GNU's kind (tarfile's GNU_FORMAT) that has regular files and
-# directories alone, with relative names.  Its last member is the directory ".", behind which
-# nothing comes: by that a reader knows that it is whole.
+# An archive is a tar file in GNU's format (tarfile's GNU_FORMAT) with regular files and
+# directories only, all with relative names.  Its last member is the directory ".", and nothing
+# comes after it: so a reader knows that the archive is whole.
 
 FILES_IN, FILES_OUT = MAXFD_LIMIT, MAXFD_LIMIT + 1      # the numbers of the two channels
 WHOLE = b"."                        # the last member
-BLOCK = 512                         # tar(5): bytes of a member's head, and what its data is filled up to
-PATH_MAX = 4096                     # bytes of a name at most
+BLOCK = 512                         # tar(5): bytes of a member's head; its data is padded to a multiple of this
+PATH_MAX = 4096                     # a name has fewer bytes
 PIECE = 1024 * 1024                 # bytes of a file read or written at a time
 
 
@@ -3671,10 +3699,10 @@ def file_error(error, name):
 
 
 def tree(path, name, wanted=lambda name: True):
-    """Yields (path, name) of a file or directory and of what is in it, bytes; links to directories are not followed.
+    """Yields (path, name), both bytes, of a file, or of a directory and everything in it.
 
-    A directory comes before what is in it; "." itself does not come.  Raises OSError if one
-    that is wanted can't be read.
+    A directory comes before its entries; "." itself does not come.  Links to directories are not
+    followed.  Raises OSError if a wanted directory can't be read.
     """
     if name != WHOLE and wanted(name):
         yield path, name
@@ -3705,14 +3733,14 @@ def pack_files(writer, entries):
 
 def member_head(name, mode, size, seconds):
     import tarfile
-    info = tarfile.TarInfo(name.decode("latin-1"))      # in which all bytes stand for themselves
+    info = tarfile.TarInfo(name.decode("latin-1"))      # each byte is one character of latin-1
     info.type = tarfile.DIRTYPE if stat.S_ISDIR(mode) else tarfile.REGTYPE
     info.mode, info.size, info.mtime = mode & 0o777, size, max(0, int(seconds))
     return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
 
 
 def pack_member(out, path, name):
-    """Writes a file with its head.  Raises OSError if it is neither file nor directory, or changes meanwhile."""
+    """Writes a member.  Raises OSError if it is no regular file or directory, or if the file changes meanwhile."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # it may be a FIFO
     try:
         before = os.fstat(fd)
@@ -3730,24 +3758,24 @@ def pack_member(out, path, name):
 
 
 def pack_data(out, fd, before):
-    left = before.st_size
-    while left:
-        piece = os.read(fd, min(left, PIECE))
+    missing = before.st_size
+    while missing:
+        piece = os.read(fd, min(missing, PIECE))
         if not piece:
             break
         out.write(piece)
-        left -= len(piece)
+        missing -= len(piece)
     after = os.fstat(fd)
-    if left or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+    if missing or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise OSError(errno.EBUSY, "changed while it was read")
     out.write(bytes(-before.st_size % BLOCK))
 
 
 def members(file):
-    """Yields (name, TarInfo) of an archive's members; the data of each is to be read before the next.
+    """Yields (name, TarInfo) of an archive's members; the caller reads a member's data before it goes on.
 
-    Raises ProtocolError unless it is whole, and has nothing but regular files and directories
-    with relative names.  tarfile itself would take anything, and any amount of memory.
+    Raises ProtocolError unless the archive is whole, and has only regular files and directories
+    with relative names.  tarfile's own reader would accept anything, and use any amount of memory.
     """
     import tarfile
     name = None
@@ -3773,7 +3801,7 @@ def members(file):
 
 
 def check_member(name, info, *kinds):
-    """Raises ProtocolError for a member that an archive of ours never has."""
+    """Raises ProtocolError for a member that pack_files() never writes."""
     if info.type not in kinds:
         raise ProtocolError("%s is neither a regular file nor a directory" % os.fsdecode(name))
     if len(name) >= PATH_MAX or b"\0" in name or {b"", b".", b".."} & set(name.split(b"/")):
@@ -3783,10 +3811,10 @@ def check_member(name, info, *kinds):
 
 
 def unpack(reader, top, allowed=lambda name: True, dated=True):
-    """Puts the files of an archive from a descriptor into the empty directory that is open as top.
+    """Unpacks an archive, read from a descriptor, into an empty directory; top is a descriptor of this.
 
-    Returns the files' names, and {name: mode} of the directories, which all have mode
-    0700 yet.  dated: whether files have the archive's times.  Raises OSError, ProtocolError.
+    Returns the files' names, and {name: mode} for set_modes(): until then each directory has mode
+    0700.  dated: files get the archive's times.  Raises OSError, ProtocolError.
     """
     files, directories = [], {}
     with open(reader, "rb", PIECE) as file:
@@ -3808,7 +3836,7 @@ def unpack(reader, top, allowed=lambda name: True, dated=True):
 
 
 def make_once(name, top, directories):
-    """Makes a directory that no member has named yet."""
+    """Makes a directory, unless it was made for an earlier member."""
     if name not in directories:
         os.mkdir(name, 0o700, dir_fd=top)
         directories[name] = 0o777
@@ -3817,14 +3845,13 @@ def make_once(name, top, directories):
 def unpack_file(file, name, info, top, dated):
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, info.mode, dir_fd=top)
     with open(fd, "wb", 0) as out:
-        left = info.size
-        while left:
-            piece = memoryview(file.read(min(left, PIECE)))
+        missing = info.size
+        while missing:
+            piece = memoryview(file.read(min(missing, PIECE)))
             if not piece:
                 raise ProtocolError("the archive is cut short")
-            left -= len(piece)
-            while piece:
-                piece = piece[out.write(piece):]
+            missing -= len(piece)
+            write_all(out.write, piece)
         file.read(-info.size % BLOCK)
         if dated:
             seconds = min(max(0, info.mtime), 2 ** 33)
@@ -3832,17 +3859,17 @@ def unpack_file(file, name, info, top, dated):
 
 
 def set_modes(directories, top):
-    """Gives directories their modes, the innermost first: one may not be writable."""
+    """Gives directories their modes, the innermost first, because a mode may forbid to change what is inside."""
     umask = os.umask(0o077)
     os.umask(umask)
     for name in sorted(directories, reverse=True):
         os.chmod(name, directories[name] & ~umask, dir_fd=top)
 
 
-# What -g names: a pattern as a shell's, of a relative name; ** stands for any directories.
+# A pattern of -g is one for relative names, as in a shell; ** stands for any number of directories.
 
 def result_pattern(text):
-    """A pattern of -g without what changes nothing.  Raises Fatal (100) if it names nothing in a directory."""
+    """A pattern of -g without "." and double slashes.  Raises Fatal (100) if it leads out of the directory."""
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if text.startswith("/") or ".." in parts or not parts:
         raise Fatal(EXIT_USAGE, "-g %s: not the name of anything in the job's directory" % (text or "''"))
@@ -3851,7 +3878,7 @@ def result_pattern(text):
 
 
 def matcher(patterns):
-    """A function of a name, bytes: whether one of the patterns, bytes, matches it or a directory that it is in."""
+    """A function that tells whether a pattern matches a name, or a directory in it.  Patterns and names are bytes."""
     import re
     try:
         rules = [re.compile(pattern_rule(os.fsdecode(pattern)) + r"(?:/.*)?\Z", re.DOTALL) for pattern in patterns]
@@ -3861,7 +3888,7 @@ def matcher(patterns):
 
 
 def pattern_rule(pattern):
-    """A pattern as a regular expression.  A name that begins with a dot is matched by a dot alone, as in a shell."""
+    """A pattern as a regular expression.  Only a dot matches the dot at the beginning of a name, as in a shell."""
     import re
 
     def rule(found):
@@ -3885,21 +3912,22 @@ def is_pattern(text):
 
 
 def may_be_replaced(path):
-    """Whether there is nothing but a regular file, if anything at all."""
+    """Whether the path is a regular file, or there is nothing."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
         return True
 
 
-# A directory of ours is locked for as long as somebody has it, and so what a crash has left is found.
+# A process locks each directory that it makes here, as long as it uses it.  So a directory without a lock
+# was left by a crash.
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-OLD_SECONDS = 60.0                  # one that is not locked, and was made that long ago, was left by a crash
+OLD_SECONDS = 60.0                  # a younger directory without a lock may have just been made
 
 
 def make_directory(path, floor=0):
-    """Makes a directory for us alone: a descriptor, from floor up, that locks it.  Raises OSError."""
+    """Makes a directory with mode 0700: a descriptor, from floor up, that locks it.  Raises OSError."""
     os.mkdir(path, 0o700)
     fd = lifted_away(os.open(path, DIRECTORY_FLAGS), floor)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3907,10 +3935,10 @@ def make_directory(path, floor=0):
 
 
 def remove_directory(path):
-    """Removes a directory whatever is in it: read-only directories, deep ones, what is no file.  Raises OSError.
+    """Removes a directory with everything in it, read-only and very deep directories too.  Raises OSError.
 
-    What is in it may be another user's, who changes it meanwhile: no link is followed.  Each
-    directory in it is moved to its top before it is emptied, so that none is too deep.
+    Its contents may belong to another user, who may change them at the same time: so no link is
+    followed.  Each inner directory is moved to the top before it is emptied: so no path gets too long.
     """
     make_writable(path)
     top, todo, moved = os.open(path, DIRECTORY_FLAGS), ["."], 0
@@ -3936,13 +3964,13 @@ def remove_directory(path):
 
 
 def make_writable(path, dir_fd=None):
-    """Lets us remove what is in a directory of ours.  Root may anyway, and would follow a link put there."""
+    """Lets us remove the entries of a directory of ours.  Root can do that anyway, and might follow a planted link."""
     if os.geteuid():
         os.chmod(path, 0o700, dir_fd=dir_fd)
 
 
 def remove_left(place, is_ours):
-    """Removes directories that a crash has left in a place: those with a name of ours that nobody locks."""
+    """Removes directories that a crash has left in a place: is_ours(name) is true, and no process locks them."""
     for name in os.listdir(place):
         path = os.path.join(place, name)
         try:
@@ -3954,8 +3982,15 @@ def remove_left(place, is_ours):
                 remove_directory(path)
             finally:
                 os.close(fd)
-        except OSError as error:    # in use; another user's
+        except OSError as error:    # it is in use, or belongs to another user
             log.note("%s stays: %s", path, error.strerror)
+
+
+def check_current_directory():
+    """Raises Fatal (111) if results cannot be put there; removes results that a crash has left unfinished."""
+    if not os.access(".", os.W_OK | os.X_OK):
+        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
+    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
 
 
 def close_all_but(kept):
@@ -3968,15 +4003,15 @@ def close_all_but(kept):
         try:
             os.close(number)
         except OSError:
-            pass                    # the listing's own
+            pass                    # listdir() itself had it open
     fill_standard()
 
 
 class Helper:
-    """A child process that does some work with files; over(None, or what went wrong) is called when it has ended.
+    """A child process that does some work with files.  When it has ended, over(None or an error's text) is called.
 
-    It has no descriptors but those that are kept for it.  Where a reader of what it writes has
-    gone, that one says why.
+    It keeps only the descriptors in kept.  If the reader of its output has gone, this is no error
+    here: the reader reports it.
     """
 
     def __init__(self, loop, work, kept, over, handling=signal.SIG_IGN):
@@ -4005,7 +4040,8 @@ class Helper:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
                 signal.signal(number, handling)
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            log.verbose, log.fd = False, 2
+            log.be_verbose(False)
+            log.release()
             close_all_but(kept)
             work()
             code = 0
@@ -4024,21 +4060,21 @@ class Helper:
     def read(self):
         try:
             data = os.read(self.reader, 4096)
-        except BlockingIOError:     # what poll has seen was of another pipe with that number
+        except BlockingIOError:     # poll has seen another pipe, which had this number before
             return
         self.said += data
         if not data:
             self.over(self.wait())
 
     def wait(self):
-        """Waits for its end: None, or what went wrong."""
+        """Waits for its end: None, or the error's text."""
         self.loop.forget(self.reader)
         os.close(self.reader)
         code = os.waitpid(self.pid, 0)[1]
         return (self.said.decode() or "it was killed") if code else None
 
     def kill(self):
-        """Ends it, however far it is."""
+        """Ends it at once."""
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
 
@@ -4052,13 +4088,13 @@ def files_pipe(floor):
 
 # The client's side
 
-PART_NAME = ".cexec.%s.part"        # of the directory in which results wait, in the current one
+PART_NAME = ".cexec.%s.part"        # a directory in the current one, in which results wait
 
 
 def input_place(text):
-    """(path, name) of what -i names, bytes: its own relative path, or its last part where that would lead elsewhere.
+    """(path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
-    Raises OSError if it is not there.
+    The name is the same relative path; for an absolute path and one with ".." it is the last part.
     """
     os.stat(text)
     path, name = os.fsencode(text), os.fsencode(os.path.normpath(text))
@@ -4070,7 +4106,7 @@ def input_place(text):
 
 
 def input_entries(places):
-    """Yields (path, name) for all that is packed for -i, each name once.  Raises OSError."""
+    """Yields (path, name) for everything that -i packs, each name once.  Raises OSError."""
     known = {}
     for path, name in places:
         for one, its_name in tree(path, name):
@@ -4082,11 +4118,11 @@ def input_entries(places):
 
 
 def receive(reader, verdict, patterns, durable):
-    """In a child: unpacks results beside; puts them in their places when the verdict says so, else removes them.
+    """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
-    Until then nothing that goes wrong matters: the command may have failed.  Raises OSError,
-    ProtocolError, Fatal.
+    After a byte it puts the results in their places, else it removes them.  Raises OSError, ProtocolError, Fatal.
     """
+    # An error before the verdict is kept until then: if the command has failed, it does not matter.
     part, error = PART_NAME % os.urandom(8).hex(), None
     try:
         try:
@@ -4094,7 +4130,7 @@ def receive(reader, verdict, patterns, durable):
             files, directories = unpack(reader, top, matcher(patterns), dated=False)
         except (OSError, ProtocolError) as trouble:
             error = trouble
-            os.closerange(reader, reader + 1)   # whoever writes need not wait
+            os.closerange(reader, reader + 1)   # the writer must not wait for us
         if not os.read(verdict, 1):
             return
         if error:
@@ -4109,7 +4145,9 @@ def receive(reader, verdict, patterns, durable):
 
 
 def put_in_place(part, top, files, directories, durable):
-    """Moves results from where they wait to their places.  Raises OSError, if it can be before anything is moved."""
+    """Moves results from the directory part to their places.  Raises OSError."""
+    # Do first what may fail, so that an error leaves all places as they were: look at the places, write
+    # the data to the disk, make new directories.  Only then rename.
     part, new = os.fsencode(part), {}
     for name in files:
         if not may_be_replaced(name):
@@ -4145,17 +4183,17 @@ def copy_over(path, name):
 
 
 class JobFiles:
-    """A job's files at the client: a child packs what -i names, another waits with the results for the end.
+    """A job's files at the client: one Helper packs the files of -i, another receives the results of -g.
 
-    changed() is called whenever one of them has ended.  Raises OSError.
+    changed() is called when a Helper has ended.  Raises OSError.
     """
 
     def __init__(self, carrier, places, patterns, changed, durable=False):
         self.loop, self.changed = carrier.loop, changed
-        self.trouble = None         # what went wrong
-        self.verdict = None         # where the child is told what becomes of the results
+        self.trouble = None         # the first error's text
+        self.verdict = None         # a pipe to the Helper that has the results: see receive()
         self.helpers, self.channels = [], []
-        at_end.append(self.close)               # whatever ends us: nothing of it is to stay
+        at_end.append(self.close)               # remove unfinished results, no matter why this process ends
         if places:
             reader, writer = files_pipe(self.loop.floor)
             self.help(lambda: pack_files(writer, input_entries(places)), [writer])
@@ -4184,7 +4222,7 @@ class JobFiles:
         self.changed()
 
     def settled(self, success):
-        """After EXIT, when all has been received: whether everything is over.  Only a success keeps results."""
+        """Gives the verdict, after EXIT when all bytes have come; whether all Helpers have ended."""
         if self.verdict is not None:
             if success and not self.trouble:
                 self.tell_verdict()
@@ -4196,10 +4234,10 @@ class JobFiles:
         try:
             os.write(self.verdict, b"1")
         except OSError:
-            pass                    # it has ended, and says why
+            pass                    # the Helper has ended, and says why
 
     def close(self):
-        """Leaves: results that have no place yet are removed when this returns."""
+        """Stops; when this returns, results that are not in their places are removed."""
         if self.close in at_end:
             at_end.remove(self.close)
         for channel in self.channels:
@@ -4218,22 +4256,22 @@ class JobFiles:
 #
 # A Search finds a worker for a patron: a Client, which has one job, or a Batch, which has many.
 #
-#   patron.next_job(search)              the job for the worker that offers, or None if there is none left
-#   patron.put_back(job)                 that worker was lost before GO: nothing has run
-#   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's
+#   patron.next_job(search)              returns a job for the worker that offers, or None if none is left
+#   patron.put_back(job)                 this worker was lost before GO: nothing has run
+#   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
 #
-# A job is a Job or a Task.  Its job_fields() are what send_job() sends.
+# A job is a Job, a Task or a HostJob.  send_job() sends its job_fields().
 
 class Terms:
-    """What the user wants of any job: its variables (KEY=VALUE) and arguments, bytes, and what the environment sets.
+    """The settings of all jobs of one call of cexec: from its words and options, and from the environment.
 
-    inputs and results are what -i and -g name.
+    environment (KEY=VALUE) and arguments are bytes.  inputs and results are the arguments of -i and -g.
     """
 
     def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=()):
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
-        self.batch = batch          # the id that all searches of a batch have in common
+        self.batch = batch          # an id, the same in all searches of a batch
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
@@ -4244,30 +4282,30 @@ class Terms:
         self.ports = listen_ports()
 
     def job_fields(self):
-        """What send_job() sends, without descriptors and terminal."""
+        """The arguments of send_job(), without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "patterns": self.results, "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
     def unfit(self, hello):
-        """Why the worker of a HELLO cannot do what is wanted; None if it can."""
+        """Why the worker of a HELLO cannot do the job; None if it can."""
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
-            return "has no command of its own: name one behind the public key (cservice -a)"
+            return "has no command of its own: name one after the public key (cservice -a)"
         if (self.inputs or self.results) and not hello.options & HELLO_DIRECTORIES:
             return "has no directory for the files of -i and -g (cservice -d)"
         return None
 
     def file_rows(self):
-        """JOB's rows for its files."""
+        """JOB's rows for the channels of files."""
         return ([(FILES_IN, FILES_IN, FLAG_INPUT | FLAG_FILES)] * bool(self.inputs)
                 + [(FILES_OUT, FILES_OUT, FLAG_OUTPUT | FLAG_FILES)] * bool(self.results))
 
 
 def parse_words(words):
-    """(the variables, the arguments) behind a public key, as bytes.  Raises Fatal (100).
+    """(variables, arguments) from the words after a public key, as bytes.  Raises Fatal (100).
 
-    As env(1) has it, the first word that is no KEY=VALUE is the first argument; "--" before it is left out.
+    As with env(1), the first word that is no KEY=VALUE is the first argument; a "--" before it is left out.
     """
     count = next((place for place, word in enumerate(words)
                   if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
@@ -4292,14 +4330,14 @@ def parse_ports(text):
 
 
 def listen_ports():
-    """What CEXEC_LISTEN_PORTS says.  Raises Fatal (100)."""
+    """The ports in CEXEC_LISTEN_PORTS.  Raises Fatal (100)."""
     return parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
 
 
 def address_filter(accept, reject):
-    """A function of an address: whether the lists in these two variables let it in.
+    """A function that tells whether the lists in these two environment variables allow an address.
 
-    A list has addresses and networks (10.0.0.0/24), with commas or spaces.
+    A list has addresses and networks (10.0.0.0/24), with commas or spaces between them.
     """
     def networks(name):
         import ipaddress
@@ -4324,7 +4362,7 @@ def address_filter(accept, reject):
 
 
 class Candidate:
-    """A worker's connection: it offers to do the job.
+    """An offer: a worker's connection to the client, until GO.
 
     CONNECTED --right certificate, HELLO for this job--> READY --we send AUTH, JOB--> ASKED
     """
@@ -4356,7 +4394,7 @@ class Candidate:
             raise OtherVersion(hello.version)
         if len(hello.host) > 255:
             raise ProtocolError("a name that is too long")
-        if not is_address(hello.address):       # messages for people and programs contain it
+        if not is_address(hello.address):       # it goes into messages, and programs read some of them
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
             return self.link.fail("an offer that we do not take")
@@ -4371,13 +4409,13 @@ class Candidate:
         self.search.choose()
 
     def ask(self, secret, job_fields):
-        """Proves who we are, and says what the job is."""
+        """Sends AUTH and JOB."""
         self.state = "ASKED"
         self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
         self.unconfirmed = send_job(self.link, **job_fields)
 
     def rcvd_pong(self, payload):
-        """Some more of the job's words have arrived: a slow link has more time for the rest."""
+        """A part of the job's words has arrived: the worker has more time for the rest."""
         self.unconfirmed -= 1
         if self.unconfirmed < 0:
             raise ProtocolError("PONG out of place")
@@ -4386,7 +4424,7 @@ class Candidate:
         self.search.worker_answered()
 
     def rcvd_accept(self, payload):
-        """The job begins: GO commits it, and the link goes to the patron."""
+        """Sends GO: from now on the job may run, and the link belongs to the patron."""
         self.timer.cancel()
         self.link.send(GO)
         self.search.won(self)
@@ -4396,7 +4434,7 @@ class Candidate:
         self.link.fail("refused: " + payload.reason)
 
     def link_writable(self, link):
-        pass                        # before GO nothing waits for it: the link queues a job's words itself
+        pass                        # before GO no stream waits for room: the link queues the words
 
     def link_lost(self, link, reason, violation):
         self.search.dropped(self, reason, violation)
@@ -4407,10 +4445,10 @@ class Candidate:
 
 
 class Avoided:
-    """The workers that are not asked: for ever, or for seconds, which double each time that one refuses."""
+    """Workers that are not asked: for ever, or for a time that doubles each time that the worker refuses."""
 
     def __init__(self):
-        self.until, self.seconds = {}, {}           # worker_id: a time of ours; for how long the last time
+        self.until, self.seconds = {}, {}           # worker_id: until when (monotonic); the last length of time
 
     def __contains__(self, worker_id):
         return time.monotonic() < self.until.get(worker_id, 0.0)
@@ -4439,8 +4477,7 @@ def client_context():
 class Search:
     """Announces a job until a worker has accepted it, then calls patron.begin().
 
-    quiet: somebody else tells the person at the terminal what we wait for.
-    only: the id of the one worker that is wanted.
+    quiet: the patron shows on the terminal what we wait for.  only: the id of the one worker that may do the job.
     """
 
     def __init__(self, loop, group, pub, terms, patron, avoid, quiet, only=ANY_WORKER):
@@ -4451,36 +4488,37 @@ class Search:
         self.candidates, self.avoid, self.complained = [], avoid, set()
         self.offers = self.attempt = 0
         self.context = None
-        self.asked = self.job = None                # the Candidate that was sent a job, and that job
+        self.asked = self.job = None                # the Candidate to which we sent a job, and this job
         self.back = ReturnPort(terms.ports, loop, group.families())
         self.began = self.last_answer = time.monotonic()
-        self.ahead = None           # clients before us in a line, by the last BUSY
-        self.stranger = None        # which worker speaks another version, and which
-        self.told = ""              # what the terminal shows
-        self.refusal = None         # what the last worker said that refused the job
-        self.unfit = self.unfit_timer = None        # why a worker cannot do the job; another may
-        self.last_busy = 0.0        # when a worker said BUSY, which may be able to
-        self.not_allowed = set()    # addresses of workers that answered, and may not
-        self.arrived = self.blocked = False         # whether a connection came; whether workers say that theirs failed
+        self.ahead = None           # how many clients are before us in the line, from the last BUSY
+        self.stranger = None        # the address of a worker with another protocol version, and this version
+        self.shown = ""             # our text on the terminal
+        self.refusal = None         # the address of the last worker that refused the job, and its reason
+        self.unfit = self.unfit_timer = None        # why a worker cannot do the job (others may); for insist()
+        self.last_busy = 0.0        # when the last BUSY came: its sender may be able to do the job
+        self.not_allowed = set()    # addresses of workers that answered, and that we do not accept
+        self.arrived = self.blocked = False         # a connection came; a worker says that its connections fail
 
     def start(self):
         """Announces the job, and then takes offers.
 
-        ssl takes long to import.  So that comes after the announcement: workers answer meanwhile.
+        ssl takes long to import, so this comes after the announcement: workers connect at the same time.
         """
         self.announce()
         self.context = client_context()
         self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
     def pause(self):
-        """The seconds until the next announcement, a quarter less or more."""
+        """The seconds until the next announcement; announce() varies them by a quarter."""
         seconds = min(1.0, 0.050 * 2 ** min(self.attempt - 1, 10))
         return max(seconds, len(self.group.targets) * SECONDS_A_WAY)
 
     def announce(self):
+        """Sends ANNOUNCE and sets the timer for the next, or gives up if the time is over."""
         now = time.monotonic()
         accept, wait = self.terms.accept_seconds, self.terms.wait_seconds
-        if accept and self.ahead is not None:           # a worker with a line says BUSY that seldom
+        if accept and self.ahead is not None:           # BUSY comes only every BUSY_SECONDS: wait longer than that
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.last_answer > accept or wait and now - self.began > wait:
             message, code = (self.unfit, EXIT_USAGE) if self.unfit else (self.complaint(now), EXIT_TEMPORARY)
@@ -4494,19 +4532,19 @@ class Search:
         self.timer = self.loop.after(pause * (0.75 + random_fraction() / 2), self.announce)
 
     def waits(self):
-        """What the search waits for; "" in its first seconds."""
+        """A text for the terminal: what the search waits for; "" in its first seconds."""
         if self.ahead is not None:
             return "in line, %d ahead" % self.ahead
         late = time.monotonic() - self.began >= SILENT_SECONDS
         return "looking for a worker (cexec -l finds out more)" if late else ""
 
     def tell(self):
-        """Tells a terminal what the search waits for, in a line that goes when the job begins."""
+        """Shows on a terminal what the search waits for, until the job begins."""
         text = self.waits()
         quiet = log.verbose or self.quiet
-        if text != self.told and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
-            self.told = text
-            log.status(text)
+        if text != self.shown and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
+            self.shown = text
+            log.status_line(text)
 
     def complaint(self, now):
         """Why no worker was found."""
@@ -4535,7 +4573,7 @@ class Search:
     # Answers in datagrams: BUSY
 
     def worker_answered(self):
-        """A worker of ours is there, and the search waits on."""
+        """A worker is there: the time in which one must answer begins again."""
         self.last_answer = time.monotonic()
 
     def hear_stranger(self, address, error):
@@ -4550,7 +4588,7 @@ class Search:
     def rcvd_busy(self, datagram, address):
         """A worker has us in its line, or its connections to us fail."""
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
-            return log.note("dropped %r: an old one", datagram)
+            return log.note("dropped %r: it is old", datagram)
         if not self.allows(address):
             return
         if datagram.body.failures:
@@ -4564,7 +4602,7 @@ class Search:
         return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
 
     def allows(self, address):
-        """Whether this worker may do the job."""
+        """Whether CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS allow this worker."""
         allowed = self.terms.may_offer(address)
         if not allowed:
             log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
@@ -4572,11 +4610,11 @@ class Search:
         return allowed
 
     def not_reached(self, address):
-        """A worker says that its connections to us fail: a firewall blocks us, if no other worker's arrives."""
+        """A worker says that its connections to us fail.  If no connection arrives at all, a firewall blocks them."""
         log.note("connections of %s to us fail", address)
         if not self.arrived:
             self.blocked = True
-            self.loop.after(1.0, self.say_blocked)      # this process may have been stopped: one may arrive now
+            self.loop.after(1.0, self.say_blocked)      # perhaps we were stopped, and a connection arrives now
 
     def say_blocked(self):
         if self.blocked:
@@ -4585,17 +4623,20 @@ class Search:
     # Offers
 
     def found_unfit(self, why):
-        """A worker cannot do the job, now or later.  Another may, and has a second to offer."""
+        """This worker can never do the job.  Others may: they have a second more to offer."""
         if not self.unfit:
             self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
         self.unfit = why
 
     def insist(self):
-        """Gives up, unless a worker has us in its line: whether that one can do the job, its offer will tell."""
+        """Gives up, unless a worker is doing our job or has us in its line.
+
+        Only the offer of a busy worker will tell whether it can do the job.
+        """
         if not self.asked and time.monotonic() - self.last_busy > BUSY_SECONDS + 2:
             return self.patron.not_found(self, self.unfit, EXIT_USAGE)
         if not self.asked:
-            log.once(self.unfit + "; waits for one that is busy")
+            log.once(self.unfit + "; waits for a worker that is busy")
         self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
     def accept(self, sock, address):
@@ -4609,7 +4650,7 @@ class Search:
         self.candidates.append(Candidate(self, sock, address))
 
     def drop_quiet(self, count):
-        """Drops the oldest connections that have said nothing; how many there were."""
+        """Closes the oldest connections on which no HELLO came, so many at most; how many it has closed."""
         quiet = [c for c in self.candidates if c.state == "CONNECTED"][:count]
         for candidate in quiet:
             candidate.close()
@@ -4617,9 +4658,9 @@ class Search:
         return len(quiet)
 
     def choose(self):
-        """Asks the earliest offer; a later one only when the earliest is slow to say HELLO.
+        """Asks the worker that has connected first, because the least loaded worker waits least.
 
-        Offers come in the order of the workers' loads.
+        If its HELLO is slow, the first one that is ready gets the job after HEAD_START.
         """
         ready = [c for c in self.candidates if c.state == "READY"]
         if self.asked or not ready:
@@ -4637,12 +4678,12 @@ class Search:
             candidate.ask(self.pub.secret, job.job_fields())
 
     def take_job(self):
-        """The job that a worker was asked to do, which is no longer ours; None if none was."""
+        """Gives away the job that we asked a worker to do; None if there is none."""
         job, self.asked, self.job = self.job, None, None
         return job
 
     def refused(self, candidate, reason):
-        """This worker has a trouble, which may be over in a moment."""
+        """This worker cannot take the job now: it is not asked for some seconds."""
         self.avoid.for_now(candidate.hello.worker_id)
         self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
         self.worker_answered()
@@ -4665,7 +4706,7 @@ class Search:
         self.choose()
 
     def complain(self, candidate, reason):
-        """ALERT: somebody answered our announcement and broke the protocol."""
+        """Sends ALERT: the sender of an offer has broken the protocol."""
         hello = candidate.hello
         self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
                   worker_id=hello.worker_id if hello else bytes(8), status=0,
@@ -4673,7 +4714,10 @@ class Search:
                   reason=cut(reason, 400))
 
     def won(self, candidate):
-        """GO was sent: CLAIM tells all other workers that they may forget the job."""
+        """GO was sent: the search is over."""
+        # The order matters.  end() closes every candidate that it knows and gives a job back to the patron: so
+        # the winner and its job leave the search first.  CLAIM, which end() sends, comes after GO: it ends the
+        # other workers' offers, and if GO had not been sent, nobody would do the job.
         self.candidates.remove(candidate)
         self.avoid.forgive(candidate.hello.worker_id)
         job = self.take_job()
@@ -4681,9 +4725,9 @@ class Search:
         self.patron.begin(self, candidate, job)
 
     def end(self):
-        """No more announcements and offers: the job is served, or given up."""
-        if self.told:
-            log.status("")
+        """Ends announcements and offers: the job was begun or given up.  CLAIM tells all workers to forget it."""
+        if self.shown:
+            log.status_line("")
         self.send(CLAIM, token=self.token, offers=min(self.offers, 0xffff))
         self.timer.cancel()
         if self.unfit_timer:
@@ -4701,28 +4745,28 @@ class Search:
 # cexec: the job
 # ---------------------------------------------------------------------------
 #
-# After GO the job runs at a worker.  When that worker is lost, a Client and a Batch do the same:
+# After GO the job runs at a worker: a Run, FileRun or HostRun.  If the connection breaks then:
 #
 #   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
 #                               '-- a text ----------------------> Patron.failed(run, reason, text)
 
 class Job(Terms):
-    """What the user wants done, with the descriptors of this process."""
+    """The single job of cexec, with the descriptors of this process."""
 
     def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False,
                  inputs=(), results=()):
         super().__init__(environment, arguments, inputs=inputs, results=results)
         self.limit = setting("CEXEC_MAXFD", setting("MAXFD", MAXFD, 3, MAXFD_LIMIT), 3, MAXFD_LIMIT)
         self.repeat = repeat
-        self.progress = progress    # whether cexec -p shows how far it is
+        self.progress = progress    # cexec -p
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
                               "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
         self.channels = inherited_channels(self.limit)
-        make_room(self.limit + len(self.channels) + 16)     # one more each, and what finds a worker
+        make_room(self.limit + len(self.channels) + 16)     # each is opened again; a search needs some too
         self.terminal = None        # the TerminalEnd of -t
         joined = join_terminal(self.channels) if terminal else None
         if terminal and not joined:
-            log.say("-t: no descriptor is a terminal here, and so the command has none")
+            log.say("-t: no descriptor here is a terminal, so the command has none")
         self.empty = {channel for channel in self.channels
                       if empty == "all" or empty and self.has_number(channel, whole(empty))}
         if joined and joined[0].number in self.empty:
@@ -4745,7 +4789,7 @@ class Job(Terms):
                 log.say("CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror))
 
     def open_ends(self, floor, signalled):
-        """Opens what the job reads and writes here, for every run of it; signalled is for the TerminalEnd."""
+        """Opens an End for each channel, once for all runs; signalled is for the TerminalEnd."""
         self.ends = {}
         for channel, members in self.channels.items():
             halves = ["read"] * members[0].readable + ["write"] * members[0].writable
@@ -4759,7 +4803,7 @@ class Job(Terms):
         return number in [member.number for member in self.channels[channel]]
 
     def rows(self):
-        """JOB's rows: a number of the command's, its channel, flags."""
+        """JOB's rows: the descriptor's number in the command, its channel, flags."""
         rows = []
         for channel, members in sorted(self.channels.items()):
             item = members[0]
@@ -4781,15 +4825,15 @@ class Job(Terms):
     # Another run, after a worker was lost
 
     def keep_input(self):
-        """The job may be run again: from now on what it reads is kept."""
+        """The job may be run again: from now on its input is kept."""
         self.replay = self.replay or ReplayBuffer()
 
     def tell_to_end(self):
-        """The user has sent a signal that ends commands: the job is not run again."""
+        """The user has sent a signal that ends commands: the job will not run again."""
         self.told_to_end = True
 
     def objection(self, run):
-        """Why the job is not run again after this run: None if it can be, "" if nobody has asked for it."""
+        """Why the job does not run again after this run; None if it does, "" if neither side allows it (-r, -i)."""
         if self.replay is None:
             return ""
         if self.told_to_end:
@@ -4800,7 +4844,7 @@ class Job(Terms):
         return next(filter(None, found), None)
 
     def rewind(self, run):
-        """Puts everything back to how it was before this run."""
+        """Puts descriptors and input back to their state before this run."""
         self.losses += 1
         for channel, position in self.positions.items():
             position.restore(run.channels[channel].written)
@@ -4808,7 +4852,7 @@ class Job(Terms):
         self.replay.rewind()
 
     def reopen(self, channel):
-        """Makes an End fit for another run: an input that has ended is at its end there as well."""
+        """Gives the next run an End that it can use; a closed one is replaced by /dev/null or the file itself."""
         end, item = self.ends[channel], self.channels[channel][0]
         if item.kind == FILE and item.readable:
             self.ends[channel] = FileEnd(item.number, self.positions[channel].offset)
@@ -4818,7 +4862,7 @@ class Job(Terms):
 
 
 class SavedPosition:
-    """Where a descriptor stood before the job, so that another run can begin there."""
+    """A descriptor's state before the job, at which another run can begin."""
 
     def __init__(self, item):
         self.item, self.number = item, item.number
@@ -4827,22 +4871,22 @@ class SavedPosition:
             self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
 
     def objection(self, channel, replay):
-        """Why this run cannot be made invisible on this descriptor; None if it can."""
+        """Why the effects of this run on the descriptor cannot be undone; None if they can."""
         source, sink, written = channel.source, channel.sink, channel.written
-        # A regular file has its old contents and offset again if all that changed is what we added.
-        # As an input it is simply read again from its offset, and needs no replay buffer.
+        # A regular file: an input is read again from its offset, and needs no replay buffer.  An output
+        # is cut back to its old size, if only our bytes were added to it.
         if self.file:
             if written and not self.can_cut(written):
                 return "the file on descriptor %d cannot be cut back" % self.number
             return None
-        # A pipe, socket or terminal gives each byte once: the next run gets them from the replay buffer.
+        # A pipe, socket or terminal gives each byte once: the next run reads it from the replay buffer.
         if source and replay.overflowed:
             return "more than %d MiB of input were read" % (HELD_MAX // 2 ** 20)
-        # And what was written to one has been seen.
+        # An output there cannot be taken back: its reader may have seen it.
         if written:
             return "descriptor %d was written to" % self.number
-        # An input at its end is no obstacle: the next run finds the end as well.  But the peer of a
-        # socket has seen a close, and so has whoever writes into a pipe that the command has closed.
+        # An input at its end is no obstacle: the next run finds the end too.  But if the command closed
+        # a descriptor, the process at the other end of the socket or pipe may have seen that.
         if source and source.state is not OPEN and (source.state is SHUTDOWN or sink):
             return "descriptor %d was closed" % self.number
         if sink and not sink.is_live():
@@ -4850,32 +4894,35 @@ class SavedPosition:
         return None
 
     def can_cut(self, written):
-        """Whether the file was written from its end, and now is exactly what it was and our bytes."""
+        """Whether the file is now its old contents and our bytes after them, and nothing else."""
         now = self.offset + written
         return (not self.item.flags & os.O_APPEND and self.offset == self.size and
                 os.lseek(self.number, 0, os.SEEK_CUR) == now == os.fstat(self.number).st_size)
 
     def advance(self, count):
-        """Moves the offset of a regular file that is input over the bytes that the command has taken.
+        """Moves the offset of an input that is a regular file behind the bytes that the command has taken.
 
-        We read ahead, at an offset of our own.  A shell's next command goes on at the common
-        one, and has to find it where a local command would have left it.
+        We have read more, at an offset of our own.  The common offset must be where a local command
+        would have left it, because the shell's next command begins there.
         """
         if self.file and count:
             try:
                 os.lseek(self.number, self.offset + count, os.SEEK_SET)
-            except OSError as error:            # a file of /proc or the like
+            except OSError as error:            # some files in /proc
                 log.note("descriptor %d: %s", self.number, error.strerror)
 
     def restore(self, written):
-        """Puts a regular file that is output back to how it was before so many bytes.  Raises OSError."""
+        """Cuts an output that is a regular file, to which so many bytes were written, back to its old size.
+
+        Raises OSError.
+        """
         if self.file and written:
             os.ftruncate(self.number, self.size)
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
 class RemoteJob(Carrier):
-    """A job after GO, at the client: the part that a Run and a FileRun have in common."""
+    """A job after GO, at the client: the common part of Run, FileRun and HostRun."""
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron.loop, link)
@@ -4883,16 +4930,16 @@ class RemoteJob(Carrier):
         self.address = hello.address            # the worker's
         self.silence_seconds = patron.terms.silence_seconds
         self.exit = None            # EXIT's fields, once it has come
-        self.trouble = None         # what went wrong with a descriptor or a file here
-        self.files = None           # the JobFiles, if -i or -g names any
+        self.trouble = None         # the text of the first error with a descriptor or a file here
+        self.files = None           # the JobFiles, with -i or -g
         self.began = self.last_tick = time.monotonic()
         self.tick = self.loop.after(self.tick_seconds(), self.check_life)
         link.attach(self.loop, self)
 
     def rcvd_exit(self, flags, channel, payload):
-        """EXIT counts if all output that it tells of has come."""
+        """Checks that all output has come that EXIT counts."""
         if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
-            raise ProtocolError("EXIT that tells nothing")
+            raise ProtocolError("EXIT with an unknown how")
         if payload.how == HOW_SIGNALLED and not 0 < payload.status < EXIT_SIGNAL:
             raise ProtocolError("EXIT by signal %d" % payload.status)
         rows = {number: (sent, taken) for number, sent, taken in payload.channels}
@@ -4904,7 +4951,7 @@ class RemoteJob(Carrier):
         self.exited(rows)
 
     def send_no_more(self):
-        """The worker wants neither input nor signs of life any more."""
+        """Sends no more input and no more PING: the command has ended."""
         self.tick.cancel()
         self.stop_sources()
 
@@ -4913,13 +4960,13 @@ class RemoteJob(Carrier):
         raise NotImplementedError
 
     def detach(self):
-        """Leaves the descriptors alone: another run gets them."""
+        """Stops using the descriptors: another run gets them."""
         raise NotImplementedError
 
     # Its files
 
     def begin_files(self, places, patterns, durable=False):
-        """Has what -i and -g name sent and received, see JobFiles.  Raises Fatal (111)."""
+        """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if places or patterns:
             try:
                 self.files = JobFiles(self, places, patterns, self.stream_ended, durable)
@@ -4927,7 +4974,7 @@ class RemoteJob(Carrier):
                 raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
 
     def files_are_over(self):
-        """After EXIT: whether the results are in their places, or there will be none; trouble says what went wrong."""
+        """After EXIT: whether the results are in their places, or have failed; the error's text is in trouble."""
         if FILES_OUT in self.channels and self.channels[FILES_OUT].is_writing():
             return False
         if self.files:
@@ -4952,7 +4999,7 @@ class RemoteJob(Carrier):
                 sum(channel.received for channel in self.channels.values()))
 
     def alert_nonce(self, event):
-        """The nonce of an ALERT: that of the announcement which the worker has answered."""
+        """The nonce for an ALERT: the one of the announcement which the worker has answered."""
         return self.hello.nonce
 
     def alert_fields(self, event, status, reason):
@@ -4970,7 +5017,7 @@ class RemoteJob(Carrier):
         """Sends PING; a worker that has been silent for too long is lost."""
         now, interval = time.monotonic(), self.tick_seconds()
         if now - self.last_tick > interval * 2:
-            self.link.excuse_silence()          # this process was stopped, and heard nobody
+            self.link.excuse_silence()          # this process was stopped, and read nothing
         self.last_tick = now
         self.link.check_delivery()
         if self.link.silence() > self.silence_seconds:
@@ -4985,8 +5032,8 @@ class Run(RemoteJob):
 
     def __init__(self, client, link, hello, job):
         super().__init__(client, link, hello, job)
-        self.exit_code = None       # once it is over
-        self.interrupted = 0.0      # when the last INT came
+        self.exit_code = None       # cexec's, once the run is over
+        self.interrupted_at = 0.0   # when the last INT came
         log.hold(self.loop.floor)
         for number, end in job.ends.items():
             channel = self.carry(number, end, None if job.positions[number].file else job.replay)
@@ -4996,14 +5043,14 @@ class Run(RemoteJob):
         if job.terminal:
             self.take_terminal()
 
-    # What the worker says
+    # What the worker tells us
 
     def exited(self, rows):
         self.link.close()
         for number, channel in self.channels.items():
             if number in rows and number in self.job.positions:
-                # The worker tells how many bytes the command has taken: the rest, in pipes and
-                # buffers on the way, counts as never read.  More than we sent is not believed.
+                # The worker tells how many bytes the command has taken.  The bytes in pipes and
+                # buffers on the way count as never read.  We do not believe more than we sent.
                 self.job.positions[number].advance(min(rows[number][1], channel.sent))
         self.stream_ended()
 
@@ -5017,10 +5064,10 @@ class Run(RemoteJob):
             self.patron.lost(self, reason)
 
     def let_go_of_stderr(self):
-        """Releases the log's copy of 2 when the command has closed 2 and goes on.
+        """Releases the log's copy of 2, if the command has closed 2 and goes on.
 
-        Whoever reads there then sees the end of file at once, as with a local command, and not
-        at the end of the job.  A file or a terminal has no such reader: the log stays.
+        So the reader there sees the end of file at once, as with a local command, and not at the end
+        of the job.  A file or a terminal has no such reader: then the log keeps its copy.
         """
         closed = any(self.job.has_number(number, 2) and members[0].kind in (PIPE, SOCKET)
                      and self.channels[number].sink and not self.channels[number].is_writing()
@@ -5028,7 +5075,7 @@ class Run(RemoteJob):
         if closed and self.exit is None:
             log.release()
 
-    # What happens here
+    # The descriptors here
 
     def detach(self):
         self.tick.cancel()
@@ -5051,7 +5098,7 @@ class Run(RemoteJob):
             self.conclude(self.exit.how, self.exit.status)
 
     def conclude(self, how, code):
-        """The job is over: tells the user and crat how, by EXIT's how and status."""
+        """The job is over: tells the user and crat how it ended (EXIT's how and status)."""
         if self.trouble:
             log.say(self.trouble)
             self.patron.alert(self, ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
@@ -5078,11 +5125,11 @@ class Run(RemoteJob):
         now = time.monotonic()
         if self.job.terminal and self.signalled_at_terminal(number):
             return
-        if number == signal.SIGINT and now - self.interrupted < 1.0 or self.exit is not None:
+        if number == signal.SIGINT and now - self.interrupted_at < 1.0 or self.exit is not None:
             if number not in (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT):
                 self.die_of(number)
         if number == signal.SIGINT:
-            self.interrupted = now
+            self.interrupted_at = now
         if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             self.job.tell_to_end()
         if self.exit is None:
@@ -5098,11 +5145,11 @@ class Run(RemoteJob):
         die_of(number)
 
     def signalled_at_terminal(self, number):
-        """With -t the keys for signals are the command's, and signals are cexec's: all but USR1 and USR2."""
+        """With -t signals are for cexec, except USR1 and USR2; whether this one was.  Keys like Ctrl-C go as bytes."""
         if number == signal.SIGWINCH:
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
-            self.loop.after(0, self.take_terminal)      # a TERM that came meanwhile goes first: that may stop us again
+            self.loop.after(0, self.take_terminal)      # later: it may stop us, so a TERM that waits must go first
             self.refresh()
         elif number == signal.SIGTSTP:
             self.job.terminal.restore()
@@ -5112,7 +5159,7 @@ class Run(RemoteJob):
         return number not in (signal.SIGUSR1, signal.SIGUSR2)
 
     def take_terminal(self):
-        """At the job's start, and when we go on after a stop: its size may be another by now."""
+        """Makes the terminal raw and sends its size: at the start, and after a stop, when the size may be new."""
         try:
             self.job.terminal.take()
         except OSError as error:
@@ -5120,11 +5167,11 @@ class Run(RemoteJob):
         self.link.send(RESIZE, **self.job.terminal.size())
 
     def stop_here(self):
-        """Stops this process like the command, once the link has taken the signal, or after a second."""
-        # SIGSTOP stops us at this very line.  What is still queued here would stay until we go on:
-        # the command would run, although the user has stopped it.  So the queue is written first.
-        # The loop cannot do that: it would also read, and act as if nothing had been stopped.  A
-        # link that takes nothing for a second belongs to a worker that is no better off with us.
+        """Stops this process, as the command is stopped; but first sends the signal that is queued in the link."""
+        # SIGSTOP stops us at once, at the last line here.  If the signal were still in our queue then, the
+        # command would run on, although the user has stopped it.  So we write the queue first.  The loop
+        # must not do that: it would also read, and write output while the user sees a stopped job.
+        # After a second we stop in any case: a worker that takes nothing for so long cannot be helped.
         deadline, selector = time.monotonic() + 1.0, new_selector()
         selector.register(self.link.sock, selectors.EVENT_WRITE)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
@@ -5134,19 +5181,19 @@ class Run(RemoteJob):
 
 
 class Progress:
-    """cexec -p: shows how far the job is: on a terminal four times a second, in its last line; else every 10 s."""
+    """cexec -p: shows the job's progress, on a terminal in its last line four times a second, else every 10 s."""
 
     def __init__(self, client):
         self.client, self.loop = client, client.loop
         self.on_terminal, self.began = os.isatty(log.fd), time.monotonic()
         self.samples = collections.deque([(self.began, 0)], maxlen=9)       # (when, bytes) of the last two seconds
-        at_end.append(lambda: log.status(""))
+        at_end.append(lambda: log.status_line(""))
         self.tick()
 
     def tick(self):
         seconds = 0.25 if self.on_terminal else 10.0
         if self.on_terminal:
-            log.status(self.text())
+            log.status_line(self.text())
         elif time.monotonic() - self.began >= seconds:
             log.say(self.text())
         self.loop.after(seconds, self.tick)
@@ -5174,12 +5221,12 @@ class Progress:
     def end(self, run):
         """Says the last line."""
         seconds = time.monotonic() - run.began
-        log.status("")
+        log.status_line("")
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
 class Patron:
-    """Has jobs for which it searches workers, and does a job again when its worker is lost: a Client or a Batch."""
+    """Has jobs, searches workers for them, and may run a job again if its worker is lost: a Client or a Batch."""
 
     def __init__(self, pub, group, terms, loop):
         self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
@@ -5187,7 +5234,7 @@ class Patron:
         self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
 
     def new_search(self, quiet, only=ANY_WORKER):
-        """A Search, which is to be started."""
+        """A Search; the caller starts it."""
         return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet, only)
 
     def alert(self, run, event, status, reason):
@@ -5197,7 +5244,7 @@ class Patron:
             **run.alert_fields(event, status, reason)))
 
     def lost(self, run, reason):
-        """The connection has broken after GO: does the job again, unless something speaks against that."""
+        """The connection broke after GO: runs the job again, or fails, as objection() says."""
         objection = self.objection(run)
         if objection is None:
             log.note("worker %s lost: %s; runs the job again", run.address, reason)
@@ -5210,7 +5257,7 @@ class Patron:
             self.failed(run, reason, objection)
 
     def objection(self, run):
-        """Why a lost job is not done again: None if it is, "" if nobody has asked for it."""
+        """Why a lost job does not run again; None if it does, "" if that was not asked for."""
         objection = run.job.objection(run)
         if objection is None and run.job.losses >= self.terms.retries:
             return "that was try %d (CEXEC_RETRIES)" % (run.job.losses + 1)
@@ -5218,14 +5265,14 @@ class Patron:
 
 
 class Client(Patron):
-    """A single job: the search, then a run, and both again if the job may be repeated and is lost."""
+    """Has a single job: a search, then a run; both again if the run is lost and the job may be repeated."""
 
     def __init__(self, pub, group, job):
         super().__init__(pub, group, job, Loop(floor=job.limit))
         self.job = job
         self.search = self.run = None           # one of them is there at a time
         job.open_ends(self.loop.floor, self.signalled)
-        deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # it is to be put back first
+        deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # restore the terminal first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
 
     def work(self):
@@ -5243,7 +5290,7 @@ class Client(Patron):
         return self.run.exit_code
 
     def look(self):
-        """Looks for a worker."""
+        """Begins a search."""
         self.search = self.new_search(self.job.progress)
         self.search.start()
 
@@ -5262,7 +5309,7 @@ class Client(Patron):
             self.job.tell(EXIT_SIGNAL + number, "ended=%d" % number)
             die_of(number)
 
-    # What a Search asks of its patron
+    # The patron's methods, which Search calls
 
     def next_job(self, search):
         return self.job
@@ -5296,41 +5343,44 @@ class Client(Patron):
 
 
 # ---------------------------------------------------------------------------
-# cexec -l: who is there
+# cexec -l: which workers there are
 # ---------------------------------------------------------------------------
 
 class Survey:
-    """cexec -l: asks who is there.  When nobody answers it finds out why."""
+    """cexec -l: sends QUERY and collects the workers that answer.  If none does, it finds out why.
 
-    STRANGERS_MAX = 16              # of a kind that are kept: anybody can send any number of datagrams
+    A stranger is a peer that cannot do this client's jobs.
+    """
 
-    ASK = (0.0, 0.2, 0.6)           # seconds after the start: it asks
-    ENOUGH, PATIENCE = 1.2, 3.0     # it stops, if somebody has answered, and if nobody has
+    STRANGERS_MAX = 16              # remembered of each kind: anybody can send any number of datagrams
+
+    ASK = (0.0, 0.2, 0.6)           # seconds after the start at which it asks
+    ENOUGH, PATIENCE = 1.2, 3.0     # seconds after which it stops: with an answer, and without one
 
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
-        self.connected = set()      # addresses of workers whose probe has come
+        self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
-        self.foreign = {}           # application id: addresses of its workers
-        self.others = {}            # application id: addresses of its clients, and of its workers that we heard
+        self.foreign = {}           # application id: addresses of the workers that sent DENY
+        self.others = {}            # application id: addresses from which we heard datagrams to the group
         self.versions = {}          # (version, address): addresses
         self.ways, self.errors = 0, set()
         self.back.attend(self.hear, self.accept, self.hear_stranger)
         self.listen()
 
     def listen(self):
-        """Hears what others send to the group."""
+        """Begins to hear what other peers send to the group."""
         try:
             self.listeners = open_listeners(self.group)
-        except Fatal as error:      # another program has the port for itself
+        except Fatal as error:      # another program does not share the port
             log.note("%s", error)
             self.listeners = []
         hear_all(self.loop, self.listeners, self.overhear, self.hear_stranger)
 
     def begin(self, over):
-        """Asks, and calls over() when there is enough to show."""
+        """Asks, and calls over() when its time is over: see ENOUGH and PATIENCE."""
         for seconds in self.ASK:
             self.loop.after(seconds, self.ask)
         self.loop.after(self.ENOUGH, lambda: over() if self.workers else self.loop.after(
@@ -5354,7 +5404,7 @@ class Survey:
             handler(datagram, address)
 
     def rcvd_reply(self, datagram, address):
-        """A worker of ours."""
+        """A worker that can do our jobs."""
         body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
         if datagram.proved_by(self.pub.secret):
             self.add_worker(body.worker_id, {
@@ -5364,7 +5414,7 @@ class Survey:
                 "state": "draining" if body.draining else "serving", "options": option_letters(body.options)})
 
     def rcvd_deny(self, datagram, address):
-        """A worker that does not serve us: of our application, or of another."""
+        """A worker that refuses us, or one of another application."""
         if datagram.body.serves == self.pub.application:
             self.note_stranger(self.denied, datagram.body.why, address)
         else:
@@ -5380,7 +5430,7 @@ class Survey:
         self.connected.add(address)
 
     def overhear(self, datagram, address, index):
-        """A datagram that another client, or worker, has sent to the group."""
+        """A datagram to the group from another client or worker."""
         if datagram.nonce not in self.asked:
             self.note_stranger(self.others, datagram.application, address)
 
@@ -5388,20 +5438,20 @@ class Survey:
         self.note_stranger(self.versions, (error.version, address), address)
 
     def note_stranger(self, known, what, address):
-        """Adds an address to known[what], which are both bounded."""
+        """Adds an address to the set known[what]; the dictionary and the set are bounded."""
         if what in known or len(known) < self.STRANGERS_MAX:
             addresses = known.setdefault(what, set())
             if len(addresses) < self.STRANGERS_MAX:
                 addresses.add(address)
 
-    # What it shows
+    # The result
 
     def rows(self):
         """The workers as dictionaries, the least loaded first."""
         return sorted(self.workers.values(), key=lambda row: (row["load"], row["host"], row["address"]))
 
     def troubles(self):
-        """Yields why a job would find no worker: lines with the cause and the remedy."""
+        """Yields the reasons why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
             if not self.connected:
                 yield TCP_BLOCKED
@@ -5418,7 +5468,7 @@ class Survey:
             yield from self.guesses()
 
     def causes(self):
-        """Yields what is certainly wrong."""
+        """Yields the certain causes."""
         for why, addresses in sorted(self.denied.items()):
             yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(why))
         for version, address in sorted(self.versions):
@@ -5428,7 +5478,7 @@ class Survey:
                    "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
 
     def guesses(self):
-        """Yields what may be wrong, if nothing is certain."""
+        """Yields the possible causes, if none is certain."""
         for application, addresses in sorted(self.foreign.items()):
             yield ("%s: a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or "
                    "make the pub again" % (", ".join(sorted(addresses)), application.hex(), self.pub.label,
@@ -5442,6 +5492,7 @@ class Survey:
                    "does the firewall there let UDP port %s in?" % ports)
 
     def sending_troubles(self):
+        """Yields where the questions went, or why they could not be sent."""
         names = interface_names()
         own = {interface.index: interface.address for interface in interfaces()}
         ways = sorted({"%s (%s)" % (names.get(index, "?"), own.get(index) or "no IPv4") if index else address
@@ -5462,7 +5513,7 @@ class Survey:
 
 
 def list_workers(group, pub, ports, as_json):
-    """Prints a line for each worker.  If there is none it says why, and returns EXIT_TEMPORARY."""
+    """Asks for the workers, and shows them; the exit code."""
     survey = Survey(group, pub, ports, Loop())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -5470,7 +5521,7 @@ def list_workers(group, pub, ports, as_json):
 
 
 def show_workers(survey, as_json):
-    """Prints a line for each worker that has answered, and says what is wrong; EXIT_TEMPORARY if none has."""
+    """Prints a line for each worker that has answered, and says what is wrong; 0, or 111 if none has answered."""
     rows = survey.rows()
     if as_json:
         import json
@@ -5499,38 +5550,41 @@ def show_workers(survey, as_json):
 # The first file of a connection is a job like any other.  Then:
 #
 #   client (Batch, a FileRun for each file)     worker (Supervisor)
-#     |  <----------------------- EXIT, more=1  |  cservice says that nobody else waits: it keeps the slot
+#     |  <----------------------- EXIT, more=1  |  no other client waits: the supervisor keeps the slot
 #     |  JOB, GO, DATA ... EOF ------------->   |  no JOB in 3 s: it gives the slot back
 #     |  <------------------------------ ACCEPT |  the command starts
 #     |     lost before ACCEPT: nothing has run, the file goes back to the head of the queue
 #     |  <------------------- DATA, EOF ...     |
-#     |     lost after ACCEPT: nobody has seen its output, it is done again, CEXEC_RETRIES times
+#     |     lost after ACCEPT: no output was shown, so the file is done again, CEXEC_RETRIES times
 #     |  <----------------------- EXIT, more=1  |  and so on; after more=0 the client closes, and searches
 #     |  no file is left: it closes             |  it gives the slot back
 #
-# A Task's way: Batch.queue --take--> a search's worker, or one that has just done another --EXIT-->
-# keep: the output gets its name, or waits for its turn on standard output --> over
+# The way of a Task:
+#
+#   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
+#     --EXIT--> Task.keep: the output gets its name, or waits for its turn on standard output --> Batch.over
 
 PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ...
-OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output
+OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 IN_LINE = 2                         # searches at a time
-FAILURES_MAX = 101                  # the exit status for 100 failures and more: 100 would be wrong usage
-NOT_THERE_MAX = 10                  # a batch stops if so many files, the first, all fail with 126 or 127
+FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
+NOT_THERE_MAX = 10                  # a batch stops if its first so many files all fail with 126 or 127
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
 def fill_pattern(pattern, *inputs, between=" "):
-    """The pattern with {} the inputs, {.} without extensions, {/} their last parts, {//} their directories, {/.} both.
+    """The pattern with its places filled in from the inputs.  between stands between several inputs.
 
-    {2}, {2.} and so on are the second input's, {-1} the last one's; of an input that is not there they are empty.
-    between stands between several inputs.
+    {} is the input, {.} without its extension, {/} its last part, {//} its directory, {/.} the last
+    part without the extension.  {2}, {2.} and so on are the same for the second input, {-1} for the
+    last one; without such an input they are empty.
     """
     import re
     return re.sub(PLACES, lambda match: fill_place(inputs, int(match.group(1) or 0), match.group(2), between), pattern)
 
 
 def fill_place(inputs, number, form, between):
-    """What stands for one place: the input of this number, counted from 1, or from the end; 0: all of them."""
+    """The text for one place: the input of this number, counted from 1, or with -1 from the end; 0: all inputs."""
     if not number:
         return between.join(formed(form, text) for text in inputs)
     number = number - 1 if number > 0 else number + len(inputs)
@@ -5538,7 +5592,7 @@ def fill_place(inputs, number, form, between):
 
 
 def formed(form, text):
-    """An input as parallel(1)'s {}, {.}, {/}, {//} or {/.} has it."""
+    """An input in the form of {}, {.}, {/}, {//} or {/.}, as in parallel(1)."""
     import re
     if form == "//":
         return os.path.dirname(text) or "."
@@ -5547,9 +5601,9 @@ def formed(form, text):
 
 
 def split_words(words):
-    """(the words for the command, lists of inputs): what stands before and behind the first -- or ::: of a batch.
+    """(the words before the first -- or ::: of a batch, the lists of inputs after it).  Raises Fatal (100).
 
-    Several ::: make several lists; -- makes one, which is None if there is no -- either.  Raises Fatal (100).
+    Each ::: begins a list; -- begins the only one.  Without them the lists are None.
     """
     place = next((place for place, word in enumerate(words) if word in ("--", ":::")), len(words))
     head, rest = words[:place], words[place:]
@@ -5573,15 +5627,15 @@ def batch_inputs(words, zero):
     if ":::" not in words:
         return head, [(name,) for name in batch_names(lists[0] if lists else [], zero)]
     if zero:
-        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those behind :::")
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those after :::")
     import itertools
     return head, list(itertools.product(*lists))
 
 
 def batch_names(words, zero):
-    """The names of a batch's files: words, or for "-" the lines of standard input.  Raises Fatal.
+    """The names of a batch's files: the words, or for "-" and no words the lines of standard input.  Raises Fatal.
 
-    With zero a NUL ends each name there.
+    zero: on standard input a NUL ends each name.
     """
     if zero and words not in ([], ["-"]):
         raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
@@ -5596,11 +5650,7 @@ def batch_names(words, zero):
 
 
 def batch_tasks(terms, inputs):
-    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
-
-    It must not be another job's output, nor a file of the batch.  What is there already must
-    be a regular file.
-    """
+    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written."""
     pattern = terms.pattern
     tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
              for number, given in enumerate(inputs, 1)]
@@ -5612,7 +5662,7 @@ def batch_tasks(terms, inputs):
 
 
 def check_outputs(pattern, tasks):
-    """Raises Fatal (100) for an output that must not be written."""
+    """Raises Fatal (100) for an output that is another job's output too, an input, or no regular file."""
     taken, places = {}, {}
     files = {place_of(task.file, places): task.file for task in tasks if task.file is not None}
     for task in tasks:
@@ -5630,7 +5680,7 @@ def check_outputs(pattern, tasks):
 
 
 def check_directories(pattern, tasks):
-    """Raises Fatal (100) if there is no directory for an output; the Task itself says that its input is missing."""
+    """Raises Fatal (100) if an output has no directory, unless its input is missing: then the Task itself fails."""
     known = {"": True}
     for task in tasks:
         directory = os.path.dirname(task.output)
@@ -5640,13 +5690,13 @@ def check_directories(pattern, tasks):
             if not known[directory] and (task.file is None or os.path.exists(task.file)):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
-            pass                    # the name has a NUL in it: the Task fails in its turn
+            pass                    # a NUL in the name: the Task will fail
 
 
 def place_of(name, known):
-    """One name for a file, by whatever links its name leads there: its directory's real path, and its name there.
+    """A name for a file that does not depend on links to its directory: the directory's real path, and the last part.
 
-    known keeps the real paths of directories, so that each is looked up once.
+    known has the real paths of directories, so that each is looked up once.
     """
     directory, base = os.path.split(name)
     if directory not in known:
@@ -5658,14 +5708,14 @@ def place_of(name, known):
 
 
 def part_of(output):
-    """The name beside an output's under which it is written.  Names have a limit: a long one's is a hash."""
+    """The name under which an output is written, in its directory: .NAME.part, or with a hash for a long name."""
     directory, base = os.path.split(output)
     raw = os.fsencode(base)
     return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
 
 class BatchTerms(Terms):
-    """What the user wants of each file's job; inputs and results are words yet, with {} and its relatives."""
+    """The settings of all jobs of a batch.  In words, inputs and results the places {} {.} ... are not filled in."""
 
     def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, **files):
         super().__init__(environment, arguments, batch=os.urandom(8), **files)
@@ -5674,9 +5724,9 @@ class BatchTerms(Terms):
         self.errors = errors        # the directory of --errors
 
     def words_for(self, inputs):
-        """(variables, arguments) of a job, with {} and its relatives filled in.  Raises OSError, ValueError.
+        """(variables, arguments) of a job, with {} {.} ... filled in.  Raises OSError, ValueError.
 
-        In an argument, several inputs for one {} make several arguments, as in the shell that parallel has.
+        If one {} in an argument stands for several inputs, it makes several arguments, as with parallel.
         """
         if "\0" in "".join(inputs):
             raise ValueError("a null character is in it")
@@ -5690,12 +5740,12 @@ class BatchTerms(Terms):
 
 
 class Task:
-    """A job of a batch, from its place in the list to its output.
+    """A job of a batch.
 
-    The first of its inputs is the file that it reads, or with -n a value like the others.
+    Its first input is the file that it reads, or with -n a value like the others.
 
-    The output is written beside its name, and gets that only when it is whole.  Without a
-    name for it (-o -) it goes to an unnamed file, and is copied from there in its turn.
+    The output is written under another name (part), and gets its own name when it is whole: in
+    keep().  With -o - it goes to an unnamed file, from which the Printer copies it in its turn.
     """
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
@@ -5705,16 +5755,16 @@ class Task:
         self.file = None if terms.values else inputs[0]
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
-        self.words = None           # of its job: (variables, arguments)
-        self.places = []            # what goes into its directory, as input_place() has it
+        self.words = None           # (variables, arguments), while its files are open
+        self.places = []            # the files of -i: see input_place()
         self.results = [result_pattern(fill_pattern(text, *map(quoted, inputs))) for text in terms.results]
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
-        self.done_before = False    # by a batch before this one
+        self.done_before = False    # an earlier batch has done it
 
     @property
     def name(self):
-        """For messages and the log."""
+        """A name for messages and the joblog."""
         return " ".join(self.inputs)
 
     @property
@@ -5728,25 +5778,24 @@ class Task:
                     arguments=arguments, patterns=list(map(os.fsencode, self.results)))
 
     def objection(self, run):
-        """Why it is not done again after this run: nobody has seen its output, and so nothing."""
+        """Why it is not done again after this run.  None: it always can, because no output was shown."""
         return None
 
     def rewind(self, run):
-        """Leaves nothing of a run that was lost."""
+        """Removes the unfinished output of a run that was lost."""
         self.losses += 1
         self.discard()
 
     def conclude(self, exit_code, signal=0):
-        """It is over."""
         self.exit_code, self.signal, self.words = exit_code, signal, None
 
     def outputs(self):
-        """The names of what it makes here, as far as they are known before."""
+        """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
         named = [fill_pattern(text, *self.inputs) for text in self.terms.results if not is_pattern(text)]
         return [os.path.normpath(name) for name in named] + [self.output] * (self.output is not None)
 
     def input_place(self, text):
-        """What an -i names, with {} and its relatives filled in, as input_place() has it.  Raises OSError."""
+        """input_place() of an argument of -i, with {} {.} ... filled in.  Raises OSError."""
         return input_place(fill_pattern(text, *self.inputs))
 
     def is_done(self):
@@ -5759,11 +5808,11 @@ class Task:
                          if not os.path.isdir(path)]
             self.done_before = bool(made) and min(made) >= max(read, default=0)
         except (OSError, ValueError):
-            pass                    # one is not there, or has an impossible name
+            pass                    # a file is missing, or its name is impossible
         return self.done_before
 
     def open(self):
-        """Opens what it reads and writes, for one more try.  Raises OSError."""
+        """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
         import tempfile
         self.words = self.fill_words()
         self.places = [self.input_place(text) for text in self.terms.inputs]
@@ -5776,18 +5825,20 @@ class Task:
             raise
 
     def fill_words(self):
-        """(variables, arguments) of its job.  Raises OSError, ValueError."""
+        """Its (variables, arguments).  Raises OSError, ValueError."""
         return self.terms.words_for(self.inputs)
 
     def open_input(self):
-        """Opens the file that it reads; a value's job reads nothing.  Raises OSError."""
+        """Opens the file that it reads; with -n it reads nothing.  Raises OSError."""
         self.stamp = self.state_of_input()
         if self.stamp and not stat.S_ISREG(self.stamp[0]):
             raise OSError(errno.EINVAL, "not a regular file")
         self.input = open(self.file if self.stamp else os.devnull, "rb", 0)
 
     def open_part(self):
-        """The file beside the output, empty, and nobody else's.  Raises OSError."""
+        """The file for the unfinished output, empty, and locked for us alone.  Raises OSError."""
+        # A file with this name may be there: another cexec has left it, is writing it, or is just giving it
+        # its final name.  So take it only with a lock, and look then whether the name still leads to it.
         while True:
             flags, ours = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, True
             try:
@@ -5805,7 +5856,7 @@ class Task:
                     part.truncate(0)
                     return part
             except FileNotFoundError:
-                pass                # another cexec had it, and has just renamed or removed it
+                pass                # another cexec has just renamed or removed it: try again
             except BlockingIOError:
                 part.close()
                 raise OSError(errno.EBUSY, "another cexec is writing it", self.part) from None
@@ -5815,7 +5866,7 @@ class Task:
             part.close()
 
     def state_of_input(self):
-        """Equal values mean that the name stands for the same file, and that it was not changed.  Raises OSError."""
+        """A value that changes if the input is changed or replaced by another file.  Raises OSError."""
         if self.file is None:
             return None
         now = os.stat(self.file)
@@ -5824,7 +5875,7 @@ class Task:
     def keep(self):
         """Gives the output its name, once it is on the disk.  Raises OSError.
 
-        A later batch takes a file with that name as done: it must be whole, and of this input.
+        For a later batch a file with this name is done: so it must be whole, and from the present input.
         """
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
@@ -5832,7 +5883,7 @@ class Task:
             name_part(self.result, self.part, self.output)
 
     def discard(self):
-        """Leaves nothing of an output that is not whole."""
+        """Removes the unfinished output."""
         if self.result and self.output is not None:
             drop_part(self.part)
         self.close()
@@ -5845,12 +5896,12 @@ class Task:
             try:
                 if file:
                     file.close()
-            except OSError as error:            # keep() has raised it, if it matters
+            except OSError as error:            # if this matters, keep() has raised it
                 log.note("%s: %s", self.name, error.strerror)
 
 
 def quoted(name):
-    """A file's name for fill_pattern() to make a pattern of -g of: there it stands for itself."""
+    """A file's name with its * ? [ escaped, to be filled into a pattern of -g."""
     import re
     return re.sub(r"([*?[])", r"[\1]", name)
 
@@ -5877,8 +5928,8 @@ def error_of_task(error, name):
 def open_joblog(path):
     """A file to append to, with the heads of parallel's columns if it is new.  Raises Fatal (111)."""
     try:
-        # Without a buffer: a line that finds no room on the disk is not written later by surprise.
-        # Not mode "ab": Python 3.6 takes no pipe with that.
+        # Without a buffer: else a line for which the disk had no room could be written later.
+        # Not mode "ab": with it Python 3.6 refuses a pipe.
         file = open(path, "wb", 0, opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         size_before = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -5892,22 +5943,21 @@ def write_joblog(file, line):
     """Adds a line.  Raises Fatal (111)."""
     data = (line + "\n").encode("utf-8", "surrogateescape")
     try:
-        while data:
-            data = data[file.write(data):]
+        write_all(file.write, data)
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
 class FileRun(RemoteJob):
-    """One run of a Task: after its EXIT the connection has the next Task's, if client and worker want that."""
+    """One run of a Task.  After its EXIT the next Task can use the connection: see Batch.go_on()."""
 
     def __init__(self, batch, link, hello, task, accepted):
         super().__init__(batch, link, hello, task)
-        self.started = time.time()
-        self.accepted = accepted    # for the next Task of a connection GO is sent at once, and ACCEPT comes later
+        self.started_at = time.time()           # for the joblog
+        self.accepted = accepted    # False for the next Task of a connection, until ACCEPT: its GO was sent at once
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
-        self.over = False           # whether the batch was told of its end
+        self.over = False           # whether ended() of the batch was called
         self.begin_files(task.places, list(map(os.fsencode, task.results)), durable=True)
         self.refresh()
 
@@ -5935,7 +5985,7 @@ class FileRun(RemoteJob):
         self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
 
     def stream_ended(self):
-        """EXIT comes after the ends of all streams, but results are not in their places yet."""
+        """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
         if self.exit and not self.over and self.files_are_over():
             self.over = True
             self.detach()
@@ -5946,7 +5996,7 @@ class FileRun(RemoteJob):
 
     def link_lost(self, link, reason, violation):
         if self.exit:
-            return                  # it waits for its files, and no more for the worker
+            return                  # only our own files are missing now: the worker has done its part
         self.detach()
         if self.accepted or violation:
             self.patron.lost(self, reason)
@@ -5954,7 +6004,7 @@ class FileRun(RemoteJob):
             self.patron.came_too_late(self, reason)
 
     def alert_nonce(self, event):
-        """A complaint names the job of the offer; other ALERTs need one each, or would be taken for copies."""
+        """A complaint has the nonce of the offer's job.  Other ALERTs need new ones: else they look like copies."""
         return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
@@ -5963,20 +6013,30 @@ class Printer:
 
     def __init__(self, batch, tasks):
         self.batch, self.loop = batch, batch.loop
-        self.line = collections.deque(tasks)        # those whose outputs are not printed yet
+        self.tasks = collections.deque(tasks)       # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
-        self.count, self.task, self.unprinted = 0, None, b""    # outputs printed or left out; what is being printed
+        self.count = 0              # outputs that were printed or left out
+        self.task, self.unprinted = None, b""       # whose output is being printed; bytes of it
+
+    def add(self, task):
+        self.tasks.append(task)
+
+    def end_before(self, number):
+        """The output ends before this task, which has failed: drops the output of each later one."""
+        while self.tasks and self.tasks[-1].number > number:
+            self.tasks.pop().discard()
+        self.tasks.pop()
 
     def has_room(self, task):
-        """Whether a task may be begun: the outputs in line take descriptors, and so they have a bound."""
+        """Whether a task may be begun: waiting outputs need descriptors, so their number is bounded."""
         return task.number <= self.count + OUTPUTS_MAX
 
     def refresh(self):
-        """Begins to print the next output, if its turn has come and it is there; failed ones are left out."""
-        while not self.task and self.line and (self.line[0].done_before or self.line[0].exit_code is not None):
-            task = self.line[0]
+        """Begins to print the next output if it is whole; outputs of failed tasks are left out."""
+        while not self.task and self.tasks and (self.tasks[0].done_before or self.tasks[0].exit_code is not None):
+            task = self.tasks[0]
             if task.done_before or task.exit_code:
-                self.line.popleft()
+                self.tasks.popleft()
                 self.count += 1
             else:
                 self.task = task
@@ -5985,7 +6045,7 @@ class Printer:
 
     def writable(self):
         """Prints as much as standard output takes now: its reader may be slow.  Raises Fatal (111), BrokenPipeError."""
-        log.status("")
+        log.status_line("")
         self.unprinted = self.unprinted or memoryview(self.task.result.read(FRAME_MAX))
         if not self.unprinted:
             return self.printed()
@@ -6000,21 +6060,21 @@ class Printer:
 
     def printed(self):
         self.loop.on_write(self.end.polled, None)
-        self.line.popleft().close()
+        self.tasks.popleft().close()
         self.task, self.count = None, self.count + 1
         self.refresh()
         self.batch.fill()
 
 
 class Halt:
-    """When a batch stops before its end: after so many failures (--halt), or because its command is not there."""
+    """Decides when a batch stops early: after so many failures (--halt), or if its command is not there."""
 
     def __init__(self, limit):
-        self.limit = limit          # failures; None if only a command that is not there stops it
+        self.limit = limit          # failures; without --halt None: only a missing command stops the batch
         self.over = self.failures = self.not_there = 0
 
     def reason(self, exit_code):
-        """Counts a file that is over; why the batch stops now, or None."""
+        """Counts a file that is over.  Returns why the batch stops now, or None."""
         self.over += 1
         self.failures += exit_code != 0
         self.not_there += exit_code in (EXIT_CANNOT_RUN, EXIT_NOT_FOUND)
@@ -6026,24 +6086,24 @@ class Halt:
 
 
 class Batch(Patron):
-    """cexec -m: as many files at a time as the cluster takes, each on the least loaded worker.
+    """cexec -m: does as many files at a time as the workers take, each on the least loaded worker.
 
-    A worker takes the next file on the connection that it has, unless others wait for it.
-    Two searches at a time, or fewer if -j leaves no more, find workers besides.
+    A worker takes the next file on the same connection, unless other clients wait for it.  In
+    addition, two searches at a time find more workers, or fewer searches if -j leaves less room.
     """
 
     def __init__(self, pub, group, terms, tasks, jobs, joblog, force, halt):
         super().__init__(pub, group, terms, Loop())
         self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
-        self.force = force          # whether -f was given: what was done before is done as well
+        self.force = force          # -f: files that are done already are done again
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
-        self.before = len(tasks) - len(self.queue)  # done by batches before this one
-        self.halt, self.halted = halt, None         # a Halt; why nothing more is begun
+        self.done_before = len(tasks) - len(self.queue)         # files that earlier batches have done
+        self.halt, self.halted = halt, None         # a Halt; its reason, if no more files are begun
         self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
-        self.directories = set()    # those with new outputs, whose names may not be on the disk yet
+        self.directories = set()    # they have new outputs, whose names may not be on the disk yet
 
     def work(self):
         """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
@@ -6052,7 +6112,7 @@ class Batch(Patron):
             self.show_progress()
         try:
             if self.printer:
-                self.printer.refresh()          # passes over what is done already
+                self.printer.refresh()          # passes over files that are done already
             self.fill()
             started_up()
             while self.is_busy():
@@ -6076,9 +6136,9 @@ class Batch(Patron):
         return waiting or self.runs or printing or any(search.asked for search in self.searches)
 
     def make_durable(self):
-        """Makes the names of all outputs durable, each directory once.
+        """Makes the names of all outputs durable, once for each directory.
 
-        An output that loses its name in a crash before that is only done again.
+        If a crash before this loses a name, the next batch does this file again: no harm.
         """
         for directory in self.directories:
             try:
@@ -6089,11 +6149,11 @@ class Batch(Patron):
     # Searches, and the files for the workers that they find
 
     def fill(self):
-        """Begins searches, as long as there are files for them, and -j leaves room."""
+        """Begins searches, if there are files for them, and -j leaves room."""
         room = min(IN_LINE, self.jobs - len(self.runs))
         while len(self.searches) < min(room, self.ready()):
             try:
-                search = self.new_search(quiet=True)    # the batch has a line for all
+                search = self.new_search(quiet=True)    # the batch shows one line for all of them
             except Fatal as error:  # CEXEC_LISTEN_PORTS has only one
                 if not self.searches and not self.runs:
                     raise
@@ -6103,7 +6163,7 @@ class Batch(Patron):
             search.start()
 
     def ready(self):
-        """How many files may be begun: with -o - a bounded number after the one whose turn it is."""
+        """How many files may be begun; with -o - the number of waiting outputs is a bound."""
         if self.halted or self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
@@ -6114,7 +6174,7 @@ class Batch(Patron):
             search.end()
 
     def not_found(self, search, message, code):
-        """A search has given up.  The batch goes on as long as there is another, or a run."""
+        """A search has given up.  The batch goes on if there is another search or a run."""
         self.end_search(search)
         if not self.runs and not self.searches:
             raise Fatal(code, "%s; %s" % (message, self.summary()))
@@ -6148,11 +6208,11 @@ class Batch(Patron):
     # The end of a run
 
     def ended(self, run):
-        """EXIT: the file is done, or has failed, and the worker may take the next."""
+        """EXIT: the file is done, or has failed; its worker may take the next file."""
         self.runs.remove(run)
         success = run.exit.status == 0 and not run.trouble
         if success:
-            self.go_on(run)         # first, so that the worker is busy while this output gets to the disk
+            self.go_on(run)         # first: the worker computes while keep() waits for the disk
         task, code = run.job, run.exit.status
         if run.exit.how == HOW_SIGNALLED and not run.trouble:
             reason = "killed by signal %d" % code
@@ -6163,11 +6223,11 @@ class Batch(Patron):
             self.alert(run, ALERT_EXITED, code, reason)
             self.over(task, code, reason, run)
         if not success:
-            self.go_on(run)         # last: after this failure the batch may stop
+            self.go_on(run)         # last: this failure may stop the batch
         self.fill()
 
     def keep(self, task, code, reason):
-        """Gives the output of a success its name; (exit code, reason) as they are then."""
+        """Gives the output its name if the exit code is 0; the (exit code, reason) after that."""
         try:
             if code == 0:
                 task.keep()
@@ -6188,7 +6248,7 @@ class Batch(Patron):
             run.link.close()
 
     def came_too_late(self, run, reason):
-        """The worker has left before it accepted the next file: nothing has run."""
+        """The connection has ended before the worker accepted the next file: nothing has run."""
         self.runs.remove(run)
         log.note("%s: worker %s lost: %s before it began", run.job.name, run.address, reason)
         self.put_back(run.job)
@@ -6205,7 +6265,7 @@ class Batch(Patron):
         self.fill()
 
     def over(self, task, exit_code, reason, run=None, signal=0):
-        """A file is done or has failed: says so, logs it, prints what is next in order."""
+        """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
         task.conclude(exit_code, signal)
         self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
         self.tell(task, reason)
@@ -6222,19 +6282,19 @@ class Batch(Patron):
         self.stop_early(self.halt.reason(exit_code))
 
     def stop_early(self, reason):
-        """Begins nothing more, if there is a reason; what runs goes on to its end."""
+        """If there is a reason, begins no more files; those that run go on to their end."""
         if reason and self.queue and not self.halted:
             self.halted = reason
             for search in list(self.searches):
                 self.end_search(search)
 
     def tell(self, task, reason):
-        """Says why a file failed, and what its command said on standard error, also of a success."""
+        """Says why a file failed, and shows what its command wrote on standard error, also after a success."""
         said = task.errors and os.fstat(task.errors.fileno()).st_size
         if not task.exit_code and (task.errors_kept or not said):
             return
         text = reason or "exit status %d" % task.exit_code if task.exit_code else "done, and said:"
-        log.status("")
+        log.status_line("")
         log.say("%s: %s%s" % (task.name, text, " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
         if said and not task.errors_kept:
             task.errors.seek(0)
@@ -6244,28 +6304,28 @@ class Batch(Patron):
                 log.write("\n")
 
     def log_job(self, task, run):
-        """A line as parallel's --joblog has it."""
+        """Writes a line in the format of parallel's --joblog."""
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
-        address, started = (run.address, run.started) if run else ("-", time.time())
+        address, started_at = (run.address, run.started_at) if run else ("-", time.time())
         line = "\t".join(map(str, [
-            task.number, address, "%.3f" % started, "%10.3f" % seconds,
+            task.number, address, "%.3f" % started_at, "%10.3f" % seconds,
             sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
         write_joblog(self.joblog, line)
 
-    # The person who waits
+    # For the user
 
     def summary(self):
-        """How much is done, and how the rest can be."""
+        """How much is done, and how to do the rest."""
         again = "" if self.printer else "; the same command again does the rest"
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
         what = "jobs" if self.terms.values else "files"
-        return "%d of %d %s are done%s" % (self.done + self.before, len(self.tasks), what, again)
+        return "%d of %d %s are done%s" % (self.done + self.done_before, len(self.tasks), what, again)
 
     def stop(self):
-        """Leaves: nothing runs on, nothing half-written stays."""
-        log.status("")
+        """Ends all searches and runs, and removes unfinished outputs."""
+        log.status_line("")
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
@@ -6273,7 +6333,7 @@ class Batch(Patron):
         self.runs = []
 
     def leave(self, run):
-        """Ends a run, and its command with it."""
+        """Ends a run: the link closes, so the worker ends the command."""
         run.detach()
         run.link.close()
         run.job.discard()
@@ -6284,17 +6344,17 @@ class Batch(Patron):
         die_of(number)
 
     def show_progress(self):
-        log.status(self.progress())
+        log.status_line(self.progress())
         self.loop.after(0.2, self.show_progress)
 
     def progress(self):
-        seconds, left = time.monotonic() - self.began, len(self.queue) + len(self.runs)
+        seconds, to_do = time.monotonic() - self.began, len(self.queue) + len(self.runs)
         over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
         text = "%d/%d done, %d running, %d failed" % (
-            self.done + self.before, len(self.tasks), len(self.runs), self.failures)
+            self.done + self.done_before, len(self.tasks), len(self.runs), self.failures)
         if over:
-            text += ", %.1f/s, %s left" % (rate, duration(int(left / rate)))
+            text += ", %.1f/s, %s left" % (rate, duration(int(to_do / rate)))
         if not self.runs:
             text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
         workers = collections.Counter(run.address for run in self.runs)
@@ -6302,7 +6362,7 @@ class Batch(Patron):
 
 
 def files_at_once(each):
-    """For how many files there are descriptors: so many each, besides those of searches and of outputs in line."""
+    """How many files can be done at a time, if each needs so many descriptors; searches and outputs need others."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
@@ -6310,9 +6370,9 @@ def files_at_once(each):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
         soft = max(soft, wanted)
     except (OSError, ValueError):
-        pass                        # macOS allows fewer than it says
+        pass                        # macOS allows fewer than its hard limit
     if not LINUX:
-        soft = min(soft, 1024)      # what select can wait for
+        soft = min(soft, 1024)      # select cannot wait for more
     return max(1, (soft - OUTPUTS_MAX - 256) // each)
 
 
@@ -6341,7 +6401,7 @@ def main_batch(pub, group, words, options):
 
 
 def make_errors_directory(path):
-    """The directory of --errors.  Raises Fatal (111)."""
+    """Makes the directory of --errors.  Raises Fatal (111)."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -6349,7 +6409,7 @@ def make_errors_directory(path):
 
 
 def show_tasks(path, tasks):
-    """--dry-run: prints what would be done, for each Task a command of the shell that does the same."""
+    """--dry-run: prints for each Task a shell command that does the same; 0."""
     import shlex
     for task in tasks:
         try:
@@ -6371,19 +6431,19 @@ def show_tasks(path, tasks):
 #
 #   standard input --Splitter--> Blocks --Batch.queue, as with -m--> outputs --Printer--> standard output
 #
-# A Block holds its bytes until its output is whole.  Nothing is read while as many blocks are
-# held, or wait to be printed, as workers have taken at a time so far, and two more: the next
-# one for a worker, and the one that is being filled.
+# A Block keeps its bytes until its output is whole, so that its job can be done again.  The
+# number of blocks has a bound: as many as workers have had at a time so far, one that is ready
+# for the next worker, and one that is being filled.  A block counts until it is printed.
 
 class Block(Task):
-    """Lines of standard input, from this offset on, in an unnamed file: the input of a job, which may be done again."""
+    """A job whose input is a part of standard input, from this offset on, in an unnamed file."""
 
     def __init__(self, terms, number, offset):
         import tempfile
         super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
         self.file = None
         self.data = tempfile.TemporaryFile(buffering=0)
-        self.size = self.whole = 0                  # bytes; how many of them are whole lines
+        self.size = self.whole = 0                  # bytes; bytes in whole lines
 
     def fill_words(self):
         return self.terms.environment, self.terms.arguments
@@ -6403,11 +6463,10 @@ class Block(Task):
         if newline >= 0:
             self.whole = self.size + newline + 1
         self.size += len(view)
-        while view:
-            view = view[self.data.write(view):]
+        write_all(self.data.write, view)
 
-    def rest(self):
-        """Yields what is behind the last whole line, in pieces, and then leaves it off.  Raises OSError."""
+    def cut_off(self):
+        """Yields the bytes after the last whole line, in pieces, and then removes them.  Raises OSError."""
         self.data.seek(self.whole)
         yield from iter(lambda: self.data.read(FRAME_MAX), b"")
         self.data.truncate(self.whole)
@@ -6415,24 +6474,24 @@ class Block(Task):
 
 
 class Splitter:
-    """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: the most whole lines of so many bytes.
+    """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: as many whole lines as fit the size.
 
-    A line that is longer is a block of its own.  give(a Block) gets each when it is full, or the
-    input ends; may_read() tells whether there is room for another.
+    A longer line is a block of its own.  give(block) is called for each Block that is full, and for
+    the last one.  may_read() tells whether there is room for another Block.
     """
 
     def __init__(self, loop, terms, size, may_read, give):
         self.loop, self.terms, self.size, self.may_read, self.give = loop, terms, size, may_read, give
         item = Inherited(0)
-        # A regular file is read at its common offset: whoever reads it after us goes on there.
+        # A regular file is read at its common offset, where the next process that reads it goes on.
         self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
         self.buffer = memoryview(bytearray(PIPE_SIZE))
         self.block, self.count, self.ended = None, 0, False
-        self.offset = 0             # in the input, where the next block begins
-        self.paused = False         # while the terminal's foreground is another's
+        self.offset = 0             # where the next block begins in the input
+        self.paused = False         # true while another job has the terminal
 
     def refresh(self):
-        """Waits for input exactly when there is room for it."""
+        """Waits for input if there is room for it, else not."""
         wanted = not self.ended and not self.paused and self.may_read()
         self.loop.on_read(self.end.polled, self.readable if wanted else None)
 
@@ -6441,7 +6500,7 @@ class Splitter:
         self.refresh()
 
     def stop(self):
-        """Reads nothing more; what is there of the next block is dropped."""
+        """Reads nothing more, and drops the block that is being filled."""
         self.ended, self.block = True, None
         self.loop.on_read(self.end.polled, None)
 
@@ -6465,13 +6524,13 @@ class Splitter:
         self.refresh()
 
     def room(self):
-        """How much to read: no more than is missing to a block, or as much again while a line is longer than one."""
+        """How many bytes to read: what the block has room for, or a block's size while one line is longer."""
         filled = self.block.size if self.block else 0
         return min(len(self.buffer), self.size - filled if filled < self.size else self.size)
 
     def take(self, view):
         self.block = self.block or self.new_block()
-        if self.block.size >= self.size:            # a line that is longer: the block ends with it
+        if self.block.size >= self.size:            # one long line: the block ends with it
             newline = bytes(view).find(b"\n") + 1
             self.block.add(view[:newline or len(view)])
             view = view[newline or len(view):]
@@ -6482,12 +6541,12 @@ class Splitter:
             self.cut(view)
 
     def cut(self, view):
-        """Ends a block at its last whole line; what is behind that, and view, begin the next."""
+        """Ends a block after its last whole line; the bytes after that, and view, begin the next block."""
         full, self.block = self.block, None
         self.offset += full.whole
         if full.size > full.whole or view:
             self.block = self.new_block()
-            for piece in full.rest():
+            for piece in full.cut_off():
                 self.block.add(piece)
             self.give(full)
             if view:
@@ -6500,7 +6559,7 @@ class Splitter:
         return Block(self.terms, self.count, self.offset)
 
     def finish(self):
-        """The end of the input."""
+        """The input has ended."""
         last = self.block
         self.stop()
         if last:
@@ -6508,39 +6567,39 @@ class Splitter:
 
 
 class BlockBatch(Batch):
-    """cexec -b.  The first block that fails ends the output: those before it are still done, those behind are not."""
+    """cexec -b.  The output ends before the first block that fails: only the blocks before it are still done."""
 
     def __init__(self, pub, group, terms, size, jobs, joblog):
         super().__init__(pub, group, terms, [], jobs, joblog, False, Halt(float("inf")))
-        self.taken = 0              # the most blocks that workers had at a time
+        self.most = 0               # the largest number of blocks that workers had at a time
         self.broken = None          # the first Block that has failed
         self.splitter = Splitter(self.loop, terms, size, self.may_read, self.add)
 
     def may_read(self):
-        """Whether one more block may be held besides those that wait to be printed, at a worker or not."""
-        return len(self.printer.line) < self.taken + 2
+        """Whether one more block may be filled, see above."""
+        return len(self.printer.tasks) < self.most + 2
 
     def add(self, block):
         self.queue.append(block)
-        self.printer.line.append(block)
+        self.printer.add(block)
         self.fill()
 
     def fill(self):
-        self.taken = max(self.taken, len(self.runs))
+        self.most = max(self.most, len(self.runs))
         super().fill()
         self.splitter.refresh()
 
     def is_busy(self):
-        return not self.splitter.ended or self.printer.line or super().is_busy()
+        return not self.splitter.ended or self.printer.tasks or super().is_busy()
 
     def over(self, block, exit_code, reason, run=None, signal=0):
-        if exit_code:               # first, or the printer would go on behind this block
+        if exit_code:               # first: else the printer would go on with the block after this one
             self.broken = block
-            self.drop_rest(block.number)
+            self.drop_from(block.number)
         super().over(block, exit_code, reason, run, signal)
 
-    def drop_rest(self, first):
-        """Forgets the blocks behind this one, which has failed: there is none that failed before it."""
+    def drop_from(self, first):
+        """Ends the output before this block, which has failed, and forgets all blocks after it."""
         self.splitter.stop()
         for run in [run for run in self.runs if run.job.number > first]:
             self.runs.remove(run)
@@ -6548,9 +6607,7 @@ class BlockBatch(Batch):
         for search in list(self.searches):
             self.end_search(search)
         self.queue = collections.deque(block for block in self.queue if block.number < first)
-        while self.printer.line and self.printer.line[-1].number > first:
-            self.printer.line.pop().discard()
-        self.printer.line.pop()
+        self.printer.end_before(first)
 
     def put_back(self, block):
         super().put_back(block)
@@ -6574,7 +6631,7 @@ SIZES = {"": 1, "k": 1000, "m": 1000 ** 2, "g": 1000 ** 3, "K": 1 << 10, "M": 1 
 
 
 def parse_size(text):
-    """Bytes: 1000000, 64M, 1m, with parallel's letters: K, M, G are powers of 1024, k, m, g of 1000.  Raises Fatal."""
+    """The bytes in "1000000", "64M", "1m"; as with parallel, K M G are powers of 1024, k m g of 1000.  Raises Fatal."""
     digits, letter = (text[:-1], text[-1:]) if text[-1:] in SIZES else (text, "")
     size = whole(digits) * SIZES[letter] if digits.isdecimal() else 0
     if not 0 < size <= 1 << 40:
@@ -6598,14 +6655,14 @@ def main_blocks(pub, group, words, options):
 #
 #   Survey (as -l) --a HostJob for each worker--> waiting --Search for that worker only--> runs --> over
 #
-# A worker that is busy has the search in its line, like any other client.
+# The search for a busy worker waits in this worker's line, like any other client.
 
-LINE_MAX = 1024 * 1024              # bytes of a line that are held until its end comes
+LINE_MAX = 1024 * 1024              # bytes of a line that are kept until its end comes
 EVERY_PAUSE = 0.010                 # seconds between the beginnings of two searches
 
 
 class EveryTerms(Terms):
-    """What the user wants of the job on every worker: a worker in use is waited for, but not for ever."""
+    """The settings of all jobs of cexec -A: by default each waits for its busy worker no longer than a minute."""
 
     def __init__(self, environment, arguments=()):
         super().__init__(environment, arguments)
@@ -6613,7 +6670,7 @@ class EveryTerms(Terms):
 
 
 class HostJob:
-    """One worker's job of cexec -A."""
+    """The job of cexec -A for one worker."""
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     losses = 0
@@ -6626,7 +6683,7 @@ class HostJob:
         return dict(self.terms.job_fields(), descriptors=self.ROWS)
 
     def objection(self, run):
-        """Why it is not done again when its worker is lost: nobody has asked for that."""
+        """Why it is not done again if its worker is lost: "", as it was not asked for."""
         return ""
 
     def conclude(self, exit_code):
@@ -6634,7 +6691,7 @@ class HostJob:
 
 
 def labels_of(workers):
-    """{worker_id: its name}: its host's name, with the address if others have that name, and a number if need be."""
+    """{worker_id: label}: the host's name; if several workers have it, with the address, and a number if needed."""
     names = {worker_id: printable(row["host"] or row["address"]) for worker_id, row in workers.items()}
     long_names = {worker_id: "%s[%s]" % (name, workers[worker_id]["address"]) for worker_id, name in names.items()}
     short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
@@ -6647,7 +6704,7 @@ def labels_of(workers):
 
 
 class LineWriter:
-    """Standard output or error, to which the lines of many jobs go, each line whole."""
+    """Standard output or standard error, for whole lines from many jobs."""
 
     def __init__(self, loop, number):
         self.loop, self.number = loop, number
@@ -6661,7 +6718,7 @@ class LineWriter:
         self.loop.on_write(self.end.polled, self.writable)
 
     def writable(self):
-        """Writes as much as is taken now: the reader may be slow.  Raises Fatal (111), BrokenPipeError."""
+        """Writes as much as the reader takes now; how many bytes.  Raises Fatal (111), BrokenPipeError."""
         count = 0
         with memoryview(self.pending) as pending, pending[:FRAME_MAX] as view:
             try:
@@ -6678,13 +6735,13 @@ class LineWriter:
         return count
 
     def drain(self):
-        """Writes what is left, as long as it is taken."""
+        """Writes the pending bytes, as long as the reader takes some."""
         while self.pending and self.writable():
             pass
 
 
 class LineEnd(End):
-    """Where one of a job's outputs goes: to a LineWriter, by lines, each with the worker's name before it."""
+    """The End of one output of a job: puts the worker's label before each line, and gives it to a LineWriter."""
 
     def __init__(self, writer, label, polled):
         super().__init__(polled, polled, self.finish, ["write"])
@@ -6704,13 +6761,15 @@ class LineEnd(End):
             self.writer.add(b"".join(self.label + line + b"\n" for line in lines))
 
     def finish(self):
-        """What has no newline at its end is a line too."""
+        """Adds the last line, if it has no newline."""
         if self.line:
             self.add(b"\n")
 
 
 class HostRun(RemoteJob):
-    """A HostJob after GO.  Its Ends have descriptors of their own to wait for: the Loop knows one caller for each."""
+    """A HostJob after GO."""
+    # All runs share 0, 1 and 2, but the Loop calls only one function for a descriptor: so each run waits
+    # for its own copies.
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron, link, hello, job)
@@ -6721,11 +6780,11 @@ class HostRun(RemoteJob):
         self.refresh()
 
     def exited(self, rows):
-        self.link.close()           # the worker closes it too, which is no loss while the lines wait for a slow reader
+        self.link.close()           # now: else the worker's close would count as a loss while a slow reader reads
         self.stream_ended()
 
     def stream_ended(self):
-        """The job is over after EXIT, when every output has been taken here."""
+        """After EXIT the job is over when each LineEnd has taken its output."""
         if self.exit and self.copies and not self.is_writing():
             self.patron.ended(self)
 
@@ -6734,7 +6793,7 @@ class HostRun(RemoteJob):
         self.stop_channels()
         for number in (1, 2):
             channel = self.channels[number]
-            channel.end.add(channel.sink.queue)         # what has come of a job that is lost
+            channel.end.add(channel.sink.queue)         # of a lost job, show the output that has come
             channel.end.finish()
         for fd in self.copies:
             os.close(fd)
@@ -6752,11 +6811,11 @@ class HostRun(RemoteJob):
 
 
 class Everywhere(Patron):
-    """cexec -A: one job on each worker that is there, all at once, each on its own."""
+    """cexec -A: one job on each worker, all at the same time, independent of each other."""
 
     def __init__(self, pub, group, terms, loop, workers, source):
         super().__init__(pub, group, terms, loop)
-        self.input, self.offset = source        # what each job reads, from where
+        self.input, self.offset = source        # the descriptor that each job reads, from this offset
         labels = labels_of(workers)
         self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
         self.waiting = collections.deque()      # HostJobs for which no search has begun
@@ -6772,7 +6831,7 @@ class Everywhere(Patron):
                 self.over(job, EXIT_TEMPORARY, "is draining: it takes no more jobs")
 
     def work(self):
-        """Does all of it; the largest exit code.  Raises Fatal (111)."""
+        """Does all jobs; the largest exit code.  Raises Fatal (111)."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         started_up()
         while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
@@ -6780,17 +6839,17 @@ class Everywhere(Patron):
         return max(job.exit_code for job in self.jobs)
 
     def fill(self):
-        """Begins a search for each job, one every EVERY_PAUSE, as long as there are ports for them.
+        """Begins the next search, and sets a timer for the one after it.
 
-        All workers hear each announcement: a hundred at once, all of them repeated, would keep a
-        busy machine from answering.
+        All workers hear each announcement.  A hundred at once, all repeated, would be too many for
+        a busy machine.
         """
         self.timer.cancel()
         if not self.waiting:
             return
         try:
             search = self.new_search(True, self.waiting[0].worker_id)
-        except Fatal:               # CEXEC_LISTEN_PORTS has few: one ends some time
+        except Fatal:               # no port of CEXEC_LISTEN_PORTS is free until another search ends
             if not self.searches:
                 raise
             return
@@ -6798,7 +6857,7 @@ class Everywhere(Patron):
         search.start()
         self.timer = self.loop.after(EVERY_PAUSE, self.fill)
 
-    # What a Search asks of its patron
+    # The patron's methods, which Search calls
 
     def next_job(self, search):
         return self.searches[search]
@@ -6841,15 +6900,15 @@ class Everywhere(Patron):
         if exit_code:
             self.say(job, reason)
 
-    # The person who waits
+    # For the user
 
     def say(self, job, text):
-        """A line of ours, in its turn."""
+        """Adds a message to standard error, after the lines that wait there."""
         line = "%s: %s: %s\n" % (log.applet, job.label, printable(text))
         self.writers[2].add(line.encode("utf-8", "backslashreplace"))
 
     def interrupted(self, number):
-        """Keeps what has come, and names who is missing; the links close, and the workers end the commands."""
+        """Writes the output that has come, and names the missing workers.  Closed links end their commands."""
         missing = [job.label for job in self.jobs if job.exit_code is None]
         for run in self.runs:
             run.detach()
@@ -6862,7 +6921,7 @@ class Everywhere(Patron):
 
 
 def input_for_all(empty):
-    """(descriptor, offset) of what each job reads.  Raises Fatal (100)."""
+    """(descriptor, offset) of the input that each job reads.  Raises Fatal (100)."""
     item = Inherited(0)
     if item.kind == FILE and not empty:
         return 0, os.lseek(0, 0, os.SEEK_CUR)
@@ -6928,7 +6987,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 
 def main_cexec(argv):
-    """Does what one of the modes says; its exit code."""
+    """Runs the mode that the options choose; its exit code."""
     options = CEXEC.read(argv)
     if not options.words:
         raise CEXEC.error("no public key is named", options.mode)
@@ -6953,18 +7012,11 @@ def main_cexec(argv):
 
 
 def places_of(inputs):
-    """What -i names, as input_place() has it.  Raises Fatal (100) for what is not there."""
+    """input_place() of each argument of -i.  Raises Fatal (100) for one that does not exist."""
     try:
         return [input_place(text) for text in inputs]
     except (OSError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
-
-
-def check_current_directory():
-    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
-    if not os.access(".", os.W_OK | os.X_OK):
-        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
-    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
 
 
 def main_single(path, words, options):
@@ -6991,13 +7043,15 @@ def main_single(path, words, options):
 # cservice: the supervisor
 # ---------------------------------------------------------------------------
 
-# cservice forks a supervisor for each job, and another for each connection of a batch.  They
-# talk over a socketpair.  A supervisor sends a line for each event; cservice answers one of them.
+# cservice forks a supervisor for each connection that brings a job; it does this job, and the next
+# jobs of a batch.  They talk over a socketpair: the supervisor sends a line for each event, and
+# cservice answers only "more".
 #
 #     cservice (Supervisors, SupervisorHandle)     supervisor (Supervisor, Command)
 #       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
 #       |  <---------------- refused REASON, back   |  or cannot make them: sends REFUSE
 #       |  <--------------------------------- back  |  the client left before GO: it may ask again
+#       |  <---------------------- directory NAME   |  with -d: a directory was made for the job
 #       |  <---------------- group PID|session PID  |  GO came: the command has started
 #       |  <------------------------------- failed  |  or it cannot be started
 #       |  <--------------------------------- more  |  a job of a batch is over: may the batch go on?
@@ -7009,10 +7063,9 @@ WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
 def check_job(job, words, options):
-    """A job to be run, made of a JOB and its words.  Raises ProtocolError if it is impossible.
+    """A namespace: the fields of JOB, and environment, arguments and patterns as lists of bytes.
 
-    It has the fields of JOB; its environment and its arguments are lists of bytes.  options are
-    those of HELLO: they say whether the worker takes arguments.
+    options are those of our HELLO.  Raises ProtocolError if such a job is impossible.
     """
     environment, arguments, patterns = words.take(job.variables, job.arguments, job.patterns)
     if arguments and not options & HELLO_ARGUMENTS:
@@ -7046,7 +7099,7 @@ def check_descriptors(rows, may_have_files):
         if files is None and number >= MAXFD_LIMIT or channels.setdefault(channel, flags) != flags:
             raise ProtocolError("impossible descriptor %d" % number)
         if flags not in POSSIBLE_FLAGS:
-            raise ProtocolError("descriptor %d is not for anything, with flags %d" % (number, flags))
+            raise ProtocolError("descriptor %d has impossible flags %d" % (number, flags))
         if files is not None and (number != files or not may_have_files):
             raise ProtocolError("files for a job without a directory")
     if len({number for number, _, _ in rows}) < len(rows):
@@ -7054,8 +7107,8 @@ def check_descriptors(rows, may_have_files):
     return channels
 
 
-# A job's directory is in TMPDIR.  Its supervisor removes it, cservice that of a supervisor that was
-# lost; and the next cservice there those that nobody locks, after a crash.
+# A job's directory is in TMPDIR.  The supervisor removes it.  If the supervisor was lost, cservice
+# removes it; if cservice was lost too, the next cservice on this host: nobody locks it any more.
 
 DIRECTORY_NAME = "cexec."           # the beginning of a job directory's name; 16 hexadecimal digits follow
 
@@ -7065,14 +7118,14 @@ def is_job_directory(name):
 
 
 def become(user):
-    """Makes this process one of the user's, an entry of passwd(5)."""
+    """Gives this process the rights of a user, an entry of passwd(5)."""
     os.initgroups(user.pw_name, user.pw_gid)
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
 
 
 class JobDirectory:
-    """The directory of one job, which is the command's; what is done in it is done by a child as the command's user.
+    """The directory of one job, owned by the command's user.  A Helper with this user's rights works in it.
 
     Raises OSError.
     """
@@ -7087,14 +7140,14 @@ class JobDirectory:
             os.fchown(self.fd, self.user.pw_uid, self.user.pw_gid)
 
     def fill(self, reader, over):
-        """Unpacks what comes from the client, and then calls over(None, or what went wrong)."""
+        """Unpacks the client's archive from a pipe, and then calls over(None or an error's text)."""
         def work():
             _, directories = unpack(reader, self.fd)
             set_modes(directories, self.fd)
         self.begin(work, reader, over)
 
     def fetch(self, writer, patterns, over):
-        """Packs what the patterns match, and then calls over()."""
+        """Packs the files that match the patterns into a pipe, and then calls over() in the same way."""
         def work():
             os.fchdir(self.fd)
             pack_files(writer, tree(WHOLE, WHOLE, matcher(patterns)))
@@ -7102,7 +7155,7 @@ class JobDirectory:
 
     def begin(self, work, pipe, over):
         def as_user():
-            import re               # noqa: F401 - while they can be: a Python in /root is not the user's to read
+            import re               # noqa: F401 - before become(): the user may not be able to read this Python
             import tarfile          # noqa: F401
             if self.user:
                 become(self.user)
@@ -7117,7 +7170,7 @@ class JobDirectory:
             os.close(pipe)
 
     def stop(self):
-        """Ends what is being done in it; whether there was anything."""
+        """Ends the Helper that works in it; whether there was one."""
         helper, self.helper = self.helper, None
         if helper:
             helper.kill()
@@ -7128,7 +7181,7 @@ class JobDirectory:
         os.close(self.fd)
         try:
             remove_directory(self.path)
-        except OSError as error:    # a process that the command has left behind is at work in it
+        except OSError as error:    # a process that the command has left behind makes files in it
             log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
 
 
@@ -7144,7 +7197,7 @@ RUNNING = "RUNNING"                 # a supervisor's state as well
 
 
 class PairEnd(SocketEnd):
-    """Our end of a socketpair of which the command has the other end."""
+    """Our end of a socketpair; the command has the other end."""
 
     def __init__(self, fd, floor):
         super().__init__(fd, fd, lambda: os.close(fd), ["read", "write"])
@@ -7153,9 +7206,9 @@ class PairEnd(SocketEnd):
 
 
 class Command(Carrier, Stateful):
-    """A job's command: its descriptors, its process, its result.  The client has the mirror of it.
+    """A job's command: its descriptors, its process, its result.  At the client, a RemoteJob is its counterpart.
 
-    The supervisor is told by command_started(), command_failed() and command_finished().
+    It calls the supervisor's command_started(), command_failed() and command_finished().
     """
 
     LAW = {MADE: (RUNNING, LINGERING, ABANDONED), RUNNING: (LINGERING, ABANDONED), LINGERING: (FINISHED, ABANDONED),
@@ -7169,10 +7222,10 @@ class Command(Carrier, Stateful):
         self.far = {}               # channel: the command's end, until the command has started
         self.terminal = None        # the channel of the command's terminal
         self.process = None         # a Popen, once the command has started
-        self.group = None           # its process group, as long as no other group can have that number
+        self.group = None           # its process group; None as soon as another group could get this number
         self.result = None          # (how, status, reason) for EXIT, once it is known
-        self.inputs = {}            # channel of a counted input: a descriptor that tells what is left in the pipe
-        self.timers = []            # of lingering
+        self.inputs = {}            # channel of a counted input: a descriptor for unread(), after ours was closed
+        self.timers = []            # of the time LINGERING
         self.directory = None       # the JobDirectory
 
     def __repr__(self):
@@ -7183,21 +7236,23 @@ class Command(Carrier, Stateful):
     def make_ends(self):
         """Makes a pipe, a socketpair or a terminal for each channel.  Raises OSError.
 
-        The near end is carried by a Source, a Sink or both.  The far end is kept for the command.
+        A Source, a Sink or both carry the near end.  The far end waits in self.far for the command.
         """
         if self.settings.place:
             self.directory = JobDirectory(self.loop, self.settings, self.supervisor.say)
-        # Several numbers of the command may be one open file, and are one channel then: its row is
-        # the one whose number is the channel.  Both ends are moved to numbers from the floor up at
-        # once: below it are the numbers that start() gives to the command, in whatever order.
+        # JOB has a row for each number that the command gets.  If several numbers are one open file,
+        # they have the same channel, and only the row whose number is the channel makes ends.
+        # All ends are moved at once to numbers from the floor up.  Below the floor are the numbers of
+        # the command, which spawn() fills with dup2(): it must never overwrite an end of ours.
         for number, channel, flags in self.job.descriptors:
             if number != channel:
                 continue
             make = (self.make_terminal if flags & FLAG_TERMINAL else self.make_pair if flags & FLAG_SOCKET
                     else self.make_pipe)
             far, end = make(channel, flags)
-            # A command that runs as another user may open /dev/stdout: that opens the pipe again, and
-            # needs the permission.  A terminal keeps its group, tty, as login(1) leaves it.
+            # A command may open /dev/stdout, which opens the pipe again.  With -u it runs as another
+            # user, who needs the permission to do that: so the pipe gets this owner.  A terminal keeps
+            # its group, tty, as with login(1).
             user = self.settings.user
             if user:
                 os.fchown(far, user.pw_uid, -1 if channel == self.terminal else user.pw_gid)
@@ -7218,11 +7273,11 @@ class Command(Carrier, Stateful):
         return far, PairEnd(near, self.loop.floor)
 
     def make_terminal(self, channel, flags):
-        """(the command's end, ours) of a new pseudo terminal as the client described it."""
+        """(the command's end, ours) of a new pseudo terminal, with the modes and the size of the client's."""
         self.terminal = channel
         near, far = (lifted_away(fd, self.loop.floor) for fd in os.openpty())
-        # Our side reads an end of file (EIO) whenever no process has the other side open.  A command may
-        # close its terminal and open it again: we keep one open ourselves, until the command has ended.
+        # Our side gets EIO, an end of file, whenever no process has the other side open.  But a command may
+        # close its terminal and open it again: so we keep the other side open until the command has ended.
         kept = lifted(far, self.loop.floor)
         set_terminal_modes(far, self.job.modes)
         set_window(near, self.job.lines, self.job.columns)
@@ -7230,7 +7285,7 @@ class Command(Carrier, Stateful):
         return far, PtyEnd(near, near, lambda: (os.close(near), os.close(kept)), ["read", "write"])
 
     def release(self, near, channel):
-        """Closes a pipe's near end.  For a counted input a way to see what is left in the pipe is kept."""
+        """Closes a pipe's near end.  For a counted input it keeps a descriptor for unread()."""
         if channel in self.counted and self.state in (MADE, RUNNING, LINGERING, FINISHED):
             try:
                 reader = os.open(PROC_FD % near, os.O_RDONLY | os.O_NONBLOCK)
@@ -7241,10 +7296,10 @@ class Command(Carrier, Stateful):
         os.close(near)
 
     def close_when_empty(self, near, channel):
-        """Gives the command its end of file when it has read everything; until then near tells how much is left.
+        """Without /proc: closes the near end when the command has read everything; until then it serves unread().
 
-        On macOS and the BSDs only a pipe's reader can be asked.  There it closes at once, and
-        everything counts as taken.
+        On macOS and the BSDs only a pipe's reading end can tell how much is unread.  There this closes at
+        once, and all bytes count as taken.
         """
         if self.state in (RUNNING, LINGERING) and unread(near):
             self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
@@ -7266,7 +7321,7 @@ class Command(Carrier, Stateful):
     # Its start
 
     def start(self):
-        """Starts the command when the client's files are there; or has the reason why not as the result."""
+        """Starts the command, first the client's files if there are any; a failure becomes the result."""
         if FILES_IN not in self.far:
             return self.begin()
         try:
@@ -7298,12 +7353,12 @@ class Command(Carrier, Stateful):
 
     def spawn(self):
         """Puts the command's ends at its numbers and starts it.  Raises OSError."""
-        # The command's descriptors are put in place here, in the supervisor, and not in the child.
-        # subprocess can pass descriptors on, but only at the numbers that they have; to move them
-        # in the child takes a preexec_fn, and with one the start is a fork of all our memory
-        # instead of a vfork.  That is why everything of ours is at numbers from the floor up:
-        # the numbers below it are free for the command.  Afterwards the supervisor closes its
-        # copies: a pipe is at its end only when no process has the other end open.
+        # The supervisor itself puts the descriptors at the command's numbers.  subprocess can pass
+        # descriptors on, but does not move them.  To move them in the child needs a preexec_fn, and
+        # with that subprocess forks all our memory, instead of a fast vfork.  So all descriptors of
+        # ours are at numbers from the floor up, and the numbers below it are free for the command.
+        # Afterwards the supervisor closes its copies: a pipe is at its end only when no process has
+        # the other end open.
         import subprocess
         places = [(number, channel) for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES]
         for number, channel in places:
@@ -7326,13 +7381,13 @@ class Command(Carrier, Stateful):
             os.close(self.far.pop(channel))
 
     def words(self):
-        """The worker's command, with the client's arguments where {} is, if it takes any."""
+        """The worker's command, with the client's arguments in place of {} (cservice -a)."""
         if not self.settings.options & HELLO_ARGUMENTS:
             return self.settings.command
-        return [word for own in self.settings.command for word in (self.job.arguments if own == "{}" else [own])]
+        return [word for ours in self.settings.command for word in (self.job.arguments if ours == "{}" else [ours])]
 
     def prepare(self):
-        """In the child, before exec: makes its process group, or its session with a terminal, and becomes its user."""
+        """In the child before exec: makes a process group, or with a terminal a session, and becomes the user of -u."""
         if self.terminal is None:
             os.setpgid(0, 0)
         else:
@@ -7341,9 +7396,9 @@ class Command(Carrier, Stateful):
             fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
         user = self.settings.user
         if user:
-            self.settings.join_keyring()        # or the user would have what is in root's
+            self.settings.join_keyring()        # a new one: the user must not get the keys in root's
             become(user)
-            self.settings.join_keyring()        # the user's own, unless too many have been made
+            self.settings.join_keyring()        # one that the user owns; fails if the user has too many
 
     def environment(self):
         """cservice's own variables, the client's with PEER_ before the name, and the addresses of both."""
@@ -7364,7 +7419,7 @@ class Command(Carrier, Stateful):
         return values
 
     def fail_to_start(self, status, reason, ours=True):
-        """The command cannot be started; ours is false if the client is to blame: it gives more than fits."""
+        """The command cannot be started.  ours: the reason lies in this host, and not in the client's job."""
         self._set(LINGERING)
         if ours:
             self.supervisor.command_failed()
@@ -7373,7 +7428,7 @@ class Command(Carrier, Stateful):
         self.end_sources()
 
     def end_sources(self):
-        """There is no command that writes anything."""
+        """Ends all outputs: there is no command that could write."""
         self.close_far(list(self.far))
         for channel in self.channels.values():
             if channel.source:
@@ -7383,7 +7438,7 @@ class Command(Carrier, Stateful):
     # Its results
 
     def is_fetching(self):
-        """Whether results are still to be sent: they are looked for once the command has ended with 0."""
+        """Whether results of -g are not sent yet; begins to send them if the command has ended with 0."""
         if FILES_OUT in self.far:
             for timer in self.timers:
                 timer.cancel()
@@ -7404,7 +7459,7 @@ class Command(Carrier, Stateful):
         self.stream_ended()
 
     def interrupt_files(self, number):
-        """A signal that ends a job came while no command runs, but its files are under way."""
+        """A signal that ends a job has come: if the job's files are on the way, this ends it."""
         if self.directory and self.directory.stop():
             self.result = HOW_SIGNALLED, number, ""
             if self.state is MADE:
@@ -7442,14 +7497,14 @@ class Command(Carrier, Stateful):
     # Its end
 
     def child_ended(self):
-        """SIGCHLD came: looks whether the command has ended, and how."""
+        """SIGCHLD came: if the command has ended, takes its exit code or signal."""
         if self.state is not RUNNING:
             return
         code = ended(self.group)
         if code is None:
             return
-        # ended() has left a zombie.  As long as it is there its number is no other's, and the
-        # group may still be signalled.  Where there is no waitid(2), the number is free now.
+        # ended() leaves a zombie, so no other process group can get this number, and we may still
+        # signal the group.  But without waitid(2) the zombie is reaped, and the number is free now.
         self.group = self.group if HOLDS_PIDS else None
         self.result = (HOW_SIGNALLED, -code, "") if code < 0 else (HOW_EXITED, code, "")
         self._set(LINGERING)
@@ -7470,15 +7525,15 @@ class Command(Carrier, Stateful):
             self.link.send(LINGER, status=self.result[1])
 
     def stream_ended(self):
-        """The job is over when the command has ended, and all its output is closed and sent."""
+        """The job is over when the command has ended, and all its outputs are closed and sent."""
         has_output = any(channel.is_reading() for number, channel in self.channels.items() if number != FILES_OUT)
         if self.state is LINGERING and not has_output and not (self.directory and self.is_fetching()):
             self.leave_directory()
             self._set(FINISHED)
             self.supervisor.command_finished(self)
 
-    def left_behind(self):
-        """Whether the command has left processes in its group: their end is not to be the next command's end."""
+    def has_left_processes(self):
+        """Whether processes of the command's group still run.  Then the batch must not go on here."""
         self.group = None
         self.process.poll()         # reaps the command: as a zombie it would count
         try:
@@ -7486,11 +7541,11 @@ class Command(Carrier, Stateful):
         except ProcessLookupError:
             return False
         except OSError:
-            pass                    # another user's
+            pass                    # they belong to another user
         return True
 
     def close(self):
-        """Lets go of everything that is left of the job."""
+        """Closes everything that the job still has open."""
         self._set(CLOSED)
         for timer in self.timers:
             timer.cancel()
@@ -7498,13 +7553,13 @@ class Command(Carrier, Stateful):
             channel.close()
         for fd in self.inputs.values():
             os.close(fd)
-        self.inputs, self.channels = {}, {}     # no cycle: they go at once
+        self.inputs, self.channels = {}, {}     # breaks reference cycles, which would keep memory
 
     def abandon(self):
-        """The client has gone: the output is read for nobody, so that the command can end in its own way.
+        """The client has gone: reads the outputs and drops them, so that the command can end in its own way.
 
-        The inputs stay open: the command could take an early end of file for the true one, and
-        finish its work with half of its input.
+        The inputs stay open: else the command would see an early end of file, and might finish its
+        work with half of its input.
         """
         self._set(ABANDONED)
         if self.directory:
@@ -7516,28 +7571,28 @@ class Command(Carrier, Stateful):
                 channel.sink.stop()
 
     def sessions(self):
-        """The session that the command has of its own, with a terminal: a list of it, or an empty one."""
+        """[the command's own session] if it has a terminal, else []."""
         return [self.group] if self.terminal is not None and self.group is not None else []
 
 
 # A supervisor's states, which only _set() changes:
 #
-#   WAITING --GO--> RUNNING --all has ended: send EXIT--------------> OVER --the client closes--> the end
-#      A               '------the same, of a batch: ask cservice--> ASKING --no: send EXIT--> OVER
-#      '--JOB-- RESTING <--yes: send EXIT, more------------------------'
+#   WAITING --GO--> RUNNING --the job is over: send EXIT------------> OVER --the client closes--> the end
+#      A               '------a job of a batch is over: say "more"--> ASKING --no: send EXIT--> OVER
+#      '--JOB-- RESTING <--yes: send EXIT, more=1----------------------'
 #                  '--3 s without a JOB--> OVER
 #
-#   from any but OVER: the client has gone, or TERM: GONE, until the session is ended
+#   from every state but OVER: the client has gone, or TERM came: GONE, until the session is ended
 
 WAITING, ASKING, RESTING, OVER, GONE = "WAITING", "ASKING", "RESTING", "OVER", "GONE"
-CONNECTION_FRAMES = (GO, PING, WORDS, JOB)      # what a supervisor handles itself; the others are its Command's
+CONNECTION_FRAMES = (GO, PING, WORDS, JOB)      # the supervisor handles these itself, and its Command the others
 
 
 class Supervisor(Stateful):
     """The worker's process for one job, or for several jobs of a batch in turn.
 
-    It leads a session.  It owns the connection to the client and the one to cservice; the job
-    that runs is its Command, and between two jobs there is none.
+    It leads a session.  It owns the connections to the client and to cservice.  The job that runs
+    is its Command; between two jobs there is none.
     """
 
     LAW = {WAITING: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
@@ -7553,9 +7608,9 @@ class Supervisor(Stateful):
         log.hold(floor)
         close_all_but([link.sock.fileno(), self.service, log.fd])
         self.state = WAITING
-        self.started = False        # whether any command was
-        self.patience = None        # the Timer of what the state waits for
-        self.delivered = 0.0        # when everything that was sent had arrived, after the last EXIT
+        self.started = False        # whether any command has started
+        self.deadline = None        # the Timer of set_deadline()
+        self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
         self.command = Command(self, job)
 
     def __repr__(self):
@@ -7564,8 +7619,8 @@ class Supervisor(Stateful):
     def work(self):
         """Runs the job to its end; this process's exit code."""
         loop = self.loop
-        # exec gives a signal that is caught its default again, but one that is ignored stays ignored:
-        # the command must not inherit that from whoever started cservice.
+        # cservice may have inherited ignored signals, which exec would pass on to the command.  A signal
+        # with a handler gets its default from exec: so each ignored one gets a handler here.
         for number in range(1, signal.NSIG):
             if signal.Handlers.SIG_IGN is signal.getsignal(number):
                 signal.signal(number, lambda number, frame: None)
@@ -7585,18 +7640,18 @@ class Supervisor(Stateful):
         return 0
 
     def accept(self):
-        """The descriptors are made, nothing has run: waits for GO."""
-        self.link.send(ACCEPT)      # in a batch the client does not wait for it, but can tell what was begun
-        self.be_patient(OFFER_SECONDS, lambda: self.link.fail("no GO"))
+        """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
+        self.link.send(ACCEPT)      # in a batch GO is here already; ACCEPT still tells the client what has begun
+        self.set_deadline(OFFER_SECONDS, lambda: self.link.fail("no GO"))
 
-    def be_patient(self, seconds, call):
-        """Waits for what comes next in this state, for so many seconds; then it calls."""
-        if self.patience:
-            self.patience.cancel()
-        self.patience = self.loop.after(seconds, call)
+    def set_deadline(self, seconds, call):
+        """Calls call() after so many seconds, if the next event of this state has not come until then."""
+        if self.deadline:
+            self.deadline.cancel()
+        self.deadline = self.loop.after(seconds, call)
 
     def say(self, words):
-        """Sends a line to cservice, which may have ended."""
+        """Sends a line to cservice, if that has not ended."""
         try:
             os.write(self.service, words.encode() + b"\n")
         except OSError:
@@ -7609,18 +7664,18 @@ class Supervisor(Stateful):
             self.command.child_ended()
 
     def check_client(self):
-        """Looks now and then whether the client's host has vanished."""
+        """Looks every CHECK_SECONDS whether the client's host has vanished."""
         if not self.link.closed:
             self.loop.after(CHECK_SECONDS, self.check_client)
             self.link.check_host()
 
-    # What the client says
+    # What the client tells us
 
     def link_frame(self, link, kind, flags, channel, payload):
         if self.state is RUNNING and kind not in CONNECTION_FRAMES:
             return self.command.link_frame(link, kind, flags, channel, payload)
         if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (WORDS, JOB, PING):
-            return                  # it belongs to a job that is over
+            return                  # the frame belongs to a job that is over
         if kind in (WORDS, JOB) and self.state is not RESTING:
             raise ProtocolError("%s within a job" % kind)
         if self.state is WAITING and kind not in (GO, PING):
@@ -7631,19 +7686,19 @@ class Supervisor(Stateful):
         if self.state is not WAITING:
             raise ProtocolError("GO twice")
         self._set(RUNNING)
-        self.patience.cancel()
+        self.deadline.cancel()
         self.command.start()
         if self.state is RUNNING and (self.link.write_closed or self.link.closed):
             self.abandon("the client has gone")
 
     def rcvd_ping(self, flags, channel, payload):
-        if not self.link.congested:         # one answer does for many
+        if not self.link.congested:         # else one PONG will answer several PINGs
             self.link.send(PONG)
 
     def rcvd_words(self, flags, channel, payload):
         """A part of the words of the batch's next job."""
         self.words.add(payload.bytes)
-        self.be_patient(OFFER_SECONDS, self.leave)
+        self.set_deadline(OFFER_SECONDS, self.leave)
         self.link.send(PONG)
 
     def rcvd_job(self, flags, channel, payload):
@@ -7670,39 +7725,39 @@ class Supervisor(Stateful):
             return self.loop.stop()
         self.abandon(reason)
 
-    # What the command does
+    # What the command tells us
 
     def command_started(self, command):
         self.started = True
         self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
 
     def command_failed(self):
-        """It cannot be started, and this host is to blame."""
+        """The command cannot be started, for a reason that lies in this host."""
         self.say("failed")
 
     def command_finished(self, command):
-        """Sends EXIT; but in a batch it asks first whether the batch may go on here."""
-        # A command that cannot be started must not fail a whole batch: the next job goes elsewhere.
-        if self.client.batch == NO_BATCH or command.process is None or command.left_behind():
+        """Sends EXIT; in a batch it first asks cservice whether the batch may go on here."""
+        # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
+        if self.client.batch == NO_BATCH or command.process is None or command.has_left_processes():
             self.send_exit()
         else:
             self.ask_for_more()
 
     def ask_for_more(self):
-        """Asks cservice whether this batch may go on here; it has a second to answer."""
+        """Asks cservice whether this batch may go on here; without an answer in a second it may not."""
         self._set(ASKING)
-        self.be_patient(1.0, lambda: self.decide(b"no\n"))
+        self.set_deadline(1.0, lambda: self.decide(b"no\n"))
         self.loop.on_read(self.service, self.rcvd_decision)
         self.say("more")
 
     def rcvd_decision(self):
         try:
             self.decide(os.read(self.service, 16))
-        except OSError:             # cservice has ended without reading all that we said
+        except OSError:             # cservice has ended, and did not read all our lines
             self.decide(b"no\n")
 
     def decide(self, word):
-        self.patience.cancel()
+        self.deadline.cancel()
         self.loop.on_read(self.service, None)
         if self.state is ASKING:
             self.send_exit(more=word == b"yes\n")
@@ -7728,51 +7783,52 @@ class Supervisor(Stateful):
         self.await_delivery(self.link.undelivered(), time.monotonic())
 
     def await_delivery(self, before, since):
-        """Begins the time for the next JOB when EXIT has arrived; until then what is under way must get less.
+        """Waits until EXIT has arrived; from then on the client has OFFER_SECONDS for the next JOB.
 
-        before is the number of bytes that were under way at the last look, since when they got less.
+        before: how many bytes were not delivered at the last look.  since: when this number last fell.
+        It gives up if the number does not fall for CLOSE_SECONDS.
         """
-        now, left = time.monotonic(), self.link.undelivered()
-        if left < before:
+        now, undelivered = time.monotonic(), self.link.undelivered()
+        if undelivered < before:
             since = now
-        if not left:
-            self.be_patient(OFFER_SECONDS, self.leave)
+        if not undelivered:
+            self.set_deadline(OFFER_SECONDS, self.leave)
         elif now - since > CLOSE_SECONDS:
             self.leave()
         else:
-            self.be_patient(0.1, lambda: self.await_delivery(left, since))
+            self.set_deadline(0.1, lambda: self.await_delivery(undelivered, since))
 
     def leave(self):
-        """No job follows: frees the slot.  The client may still be reading, so the connection stays for a while."""
+        """Frees the slot, because no job follows.  The connection stays, for the client may still be reading."""
         self._set(OVER)
         self.say("done")
         self.close_when_sent()
 
     def close_when_sent(self):
         if self.link.congested and not self.link.write_closed:
-            return                  # link_writable comes back here
+            return                  # link_writable() will call this again
         self.link.finish()
-        self.delivered = time.monotonic()
+        self.delivered_at = time.monotonic()
         self.await_close()
 
     def await_close(self):
-        """Reads on, for nobody, until the client closes.
+        """Goes on reading until the client closes, and drops what it reads.
 
-        If we closed first while its input is under way, TCP would reset the connection, and the
-        client would lose what it has not read yet.  It may be stopped, or its network slow.
-        check_client() sees to a host that has vanished.
+        If we closed first while input of the client is on its way to us, TCP would reset the
+        connection, and the client would lose the output that it has not read yet.  It may need long:
+        it may be stopped, or its network is slow.  check_client() detects a host that has vanished.
         """
         now = time.monotonic()
         if self.link.undelivered():
-            self.delivered = now
-        if now - max(self.delivered, self.link.last_activity) > CLOSE_SECONDS:
+            self.delivered_at = now
+        if now - max(self.delivered_at, self.link.last_activity) > CLOSE_SECONDS:
             return self.loop.stop()
         self.loop.after(min(1.0, CLOSE_SECONDS), self.await_close)
 
     def abandon(self, reason):
-        """The client has gone, or we are told to end: ends the command and whatever it has started."""
-        # After the last EXIT nothing is left to be ended: this process ends, unless a part of EXIT is
-        # still here.  Then close_when_sent() goes on, and link_lost() ends it if the client has gone.
+        """The client has gone, or we got TERM: ends the command and all processes that it has started."""
+        # After the last EXIT there is no command to end, and this process ends too.  But if a part of EXIT
+        # is still in our queue, close_when_sent() goes on; link_lost() ends us if the client has gone.
         if self.state is OVER and not self.link.congested:
             return self.loop.stop()
         if self.state in (OVER, GONE):
@@ -7780,15 +7836,15 @@ class Supervisor(Stateful):
         log.note("abandons the job: %s", reason)
         self._set(GONE)
         self.link.close()
-        # Without a process nothing of the job has run: the client may ask again ("back").  Between
-        # two jobs of a batch there is no process either, and nothing to ask again for ("done").
+        # If no process was started, nothing of the job has run: the client may ask again ("back").
+        # Between two jobs of a batch there is no process either, but no job to ask again for ("done").
         if not self.command or not self.command.process:
             if self.command:
                 self.command.leave_directory()
             self.say("done" if self.started else "back")
             return self.loop.stop()
-        # The slot stays taken until all processes of our session, and of the command's own, have
-        # ended.  cservice does the same if this process is killed meanwhile: see Supervisors.
+        # The slot stays in use until all processes of our session and of the command's own session
+        # have ended.  If this process is killed before that, cservice ends them: see Supervisors.
         self.command.abandon()
         end_sessions(self.loop, [os.getpid()] + self.command.sessions(), self.command.group, over=self.end)
 
@@ -7819,9 +7875,9 @@ def become_supervisor(settings, client, link, job, service):
 
 
 class SupervisorHandle:
-    """A supervisor process, as cservice knows it.
+    """A supervisor process, at cservice.
 
-    A line from it is handled by the method rcvd_WORD(value).  The patron is told by
+    The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), job_refused(reason), job_returned(client), may_go_on(client)
     and slots_changed().
     """
@@ -7829,12 +7885,12 @@ class SupervisorHandle:
     def __init__(self, loop, patron, client, pid, pipe, slot, place):
         self.loop, self.patron, self.client, self.pid = loop, patron, client, pid
         self.slot = slot            # its number, CEXEC_SLOT
-        self.place = place          # where directories of jobs are
-        self.directory = None       # the path of its job's
+        self.place = place          # the directory in which directories of jobs are made
+        self.directory = None       # the path of its job's directory
         self.pipe = pipe            # our end of the socketpair; None once it is closed
-        self.unfinished = b""       # a line's beginning
-        self.sessions = [pid]       # and with a terminal the command's session
-        self.done = False           # whether EXIT was sent: its slot is free
+        self.unfinished = b""       # the beginning of a line
+        self.sessions = [pid]       # its session; with a terminal also the command's session
+        self.done = False           # whether its slot is free: it has sent EXIT, or ended the command
         os.set_blocking(pipe, False)
         loop.on_read(pipe, self.read)
 
@@ -7842,9 +7898,9 @@ class SupervisorHandle:
         """Handles the lines that have come."""
         try:
             data = os.read(self.pipe, 65536)
-        except BlockingIOError:     # what poll has seen was of another pipe with that number
+        except BlockingIOError:     # poll has seen another pipe, which had this number before
             return
-        except OSError:             # it has ended without reading our answer
+        except OSError:             # it has ended, and did not read our answer
             data = b""
         if not data:
             return self.hang_up()
@@ -7859,7 +7915,7 @@ class SupervisorHandle:
 
     def rcvd_group(self, value):
         self.patron.job_started()
-        self.sessions = [self.pid]  # that of the job before, in a batch, may be another's now
+        self.sessions = [self.pid]  # forgets the session of the batch's last job: its number may be in use again
 
     def rcvd_session(self, value):
         self.patron.job_started()
@@ -7869,7 +7925,7 @@ class SupervisorHandle:
         self.directory = os.path.join(self.place, value)
 
     def remove_directory(self):
-        """Removes what a lost supervisor has left there."""
+        """Removes the job's directory, if a lost supervisor has left it."""
         if self.directory and os.path.lexists(self.directory):
             try:
                 remove_directory(self.directory)
@@ -7901,12 +7957,12 @@ class SupervisorHandle:
             self.pipe = None
 
     def has_ended(self):
-        """Whether the process has ended; then its last words are handled, too."""
+        """Whether the process has ended; if so, its last lines are handled first."""
         code = ended(self.pid)
         if code is None:
             return False
         if self.pipe is not None:
-            self.read()             # and no more: a child of its own may still hold the pipe open
+            self.read()             # once, not to the end of file: a child of its may hold the pipe open
             self.hang_up()
         log.note("supervisor %d ended, %s", self.pid, "done" if self.done else "status %d" % code)
         return True
@@ -7916,12 +7972,12 @@ class SupervisorHandle:
 
 
 class Supervisors:
-    """All supervisors of a cservice, and what the lost ones have left."""
+    """All supervisors of a cservice, and the processes that lost supervisors have left."""
 
     def __init__(self, loop, patron):
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
-        self.lost = {}              # the same, of those that were killed, until all that they left has ended
+        self.lost = {}              # the same for supervisors that were killed, until their processes have ended
 
     def __len__(self):
         return len(self.handles) + len(self.lost)
@@ -7930,14 +7986,14 @@ class Supervisors:
         return sum(not handle.done for handle in self.handles.values()) + len(self.lost)
 
     def free_slot(self):
-        """The smallest number of a slot that no running job has: below CONCURRENCY, for each has one."""
+        """The smallest number that no running job has as its slot; it is below CONCURRENCY."""
         taken = {handle.slot for handle in [*self.handles.values(), *self.lost.values()] if not handle.done}
         return min(set(range(len(taken) + 1)) - taken)
 
     def fork(self, settings, client, link, job):
         """Hands a client's connection to a new supervisor.  Raises OSError."""
-        # A signal that came to the child before it has handlers of its own would be written to the
-        # wakeup socket that it shares with us: so signals wait, there until Supervisor.work().
+        # A new child still has our handlers: until it has its own, a signal to it would be written to the
+        # wakeup socket, which it shares with us.  So signals are blocked: in the child until Supervisor.work().
         old, ends, slot = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), [], self.free_slot()
         try:
             ends = [end.detach() for end in socket.socketpair()]
@@ -7957,7 +8013,7 @@ class Supervisors:
         log.note("supervisor %d forked for %s", pid, client.address)
 
     def reap(self):
-        """Sees to the supervisors that have ended."""
+        """Removes supervisors that have ended from handles; ends the processes of those that were lost."""
         for handle in list(self.handles.values()):
             if handle.has_ended():
                 del self.handles[handle.pid]
@@ -7967,15 +8023,15 @@ class Supervisors:
         self.patron.slots_changed()
 
     def reap_zombies(self):
-        """Reaps every child that has ended, except supervisors that still count.
+        """Reaps every child that has ended, except supervisors in handles and lost.
 
-        In a container cservice may be the first process: then orphans become its children.
+        In a container cservice may be process 1: then orphans become its children.
         """
-        # A process's number is free for others as soon as it is reaped; and so is the number of the
-        # session that it led.  A lost supervisor therefore stays a zombie until its session has
-        # ended: end_session() finds the session's members by that number, and signals them.
-        # A supervisor in self.handles has not been seen by reap() yet.  waitid(2) shows the same
-        # child again and again: the first one that must stay ends the loop, and reap() comes back.
+        # As soon as a process is reaped, another process and another session can get its number.  But
+        # end_session() finds the processes of a lost supervisor by this number.  So a lost supervisor
+        # stays a zombie until its session has ended.  One in self.handles was not seen by reap() yet.
+        # waitid(2) returns the same child again and again, so the loop must stop at the first child
+        # that has to stay; reap() will be called again.
         while HOLDS_PIDS:
             try:
                 child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -7986,7 +8042,7 @@ class Supervisors:
             os.waitpid(child.si_pid, 0)
 
     def end_session(self, handle):
-        """A supervisor was lost: ends what it has left; its slot is taken until that is over."""
+        """A supervisor was lost: ends the processes that it has left.  Until then its slot is in use."""
         def over():
             del self.lost[handle.pid]
             handle.remove_directory()
@@ -7995,26 +8051,28 @@ class Supervisors:
         end_sessions(self.loop, handle.sessions, None, over)    # the command was never our child
 
     def terminate(self):
-        """Ends the jobs that run."""
+        """Ends all running jobs."""
         for handle in self.handles.values():
             handle.terminate()
 
 
 # ---------------------------------------------------------------------------
-# cservice: the line and the offers
+# cservice: the offers, their delay, and the line of waiting clients
 # ---------------------------------------------------------------------------
 
 # The way of an announcement:
 #
 #     Worker.hear --> rcvd_announce --a slot is free--> delay_offer --Pace.delay()--> offer --> Offer --> start_job
 #                          '--no slot is free--> wait --> Line --a slot is free: serve_line--'
+#
+# Pace.delay() makes the least loaded worker the first: its delay grows with the load.
 
 def load_delay(busy, slots, average, runnable, cpus):
-    """(load, seconds to wait before an offer); load 1 is a host whose slots or CPUs are all in use.
+    """(load, seconds to wait before an offer); the load is 1 if all slots or all CPUs are in use.
 
-    The load is the share of the slots in use, plus the greater of two numbers for each CPU:
-    the 1-minute load average, and the processes that are runnable now beyond the CPUs.  It
-    is a sum, so that of two workers on equally loaded hosts the one with fewer jobs is sooner.
+    It is the share of the slots that are in use, plus the greater of two numbers per CPU: the
+    1-minute load average, and the number of processes that are runnable now beyond the CPUs.
+    The sum decides between two workers on equally loaded hosts: the one with fewer jobs is first.
     """
     system = max(average / cpus, max(0, runnable - cpus) / cpus)
     load = busy / slots + (system if system >= 0.1 else 0)
@@ -8022,38 +8080,37 @@ def load_delay(busy, slots, average, runnable, cpus):
 
 
 def next_spread(spread, offers):
-    """The random spread (seconds) after a CLAIM that tells how many offers its client got.
+    """The random spread (seconds) after a CLAIM, which tells how many offers its client got.
 
-    It grows when there were more offers than are wanted, and shrinks when there were fewer.
-    So a hundred idle workers soon make three offers for an announcement, and two workers wait
-    for nothing.
+    It grows after more offers than OFFERS_WANTED, and shrinks after fewer.  So a hundred idle
+    workers soon make about three offers for an announcement, and two workers do not wait at all.
     """
     factor = min(16.0, max(0.5, offers / OFFERS_WANTED))
     return min(SPREAD_MAX, max(SPREAD_MIN / 2, spread * factor))
 
 
 def spread_delay(spread, fraction):
-    """The seconds to wait for a random fraction: none while the spread is below 2 ms."""
+    """This fraction of the spread, in seconds; 0 while the spread is below 2 ms."""
     return spread * fraction if spread >= SPREAD_MIN else 0.0
 
 
 def next_few(few, offers):
-    """Among how many of the oldest clients to choose, after a CLAIM that tells how many offers its client got.
+    """Among how many of the oldest clients a worker chooses, after a CLAIM, which tells how many offers its client got.
 
-    When many slots free at once, not all workers may choose the same client.  A worker that
-    is alone hears of one offer for each claim, and keeps to the order.
+    If many slots become free at once, not all workers should choose the same client.  A single
+    worker hears of one offer in each claim, and so keeps to the order.
     """
     factor = min(4.0, max(0.5, offers / OFFERS_IN_LINE))
     return min(FEW_MAX, max(1.0, few * factor))
 
 
 class Pace:
-    """How long a worker waits before an offer: for its load, for a random spread, and for a penalty."""
+    """Decides how long a worker waits before an offer: the sum of its load's delay, a random spread and a penalty."""
 
     def __init__(self, slots, boost):
-        self.slots, self.boost = slots, boost       # boost: the seconds that are set instead, or None
+        self.slots, self.boost = slots, boost       # boost: BOOST's seconds, which replace the sum, or None
         self.penalty, self.spread = 0.0, SPREAD_MIN / 2
-        self.few = 1.0              # among so many of the oldest in the line it chooses
+        self.few = 1.0              # it chooses among so many of the oldest in the line
         self.sample()
 
     def sample(self):
@@ -8063,18 +8120,18 @@ class Pace:
     def load(self, in_use):
         """(load, delay in seconds) with so many slots in use."""
         average, runnable = system_load()
-        # A process counts as runnable if there was one a second ago too: one that just starts is no load.
+        # The smaller number of now and a second ago: a process that runs for a moment only is no load.
         return load_delay(in_use, self.slots, average, min(runnable, self.runnable), processors())
 
     def delay(self, in_use, first):
-        """Seconds until an offer; first: it answers a client's first announcement, as other workers do now."""
+        """Seconds until an offer; first: all workers answer this announcement now, so the spread is needed."""
         if self.boost is not None:
             return self.boost
         spread = spread_delay(self.spread, random_fraction()) if first else 0.0
         return self.load(in_use)[1] + spread + self.penalty
 
     def claimed(self, offers):
-        """A client has claimed that it is served, and had so many offers."""
+        """A client has sent CLAIM, and had so many offers."""
         self.spread, self.few = next_spread(self.spread, offers), next_few(self.few, offers)
 
     def failed(self):
@@ -8088,20 +8145,20 @@ class Pace:
 #
 #   NEW --a slot is free--> DELAYED --its delay is over--> OFFERED --JOB--> SERVED --CLAIM--> CLAIMED
 #    |                       |   A                          A   |             '--gone before GO--> NEW
-#    |      no slot any more |   | its turn, and we         |   |--it has ended--> NEW
-#    |                       V   | have failed              |   |--TLS is up, no slot is free--> QUEUED
+#    |      no slot any more |   | its turn, and we         |   |--the connection has ended--> NEW
+#    |                       V   | have a penalty           |   |--TLS is up, no slot is free--> QUEUED
 #    '--no slot is free---> QUEUED -------its turn----------'   '--no connection--> BACKING_OFF
-#                             '--silent for long--> NEW
+#                             '--silent for too long--> NEW
 #
-#   In NEW, and in BACKING_OFF after some seconds, its next ANNOUNCE leads on.
-#   From every state CLAIM leads to CLAIMED; from DELAYED, QUEUED and OFFERED draining leads to NEW.
+#   In NEW, and in BACKING_OFF after some seconds, its next ANNOUNCE leads to DELAYED or QUEUED.
+#   From every state CLAIM leads to CLAIMED.  From DELAYED, QUEUED and OFFERED draining leads to NEW.
 
 NEW, DELAYED, QUEUED, OFFERED = "NEW", "DELAYED", "QUEUED", "OFFERED"
 BACKING_OFF, SERVED, CLAIMED = "BACKING_OFF", "SERVED", "CLAIMED"
 
 
 class KnownClient(Stateful):
-    """A client that announces a job, as a worker knows it."""
+    """A client that announces a job, at a worker: one object for each job."""
 
     LAW = {NEW: (DELAYED, QUEUED, CLAIMED), DELAYED: (OFFERED, QUEUED, NEW, CLAIMED),
            QUEUED: (OFFERED, DELAYED, NEW, CLAIMED), OFFERED: (SERVED, NEW, QUEUED, BACKING_OFF, CLAIMED),
@@ -8109,24 +8166,24 @@ class KnownClient(Stateful):
 
     # There may be 30,000 of them.
     __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "only", "state",
-                 "timer", "since", "heard", "patience", "told", "failures", "retry_at", "ours", "complained")
+                 "timer", "since", "heard_at", "patience", "told_at", "failures", "retry_at", "ours", "complained")
 
     def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
-        self.state, self.timer = NEW, None          # the Timer of a DELAYED one
+        self.state, self.timer = NEW, None          # the timer of the state DELAYED
         self.address, self.port, self.attempt, self.batch, self.only = "", 0, 0, NO_BATCH, ANY_WORKER
         self.since = since              # when it began to wait, by our clock
-        self.heard = self.told = 0.0    # when it last announced itself, when it last got BUSY
-        self.patience = LINE_SECONDS    # how long it may be silent in the line
-        self.failures, self.retry_at = 0, 0.0       # connections to it that failed, in a row; not before then again
-        self.ours = self.complained = False     # whether it got an offer of ours; whether it complained of the last one
+        self.heard_at = self.told_at = 0.0          # when it last announced itself; when we last sent it BUSY
+        self.patience = LINE_SECONDS    # seconds that it may be silent in the line
+        self.failures, self.retry_at = 0, 0.0       # failed connections to it in a row; the time of the next try
+        self.ours = self.complained = False         # we have made it an offer; it has complained of the last one
 
     def __repr__(self):
         return "client %s %s" % (self.name, self.nonce.hex()[:8])
 
     def enter(self, state, timer):
-        """For Clients.move() alone."""
+        """Only Clients.move() calls this."""
         self._set(state)
         if self.timer:
             self.timer.cancel()
@@ -8135,38 +8192,38 @@ class KnownClient(Stateful):
             self.ours, self.complained = True, False
 
     def announced(self, datagram, address, now):
-        """It has announced itself, perhaps from another address than before."""
-        self.heard, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
+        """An ANNOUNCE came; its address may be another than before."""
+        self.heard_at, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
         self.only = datagram.body.only
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
     def reached(self):
-        """A connection has got through."""
+        """A connection to it was made."""
         self.failures, self.retry_at = 0, 0.0
 
     def failed(self, now):
-        """No connection gets through: backs off, for seconds that double."""
+        """A connection to it could not be made: the next try comes after a pause, which doubles each time."""
         self.retry_at = now + min(BACKOFF_MAX, 2.0 ** min(self.failures, 10))
         self.failures += 1
 
     def may_be_told(self, now):
-        """Whether it was told nothing for ten seconds; then it counts as told now."""
-        due = now - self.told >= BUSY_SECONDS
-        self.told = now if due else self.told
+        """Whether it is time for the next BUSY; if so, that counts as sent."""
+        due = now - self.told_at >= BUSY_SECONDS
+        self.told_at = now if due else self.told_at
         return due
 
     def may_complain(self):
-        """Whether a complaint of it counts: once for each offer; then it counts as made."""
+        """Whether a complaint from it counts: one for each offer.  If so, that counts as made."""
         may, self.complained = self.ours and not self.complained, True
         return may
 
 
 class Line:
-    """Clients that wait for a slot: oldest first within a name, names in turn."""
+    """Clients that wait for a slot.  The names take turns; within a name the oldest client is first."""
 
     def __init__(self):
-        self.names = collections.OrderedDict()      # name: {nonce: KnownClient}; whose turn is next first
+        self.names = collections.OrderedDict()      # name: {nonce: KnownClient}; the next name is the first one
 
     def __len__(self):
         return sum(map(len, self.names.values()))
@@ -8187,17 +8244,17 @@ class Line:
             self.names.pop(client.name, None)
 
     def silent(self, now):
-        """The clients that have not announced themselves for longer than they say."""
-        return [client for client in self if now - client.heard > client.patience]
+        """The clients that have been silent for longer than their patience."""
+        return [client for client in self if now - client.heard_at > client.patience]
 
     def ahead(self, client):
-        """How many are served before this one, as things stand."""
+        """How many clients will be served before this one, if none comes or goes."""
         place = sum(other.since < client.since for other in self.names[client.name].values())
         return place + sum(min(len(members), place + 1)
                            for name, members in self.names.items() if name != client.name)
 
     def take(self, few, fraction):
-        """Removes and returns one of the oldest few of the next name in turn."""
+        """Removes and returns one of the oldest few clients of the name whose turn it is."""
         name, members = next(iter(self.names.items()))
         oldest = heapq.nsmallest(int(few), members.values(), key=lambda client: client.since)
         client = oldest[int(fraction * len(oldest))]
@@ -8207,32 +8264,32 @@ class Line:
 
 
 class Clients:
-    """All clients that a worker knows.  Each is one object here, and its state says what happens to it.
+    """All clients that a worker knows.
 
-    line and offers are found by going through the clients, too; they are kept because that
-    would take long.  line has those that are QUEUED, offers the Offer of each that is OFFERED.
+    line has the clients that are QUEUED, and offers has the Offer of each that is OFFERED: to find
+    them among all clients would take long.
     """
 
     def __init__(self, limit=MEMORY):
-        # An ANNOUNCE that is replayed must do nothing: so a client is remembered after it was served
-        # or claimed.  Each of these parts has a bound of its own.  However many clients announce
-        # themselves, none that was served is forgotten for them; and however many claims of other
-        # workers' jobs are heard, none that we served is: a complaint of it still counts.
+        # A replayed ANNOUNCE must do nothing: so a client is remembered after it was served or claimed.
+        # Each of the three parts has its own bound.  So a flood of announcements makes us forget no
+        # client that was served; and a flood of claims for other workers' jobs makes us forget no
+        # client that we have made an offer: its complaint must still count.
         self.limit = limit
-        self.unserved = collections.OrderedDict()
-        self.ours, self.others = Memory(limit), Memory(limit)
+        self.unserved = collections.OrderedDict()   # (name, nonce): KnownClient, here and in the other parts
+        self.ours, self.others = Memory(limit), Memory(limit)   # SERVED or CLAIMED: with an offer of ours, without
         self.line, self.offers = Line(), {}         # offers: (name, nonce): Offer
 
     def find(self, named):
-        """The client with the name and the nonce of a datagram, or of another object; None if it is not known."""
+        """The client with the same name and nonce as this datagram or object; None if it is not known."""
         key = named.name, named.nonce
         return self.unserved.get(key) or self.ours.get(key) or self.others.get(key)
 
     def add(self, client):
-        """Takes in a client that has announced itself for the first time.  False if there is no room.
+        """Adds a client after its first ANNOUNCE.  False if there is no room.
 
-        The client that was idle longest is forgotten for it.  One with an offer, a delay or a
-        place in the line is never forgotten: a replay of its ANNOUNCE would get it another.
+        To make room it forgets the oldest idle client, but never one with an offer, a delay or a place in
+        the line: a replay of its ANNOUNCE would get it another.
         """
         if len(self.unserved) >= self.limit:
             idle = next((other for other in self.unserved.values() if other.state in (NEW, BACKING_OFF)), None)
@@ -8257,7 +8314,7 @@ class Clients:
             self.offers[client.key] = offer
 
     def expire(self, now):
-        """Whoever is silent loses its place in the line."""
+        """Takes silent clients out of the line."""
         for client in self.line.silent(now):
             self.move(client, NEW)
 
@@ -8268,14 +8325,14 @@ class Clients:
 
 # An offer's states, which only _set() changes:
 #
-#   CONNECTING (holds a slot) --TLS is up--------------------------> OPEN (holds one)
-#        '--hold seconds are over--> LATE (holds none) --the same, and a slot is free--^
+#   CONNECTING (holds a slot) --TLS is up--------------------------------> OPEN (holds a slot)
+#        '--hold seconds are over--> LATE (holds none) --TLS is up, a slot is free--^
 
 CONNECTING, LATE = "CONNECTING", "LATE"
 
 
 class Offer(Stateful):
-    """A worker's connection to a client, until the job is forked or the client has gone."""
+    """A worker's connection to a client, until a supervisor is forked for it, or the connection has ended."""
 
     LAW = {CONNECTING: (LATE, OPEN), LATE: (OPEN,), OPEN: ()}
 
@@ -8283,7 +8340,7 @@ class Offer(Stateful):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.state, self.began = CONNECTING if hold else LATE, time.monotonic()
         self.challenge, self.proved, self.link = os.urandom(32), False, None
-        self.words, self.timer = Words(), None      # the timer: until the JOB, once there is a connection
+        self.words, self.timer = Words(), None      # timer: the deadline for JOB
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
         self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
 
@@ -8296,7 +8353,7 @@ class Offer(Stateful):
         self.timer = self.worker.loop.after(seconds, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
 
     def late(self):
-        """A connection that is slow, or is never made, must not keep others from the slot."""
+        """TLS is not up yet: a connection that is slow or is never made must not hold a slot for long."""
         if self.state is CONNECTING:
             self._set(LATE)
             self.worker.slow(self)
@@ -8318,7 +8375,7 @@ class Offer(Stateful):
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
-        """AUTH comes first, and once; nothing else is looked at before it is right."""
+        """Takes AUTH first, and only once; every other frame before a right AUTH is an error."""
         method = handler_of(self, kind)
         if method is None or self.proved == (kind is AUTH):
             raise ProtocolError("%s out of place" % kind)
@@ -8345,7 +8402,7 @@ class Offer(Stateful):
         self.lost(reason)
 
     def lost(self, reason):
-        """The connection has failed, or the client has left it."""
+        """The connection could not be made, or has ended."""
         if self.state is not OPEN:
             self.worker.not_reached(self)
         self.end(reason)
@@ -8365,7 +8422,7 @@ class Offer(Stateful):
 
 
 class Probe:
-    """A connection back to a client that asks who is there.  It sends nothing; the connection itself is the answer."""
+    """A connection to a client that has sent QUERY.  It sends nothing: it shows that offers reach this client."""
 
     def __init__(self, worker, address, port):
         self.worker = worker
@@ -8376,11 +8433,11 @@ class Probe:
         self.over()
 
     def over(self, reason="", unreached=False):
-        self.worker.probes.discard(self)
+        self.worker.probe_over(self)
 
 
 def local_address(address):
-    """This host's own address, as the host at that address sees it; "" if there is no way to it."""
+    """The address of this host from which it sends to that address; "" if there is no route."""
     try:
         with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
             sock.connect(socket_address(address, PORT))
@@ -8392,7 +8449,7 @@ def local_address(address):
 class Worker:
     """cservice: hears clients, makes offers, has a supervisor for each job.
 
-    A datagram is handled by the method rcvd_NAME(datagram, address); others are not for a worker.
+    The method rcvd_NAME(datagram, address) handles a datagram; kinds without a method are not for a worker.
     """
 
     def __init__(self, loop, key, context, listeners, settings):
@@ -8401,18 +8458,18 @@ class Worker:
         self.id = os.urandom(8)
         self.pace = Pace(settings.slots, settings.boost)
         self.clients, self.supervisors = Clients(), Supervisors(loop, self)
-        self.complainers = Memory()                 # (name, address): when it complained of another worker
+        self.complainers = Memory()                 # (name, address): when it last complained of another worker
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
-        self.queried = Memory()     # (name, nonce) of the questions that were answered
-        self.replies = 0            # how many of them in this second
+        self.queried = Memory()     # (name, nonce) of each QUERY that was answered
+        self.replies = 0            # how many of these in this second
         self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
-        self.trouble = None         # why we refuse jobs, since we last took one
+        self.trouble = None         # why we refuse jobs; None after a job was started
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
 
     def sweep(self):
-        """Every second."""
+        """Runs every second."""
         self.pace.sample()
         self.replies = 0
         self.serve_line()
@@ -8439,30 +8496,31 @@ class Worker:
     def rcvd_announce(self, datagram, address):
         client, now = self.clients.find(datagram), time.monotonic()
         if not datagram.port or datagram.body.only not in (ANY_WORKER, self.id):
-            return                  # nobody can answer it, or another worker alone may
+            return                  # no answer can reach the client; or it wants only another worker
         if client is None:
             client = KnownClient(datagram, now - datagram.body.waited / 1000)
             if not self.clients.add(client):
                 return
         elif client.state in (SERVED, CLAIMED) or datagram.body.attempt <= client.attempt:
-            return                  # it is over; or this is a copy, or a replay
+            return                  # the job is served; or this is a copy or a replay
         client.announced(datagram, address, now)
         if client.state in (DELAYED, OFFERED) or now < client.retry_at:
             return
-        # If the last connection to a client did not get through, its next offer holds no slot at
-        # first, and need not wait for one.  Every other client comes behind the line.
+        # If the last connection to a client failed, its next offer holds no slot before TLS is up:
+        # so it need not wait for a slot.  Every other client has to wait if there is a line.
         if not self.hold(client) or self.free_slots() and not self.clients.line:
             self.delay_offer(client, self.pace.delay(self.in_use(), first=client.attempt == 1))
         else:
             self.wait(client)
 
     def rcvd_claim(self, datagram, address):
-        """The job is served, here or by another worker, or given up: only its client has the token."""
-        # 1. The token makes the nonce, so nobody else can say so.  A repeated claim does nothing.
-        # 2. A claim whose announcement we did not hear may be made up, by a holder of the key: it
-        #    must not steer us.  It is remembered, in case the announcement comes later.
-        # 3. The client is CLAIMED before its offer ends: the end of an offer serves the line, and
-        #    must find neither this client there nor its slot in use.
+        """The job is served, here or by another worker, or its client has given it up."""
+        # 1. The nonce is a hash of the token, so only the job's client can send this.  A repeated claim
+        #    does nothing.
+        # 2. If we did not hear the announcement, a holder of the key may have invented the claim: it
+        #    must not change our pace.  We remember it, in case the announcement comes later.
+        # 3. The client becomes CLAIMED before its offer ends, see withdraw().  The end of an offer
+        #    serves the line: then this client must not be in the line, nor its slot in use.
         if token_nonce(datagram.body.token) != datagram.nonce:
             return
         client = self.clients.find(datagram)
@@ -8474,7 +8532,7 @@ class Worker:
             self.withdraw(client, CLAIMED, "the job is served")
 
     def rcvd_alert(self, datagram, address):
-        """A complaint about us counts once for each offer, and not if the client's link may be to blame."""
+        """A complaint about us counts once for each offer, and not if the reason may be the client's own link."""
         body, client = datagram.body, self.clients.find(datagram)
         if body.event != ALERT_COMPLAINT:
             return
@@ -8487,9 +8545,9 @@ class Worker:
             log.note("a complaint about us: %s%s", body.reason, "; of no weight: " + excuse if excuse else "")
 
     def excuse(self, complaint, other):
-        """Why a complaint tells more of its client's link than of us; None if it does not.
+        """Why a complaint does not count: the reason may be the client's link.  None if it counts.
 
-        other is when its client last complained of another worker, or None.
+        other is the time when the client last complained of another worker, or None.
         """
         if other is not None and time.monotonic() - other < COMPLAINT_SECONDS:
             return "its client complains of others too"
@@ -8498,7 +8556,7 @@ class Worker:
         return None
 
     def rcvd_query(self, datagram, address):
-        """Says that we are there, once; and a connection back shows the client whether offers would reach it."""
+        """Answers REPLY, once, and connects to the client: this shows it whether offers would reach it."""
         key = (datagram.name, datagram.nonce)
         if key in self.queried or not datagram.port or self.replies >= QUERIES_MAX:
             return
@@ -8513,27 +8571,30 @@ class Worker:
         if len(self.probes) < PROBES_MAX:
             self.probes.add(Probe(self, address, datagram.port))
 
+    def probe_over(self, probe):
+        self.probes.discard(probe)
+
     def deny(self, datagram, address, why):
-        """Tells a client that asks for strangers that we are one; this proves nothing."""
+        """Sends DENY to a client whose QUERY asks for strangers.  It has no valid MAC, so it proves nothing."""
         if datagram.kind is QUERY and datagram.body.strangers and datagram.port and self.may_deny():
             self.answer(DENY, datagram, address, serves=self.key.application, why=why)
 
     def may_deny(self):
-        """Whether the last time is long enough ago; then it counts as now."""
+        """Whether it is time for another DENY; if so, that counts as sent."""
         last, now = self.last_denial, time.monotonic()
         if now - last >= DENY_SECONDS:
             self.last_denial = now
         return now - last >= DENY_SECONDS
 
     def hear_stranger(self, address, error):
-        """A question in another version of the protocol gets an answer in ours, which shows that one."""
+        """Answers a QUERY of another protocol version with a DENY of ours: so the client learns our version."""
         if error.asks_at and self.may_deny():
             asker = SimpleNamespace(application=self.key.application, name=DEFAULT_NAME, nonce=bytes(16),
                                     port=error.asks_at)
             self.answer(DENY, asker, address, serves=self.key.application, why=DENY_VERSION)
 
     def answer(self, kind, datagram, to, **fields):
-        """Sends a datagram to the address to, where the client is that sent another datagram."""
+        """Sends a datagram to the address to, as an answer to a client's datagram."""
         secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
         try:
             self.listeners[0].send(make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0,
@@ -8554,14 +8615,14 @@ class Worker:
         return self.pace.load(self.in_use())[0]
 
     def hold(self, client):
-        """The seconds for which an offer holds a slot until TLS is up; 0 if the last one did not get through.
+        """The seconds for which an offer to this client holds a slot before TLS is up; 0 if the last one failed.
 
-        It is known by address as well, for a client can take another nonce.
+        This is also remembered for its address, because its next job will have another nonce.
         """
         return 0.0 if client.failures else self.holds.get(client.address, HOLD_SECONDS)
 
     def wait(self, client):
-        """Puts a client in the line, and tells it its place at first and every ten seconds."""
+        """Puts a client in the line, and sends it BUSY with its place, at once and then every ten seconds."""
         if client.state is not QUEUED:
             self.clients.move(client, QUEUED)
         if client.may_be_told(time.monotonic()):
@@ -8572,7 +8633,7 @@ class Worker:
         self.clients.move(client, DELAYED, timer=self.loop.after(delay, lambda: self.offer(client, delay)))
 
     def offer(self, client, delay):
-        """Connects to a client, if there is still a slot for it."""
+        """Connects to a client, if a slot is still free; else the client waits in the line."""
         hold, offers = self.hold(client), self.clients.offers.values()
         if hold and not self.free_slots():
             return self.wait(client)
@@ -8587,12 +8648,12 @@ class Worker:
         self.serve_line()
 
     def reached(self, offer):
-        """TLS is up: whether there is a slot for the offer.  Without one the client gets its place in the line."""
+        """TLS is up: whether the offer has a slot.  If not, the client waits in the line."""
         client, free = offer.client, offer.state is CONNECTING or self.free_slots()
         client.reached()
-        if time.monotonic() - offer.began > HOLD_SECONDS:   # far away, or slow: it needs more, or it never gets a slot
+        if time.monotonic() - offer.began > HOLD_SECONDS:   # a far or slow host: with less it would never get a slot
             self.holds[client.address] = HOLD_MAX
-        elif offer.hold < HOLD_SECONDS:                     # it failed before: it is trusted again step by step
+        elif offer.hold < HOLD_SECONDS:                     # it failed before: trust it again step by step
             self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
         if not free:
             self.withdraw(client, QUEUED, "no slot is free any more")
@@ -8600,12 +8661,12 @@ class Worker:
         return bool(free)
 
     def slow(self, offer):
-        """An offer keeps others waiting: the next one to that address holds no slot until TLS is up."""
+        """An offer is LATE: the next offer to this address holds no slot before TLS is up."""
         self.holds[offer.client.address] = 0.0
         self.serve_line()
 
     def not_reached(self, offer):
-        """A connection failed: the client loses its place, and is told so."""
+        """A connection failed: the client has to back off, and BUSY tells it that its connections fail."""
         client = offer.client
         client.failed(time.monotonic())
         self.clients.move(client, BACKING_OFF)
@@ -8613,9 +8674,9 @@ class Worker:
                     failures=min(client.failures, 0xffff))
 
     def serve_line(self):
-        """Offers every free slot to the next client in line.
+        """Offers every free slot to the next client in the line.
 
-        After a failure of ours the offer waits first: another worker may serve the client meanwhile.
+        With a penalty the offer is delayed, so that another worker can serve the client first.
         """
         self.clients.expire(time.monotonic())
         while self.clients.line and self.free_slots():
@@ -8635,15 +8696,15 @@ class Worker:
     # Jobs
 
     def start_job(self, offer, job):
-        """Hands the connection to a supervisor of its own."""
+        """Forks a supervisor, which gets the connection."""
         try:
             self.supervisors.fork(self.settings, offer.client, offer.link, job)
         except OSError as error:
             self.job_refused("cannot fork: %s" % error.strerror)
             offer.link.send(REFUSE, reason=self.trouble)
             return offer.end(error.strerror)
-        # The supervisor counts from here on, and not the offer as well.  Our copy of the connection
-        # is closed last, and without a word: the supervisor speaks to the client now.
+        # From here on the slot is counted for the supervisor: so the offer must leave Clients.offers first.
+        # Then our copy of the connection is closed.  We send nothing: the supervisor talks to the client.
         self.clients.move(offer.client, SERVED)
         offer.close()
 
@@ -8652,28 +8713,28 @@ class Worker:
         self.pace.works()
 
     def job_failed(self):
-        """A command cannot be started here: other workers are to be preferred."""
+        """A command cannot be started here: the penalty lets other workers be first."""
         self.pace.failed()
 
     def job_refused(self, reason):
-        """This host can take no job for now; whoever runs cservice is told, once."""
+        """This host cannot take a job now; this is said once, until a job is started again."""
         self.pace.failed()
         if self.trouble is None:
             log.say("refuses jobs until there is room: " + reason)
         self.trouble = reason
 
     def job_returned(self, client):
-        """The client left before GO: it may ask again, unless another worker has served it meanwhile."""
+        """The connection has ended before GO: the client may ask again, unless another worker has served it."""
         if client.state is SERVED and self.clients.find(client) is client:
             self.clients.move(client, NEW)
 
     def may_go_on(self, client):
-        """Whether a batch may have its next job on the connection that it has: if no other client waits."""
+        """Whether a batch may have its next job on the same connection: only if no other client waits."""
         self.clients.expire(time.monotonic())
         return not self.draining and all(other.batch == client.batch for other in self.clients.line)
 
     def slots_changed(self):
-        """A slot may be free, or the last job over."""
+        """A slot may be free, or the last job may be over."""
         self.serve_line()
         if self.draining and not self.supervisors:
             self.loop.stop()
@@ -8688,7 +8749,7 @@ class Worker:
             self.drain()
 
     def drain(self):
-        """Makes no more offers, and stops when the last job is over; goes on to answer who asks."""
+        """Makes no more offers, and stops when the last job is over; until then it still answers QUERY."""
         log.note("draining: %d jobs run", self.supervisors.slots_in_use())
         self.draining = True
         for client in self.clients.under_way():
@@ -10062,7 +10123,7 @@ class Join:
             sock.close()
         for pump in filter(None, (self.up, self.down)):
             pump.load.close()
-        self.relay.joins.discard(self)
+        self.relay.join_over(self)
 
 
 class Relay:
@@ -10086,6 +10147,13 @@ class Relay:
             return worker.close()
         log.note("offer from %s goes to %s", address, spelled(*self.client))
         self.joins.add(Join(self, worker))
+
+    def join_over(self, join):
+        self.joins.discard(join)
+
+    def rcvd_question(self, datagram):
+        """The client has announced or asked something: its answers may come back here."""
+        self.asked[datagram.nonce] = datagram.kind
 
     def hear(self, datagram, address):
         """What a worker says to the client, as it stands.
@@ -10128,7 +10196,7 @@ class Proxy:
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
-            relay.asked[datagram.nonce] = datagram.kind
+            relay.rcvd_question(datagram)
             port = relay.back.port
         # a link-local address means something on its link alone: there it is the sender's
         self_address = None if "%" in self.address else self.address
@@ -11019,6 +11087,11 @@ class Failed(OSError):
         super().__init__(message)
         self.code, self.stdout, self.stderr = code, stdout, stderr
 
+    def with_output(self, stdout, stderr):
+        """Itself, with what run() had captured."""
+        self.stdout, self.stderr = stdout, stderr
+        return self
+
 
 def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None, timeout=None,
         check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=()):
@@ -11054,8 +11127,7 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     try:
         code = returncode_of(report, child.returncode)
     except Failed as failed:
-        failed.stdout, failed.stderr = out, err
-        raise
+        raise failed.with_output(out, err) from None
     if check and code:
         raise subprocess.CalledProcessError(code, args, out, err)
     return subprocess.CompletedProcess(args, code, out, err)
@@ -11115,7 +11187,7 @@ def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
 
 
 def returncode_of(report, code):
-    """The command's returncode, from cexec's status line.  Raises Failed if there is none."""
+    """The command's returncode, from cexec's status line; code is cexec's own.  Raises Failed if there is none."""
     words = report.decode("utf-8", "replace").rstrip("\n").split(" ", 3)
     what, _, value = words[3].partition("=") if len(words) == 4 else ("", "", "")
     if what == "exited":
@@ -11350,6 +11422,15 @@ class Call:
         self.future, self.what = future, (function, tuple(arguments), keywords)
         self.tries, self.begun = 0, False
 
+    def begin(self):
+        """Whether it may be sent to a worker: not if it was cancelled before its first try."""
+        self.begun = self.begun or self.future.set_running_or_notify_cancel()
+        return self.begun
+
+    def lost(self, error):
+        """Its lane has ended with this error.  That was a try, except after FAILED: then no call was begun."""
+        self.tries += not isinstance(error.__cause__, RemoteTraceback)
+
     def pickled(self, protocol, has_main):
         """The bytes for the worker.  Raises anything."""
         import pickle
@@ -11468,6 +11549,14 @@ class Lane:
             self.head_since = time.monotonic()
         self.calls[number] = call
         self.send(CALL, CALL_NUMBER.pack(number), data)
+
+    def awaited(self):
+        """Calls wait for it while it searches: it is not idle."""
+        self.idle_since = time.monotonic()
+
+    def leave(self):
+        """It takes no more calls; the pool ends it when it has none."""
+        self.leaving = True
 
     def recall(self):
         self.recalled = True
@@ -11622,7 +11711,6 @@ class Lane:
         was, self.state = self.state, OVER
         self.pool.lane_over(self, was is SEARCHING, self.failure or reason, hopeless)
 
-
     def ended(self, code):
         """What is to be said of a command that has ended with that returncode."""
         worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
@@ -11734,9 +11822,8 @@ class Pool:
         self.end_idle()
 
     def give(self, call, lane):
-        if not call.begun and not call.future.set_running_or_notify_cancel():
-            return                  # it was cancelled
-        call.begun = True
+        if not call.begin():
+            return
         try:
             data = call.pickled(lane.protocol, self.program.text)
         except BaseException as error:
@@ -11775,7 +11862,7 @@ class Pool:
     def fail_all(self, error):
         while self.queue:
             call = self.queue.popleft()
-            if call.begun or call.future.set_running_or_notify_cancel():
+            if call.begin():
                 self.done(call, error)
 
     def lane_over(self, lane, searched, error, hopeless):
@@ -11783,7 +11870,7 @@ class Pool:
         self.lanes.remove(lane)
         again = []
         for call in lane.calls.values():
-            call.tries += not isinstance(error.__cause__, RemoteTraceback)      # FAILED: none was begun
+            call.lost(error)
             if self.abandoned or call.tries > self.retries:
                 broken = self.broken("%s (%s)" % (error, "ended here" if self.abandoned else
                                                   "that was try %d of %d" % (call.tries, self.retries + 1)))
@@ -11808,7 +11895,7 @@ class Pool:
         last = self.shut or not self.threading.main_thread().is_alive()
         for lane in list(self.lanes):
             if self.queue and lane.state is SEARCHING:
-                lane.idle_since = now
+                lane.awaited()
             elif not lane.calls and (lane.leaving or not self.queue) and (
                     lane.leaving or last or now - lane.idle_since > LANE_IDLE_SECONDS):
                 if lane.state is UP:
@@ -11830,7 +11917,7 @@ class Pool:
             for lane in up:
                 warm_up = (lane.first or 0) - lane.fastest      # seconds, of what it has to do again
                 if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
-                    lane.leaving = True
+                    lane.leave()
                     break
 
     def abandon(self):
@@ -12022,7 +12109,7 @@ def run_applet(argv):
     if name not in APPLETS:
         name, words = (words[0], words[1:]) if words else ("", [])
     if name in APPLETS:
-        log.applet = name
+        log.begin(name)
         if name != "cexec":         # which looks first at what is open
             fill_standard()
         return APPLETS[name](words)

@@ -3420,7 +3420,7 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
                              (address, client_of.port))
             until(lambda: read(client.log).count(b"dropped BUSY") > before, "a forged one")
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
-        until(lambda: said(b": an old one", 1), "a word on it")
+        until(lambda: said(b": it is old", 1), "a word on it")
         assert b"is busy" not in read(client.log)
         until(lambda: said(b"every slot of a worker is busy, 7 ahead", tries()), "a place in a line")
         client.terminate()
@@ -5342,7 +5342,7 @@ def test_without_a_command_there_is_nothing_to_run(cluster):
     worker = cluster.worker(options=["-a"])
     done = cluster.client("A=1")
     assert (done.returncode, done.stdout) == (100, b"")
-    assert done.stderr == (b"cexec: worker 127.0.0.1 has no command of its own: name one behind the public key "
+    assert done.stderr == (b"cexec: worker 127.0.0.1 has no command of its own: name one after the public key "
                            b"(cservice -a)\n")
     with Asker(cluster) as asker, asker.offer() as peer:
         peer.send(cexec.AUTH, proof=asker.proof(peer))
@@ -5384,7 +5384,7 @@ def test_the_one_that_takes_arguments_is_busy(cluster):
     until(lambda: len(cluster.alive()) > 4, "the first job")
     second = verbose_client(cluster, "echo", "x", stdout=subprocess.PIPE)
     until(lambda: "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE; "
-                  "waits for one that is busy" in second.said(), "an objection")
+                  "waits for a worker that is busy" in second.said(), "an objection")
     first.communicate(b"")
     assert second.communicate()[0] == b"x\n" and first.returncode == second.returncode == 0
 
@@ -6451,7 +6451,7 @@ def test_a_pipe_beside_the_terminal_still_holds_the_job(one, tmp_path):
 def test_without_a_terminal_t_is_told_and_ignored(one):
     done = one.run("cexec", "-t", one.pub, "CMD=cat; tty; exit 3", input=b"x\n")
     assert (done.returncode, done.stdout) == (3, b"x\nnot a tty\n")
-    assert done.stderr == b"cexec: -t: no descriptor is a terminal here, and so the command has none\n"
+    assert done.stderr == b"cexec: -t: no descriptor here is a terminal, so the command has none\n"
 
 
 def test_options_n_and_t_do_not_share_a_terminal(one, tmp_path):
@@ -7082,7 +7082,7 @@ def test_no_names_are_no_work(cluster):
     os.close(unreadable)
 
 
-# Lists behind :::, values
+# Lists after :::, values
 
 LISTS = [
     [["a/b.c", "d"], ["x/y.z", "w", ""]],
