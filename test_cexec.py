@@ -8346,7 +8346,7 @@ WRONG_NEXT = [
     (
         "a high number", lambda client: (client.end(), client.begin([(256, 256, 1)])),
         b"higher descriptors than the first"),
-    ("an impossible JOB", lambda client: (client.end(), client.begin([(1, 1, 77)])), b"not for anything"),
+    ("an impossible JOB", lambda client: (client.end(), client.begin([(1, 1, 77)])), b"impossible flags 77"),
     (
         "DATA before GO", lambda client: (client.end(), client.job(), client.peer.raw(data_frame(0, b"x"))),
         b"DATA before GO"),
