@@ -249,6 +249,13 @@ class Log:
         self.write("%s: %s%s" % (self.applet, printable(message), self.newline))
         self.status_line(shown)
 
+    def tell_user(self, message):
+        """Says it on a terminal; elsewhere only with -v, so that a script's standard error stays empty."""
+        if os.isatty(2):
+            self.say(message)
+        else:
+            self.note("%s", message)
+
     def write(self, text):
         self.copy(text.encode("utf-8", "backslashreplace"))
 
@@ -5013,6 +5020,12 @@ class RemoteJob(Carrier):
     def tick_seconds(self):
         return min(20.0, self.silence_seconds / 3)
 
+    def silent_for(self):
+        """" (silent for 40 s, lost after 60)" once a PING has not been answered in time, else ""."""
+        silence = self.link.silence()
+        late = silence > self.tick_seconds() + 5
+        return " (silent for %d s, lost after %d)" % (silence, self.silence_seconds) if late else ""
+
     def check_life(self):
         """Sends PING; a worker that has been silent for too long is lost."""
         now, interval = time.monotonic(), self.tick_seconds()
@@ -5247,7 +5260,7 @@ class Patron:
         """The connection broke after GO: runs the job again, or fails, as objection() says."""
         objection = self.objection(run)
         if objection is None:
-            log.note("worker %s lost: %s; runs the job again", run.address, reason)
+            log.tell_user("worker %s lost: %s; runs the job again" % (run.address, reason))
             self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
             run.detach()
             run.job.rewind(run)
@@ -5479,10 +5492,12 @@ class Survey:
 
     def guesses(self):
         """Yields the possible causes, if none is certain."""
+        if self.foreign:
+            yield "is cservice running with the key of %s, which is for %s?" % (
+                self.pub.label, self.pub.application.hex())
         for application, addresses in sorted(self.foreign.items()):
-            yield ("%s: a worker of another application, %s; %s is for %s: was the key made anew? copy the key, or "
-                   "make the pub again" % (", ".join(sorted(addresses)), application.hex(), self.pub.label,
-                                           self.pub.application.hex()))
+            yield ("%s: a worker of another application, %s (if that is to be yours, its key is another one: copy the "
+                   "key, or make the pub again)" % (", ".join(sorted(addresses)), application.hex()))
         if self.others and not self.foreign:
             yield ("other applications' datagrams are heard (%s): is cservice running with the key of %s?"
                    % (", ".join(sorted(other.hex() for other in self.others)), self.pub.label))
@@ -6358,7 +6373,9 @@ class Batch(Patron):
         if not self.runs:
             text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
         workers = collections.Counter(run.address for run in self.runs)
-        return "  ".join([text] + ["%s*%d" % item for item in sorted(workers.items())])
+        silent = {run.address: run.silent_for() for run in self.runs if run.silent_for()}
+        return "  ".join([text] + ["%s*%d%s" % (address, count, silent.get(address, ""))
+                                   for address, count in sorted(workers.items())])
 
 
 def files_at_once(each):
@@ -6989,6 +7006,8 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 def main_cexec(argv):
     """Runs the mode that the options choose; its exit code."""
     options = CEXEC.read(argv)
+    if options.blocks is not None:
+        parse_size(options.blocks)              # or -b APP.pub would miss the key
     if not options.words:
         raise CEXEC.error("no public key is named", options.mode)
     path, words = options.words[0], options.words[1:]
@@ -7023,8 +7042,7 @@ def main_single(path, words, options):
     """Runs one job; its exit code."""
     if options.terminal and options.progress:
         raise CEXEC.error("-p and -t do not go together: the command has the terminal")
-    there = any(map(os.path.exists, (path, path + ".pub")))
-    if options.empty == "all" and words and "=" not in words[0] and not there:
+    if options.empty == "all" and words and words[0].endswith(".pub") and not path.endswith(".pub"):
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
     job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress,
               places_of(options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
@@ -8794,6 +8812,8 @@ def main_cservice(argv):
     if not options.words or len(options.words) < 2 and not options.arguments:
         raise CSERVICE.error("no command is named" if options.words else "no private key is named")
     path, command = options.words[0], options.words[1:]
+    if command and command[0].startswith("-"):
+        raise CSERVICE.error("%s: options come before the private key" % command[0])
     slots = setting("CONCURRENCY", processors(), 1, 10000)
     boost, refused = setting("BOOST", -1, 0, 10 ** 9), frozenset(map(check_name, options.refused))
     if options.hosts and options.hosts[0] != OVER_SSH:
@@ -8879,7 +8899,7 @@ def tell_service(key, group, settings):
     but = " except %s (-x)" % ", ".join(sorted(settings.refused)) if settings.refused else ""
     text = "serves %s with %d slots on %s: %s, for the holders of a public key%s" % (
         key.label, settings.slots, group.text, " ".join(settings.command), but)
-    (log.say if os.isatty(2) else log.note)(text)
+    log.tell_user(text)
 
 
 def what_is_run(command, options):
@@ -8916,8 +8936,9 @@ def warn_of_command(settings):
     places = [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
     files = [place for place in places if os.path.isfile(place)]
     if not files:
-        log.say("warning: %s: no such command%s: until there is one, clients get exit status 127"
-                % (name, "" if "/" in name else " in PATH"))
+        where = "" if name.startswith("/") else " in " + os.getcwd() if "/" in name else " in PATH"
+        log.say("warning: %s: no such command%s: until there is one, clients get exit status 127%s"
+                % (name, where, " (give its arguments as words of their own)" if " " in name else ""))
     elif not any(os.access(file, os.X_OK) for file in files):
         log.say("warning: %s: not executable: until it is (chmod +x), clients get exit status 126" % files[0])
 
@@ -8945,7 +8966,7 @@ def find_user(name):
     except KeyError:
         raise Fatal(EXIT_USAGE, "-u %s: no such user" % name) from None
     if os.getuid() not in (0, user.pw_uid):
-        raise Fatal(EXIT_USAGE, "-u %s: only root can run commands as another user" % name)
+        raise Fatal(EXIT_USAGE, "-u %s: only root can run commands as another user (with -s: root@HOST)" % name)
     if os.getuid():
         return None                 # we are that user already
     return user
@@ -10438,6 +10459,8 @@ def make_key(path, derived):
             raise Fatal(EXIT_OTHER_KEY, "%s: exists, and standard input names another key" % path)
         log.note("%s: there already", path)
         return master
+    if path.endswith(".pub"):
+        raise Fatal(EXIT_USAGE, "%s: no such private key, and a new one needs another name: clients get .pub" % path)
     master = derived or fold(os.urandom(48))
     try:
         write_new(path, format_key(master)[0], replace=False)
@@ -10513,9 +10536,13 @@ def parse_hosts(words):
                 names += filter(None, (line.partition("#")[0].strip() for line in lines))
             else:
                 names.append(item)
+    if "" in names:
+        raise Fatal(EXIT_USAGE, "-s %s: a host is missing before or after a comma (no space there)" % words[0])
     for name in names:              # what begins with - would be an option of ssh
         if not name or name.startswith("-") or " " in name or not name.isprintable():
             raise Fatal(EXIT_USAGE, "-s %s: not a host, or [USER@]HOST,..., or @FILE" % name)
+        if name.count(":") == 1:
+            raise Fatal(EXIT_USAGE, "-s %s: a port is set by CEXEC_SSH='ssh -p PORT'" % name)
     if not names:
         raise Fatal(EXIT_USAGE, "-s %s: no host in it" % words[0])
     return list(dict.fromkeys(names))
@@ -10543,7 +10570,13 @@ def key_to_send(path):
     if not os.path.lexists(path) and os.path.lexists(pub):
         raise Fatal(EXIT_USAGE, "%s exists, but the private key %s does not: copy it, or name another" % (pub, path))
     if not os.path.lexists(pub):
-        make_pub(pub, make_key(path, None), DEFAULT_NAME)
+        is_new = not os.path.lexists(path)
+        try:
+            make_pub(pub, make_key(path, None), DEFAULT_NAME)
+        except Fatal as error:      # ckeygen's exit codes are its own
+            raise Fatal(EXIT_USAGE if error.code in (EXIT_USAGE, EXIT_BAD_KEY) else EXIT_TEMPORARY,
+                        str(error)) from None
+        log.say("made %s%s for the clients" % ("the keys %s for the workers and " % path if is_new else "", pub))
     key, public = open_key(path), open_pub(pub)
     if public.application != key.application:
         raise Fatal(EXIT_USAGE, "%s: does not belong to the key %s: make it again (ckeygen %s)" % (pub, path, path))
@@ -10587,6 +10620,8 @@ class Host:
         self.starter, self.loop, self.name = starter, starter.loop, name
         self.state, self.process, self.worker_id = WAITING, None, None
         self.failures = 0           # since it has served
+        self.status = None          # the exit status of the last ssh
+        self.lines, self.known_lines = set(), set()     # what this login has said; what the one before has said
         self.timer = None           # the next try, or the end of patience with a login
         self.unsent, self.unsaid = b"", {}          # bytes; descriptor: a line's beginning
         self.input_ends = False
@@ -10677,15 +10712,18 @@ class Host:
         if line.startswith(SERVES) and self.state is LOGIN:
             self.rcvd_up(line[len(SERVES):])
         elif line.strip():
-            text = line.decode("utf-8", "backslashreplace").rstrip("\r")
-            log.write("%s: %s\n" % (self.name, printable(text)))
+            text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
+            if self.state is LOGIN:             # a host that cannot be reached says the same at each try: once is enough
+                self.lines.add(text)
+            if self.state is not LOGIN or text not in self.known_lines:
+                log.write("%s: %s\n" % (self.name, text))
 
     def rcvd_up(self, worker_id):
         self._set(SERVING)
         self.worker_id = worker_id.decode("ascii", "replace").strip()
         if self.failures:
             self.say("serves now")
-        self.failures = 0
+        self.failures, self.known_lines = 0, set()
         self.starter.changed()
 
     # Its end
@@ -10709,8 +10747,9 @@ class Host:
 
     def judge(self, status):
         """What follows from ssh's exit status, which is the worker's if there was one."""
+        self.status = status
         if self.starter.draining:
-            if status:
+            if status and self.state is SERVING:
                 self.say("ended with exit status %d", status)
             self.end()
         elif status < 0 or status in (SSH_FAILED, EXIT_TEMPORARY):
@@ -10727,7 +10766,12 @@ class Host:
         """Tries again, later."""
         delay = min(2 ** self.failures, RETRY_MAX)
         self.failures += 1
-        self.say("%s; tries again in %d s", why, delay)
+        if self.failures == 1:
+            self.say("%s; tries again in %d s, then more seldom (does `ssh %s true` ask for anything?)", why, delay,
+                     self.name)
+        else:
+            log.note("%s: %s; tries again in %d s", self.name, why, delay)
+        self.lines, self.known_lines = set(), self.lines
         self._set(WAITING)
         self.timer = self.loop.after(delay, lambda: self.starter.take_turn(self))
         self.starter.changed()
@@ -10799,6 +10843,8 @@ class Starter:
         if self.draining:
             return
         show_workers(survey, False)
+        log.say("%d of %d hosts serve %s until Ctrl-C" % (
+            len(self.in_state(SERVING)), len(self.hosts), survey.pub.label))
         heard = {worker_id.hex() for worker_id in survey.workers}
         for host in self.in_state(SERVING):
             if host.worker_id not in heard:
@@ -10834,7 +10880,7 @@ class Starter:
 
 
 def serve_on_hosts(words, path, argv):
-    """Keeps a worker on each of the hosts until told to end; 0, or 111 if there never was one."""
+    """Keeps a worker on each of the hosts until told to end; 0, or if there never was one 111, or 100 if all said so."""
     names = parse_hosts(words)
     ssh, group, ports = ssh_words(len(names) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
@@ -10847,7 +10893,9 @@ def serve_on_hosts(words, path, argv):
     starter.begin()
     started_up()
     loop.run()
-    return 0 if starter.served else EXIT_TEMPORARY
+    if starter.served:
+        return 0
+    return EXIT_USAGE if all(host.status == EXIT_USAGE for host in starter.hosts) else EXIT_TEMPORARY
 
 
 # ---------------------------------------------------------------------------
@@ -12100,6 +12148,8 @@ def install(words):
             os.chmod(here, 0o755)
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "%s: %s (chmod +x it)" % (here, error.strerror)) from None
+    if os.path.abspath(words[0]) not in map(os.path.abspath, os.get_exec_path()):
+        log.say("%s is not in PATH yet: export PATH=%s:$PATH" % (words[0], os.path.abspath(words[0])))
     return 0
 
 
@@ -12120,7 +12170,7 @@ def run_applet(argv):
     elif name in ("-h", "--help"):
         print_out(USAGE.encode())
     else:
-        raise Fatal(EXIT_USAGE, "%s: no such applet (try --help)" % name if name else "no applet is named (try --help)")
+        raise Fatal(EXIT_USAGE, "%s: no such applet (try --help)" % name if name else "no applet is named: say %s, or --help" % ", ".join(APPLETS))
     return 0
 
 
