@@ -66,7 +66,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
     cservice    the applet, and its lifeline to cservice -s                    Lifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
-    crat --svg  a log as a picture                                             Axis, Band, Bar
+    crat --svg  a log as a picture                                             TimeAxis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
     cservice -s workers on other hosts, over ssh                               Starter, Host
@@ -8762,14 +8762,14 @@ class Worker:
 # ---------------------------------------------------------------------------
 
 Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place")
-                                    # options: as HELLO's; place: where directories of jobs are, if they have any
+                                    # options: those of HELLO; place: the directory for the jobs' directories (-d)
 
-# What cservice -s and the workers that it starts say to each other.
-OVER_SSH = "-"                      # as the first -s: this is such a worker
-SERVES = b"cexec: serves "          # at the beginning of a line of its standard output: and here is its id
-ALIVE, DRAIN, END_JOBS = b".", b"D", b"E"
-ALIVE_SECONDS = 10.0                # how often the starter says ALIVE
-SILENCE_SECONDS = 60.0              # and after how long without a word a worker drains
+# The messages between cservice -s and a worker that it has started, over ssh
+OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
+SERVES = b"cexec: serves "          # the worker's output: a line with this and its id, when it serves
+ALIVE, DRAIN, END_JOBS = b".", b"D", b"E"       # the worker's input
+ALIVE_SECONDS = 10.0                # seconds between two ALIVE
+SILENCE_SECONDS = 60.0              # a worker drains if it has read nothing for so long
 
 CSERVICE = Syntax(
     "cservice", {"-": "APP [COMMAND [ARGUMENT ...]]"},
@@ -8789,7 +8789,7 @@ private key: -u runs COMMAND as another user.
 
 
 def main_cservice(argv):
-    """Serves until it is told to end; 0."""
+    """Serves until a signal ends it; its exit code."""
     options = CSERVICE.read(argv)
     if not options.words or len(options.words) < 2 and not options.arguments:
         raise CSERVICE.error("no command is named" if options.words else "no private key is named")
@@ -8800,7 +8800,7 @@ def main_cservice(argv):
         return serve_on_hosts(options.hosts, path, argv)
     fill_standard()
     slim_down(argv)
-    make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
+    make_room(512 + 2 * slots)      # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
     user = find_user(options.user) if options.user else None
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
@@ -8820,7 +8820,7 @@ def main_cservice(argv):
 
 
 def handed_key():
-    """The text of the private key that `cservice -s` sends behind the program: a line of hexadecimal digits."""
+    """The text of the private key, which `cservice -s` sends after the program, as a line of hexadecimal digits."""
     line = open(0, "rb", 0, closefd=False).readline()
     try:
         return bytes.fromhex(line.decode().strip() or "none").decode()
@@ -8829,10 +8829,10 @@ def handed_key():
 
 
 class Lifeline:
-    """What a worker that `cservice -s` has started hears of its starter, over ssh.
+    """The worker's end of its connection over ssh to the `cservice -s` that has started it (the starter).
 
-    The connection can end unseen, and a process that was stopped says nothing: without a
-    word for SILENCE_SECONDS, as at the end of its input, the worker drains.
+    At the end of its input the worker drains.  It also drains after SILENCE_SECONDS without a byte:
+    a connection can break without an end, and a stopped starter sends nothing.
     """
 
     def __init__(self, loop, worker):
@@ -8840,17 +8840,17 @@ class Lifeline:
         self.lost = False           # whether it drains because its starter is lost
         self.timer = loop.after(SILENCE_SECONDS, self.lose)
         for number in (1, 2):
-            os.set_blocking(number, False)      # a worker whose starter does not read must still drain
-        try:                        # a login may have left a line unfinished
+            os.set_blocking(number, False)      # the worker must be able to drain if the starter does not read
+        try:                        # \n: the login may have written the beginning of a line
             os.write(1, b"\n%s%s\n" % (SERVES, worker.id.hex().encode()))
         except OSError:
-            pass                    # nobody is there: read() will see it
+            pass                    # the starter has gone: read() will see it
         loop.on_read(0, self.read)
 
     def read(self):
         try:
             data = os.read(0, 4096)
-        except BlockingIOError:     # to sshd 0 and 1 are one socket
+        except BlockingIOError:     # sshd may give us one socket as 0 and 1, which is now ready for writing only
             return
         except OSError:
             data = b""
@@ -8875,7 +8875,7 @@ class Lifeline:
 
 
 def tell_service(key, group, settings):
-    """What, with how many slots, where and to whom: to a terminal always."""
+    """Says what this cservice serves; on a terminal always, else with -v."""
     but = " except %s (-x)" % ", ".join(sorted(settings.refused)) if settings.refused else ""
     text = "serves %s with %d slots on %s: %s, for the holders of a public key%s" % (
         key.label, settings.slots, group.text, " ".join(settings.command), but)
@@ -8883,11 +8883,11 @@ def tell_service(key, group, settings):
 
 
 def what_is_run(command, options):
-    """(the command, in which {} are the client's arguments with -a; HELLO's options)."""
+    """(the command; with -a its {} stands for the client's arguments, the options of HELLO)."""
     bits = (HELLO_REPEATABLE * options.repeatable | HELLO_ARGUMENTS * options.arguments
             | HELLO_DIRECTORIES * options.directories)
     if options.directories and command and "/" in command[0]:
-        command = [os.path.abspath(command[0])] + command[1:]       # it does not run in our directory
+        command = [os.path.abspath(command[0])] + command[1:]       # it will run in another directory
     if options.arguments:
         command = command if "{}" in command else command + ["{}"]
         bits |= HELLO_NO_COMMAND * (command[0] == "{}")
@@ -8895,7 +8895,7 @@ def what_is_run(command, options):
 
 
 def place_for_directories():
-    """TMPDIR, or what stands for it, without what a crash has left there.  Raises Fatal (111)."""
+    """The directory for the jobs' directories: TMPDIR or /tmp.  Removes those that a crash has left.  Raises Fatal."""
     import tempfile
     try:
         place = os.path.realpath(tempfile.gettempdir())
@@ -8906,7 +8906,7 @@ def place_for_directories():
 
 
 def warn_of_command(settings):
-    """Says at once what every client would be told, for the command may be put there yet; and what it is to be root."""
+    """Warns if the command is not there, as it may be installed later, and if clients can make root run anything."""
     name = settings.command[0]
     if settings.options & HELLO_ARGUMENTS and not os.geteuid() and not settings.user:
         log.say("warning: -a as root: a client can make the command do anything as root that its arguments "
@@ -8923,22 +8923,22 @@ def warn_of_command(settings):
 
 
 def slim_down(words):
-    """Starts this applet again through the door, in the same process, if Python was given the file itself.
+    """Starts this applet again through The door, in the same process, if it was started as `python3 cexec.py`.
 
-    The syntax tree of a script stays in memory for as long as that runs: 10 MB that a service
-    can do without.  Returns if there is no file (python3 -), or the door is not known (python3 -OO).
+    Python keeps the syntax tree of a script in memory as long as it runs: 10 MB, which a service
+    does not need.  Returns if there is no file (python3 -), or no docstring (python3 -OO).
     """
     import subprocess
-    if __file__.startswith("/dev/fd/"):                         # cservice -s has started it so
+    if __file__.startswith("/dev/fd/"):                         # cservice -s has started it
         os.close(int(__file__[8:]))
     elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
-        options = subprocess._args_from_interpreter_flags()     # as multiprocessing has them
-        options += ["-S", "-c", __doc__.split("'")[1]]          # as sh does it, see the line at the top
+        options = subprocess._args_from_interpreter_flags()     # multiprocessing uses this too
+        options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the third line of this file
         os.execv(sys.executable, [sys.executable, *options, __file__, log.applet, *words])
 
 
 def find_user(name):
-    """The entry of a user to become, if we are not that one.  Raises Fatal (100) if there is none or we may not."""
+    """The passwd(5) entry of a user; None if we are this user.  Raises Fatal (100) if it is missing or forbidden."""
     import pwd
     try:
         user = pwd.getpwnam(name)
@@ -8956,22 +8956,22 @@ def find_user(name):
 # ---------------------------------------------------------------------------
 
 class Logger:
-    """Calls tell(record, a function that makes crat's line of it) for every alert that it hears."""
+    """Calls tell(record, form) for every alert that it hears; form(record) is the record as a line."""
 
     def __init__(self, loop, listeners, pubs, keys, tell):
         self.pubs, self.keys, self.tell = pubs, keys, tell
-        self.told = Memory()        # identities: copies come by other ways
+        self.known = Memory()       # identities, because copies of a datagram come by other ways
         hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
-        if datagram.kind is ALERT and datagram.identity not in self.told:
-            self.told[datagram.identity] = True
+        if datagram.kind is ALERT and datagram.identity not in self.known:
+            self.known[datagram.identity] = True
             self.tell(self.record(datagram, address), alert_line)
 
     def hear_stranger(self, address, error):
-        """Somebody has announced a job, or an alert, in another version: said once."""
-        if (address, error.version) not in self.told:
-            self.told[address, error.version] = True
+        """A peer has sent a datagram of another protocol version: told once for each address."""
+        if (address, error.version) not in self.known:
+            self.known[address, error.version] = True
             self.tell({"time": time.time(), "client": address, "event": "version", "version": error.version,
                        "ours": PROTOCOL}, version_line)
 
@@ -9019,37 +9019,37 @@ def alert_line(record):
 
 
 def version_line(record):
-    """crat's line for whoever speaks another version of the protocol."""
+    """crat's line for a peer with another protocol version."""
     return "{client} speaks protocol version {version}, this is {ours} (cexec {program})".format(
         program=VERSION, **record)
 
 
-REDRAW_SECONDS = 0.25               # between two drawings of the screen, however many alerts come
-WORKERS_MAX = 4096                  # workers of which the screen keeps account
-LINES_KEPT = 500                    # of the log, for a window that grows
-NAME_COLUMNS, HOST_COLUMNS = 40, 24     # of a worker's address and name
-ASK_SECONDS, ABSENT_SECONDS = 3.0, 10.0   # between two questions who is there; after the last answer of a worker
-PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # columns of what workers answer; instead, below NOW
-UNVERIFIED = " (unverified)"        # after the names of workers of whom nothing is proved
-LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # of the table's columns, where there is no room
-ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # xterm's other screen; without a
+REDRAW_SECONDS = 0.25               # between two drawings of the screen
+WORKERS_MAX = 4096                  # workers that the screen counts
+LINES_KEPT = 500                    # lines of the log, for a window that grows
+NAME_COLUMNS, HOST_COLUMNS = 40, 24     # the most that a worker's address and name take
+ASK_SECONDS, ABSENT_SECONDS = 3.0, 10.0   # between two QUERYs; a worker is gone so long after its last answer
+PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # the columns from the workers' answers; NOW without an answer
+UNVERIFIED = " (unverified)"        # after the name of a worker whose alerts no key proves
+LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # columns that a narrow screen lacks, in this order
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # to xterm's other screen, without
                                     # cursor and wrapped lines; and back
 BOLD, REVERSED, DIM, RED, YELLOW = "1", "7", "2", "31", "33"
 STYLES = {"complaint": RED, "signalled": YELLOW}
 
 
 class Tally:
-    """What was heard of a worker, or of all."""
+    """The sums of the alerts about one worker, or about all."""
 
     HEADS = ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
 
     def __init__(self):
         self.done = self.failed = self.complaints = self.bytes_in = self.bytes_out = 0
-        self.seconds, self.heard = 0.0, time.monotonic()
+        self.seconds, self.heard_at = 0.0, time.monotonic()
 
     def add(self, record):
         good = record["event"] == "exited" and record["status"] == 0
-        self.heard = time.monotonic()
+        self.heard_at = time.monotonic()
         if record["event"] == "complaint":
             self.complaints += 1
             return
@@ -9064,7 +9064,7 @@ class Tally:
     def row(self, name, host="", now="", load=""):
         """The texts below HEADS."""
         mean = self.seconds / max(1, self.done + self.failed)
-        last = duration(int(time.monotonic() - self.heard)) + " ago" if self.activity() else "never"
+        last = duration(int(time.monotonic() - self.heard_at)) + " ago" if self.activity() else "never"
         return [name, host, now, load, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
                 size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean, last]
 
@@ -9073,7 +9073,7 @@ class Tally:
 
 
 class Tallies:
-    """What was heard of workers, proved and not: the latter are apart, and can push none of the former out."""
+    """A Tally for each worker.  Unverified alerts are counted apart: they cannot push verified ones out of memory."""
 
     def __init__(self):
         self.began = time.monotonic()
@@ -9088,15 +9088,16 @@ class Tallies:
             each.add(record)
 
     def total(self):
-        """A line on all of it."""
+        """A line with the sums of all workers."""
         proved, rest = self.all[True], self.all[False]
         text = "finished: %s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
         return text + "; unverified: " + rest.text() if rest.activity() else text
 
     def table(self, room, width, present):
-        """At most so many lines: the workers that did most, and below them those of whom nothing is proved.
+        """A table of room lines at most: first the workers that did most, then the unverified ones.
 
-        present has (host, now, load), texts, of the workers that were asked, by address; None: nobody was.
+        present: {address: (host, now, load)} with the texts for workers that have answered, see
+        presence(); None if we have no key to ask them.
         """
         there = present or {}
         proved = {name: Tally() for name, (_, now, _) in there.items() if now != ABSENT}
@@ -9117,7 +9118,7 @@ def by_activity(workers):
 
 
 def narrowed(heads, rows, width, hidden):
-    """A table without the hidden columns; and without those of LEFT_OUT, one by one, until it has room."""
+    """A table without the hidden columns; if it is too wide, also without more and more columns of LEFT_OUT."""
     for number in range(len(LEFT_OUT) + 1):
         kept = [place for place, head in enumerate(heads) if head not in hidden and head not in LEFT_OUT[:number]]
         lines = table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows])
@@ -9127,7 +9128,7 @@ def narrowed(heads, rows, width, hidden):
 
 
 class Watch(Survey):
-    """Who is there now, asked every few seconds."""
+    """Asks every few seconds which workers there are."""
 
     def __init__(self, group, pub, job_ports, loop):
         super().__init__(group, pub, job_ports, loop)
@@ -9135,7 +9136,7 @@ class Watch(Survey):
         self.ask_again()
 
     def listen(self):
-        pass                        # Logger does
+        pass                        # the Logger listens
 
     def ask_again(self):
         self.ask()
@@ -9146,7 +9147,7 @@ class Watch(Survey):
 
 
 def open_watches(loop, group, pubs, keys):
-    """A Watch for each application of which there is a key: a private key makes a pub of its own.  Raises Fatal."""
+    """A Watch for each application of the pubs and keys; a private key gets a pub made for it.  Raises Fatal."""
     known = {pub.application: pub for pub in reversed(pubs)}
     for key in keys:
         known.setdefault(key.application, Pub(key.label, DEFAULT_NAME, key.application,
@@ -9155,7 +9156,7 @@ def open_watches(loop, group, pubs, keys):
 
 
 def presence(watches):
-    """{address: (host, now, load)} of the workers that have answered, those of one address taken together."""
+    """{address: (host, now, load)} of the workers that have answered; several at one address are summed up."""
     found, now = {}, time.monotonic()
     for row in sorted((row for watch in watches for row in watch.workers.values()), key=lambda row: row["heard"]):
         found.setdefault(printable(row["address"])[:64], []).append(row)
@@ -9169,7 +9170,7 @@ def presence(watches):
 
 
 def presence_text(watches):
-    """A line on who is there."""
+    """A line that sums up the workers which answer now."""
     if not watches:
         return "now: not known without a key"
     now = time.monotonic()
@@ -9182,10 +9183,10 @@ def presence_text(watches):
 
 
 class Screen:
-    """crat -t: the log as a screen of its own, and a summary where the shell was when it ends.
+    """crat -t: shows the log on the whole screen; at the end it prints a summary on the normal screen.
 
-    The terminal is opened again, not to block: one that takes nothing for a while misses
-    drawings, and we hear alerts and signals all the same.
+    The terminal is opened again, so that it does not block: if it takes nothing for a while, it
+    misses drawings, but we still hear alerts and signals.
     """
 
     def __init__(self, loop, title, watches):
@@ -9193,7 +9194,7 @@ class Screen:
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
         self.draws = False          # whether it has the terminal
-        self.waiting, self.drawn = b"", 0.0     # bytes that the terminal has not taken; when it was drawn last
+        self.unsent, self.drawn_at = b"", 0.0   # bytes that the terminal has not taken; when it was last drawn
         self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
         loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
                     signal.SIGWINCH], self.signalled)
@@ -9202,7 +9203,7 @@ class Screen:
         self.tick()
 
     def tell(self, record, form):
-        """One more line of the log."""
+        """Adds a line to the log."""
         if record["event"] != "version":
             self.tallies.add(record)
         style = STYLES.get(record["event"], YELLOW if record.get("status") else "")
@@ -9213,44 +9214,44 @@ class Screen:
     # The terminal
 
     def take(self):
-        """Begins to draw.  In the background it stops us instead, until CONT."""
+        """Begins to draw.  In the background it stops this process instead, until CONT."""
         try:
-            self.draws = self.end.take(raw=False)   # what is typed does not show, and q comes at once
+            self.draws = self.end.take(raw=False)   # no echo, and a key comes without Enter
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.strerror) from None
         if not self.draws:
             return
         self.loop.on_read(self.end.fd, self.typed)
-        self.waiting, self.changed = self.waiting + ENTER.encode(), True
+        self.unsent, self.changed = self.unsent + ENTER.encode(), True
         self.flush()
 
     def give_back(self, text=""):
-        """Leaves the terminal as it was before, and a text there; if it takes nothing for a second, then not."""
+        """Restores the normal screen, with this text; gives up if the terminal takes nothing for a second."""
         if self.draws:
             self.draws = False
             self.loop.forget(self.end.fd)
-            self.waiting += encoded(LEAVE + text)
+            self.unsent += encoded(LEAVE + text)
             deadline = time.monotonic() + 1.0
-            while self.waiting and time.monotonic() < deadline:
+            while self.unsent and time.monotonic() < deadline:
                 select.select([], [self.end.fd], [], 0.1)
                 self.flush()
             self.end.restore()
 
     def close(self):
-        """The end, however it comes: the summary goes to the screen that stays."""
+        """Runs at every end of this process: prints the summary on the normal screen."""
         lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
                  self.tallies.total()] + self.workers(self.size()[0] - 4)
-        self.give_back("".join(self.spoken(line, "") + "\r\n" for line in lines))
+        self.give_back("".join(self.styled(line, "") + "\r\n" for line in lines))
 
     def flush(self):
         try:
-            self.waiting = self.waiting[os.write(self.end.fd, self.waiting):]
+            self.unsent = self.unsent[os.write(self.end.fd, self.unsent):]
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self.waiting = b""      # it has been hung up
+            self.unsent = b""       # the terminal was hung up
         if self.draws:
-            self.loop.on_write(self.end.fd, self.flush if self.waiting else None)
+            self.loop.on_write(self.end.fd, self.flush if self.unsent else None)
 
     def typed(self):
         try:
@@ -9259,7 +9260,7 @@ class Screen:
             return
         except OSError:
             keys = b""
-        if not keys or b"q" in keys:            # hung up, or enough of it
+        if not keys or b"q" in keys:            # the terminal was hung up, or the user ends it
             self.loop.stop()
         self.changed = True
 
@@ -9282,37 +9283,37 @@ class Screen:
         return known["lines"] or 24, known["columns"] or 80
 
     def tick(self):
-        """Draws if there is something new, or a second has gone by; not before the last drawing was taken."""
+        """Draws if there is news or a second has passed, but not before the terminal has taken the last drawing."""
         self.loop.after(REDRAW_SECONDS, self.tick)
         now = time.monotonic()
-        if self.draws and not self.waiting and (self.changed or now - self.drawn >= 1.0):
-            self.changed, self.drawn = False, now
+        if self.draws and not self.unsent and (self.changed or now - self.drawn_at >= 1.0):
+            self.changed, self.drawn_at = False, now
             room = self.size()[0]
-            lines = ["\x1b[K" + self.spoken(*line) for line in self.picture(room)]
-            self.waiting += encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room)))
+            lines = ["\x1b[K" + self.styled(*line) for line in self.picture(room)]
+            self.unsent += encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room)))
             self.flush()
 
     def picture(self, room):
-        """(text, style) of each line: at most so many."""
+        """(text, style) of each line on the screen, room lines at most."""
         lasted = duration(int(time.monotonic() - self.tallies.began))
         lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD),
                  (presence_text(self.watches), BOLD)]
         if room < 8:
-            lines.pop()             # who finished what is more
+            lines.pop()             # what was finished is more important
         for_log = min(len(self.lines), max(3, room // 3)) + 1
         workers = self.workers(room - len(lines) - 1 - for_log)
         if workers:
             lines += [("", ""), (workers[0], BOLD)] + [(text, "") for text in workers[1:]]
-        rest = room - len(lines) - 1
-        if self.lines and rest > 0:
-            lines += [("", "")] + list(self.lines)[-rest:]
+        below = room - len(lines) - 1
+        if self.lines and below > 0:
+            lines += [("", "")] + list(self.lines)[-below:]
         return lines[:room]
 
     def workers(self, room):
         return self.tallies.table(room, self.size()[1], presence(self.watches) if self.watches else None)
 
-    def spoken(self, text, style):
-        """A line that has room, with its style."""
+    def styled(self, text, style):
+        """A line, cut to the screen's width, with its style."""
         text = fitted(encoded(text).decode(sys.stdout.encoding or "ascii"), self.size()[1])
         return "\x1b[%sm%s\x1b[m" % (style, text) if style and self.coloured else text
 
@@ -9323,25 +9324,25 @@ class Screen:
 #
 #   lines of logs -- parse_entry --> Entry -- pack --> Band, Bar -- picture --> the SVG's text
 #
-# Only read_entries and draw_logs touch files.  Whatever a log says goes through markup(), and
-# is checked for size before, for its lines may come from anybody.
+# Only read_entries and draw_logs touch files.  A log's lines may come from anybody: so every
+# text from them is limited in size, and goes through markup().
 
-OUTCOMES = {                        # of a job, and the legend; the colours are below, in STYLE
+OUTCOMES = {                        # each outcome of a job, and its text in the legend; STYLE has its colour
     "done": "exit status 0", "failed": "another exit status", "killed": "killed by a signal", "lost": "worker lost"}
-LOG_LINE_MAX = 1024 * 1024          # bytes: there is no log with longer lines
+LOG_LINE_MAX = 1024 * 1024          # bytes: no log has longer lines
 NAME_SHOWN = 200                    # characters of a name
 TIME_MAX = 250e9                    # seconds since 1970: the year 9892
-CLOCK_SLACK = 0.05                  # seconds that two jobs of one slot may seem to overlap: alerts take their time
-CUTS_MAX = 8                        # idle times that are left out
-BARS_MAX, MARKS_APART = 4000, 8.0   # bars of the whole picture; pixels between two marks
+CLOCK_SLACK = 0.05                  # two jobs in one slot may seem to overlap so many seconds: alerts need time
+CUTS_MAX = 8                        # idle times that are left out, at most
+BARS_MAX, MARKS_APART = 4000, 8.0   # bars in the whole picture; pixels between two marks
 WORKERS_DRAWN, ROWS_DRAWN = 100, 300
 PICTURE_WIDTH, ROWS_HEIGHT, RATES_HEIGHT = 1200, 1200, 60       # pixels
-TICK_PIXELS = 96                    # between two labels of an axis at least
-COLUMNS_MAX = 120                   # of the throughput
-LABEL_COLUMNS, ROWS_LEFT = 28, 200  # what a worker's name has room in
+TICK_PIXELS = 96                    # between two labels of an axis, at least
+COLUMNS_MAX = 120                   # columns of the throughput
+LABEL_COLUMNS, ROWS_LEFT = 28, 200  # the room for a worker's name: columns of text, pixels
 TICKS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600,
          7200, 10800, 21600, 43200] + [86400 * days for days in (1, 2, 7, 14, 28, 91, 365, 3650, 36500, 365000)]
-# Okabe's and Ito's colours, which the colour-blind can tell apart; with black, or white where it is dark.
+# The colours of Okabe and Ito, which colour-blind people can tell apart; and black, or white on a dark background
 STYLE = """
 svg { color-scheme: light dark }
 text { font: 11px system-ui, sans-serif; fill: #222 } .mono { font-family: ui-monospace, monospace }
@@ -9353,14 +9354,14 @@ text, .lost, .mark { fill: #ddd } .paper { fill: #16181c } .line { stroke: #3a3d
 """
 
 Entry = collections.namedtuple("Entry", "worker began ended outcome name result sent received")
-Entry.__doc__ = """A job or a complaint in a log.  Times are seconds since 1970; outcome is one of OUTCOMES, or
-"complaint": one that is about no job."""
+Entry.__doc__ = """A job or a complaint in a log.  Times are seconds since 1970.  outcome is one of OUTCOMES, or
+"complaint" for a complaint that is not about a lost job."""
 
 
 # A log's lines
 
 def parse_entry(line):
-    """The Entry in a line of a joblog or of crat -j; None if it tells of no job.  Raises ValueError."""
+    """The Entry in a line of a joblog or of crat -j; None if the line is not about a job.  Raises ValueError."""
     if line.startswith("{"):
         import json
         try:
@@ -9401,7 +9402,7 @@ def entry_of_alert(record):
         outcome, result = "killed", "killed by signal %s" % record["status"]
     else:
         outcome, result = "failed" if record["status"] else "done", "exit status %s" % record["status"]
-    began = ended if outcome == "complaint" else max(0.0, ended - seconds)      # its seconds are those of the search
+    began = ended if outcome == "complaint" else max(0.0, ended - seconds)      # a complaint counts the search's time
     return Entry(str(record["worker"])[:NAME_SHOWN] + ("" if record["verified"] else UNVERIFIED),
                  began, ended, outcome, "%s for %s at %s" % (record["application"], record["name"], record["client"]),
                  "%s%s%s" % (result, ", " if result and reason else "", reason),
@@ -9420,7 +9421,7 @@ def quantity(value, name, high=2.0 ** 64):
 
 
 def read_entries(path):
-    """(the Entries in a log, what to say of its lines that are none, or "", whether it has alerts).  Raises Fatal."""
+    """(a log's Entries, a message about wrong lines or "", whether the log has alerts).  Raises Fatal."""
     entries, bad, alerts = [], [], False
     label = "standard input" if path == "-" else path
     try:
@@ -9442,25 +9443,25 @@ def read_entries(path):
     return entries, bad and "%s: %d lines left out, the first is line %d: %s" % (label, bad[1], bad[0], bad[2]), alerts
 
 
-# Where everything goes
+# The layout
 
 class TimeAxis:
-    """Where a time is from left to right, in pixels.
+    """The horizontal axis: turns a time into pixels.
 
-    The longest idle times are cut out, or jobs on two days, or a clock that was set, would leave the jobs no room.
+    The longest idle times are cut out: else a night between two jobs would leave no room for the jobs.
     """
 
     Span = collections.namedtuple("Span", "began ended left right")
 
     def __init__(self, entries, left, right):
-        # Whoever has no key could claim a job of a month.
+        # Unverified alerts do not count here: anybody could invent a job that lasted for a month.
         entries = [entry for entry in entries if not entry.worker.endswith(UNVERIFIED)] or entries
         self.began, self.ended = entries[0].began, max(entry.ended for entry in entries)
         self.cuts = self.choose_cuts(self.idle_times(entries), self.ended - self.began)
         starts = [self.began] + [cut_end for _, cut_end in self.cuts]
         ends = [cut_began for cut_began, _ in self.cuts] + [self.ended]
         lengths = [max(0.1, end - start) for start, end in zip(starts, ends)]
-        room = right - left - 20 * (len(starts) - 1) - 20 * len(starts)     # between spans, and each one's least
+        room = right - left - 20 * (len(starts) - 1) - 20 * len(starts)     # 20 between two spans, and 20 for each
         self.left, self.right, self.spans = left, right, []
         for start, length in zip(starts, lengths):
             width = 20 + room * length / sum(lengths)
@@ -9469,7 +9470,7 @@ class TimeAxis:
 
     @staticmethod
     def idle_times(entries):
-        """[(from, to)]: when nothing was logged, the longest first."""
+        """[(from, to)]: the times in which nothing was logged, the longest first."""
         idle, end = [], entries[0].ended
         for entry in entries:
             if entry.began > end:
@@ -9479,7 +9480,7 @@ class TimeAxis:
 
     @staticmethod
     def choose_cuts(idle, length):
-        """Those that are more than a third of what is left without the longer ones, in order."""
+        """The idle times that take more than a third of the axis, once the longer ones are cut out; in order of time."""
         cuts = []
         for began, ended in idle[:CUTS_MAX]:
             if ended - began <= length / 3:
@@ -9497,7 +9498,7 @@ class TimeAxis:
         return span.left + share * (span.right - span.left)
 
     def ticks(self, clock):
-        """[(x, text)]: times of day, or how long after the beginning of each span; texts do not touch each other."""
+        """[(x, text)]: times of day, or the time since the beginning of each span; the texts do not touch."""
         ticks, free = [], self.left
         one_day = time.localtime(self.began)[:3] == time.localtime(self.ended)[:3]
         for span in self.spans:
@@ -9515,7 +9516,7 @@ class TimeAxis:
 
 
 def clock_time(when, step, one_day):
-    """A time of day as short as ticks so many seconds apart let it be."""
+    """A time of day, as short as ticks with this step in seconds allow."""
     when = round(when, 3)
     if step >= 86400:
         return time.strftime("%Y-%m-%d", time.localtime(when))
@@ -9524,16 +9525,16 @@ def clock_time(when, step, one_day):
 
 
 def elapsed(seconds):
-    """Seconds, exactly: 0.25s, 1m30s, 2h, 1d12h."""
-    text, rest = "", round(seconds, 3)
+    """Seconds as an exact text: 0.25s, 1m30s, 2h, 1d12h."""
+    text, seconds = "", round(seconds, 3)
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "m")):
-        count, rest = divmod(rest, unit)
+        count, seconds = divmod(seconds, unit)
         text += "%d%s" % (count, letter) if count else ""
-    return text + "%gs" % round(rest, 3) if round(rest, 3) or not text else text
+    return text + "%gs" % round(seconds, 3) if round(seconds, 3) or not text else text
 
 
 def pack(entries):
-    """Rows of entries, which come in the order of their beginnings: each is in the first row that is free by then."""
+    """Puts entries, in the order of their beginnings, into rows: each into the first row that is free."""
     rows, free, busy = [], [], []           # two heaps: rows; (when it is free, row)
     for entry in entries:
         while busy and busy[0][0] <= entry.began:
@@ -9548,7 +9549,7 @@ def pack(entries):
 
 
 class Band:
-    """A worker in the picture: a row for each slot that it used, above them a strip for marks if there are any."""
+    """A worker in the picture: a row for each slot that it used, and above them a strip for its marks."""
 
     def __init__(self, worker, entries):
         self.worker, self.unverified, self.count = worker, worker.endswith(UNVERIFIED), len(entries)
@@ -9558,33 +9559,33 @@ class Band:
         self.slots, self.hidden = len(self.rows), 0
 
     def limit(self, rows):
-        """Leaves out what more than so many jobs at a time are."""
+        """Keeps this number of rows, and leaves out the jobs in the others."""
         self.hidden = sum(map(len, self.rows[rows:]))
         self.rows = self.rows[:rows]
 
     def place(self, top, row_height):
-        """Takes its place below top; where the next one begins."""
+        """Places it below top; returns where the next Band begins."""
         self.top, self.row_height = top, row_height
         self.first = top + 3 + 9 * bool(self.marks)
         return max(self.first + row_height * len(self.rows), top + 16) + 3
 
 
 def make_bands(entries):
-    """(the Bands that are drawn, notes on the rest): those with the most entries, by their names."""
+    """(the Bands that are drawn, notes on the others): those with the most entries, sorted by name."""
     by_worker = collections.defaultdict(list)
     for entry in entries:
         by_worker[entry.worker].append(entry)
     bands = sorted((Band(*item) for item in by_worker.items()), key=lambda band: (band.unverified, -band.count))
-    shown, rest = bands[:WORKERS_DRAWN], bands[WORKERS_DRAWN:]
+    shown, others = bands[:WORKERS_DRAWN], bands[WORKERS_DRAWN:]
     limit = max(band.slots for band in shown)
     while sum(min(band.slots, limit) for band in shown) > ROWS_DRAWN:
         limit = limit * 3 // 4
     for band in shown:
         band.limit(limit)
     hidden, notes = sum(band.hidden for band in shown), []
-    if rest:
+    if others:
         notes.append("Not drawn: %d more workers, with %d jobs and complaints." % (
-            len(rest), sum(band.count for band in rest)))
+            len(others), sum(band.count for band in others)))
     if hidden:
         notes.append("Not drawn: %d jobs of workers with more than %d at the same time." % (hidden, limit))
     return sorted(shown, key=lambda band: (band.unverified, natural(band.worker))), notes
@@ -9597,7 +9598,7 @@ def natural(name):
 
 
 class Bar:
-    """A job in a row, or several that have too little room to be told apart."""
+    """A job in a row, or several jobs that are too narrow to be drawn one by one."""
 
     def __init__(self, entry, axis):
         self.entry, self.ended, self.counts = entry, entry.ended, collections.Counter([entry.outcome])
@@ -9605,13 +9606,13 @@ class Bar:
         self.left, self.right = axis.x(entry.began), axis.x(entry.ended)
 
     def join(self, other):
-        """Takes a later neighbour in."""
+        """Includes the jobs of the next Bar."""
         self.counts.update(other.counts)
         self.sent, self.received = self.sent + other.sent, self.received + other.received
         self.ended, self.right = max(self.ended, other.ended), max(self.right, other.right)
 
     def lines(self):
-        """What it says when somebody points at it."""
+        """The lines of its tooltip."""
         entry, count = self.entry, sum(self.counts.values())
         if count == 1:
             yield from (entry.name[:3 * NAME_SHOWN], entry.result[:3 * NAME_SHOWN])
@@ -9623,13 +9624,13 @@ class Bar:
 
 
 def outcome_text(counts):
-    """12 done, 3 failed: what there is of each outcome."""
+    """The number of each outcome: 12 done, 3 failed."""
     words = dict({outcome: outcome for outcome in OUTCOMES}, complaint="complained about")
     return ", ".join("%d %s" % (counts[outcome], word) for outcome, word in words.items() if counts[outcome])
 
 
 def joined(bars, cell):
-    """The bars of a row, with those narrower than a cell of so many pixels that begin in the same one made one."""
+    """The bars of a row; bars that are narrower than a cell, in pixels, and begin in the same cell become one."""
     result = []
     for bar in bars:
         last = result[-1] if result else None
@@ -9642,7 +9643,7 @@ def joined(bars, cell):
 
 
 def make_bars(bands, axis):
-    """{band: a list of Bars for each row}: as few that a browser is quick."""
+    """{band: a list of Bars for each row}: so few that a browser is quick."""
     bars, cell = {band: [[Bar(entry, axis) for entry in row] for row in band.rows] for band in bands}, 2.0
     while True:
         bars = {band: [joined(row, cell) for row in rows] for band, rows in bars.items()}
@@ -9661,7 +9662,7 @@ def markup(text):
 
 
 def element(name, style, inner="", **attributes):
-    """An element of a class; inner is markup, numbers are pixels."""
+    """An SVG element with a CSS class; inner is markup, numbers are pixels."""
     words = ['%s class="%s"' % (name, style)] + [
         '%s="%s"' % (key.replace("_", "-"), value if isinstance(value, str) else "%g" % round(value, 1))
         for key, value in attributes.items()]
@@ -9677,7 +9678,7 @@ def text_at(x, y, text, style="text", anchor="start"):
 
 
 def draw_bar(bar, top, height):
-    """A rectangle; a bar of several outcomes is of the most common one, and the others share its lower half."""
+    """A rectangle in the colour of its most common outcome, with the other outcomes in its lower half."""
     parts, ranked = "", [outcome for outcome, _ in bar.counts.most_common()]
     for place, outcome in enumerate(ranked):
         share = height / 2 / (len(ranked) - 1) if place else height
@@ -9702,7 +9703,7 @@ def draw_band(band, rows, axis):
 
 
 def draw_axis(axis, top, bottom):
-    """Durations above the rows, times of day below them, and where time is left out."""
+    """Durations above the rows, times of day below them, and marks where time is cut out."""
     for x, text in axis.ticks(clock=True):
         yield element("path", "line", d="M%.1f %gV%g" % (x, top, bottom + 4))
         yield text_at(x, bottom + 16, text, anchor="middle")
@@ -9716,16 +9717,16 @@ def draw_axis(axis, top, bottom):
 
 
 def rate_text(rate):
-    """A number of jobs a second, in the unit that makes it more than one."""
+    """Jobs per second as a text, with the unit of time that makes the number at least one."""
     unit, seconds = next(((unit, seconds) for unit, seconds in (("s", 1), ("min", 60), ("h", 3600))
                           if rate * seconds >= 1), ("day", 86400))
     return ("%d/%s" if rate >= 100 else "%.3g/%s") % (rate * seconds, unit)
 
 
 def throughput(entries, axis):
-    """[(left, right, seconds, {outcome: count})]: the jobs that ended in each piece of time in which any did."""
+    """[(left, right, seconds, {outcome: count})] for each piece of time in which jobs ended."""
     ended = [entry for entry in entries if entry.outcome in ("done", "failed", "killed")]
-    found = collections.defaultdict(collections.Counter)    # (span, its pieces, number of one)
+    found = collections.defaultdict(collections.Counter)    # keys: (span, how many pieces it has, number of this one)
     for entry in ended:
         span = axis.span(entry.ended)
         share = (span.right - span.left) / (axis.right - axis.left)
@@ -9738,7 +9739,7 @@ def throughput(entries, axis):
 
 
 def draw_rates(pieces, axis, top):
-    """How many jobs ended when, by their outcome, failures on top."""
+    """Draws how many jobs ended in each piece of time, by outcome, failures on top."""
     bottom = top + RATES_HEIGHT
     highest = max([sum(counts.values()) / seconds for _, _, seconds, counts in pieces] or [0])
     yield element("path", "line", d="M0 %gH%g" % (top - 12, axis.right))
@@ -9755,7 +9756,7 @@ def draw_rates(pieces, axis, top):
 
 
 def draw_heading(entries, title, axis):
-    """What it is of, the sums, the time, and what the colours mean."""
+    """The title, the sums, the time, and the legend."""
     counts = collections.Counter(entry.outcome for entry in entries)
     workers = len({entry.worker for entry in entries})
     yield text_at(20, 28, title if columns(title) <= 100 else fitted(title, 99) + "\u2026", "title")
@@ -9774,7 +9775,7 @@ def draw_heading(entries, title, axis):
 
 
 def picture(entries, title, notes):
-    """The SVG of Entries, in any order: a text, of at most some MB, which is no higher than three screens."""
+    """The SVG for Entries, in any order.  Its size is bounded: a few MB, about three screens high."""
     if not entries:
         body, height = text_at(20, 28, title, "title") + text_at(20, 48, "No job is in it."), 70
     else:
@@ -9786,7 +9787,7 @@ def picture(entries, title, notes):
 
 
 def draw_all(entries, title, notes):
-    """(markup, height) of a picture with something in it."""
+    """(markup, height) of a picture with at least one Entry."""
     bands, left_out = make_bands(entries)
     axis = TimeAxis(entries, left=ROWS_LEFT, right=PICTURE_WIDTH - 50)
     top = bottom = 124
@@ -9849,7 +9850,7 @@ Alerts that no key proves are printed as unverified.
 
 
 def main_crat(argv):
-    """Logs until it is ended."""
+    """Logs until a signal ends it."""
     options = CRAT.read(argv)
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
@@ -9879,7 +9880,7 @@ def main_crat(argv):
 
 
 def check_screen(options):
-    """Raises Fatal (100) where -t has no place."""
+    """Raises Fatal (100) if -t is impossible."""
     if options.json:
         raise Fatal(EXIT_USAGE, "-j and -t do not go together: leave one of them out")
     if not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
@@ -9892,11 +9893,11 @@ def is_private_key(path):
     try:
         return "-----BEGIN" in read_text(path)
     except OSError:
-        return False                # open_pub says what is wrong
+        return False                # open_pub() will report the error
 
 
 def end_quietly():
-    """Ends an applet that keeps nothing when it is told to."""
+    """Lets INT and TERM end this process at once: it has nothing to save."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
