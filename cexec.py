@@ -78,7 +78,7 @@ import gc
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]                 # a socket.py lying beside this file is not imported
+    del sys.path[0]                 # never import a socket.py that lies beside this file
 
 try:
     import collections
@@ -9480,7 +9480,7 @@ class TimeAxis:
 
     @staticmethod
     def choose_cuts(idle, length):
-        """The idle times that take more than a third of the axis, once the longer ones are cut out; in order of time."""
+        """The idle times that take over a third of the axis after the longer ones are cut out, in order of time."""
         cuts = []
         for began, ended in idle[:CUTS_MAX]:
             if ended - began <= length / 3:
@@ -9907,33 +9907,33 @@ def end_quietly():
 # ---------------------------------------------------------------------------
 
 HOPS_MAX = 8
-RELAYS_MAX = 512                    # clients whose offers are joined, at a time
-JOINS_MAX = 1024                    # connections joined, at a time
-JOINS_A_CLIENT = 256                # and of one client's address: anybody can hold what he joined to himself
-RELAY_SECONDS = 70.0                # without announcements: a relay is given up
-HELLO_SECONDS = 10.0                # for the client's side to begin TLS
-SPLICE_FROM = 256 * 1024            # bytes one way: what a small job moves is not worth a pipe
-PIPE_LEAST = 256 * 1024             # bytes: through a pipe of 64 KiB it takes more time than to copy
-RESET = struct.pack("ii", 1, 0)     # SO_LINGER: what is closed so is reset
-SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # never a socket's own errors
+RELAYS_MAX = 512                    # clients that have a Relay, at a time
+JOINS_MAX = 1024                    # Joins at a time,
+JOINS_A_CLIENT = 256                # and for one client's address, so that nobody can use up all Joins
+RELAY_SECONDS = 70.0                # a Relay is given up after so long without announcements
+HELLO_SECONDS = 10.0                # the time in which the client's side must begin TLS
+SPLICE_FROM = 256 * 1024            # bytes in one direction: a job that moves less is not worth a pipe
+PIPE_LEAST = 256 * 1024             # bytes: a pipe of 64 KiB is slower than to copy
+RESET = struct.pack("ii", 1, 0)     # SO_LINGER: close() resets the connection
+SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # errors of splice(2) that are no socket's
 
-RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # to TARGET
-ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # from a worker to its client: what it answers
+RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # datagrams that go to TARGET
+ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # a worker's datagram: the client's that it answers
 
 
 class Copied:
-    """What one socket has given and another not yet taken: bytes in this process."""
+    """Bytes on their way from one socket to another, in the memory of this process."""
 
     def __init__(self):
         self.waiting = memoryview(b"")
 
     def fill(self, source):
-        """Takes what has come: how much, 0 at the end.  To be called when nothing waits.  Raises OSError."""
+        """Reads, when no bytes wait; how many bytes, 0 at the end of file.  Raises OSError."""
         self.waiting = memoryview(source.recv(FRAME_MAX))
         return len(self.waiting)
 
     def drain(self, target):
-        """Gives what the target takes.  Raises OSError."""
+        """Writes as many bytes as the target takes.  Raises OSError."""
         self.waiting = self.waiting[target.send(self.waiting):]
 
     def close(self):
@@ -9941,20 +9941,20 @@ class Copied:
 
 
 class Discarded(Copied):
-    """For a side that has left: what is for it is read all the same."""
+    """Bytes for a side that has gone: they are read and dropped."""
 
     def drain(self, target):
         self.close()
 
 
 class Spliced:
-    """The same in a pipe: its bytes do not come here.  Linux, Python 3.10; raises OSError if there is no pipe."""
+    """The same bytes in a pipe, without a copy in this process.  Linux, Python 3.10; raises OSError without a pipe."""
 
     def __init__(self):
         self.waiting = 0
         self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         enlarge(self.inlet)
-        if fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ) < PIPE_LEAST:    # pipe(7): the user has too many
+        if fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ) < PIPE_LEAST:    # the user has too many large pipes: pipe(7)
             self.close()
             raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
@@ -9971,9 +9971,9 @@ class Spliced:
 
 
 class Pump:
-    """One direction of a Join: what comes from one socket goes to the other.
+    """One direction of a Join: reads from the socket source and writes to the socket target.
 
-    It reads no more before that is taken: a side that stalls stalls the other.
+    It reads only when everything is written: if the target stalls, so does the source.
     """
 
     def __init__(self, join, source, target, held=False):
@@ -9982,7 +9982,7 @@ class Pump:
         self.until_splice = SPLICE_FROM if join.relay.proxy.splices else None
 
     def let_go(self):
-        """What was held begins to flow."""
+        """Begins to read, after it was held."""
         self.held = False
         self.refresh()
 
@@ -10017,13 +10017,16 @@ class Pump:
         self.refresh()
 
     def discard(self):
-        """Reads on for nobody: the worker has said all and left, and what its client says meanwhile, unread, would
-        reset the connection with the worker's last words under way."""
+        """Drops from now on what it reads: the worker has sent everything and closed.
+
+        To leave the client's bytes unread would reset the client's connection at our close, while the
+        worker's last bytes are on their way.
+        """
         self.load.close()
         self.load, self.until_splice = Discarded(), None
 
     def splice(self):
-        """From now on through a pipe, if there is one to be had."""
+        """Uses a pipe from now on, if it gets one."""
         self.until_splice = None
         try:
             self.load = Spliced()
@@ -10031,7 +10034,7 @@ class Pump:
             log.note("no pipe to splice through: %s", error.strerror)
 
     def failed(self, error):
-        """The source's end, unless splicing it is what does not work."""
+        """Reading has failed: ends the Join, but goes on without a pipe if only splice(2) does not work here."""
         if error.errno not in SPLICE_REFUSED or not isinstance(self.load, Spliced):
             return self.join.close(error.strerror, reset=True)
         log.note("no splicing: %s", error.strerror)
@@ -10044,15 +10047,15 @@ class Pump:
         try:
             self.target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass                    # it has gone too
+            pass                    # the target has gone too
         self.join.ended()
 
 
 class Join:
-    """A worker's connection and ours to its client, joined.
+    """A worker's connection to us, and our connection to its client, joined.
 
-    Nothing goes to the client's side before that side has sent a TLS ClientHello: so a
-    forged return address joins nobody to a service that does not speak TLS first.
+    The client's side gets no byte before it has sent a TLS ClientHello.  So with a forged return
+    address nobody can send bytes to another service through us.
     """
 
     def __init__(self, relay, worker):
@@ -10077,7 +10080,7 @@ class Join:
         self.close(reason)
 
     def admits(self, pump, count):
-        """Whether what a pump has just taken may go on: the client's side is judged by its first bytes."""
+        """Whether the bytes that a pump has read may go on; checks that the client's side begins TLS."""
         if pump is self.up or not self.up.held:
             return True
         if not count:
@@ -10098,9 +10101,9 @@ class Join:
             self.close("done")
 
     def check(self):
-        """Ends it if a side was reset or its host has vanished: one that is not read from would not tell.
+        """Ends the Join if a side was reset or its host has vanished: we would not see this while we do not read it.
 
-        But a worker may go that has said all.
+        A worker that has sent everything may go.
         """
         for sock, delivery in self.deliveries:
             if not self.closed and not (sock is self.worker and self.up and self.up.ended):
@@ -10109,7 +10112,7 @@ class Join:
                     self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
 
     def close(self, reason, reset=False):
-        """Closes both sides; a reset of one is one of the other, not an end that could be believed."""
+        """Closes both sides.  reset: as one side was reset, the other is too, so that it does not see a regular end."""
         if self.closed:
             return
         log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
@@ -10128,11 +10131,11 @@ class Join:
 
 
 class Relay:
-    """What stands for one client on the other side: a port there for offers and BUSY."""
+    """One client's representative on the workers' side: a port for offers and answers."""
 
     def __init__(self, proxy, client):
         self.proxy, self.client, self.joins = proxy, client, set()
-        self.asked = Memory(16)     # nonce of what it has announced or asked: the kind; only that is answered
+        self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY of the client: the kind
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
         self.last_activity = time.monotonic()
         self.back.attend(self.hear, self.accept)
@@ -10153,15 +10156,15 @@ class Relay:
         self.joins.discard(join)
 
     def rcvd_question(self, datagram):
-        """The client has announced or asked something: its answers may come back here."""
-        self.asked[datagram.nonce] = datagram.kind
+        """The client has sent ANNOUNCE or QUERY: from now on hear() lets the answers through."""
+        self.questions[datagram.nonce] = datagram.kind
 
     def hear(self, datagram, address):
-        """What a worker says to the client, as it stands.
+        """Sends a worker's answer on to the client, unchanged.
 
-        Not from SELF: a client whose host has no route there would not hear it (rp_filter).
+        It is not sent from SELF: a client whose host has no route to SELF would not hear it (rp_filter).
         """
-        if datagram.nonce not in self.asked or self.asked[datagram.nonce] is not ANSWERS.get(datagram.kind):
+        if datagram.nonce not in self.questions or self.questions[datagram.nonce] is not ANSWERS.get(datagram.kind):
             return
         try:
             with open_udp(family_of(self.client[0]), broadcasts=False) as back:
@@ -10171,12 +10174,12 @@ class Relay:
 
 
 class Proxy:
-    """Hears a group, sends on to another with its own address as the return address."""
+    """Hears one group, and sends its datagrams on to another, with its own address as the return address."""
 
     def __init__(self, loop, listeners, address, target, splices=False):
         self.loop, self.address, self.target, self.splices = loop, address, target, splices
         self.home = interface_of(address)[0]
-        self.relayed = Memory()     # identities: what was sent on, or came from the target's own side
+        self.relayed = Memory()     # identities of datagrams that were heard already
         self.relays = {}            # a client's (address, port): Relay
         self.udp = open_speakers(address)
         hear_all(loop, listeners, self.hear)
@@ -10189,17 +10192,17 @@ class Proxy:
         if datagram.hops >= HOPS_MAX:
             return log.note("dropped %r: %d hops", datagram, datagram.hops)
         if index and index == self.home and self.reaches_home():
-            return                  # heard where it would be sent
+            return                  # it comes from the network to which it would be sent
         port = 0
         if datagram.kind in (ANNOUNCE, QUERY):
-            if is_multicast(address):           # answers to a broadcast address the system refuses
+            if is_multicast(address):           # the system itself refuses answers to a broadcast address
                 return log.note("dropped %r: %s is not a host's address", datagram, address)
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
             relay.rcvd_question(datagram)
             port = relay.back.port
-        # a link-local address means something on its link alone: there it is the sender's
+        # A link-local address has a meaning only on its link: there the sender's address will do.
         self_address = None if "%" in self.address else self.address
         self.target.send(self.udp, datagram.readdressed(self_address, port, datagram.hops + 1))
         log.note("-> %r from %s, as %s", datagram, address, spelled(self.address, port))
@@ -10210,6 +10213,7 @@ class Proxy:
                    or is_multicast(target.address) for target in self.target.targets)
 
     def relay_for(self, client):
+        """The Relay of a client's (address, port), made if necessary; None if there are too many."""
         relay = self.relays.get(client)
         if relay is None:
             if not client[1] or len(self.relays) >= RELAYS_MAX and not self.give_up_oldest():
@@ -10243,7 +10247,7 @@ class Proxy:
 
 
 def room_to_splice(numbers):
-    """Whether there is os.splice, and room for all pipes that it needs beside so many descriptors."""
+    """Whether there is os.splice, and there can be enough descriptors: these, and two for the pipe of each Pump."""
     try:
         if hasattr(os, "splice"):   # Linux, Python 3.10
             make_room(numbers + 4 * JOINS_MAX)
@@ -10262,7 +10266,7 @@ TARGET is by default the broadcast of that network.  No key is needed.
 
 
 def main_cproxy(argv):
-    """Joins two networks until it is ended."""
+    """Joins two networks until a signal ends it."""
     words = CPROXY.read(argv).words
     if not 1 <= len(words) <= 2:
         raise CPROXY.error("%s is one word too many" % words[2] if words else "no address SELF is named")
@@ -10280,7 +10284,7 @@ def main_cproxy(argv):
 
 
 def own_address(text):
-    """The one IP address of this machine that a text stands for.  Raises Fatal: 111 if it may be one later, or 100."""
+    """The IP address of this machine that the text means.  Raises Fatal: 111 if another try may work, else 100."""
     try:
         found = resolve(text.strip("[]"))
         if len(found) != 1:
@@ -10290,13 +10294,13 @@ def own_address(text):
     except (OSError, UnicodeError, ValueError) as error:
         code, why = no_address(text, error)
         if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
-            own = ", ".join(interface.address for interface in interfaces() if interface.address)
-            code, why = EXIT_TEMPORARY, "not an address of this machine (which has %s)" % (own or "none of IPv4")
+            ours = ", ".join(interface.address for interface in interfaces() if interface.address)
+            code, why = EXIT_TEMPORARY, "not an address of this machine (which has %s)" % (ours or "none of IPv4")
         raise Fatal(code, "SELF %s: %s" % (text, why)) from None
 
 
 def default_target(address):
-    """The text of the group that is the broadcast of an address's own network; for IPv6 its all-nodes multicast."""
+    """The text of a group: the broadcast of the address's network, or for IPv6 its all-nodes multicast."""
     device = interface_of(address)[1]
     return (device + ":" if device else "") + ("[%s]" % ALL_NODES if ":" in address else ALL_NETWORKS)
 
@@ -10305,23 +10309,23 @@ def default_target(address):
 # ckeygen
 # ---------------------------------------------------------------------------
 
-KEY_ROUNDS = 600000                 # of PBKDF2-HMAC-SHA256, for -stdin
+KEY_ROUNDS = 600000                 # rounds of PBKDF2-HMAC-SHA256, for -stdin
 
 
 def stretch(secret):
-    """The master (32 bytes) named by any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
-    if not hasattr(hashlib, "pbkdf2_hmac"):     # Python 3.12 and later have it from OpenSSL alone
+    """The master (32 bytes) computed from any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
+    if not hasattr(hashlib, "pbkdf2_hmac"):     # from Python 3.12 on only OpenSSL provides it
         raise Fatal(EXIT_TEMPORARY, "this Python has no OpenSSL for -stdin: use another python3")
     return fold(hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48))
 
 
 def fold(wide):
-    """A scalar (32 bytes) of 48 random bytes: so many that each is as likely (FIPS 186-4, B.4.1)."""
+    """A scalar (32 bytes) from 48 random bytes: with so many, each scalar is equally likely (FIPS 186-4, B.4.1)."""
     return (int.from_bytes(wide, "big") % (P256_N - 1) + 1).to_bytes(32, "big")
 
 
 def read_secret(path):
-    """Standard input for stretch().  HMAC hashes a key of more than 64 bytes first: so do we."""
+    """Reads standard input for stretch().  As HMAC does, it replaces more than 64 bytes by their SHA-256."""
     if sys.stdin is None:
         raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
     if sys.stdin.isatty():
@@ -10338,7 +10342,7 @@ def read_secret(path):
 
 
 def ask_secret(new):
-    """The bytes of a passphrase typed without echo, with the newline that echo(1) would give too; twice if new."""
+    """Asks for a passphrase, without echo, and twice if new: its bytes, and a newline, as echo(1) adds one."""
     import getpass
     try:
         secret = getpass.getpass("passphrase: ")
@@ -10354,8 +10358,8 @@ def ask_secret(new):
 
 
 def write_new(path, text, replace):
-    """Writes a file whole or not at all, mode 0600; an old one only with replace.  Raises OSError."""
-    part = "%s.%s.part" % (path, os.urandom(4).hex())       # not our pid: one of that may be left from a crash
+    """Writes a file, whole or not at all, with mode 0600; replaces an old one only with replace.  Raises OSError."""
+    part = "%s.%s.part" % (path, os.urandom(4).hex())       # a random name: a crash may have left another
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(fd, "w") as file:
@@ -10366,9 +10370,9 @@ def write_new(path, text, replace):
 
 
 def existing_key(path):
-    """The master of a private key file, checked to the byte; None if there is no file.
+    """The master in a private key file, after a check of every byte; None if there is no file.
 
-    Raises Fatal: 101 for what is no valid key, 111 if it can't be read.
+    Raises Fatal: 101 if it is no valid key, 111 if it can't be read.
     """
     try:
         text = read_text(path)
@@ -10413,7 +10417,7 @@ def main_ckeygen(argv):
     pub = "".join(words[1:]) or path + ("-" + name if options.name else "") + ".pub"
     try:
         same = os.path.abspath(pub) == os.path.abspath(path)
-    except OSError as error:        # it has been removed
+    except OSError as error:        # the current directory was removed
         raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
     if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
@@ -10422,7 +10426,7 @@ def main_ckeygen(argv):
 
 
 def make_pub(path, master, name):
-    """Writes the public key of a client; another one may be there already."""
+    """Writes the public key of a client; replaces another public key."""
     try:
         if os.path.exists(path) and not read_text(path).startswith(PUB_MAGIC):
             raise Fatal(EXIT_NO_PUB, "%s: exists and is not a public key: not overwritten" % path)
@@ -10432,7 +10436,7 @@ def make_pub(path, master, name):
 
 
 def make_key(path, derived):
-    """The master of the key file at path, which is made (derived, or random) if it is not there."""
+    """The master in the key file at path.  If there is no file, makes it, with derived or a random master."""
     master = existing_key(path)
     if master is not None:
         if derived is not None and derived != master:
@@ -10442,7 +10446,7 @@ def make_key(path, derived):
     master = derived or fold(os.urandom(48))
     try:
         write_new(path, format_key(master)[0], replace=False)
-    except FileExistsError:         # somebody else has just made one
+    except FileExistsError:         # another process has just made it
         if not os.path.exists(path):
             raise Fatal(EXIT_NO_KEY, "cannot write %s: it is a link to nothing" % path) from None
         return make_key(path, derived)
@@ -10455,19 +10459,22 @@ def make_key(path, derived):
 # cservice -s: workers on other hosts, over ssh
 # ---------------------------------------------------------------------------
 
-#     here                                      there
-#       | ssh HOST REMOTE  -------------------->  |   sh, csh or fish runs python3
-#       | a line of Python -------------------->  |   runs it
-#       | this file, as many bytes as it said ->  |   compiles it, starts it: cservice -s - ...
+#     the starter (Starter, Host)               the worker (Lifeline) on a host
+#       | ssh HOST REMOTE  -------------------->  |   the login shell (sh, csh, fish) runs python3
+#       | a line of Python (FIRST) ------------>  |   runs it
+#       | this file, in so many bytes --------->  |   compiles it, starts it: cservice -s - ...
 #       | the private key in hexadecimal ------>  |   serves
-#       |  <------------ what a login has to say  |
+#       |  <---------- anything that a login says |
 #       |  <--------------------- SERVES, its id  |
-#       | ALIVE, every ten seconds ------------>  |   drains after a minute without
-#       | DRAIN, END_JOBS, end of file -------->  |   drains, ends its jobs, drains
-#       |  <-------------------- its exit status  |   0 as told, 111 lost, 100 something is wrong
+#       | ALIVE, every ten seconds ------------>  |   drains after a minute without a byte
+#       | DRAIN --------------------------------> |   drains
+#       | END_JOBS -----------------------------> |   drains, and ends its jobs
+#       | end of file --------------------------> |   drains
+#       |  <------------- ssh's exit status       |   0 it has drained, 111 it has lost the starter, 100 permanent
 
-# Without a file in between: nothing reads ahead, so each reader finds its own part of standard input.  These
-# quotes and words mean the same to sh, csh and fish; the last one is for ps alone.
+# All comes through standard input, and the program is never a file on the host.  Each reader must leave the next
+# one's bytes there: so the first one opens 0 without a buffer.  The quotes and words of REMOTE mean the same to
+# sh, csh and fish; its last word is only for ps(1).
 REMOTE = "exec python3 -Sc 'f=open(0,\"rb\",0,closefd=0);exec(f.readline())' cservice"
 FIRST = """
 import os, sys
@@ -10494,15 +10501,15 @@ except (AttributeError, OSError):
 exec(code)
 """
 
-LOGINS = 8                          # at a time: sshd refuses some of too many (MaxStartups)
-LOGIN_SECONDS = 60.0                # one that takes longer is ended: others wait for their turn
-SSH_FAILED = 255                    # its exit status, ssh(1)
-RETRY_MAX = 60.0                    # seconds between two tries, from one second up
+LOGINS = 8                          # logins at a time, because sshd refuses some if there are many (MaxStartups)
+LOGIN_SECONDS = 60.0                # a login that takes longer is ended, so that others get their turn
+SSH_FAILED = 255                    # ssh's own exit status, ssh(1)
+RETRY_MAX = 60.0                    # seconds between two tries at most; they begin with one second
 SAID_MAX = 8192                     # bytes of a line that is shown
 
 
 def parse_hosts(words):
-    """The hosts of all -s, each once: HOST,... or @FILE, with a host a line and # before comments."""
+    """The hosts of all -s, each once: HOST,... or @FILE, which has a host on each line and comments after #."""
     names = []
     for word in words:
         for item in word.split(","):
@@ -10514,7 +10521,7 @@ def parse_hosts(words):
                 names += filter(None, (line.partition("#")[0].strip() for line in lines))
             else:
                 names.append(item)
-    for name in names:              # what begins with - would be an option of ssh
+    for name in names:              # ssh would take a word that begins with - for an option
         if not name or name.startswith("-") or " " in name or not name.isprintable():
             raise Fatal(EXIT_USAGE, "-s %s: not a host, or [USER@]HOST,..., or @FILE" % name)
     if not names:
@@ -10533,13 +10540,13 @@ def ssh_words(several):
         raise Fatal(EXIT_USAGE, "CEXEC_SSH=%s: %s" % (text, error)) from None
     if not words or not shutil.which(words[0]):
         raise Fatal(EXIT_USAGE, "%s: no such command: install ssh, or set CEXEC_SSH" % (words[0] if words else text))
-    if os.path.basename(words[0]) == "ssh":     # it takes the first of two values: options that are there count
+    if os.path.basename(words[0]) == "ssh":     # of an option given twice ssh takes the first: the user's one wins
         words += ["-T", "-o", "ServerAliveInterval=15", "-o", "ConnectTimeout=15"] + ["-o", "BatchMode=yes"] * several
     return words
 
 
 def key_to_send(path):
-    """The text of the private key and its Pub; both are made if there are none.  Raises Fatal."""
+    """(the text of the private key, its Pub); makes both files if they do not exist.  Raises Fatal."""
     pub = path + ".pub"
     if not os.path.lexists(path) and os.path.lexists(pub):
         raise Fatal(EXIT_USAGE, "%s exists, but the private key %s does not: copy it, or name another" % (pub, path))
@@ -10552,11 +10559,9 @@ def key_to_send(path):
 
 
 def first_input(argv, key, group):
-    """What every host gets at standard input before it serves, as bytes.
-
-    A host has no file of addresses of ours, and other devices; and a csh there sets GROUP
-    to something else.
-    """
+    """The bytes that every host gets at standard input before it serves."""
+    # The group goes as plain addresses: the host does not have our @FILE, and its devices have other names.
+    # It goes in CEXEC_GROUP, because csh sets GROUP to the user's group.
     if not os.path.isfile(__file__):
         raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
     text = group.text
@@ -10574,23 +10579,26 @@ def first_input(argv, key, group):
 
 # A host's states, which only _set() changes:
 #
-#   WAITING --its turn--> LOGIN --rcvd UP--> SERVING --ssh ends--> ENDED
-#      A                    |                  |
-#      '-----a second, two, four ... later-----'--python3 is not there, or 100--> ENDED
+#   WAITING --its turn--> LOGIN --SERVES came--> SERVING
+#      A                    '--ssh ends--. .--ssh ends--'
+#      '--after 1, 2, 4 ... s, if ssh----+-'
+#         failed, or the worker with 111 '--else: ENDED
 #
+#   From WAITING draining leads to ENDED.
+
 LOGIN, SERVING = "LOGIN", "SERVING"
 
 
 class Host:
-    """A host, the ssh to it, and the worker there."""
+    """A host of -s: the ssh to it, and the worker there."""
 
     def __init__(self, starter, name):
         self.starter, self.loop, self.name = starter, starter.loop, name
         self.state, self.process, self.worker_id = WAITING, None, None
-        self.failures = 0           # since it has served
-        self.timer = None           # the next try, or the end of patience with a login
-        self.unsent, self.unsaid = b"", {}          # bytes; descriptor: a line's beginning
-        self.input_ends = False
+        self.failures = 0           # in a row
+        self.timer = None           # for the next try, or the deadline of a login
+        self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
+        self.input_ends = False     # whether its input ends after unsent
 
     def _set(self, state):
         log.note("%s: %s -> %s", self.name, self.state, state)
@@ -10609,8 +10617,8 @@ class Host:
         self._set(LOGIN)
         alone = self.starter.alone
         try:
-            # In a session of its own, out of reach of a Ctrl-C that is to drain; but one that may ask for a password
-            # keeps the terminal, and ignores that signal.
+            # Ctrl-C must reach only us: we drain then, and ssh must go on.  So ssh gets a session of its own.  But a
+            # single ssh may ask for a password: it keeps the terminal, and ignores the signals of its keys.
             self.process = subprocess.Popen(
                 [*self.starter.ssh, self.name, REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, bufsize=0, start_new_session=not alone,
@@ -10632,7 +10640,7 @@ class Host:
         self.kill()
 
     def kill(self, number=signal.SIGTERM):
-        """Ends an ssh; what it has started there sees the end of its input."""
+        """Ends ssh; the worker then sees the end of its input."""
         try:
             (os.kill if self.starter.alone else os.killpg)(self.process.pid, number)
         except ProcessLookupError:
@@ -10651,7 +10659,7 @@ class Host:
             self.unsent = self.unsent[os.write(fd, self.unsent):]
         except BlockingIOError:
             return
-        except OSError:             # its end is not far
+        except OSError:             # ssh has closed its input, and will end
             self.unsent = b""
         if not self.unsent:
             self.loop.forget(fd)
@@ -10659,7 +10667,7 @@ class Host:
                 self.process.stdin.close()
 
     def read(self, fd):
-        """Takes what the host says; whether there may be more."""
+        """Reads and shows what the host says; whether there may be more."""
         try:
             data = os.read(fd, SAID_MAX)
         except BlockingIOError:
@@ -10692,13 +10700,13 @@ class Host:
     # Its end
 
     def reap(self):
-        """Sees to an ssh that has ended."""
+        """If ssh has ended, handles its last output and its exit status."""
         if self.process is None or self.process.poll() is None:
             return
         for fd in self.unsaid:
             while self.read(fd):
                 pass
-            if self.unsaid[fd]:     # a child of ssh has the pipe still
+            if self.unsaid[fd]:     # no end of file came: a child of ssh still has the pipe open
                 self.rcvd_line(self.unsaid[fd])
             self.loop.forget(fd)
         if not self.process.stdin.closed:
@@ -10709,7 +10717,7 @@ class Host:
         self.judge(status)
 
     def judge(self, status):
-        """What follows from ssh's exit status, which is the worker's if there was one."""
+        """Decides by ssh's exit status, which is the worker's if that was started."""
         if self.starter.draining:
             if status:
                 self.say("ended with exit status %d", status)
@@ -10725,7 +10733,7 @@ class Host:
             self.end()
 
     def failed(self, why):
-        """Tries again, later."""
+        """Tries again after a pause, which doubles each time."""
         delay = min(2 ** self.failures, RETRY_MAX)
         self.failures += 1
         self.say("%s; tries again in %d s", why, delay)
@@ -10744,16 +10752,16 @@ def ignore_keyboard():
 
 
 class Starter:
-    """cservice -s: keeps a worker on each host, until it is told to end."""
+    """cservice -s: keeps a worker running on each host, until a signal ends it."""
 
     def __init__(self, loop, names, ssh, first, survey):
         self.loop, self.ssh, self.first = loop, ssh, first
-        self.survey = survey        # makes a Survey; None when that was done
+        self.make_survey = survey   # makes a Survey; None once that was done
         self.alone = len(names) == 1
         self.hosts = [Host(self, name) for name in names]
-        self.line = collections.deque(self.hosts)   # who waits for a turn to log in
-        self.served = False         # whether a worker has been up
-        self.signals = 0
+        self.to_login = collections.deque(self.hosts)           # Hosts that wait for their turn
+        self.served = False         # whether any worker has served
+        self.signals = 0            # how many came
         self.draining = False
 
     def begin(self):
@@ -10772,23 +10780,23 @@ class Starter:
         return [host for host in self.hosts if host.state in states]
 
     def take_turn(self, host):
-        self.line.append(host)
+        self.to_login.append(host)
         self.changed()
 
     def changed(self):
-        """Goes on, after a host's state has changed."""
-        while self.line and len(self.in_state(LOGIN)) < LOGINS:
-            self.line.popleft().login()
+        """Called after a host's state has changed: begins logins, shows the workers, or stops."""
+        while self.to_login and len(self.in_state(LOGIN)) < LOGINS:
+            self.to_login.popleft().login()
         self.served = self.served or bool(self.in_state(SERVING))
         if not self.in_state(WAITING, LOGIN, SERVING):
             self.loop.stop()
         tried = all(host.failures or host.state in (SERVING, ENDED) for host in self.hosts)
-        if tried and self.survey and self.in_state(SERVING) and not self.draining:
+        if tried and self.make_survey and self.in_state(SERVING) and not self.draining:
             self.look_around()
 
     def look_around(self):
-        """Shows once who is there, when all that can be up are up."""
-        make, self.survey = self.survey, None
+        """Shows the table of cexec -l, once, when each host serves or has failed."""
+        make, self.make_survey = self.make_survey, None
         try:
             survey = make()
         except Fatal as error:
@@ -10824,7 +10832,7 @@ class Starter:
 
     def drain(self):
         self.draining = True
-        self.line.clear()
+        self.to_login.clear()
         for host in self.in_state(LOGIN):
             host.kill()
         self.tell(DRAIN)
@@ -10835,7 +10843,7 @@ class Starter:
 
 
 def serve_on_hosts(words, path, argv):
-    """Keeps a worker on each of the hosts until told to end; 0, or 111 if there never was one."""
+    """Keeps a worker running on each host until a signal ends it; 0, or 111 if no worker ever served."""
     names = parse_hosts(words)
     ssh, group, ports = ssh_words(len(names) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
@@ -10854,14 +10862,14 @@ def serve_on_hosts(words, path, argv):
 # ---------------------------------------------------------------------------
 # Python: cexec.run and cexec.Executor
 # ---------------------------------------------------------------------------
-# What a program gets by "import cexec".  The applets run nothing of it.
+# A program gets this with "import cexec".  The applets do not use it.
 #
-# run() is the client as a child process.  An Executor has lanes: each is one job, whose
-# command is the Python of a worker (cservice APP python3 /dev/fd/3).  Its descriptors:
+# run() starts the client as a child process.  An Executor has a Pool of Lanes.  Each Lane is one
+# job, whose command is the Python of a worker (cservice APP python3 /dev/fd/3), with descriptors:
 #
 #     0  calls    frames to the worker          3  LANE_PROGRAM, which the worker's Python runs
-#     1  results  frames from the worker        4  what the functions print there
-#     2  what cexec and Python itself say: the reason, if the lane fails
+#     1  results  frames from the worker        4  the output of the functions
+#     2  messages of cexec and of Python: the reason, if the lane fails
 #
 #     client (Pool, Lane)                            worker (LANE_PROGRAM)
 #       | SETUP ------------------------------------>  |
@@ -10871,35 +10879,35 @@ def serve_on_hosts(words, path, argv):
 #       | MODULE source ------------------------------>  |
 #       |  <-------------------------- VALUE or RAISED |  or FAILED: the main module can't be run
 #       | RECALL, if another lane has nothing to do -->  |
-#       |  <------------------- BACK, calls not begun |
+#       |  <-------------- BACK, the calls not begun   |
 #       | END --------------------------------------->  |  exits
 #
-# The worker trusts the client, as any command does that runs what it reads.  The client
-# does not trust the worker: what comes is data, see Known, and a frame out of its place
-# ends the lane.  All of a pool but submit() and shutdown() is one thread's.
+# The worker trusts the client, because its command runs what it reads.  The client does not
+# trust the worker: results are only data (see Known), and a frame out of place ends the lane.
+# One thread does all the work of a pool; other threads only call submit() and shutdown().
 
 __all__ = ["Executor", "Failed", "run"]         # noqa: F822
 __version__ = VERSION
 
-LANE_IDLE_SECONDS = 3.0             # without a call: a lane gives its slot back
-LANE_SECONDS = 60.0                 # at work: it does so between two calls, for others in line and workers that drain
-LANE_FAILURES = 3                   # lanes in a row that end before they are ready
-SEARCH_PAUSE = 10.0                 # seconds between two searches for more workers, after one in vain
-AHEAD_SECONDS = 0.010               # calls that a lane has before it, at most, in time and number
-AHEAD_MAX = 32
-RECALL_SECONDS = 0.050              # a call that runs for longer keeps none waiting behind it
+LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
+LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers
+LANE_FAILURES = 3                   # after so many lanes in a row that end before they are ready, all calls fail
+SEARCH_PAUSE = 10.0                 # seconds until the next search for more workers, after one that found none
+AHEAD_SECONDS = 0.010               # a lane gets further calls before it has done the first: for so many seconds,
+AHEAD_MAX = 32                      # and so many calls, at most
+RECALL_SECONDS = 0.050              # if a call takes longer, idle lanes get the calls that wait for it
 TICK_SECONDS = 0.1
-PRINTED_MAX = 64 * 1024             # bytes of a line that is printed there
+PRINTED_MAX = 64 * 1024             # bytes of a line that a function prints
 NAMES_MAX = 10000                   # modules beside the main program
 
-LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of what follows
-CALL_NUMBER = struct.Struct("!Q")   # first in CALL, VALUE and RAISED; BACK has nothing but these
-TEXT_SIZE = struct.Struct("!I")     # in RAISED and FAILED: a text of that many bytes, then the exception's pickle
+LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of its contents
+CALL_NUMBER = struct.Struct("!Q")   # CALL, VALUE and RAISED begin with it; BACK is a list of it
+TEXT_SIZE = struct.Struct("!I")     # RAISED and FAILED: the size of a text, the text, and the exception's pickle
 SETUP, MAIN, CALL, MODULE, RECALL, END = b"S", b"M", b"C", b"O", b"R", b"E"
 READY, IMPORT, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"V", b"X", b"F", b"B"
 SMALL_FRAMES = {READY: 1024, IMPORT: 1024, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
-# As sh has Python start (see The door), for a child whose descriptors are first put in their places
+# A child starts as by sh (see The door), but first moves descriptors to their numbers.
 CHILD_BOOT = """import os, sys
 for old, new in %r: os.dup2(old, new)
 exec(open(sys.argv[1]).read().rpartition("# START")[2])"""
@@ -10920,12 +10928,12 @@ MODULE_DOC = """Run commands and Python functions on the least loaded machine of
     cservice sort sort                              # run(): the command is the worker's
     cservice -u nobody py python3 /dev/fd/3         # Executor: any Python from 3.6 on
 
-The environment variable CEXEC_GROUP says where workers are, if not in this network.
-A worker is not trusted: see allow in Executor.  The manual pages have the rest: cexec(1),
-cservice(1), and cexec(7) for what is protected and what is not.
+If the workers are not in this network, the environment variable CEXEC_GROUP has their addresses.
+A worker is not trusted: see allow in Executor.  The manual pages are cexec(1), cservice(1), and
+cexec(7) with the security model.
 """
 
-# The program that a lane's Python runs.  It stands alone: nothing of this file is there.
+# The program that a lane's Python runs.  It uses nothing of this file, which the worker may not have.
 LANE_PROGRAM = r'''
 import os, pickle, queue, struct, sys, threading, traceback, types
 from importlib.machinery import ModuleSpec
@@ -10933,7 +10941,7 @@ from importlib.machinery import ModuleSpec
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
 writing, asking = threading.Lock(), threading.Lock()
-own, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4
+this, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4     # this: kept, or its globals would go
 STUB = """
 class Failed(OSError):
     pass
@@ -10949,7 +10957,7 @@ def call_each(function, rows):
 """
 
 def move_away():
-    """Our ends of the channel, where nothing that a function prints can get between."""
+    """Moves our ends of 0 and 1 to other numbers, so that what a function prints cannot get into the frames."""
     source, target = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     for old, new in ((null, 0), (4, 1), (4, 2)):
@@ -10967,7 +10975,7 @@ def send(kind, *parts):
             data = data[os.write(target, data):]
 
 def receive():
-    """In a thread of its own: frames, and the end of the client, whatever the function does."""
+    """Reads frames in its own thread, so that the end of the client ends us, whatever the function does."""
     while True:
         head = source.read(HEAD.size)
         if len(head) < HEAD.size:
@@ -11025,7 +11033,7 @@ def set_up(data):
     protocol = min(settings["protocol"], pickle.HIGHEST_PROTOCOL)
     sys.argv = settings["argv"]
     sys.path[:] = [path for path in sys.path if not path.startswith(("/dev/", "/proc/"))]
-    sys.meta_path.insert(2, Source())       # after what is built in
+    sys.meta_path.insert(2, Source())       # after the finders of built-in and frozen modules
     stub = types.ModuleType(settings["stub"])
     exec(STUB, stub.__dict__)
     sys.modules[settings["stub"]] = stub
@@ -11079,9 +11087,9 @@ while True:
 class Failed(OSError):
     """cexec itself failed: no worker was found, or it was lost, or it cannot run its command.
 
-    str() of it is what cexec said.  code is cexec's exit status: 111 may be tried again, 100
-    is permanent (a bad key, variable or setting), 126 and 127 are a command that cannot be run or
-    is not there.  stdout and stderr are what run() had captured, or None.
+    str() of it is cexec's message.  code is cexec's exit status: 111 may be tried again; 100 is
+    permanent (a bad key, variable or setting); 126 and 127 mean that the command cannot be run, or
+    does not exist.  stdout and stderr are the output that run() had captured, or None.
     """
 
     def __init__(self, message, code=EXIT_TEMPORARY, stdout=None, stderr=None):
@@ -11098,18 +11106,18 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
         check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=()):
     """Run the application's command on a worker, as subprocess.run() runs one here.
 
-    pub is the path of the public key.  arguments are the command's, where the worker takes
-    some (cservice -a).  env has variables for the command: KEY is PEER_KEY there.
+    pub is the path of the public key.  arguments are for the command, if the worker takes any
+    (cservice -a).  env has variables for the command, which sees KEY as PEER_KEY.
 
-    input, stdin, stdout, stderr, capture_output, check, text, encoding, errors and pass_fds
-    are those of subprocess.run(), on every Python.  What is in pass_fds has the same numbers
-    there.  After timeout seconds the job is ended on the worker: the command gets TERM, a
-    second later HUP, and five seconds later KILL.
+    input, stdin, stdout, stderr, capture_output, check, text, encoding, errors and pass_fds are
+    those of subprocess.run(), on every Python.  The descriptors in pass_fds have the same numbers
+    in the command.  After timeout seconds the command gets TERM, a second later HUP, and five
+    seconds later KILL.
 
     Returns a subprocess.CompletedProcess: its args are [pub, *arguments], its returncode is
     the command's exit status, or -N if signal N killed it.
 
-    Raises Failed if cexec failed, so that no returncode is ever cexec's own;
+    Raises Failed if cexec failed, so a returncode is always the command's;
     subprocess.TimeoutExpired; subprocess.CalledProcessError with check; ValueError for
     arguments that do not go together.
     """
@@ -11117,14 +11125,14 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     if input is not None and stdin is not None or capture_output and (stdout is not None or stderr is not None):
         raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
     piped = subprocess.PIPE if capture_output else None
-    child, status = start_client(
+    child, reader = start_client(
         pub, variables(env) + (["--"] + list(arguments) if arguments else []), pass_fds=pass_fds,
         stdin=stdin if input is None else subprocess.PIPE, stdout=stdout or piped, stderr=stderr or piped,
         universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
     args = [pub] + list(arguments)
-    with open(status, "rb") as status, child:
+    with open(reader, "rb") as file, child:
         out, err = communicate(child, args, input, timeout)
-        report = status.read()
+        report = file.read()
     try:
         code = returncode_of(report, child.returncode)
     except Failed as failed:
@@ -11135,7 +11143,7 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
 
 
 def communicate(child, args, input, timeout):
-    """Its output and errors when it has ended; after the timeout it is ended.  Raises subprocess.TimeoutExpired."""
+    """The child's output and errors, when it has ended.  Ends it after the timeout: subprocess.TimeoutExpired."""
     import subprocess
     try:
         return child.communicate(input, timeout)
@@ -11161,9 +11169,9 @@ def variables(env):
 
 
 def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
-    """Starts cexec as a child: (its Popen, a pipe's reader for its status line).
+    """Starts cexec as a child: (its Popen, the reading end of a pipe with its status line).
 
-    places are (our descriptor, its number there) for what is to be carried besides pass_fds.
+    places: (our descriptor, its number there) for descriptors that are carried besides pass_fds.
     """
     import subprocess
     numbers = list(pass_fds) + [number for _, number in places]
@@ -11174,13 +11182,13 @@ def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
     argv.append("./" + pub if pub.startswith("-") else pub)
     reader, writer = os.pipe()
     try:
-        status = lifted_away(writer, floor)     # not among what is carried
+        report = lifted_away(writer, floor)     # from the floor up cexec carries nothing
         try:
-            env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(status))
+            env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
             child = subprocess.Popen(argv + words, env=env, **dict(
-                options, pass_fds=[status] + list(pass_fds) + [old for old, _ in places]))
+                options, pass_fds=[report] + list(pass_fds) + [old for old, _ in places]))
         finally:
-            os.close(status)
+            os.close(report)
     except BaseException:
         os.close(reader)
         raise
@@ -11207,19 +11215,19 @@ def returncode_of(report, code):
         code if code in (EXIT_USAGE, EXIT_CANNOT_RUN, EXIT_NOT_FOUND) else EXIT_TEMPORARY)
 
 
-# Executor: what goes to a worker
+# Executor: the main program, for the workers
 
 def library_paths():
-    """Directories of Python itself and of what is installed: nothing of them is sent."""
+    """The directories of Python and of installed packages: nothing in them is sent."""
     import sysconfig
     return [os.path.realpath(path) for name, path in sysconfig.get_paths().items() if name.endswith("lib")]
 
 
 class Program:
-    """The main program, as workers may have it: its source, and the modules beside it.
+    """The source of the main program, and of the modules beside it, for workers that ask for them.
 
-    They are read from the directory of the main program, and from sys.path[0], and from
-    nowhere else: it is the worker that asks.
+    The modules are read only from the directory of the main program and from sys.path[0], because
+    a worker is not trusted.
     """
 
     def __init__(self):
@@ -11228,7 +11236,7 @@ class Program:
         name = spec.name if spec else "main"
         self.path = self.text = None
         self.package = getattr(main, "__package__", None)
-        # A package's __main__ does all it does unconditionally: multiprocessing leaves it out as well
+        # A package's __main__ has no `if __name__ == "__main__"`: like multiprocessing, we do not send it.
         if path and path.endswith(".py") or path and not spec and os.path.isfile(path) and not path.endswith(".pyc"):
             if name != "__main__" and not name.endswith(".__main__"):
                 self.path = os.path.abspath(path)
@@ -11243,12 +11251,12 @@ class Program:
                       root not in self.library and self.holds(root, os.path.join(root, "any"))]
 
     def names(self):
-        """The modules and packages at the top, so that a worker asks for no others."""
+        """The names of top-level modules and packages: a worker asks for no others."""
         names = set()
         for root in self.roots:
             try:
                 found = os.listdir(root)
-            except OSError:         # it has gone
+            except OSError:         # the directory was removed
                 found = []
             for entry in found:
                 name, dot, suffix = entry.partition(".")
@@ -11257,7 +11265,7 @@ class Program:
         return sorted(names)[:NAMES_MAX]
 
     def module(self, name):
-        """(source, path, whether it is a package) of a module, or None if there is none below our directories."""
+        """(source, path, whether it is a package) of a module; None if it is not below our directories."""
         if not all(part.isidentifier() for part in name.split(".")):
             return None
         for root in self.roots:
@@ -11271,33 +11279,33 @@ class Program:
         return None
 
     def holds(self, root, path):
-        """Whether a path is below a directory of ours, wherever links lead, and belongs to no library."""
+        """Whether a path, after all links are followed, is below this directory and in no library."""
         path = os.path.realpath(path)
         return path.startswith(os.path.join(root, "")) and not any(
             path.startswith(os.path.join(library, "")) for library in self.library)
 
 
 def call_each(function, rows):
-    """What map() with a chunksize has a worker do; LANE_PROGRAM has the same."""
+    """The function that map() with a chunksize submits; LANE_PROGRAM has a copy for the worker."""
     return [function(*row) for row in rows]
 
 
-# Executor: what comes from a worker
+# Executor: the results, from a worker that is not trusted
 
 DATA_TYPES = frozenset("bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
                        "Ellipsis NotImplemented".split())
 NUMPY_MAKERS = frozenset((package + module, name) for package in ("numpy.core.", "numpy._core.") for module, name in (
     ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))
 
-MODULE_OF = vars(type)["__module__"]        # whatever a metaclass says
+MODULE_OF = vars(type)["__module__"]        # a metaclass could give another __module__
 
 
 class Known:
-    """What a result may be made of: a mixin for pickle's Unpickler, with names and modules of a pool's.
+    """A mixin for pickle's Unpickler that allows only known classes in a result.
 
-    Builtin types that hold data, builtin exceptions, what allow names in full, and of the
-    modules that it names the classes: what they have imported is not theirs.  No module is
-    imported because a result names it, and no attribute is looked up but in a __dict__.
+    Known are: builtin types that hold data; builtin exceptions; the names in allow; and the classes
+    that a module in allow has defined itself, not those that it has imported.  A result never causes
+    an import, and attributes are looked up only in a __dict__.
     """
 
     names, modules, numpy = {}, (), False
@@ -11321,7 +11329,7 @@ class Known:
         return found
 
     def class_of(self, module, name):
-        """The class of that name, if an allowed module has defined it."""
+        """The class with this name, if an allowed module has defined it; else None."""
         found = sys.modules.get(module) if self.is_below(module) else None
         for part in name.split("."):
             found = vars(found).get(part) if found is not None else None
@@ -11333,15 +11341,15 @@ class Known:
         return isinstance(module, str) and any(module == one or module.startswith(one + ".") for one in self.modules)
 
     def get_extension(self, code):
-        """Of pickle's own Unpickler in Python: copyreg's numbers are looked up past find_class."""
+        """Forbids copyreg's numbers: pickle._Unpickler would look them up without find_class()."""
         import pickle
         raise pickle.UnpicklingError("extension %d is not known here" % code)
 
 
 def result_readers(allow):
-    """{an Unpickler: the same, and Known}, for names of modules, and of what is in them.
+    """{an Unpickler class: a subclass with Known}, for the modules and names in allow.
 
-    Raises ImportError or AttributeError if there is no such module, or nothing of that name in it.
+    Raises ImportError or AttributeError if a module or a name does not exist.
     """
     import importlib
     import pickle
@@ -11349,7 +11357,7 @@ def result_readers(allow):
         raise TypeError("allow is a list of names, not one: allow=[%r]" % allow)
     names, modules = {}, []
     for item in allow:
-        module, rest = item, ""
+        module, inner = item, ""
         while True:
             try:
                 found = importlib.import_module(module)
@@ -11358,31 +11366,31 @@ def result_readers(allow):
                 if not (module + ".").startswith("%s." % getattr(error, "name", "")) or "." not in module:
                     raise
                 module, _, last = module.rpartition(".")
-                rest = last + ("." + rest if rest else "")
-        if not rest:
+                inner = last + ("." + inner if inner else "")
+        if not inner:
             modules.append(module)
             continue
-        for part in rest.split("."):
+        for part in inner.split("."):
             found = getattr(found, part)
-        names[module, rest] = found
+        names[module, inner] = found
     known = {"names": names, "modules": tuple(modules), "numpy": "numpy" in modules}
     return {base: type("Reader", (Known, base), known) for base in (pickle.Unpickler, pickle._Unpickler)}
 
 
 def load_result(readers, data, place):
-    """The object of the pickle that begins there.  Raises anything."""
+    """The object of the pickle that begins at this place.  Raises any exception."""
     import copyreg
     import io
     import pickle
-    # The one in C takes what copyreg has a number for, and was loaded before, without asking find_class
+    # The Unpickler in C loads classes with a number in copyreg without find_class(), from a cache.
     base = pickle._Unpickler if copyreg._inverted_registry else pickle.Unpickler
-    file = io.BytesIO(data)         # of bytes it is no copy
+    file = io.BytesIO(data)         # without a copy, as data is bytes
     file.seek(place)
     return readers[base](file, fix_imports=False).load()
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that a function raised on a worker: the traceback there, as tb."""
+    """The cause of an exception that a function has raised on a worker; tb is the text of its traceback."""
 
     def __init__(self, tb):
         super().__init__(tb)
@@ -11393,7 +11401,7 @@ class RemoteTraceback(Exception):
 
 
 def load_error(readers, data, place, host):
-    """The exception of a RAISED or FAILED, with the traceback there as its cause."""
+    """The exception in a RAISED or FAILED, with the worker's traceback as its cause."""
     size, = TEXT_SIZE.unpack_from(data, place)
     place += TEXT_SIZE.size + size
     text = data[place - size:place].decode("utf-8", "replace")
@@ -11411,13 +11419,13 @@ def load_error(readers, data, place, host):
     return error
 
 
-# Executor: lanes, and the pool that has them
+# Executor: lanes, and their pool
 
 SEARCHING, UP, ENDING = "SEARCHING", "UP", "ENDING"
 
 
 class Call:
-    """What was submitted: a function and its arguments, until it is done."""
+    """A function with its arguments that was submitted, until it is done."""
 
     def __init__(self, future, function, arguments, keywords):
         self.future, self.what = future, (function, tuple(arguments), keywords)
@@ -11433,7 +11441,7 @@ class Call:
         self.tries += not isinstance(error.__cause__, RemoteTraceback)
 
     def pickled(self, protocol, has_main):
-        """The bytes for the worker.  Raises anything."""
+        """The bytes for the worker.  Raises any exception."""
         import pickle
         function = self.what[0]
         while hasattr(function, "func"):        # functools.partial
@@ -11453,18 +11461,20 @@ class Lane:
     """One job of cexec, with a worker's Python as its command.
 
     SEARCHING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
-        '---------------'-----the job ends, or is ended-----------------------------'
+        '---------------'---terminate()-----------^                                A
+        '---------------'---the job has ended: all pipes are closed----------------'
     """
 
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
-        self.calls = collections.OrderedDict()  # number: a Call that the worker has, and no result is there
+        self.calls = collections.OrderedDict()  # number: a Call that the worker has, until its result comes
         self.host, self.protocol, self.main_sent = "?", 0, not pool.program.text
         self.since = self.idle_since = self.head_since = time.monotonic()
-        self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds a call: of late, the first, the least
+        self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds of a call: lately, of the first, the least
         self.recalled = self.leaving = False
-        self.unsent, self.backlog, self.answers = collections.deque(), 0, 0     # answers: of unsent; one is right
-        self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size             # what has come, what is needed
+        self.unsent, self.backlog = collections.deque(), 0      # parts of frames; their bytes
+        self.imports = 0            # IMPORTs since unsent was last empty: the worker must send one at a time
+        self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size     # what has come; its bytes; the bytes needed
         self.line = self.words = self.report = b""
         self.failure = self.killing = None
         self.start()
@@ -11480,8 +11490,8 @@ class Lane:
         try:
             os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
-            env["CEXEC_RETRIES"] = "0"                          # the pool knows better what may be run again
-            self.child, status = start_client(
+            env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
+            self.child, report = start_client(
                 self.pool.pub, [], places=places, env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError:
@@ -11496,7 +11506,7 @@ class Lane:
         enlarge(self.child.stdout.fileno())
         self.files = set()
         for file, call in ((self.child.stdout, self.rcvd), (self.child.stderr, self.rcvd_words),
-                           (open(status, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
+                           (open(report, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
             self.files.add(file)
             self.loop.on_read(file.fileno(), functools.partial(self.read, file, call))
 
@@ -11504,10 +11514,10 @@ class Lane:
         log.note("lane %s: %s -> %s", self.host, self.state, state)
         self.state = state
 
-    # What goes to the worker
+    # To the worker
 
     def send(self, kind, *parts):
-        """Queues a frame; flush() is called by the pool, after all that there is to send."""
+        """Queues a frame; the pool calls flush() when it has queued everything."""
         parts = [LANE_HEAD.pack(kind, sum(map(len, parts)))] + list(parts)
         if len(parts[-1]) < PRINTED_MAX:
             parts = [b"".join(parts)]
@@ -11527,15 +11537,15 @@ class Lane:
                     count -= min(count, len(part))
         except BlockingIOError:
             pass
-        except OSError:             # the job has ended, as will be read
+        except OSError:             # the job has ended; read() will see it
             self.unsent.clear()
         if not self.unsent:
-            self.backlog = self.answers = 0
+            self.backlog = self.imports = 0
         if not self.child.stdin.closed:
             self.loop.on_write(self.target, self.flush if self.unsent else None)
 
     def room(self):
-        """Whether it takes one more call: the first, or one of some short ones."""
+        """Whether it takes another call: its only one, or one of several that are short."""
         if self.state is not UP or self.leaving or not self.calls:
             return self.state is UP and not self.leaving
         return (self.pool.retries > 0 and not self.recalled and self.backlog < PRINTED_MAX
@@ -11565,21 +11575,21 @@ class Lane:
         self.flush()
 
     def end(self):
-        """Has the worker exit, once it has done all."""
+        """Lets the worker exit, after its last call."""
         self._set(ENDING)
         self.send(END)
         self.flush()
         self.killing = self.loop.after(KILL_SECONDS, self.terminate)
 
     def terminate(self):
-        """Ends the job, whatever it does."""
+        """Ends the job at once."""
         self._set(ENDING)
         if self.killing:
             self.killing.cancel()
         self.child.terminate()
         self.killing = self.loop.after(KILL_SECONDS, self.child.kill)
 
-    # What comes from it
+    # From the worker
 
     def read(self, file, call):
         data = os.read(file.fileno(), FRAME_MAX)
@@ -11598,7 +11608,7 @@ class Lane:
         self.report += data
 
     def rcvd_prints(self, data):
-        """Shows the lines that are whole, and of one that is too long what there is."""
+        """Shows whole lines, and the beginning of a line that is too long."""
         *lines, self.line = (self.line + data).split(b"\n")
         if len(self.line) > PRINTED_MAX:
             lines.append(self.line)
@@ -11607,7 +11617,7 @@ class Lane:
                                for line in [line.decode("utf-8", "replace") for line in lines]))
 
     def rcvd(self, data):
-        """Sees to each whole frame.  A long one is held in pieces, as many as have come."""
+        """Handles each whole frame.  The pieces of a long frame are joined only when all have come."""
         self.chunks.append(data)
         self.size += len(data)
         if self.size < self.wanted:
@@ -11627,7 +11637,7 @@ class Lane:
                 place += self.wanted
                 self.HANDLERS[kind](self, data, place - size, place)
         except (ProtocolError, struct.error) as error:
-            self.failure = Failed("a worker's Python does not do as cexec's lanes do (%s): is its command python3 "
+            self.failure = Failed("a worker's Python does not speak cexec's protocol (%s): is its command python3 "
                                   "/dev/fd/3, with at least Python 3.6?" % printable(str(error)))
             self.terminate()
         self.chunks = [data[place:]]
@@ -11643,8 +11653,8 @@ class Lane:
         self._set(UP)
 
     def rcvd_import(self, data, place, end):
-        self.answers += 1
-        if self.answers > 1 and self.backlog > WINDOW:
+        self.imports += 1
+        if self.imports > 1 and self.backlog > WINDOW:
             raise ProtocolError("IMPORT twice")
         try:
             found = self.pool.program.module(data[place:end].decode())
@@ -11669,14 +11679,14 @@ class Lane:
         call, place = self.rcvd_result(data, place, end)
         try:
             result = load_result(self.pool.readers, data, place)
-        except Exception as error:  # what a worker makes up can be anything
+        except Exception as error:  # a worker can send anything
             self.pool.done(call, error if type(error).__name__ == "UnpicklingError" else
                            Failed("a result that cannot be read: %s: %s" % (type(error).__name__, error)))
         else:
             self.pool.done(call, None, result)
 
     def rcvd_raised(self, data, place, end):
-        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # or it breaks the rules
+        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # first: may raise
         call, _ = self.rcvd_result(data, place, end)
         self.pool.done(call, error)
 
@@ -11705,15 +11715,15 @@ class Lane:
         if self.killing:
             self.killing.cancel()
         try:
-            reason = Failed(self.ended(returncode_of(self.report, self.child.wait())))
+            reason = Failed(self.reason_of(returncode_of(self.report, self.child.wait())))
         except Failed as failed:
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
         was, self.state = self.state, OVER
         self.pool.lane_over(self, was is SEARCHING, self.failure or reason, hopeless)
 
-    def ended(self, code):
-        """What is to be said of a command that has ended with that returncode."""
+    def reason_of(self, code):
+        """The message for a command that has ended with this returncode."""
         worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
         how = "with status %d" % code if code >= 0 else "by signal %d" % -code
         if self.state is not SEARCHING:
@@ -11723,7 +11733,7 @@ class Lane:
 
 
 class Pool:
-    """The lanes of an Executor, and the calls that wait for one.  A thread of its own does all, while there is any."""
+    """The lanes of an Executor, and the calls that wait for one.  Its thread runs while there are calls or lanes."""
 
     def __init__(self, pub, limit, allow, retries):
         import pickle
@@ -11742,7 +11752,7 @@ class Pool:
     # For any thread
 
     def put(self, call):
-        """Has a call done.  Raises RuntimeError after the end."""
+        """Queues a call, and starts the thread if needed.  Raises RuntimeError after shutdown()."""
         with self.lock:
             if self.shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -11757,7 +11767,7 @@ class Pool:
             self.wake()
 
     def wake(self):
-        """With the lock: the pipe is there for as long as the thread is."""
+        """Wakes the thread.  The caller has the lock, for the pipe goes with the thread."""
         if self.sleeping:
             self.sleeping = False
             os.write(self.woken, b"x")
@@ -11780,19 +11790,19 @@ class Pool:
     # The thread
 
     def work(self):
-        """Turns while there is a call or a lane."""
+        """Runs in the thread, while there is a call or a lane."""
         waker, woken, loop = self.waker, self.woken, self.loop
         loop.on_read(waker, lambda: os.read(waker, 512))
         self.tick()
         try:
             while True:
-                self.sleeping = True            # whoever puts a call from here on wakes us
+                self.sleeping = True            # before dispatch(): a call that comes after it must wake us
                 self.dispatch()
                 with self.lock:
                     if not self.queue and not self.lanes:
                         break
                 loop.turn()
-        except BaseException as error:          # a defect of ours: nobody is to wait for ever
+        except BaseException as error:          # a defect of ours: nobody must wait for ever
             with self.lock:
                 self.shut = True
             for lane in self.lanes:
@@ -11807,7 +11817,7 @@ class Pool:
                 os.close(woken)
 
     def dispatch(self):
-        """Gives calls to lanes, begins one more lane if some are left, and ends those that nobody needs."""
+        """Gives calls to lanes, begins one more lane if calls are left, and ends lanes that nobody needs."""
         if self.abandoned:
             self.abandon()
         while self.queue:
@@ -11839,11 +11849,11 @@ class Pool:
             call.future.set_result(result)
 
     def put_back(self, calls):
-        """At the head of the queue: they were there already."""
+        """Puts calls at the head of the queue, where they were before."""
         self.queue.extendleft(reversed(calls))
 
     def grow(self):
-        """Looks for one more worker, unless that is being done."""
+        """Begins one more lane, unless one is searching already."""
         there = [lane for lane in self.lanes if lane.state is not ENDING]
         if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or time.monotonic() < self.pause:
             return
@@ -11853,7 +11863,7 @@ class Pool:
             self.cannot_grow(Failed("cannot start cexec: %s" % error))
 
     def cannot_grow(self, error):
-        """No more workers: that is no harm where some lane is up."""
+        """No more workers were found: all calls fail, unless a lane is up."""
         self.failures = 0
         if any(lane.state is UP for lane in self.lanes):
             self.pause = time.monotonic() + SEARCH_PAUSE
@@ -11867,7 +11877,7 @@ class Pool:
                 self.done(call, error)
 
     def lane_over(self, lane, searched, error, hopeless):
-        """Its calls are done elsewhere, but for those that have had their tries."""
+        """Puts the lane's calls back, except those that have had all their tries: they fail."""
         self.lanes.remove(lane)
         again = []
         for call in lane.calls.values():
@@ -11891,7 +11901,7 @@ class Pool:
         return getattr(concurrent.futures, "BrokenExecutor", RuntimeError)(text)    # Python 3.6 has none
 
     def end_idle(self):
-        """Ends lanes that have had no call for a while, or at once if none will come any more."""
+        """Ends lanes that have had no call for a while, or at once if no more calls can come."""
         now = time.monotonic()
         last = self.shut or not self.threading.main_thread().is_alive()
         for lane in list(self.lanes):
@@ -11905,7 +11915,7 @@ class Pool:
                     lane.terminate()
 
     def tick(self):
-        """What is to be done now and then: calls that are stuck, and lanes that have been there for long."""
+        """Every TICK_SECONDS: recalls calls that wait for a long one, and replaces a lane that is old."""
         self.loop.after(TICK_SECONDS, self.tick)
         now = time.monotonic()
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
@@ -11916,7 +11926,7 @@ class Pool:
         elif self.queue and len(up) == sum(lane.state is not ENDING for lane in self.lanes
                                            if lane.state is not SEARCHING):
             for lane in up:
-                warm_up = (lane.first or 0) - lane.fastest      # seconds, of what it has to do again
+                warm_up = (lane.first or 0) - lane.fastest      # seconds that a new lane would need again
                 if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
                     lane.leave()
                     break
@@ -11930,17 +11940,17 @@ class Pool:
                 lane.terminate()
 
     def show(self, text):
-        """Prints what functions print there."""
+        """Prints the output of functions."""
         if sys.stderr and text:
             try:
                 sys.stderr.write(text)
                 sys.stderr.flush()
             except (OSError, ValueError):
-                pass                # it is closed
+                pass                # standard error is closed
 
 
 def pickled(value):
-    """For a worker's Python of any version."""
+    """A pickle that any worker's Python can read."""
     import pickle
     return pickle.dumps(value, 2)
 
@@ -11950,33 +11960,32 @@ class ExecutorMethods:
 
     Executor(pub, max_workers=None, allow=(), retries=3)
 
-    pub is the path of the public key; on the workers runs
+    pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
-    with any Python from 3.6 on, and nothing else is needed there.  Whoever has the public key
-    can run any code as that user.
+    with any Python from 3.6 on, and need nothing else.  Everybody who has the public key can run
+    any code there as this user.
 
-    max_workers: calls at a time; None is as many as the workers take.
-    allow: what results may have in them besides builtin types and builtin exceptions, as
-        names of modules and of what is in them: ["numpy", "datetime.date", "__main__.Point"].
-        Of a module these are its classes.  A worker can make such objects here, with any
-        contents: name what is data.
-    retries: how often a call whose worker is lost is run again, elsewhere.  With 0 a call
-        is run once at most.
+    max_workers: how many calls run at a time; None: as many as the workers take.
+    allow: classes that may be in results, besides builtin types and builtin exceptions: names of
+        classes, or of modules for all their classes: ["numpy", "datetime.date", "__main__.Point"].
+        A worker can make such objects here, with any contents: so name only classes for data.
+    retries: how often a call runs again, on another worker, if its worker is lost.  With 0 a call
+        runs at most once.
 
-    A function must be found by its name in a module.  The main program's file is sent, and
-    run on the worker as __mp_main__ by the first call that needs it, as multiprocessing does
-    it: what only the main program is to do belongs below  if __name__ == "__main__":
-    Modules beside the main program are sent when they are imported there; what is installed
-    must be installed there.  What a function prints comes to standard error, after the
-    worker's name.  A worker's Python is used for many calls, for a minute or so, and globals
-    last as long.  Workers are held while there are calls, and for 3 seconds more.
+    A function must be found by its name in a module.  The file of the main program is sent, and
+    the first call that needs it runs it on the worker as __mp_main__, as multiprocessing does: so
+    the main program's own work must be below  if __name__ == "__main__":
+    Modules beside the main program are sent when a worker imports them; installed packages must be
+    installed on the workers too.  The output of a function comes to standard error here, after the
+    worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
+    Workers are held while there are calls, and for 3 seconds more.
 
-    Raises Failed if the public key cannot be read, ValueError, TypeError, and ImportError or
-    AttributeError for what allow names and is not there.  A future's exception is what the
-    function raised, with the traceback there as its __cause__; Failed if there is no worker;
-    concurrent.futures.BrokenExecutor if the worker was lost too often (RuntimeError on Python
-    3.6); pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a
-    result or an exception with something in it that is not allowed.
+    Raises Failed if the public key cannot be read; ValueError; TypeError; ImportError or
+    AttributeError for a name in allow that does not exist.  A future's exception is the one that
+    the function raised, with the worker's traceback as its __cause__; Failed if there is no worker;
+    concurrent.futures.BrokenExecutor if the worker was lost too often (RuntimeError on Python 3.6);
+    pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a result or an
+    exception with a class that is not allowed.
     """
 
     def __init__(self, pub, max_workers=None, allow=(), retries=3):
@@ -12002,9 +12011,9 @@ class ExecutorMethods:
     def map(self, fn, *iterables, timeout=None, chunksize=1):
         """The results of fn for each of the iterables' items, in their order, as the builtin map() gives them.
 
-        All calls are submitted at once.  With a chunksize so many items are one call, which
-        is faster if each takes less than a millisecond.  Raises what the function raised, and
-        concurrent.futures.TimeoutError for a result that is not there timeout seconds from now.
+        All calls are submitted at once.  With a chunksize, so many items are one call: that is faster
+        if an item takes less than a millisecond.  Raises the function's exception, and
+        concurrent.futures.TimeoutError for a result that has not come timeout seconds from now.
         """
         import itertools
         from concurrent.futures import Executor
@@ -12019,19 +12028,19 @@ class ExecutorMethods:
     def shutdown(self, wait=True, *, cancel_futures=False):
         """Take no more calls; wait until all are done, unless wait is false.
 
-        With cancel_futures those that have not begun are cancelled.
+        cancel_futures: cancel the calls that have not begun.
         """
         self._pool.shutdown(wait, cancel_futures)
 
     def __exit__(self, kind, error, traceback):
-        """Waits for all calls; after Ctrl-C, or sys.exit(), ends those that run instead."""
+        """Waits for all calls; but after Ctrl-C or sys.exit() it ends the running ones."""
         stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         self._pool.shutdown(True, stopped, stopped)
         return False
 
 
 def flattened(chunks):
-    """The items of some lists, none of which is held for longer than need be."""
+    """The items of these lists; each item is released at once."""
     for chunk in chunks:
         chunk.reverse()
         while chunk:
@@ -12039,7 +12048,7 @@ def flattened(chunks):
 
 
 def __getattr__(name):
-    """Executor, when it is first asked for: to import concurrent.futures takes time (PEP 562, from Python 3.7 on)."""
+    """Makes Executor at its first use, because to import concurrent.futures takes time (PEP 562, Python 3.7)."""
     if name != "Executor":
         raise AttributeError("module %r has no attribute %r" % (__name__, name))
     import concurrent.futures
@@ -12111,7 +12120,7 @@ def run_applet(argv):
         name, words = (words[0], words[1:]) if words else ("", [])
     if name in APPLETS:
         log.begin(name)
-        if name != "cexec":         # which looks first at what is open
+        if name != "cexec":         # cexec must first see which descriptors are open
             fill_standard()
         return APPLETS[name](words)
     if name == "--install":
@@ -12134,17 +12143,17 @@ def main(argv):
             code = error.code or 0
         print_out()
     except Fatal as error:
-        tidy_up()                   # first, or the message might go with the screen that it is on
+        tidy_up()                   # first: it may end a full screen, and the message with it
         log.say(str(error))
         code = error.code
     except KeyboardInterrupt:
         die_of(signal.SIGINT)
     except BrokenPipeError:
-        die_of(signal.SIGPIPE)      # whoever read our output has gone
+        die_of(signal.SIGPIPE)      # the reader of our output has gone
     except ImportError as error:
         log.say("this Python is not complete (%s): use another python3" % error)
         code = EXIT_TEMPORARY
-    except Exception as error:      # a defect of ours: one line all the same, the rest with -v
+    except Exception as error:      # a defect of ours: one line, and the traceback only with -v
         tidy_up()
         if log.verbose:
             import traceback
@@ -12152,33 +12161,33 @@ def main(argv):
         log.say("internal error: %s: %s" % (type(error).__name__, error))
         code = EXIT_TEMPORARY
     tidy_up()
-    os._exit(code)                  # at once: there is nothing left to be done
+    os._exit(code)                  # at once: Python has nothing to clean up
 
 
 # ---------------------------------------------------------------------------
 # The door: how this file is started
 # ---------------------------------------------------------------------------
 #
-# Python compiles a file that it is given anew each time, and for this one that takes longer
-# than a short job.  So the line at the top has sh give Python only what stands below START;
-# enter() there takes the whole file as a module, from its compiled code in ~/.cache/cexec.
-# That is made, if need be, by the loader that Python has for all modules.
+# Python compiles a script anew at each start, and for this one that takes longer than a short
+# job.  So the third line of this file lets sh give Python only the part below START.  There
+# enter() loads the whole file as a module, from its compiled code in ~/.cache/cexec.  Python's
+# own loader for modules makes this code if it is missing.
 #
 #     ./cexec.py cexec ..., a link        sh, enter(), main() in the module
 #     python3 cexec.py cexec ...          main() in the file
 #     python3 cexec.py cservice ...       the same, then slim_down(), enter(), main() in the module
-#     python3 - cservice ... < cexec.py   main() in the file: there is none to start again
+#     python3 - cservice ... < cexec.py   main() in standard input: slim_down() has no file
 #     import cexec                        nothing is started
 #
-# sh gives -S, for we use no site packages.  It looks at standard input first, because Python
-# does not start with a directory there.  What is below START is compiled at each start, and
-# short for that reason.
+# sh gives -S, because we use no site packages.  It first tests that standard input is no
+# directory, because with one Python does not start.  The part below START is compiled at each
+# start: it must stay short.
 
-KEPT_MAX = 8                        # files in the cache: one for each path of this file and version of Python
+KEPT_MAX = 8                        # files in the cache: one for each path of this file and each version of Python
 
 
 def write_kept(path, data):
-    """Writes a file of the cache whole or not at all, and removes the oldest if there are too many."""
+    """Writes a file of the cache, whole or not at all, and removes the oldest files if there are too many."""
     cache, part = os.path.dirname(path), "%s.%d.part" % (path, os.getpid())
     try:
         os.makedirs(cache, 0o700, exist_ok=True)
@@ -12194,11 +12203,11 @@ def write_kept(path, data):
         for oldest in sorted(paths, key=os.path.getmtime)[:-KEPT_MAX]:
             os.unlink(oldest)
     except OSError:
-        pass                        # a disk that is full or read-only: the next time it is compiled again
+        pass                        # the disk is full or read-only: the next start compiles again
 
 
 def show_in_ps():
-    """Has ps show our name and arguments, and not the text of the line at the top (Linux; see proc(5))."""
+    """Makes ps show our name and arguments instead of the text after -c (Linux; see proc(5))."""
     try:
         with open("/proc/self/comm", "w") as comm:
             comm.write(os.path.basename(sys.argv[0]))
@@ -12216,17 +12225,17 @@ def show_in_ps():
 
 # START
 def kept_path(pyc):
-    """Where we keep what Python would keep at a path.  Raises OSError in another user's home, as sudo may leave it."""
+    """Our path for compiled code that Python would keep at pyc.  Raises OSError in another user's home (sudo)."""
     import os
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative one is none
+    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative path does not count
     if os.stat(home).st_uid != os.geteuid():
         raise OSError("another user's home")
     return os.path.join(home, "cexec" if home is xdg else ".cache/cexec", pyc.replace("/", "%"))
 
 
 def read_kept(path):
-    """What write_kept() wrote: a digest and data.  Raises OSError if another user may have written it."""
+    """(digest, data), as write_kept() wrote them.  Raises OSError if another user may have written the file."""
     import os
     import stat
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", 0) as file:     # it may be a FIFO
@@ -12237,9 +12246,9 @@ def read_kept(path):
 
 
 def made_by_child(make):
-    """What make() gives, made by a child; None if that cannot be.
+    """The result of make() in a child process; None if there can be no child.
 
-    The 15 MB that it takes to compile this file are not given back by a process.
+    To compile this file takes 15 MB, which Python would not give back to the system.
     """
     import marshal
     import os
@@ -12269,12 +12278,12 @@ def made_by_child(make):
 def kept_loader(path):
     """Python's loader for the file at path, with our cache.
 
-    Kept are a SHA-256 and a .pyc, which any build of the same version of Python can run.  The
-    hash takes in which file that was made of; and a damaged .pyc may crash the interpreter.
+    A file of the cache is a SHA-256 and a .pyc, which any build of the same version of Python can
+    run.  The hash covers the .pyc, because a damaged one could crash Python, and the identity of its source.
     """
     import hashlib
     import os
-    from _frozen_importlib_external import SourceFileLoader     # as importlib.machinery has it, 0.5 ms sooner
+    from _frozen_importlib_external import SourceFileLoader     # importlib.machinery has it too, but needs 0.5 ms
     about = os.stat(path)
     source = repr((path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
 
@@ -12284,14 +12293,14 @@ def kept_loader(path):
         return made.digest()
 
     class KeptLoader(SourceFileLoader):
-        fresh = None                # the path and the data to be kept
+        fresh = None                # (path, data) for write_kept(), if the code was compiled
 
         def get_data(self, wanted):
             if wanted == path:
                 return super().get_data(path)
             digest, data = read_kept(kept_path(wanted))
             if digest_of(data) != digest:
-                raise OSError("damaged, or made of another file")
+                raise OSError("damaged, or made from another file")
             return data
 
         def source_to_code(self, data, path, **_):
@@ -12310,9 +12319,9 @@ def kept_loader(path):
 def enter():
     """Runs the whole file as the module cexec: argv is -c, the file's path, and its arguments."""
     import gc
-    gc.disable()                    # until started_up(): there is nothing to collect, and it costs 10 ms
+    gc.disable()                    # until started_up(): it would cost 10 ms, and find nothing
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-        del sys.path[0]             # modules that lie in the current directory are not imported
+        del sys.path[0]             # never import modules from the current directory
     import os
     del sys.argv[0]
     module = sys.modules["cexec"] = type(sys)("cexec")
