@@ -39,18 +39,18 @@ and those that may be repeated (cexec -r, cservice -i) while no output of theirs
 EXIT is the last frame of a job: without it, and without every byte that it counts, no job is
 a success.
 
-Not promised: a worker that no datagram reaches is not found; names, sizes and times are not
-secret.  cexec(7) has the whole protocol, and what it does not protect from.
+Limits: a worker that no datagram reaches is not found; names, sizes and times are not secret.
+cexec(7) has the whole protocol, and what it does not protect from.
 
 The sections, from the leaves up.  A section calls only those above it, with one exception:
 main_cservice calls cservice -s, which needs ckeygen.
 
-    Limits      limits, exit codes, errors, the log                            Log, Fatal, ProtocolError
+    Basics      constants, exit codes, errors, the log                         Log, Fatal, ProtocolError
     Options     an applet's table of options: read, and told by -h             Option, Syntax
     Keys        the private key, what a pub holds, certificates                Key, Pub
     Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
     Groups      where announcements go, and how they are heard                 Group, Listener
-    Event loop  descriptors, timers, signals and children                      Loop
+    Event loop  waits for descriptors, timers and signals                      Loop
     Return port the client's port, to which offers and answers are sent        ReturnPort
     Channel     TLS, frames over it, the channels of descriptors over these    Dial, Link, Channel, Carrier
     Descriptors descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
@@ -109,7 +109,7 @@ ssl = None                          # imported by load_ssl: clients announce the
 
 
 # ---------------------------------------------------------------------------
-# Limits, exit codes, errors, the log
+# Basics: constants, exit codes, errors, the log
 # ---------------------------------------------------------------------------
 
 VERSION = "1.0"
@@ -228,7 +228,7 @@ class Log:
         self.fd = lifted(2, floor)
 
     def release(self):
-        """Writes to 2 itself again: whoever reads there sees the end of file once 2 is closed."""
+        """Writes to 2 itself again: then a reader there sees the end of file when 2 is closed."""
         if self.fd != 2:
             os.close(self.fd)
             self.fd = 2
@@ -271,7 +271,7 @@ class Log:
         if text and not self.midline or self.shown:
             try:
                 width = os.get_terminal_size(self.fd).columns or 80
-            except OSError:         # it is none any more
+            except OSError:         # the terminal was closed
                 width = 80
             self.shown = fitted(printable(text), max(20, width - 1))
             self.write("\r\x1b[K" + self.shown)
@@ -662,11 +662,11 @@ def check_name(name):
 
 
 Pub = collections.namedtuple("Pub", "label name application secret fingerprint")
-Pub.__doc__ = """What a client holds: its name, the application id (8 bytes), its secret (32)
+Pub.__doc__ = """A client's public key: its name, the application id (8 bytes), its secret (32)
 and the SHA-256 of the workers' certificate (32).  label is the file's name, for messages."""
 
 Key = collections.namedtuple("Key", "label path master application")
-Key.__doc__ = """What a worker holds: the master (32 bytes), the rest derived from it."""
+Key.__doc__ = """A worker's private key: the master (32 bytes), and the application id derived from it."""
 
 
 def format_pub(master, name, fingerprint):
@@ -3315,6 +3315,9 @@ class SharedEnd(End):
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
+# How a terminal's size gets to the command: TerminalEnd.size() goes in JOB, and in a RESIZE after each
+# WINCH (Run.signalled_at_terminal); the worker's Command gives it to set_window().
+
 class TerminalEnd(End):
     """A terminal that an applet controls, from take() until restore() or the end of this process.
 
@@ -4745,7 +4748,8 @@ class Search:
 # cexec: the job
 # ---------------------------------------------------------------------------
 #
-# After GO the job runs at a worker: a Run, FileRun or HostRun.  If the connection breaks then:
+# After GO the job runs at a worker; at the client it is a Run, FileRun or HostRun.  If the
+# connection breaks then, the worker ends the command (Supervisor.abandon), and the client does this:
 #
 #   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
 #                               '-- a text ----------------------> Patron.failed(run, reason, text)
@@ -5360,7 +5364,7 @@ class Survey:
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
-        self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
+        self.questions, self.workers = Memory(16), {}           # nonce: when; worker_id: a row
         self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
         self.foreign = {}           # application id: addresses of the workers that sent DENY
@@ -5392,20 +5396,20 @@ class Survey:
 
     def ask(self):
         nonce = os.urandom(16)
-        self.asked[nonce] = time.monotonic()
+        self.questions[nonce] = time.monotonic()
         self.ways = self.group.send(self.back.udp, make_datagram(
             QUERY, self.pub.application, self.pub.name, self.pub.secret, nonce, self.back.port,
-            strangers=not self.workers and len(self.asked) > 1, padding=bytes(240)))
+            strangers=not self.workers and len(self.questions) > 1, padding=bytes(240)))
         self.errors |= {self.group.error} - {None}
 
     def hear(self, datagram, address):
         handler = handler_of(self, datagram.kind)
-        if handler and datagram.nonce in self.asked:
+        if handler and datagram.nonce in self.questions:
             handler(datagram, address)
 
     def rcvd_reply(self, datagram, address):
         """A worker that can do our jobs."""
-        body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
+        body, seconds = datagram.body, time.monotonic() - self.questions[datagram.nonce]
         if datagram.proved_by(self.pub.secret):
             self.add_worker(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
@@ -5431,7 +5435,7 @@ class Survey:
 
     def overhear(self, datagram, address, index):
         """A datagram to the group from another client or worker."""
-        if datagram.nonce not in self.asked:
+        if datagram.nonce not in self.questions:
             self.note_stranger(self.others, datagram.application, address)
 
     def hear_stranger(self, address, error):
@@ -6106,7 +6110,7 @@ class Batch(Patron):
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
 
     def work(self):
-        """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
+        """Does all files; the exit code.  Raises Fatal (111) if no worker is found."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         if self.watched:
             self.show_progress()
@@ -10054,24 +10058,24 @@ class Pump:
 class Join:
     """A worker's connection to us, and our connection to its client, joined.
 
-    The client's side gets no byte before it has sent a TLS ClientHello.  So with a forged return
-    address nobody can send bytes to another service through us.
+    The client's side gets no byte before it has sent a TLS ClientHello.  So nobody can use a forged
+    return address to send bytes through us to a service that does not begin TLS itself.
     """
 
     def __init__(self, relay, worker):
         self.relay, self.loop, self.closed = relay, relay.proxy.loop, False
-        self.worker, self.client, self.first = worker, None, b""
+        self.worker_side, self.client_side, self.first = worker, None, b""
         worker.setblocking(False)
         self.deliveries = [(worker, Delivery())]
         self.up = self.down = self.timer = None
-        self.dial = Dial(self.loop, *relay.client, HELLO_SECONDS, self.connected, self.not_connected)
+        self.dial = Dial(self.loop, *relay.return_address, HELLO_SECONDS, self.connected, self.not_connected)
 
     def connected(self, client, seconds):
-        self.client = client
+        self.client_side = client
         self.deliveries.append((client, Delivery()))
         self.timer = self.loop.after(seconds, lambda: self.close("no TLS ClientHello"))
-        self.up, self.down = Pump(self, self.worker, client, held=True), Pump(self, client, self.worker)
-        for sock in (client, self.worker):
+        self.up, self.down = Pump(self, self.worker_side, client, held=True), Pump(self, client, self.worker_side)
+        for sock in (client, self.worker_side):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
         self.down.refresh()
@@ -10106,7 +10110,7 @@ class Join:
         A worker that has sent everything may go.
         """
         for sock, delivery in self.deliveries:
-            if not self.closed and not (sock is self.worker and self.up and self.up.ended):
+            if not self.closed and not (sock is self.worker_side and self.up and self.up.ended):
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error or delivery.unanswered(sock) > GONE_SECONDS:
                     self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
@@ -10115,12 +10119,12 @@ class Join:
         """Closes both sides.  reset: as one side was reset, the other is too, so that it does not see a regular end."""
         if self.closed:
             return
-        log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
+        log.note("join of %s ends: %s", spelled(*self.relay.return_address), reason)
         self.closed = True
         self.dial.close()
         if self.timer:
             self.timer.cancel()
-        for sock in filter(None, (self.worker, self.client)):
+        for sock in filter(None, (self.worker_side, self.client_side)):
             self.loop.forget(sock.fileno())
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -10134,7 +10138,7 @@ class Relay:
     """One client's representative on the workers' side: a port for offers and answers."""
 
     def __init__(self, proxy, client):
-        self.proxy, self.client, self.joins = proxy, client, set()
+        self.proxy, self.return_address, self.joins = proxy, client, set()      # return_address: (address, port)
         self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY of the client: the kind
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
         self.last_activity = time.monotonic()
@@ -10145,11 +10149,12 @@ class Relay:
 
     def accept(self, worker, address):
         relays = self.proxy.relays.values()
+        host = self.return_address[0]
         if (sum(len(relay.joins) for relay in relays) >= JOINS_MAX or
-                sum(len(relay.joins) for relay in relays if relay.client[0] == self.client[0]) >= JOINS_A_CLIENT):
+                sum(len(relay.joins) for relay in relays if relay.return_address[0] == host) >= JOINS_A_CLIENT):
             log.note("offer from %s: too many connections", address)
             return worker.close()
-        log.note("offer from %s goes to %s", address, spelled(*self.client))
+        log.note("offer from %s goes to %s", address, spelled(*self.return_address))
         self.joins.add(Join(self, worker))
 
     def join_over(self, join):
@@ -10167,8 +10172,8 @@ class Relay:
         if datagram.nonce not in self.questions or self.questions[datagram.nonce] is not ANSWERS.get(datagram.kind):
             return
         try:
-            with open_udp(family_of(self.client[0]), broadcasts=False) as back:
-                back.sendto(datagram.data, socket_address(*self.client))
+            with open_udp(family_of(self.return_address[0]), broadcasts=False) as back:
+                back.sendto(datagram.data, socket_address(*self.return_address))
         except OSError as error:
             log.note("dropped a datagram from %s: %s", address, error.strerror)
 
@@ -10234,7 +10239,7 @@ class Proxy:
 
     def give_up(self, relay):
         relay.back.close()
-        del self.relays[relay.client]
+        del self.relays[relay.return_address]
 
     def sweep(self):
         limit = time.monotonic() - RELAY_SECONDS
@@ -10580,11 +10585,9 @@ def first_input(argv, key, group):
 # A host's states, which only _set() changes:
 #
 #   WAITING --its turn--> LOGIN --SERVES came--> SERVING
-#      A                    '--ssh ends--. .--ssh ends--'
-#      '--after 1, 2, 4 ... s, if ssh----+-'
-#         failed, or the worker with 111 '--else: ENDED
 #
-#   From WAITING draining leads to ENDED.
+#   When ssh ends, LOGIN and SERVING lead to WAITING for 1, 2, 4 ... s, if ssh has failed or the worker
+#   has ended with 111; else they lead to ENDED.  From WAITING draining leads to ENDED.
 
 LOGIN, SERVING = "LOGIN", "SERVING"
 
