@@ -151,7 +151,7 @@ PAUSE_MAX = 15.0                    # seconds: a longer pause between announceme
 FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
-OBJECTION_SECONDS = 1.0             # a client waits so long for a better offer, if all others can't do the job
+OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
 PENALTY = 2.0                       # seconds that a worker which has failed waits in addition
@@ -238,7 +238,7 @@ class Log:
         self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
     def once(self, message):
-        """Says what it has not said before."""
+        """Says a message only the first time."""
         if message not in self.said:
             self.said.add(message)
             self.say(message)
@@ -972,7 +972,7 @@ HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
 JOB = Message(3, "JOB", descriptors="rows:HHB", variables="I", arguments="I", patterns="I", linger="I",   # ms
-              term="text", lines="H", columns="H", modes="texts")   # of the terminal, if one is asked for
+              term="text", lines="H", columns="H", modes="texts")   # of the client's terminal, with -t
 ACCEPT = Message(4, "ACCEPT")
 REFUSE = Message(5, "REFUSE", reason="text")
 GO = Message(6, "GO")
@@ -1041,7 +1041,7 @@ class Datagram:
     def __init__(self, data):
         if len(data) > DATAGRAM_MAX or data[:4] != MAGIC[:len(data)]:
             raise ProtocolError("not a cexec datagram")
-        if len(data) > 4 and data[4] != PROTOCOL:       # in the same place in every version
+        if len(data) > 4 and data[4] != PROTOCOL:       # every version has its number in this place
             raise other_version(data)
         try:
             _, _, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
@@ -1478,7 +1478,7 @@ def resolve(name):
 
 
 class Group:
-    """The addresses of CEXEC_GROUP.  A way is one copy of a datagram: its interface, address and port."""
+    """The addresses in a text, or in CEXEC_GROUP.  A way is one copy of a datagram: its interface, address, port."""
 
     def __init__(self, text=None, default_port=PORT):
         named = next((name for name in ("CEXEC_GROUP", "GROUP") if os.environ.get(name)), None)
@@ -4632,7 +4632,7 @@ class Search:
         self.unfit = why
 
     def insist(self):
-        """Gives up, unless a worker is doing our job or has us in its line.
+        """Gives up, unless we have asked a worker, or one has us in its line.
 
         Only the offer of a busy worker will tell whether it can do the job.
         """
@@ -5223,7 +5223,7 @@ class Progress:
         return " (%d%%)" % min(100, 100 * sent // total) if total > 0 else ""
 
     def end(self, run):
-        """Says the last line."""
+        """Shows the last line, which stays."""
         seconds = time.monotonic() - run.began
         log.status_line("")
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
@@ -5274,7 +5274,7 @@ class Client(Patron):
     def __init__(self, pub, group, job):
         super().__init__(pub, group, job, Loop(floor=job.limit))
         self.job = job
-        self.search = self.run = None           # one of them is there at a time
+        self.search = self.run = None           # only one of them at a time
         job.open_ends(self.loop.floor, self.signalled)
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # restore the terminal first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
@@ -7645,7 +7645,7 @@ class Supervisor(Stateful):
 
     def accept(self):
         """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
-        self.link.send(ACCEPT)      # in a batch GO is here already; ACCEPT still tells the client what has begun
+        self.link.send(ACCEPT)      # a batch's next GO does not wait for it, but it tells the client what has begun
         self.set_deadline(OFFER_SECONDS, lambda: self.link.fail("no GO"))
 
     def set_deadline(self, seconds, call):
@@ -10894,7 +10894,7 @@ __version__ = VERSION
 
 LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
 LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers
-LANE_FAILURES = 3                   # after so many lanes in a row that end before they are ready, all calls fail
+LANE_FAILURES = 3                   # after so many lanes in a row that end before they are ready: see cannot_grow()
 SEARCH_PAUSE = 10.0                 # seconds until the next search for more workers, after one that found none
 AHEAD_SECONDS = 0.010               # a lane gets further calls before it has done the first: for so many seconds,
 AHEAD_MAX = 32                      # and so many calls, at most
