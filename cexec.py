@@ -56,7 +56,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     Descriptors descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
-    cexec       the job: one run of it, and the next if that is lost           Job, RemoteJob, Run, Client
+    cexec       the job: one run of it, and the next if that is lost           Job, RemoteRun, Run, Client
     cexec -l    which workers there are                                        Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
@@ -4925,7 +4925,7 @@ class SavedPosition:
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
-class RemoteJob(Carrier):
+class RemoteRun(Carrier):
     """A job after GO, at the client: the common part of Run, FileRun and HostRun."""
 
     def __init__(self, patron, link, hello, job):
@@ -5031,7 +5031,7 @@ class RemoteJob(Carrier):
             self.tick = self.loop.after(interval, self.check_life)
 
 
-class Run(RemoteJob):
+class Run(RemoteRun):
     """One run of a single job, with the descriptors of this process."""
 
     def __init__(self, client, link, hello, job):
@@ -5952,7 +5952,7 @@ def write_joblog(file, line):
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
-class FileRun(RemoteJob):
+class FileRun(RemoteRun):
     """One run of a Task.  After its EXIT the next Task can use the connection: see Batch.go_on()."""
 
     def __init__(self, batch, link, hello, task, accepted):
@@ -6770,7 +6770,7 @@ class LineEnd(End):
             self.add(b"\n")
 
 
-class HostRun(RemoteJob):
+class HostRun(RemoteRun):
     """A HostJob after GO."""
     # All runs share 0, 1 and 2, but the Loop calls only one function for a descriptor: so each run waits
     # for its own copies.
@@ -7210,7 +7210,7 @@ class PairEnd(SocketEnd):
 
 
 class Command(Carrier, Stateful):
-    """A job's command: its descriptors, its process, its result.  At the client, a RemoteJob is its counterpart.
+    """A job's command: its descriptors, its process, its result.  At the client, a RemoteRun is its counterpart.
 
     It calls the supervisor's command_started(), command_failed() and command_finished().
     """
