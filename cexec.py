@@ -39,24 +39,24 @@ and those that may be repeated (cexec -r, cservice -i) while no output of theirs
 EXIT is the last frame of a job: without it, and without every byte that it counts, no job is
 a success.
 
-Not promised: a worker that no datagram reaches is not found; names, sizes and times are not
-secret.  cexec(7) has the whole protocol, and what it does not protect from.
+Limits: a worker that no datagram reaches is not found; names, sizes and times are not secret.
+cexec(7) has the whole protocol, and what it does not protect from.
 
 The sections, from the leaves up.  A section calls only those above it, with one exception:
 main_cservice calls cservice -s, which needs ckeygen.
 
-    Limits      limits, exit codes, errors, the log                            Log, Fatal, ProtocolError
+    Basics      constants, exit codes, errors, the log                         Log, Fatal, ProtocolError
     Options     an applet's table of options: read, and told by -h             Option, Syntax
     Keys        the private key, what a pub holds, certificates                Key, Pub
     Messages    datagrams and frames, each declared once: bytes in and out     Message, Datagram, FrameReader
     Groups      where announcements go, and how they are heard                 Group, Listener
-    Event loop  descriptors, timers, signals and children                      Loop
+    Event loop  waits for descriptors, timers and signals                      Loop
     Return port the client's port, to which offers and answers are sent        ReturnPort
     Channel     TLS, frames over it, the channels of descriptors over these    Dial, Link, Channel, Carrier
     Descriptors descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
-    cexec       the job: one run of it, and the next if that is lost           Job, RemoteJob, Run, Client
+    cexec       the job: one run of it, and the next if that is lost           Job, RemoteRun, Run, Client
     cexec -l    which workers there are                                        Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
@@ -66,7 +66,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
     cservice    the applet, and its lifeline to cservice -s                    Lifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
-    crat --svg  a log as a picture                                             Axis, Band, Bar
+    crat --svg  a log as a picture                                             TimeAxis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
     cservice -s workers on other hosts, over ssh                               Starter, Host
@@ -78,7 +78,7 @@ import gc
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]                 # a socket.py lying beside this file is not imported
+    del sys.path[0]                 # never import a socket.py that lies beside this file
 
 try:
     import collections
@@ -109,7 +109,7 @@ ssl = None                          # imported by load_ssl: clients announce the
 
 
 # ---------------------------------------------------------------------------
-# Limits, exit codes, errors, the log
+# Basics: constants, exit codes, errors, the log
 # ---------------------------------------------------------------------------
 
 VERSION = "1.0"
@@ -151,7 +151,7 @@ PAUSE_MAX = 15.0                    # seconds: a longer pause between announceme
 FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
-OBJECTION_SECONDS = 1.0             # a client waits so long for a better offer, if all others can't do the job
+OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
 DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
 DELAY_MAX = 1.0
 PENALTY = 2.0                       # seconds that a worker which has failed waits in addition
@@ -228,7 +228,7 @@ class Log:
         self.fd = lifted(2, floor)
 
     def release(self):
-        """Writes to 2 itself again: whoever reads there sees the end of file once 2 is closed."""
+        """Writes to 2 itself again: then a reader there sees the end of file when 2 is closed."""
         if self.fd != 2:
             os.close(self.fd)
             self.fd = 2
@@ -238,7 +238,7 @@ class Log:
         self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
     def once(self, message):
-        """Says what it has not said before."""
+        """Says a message only the first time."""
         if message not in self.said:
             self.said.add(message)
             self.say(message)
@@ -278,7 +278,7 @@ class Log:
         if text and not self.midline or self.shown:
             try:
                 width = os.get_terminal_size(self.fd).columns or 80
-            except OSError:         # it is none any more
+            except OSError:         # the terminal was closed
                 width = 80
             self.shown = fitted(printable(text), max(20, width - 1))
             self.write("\r\x1b[K" + self.shown)
@@ -669,11 +669,11 @@ def check_name(name):
 
 
 Pub = collections.namedtuple("Pub", "label name application secret fingerprint")
-Pub.__doc__ = """What a client holds: its name, the application id (8 bytes), its secret (32)
+Pub.__doc__ = """A client's public key: its name, the application id (8 bytes), its secret (32)
 and the SHA-256 of the workers' certificate (32).  label is the file's name, for messages."""
 
 Key = collections.namedtuple("Key", "label path master application")
-Key.__doc__ = """What a worker holds: the master (32 bytes), the rest derived from it."""
+Key.__doc__ = """A worker's private key: the master (32 bytes), and the application id derived from it."""
 
 
 def format_pub(master, name, fingerprint):
@@ -979,7 +979,7 @@ HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
 JOB = Message(3, "JOB", descriptors="rows:HHB", variables="I", arguments="I", patterns="I", linger="I",   # ms
-              term="text", lines="H", columns="H", modes="texts")   # of the terminal, if one is asked for
+              term="text", lines="H", columns="H", modes="texts")   # of the client's terminal, with -t
 ACCEPT = Message(4, "ACCEPT")
 REFUSE = Message(5, "REFUSE", reason="text")
 GO = Message(6, "GO")
@@ -1048,7 +1048,7 @@ class Datagram:
     def __init__(self, data):
         if len(data) > DATAGRAM_MAX or data[:4] != MAGIC[:len(data)]:
             raise ProtocolError("not a cexec datagram")
-        if len(data) > 4 and data[4] != PROTOCOL:       # in the same place in every version
+        if len(data) > 4 and data[4] != PROTOCOL:       # every version has its number in this place
             raise other_version(data)
         try:
             _, _, code, self.hops, address, port = DATAGRAM_HEAD.unpack_from(data)
@@ -1485,7 +1485,7 @@ def resolve(name):
 
 
 class Group:
-    """The addresses of CEXEC_GROUP.  A way is one copy of a datagram: its interface, address and port."""
+    """The addresses in a text, or in CEXEC_GROUP.  A way is one copy of a datagram: its interface, address, port."""
 
     def __init__(self, text=None, default_port=PORT):
         named = next((name for name in ("CEXEC_GROUP", "GROUP") if os.environ.get(name)), None)
@@ -3322,6 +3322,9 @@ class SharedEnd(End):
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
+# How a terminal's size gets to the command: TerminalEnd.size() goes in JOB, and in a RESIZE after each
+# WINCH (Run.signalled_at_terminal); the worker's Command gives it to set_window().
+
 class TerminalEnd(End):
     """A terminal that an applet controls, from take() until restore() or the end of this process.
 
@@ -4636,7 +4639,7 @@ class Search:
         self.unfit = why
 
     def insist(self):
-        """Gives up, unless a worker is doing our job or has us in its line.
+        """Gives up, unless we have asked a worker, or one has us in its line.
 
         Only the offer of a busy worker will tell whether it can do the job.
         """
@@ -4752,7 +4755,8 @@ class Search:
 # cexec: the job
 # ---------------------------------------------------------------------------
 #
-# After GO the job runs at a worker: a Run, FileRun or HostRun.  If the connection breaks then:
+# After GO the job runs at a worker; at the client it is a Run, FileRun or HostRun.  If the
+# connection breaks then, the worker ends the command (Supervisor.abandon), and the client does this:
 #
 #   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
 #                               '-- a text ----------------------> Patron.failed(run, reason, text)
@@ -4928,7 +4932,7 @@ class SavedPosition:
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
-class RemoteJob(Carrier):
+class RemoteRun(Carrier):
     """A job after GO, at the client: the common part of Run, FileRun and HostRun."""
 
     def __init__(self, patron, link, hello, job):
@@ -5040,7 +5044,7 @@ class RemoteJob(Carrier):
             self.tick = self.loop.after(interval, self.check_life)
 
 
-class Run(RemoteJob):
+class Run(RemoteRun):
     """One run of a single job, with the descriptors of this process."""
 
     def __init__(self, client, link, hello, job):
@@ -5232,7 +5236,7 @@ class Progress:
         return " (%d%%)" % min(100, 100 * sent // total) if total > 0 else ""
 
     def end(self, run):
-        """Says the last line."""
+        """Shows the last line, which stays."""
         seconds = time.monotonic() - run.began
         log.status_line("")
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
@@ -5283,7 +5287,7 @@ class Client(Patron):
     def __init__(self, pub, group, job):
         super().__init__(pub, group, job, Loop(floor=job.limit))
         self.job = job
-        self.search = self.run = None           # one of them is there at a time
+        self.search = self.run = None           # only one of them at a time
         job.open_ends(self.loop.floor, self.signalled)
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # restore the terminal first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
@@ -5373,7 +5377,7 @@ class Survey:
     def __init__(self, group, pub, job_ports, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.back = ReturnPort(job_ports, self.loop, group.families())
-        self.asked, self.workers = Memory(16), {}   # nonce: when; worker_id: a row
+        self.questions, self.workers = Memory(16), {}           # nonce: when; worker_id: a row
         self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
         self.foreign = {}           # application id: addresses of the workers that sent DENY
@@ -5405,20 +5409,20 @@ class Survey:
 
     def ask(self):
         nonce = os.urandom(16)
-        self.asked[nonce] = time.monotonic()
+        self.questions[nonce] = time.monotonic()
         self.ways = self.group.send(self.back.udp, make_datagram(
             QUERY, self.pub.application, self.pub.name, self.pub.secret, nonce, self.back.port,
-            strangers=not self.workers and len(self.asked) > 1, padding=bytes(240)))
+            strangers=not self.workers and len(self.questions) > 1, padding=bytes(240)))
         self.errors |= {self.group.error} - {None}
 
     def hear(self, datagram, address):
         handler = handler_of(self, datagram.kind)
-        if handler and datagram.nonce in self.asked:
+        if handler and datagram.nonce in self.questions:
             handler(datagram, address)
 
     def rcvd_reply(self, datagram, address):
         """A worker that can do our jobs."""
-        body, seconds = datagram.body, time.monotonic() - self.asked[datagram.nonce]
+        body, seconds = datagram.body, time.monotonic() - self.questions[datagram.nonce]
         if datagram.proved_by(self.pub.secret):
             self.add_worker(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
@@ -5444,7 +5448,7 @@ class Survey:
 
     def overhear(self, datagram, address, index):
         """A datagram to the group from another client or worker."""
-        if datagram.nonce not in self.asked:
+        if datagram.nonce not in self.questions:
             self.note_stranger(self.others, datagram.application, address)
 
     def hear_stranger(self, address, error):
@@ -5963,7 +5967,7 @@ def write_joblog(file, line):
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
-class FileRun(RemoteJob):
+class FileRun(RemoteRun):
     """One run of a Task.  After its EXIT the next Task can use the connection: see Batch.go_on()."""
 
     def __init__(self, batch, link, hello, task, accepted):
@@ -6121,7 +6125,7 @@ class Batch(Patron):
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
 
     def work(self):
-        """Does all of it; the exit code.  Raises Fatal (111) when no worker can be found any more."""
+        """Does all files; the exit code.  Raises Fatal (111) if no worker is found."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         if self.watched:
             self.show_progress()
@@ -6783,7 +6787,7 @@ class LineEnd(End):
             self.add(b"\n")
 
 
-class HostRun(RemoteJob):
+class HostRun(RemoteRun):
     """A HostJob after GO."""
     # All runs share 0, 1 and 2, but the Loop calls only one function for a descriptor: so each run waits
     # for its own copies.
@@ -7224,7 +7228,7 @@ class PairEnd(SocketEnd):
 
 
 class Command(Carrier, Stateful):
-    """A job's command: its descriptors, its process, its result.  At the client, a RemoteJob is its counterpart.
+    """A job's command: its descriptors, its process, its result.  At the client, a RemoteRun is its counterpart.
 
     It calls the supervisor's command_started(), command_failed() and command_finished().
     """
@@ -7659,7 +7663,7 @@ class Supervisor(Stateful):
 
     def accept(self):
         """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
-        self.link.send(ACCEPT)      # in a batch GO is here already; ACCEPT still tells the client what has begun
+        self.link.send(ACCEPT)      # a batch's next GO does not wait for it, but it tells the client what has begun
         self.set_deadline(OFFER_SECONDS, lambda: self.link.fail("no GO"))
 
     def set_deadline(self, seconds, call):
@@ -8780,14 +8784,14 @@ class Worker:
 # ---------------------------------------------------------------------------
 
 Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place")
-                                    # options: as HELLO's; place: where directories of jobs are, if they have any
+                                    # options: those of HELLO; place: the directory for the jobs' directories (-d)
 
-# What cservice -s and the workers that it starts say to each other.
-OVER_SSH = "-"                      # as the first -s: this is such a worker
-SERVES = b"cexec: serves "          # at the beginning of a line of its standard output: and here is its id
-ALIVE, DRAIN, END_JOBS = b".", b"D", b"E"
-ALIVE_SECONDS = 10.0                # how often the starter says ALIVE
-SILENCE_SECONDS = 60.0              # and after how long without a word a worker drains
+# The messages between cservice -s and a worker that it has started, over ssh
+OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
+SERVES = b"cexec: serves "          # the worker's output: a line with this and its id, when it serves
+ALIVE, DRAIN, END_JOBS = b".", b"D", b"E"       # the worker's input
+ALIVE_SECONDS = 10.0                # seconds between two ALIVE
+SILENCE_SECONDS = 60.0              # a worker drains if it has read nothing for so long
 
 CSERVICE = Syntax(
     "cservice", {"-": "APP [COMMAND [ARGUMENT ...]]"},
@@ -8807,7 +8811,7 @@ private key: -u runs COMMAND as another user.
 
 
 def main_cservice(argv):
-    """Serves until it is told to end; 0."""
+    """Serves until a signal ends it; its exit code."""
     options = CSERVICE.read(argv)
     if not options.words or len(options.words) < 2 and not options.arguments:
         raise CSERVICE.error("no command is named" if options.words else "no private key is named")
@@ -8820,7 +8824,7 @@ def main_cservice(argv):
         return serve_on_hosts(options.hosts, path, argv)
     fill_standard()
     slim_down(argv)
-    make_room(512 + 2 * slots)      # a pipe or a connection each; and what a supervisor usually needs
+    make_room(512 + 2 * slots)      # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
     user = find_user(options.user) if options.user else None
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
@@ -8840,7 +8844,7 @@ def main_cservice(argv):
 
 
 def handed_key():
-    """The text of the private key that `cservice -s` sends behind the program: a line of hexadecimal digits."""
+    """The text of the private key, which `cservice -s` sends after the program, as a line of hexadecimal digits."""
     line = open(0, "rb", 0, closefd=False).readline()
     try:
         return bytes.fromhex(line.decode().strip() or "none").decode()
@@ -8849,10 +8853,10 @@ def handed_key():
 
 
 class Lifeline:
-    """What a worker that `cservice -s` has started hears of its starter, over ssh.
+    """The worker's end of its connection over ssh to the `cservice -s` that has started it (the starter).
 
-    The connection can end unseen, and a process that was stopped says nothing: without a
-    word for SILENCE_SECONDS, as at the end of its input, the worker drains.
+    At the end of its input the worker drains.  It also drains after SILENCE_SECONDS without a byte:
+    a connection can break without an end, and a stopped starter sends nothing.
     """
 
     def __init__(self, loop, worker):
@@ -8860,17 +8864,17 @@ class Lifeline:
         self.lost = False           # whether it drains because its starter is lost
         self.timer = loop.after(SILENCE_SECONDS, self.lose)
         for number in (1, 2):
-            os.set_blocking(number, False)      # a worker whose starter does not read must still drain
-        try:                        # a login may have left a line unfinished
+            os.set_blocking(number, False)      # the worker must be able to drain if the starter does not read
+        try:                        # \n: the login may have written the beginning of a line
             os.write(1, b"\n%s%s\n" % (SERVES, worker.id.hex().encode()))
         except OSError:
-            pass                    # nobody is there: read() will see it
+            pass                    # the starter has gone: read() will see it
         loop.on_read(0, self.read)
 
     def read(self):
         try:
             data = os.read(0, 4096)
-        except BlockingIOError:     # to sshd 0 and 1 are one socket
+        except BlockingIOError:     # sshd may give us one socket as 0 and 1, which is now ready for writing only
             return
         except OSError:
             data = b""
@@ -8895,7 +8899,7 @@ class Lifeline:
 
 
 def tell_service(key, group, settings):
-    """What, with how many slots, where and to whom: to a terminal always."""
+    """Says what this cservice serves; on a terminal always, else with -v."""
     but = " except %s (-x)" % ", ".join(sorted(settings.refused)) if settings.refused else ""
     text = "serves %s with %d slots on %s: %s, for the holders of a public key%s" % (
         key.label, settings.slots, group.text, " ".join(settings.command), but)
@@ -8903,11 +8907,11 @@ def tell_service(key, group, settings):
 
 
 def what_is_run(command, options):
-    """(the command, in which {} are the client's arguments with -a; HELLO's options)."""
+    """(the command; with -a its {} stands for the client's arguments, the options of HELLO)."""
     bits = (HELLO_REPEATABLE * options.repeatable | HELLO_ARGUMENTS * options.arguments
             | HELLO_DIRECTORIES * options.directories)
     if options.directories and command and "/" in command[0]:
-        command = [os.path.abspath(command[0])] + command[1:]       # it does not run in our directory
+        command = [os.path.abspath(command[0])] + command[1:]       # it will run in another directory
     if options.arguments:
         command = command if "{}" in command else command + ["{}"]
         bits |= HELLO_NO_COMMAND * (command[0] == "{}")
@@ -8915,7 +8919,7 @@ def what_is_run(command, options):
 
 
 def place_for_directories():
-    """TMPDIR, or what stands for it, without what a crash has left there.  Raises Fatal (111)."""
+    """The directory for the jobs' directories: TMPDIR or /tmp.  Removes those that a crash has left.  Raises Fatal."""
     import tempfile
     try:
         place = os.path.realpath(tempfile.gettempdir())
@@ -8926,7 +8930,7 @@ def place_for_directories():
 
 
 def warn_of_command(settings):
-    """Says at once what every client would be told, for the command may be put there yet; and what it is to be root."""
+    """Warns if the command is not there, as it may be installed later, and if clients can make root run anything."""
     name = settings.command[0]
     if settings.options & HELLO_ARGUMENTS and not os.geteuid() and not settings.user:
         log.say("warning: -a as root: a client can make the command do anything as root that its arguments "
@@ -8944,22 +8948,22 @@ def warn_of_command(settings):
 
 
 def slim_down(words):
-    """Starts this applet again through the door, in the same process, if Python was given the file itself.
+    """Starts this applet again through The door, in the same process, if it was started as `python3 cexec.py`.
 
-    The syntax tree of a script stays in memory for as long as that runs: 10 MB that a service
-    can do without.  Returns if there is no file (python3 -), or the door is not known (python3 -OO).
+    Python keeps the syntax tree of a script in memory as long as it runs: 10 MB, which a service
+    does not need.  Returns if there is no file (python3 -), or no docstring (python3 -OO).
     """
     import subprocess
-    if __file__.startswith("/dev/fd/"):                         # cservice -s has started it so
+    if __file__.startswith("/dev/fd/"):                         # cservice -s has started it
         os.close(int(__file__[8:]))
     elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
-        options = subprocess._args_from_interpreter_flags()     # as multiprocessing has them
-        options += ["-S", "-c", __doc__.split("'")[1]]          # as sh does it, see the line at the top
+        options = subprocess._args_from_interpreter_flags()     # multiprocessing uses this too
+        options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the third line of this file
         os.execv(sys.executable, [sys.executable, *options, __file__, log.applet, *words])
 
 
 def find_user(name):
-    """The entry of a user to become, if we are not that one.  Raises Fatal (100) if there is none or we may not."""
+    """The passwd(5) entry of a user; None if we are this user.  Raises Fatal (100) if it is missing or forbidden."""
     import pwd
     try:
         user = pwd.getpwnam(name)
@@ -8977,22 +8981,22 @@ def find_user(name):
 # ---------------------------------------------------------------------------
 
 class Logger:
-    """Calls tell(record, a function that makes crat's line of it) for every alert that it hears."""
+    """Calls tell(record, form) for every alert that it hears; form(record) is the record as a line."""
 
     def __init__(self, loop, listeners, pubs, keys, tell):
         self.pubs, self.keys, self.tell = pubs, keys, tell
-        self.told = Memory()        # identities: copies come by other ways
+        self.known = Memory()       # identities, because copies of a datagram come by other ways
         hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
-        if datagram.kind is ALERT and datagram.identity not in self.told:
-            self.told[datagram.identity] = True
+        if datagram.kind is ALERT and datagram.identity not in self.known:
+            self.known[datagram.identity] = True
             self.tell(self.record(datagram, address), alert_line)
 
     def hear_stranger(self, address, error):
-        """Somebody has announced a job, or an alert, in another version: said once."""
-        if (address, error.version) not in self.told:
-            self.told[address, error.version] = True
+        """A peer has sent a datagram of another protocol version: told once for each address."""
+        if (address, error.version) not in self.known:
+            self.known[address, error.version] = True
             self.tell({"time": time.time(), "client": address, "event": "version", "version": error.version,
                        "ours": PROTOCOL}, version_line)
 
@@ -9040,37 +9044,37 @@ def alert_line(record):
 
 
 def version_line(record):
-    """crat's line for whoever speaks another version of the protocol."""
+    """crat's line for a peer with another protocol version."""
     return "{client} speaks protocol version {version}, this is {ours} (cexec {program})".format(
         program=VERSION, **record)
 
 
-REDRAW_SECONDS = 0.25               # between two drawings of the screen, however many alerts come
-WORKERS_MAX = 4096                  # workers of which the screen keeps account
-LINES_KEPT = 500                    # of the log, for a window that grows
-NAME_COLUMNS, HOST_COLUMNS = 40, 24     # of a worker's address and name
-ASK_SECONDS, ABSENT_SECONDS = 3.0, 10.0   # between two questions who is there; after the last answer of a worker
-PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # columns of what workers answer; instead, below NOW
-UNVERIFIED = " (unverified)"        # after the names of workers of whom nothing is proved
-LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # of the table's columns, where there is no room
-ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # xterm's other screen; without a
+REDRAW_SECONDS = 0.25               # between two drawings of the screen
+WORKERS_MAX = 4096                  # workers that the screen counts
+LINES_KEPT = 500                    # lines of the log, for a window that grows
+NAME_COLUMNS, HOST_COLUMNS = 40, 24     # the most that a worker's address and name take
+ASK_SECONDS, ABSENT_SECONDS = 3.0, 10.0   # between two QUERYs; a worker is gone so long after its last answer
+PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # the columns from the workers' answers; NOW without an answer
+UNVERIFIED = " (unverified)"        # after the name of a worker whose alerts no key proves
+LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # columns that a narrow screen lacks, in this order
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # to xterm's other screen, without
                                     # cursor and wrapped lines; and back
 BOLD, REVERSED, DIM, RED, YELLOW = "1", "7", "2", "31", "33"
 STYLES = {"complaint": RED, "signalled": YELLOW}
 
 
 class Tally:
-    """What was heard of a worker, or of all."""
+    """The sums of the alerts about one worker, or about all."""
 
     HEADS = ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
 
     def __init__(self):
         self.done = self.failed = self.complaints = self.bytes_in = self.bytes_out = 0
-        self.seconds, self.heard = 0.0, time.monotonic()
+        self.seconds, self.heard_at = 0.0, time.monotonic()
 
     def add(self, record):
         good = record["event"] == "exited" and record["status"] == 0
-        self.heard = time.monotonic()
+        self.heard_at = time.monotonic()
         if record["event"] == "complaint":
             self.complaints += 1
             return
@@ -9085,7 +9089,7 @@ class Tally:
     def row(self, name, host="", now="", load=""):
         """The texts below HEADS."""
         mean = self.seconds / max(1, self.done + self.failed)
-        last = duration(int(time.monotonic() - self.heard)) + " ago" if self.activity() else "never"
+        last = duration(int(time.monotonic() - self.heard_at)) + " ago" if self.activity() else "never"
         return [name, host, now, load, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
                 size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean, last]
 
@@ -9094,7 +9098,7 @@ class Tally:
 
 
 class Tallies:
-    """What was heard of workers, proved and not: the latter are apart, and can push none of the former out."""
+    """A Tally for each worker.  Unverified alerts are counted apart: they cannot push verified ones out of memory."""
 
     def __init__(self):
         self.began = time.monotonic()
@@ -9109,15 +9113,16 @@ class Tallies:
             each.add(record)
 
     def total(self):
-        """A line on all of it."""
+        """A line with the sums of all workers."""
         proved, rest = self.all[True], self.all[False]
         text = "finished: %s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
         return text + "; unverified: " + rest.text() if rest.activity() else text
 
     def table(self, room, width, present):
-        """At most so many lines: the workers that did most, and below them those of whom nothing is proved.
+        """A table of room lines at most: first the workers that did most, then the unverified ones.
 
-        present has (host, now, load), texts, of the workers that were asked, by address; None: nobody was.
+        present: {address: (host, now, load)} with the texts for workers that have answered, see
+        presence(); None if we have no key to ask them.
         """
         there = present or {}
         proved = {name: Tally() for name, (_, now, _) in there.items() if now != ABSENT}
@@ -9138,7 +9143,7 @@ def by_activity(workers):
 
 
 def narrowed(heads, rows, width, hidden):
-    """A table without the hidden columns; and without those of LEFT_OUT, one by one, until it has room."""
+    """A table without the hidden columns; if it is too wide, also without more and more columns of LEFT_OUT."""
     for number in range(len(LEFT_OUT) + 1):
         kept = [place for place, head in enumerate(heads) if head not in hidden and head not in LEFT_OUT[:number]]
         lines = table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows])
@@ -9148,7 +9153,7 @@ def narrowed(heads, rows, width, hidden):
 
 
 class Watch(Survey):
-    """Who is there now, asked every few seconds."""
+    """Asks every few seconds which workers there are."""
 
     def __init__(self, group, pub, job_ports, loop):
         super().__init__(group, pub, job_ports, loop)
@@ -9156,7 +9161,7 @@ class Watch(Survey):
         self.ask_again()
 
     def listen(self):
-        pass                        # Logger does
+        pass                        # the Logger listens
 
     def ask_again(self):
         self.ask()
@@ -9167,7 +9172,7 @@ class Watch(Survey):
 
 
 def open_watches(loop, group, pubs, keys):
-    """A Watch for each application of which there is a key: a private key makes a pub of its own.  Raises Fatal."""
+    """A Watch for each application of the pubs and keys; a private key gets a pub made for it.  Raises Fatal."""
     known = {pub.application: pub for pub in reversed(pubs)}
     for key in keys:
         known.setdefault(key.application, Pub(key.label, DEFAULT_NAME, key.application,
@@ -9176,7 +9181,7 @@ def open_watches(loop, group, pubs, keys):
 
 
 def presence(watches):
-    """{address: (host, now, load)} of the workers that have answered, those of one address taken together."""
+    """{address: (host, now, load)} of the workers that have answered; several at one address are summed up."""
     found, now = {}, time.monotonic()
     for row in sorted((row for watch in watches for row in watch.workers.values()), key=lambda row: row["heard"]):
         found.setdefault(printable(row["address"])[:64], []).append(row)
@@ -9190,7 +9195,7 @@ def presence(watches):
 
 
 def presence_text(watches):
-    """A line on who is there."""
+    """A line that sums up the workers which answer now."""
     if not watches:
         return "now: not known without a key"
     now = time.monotonic()
@@ -9203,10 +9208,10 @@ def presence_text(watches):
 
 
 class Screen:
-    """crat -t: the log as a screen of its own, and a summary where the shell was when it ends.
+    """crat -t: shows the log on the whole screen; at the end it prints a summary on the normal screen.
 
-    The terminal is opened again, not to block: one that takes nothing for a while misses
-    drawings, and we hear alerts and signals all the same.
+    The terminal is opened again, so that it does not block: if it takes nothing for a while, it
+    misses drawings, but we still hear alerts and signals.
     """
 
     def __init__(self, loop, title, watches):
@@ -9214,7 +9219,7 @@ class Screen:
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
         self.draws = False          # whether it has the terminal
-        self.waiting, self.drawn = b"", 0.0     # bytes that the terminal has not taken; when it was drawn last
+        self.unsent, self.drawn_at = b"", 0.0   # bytes that the terminal has not taken; when it was last drawn
         self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
         loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
                     signal.SIGWINCH], self.signalled)
@@ -9223,7 +9228,7 @@ class Screen:
         self.tick()
 
     def tell(self, record, form):
-        """One more line of the log."""
+        """Adds a line to the log."""
         if record["event"] != "version":
             self.tallies.add(record)
         style = STYLES.get(record["event"], YELLOW if record.get("status") else "")
@@ -9234,44 +9239,44 @@ class Screen:
     # The terminal
 
     def take(self):
-        """Begins to draw.  In the background it stops us instead, until CONT."""
+        """Begins to draw.  In the background it stops this process instead, until CONT."""
         try:
-            self.draws = self.end.take(raw=False)   # what is typed does not show, and q comes at once
+            self.draws = self.end.take(raw=False)   # no echo, and a key comes without Enter
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.strerror) from None
         if not self.draws:
             return
         self.loop.on_read(self.end.fd, self.typed)
-        self.waiting, self.changed = self.waiting + ENTER.encode(), True
+        self.unsent, self.changed = self.unsent + ENTER.encode(), True
         self.flush()
 
     def give_back(self, text=""):
-        """Leaves the terminal as it was before, and a text there; if it takes nothing for a second, then not."""
+        """Restores the normal screen, with this text; gives up if the terminal takes nothing for a second."""
         if self.draws:
             self.draws = False
             self.loop.forget(self.end.fd)
-            self.waiting += encoded(LEAVE + text)
+            self.unsent += encoded(LEAVE + text)
             deadline = time.monotonic() + 1.0
-            while self.waiting and time.monotonic() < deadline:
+            while self.unsent and time.monotonic() < deadline:
                 select.select([], [self.end.fd], [], 0.1)
                 self.flush()
             self.end.restore()
 
     def close(self):
-        """The end, however it comes: the summary goes to the screen that stays."""
+        """Runs at every end of this process: prints the summary on the normal screen."""
         lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
                  self.tallies.total()] + self.workers(self.size()[0] - 4)
-        self.give_back("".join(self.spoken(line, "") + "\r\n" for line in lines))
+        self.give_back("".join(self.styled(line, "") + "\r\n" for line in lines))
 
     def flush(self):
         try:
-            self.waiting = self.waiting[os.write(self.end.fd, self.waiting):]
+            self.unsent = self.unsent[os.write(self.end.fd, self.unsent):]
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self.waiting = b""      # it has been hung up
+            self.unsent = b""       # the terminal was hung up
         if self.draws:
-            self.loop.on_write(self.end.fd, self.flush if self.waiting else None)
+            self.loop.on_write(self.end.fd, self.flush if self.unsent else None)
 
     def typed(self):
         try:
@@ -9280,7 +9285,7 @@ class Screen:
             return
         except OSError:
             keys = b""
-        if not keys or b"q" in keys:            # hung up, or enough of it
+        if not keys or b"q" in keys:            # the terminal was hung up, or the user ends it
             self.loop.stop()
         self.changed = True
 
@@ -9303,37 +9308,37 @@ class Screen:
         return known["lines"] or 24, known["columns"] or 80
 
     def tick(self):
-        """Draws if there is something new, or a second has gone by; not before the last drawing was taken."""
+        """Draws if there is news or a second has passed, but not before the terminal has taken the last drawing."""
         self.loop.after(REDRAW_SECONDS, self.tick)
         now = time.monotonic()
-        if self.draws and not self.waiting and (self.changed or now - self.drawn >= 1.0):
-            self.changed, self.drawn = False, now
+        if self.draws and not self.unsent and (self.changed or now - self.drawn_at >= 1.0):
+            self.changed, self.drawn_at = False, now
             room = self.size()[0]
-            lines = ["\x1b[K" + self.spoken(*line) for line in self.picture(room)]
-            self.waiting += encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room)))
+            lines = ["\x1b[K" + self.styled(*line) for line in self.picture(room)]
+            self.unsent += encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room)))
             self.flush()
 
     def picture(self, room):
-        """(text, style) of each line: at most so many."""
+        """(text, style) of each line on the screen, room lines at most."""
         lasted = duration(int(time.monotonic() - self.tallies.began))
         lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD),
                  (presence_text(self.watches), BOLD)]
         if room < 8:
-            lines.pop()             # who finished what is more
+            lines.pop()             # what was finished is more important
         for_log = min(len(self.lines), max(3, room // 3)) + 1
         workers = self.workers(room - len(lines) - 1 - for_log)
         if workers:
             lines += [("", ""), (workers[0], BOLD)] + [(text, "") for text in workers[1:]]
-        rest = room - len(lines) - 1
-        if self.lines and rest > 0:
-            lines += [("", "")] + list(self.lines)[-rest:]
+        below = room - len(lines) - 1
+        if self.lines and below > 0:
+            lines += [("", "")] + list(self.lines)[-below:]
         return lines[:room]
 
     def workers(self, room):
         return self.tallies.table(room, self.size()[1], presence(self.watches) if self.watches else None)
 
-    def spoken(self, text, style):
-        """A line that has room, with its style."""
+    def styled(self, text, style):
+        """A line, cut to the screen's width, with its style."""
         text = fitted(encoded(text).decode(sys.stdout.encoding or "ascii"), self.size()[1])
         return "\x1b[%sm%s\x1b[m" % (style, text) if style and self.coloured else text
 
@@ -9344,25 +9349,25 @@ class Screen:
 #
 #   lines of logs -- parse_entry --> Entry -- pack --> Band, Bar -- picture --> the SVG's text
 #
-# Only read_entries and draw_logs touch files.  Whatever a log says goes through markup(), and
-# is checked for size before, for its lines may come from anybody.
+# Only read_entries and draw_logs touch files.  A log's lines may come from anybody: so every
+# text from them is limited in size, and goes through markup().
 
-OUTCOMES = {                        # of a job, and the legend; the colours are below, in STYLE
+OUTCOMES = {                        # each outcome of a job, and its text in the legend; STYLE has its colour
     "done": "exit status 0", "failed": "another exit status", "killed": "killed by a signal", "lost": "worker lost"}
-LOG_LINE_MAX = 1024 * 1024          # bytes: there is no log with longer lines
+LOG_LINE_MAX = 1024 * 1024          # bytes: no log has longer lines
 NAME_SHOWN = 200                    # characters of a name
 TIME_MAX = 250e9                    # seconds since 1970: the year 9892
-CLOCK_SLACK = 0.05                  # seconds that two jobs of one slot may seem to overlap: alerts take their time
-CUTS_MAX = 8                        # idle times that are left out
-BARS_MAX, MARKS_APART = 4000, 8.0   # bars of the whole picture; pixels between two marks
+CLOCK_SLACK = 0.05                  # two jobs in one slot may seem to overlap so many seconds: alerts need time
+CUTS_MAX = 8                        # idle times that are left out, at most
+BARS_MAX, MARKS_APART = 4000, 8.0   # bars in the whole picture; pixels between two marks
 WORKERS_DRAWN, ROWS_DRAWN = 100, 300
 PICTURE_WIDTH, ROWS_HEIGHT, RATES_HEIGHT = 1200, 1200, 60       # pixels
-TICK_PIXELS = 96                    # between two labels of an axis at least
-COLUMNS_MAX = 120                   # of the throughput
-LABEL_COLUMNS, ROWS_LEFT = 28, 200  # what a worker's name has room in
+TICK_PIXELS = 96                    # between two labels of an axis, at least
+COLUMNS_MAX = 120                   # columns of the throughput
+LABEL_COLUMNS, ROWS_LEFT = 28, 200  # the room for a worker's name: columns of text, pixels
 TICKS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600,
          7200, 10800, 21600, 43200] + [86400 * days for days in (1, 2, 7, 14, 28, 91, 365, 3650, 36500, 365000)]
-# Okabe's and Ito's colours, which the colour-blind can tell apart; with black, or white where it is dark.
+# The colours of Okabe and Ito, which colour-blind people can tell apart; and black, or white on a dark background
 STYLE = """
 svg { color-scheme: light dark }
 text { font: 11px system-ui, sans-serif; fill: #222 } .mono { font-family: ui-monospace, monospace }
@@ -9374,14 +9379,14 @@ text, .lost, .mark { fill: #ddd } .paper { fill: #16181c } .line { stroke: #3a3d
 """
 
 Entry = collections.namedtuple("Entry", "worker began ended outcome name result sent received")
-Entry.__doc__ = """A job or a complaint in a log.  Times are seconds since 1970; outcome is one of OUTCOMES, or
-"complaint": one that is about no job."""
+Entry.__doc__ = """A job or a complaint in a log.  Times are seconds since 1970.  outcome is one of OUTCOMES, or
+"complaint" for a complaint that is not about a lost job."""
 
 
 # A log's lines
 
 def parse_entry(line):
-    """The Entry in a line of a joblog or of crat -j; None if it tells of no job.  Raises ValueError."""
+    """The Entry in a line of a joblog or of crat -j; None if the line is not about a job.  Raises ValueError."""
     if line.startswith("{"):
         import json
         try:
@@ -9422,7 +9427,7 @@ def entry_of_alert(record):
         outcome, result = "killed", "killed by signal %s" % record["status"]
     else:
         outcome, result = "failed" if record["status"] else "done", "exit status %s" % record["status"]
-    began = ended if outcome == "complaint" else max(0.0, ended - seconds)      # its seconds are those of the search
+    began = ended if outcome == "complaint" else max(0.0, ended - seconds)      # a complaint counts the search's time
     return Entry(str(record["worker"])[:NAME_SHOWN] + ("" if record["verified"] else UNVERIFIED),
                  began, ended, outcome, "%s for %s at %s" % (record["application"], record["name"], record["client"]),
                  "%s%s%s" % (result, ", " if result and reason else "", reason),
@@ -9441,7 +9446,7 @@ def quantity(value, name, high=2.0 ** 64):
 
 
 def read_entries(path):
-    """(the Entries in a log, what to say of its lines that are none, or "", whether it has alerts).  Raises Fatal."""
+    """(a log's Entries, a message about wrong lines or "", whether the log has alerts).  Raises Fatal."""
     entries, bad, alerts = [], [], False
     label = "standard input" if path == "-" else path
     try:
@@ -9463,25 +9468,25 @@ def read_entries(path):
     return entries, bad and "%s: %d lines left out, the first is line %d: %s" % (label, bad[1], bad[0], bad[2]), alerts
 
 
-# Where everything goes
+# The layout
 
 class TimeAxis:
-    """Where a time is from left to right, in pixels.
+    """The horizontal axis: turns a time into pixels.
 
-    The longest idle times are cut out, or jobs on two days, or a clock that was set, would leave the jobs no room.
+    The longest idle times are cut out: else a night between two jobs would leave no room for the jobs.
     """
 
     Span = collections.namedtuple("Span", "began ended left right")
 
     def __init__(self, entries, left, right):
-        # Whoever has no key could claim a job of a month.
+        # Unverified alerts do not count here: anybody could invent a job that lasted for a month.
         entries = [entry for entry in entries if not entry.worker.endswith(UNVERIFIED)] or entries
         self.began, self.ended = entries[0].began, max(entry.ended for entry in entries)
         self.cuts = self.choose_cuts(self.idle_times(entries), self.ended - self.began)
         starts = [self.began] + [cut_end for _, cut_end in self.cuts]
         ends = [cut_began for cut_began, _ in self.cuts] + [self.ended]
         lengths = [max(0.1, end - start) for start, end in zip(starts, ends)]
-        room = right - left - 20 * (len(starts) - 1) - 20 * len(starts)     # between spans, and each one's least
+        room = right - left - 20 * (len(starts) - 1) - 20 * len(starts)     # 20 between two spans, and 20 for each
         self.left, self.right, self.spans = left, right, []
         for start, length in zip(starts, lengths):
             width = 20 + room * length / sum(lengths)
@@ -9490,7 +9495,7 @@ class TimeAxis:
 
     @staticmethod
     def idle_times(entries):
-        """[(from, to)]: when nothing was logged, the longest first."""
+        """[(from, to)]: the times in which nothing was logged, the longest first."""
         idle, end = [], entries[0].ended
         for entry in entries:
             if entry.began > end:
@@ -9500,7 +9505,7 @@ class TimeAxis:
 
     @staticmethod
     def choose_cuts(idle, length):
-        """Those that are more than a third of what is left without the longer ones, in order."""
+        """The idle times that take over a third of the axis after the longer ones are cut out, in order of time."""
         cuts = []
         for began, ended in idle[:CUTS_MAX]:
             if ended - began <= length / 3:
@@ -9518,7 +9523,7 @@ class TimeAxis:
         return span.left + share * (span.right - span.left)
 
     def ticks(self, clock):
-        """[(x, text)]: times of day, or how long after the beginning of each span; texts do not touch each other."""
+        """[(x, text)]: times of day, or the time since the beginning of each span; the texts do not touch."""
         ticks, free = [], self.left
         one_day = time.localtime(self.began)[:3] == time.localtime(self.ended)[:3]
         for span in self.spans:
@@ -9536,7 +9541,7 @@ class TimeAxis:
 
 
 def clock_time(when, step, one_day):
-    """A time of day as short as ticks so many seconds apart let it be."""
+    """A time of day, as short as ticks with this step in seconds allow."""
     when = round(when, 3)
     if step >= 86400:
         return time.strftime("%Y-%m-%d", time.localtime(when))
@@ -9545,16 +9550,16 @@ def clock_time(when, step, one_day):
 
 
 def elapsed(seconds):
-    """Seconds, exactly: 0.25s, 1m30s, 2h, 1d12h."""
-    text, rest = "", round(seconds, 3)
+    """Seconds as an exact text: 0.25s, 1m30s, 2h, 1d12h."""
+    text, seconds = "", round(seconds, 3)
     for unit, letter in ((86400, "d"), (3600, "h"), (60, "m")):
-        count, rest = divmod(rest, unit)
+        count, seconds = divmod(seconds, unit)
         text += "%d%s" % (count, letter) if count else ""
-    return text + "%gs" % round(rest, 3) if round(rest, 3) or not text else text
+    return text + "%gs" % round(seconds, 3) if round(seconds, 3) or not text else text
 
 
 def pack(entries):
-    """Rows of entries, which come in the order of their beginnings: each is in the first row that is free by then."""
+    """Puts entries, in the order of their beginnings, into rows: each into the first row that is free."""
     rows, free, busy = [], [], []           # two heaps: rows; (when it is free, row)
     for entry in entries:
         while busy and busy[0][0] <= entry.began:
@@ -9569,7 +9574,7 @@ def pack(entries):
 
 
 class Band:
-    """A worker in the picture: a row for each slot that it used, above them a strip for marks if there are any."""
+    """A worker in the picture: a row for each slot that it used, and above them a strip for its marks."""
 
     def __init__(self, worker, entries):
         self.worker, self.unverified, self.count = worker, worker.endswith(UNVERIFIED), len(entries)
@@ -9579,33 +9584,33 @@ class Band:
         self.slots, self.hidden = len(self.rows), 0
 
     def limit(self, rows):
-        """Leaves out what more than so many jobs at a time are."""
+        """Keeps this number of rows, and leaves out the jobs in the others."""
         self.hidden = sum(map(len, self.rows[rows:]))
         self.rows = self.rows[:rows]
 
     def place(self, top, row_height):
-        """Takes its place below top; where the next one begins."""
+        """Places it below top; returns where the next Band begins."""
         self.top, self.row_height = top, row_height
         self.first = top + 3 + 9 * bool(self.marks)
         return max(self.first + row_height * len(self.rows), top + 16) + 3
 
 
 def make_bands(entries):
-    """(the Bands that are drawn, notes on the rest): those with the most entries, by their names."""
+    """(the Bands that are drawn, notes on the others): those with the most entries, sorted by name."""
     by_worker = collections.defaultdict(list)
     for entry in entries:
         by_worker[entry.worker].append(entry)
     bands = sorted((Band(*item) for item in by_worker.items()), key=lambda band: (band.unverified, -band.count))
-    shown, rest = bands[:WORKERS_DRAWN], bands[WORKERS_DRAWN:]
+    shown, others = bands[:WORKERS_DRAWN], bands[WORKERS_DRAWN:]
     limit = max(band.slots for band in shown)
     while sum(min(band.slots, limit) for band in shown) > ROWS_DRAWN:
         limit = limit * 3 // 4
     for band in shown:
         band.limit(limit)
     hidden, notes = sum(band.hidden for band in shown), []
-    if rest:
+    if others:
         notes.append("Not drawn: %d more workers, with %d jobs and complaints." % (
-            len(rest), sum(band.count for band in rest)))
+            len(others), sum(band.count for band in others)))
     if hidden:
         notes.append("Not drawn: %d jobs of workers with more than %d at the same time." % (hidden, limit))
     return sorted(shown, key=lambda band: (band.unverified, natural(band.worker))), notes
@@ -9618,7 +9623,7 @@ def natural(name):
 
 
 class Bar:
-    """A job in a row, or several that have too little room to be told apart."""
+    """A job in a row, or several jobs that are too narrow to be drawn one by one."""
 
     def __init__(self, entry, axis):
         self.entry, self.ended, self.counts = entry, entry.ended, collections.Counter([entry.outcome])
@@ -9626,13 +9631,13 @@ class Bar:
         self.left, self.right = axis.x(entry.began), axis.x(entry.ended)
 
     def join(self, other):
-        """Takes a later neighbour in."""
+        """Includes the jobs of the next Bar."""
         self.counts.update(other.counts)
         self.sent, self.received = self.sent + other.sent, self.received + other.received
         self.ended, self.right = max(self.ended, other.ended), max(self.right, other.right)
 
     def lines(self):
-        """What it says when somebody points at it."""
+        """The lines of its tooltip."""
         entry, count = self.entry, sum(self.counts.values())
         if count == 1:
             yield from (entry.name[:3 * NAME_SHOWN], entry.result[:3 * NAME_SHOWN])
@@ -9644,13 +9649,13 @@ class Bar:
 
 
 def outcome_text(counts):
-    """12 done, 3 failed: what there is of each outcome."""
+    """The number of each outcome: 12 done, 3 failed."""
     words = dict({outcome: outcome for outcome in OUTCOMES}, complaint="complained about")
     return ", ".join("%d %s" % (counts[outcome], word) for outcome, word in words.items() if counts[outcome])
 
 
 def joined(bars, cell):
-    """The bars of a row, with those narrower than a cell of so many pixels that begin in the same one made one."""
+    """The bars of a row; bars that are narrower than a cell, in pixels, and begin in the same cell become one."""
     result = []
     for bar in bars:
         last = result[-1] if result else None
@@ -9663,7 +9668,7 @@ def joined(bars, cell):
 
 
 def make_bars(bands, axis):
-    """{band: a list of Bars for each row}: as few that a browser is quick."""
+    """{band: a list of Bars for each row}: so few that a browser is quick."""
     bars, cell = {band: [[Bar(entry, axis) for entry in row] for row in band.rows] for band in bands}, 2.0
     while True:
         bars = {band: [joined(row, cell) for row in rows] for band, rows in bars.items()}
@@ -9682,7 +9687,7 @@ def markup(text):
 
 
 def element(name, style, inner="", **attributes):
-    """An element of a class; inner is markup, numbers are pixels."""
+    """An SVG element with a CSS class; inner is markup, numbers are pixels."""
     words = ['%s class="%s"' % (name, style)] + [
         '%s="%s"' % (key.replace("_", "-"), value if isinstance(value, str) else "%g" % round(value, 1))
         for key, value in attributes.items()]
@@ -9698,7 +9703,7 @@ def text_at(x, y, text, style="text", anchor="start"):
 
 
 def draw_bar(bar, top, height):
-    """A rectangle; a bar of several outcomes is of the most common one, and the others share its lower half."""
+    """A rectangle in the colour of its most common outcome, with the other outcomes in its lower half."""
     parts, ranked = "", [outcome for outcome, _ in bar.counts.most_common()]
     for place, outcome in enumerate(ranked):
         share = height / 2 / (len(ranked) - 1) if place else height
@@ -9723,7 +9728,7 @@ def draw_band(band, rows, axis):
 
 
 def draw_axis(axis, top, bottom):
-    """Durations above the rows, times of day below them, and where time is left out."""
+    """Durations above the rows, times of day below them, and marks where time is cut out."""
     for x, text in axis.ticks(clock=True):
         yield element("path", "line", d="M%.1f %gV%g" % (x, top, bottom + 4))
         yield text_at(x, bottom + 16, text, anchor="middle")
@@ -9737,16 +9742,16 @@ def draw_axis(axis, top, bottom):
 
 
 def rate_text(rate):
-    """A number of jobs a second, in the unit that makes it more than one."""
+    """Jobs per second as a text, with the unit of time that makes the number at least one."""
     unit, seconds = next(((unit, seconds) for unit, seconds in (("s", 1), ("min", 60), ("h", 3600))
                           if rate * seconds >= 1), ("day", 86400))
     return ("%d/%s" if rate >= 100 else "%.3g/%s") % (rate * seconds, unit)
 
 
 def throughput(entries, axis):
-    """[(left, right, seconds, {outcome: count})]: the jobs that ended in each piece of time in which any did."""
+    """[(left, right, seconds, {outcome: count})] for each piece of time in which jobs ended."""
     ended = [entry for entry in entries if entry.outcome in ("done", "failed", "killed")]
-    found = collections.defaultdict(collections.Counter)    # (span, its pieces, number of one)
+    found = collections.defaultdict(collections.Counter)    # keys: (span, how many pieces it has, number of this one)
     for entry in ended:
         span = axis.span(entry.ended)
         share = (span.right - span.left) / (axis.right - axis.left)
@@ -9759,7 +9764,7 @@ def throughput(entries, axis):
 
 
 def draw_rates(pieces, axis, top):
-    """How many jobs ended when, by their outcome, failures on top."""
+    """Draws how many jobs ended in each piece of time, by outcome, failures on top."""
     bottom = top + RATES_HEIGHT
     highest = max([sum(counts.values()) / seconds for _, _, seconds, counts in pieces] or [0])
     yield element("path", "line", d="M0 %gH%g" % (top - 12, axis.right))
@@ -9776,7 +9781,7 @@ def draw_rates(pieces, axis, top):
 
 
 def draw_heading(entries, title, axis):
-    """What it is of, the sums, the time, and what the colours mean."""
+    """The title, the sums, the time, and the legend."""
     counts = collections.Counter(entry.outcome for entry in entries)
     workers = len({entry.worker for entry in entries})
     yield text_at(20, 28, title if columns(title) <= 100 else fitted(title, 99) + "\u2026", "title")
@@ -9795,7 +9800,7 @@ def draw_heading(entries, title, axis):
 
 
 def picture(entries, title, notes):
-    """The SVG of Entries, in any order: a text, of at most some MB, which is no higher than three screens."""
+    """The SVG for Entries, in any order.  Its size is bounded: a few MB, about three screens high."""
     if not entries:
         body, height = text_at(20, 28, title, "title") + text_at(20, 48, "No job is in it."), 70
     else:
@@ -9807,7 +9812,7 @@ def picture(entries, title, notes):
 
 
 def draw_all(entries, title, notes):
-    """(markup, height) of a picture with something in it."""
+    """(markup, height) of a picture with at least one Entry."""
     bands, left_out = make_bands(entries)
     axis = TimeAxis(entries, left=ROWS_LEFT, right=PICTURE_WIDTH - 50)
     top = bottom = 124
@@ -9870,7 +9875,7 @@ Alerts that no key proves are printed as unverified.
 
 
 def main_crat(argv):
-    """Logs until it is ended."""
+    """Logs until a signal ends it."""
     options = CRAT.read(argv)
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
@@ -9900,7 +9905,7 @@ def main_crat(argv):
 
 
 def check_screen(options):
-    """Raises Fatal (100) where -t has no place."""
+    """Raises Fatal (100) if -t is impossible."""
     if options.json:
         raise Fatal(EXIT_USAGE, "-j and -t do not go together: leave one of them out")
     if not os.isatty(1) or os.environ.get("TERM", "dumb") == "dumb":
@@ -9913,11 +9918,11 @@ def is_private_key(path):
     try:
         return "-----BEGIN" in read_text(path)
     except OSError:
-        return False                # open_pub says what is wrong
+        return False                # open_pub() will report the error
 
 
 def end_quietly():
-    """Ends an applet that keeps nothing when it is told to."""
+    """Lets INT and TERM end this process at once: it has nothing to save."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -9927,33 +9932,33 @@ def end_quietly():
 # ---------------------------------------------------------------------------
 
 HOPS_MAX = 8
-RELAYS_MAX = 512                    # clients whose offers are joined, at a time
-JOINS_MAX = 1024                    # connections joined, at a time
-JOINS_A_CLIENT = 256                # and of one client's address: anybody can hold what he joined to himself
-RELAY_SECONDS = 70.0                # without announcements: a relay is given up
-HELLO_SECONDS = 10.0                # for the client's side to begin TLS
-SPLICE_FROM = 256 * 1024            # bytes one way: what a small job moves is not worth a pipe
-PIPE_LEAST = 256 * 1024             # bytes: through a pipe of 64 KiB it takes more time than to copy
-RESET = struct.pack("ii", 1, 0)     # SO_LINGER: what is closed so is reset
-SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # never a socket's own errors
+RELAYS_MAX = 512                    # clients that have a Relay, at a time
+JOINS_MAX = 1024                    # Joins at a time,
+JOINS_A_CLIENT = 256                # and for one client's address, so that nobody can use up all Joins
+RELAY_SECONDS = 70.0                # a Relay is given up after so long without announcements
+HELLO_SECONDS = 10.0                # the time in which the client's side must begin TLS
+SPLICE_FROM = 256 * 1024            # bytes in one direction: a job that moves less is not worth a pipe
+PIPE_LEAST = 256 * 1024             # bytes: a pipe of 64 KiB is slower than to copy
+RESET = struct.pack("ii", 1, 0)     # SO_LINGER: close() resets the connection
+SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # errors of splice(2) that are no socket's
 
-RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # to TARGET
-ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # from a worker to its client: what it answers
+RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # datagrams that go to TARGET
+ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # a worker's datagram: the client's that it answers
 
 
 class Copied:
-    """What one socket has given and another not yet taken: bytes in this process."""
+    """Bytes on their way from one socket to another, in the memory of this process."""
 
     def __init__(self):
         self.waiting = memoryview(b"")
 
     def fill(self, source):
-        """Takes what has come: how much, 0 at the end.  To be called when nothing waits.  Raises OSError."""
+        """Reads, when no bytes wait; how many bytes, 0 at the end of file.  Raises OSError."""
         self.waiting = memoryview(source.recv(FRAME_MAX))
         return len(self.waiting)
 
     def drain(self, target):
-        """Gives what the target takes.  Raises OSError."""
+        """Writes as many bytes as the target takes.  Raises OSError."""
         self.waiting = self.waiting[target.send(self.waiting):]
 
     def close(self):
@@ -9961,20 +9966,20 @@ class Copied:
 
 
 class Discarded(Copied):
-    """For a side that has left: what is for it is read all the same."""
+    """Bytes for a side that has gone: they are read and dropped."""
 
     def drain(self, target):
         self.close()
 
 
 class Spliced:
-    """The same in a pipe: its bytes do not come here.  Linux, Python 3.10; raises OSError if there is no pipe."""
+    """The same bytes in a pipe, without a copy in this process.  Linux, Python 3.10; raises OSError without a pipe."""
 
     def __init__(self):
         self.waiting = 0
         self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         enlarge(self.inlet)
-        if fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ) < PIPE_LEAST:    # pipe(7): the user has too many
+        if fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ) < PIPE_LEAST:    # the user has too many large pipes: pipe(7)
             self.close()
             raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
@@ -9991,9 +9996,9 @@ class Spliced:
 
 
 class Pump:
-    """One direction of a Join: what comes from one socket goes to the other.
+    """One direction of a Join: reads from the socket source and writes to the socket target.
 
-    It reads no more before that is taken: a side that stalls stalls the other.
+    It reads only when everything is written: if the target stalls, so does the source.
     """
 
     def __init__(self, join, source, target, held=False):
@@ -10002,7 +10007,7 @@ class Pump:
         self.until_splice = SPLICE_FROM if join.relay.proxy.splices else None
 
     def let_go(self):
-        """What was held begins to flow."""
+        """Begins to read, after it was held."""
         self.held = False
         self.refresh()
 
@@ -10037,13 +10042,16 @@ class Pump:
         self.refresh()
 
     def discard(self):
-        """Reads on for nobody: the worker has said all and left, and what its client says meanwhile, unread, would
-        reset the connection with the worker's last words under way."""
+        """Drops from now on what it reads: the worker has sent everything and closed.
+
+        To leave the client's bytes unread would reset the client's connection at our close, while the
+        worker's last bytes are on their way.
+        """
         self.load.close()
         self.load, self.until_splice = Discarded(), None
 
     def splice(self):
-        """From now on through a pipe, if there is one to be had."""
+        """Uses a pipe from now on, if it gets one."""
         self.until_splice = None
         try:
             self.load = Spliced()
@@ -10051,7 +10059,7 @@ class Pump:
             log.note("no pipe to splice through: %s", error.strerror)
 
     def failed(self, error):
-        """The source's end, unless splicing it is what does not work."""
+        """Reading has failed: ends the Join, but goes on without a pipe if only splice(2) does not work here."""
         if error.errno not in SPLICE_REFUSED or not isinstance(self.load, Spliced):
             return self.join.close(error.strerror, reset=True)
         log.note("no splicing: %s", error.strerror)
@@ -10064,31 +10072,31 @@ class Pump:
         try:
             self.target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass                    # it has gone too
+            pass                    # the target has gone too
         self.join.ended()
 
 
 class Join:
-    """A worker's connection and ours to its client, joined.
+    """A worker's connection to us, and our connection to its client, joined.
 
-    Nothing goes to the client's side before that side has sent a TLS ClientHello: so a
-    forged return address joins nobody to a service that does not speak TLS first.
+    The client's side gets no byte before it has sent a TLS ClientHello.  So nobody can use a forged
+    return address to send bytes through us to a service that does not begin TLS itself.
     """
 
     def __init__(self, relay, worker):
         self.relay, self.loop, self.closed = relay, relay.proxy.loop, False
-        self.worker, self.client, self.first = worker, None, b""
+        self.worker_side, self.client_side, self.first = worker, None, b""
         worker.setblocking(False)
         self.deliveries = [(worker, Delivery())]
         self.up = self.down = self.timer = None
-        self.dial = Dial(self.loop, *relay.client, HELLO_SECONDS, self.connected, self.not_connected)
+        self.dial = Dial(self.loop, *relay.return_address, HELLO_SECONDS, self.connected, self.not_connected)
 
     def connected(self, client, seconds):
-        self.client = client
+        self.client_side = client
         self.deliveries.append((client, Delivery()))
         self.timer = self.loop.after(seconds, lambda: self.close("no TLS ClientHello"))
-        self.up, self.down = Pump(self, self.worker, client, held=True), Pump(self, client, self.worker)
-        for sock in (client, self.worker):
+        self.up, self.down = Pump(self, self.worker_side, client, held=True), Pump(self, client, self.worker_side)
+        for sock in (client, self.worker_side):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
         self.down.refresh()
@@ -10097,7 +10105,7 @@ class Join:
         self.close(reason)
 
     def admits(self, pump, count):
-        """Whether what a pump has just taken may go on: the client's side is judged by its first bytes."""
+        """Whether the bytes that a pump has read may go on; checks that the client's side begins TLS."""
         if pump is self.up or not self.up.held:
             return True
         if not count:
@@ -10118,26 +10126,26 @@ class Join:
             self.close("done")
 
     def check(self):
-        """Ends it if a side was reset or its host has vanished: one that is not read from would not tell.
+        """Ends the Join if a side was reset or its host has vanished: we would not see this while we do not read it.
 
-        But a worker may go that has said all.
+        A worker that has sent everything may go.
         """
         for sock, delivery in self.deliveries:
-            if not self.closed and not (sock is self.worker and self.up and self.up.ended):
+            if not self.closed and not (sock is self.worker_side and self.up and self.up.ended):
                 error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error or delivery.unanswered(sock) > GONE_SECONDS:
                     self.close(os.strerror(error or errno.ETIMEDOUT), reset=True)
 
     def close(self, reason, reset=False):
-        """Closes both sides; a reset of one is one of the other, not an end that could be believed."""
+        """Closes both sides.  reset: as one side was reset, the other is too, so that it does not see a regular end."""
         if self.closed:
             return
-        log.note("join of %s ends: %s", spelled(*self.relay.client), reason)
+        log.note("join of %s ends: %s", spelled(*self.relay.return_address), reason)
         self.closed = True
         self.dial.close()
         if self.timer:
             self.timer.cancel()
-        for sock in filter(None, (self.worker, self.client)):
+        for sock in filter(None, (self.worker_side, self.client_side)):
             self.loop.forget(sock.fileno())
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -10148,11 +10156,11 @@ class Join:
 
 
 class Relay:
-    """What stands for one client on the other side: a port there for offers and BUSY."""
+    """One client's representative on the workers' side: a port for offers and answers."""
 
     def __init__(self, proxy, client):
-        self.proxy, self.client, self.joins = proxy, client, set()
-        self.asked = Memory(16)     # nonce of what it has announced or asked: the kind; only that is answered
+        self.proxy, self.return_address, self.joins = proxy, client, set()      # return_address: (address, port)
+        self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY of the client: the kind
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
         self.last_activity = time.monotonic()
         self.back.attend(self.hear, self.accept)
@@ -10162,41 +10170,42 @@ class Relay:
 
     def accept(self, worker, address):
         relays = self.proxy.relays.values()
+        host = self.return_address[0]
         if (sum(len(relay.joins) for relay in relays) >= JOINS_MAX or
-                sum(len(relay.joins) for relay in relays if relay.client[0] == self.client[0]) >= JOINS_A_CLIENT):
+                sum(len(relay.joins) for relay in relays if relay.return_address[0] == host) >= JOINS_A_CLIENT):
             log.note("offer from %s: too many connections", address)
             return worker.close()
-        log.note("offer from %s goes to %s", address, spelled(*self.client))
+        log.note("offer from %s goes to %s", address, spelled(*self.return_address))
         self.joins.add(Join(self, worker))
 
     def join_over(self, join):
         self.joins.discard(join)
 
     def rcvd_question(self, datagram):
-        """The client has announced or asked something: its answers may come back here."""
-        self.asked[datagram.nonce] = datagram.kind
+        """The client has sent ANNOUNCE or QUERY: from now on hear() lets the answers through."""
+        self.questions[datagram.nonce] = datagram.kind
 
     def hear(self, datagram, address):
-        """What a worker says to the client, as it stands.
+        """Sends a worker's answer on to the client, unchanged.
 
-        Not from SELF: a client whose host has no route there would not hear it (rp_filter).
+        It is not sent from SELF: a client whose host has no route to SELF would not hear it (rp_filter).
         """
-        if datagram.nonce not in self.asked or self.asked[datagram.nonce] is not ANSWERS.get(datagram.kind):
+        if datagram.nonce not in self.questions or self.questions[datagram.nonce] is not ANSWERS.get(datagram.kind):
             return
         try:
-            with open_udp(family_of(self.client[0]), broadcasts=False) as back:
-                back.sendto(datagram.data, socket_address(*self.client))
+            with open_udp(family_of(self.return_address[0]), broadcasts=False) as back:
+                back.sendto(datagram.data, socket_address(*self.return_address))
         except OSError as error:
             log.note("dropped a datagram from %s: %s", address, error.strerror)
 
 
 class Proxy:
-    """Hears a group, sends on to another with its own address as the return address."""
+    """Hears one group, and sends its datagrams on to another, with its own address as the return address."""
 
     def __init__(self, loop, listeners, address, target, splices=False):
         self.loop, self.address, self.target, self.splices = loop, address, target, splices
         self.home = interface_of(address)[0]
-        self.relayed = Memory()     # identities: what was sent on, or came from the target's own side
+        self.relayed = Memory()     # identities of datagrams that were heard already
         self.relays = {}            # a client's (address, port): Relay
         self.udp = open_speakers(address)
         hear_all(loop, listeners, self.hear)
@@ -10209,17 +10218,17 @@ class Proxy:
         if datagram.hops >= HOPS_MAX:
             return log.note("dropped %r: %d hops", datagram, datagram.hops)
         if index and index == self.home and self.reaches_home():
-            return                  # heard where it would be sent
+            return                  # it comes from the network to which it would be sent
         port = 0
         if datagram.kind in (ANNOUNCE, QUERY):
-            if is_multicast(address):           # answers to a broadcast address the system refuses
+            if is_multicast(address):           # the system itself refuses answers to a broadcast address
                 return log.note("dropped %r: %s is not a host's address", datagram, address)
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
             relay.rcvd_question(datagram)
             port = relay.back.port
-        # a link-local address means something on its link alone: there it is the sender's
+        # A link-local address has a meaning only on its link: there the sender's address will do.
         self_address = None if "%" in self.address else self.address
         self.target.send(self.udp, datagram.readdressed(self_address, port, datagram.hops + 1))
         log.note("-> %r from %s, as %s", datagram, address, spelled(self.address, port))
@@ -10230,6 +10239,7 @@ class Proxy:
                    or is_multicast(target.address) for target in self.target.targets)
 
     def relay_for(self, client):
+        """The Relay of a client's (address, port), made if necessary; None if there are too many."""
         relay = self.relays.get(client)
         if relay is None:
             if not client[1] or len(self.relays) >= RELAYS_MAX and not self.give_up_oldest():
@@ -10250,7 +10260,7 @@ class Proxy:
 
     def give_up(self, relay):
         relay.back.close()
-        del self.relays[relay.client]
+        del self.relays[relay.return_address]
 
     def sweep(self):
         limit = time.monotonic() - RELAY_SECONDS
@@ -10263,7 +10273,7 @@ class Proxy:
 
 
 def room_to_splice(numbers):
-    """Whether there is os.splice, and room for all pipes that it needs beside so many descriptors."""
+    """Whether there is os.splice, and there can be enough descriptors: these, and two for the pipe of each Pump."""
     try:
         if hasattr(os, "splice"):   # Linux, Python 3.10
             make_room(numbers + 4 * JOINS_MAX)
@@ -10282,7 +10292,7 @@ TARGET is by default the broadcast of that network.  No key is needed.
 
 
 def main_cproxy(argv):
-    """Joins two networks until it is ended."""
+    """Joins two networks until a signal ends it."""
     words = CPROXY.read(argv).words
     if not 1 <= len(words) <= 2:
         raise CPROXY.error("%s is one word too many" % words[2] if words else "no address SELF is named")
@@ -10300,7 +10310,7 @@ def main_cproxy(argv):
 
 
 def own_address(text):
-    """The one IP address of this machine that a text stands for.  Raises Fatal: 111 if it may be one later, or 100."""
+    """The IP address of this machine that the text means.  Raises Fatal: 111 if another try may work, else 100."""
     try:
         found = resolve(text.strip("[]"))
         if len(found) != 1:
@@ -10310,13 +10320,13 @@ def own_address(text):
     except (OSError, UnicodeError, ValueError) as error:
         code, why = no_address(text, error)
         if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
-            own = ", ".join(interface.address for interface in interfaces() if interface.address)
-            code, why = EXIT_TEMPORARY, "not an address of this machine (which has %s)" % (own or "none of IPv4")
+            ours = ", ".join(interface.address for interface in interfaces() if interface.address)
+            code, why = EXIT_TEMPORARY, "not an address of this machine (which has %s)" % (ours or "none of IPv4")
         raise Fatal(code, "SELF %s: %s" % (text, why)) from None
 
 
 def default_target(address):
-    """The text of the group that is the broadcast of an address's own network; for IPv6 its all-nodes multicast."""
+    """The text of a group: the broadcast of the address's network, or for IPv6 its all-nodes multicast."""
     device = interface_of(address)[1]
     return (device + ":" if device else "") + ("[%s]" % ALL_NODES if ":" in address else ALL_NETWORKS)
 
@@ -10325,23 +10335,23 @@ def default_target(address):
 # ckeygen
 # ---------------------------------------------------------------------------
 
-KEY_ROUNDS = 600000                 # of PBKDF2-HMAC-SHA256, for -stdin
+KEY_ROUNDS = 600000                 # rounds of PBKDF2-HMAC-SHA256, for -stdin
 
 
 def stretch(secret):
-    """The master (32 bytes) named by any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
-    if not hasattr(hashlib, "pbkdf2_hmac"):     # Python 3.12 and later have it from OpenSSL alone
+    """The master (32 bytes) computed from any bytes: PBKDF2-HMAC-SHA256 (RFC 8018), 600,000 rounds."""
+    if not hasattr(hashlib, "pbkdf2_hmac"):     # from Python 3.12 on only OpenSSL provides it
         raise Fatal(EXIT_TEMPORARY, "this Python has no OpenSSL for -stdin: use another python3")
     return fold(hashlib.pbkdf2_hmac("sha256", secret, b"cexec private key 1", KEY_ROUNDS, 48))
 
 
 def fold(wide):
-    """A scalar (32 bytes) of 48 random bytes: so many that each is as likely (FIPS 186-4, B.4.1)."""
+    """A scalar (32 bytes) from 48 random bytes: with so many, each scalar is equally likely (FIPS 186-4, B.4.1)."""
     return (int.from_bytes(wide, "big") % (P256_N - 1) + 1).to_bytes(32, "big")
 
 
 def read_secret(path):
-    """Standard input for stretch().  HMAC hashes a key of more than 64 bytes first: so do we."""
+    """Reads standard input for stretch().  As HMAC does, it replaces more than 64 bytes by their SHA-256."""
     if sys.stdin is None:
         raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
     if sys.stdin.isatty():
@@ -10358,7 +10368,7 @@ def read_secret(path):
 
 
 def ask_secret(new):
-    """The bytes of a passphrase typed without echo, with the newline that echo(1) would give too; twice if new."""
+    """Asks for a passphrase, without echo, and twice if new: its bytes, and a newline, as echo(1) adds one."""
     import getpass
     try:
         secret = getpass.getpass("passphrase: ")
@@ -10374,8 +10384,8 @@ def ask_secret(new):
 
 
 def write_new(path, text, replace):
-    """Writes a file whole or not at all, mode 0600; an old one only with replace.  Raises OSError."""
-    part = "%s.%s.part" % (path, os.urandom(4).hex())       # not our pid: one of that may be left from a crash
+    """Writes a file, whole or not at all, with mode 0600; replaces an old one only with replace.  Raises OSError."""
+    part = "%s.%s.part" % (path, os.urandom(4).hex())       # a random name: a crash may have left another
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(fd, "w") as file:
@@ -10386,9 +10396,9 @@ def write_new(path, text, replace):
 
 
 def existing_key(path):
-    """The master of a private key file, checked to the byte; None if there is no file.
+    """The master in a private key file, after a check of every byte; None if there is no file.
 
-    Raises Fatal: 101 for what is no valid key, 111 if it can't be read.
+    Raises Fatal: 101 if it is no valid key, 111 if it can't be read.
     """
     try:
         text = read_text(path)
@@ -10433,7 +10443,7 @@ def main_ckeygen(argv):
     pub = "".join(words[1:]) or path + ("-" + name if options.name else "") + ".pub"
     try:
         same = os.path.abspath(pub) == os.path.abspath(path)
-    except OSError as error:        # it has been removed
+    except OSError as error:        # the current directory was removed
         raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
     if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
@@ -10442,7 +10452,7 @@ def main_ckeygen(argv):
 
 
 def make_pub(path, master, name):
-    """Writes the public key of a client; another one may be there already."""
+    """Writes the public key of a client; replaces another public key."""
     try:
         if os.path.exists(path) and not read_text(path).startswith(PUB_MAGIC):
             raise Fatal(EXIT_NO_PUB, "%s: exists and is not a public key: not overwritten" % path)
@@ -10452,7 +10462,7 @@ def make_pub(path, master, name):
 
 
 def make_key(path, derived):
-    """The master of the key file at path, which is made (derived, or random) if it is not there."""
+    """The master in the key file at path.  If there is no file, makes it, with derived or a random master."""
     master = existing_key(path)
     if master is not None:
         if derived is not None and derived != master:
@@ -10464,7 +10474,7 @@ def make_key(path, derived):
     master = derived or fold(os.urandom(48))
     try:
         write_new(path, format_key(master)[0], replace=False)
-    except FileExistsError:         # somebody else has just made one
+    except FileExistsError:         # another process has just made it
         if not os.path.exists(path):
             raise Fatal(EXIT_NO_KEY, "cannot write %s: it is a link to nothing" % path) from None
         return make_key(path, derived)
@@ -10477,19 +10487,22 @@ def make_key(path, derived):
 # cservice -s: workers on other hosts, over ssh
 # ---------------------------------------------------------------------------
 
-#     here                                      there
-#       | ssh HOST REMOTE  -------------------->  |   sh, csh or fish runs python3
-#       | a line of Python -------------------->  |   runs it
-#       | this file, as many bytes as it said ->  |   compiles it, starts it: cservice -s - ...
+#     the starter (Starter, Host)               the worker (Lifeline) on a host
+#       | ssh HOST REMOTE  -------------------->  |   the login shell (sh, csh, fish) runs python3
+#       | a line of Python (FIRST) ------------>  |   runs it
+#       | this file, in so many bytes --------->  |   compiles it, starts it: cservice -s - ...
 #       | the private key in hexadecimal ------>  |   serves
-#       |  <------------ what a login has to say  |
+#       |  <---------- anything that a login says |
 #       |  <--------------------- SERVES, its id  |
-#       | ALIVE, every ten seconds ------------>  |   drains after a minute without
-#       | DRAIN, END_JOBS, end of file -------->  |   drains, ends its jobs, drains
-#       |  <-------------------- its exit status  |   0 as told, 111 lost, 100 something is wrong
+#       | ALIVE, every ten seconds ------------>  |   drains after a minute without a byte
+#       | DRAIN --------------------------------> |   drains
+#       | END_JOBS -----------------------------> |   drains, and ends its jobs
+#       | end of file --------------------------> |   drains
+#       |  <------------- ssh's exit status       |   0 it has drained, 111 it has lost the starter, 100 permanent
 
-# Without a file in between: nothing reads ahead, so each reader finds its own part of standard input.  These
-# quotes and words mean the same to sh, csh and fish; the last one is for ps alone.
+# All comes through standard input, and the program is never a file on the host.  Each reader must leave the next
+# one's bytes there: so the first one opens 0 without a buffer.  The quotes and words of REMOTE mean the same to
+# sh, csh and fish; its last word is only for ps(1).
 REMOTE = "exec python3 -Sc 'f=open(0,\"rb\",0,closefd=0);exec(f.readline())' cservice"
 FIRST = """
 import os, sys
@@ -10516,15 +10529,15 @@ except (AttributeError, OSError):
 exec(code)
 """
 
-LOGINS = 8                          # at a time: sshd refuses some of too many (MaxStartups)
-LOGIN_SECONDS = 60.0                # one that takes longer is ended: others wait for their turn
-SSH_FAILED = 255                    # its exit status, ssh(1)
-RETRY_MAX = 60.0                    # seconds between two tries, from one second up
+LOGINS = 8                          # logins at a time, because sshd refuses some if there are many (MaxStartups)
+LOGIN_SECONDS = 60.0                # a login that takes longer is ended, so that others get their turn
+SSH_FAILED = 255                    # ssh's own exit status, ssh(1)
+RETRY_MAX = 60.0                    # seconds between two tries at most; they begin with one second
 SAID_MAX = 8192                     # bytes of a line that is shown
 
 
 def parse_hosts(words):
-    """The hosts of all -s, each once: HOST,... or @FILE, with a host a line and # before comments."""
+    """The hosts of all -s, each once: HOST,... or @FILE, which has a host on each line and comments after #."""
     names = []
     for word in words:
         for item in word.split(","):
@@ -10538,7 +10551,7 @@ def parse_hosts(words):
                 names.append(item)
     if "" in names:
         raise Fatal(EXIT_USAGE, "-s %s: a host is missing before or after a comma (no space there)" % words[0])
-    for name in names:              # what begins with - would be an option of ssh
+    for name in names:              # ssh would take a word that begins with - for an option
         if not name or name.startswith("-") or " " in name or not name.isprintable():
             raise Fatal(EXIT_USAGE, "-s %s: not a host, or [USER@]HOST,..., or @FILE" % name)
         if name.count(":") == 1:
@@ -10559,13 +10572,13 @@ def ssh_words(several):
         raise Fatal(EXIT_USAGE, "CEXEC_SSH=%s: %s" % (text, error)) from None
     if not words or not shutil.which(words[0]):
         raise Fatal(EXIT_USAGE, "%s: no such command: install ssh, or set CEXEC_SSH" % (words[0] if words else text))
-    if os.path.basename(words[0]) == "ssh":     # it takes the first of two values: options that are there count
+    if os.path.basename(words[0]) == "ssh":     # of an option given twice ssh takes the first: the user's one wins
         words += ["-T", "-o", "ServerAliveInterval=15", "-o", "ConnectTimeout=15"] + ["-o", "BatchMode=yes"] * several
     return words
 
 
 def key_to_send(path):
-    """The text of the private key and its Pub; both are made if there are none.  Raises Fatal."""
+    """(the text of the private key, its Pub); makes both files if they do not exist.  Raises Fatal."""
     pub = path + ".pub"
     if not os.path.lexists(path) and os.path.lexists(pub):
         raise Fatal(EXIT_USAGE, "%s exists, but the private key %s does not: copy it, or name another" % (pub, path))
@@ -10584,11 +10597,9 @@ def key_to_send(path):
 
 
 def first_input(argv, key, group):
-    """What every host gets at standard input before it serves, as bytes.
-
-    A host has no file of addresses of ours, and other devices; and a csh there sets GROUP
-    to something else.
-    """
+    """The bytes that every host gets at standard input before it serves."""
+    # The group goes as plain addresses: the host does not have our @FILE, and its devices have other names.
+    # It goes in CEXEC_GROUP, because csh sets GROUP to the user's group.
     if not os.path.isfile(__file__):
         raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
     text = group.text
@@ -10606,25 +10617,26 @@ def first_input(argv, key, group):
 
 # A host's states, which only _set() changes:
 #
-#   WAITING --its turn--> LOGIN --rcvd UP--> SERVING --ssh ends--> ENDED
-#      A                    |                  |
-#      '-----a second, two, four ... later-----'--python3 is not there, or 100--> ENDED
+#   WAITING --its turn--> LOGIN --SERVES came--> SERVING
 #
+#   When ssh ends, LOGIN and SERVING lead to WAITING for 1, 2, 4 ... s, if ssh has failed or the worker
+#   has ended with 111; else they lead to ENDED.  From WAITING draining leads to ENDED.
+
 LOGIN, SERVING = "LOGIN", "SERVING"
 
 
 class Host:
-    """A host, the ssh to it, and the worker there."""
+    """A host of -s: the ssh to it, and the worker there."""
 
     def __init__(self, starter, name):
         self.starter, self.loop, self.name = starter, starter.loop, name
         self.state, self.process, self.worker_id = WAITING, None, None
-        self.failures = 0           # since it has served
+        self.failures = 0           # in a row
         self.status = None          # the exit status of the last ssh
-        self.lines, self.known_lines = set(), set()     # what this login has said; what the one before has said
-        self.timer = None           # the next try, or the end of patience with a login
-        self.unsent, self.unsaid = b"", {}          # bytes; descriptor: a line's beginning
-        self.input_ends = False
+        self.lines, self.known_lines = set(), set()     # what this login has said, and what the one before said
+        self.timer = None           # for the next try, or the deadline of a login
+        self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
+        self.input_ends = False     # whether its input ends after unsent
 
     def _set(self, state):
         log.note("%s: %s -> %s", self.name, self.state, state)
@@ -10643,8 +10655,8 @@ class Host:
         self._set(LOGIN)
         alone = self.starter.alone
         try:
-            # In a session of its own, out of reach of a Ctrl-C that is to drain; but one that may ask for a password
-            # keeps the terminal, and ignores that signal.
+            # Ctrl-C must reach only us: we drain then, and ssh must go on.  So ssh gets a session of its own.  But a
+            # single ssh may ask for a password: it keeps the terminal, and ignores the signals of its keys.
             self.process = subprocess.Popen(
                 [*self.starter.ssh, self.name, REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, bufsize=0, start_new_session=not alone,
@@ -10666,7 +10678,7 @@ class Host:
         self.kill()
 
     def kill(self, number=signal.SIGTERM):
-        """Ends an ssh; what it has started there sees the end of its input."""
+        """Ends ssh; the worker then sees the end of its input."""
         try:
             (os.kill if self.starter.alone else os.killpg)(self.process.pid, number)
         except ProcessLookupError:
@@ -10685,7 +10697,7 @@ class Host:
             self.unsent = self.unsent[os.write(fd, self.unsent):]
         except BlockingIOError:
             return
-        except OSError:             # its end is not far
+        except OSError:             # ssh has closed its input, and will end
             self.unsent = b""
         if not self.unsent:
             self.loop.forget(fd)
@@ -10693,7 +10705,7 @@ class Host:
                 self.process.stdin.close()
 
     def read(self, fd):
-        """Takes what the host says; whether there may be more."""
+        """Reads and shows what the host says; whether there may be more."""
         try:
             data = os.read(fd, SAID_MAX)
         except BlockingIOError:
@@ -10713,7 +10725,7 @@ class Host:
             self.rcvd_up(line[len(SERVES):])
         elif line.strip():
             text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
-            if self.state is LOGIN:             # a host that cannot be reached says the same at each try: once is enough
+            if self.state is LOGIN:             # an unreachable host says the same at each try: once is enough
                 self.lines.add(text)
             if self.state is not LOGIN or text not in self.known_lines:
                 log.write("%s: %s\n" % (self.name, text))
@@ -10729,13 +10741,13 @@ class Host:
     # Its end
 
     def reap(self):
-        """Sees to an ssh that has ended."""
+        """If ssh has ended, handles its last output and its exit status."""
         if self.process is None or self.process.poll() is None:
             return
         for fd in self.unsaid:
             while self.read(fd):
                 pass
-            if self.unsaid[fd]:     # a child of ssh has the pipe still
+            if self.unsaid[fd]:     # no end of file came: a child of ssh still has the pipe open
                 self.rcvd_line(self.unsaid[fd])
             self.loop.forget(fd)
         if not self.process.stdin.closed:
@@ -10746,7 +10758,7 @@ class Host:
         self.judge(status)
 
     def judge(self, status):
-        """What follows from ssh's exit status, which is the worker's if there was one."""
+        """Decides by ssh's exit status, which is the worker's if that was started."""
         self.status = status
         if self.starter.draining:
             if status and self.state is SERVING:
@@ -10763,7 +10775,7 @@ class Host:
             self.end()
 
     def failed(self, why):
-        """Tries again, later."""
+        """Tries again after a pause, which doubles each time."""
         delay = min(2 ** self.failures, RETRY_MAX)
         self.failures += 1
         if self.failures == 1:
@@ -10787,16 +10799,16 @@ def ignore_keyboard():
 
 
 class Starter:
-    """cservice -s: keeps a worker on each host, until it is told to end."""
+    """cservice -s: keeps a worker running on each host, until a signal ends it."""
 
     def __init__(self, loop, names, ssh, first, survey):
         self.loop, self.ssh, self.first = loop, ssh, first
-        self.survey = survey        # makes a Survey; None when that was done
+        self.make_survey = survey   # makes a Survey; None once that was done
         self.alone = len(names) == 1
         self.hosts = [Host(self, name) for name in names]
-        self.line = collections.deque(self.hosts)   # who waits for a turn to log in
-        self.served = False         # whether a worker has been up
-        self.signals = 0
+        self.to_login = collections.deque(self.hosts)           # Hosts that wait for their turn
+        self.served = False         # whether any worker has served
+        self.signals = 0            # how many came
         self.draining = False
 
     def begin(self):
@@ -10815,23 +10827,23 @@ class Starter:
         return [host for host in self.hosts if host.state in states]
 
     def take_turn(self, host):
-        self.line.append(host)
+        self.to_login.append(host)
         self.changed()
 
     def changed(self):
-        """Goes on, after a host's state has changed."""
-        while self.line and len(self.in_state(LOGIN)) < LOGINS:
-            self.line.popleft().login()
+        """Called after a host's state has changed: begins logins, shows the workers, or stops."""
+        while self.to_login and len(self.in_state(LOGIN)) < LOGINS:
+            self.to_login.popleft().login()
         self.served = self.served or bool(self.in_state(SERVING))
         if not self.in_state(WAITING, LOGIN, SERVING):
             self.loop.stop()
         tried = all(host.failures or host.state in (SERVING, ENDED) for host in self.hosts)
-        if tried and self.survey and self.in_state(SERVING) and not self.draining:
+        if tried and self.make_survey and self.in_state(SERVING) and not self.draining:
             self.look_around()
 
     def look_around(self):
-        """Shows once who is there, when all that can be up are up."""
-        make, self.survey = self.survey, None
+        """Shows the table of cexec -l, once, when each host serves or has failed."""
+        make, self.make_survey = self.make_survey, None
         try:
             survey = make()
         except Fatal as error:
@@ -10869,7 +10881,7 @@ class Starter:
 
     def drain(self):
         self.draining = True
-        self.line.clear()
+        self.to_login.clear()
         for host in self.in_state(LOGIN):
             host.kill()
         self.tell(DRAIN)
@@ -10880,7 +10892,10 @@ class Starter:
 
 
 def serve_on_hosts(words, path, argv):
-    """Keeps a worker on each of the hosts until told to end; 0, or if there never was one 111, or 100 if all said so."""
+    """Keeps a worker running on each host until a signal ends it.
+
+    0; if no worker ever served, 111, or 100 if that was each worker's exit status.
+    """
     names = parse_hosts(words)
     ssh, group, ports = ssh_words(len(names) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
@@ -10901,14 +10916,14 @@ def serve_on_hosts(words, path, argv):
 # ---------------------------------------------------------------------------
 # Python: cexec.run and cexec.Executor
 # ---------------------------------------------------------------------------
-# What a program gets by "import cexec".  The applets run nothing of it.
+# A program gets this with "import cexec".  The applets do not use it.
 #
-# run() is the client as a child process.  An Executor has lanes: each is one job, whose
-# command is the Python of a worker (cservice APP python3 /dev/fd/3).  Its descriptors:
+# run() starts the client as a child process.  An Executor has a Pool of Lanes.  Each Lane is one
+# job, whose command is the Python of a worker (cservice APP python3 /dev/fd/3), with descriptors:
 #
 #     0  calls    frames to the worker          3  LANE_PROGRAM, which the worker's Python runs
-#     1  results  frames from the worker        4  what the functions print there
-#     2  what cexec and Python itself say: the reason, if the lane fails
+#     1  results  frames from the worker        4  the output of the functions
+#     2  messages of cexec and of Python: the reason, if the lane fails
 #
 #     client (Pool, Lane)                            worker (LANE_PROGRAM)
 #       | SETUP ------------------------------------>  |
@@ -10918,35 +10933,35 @@ def serve_on_hosts(words, path, argv):
 #       | MODULE source ------------------------------>  |
 #       |  <-------------------------- VALUE or RAISED |  or FAILED: the main module can't be run
 #       | RECALL, if another lane has nothing to do -->  |
-#       |  <------------------- BACK, calls not begun |
+#       |  <-------------- BACK, the calls not begun   |
 #       | END --------------------------------------->  |  exits
 #
-# The worker trusts the client, as any command does that runs what it reads.  The client
-# does not trust the worker: what comes is data, see Known, and a frame out of its place
-# ends the lane.  All of a pool but submit() and shutdown() is one thread's.
+# The worker trusts the client, because its command runs what it reads.  The client does not
+# trust the worker: results are only data (see Known), and a frame out of place ends the lane.
+# One thread does all the work of a pool; other threads only call submit() and shutdown().
 
 __all__ = ["Executor", "Failed", "run"]         # noqa: F822
 __version__ = VERSION
 
-LANE_IDLE_SECONDS = 3.0             # without a call: a lane gives its slot back
-LANE_SECONDS = 60.0                 # at work: it does so between two calls, for others in line and workers that drain
-LANE_FAILURES = 3                   # lanes in a row that end before they are ready
-SEARCH_PAUSE = 10.0                 # seconds between two searches for more workers, after one in vain
-AHEAD_SECONDS = 0.010               # calls that a lane has before it, at most, in time and number
-AHEAD_MAX = 32
-RECALL_SECONDS = 0.050              # a call that runs for longer keeps none waiting behind it
+LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
+LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers
+LANE_FAILURES = 3                   # after so many lanes in a row that end before they are ready: see cannot_grow()
+SEARCH_PAUSE = 10.0                 # seconds until the next search for more workers, after one that found none
+AHEAD_SECONDS = 0.010               # a lane gets further calls before it has done the first: for so many seconds,
+AHEAD_MAX = 32                      # and so many calls, at most
+RECALL_SECONDS = 0.050              # if a call takes longer, idle lanes get the calls that wait for it
 TICK_SECONDS = 0.1
-PRINTED_MAX = 64 * 1024             # bytes of a line that is printed there
+PRINTED_MAX = 64 * 1024             # bytes of a line that a function prints
 NAMES_MAX = 10000                   # modules beside the main program
 
-LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of what follows
-CALL_NUMBER = struct.Struct("!Q")   # first in CALL, VALUE and RAISED; BACK has nothing but these
-TEXT_SIZE = struct.Struct("!I")     # in RAISED and FAILED: a text of that many bytes, then the exception's pickle
+LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of its contents
+CALL_NUMBER = struct.Struct("!Q")   # CALL, VALUE and RAISED begin with it; BACK is a list of it
+TEXT_SIZE = struct.Struct("!I")     # RAISED and FAILED: the size of a text, the text, and the exception's pickle
 SETUP, MAIN, CALL, MODULE, RECALL, END = b"S", b"M", b"C", b"O", b"R", b"E"
 READY, IMPORT, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"V", b"X", b"F", b"B"
 SMALL_FRAMES = {READY: 1024, IMPORT: 1024, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
-# As sh has Python start (see The door), for a child whose descriptors are first put in their places
+# A child starts as by sh (see The door), but first moves descriptors to their numbers.
 CHILD_BOOT = """import os, sys
 for old, new in %r: os.dup2(old, new)
 exec(open(sys.argv[1]).read().rpartition("# START")[2])"""
@@ -10967,12 +10982,12 @@ MODULE_DOC = """Run commands and Python functions on the least loaded machine of
     cservice sort sort                              # run(): the command is the worker's
     cservice -u nobody py python3 /dev/fd/3         # Executor: any Python from 3.6 on
 
-The environment variable CEXEC_GROUP says where workers are, if not in this network.
-A worker is not trusted: see allow in Executor.  The manual pages have the rest: cexec(1),
-cservice(1), and cexec(7) for what is protected and what is not.
+If the workers are not in this network, the environment variable CEXEC_GROUP has their addresses.
+A worker is not trusted: see allow in Executor.  The manual pages are cexec(1), cservice(1), and
+cexec(7) with the security model.
 """
 
-# The program that a lane's Python runs.  It stands alone: nothing of this file is there.
+# The program that a lane's Python runs.  It uses nothing of this file, which the worker may not have.
 LANE_PROGRAM = r'''
 import os, pickle, queue, struct, sys, threading, traceback, types
 from importlib.machinery import ModuleSpec
@@ -10980,7 +10995,7 @@ from importlib.machinery import ModuleSpec
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
 writing, asking = threading.Lock(), threading.Lock()
-own, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4
+this, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4     # this: kept, or its globals would go
 STUB = """
 class Failed(OSError):
     pass
@@ -10996,7 +11011,7 @@ def call_each(function, rows):
 """
 
 def move_away():
-    """Our ends of the channel, where nothing that a function prints can get between."""
+    """Moves our ends of 0 and 1 to other numbers, so that what a function prints cannot get into the frames."""
     source, target = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     for old, new in ((null, 0), (4, 1), (4, 2)):
@@ -11014,7 +11029,7 @@ def send(kind, *parts):
             data = data[os.write(target, data):]
 
 def receive():
-    """In a thread of its own: frames, and the end of the client, whatever the function does."""
+    """Reads frames in its own thread, so that the end of the client ends us, whatever the function does."""
     while True:
         head = source.read(HEAD.size)
         if len(head) < HEAD.size:
@@ -11072,7 +11087,7 @@ def set_up(data):
     protocol = min(settings["protocol"], pickle.HIGHEST_PROTOCOL)
     sys.argv = settings["argv"]
     sys.path[:] = [path for path in sys.path if not path.startswith(("/dev/", "/proc/"))]
-    sys.meta_path.insert(2, Source())       # after what is built in
+    sys.meta_path.insert(2, Source())       # after the finders of built-in and frozen modules
     stub = types.ModuleType(settings["stub"])
     exec(STUB, stub.__dict__)
     sys.modules[settings["stub"]] = stub
@@ -11126,9 +11141,9 @@ while True:
 class Failed(OSError):
     """cexec itself failed: no worker was found, or it was lost, or it cannot run its command.
 
-    str() of it is what cexec said.  code is cexec's exit status: 111 may be tried again, 100
-    is permanent (a bad key, variable or setting), 126 and 127 are a command that cannot be run or
-    is not there.  stdout and stderr are what run() had captured, or None.
+    str() of it is cexec's message.  code is cexec's exit status: 111 may be tried again; 100 is
+    permanent (a bad key, variable or setting); 126 and 127 mean that the command cannot be run, or
+    does not exist.  stdout and stderr are the output that run() had captured, or None.
     """
 
     def __init__(self, message, code=EXIT_TEMPORARY, stdout=None, stderr=None):
@@ -11145,18 +11160,18 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
         check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=()):
     """Run the application's command on a worker, as subprocess.run() runs one here.
 
-    pub is the path of the public key.  arguments are the command's, where the worker takes
-    some (cservice -a).  env has variables for the command: KEY is PEER_KEY there.
+    pub is the path of the public key.  arguments are for the command, if the worker takes any
+    (cservice -a).  env has variables for the command, which sees KEY as PEER_KEY.
 
-    input, stdin, stdout, stderr, capture_output, check, text, encoding, errors and pass_fds
-    are those of subprocess.run(), on every Python.  What is in pass_fds has the same numbers
-    there.  After timeout seconds the job is ended on the worker: the command gets TERM, a
-    second later HUP, and five seconds later KILL.
+    input, stdin, stdout, stderr, capture_output, check, text, encoding, errors and pass_fds are
+    those of subprocess.run(), on every Python.  The descriptors in pass_fds have the same numbers
+    in the command.  After timeout seconds the command gets TERM, a second later HUP, and five
+    seconds later KILL.
 
     Returns a subprocess.CompletedProcess: its args are [pub, *arguments], its returncode is
     the command's exit status, or -N if signal N killed it.
 
-    Raises Failed if cexec failed, so that no returncode is ever cexec's own;
+    Raises Failed if cexec failed, so a returncode is always the command's;
     subprocess.TimeoutExpired; subprocess.CalledProcessError with check; ValueError for
     arguments that do not go together.
     """
@@ -11164,14 +11179,14 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     if input is not None and stdin is not None or capture_output and (stdout is not None or stderr is not None):
         raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
     piped = subprocess.PIPE if capture_output else None
-    child, status = start_client(
+    child, reader = start_client(
         pub, variables(env) + (["--"] + list(arguments) if arguments else []), pass_fds=pass_fds,
         stdin=stdin if input is None else subprocess.PIPE, stdout=stdout or piped, stderr=stderr or piped,
         universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
     args = [pub] + list(arguments)
-    with open(status, "rb") as status, child:
+    with open(reader, "rb") as file, child:
         out, err = communicate(child, args, input, timeout)
-        report = status.read()
+        report = file.read()
     try:
         code = returncode_of(report, child.returncode)
     except Failed as failed:
@@ -11182,7 +11197,7 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
 
 
 def communicate(child, args, input, timeout):
-    """Its output and errors when it has ended; after the timeout it is ended.  Raises subprocess.TimeoutExpired."""
+    """The child's output and errors, when it has ended.  Ends it after the timeout: subprocess.TimeoutExpired."""
     import subprocess
     try:
         return child.communicate(input, timeout)
@@ -11208,9 +11223,9 @@ def variables(env):
 
 
 def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
-    """Starts cexec as a child: (its Popen, a pipe's reader for its status line).
+    """Starts cexec as a child: (its Popen, the reading end of a pipe with its status line).
 
-    places are (our descriptor, its number there) for what is to be carried besides pass_fds.
+    places: (our descriptor, its number there) for descriptors that are carried besides pass_fds.
     """
     import subprocess
     numbers = list(pass_fds) + [number for _, number in places]
@@ -11221,13 +11236,13 @@ def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
     argv.append("./" + pub if pub.startswith("-") else pub)
     reader, writer = os.pipe()
     try:
-        status = lifted_away(writer, floor)     # not among what is carried
+        report = lifted_away(writer, floor)     # from the floor up cexec carries nothing
         try:
-            env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(status))
+            env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
             child = subprocess.Popen(argv + words, env=env, **dict(
-                options, pass_fds=[status] + list(pass_fds) + [old for old, _ in places]))
+                options, pass_fds=[report] + list(pass_fds) + [old for old, _ in places]))
         finally:
-            os.close(status)
+            os.close(report)
     except BaseException:
         os.close(reader)
         raise
@@ -11254,19 +11269,19 @@ def returncode_of(report, code):
         code if code in (EXIT_USAGE, EXIT_CANNOT_RUN, EXIT_NOT_FOUND) else EXIT_TEMPORARY)
 
 
-# Executor: what goes to a worker
+# Executor: the main program, for the workers
 
 def library_paths():
-    """Directories of Python itself and of what is installed: nothing of them is sent."""
+    """The directories of Python and of installed packages: nothing in them is sent."""
     import sysconfig
     return [os.path.realpath(path) for name, path in sysconfig.get_paths().items() if name.endswith("lib")]
 
 
 class Program:
-    """The main program, as workers may have it: its source, and the modules beside it.
+    """The source of the main program, and of the modules beside it, for workers that ask for them.
 
-    They are read from the directory of the main program, and from sys.path[0], and from
-    nowhere else: it is the worker that asks.
+    The modules are read only from the directory of the main program and from sys.path[0], because
+    a worker is not trusted.
     """
 
     def __init__(self):
@@ -11275,7 +11290,7 @@ class Program:
         name = spec.name if spec else "main"
         self.path = self.text = None
         self.package = getattr(main, "__package__", None)
-        # A package's __main__ does all it does unconditionally: multiprocessing leaves it out as well
+        # A package's __main__ has no `if __name__ == "__main__"`: like multiprocessing, we do not send it.
         if path and path.endswith(".py") or path and not spec and os.path.isfile(path) and not path.endswith(".pyc"):
             if name != "__main__" and not name.endswith(".__main__"):
                 self.path = os.path.abspath(path)
@@ -11290,12 +11305,12 @@ class Program:
                       root not in self.library and self.holds(root, os.path.join(root, "any"))]
 
     def names(self):
-        """The modules and packages at the top, so that a worker asks for no others."""
+        """The names of top-level modules and packages: a worker asks for no others."""
         names = set()
         for root in self.roots:
             try:
                 found = os.listdir(root)
-            except OSError:         # it has gone
+            except OSError:         # the directory was removed
                 found = []
             for entry in found:
                 name, dot, suffix = entry.partition(".")
@@ -11304,7 +11319,7 @@ class Program:
         return sorted(names)[:NAMES_MAX]
 
     def module(self, name):
-        """(source, path, whether it is a package) of a module, or None if there is none below our directories."""
+        """(source, path, whether it is a package) of a module; None if it is not below our directories."""
         if not all(part.isidentifier() for part in name.split(".")):
             return None
         for root in self.roots:
@@ -11318,33 +11333,33 @@ class Program:
         return None
 
     def holds(self, root, path):
-        """Whether a path is below a directory of ours, wherever links lead, and belongs to no library."""
+        """Whether a path, after all links are followed, is below this directory and in no library."""
         path = os.path.realpath(path)
         return path.startswith(os.path.join(root, "")) and not any(
             path.startswith(os.path.join(library, "")) for library in self.library)
 
 
 def call_each(function, rows):
-    """What map() with a chunksize has a worker do; LANE_PROGRAM has the same."""
+    """The function that map() with a chunksize submits; LANE_PROGRAM has a copy for the worker."""
     return [function(*row) for row in rows]
 
 
-# Executor: what comes from a worker
+# Executor: the results, from a worker that is not trusted
 
 DATA_TYPES = frozenset("bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
                        "Ellipsis NotImplemented".split())
 NUMPY_MAKERS = frozenset((package + module, name) for package in ("numpy.core.", "numpy._core.") for module, name in (
     ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))
 
-MODULE_OF = vars(type)["__module__"]        # whatever a metaclass says
+MODULE_OF = vars(type)["__module__"]        # a metaclass could give another __module__
 
 
 class Known:
-    """What a result may be made of: a mixin for pickle's Unpickler, with names and modules of a pool's.
+    """A mixin for pickle's Unpickler that allows only known classes in a result.
 
-    Builtin types that hold data, builtin exceptions, what allow names in full, and of the
-    modules that it names the classes: what they have imported is not theirs.  No module is
-    imported because a result names it, and no attribute is looked up but in a __dict__.
+    Known are: builtin types that hold data; builtin exceptions; the names in allow; and the classes
+    that a module in allow has defined itself, not those that it has imported.  A result never causes
+    an import, and attributes are looked up only in a __dict__.
     """
 
     names, modules, numpy = {}, (), False
@@ -11368,7 +11383,7 @@ class Known:
         return found
 
     def class_of(self, module, name):
-        """The class of that name, if an allowed module has defined it."""
+        """The class with this name, if an allowed module has defined it; else None."""
         found = sys.modules.get(module) if self.is_below(module) else None
         for part in name.split("."):
             found = vars(found).get(part) if found is not None else None
@@ -11380,15 +11395,15 @@ class Known:
         return isinstance(module, str) and any(module == one or module.startswith(one + ".") for one in self.modules)
 
     def get_extension(self, code):
-        """Of pickle's own Unpickler in Python: copyreg's numbers are looked up past find_class."""
+        """Forbids copyreg's numbers: pickle._Unpickler would look them up without find_class()."""
         import pickle
         raise pickle.UnpicklingError("extension %d is not known here" % code)
 
 
 def result_readers(allow):
-    """{an Unpickler: the same, and Known}, for names of modules, and of what is in them.
+    """{an Unpickler class: a subclass with Known}, for the modules and names in allow.
 
-    Raises ImportError or AttributeError if there is no such module, or nothing of that name in it.
+    Raises ImportError or AttributeError if a module or a name does not exist.
     """
     import importlib
     import pickle
@@ -11396,7 +11411,7 @@ def result_readers(allow):
         raise TypeError("allow is a list of names, not one: allow=[%r]" % allow)
     names, modules = {}, []
     for item in allow:
-        module, rest = item, ""
+        module, inner = item, ""
         while True:
             try:
                 found = importlib.import_module(module)
@@ -11405,31 +11420,31 @@ def result_readers(allow):
                 if not (module + ".").startswith("%s." % getattr(error, "name", "")) or "." not in module:
                     raise
                 module, _, last = module.rpartition(".")
-                rest = last + ("." + rest if rest else "")
-        if not rest:
+                inner = last + ("." + inner if inner else "")
+        if not inner:
             modules.append(module)
             continue
-        for part in rest.split("."):
+        for part in inner.split("."):
             found = getattr(found, part)
-        names[module, rest] = found
+        names[module, inner] = found
     known = {"names": names, "modules": tuple(modules), "numpy": "numpy" in modules}
     return {base: type("Reader", (Known, base), known) for base in (pickle.Unpickler, pickle._Unpickler)}
 
 
 def load_result(readers, data, place):
-    """The object of the pickle that begins there.  Raises anything."""
+    """The object of the pickle that begins at this place.  Raises any exception."""
     import copyreg
     import io
     import pickle
-    # The one in C takes what copyreg has a number for, and was loaded before, without asking find_class
+    # The Unpickler in C loads classes with a number in copyreg without find_class(), from a cache.
     base = pickle._Unpickler if copyreg._inverted_registry else pickle.Unpickler
-    file = io.BytesIO(data)         # of bytes it is no copy
+    file = io.BytesIO(data)         # without a copy, as data is bytes
     file.seek(place)
     return readers[base](file, fix_imports=False).load()
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that a function raised on a worker: the traceback there, as tb."""
+    """The cause of an exception that a function has raised on a worker; tb is the text of its traceback."""
 
     def __init__(self, tb):
         super().__init__(tb)
@@ -11440,7 +11455,7 @@ class RemoteTraceback(Exception):
 
 
 def load_error(readers, data, place, host):
-    """The exception of a RAISED or FAILED, with the traceback there as its cause."""
+    """The exception in a RAISED or FAILED, with the worker's traceback as its cause."""
     size, = TEXT_SIZE.unpack_from(data, place)
     place += TEXT_SIZE.size + size
     text = data[place - size:place].decode("utf-8", "replace")
@@ -11458,13 +11473,13 @@ def load_error(readers, data, place, host):
     return error
 
 
-# Executor: lanes, and the pool that has them
+# Executor: lanes, and their pool
 
 SEARCHING, UP, ENDING = "SEARCHING", "UP", "ENDING"
 
 
 class Call:
-    """What was submitted: a function and its arguments, until it is done."""
+    """A function with its arguments that was submitted, until it is done."""
 
     def __init__(self, future, function, arguments, keywords):
         self.future, self.what = future, (function, tuple(arguments), keywords)
@@ -11480,7 +11495,7 @@ class Call:
         self.tries += not isinstance(error.__cause__, RemoteTraceback)
 
     def pickled(self, protocol, has_main):
-        """The bytes for the worker.  Raises anything."""
+        """The bytes for the worker.  Raises any exception."""
         import pickle
         function = self.what[0]
         while hasattr(function, "func"):        # functools.partial
@@ -11500,18 +11515,20 @@ class Lane:
     """One job of cexec, with a worker's Python as its command.
 
     SEARCHING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
-        '---------------'-----the job ends, or is ended-----------------------------'
+        '---------------'---terminate()-----------^                                A
+        '---------------'---the job has ended: all pipes are closed----------------'
     """
 
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
-        self.calls = collections.OrderedDict()  # number: a Call that the worker has, and no result is there
+        self.calls = collections.OrderedDict()  # number: a Call that the worker has, until its result comes
         self.host, self.protocol, self.main_sent = "?", 0, not pool.program.text
         self.since = self.idle_since = self.head_since = time.monotonic()
-        self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds a call: of late, the first, the least
+        self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds of a call: lately, of the first, the least
         self.recalled = self.leaving = False
-        self.unsent, self.backlog, self.answers = collections.deque(), 0, 0     # answers: of unsent; one is right
-        self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size             # what has come, what is needed
+        self.unsent, self.backlog = collections.deque(), 0      # parts of frames; their bytes
+        self.imports = 0            # IMPORTs since unsent was last empty: the worker must send one at a time
+        self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size     # what has come; its bytes; the bytes needed
         self.line = self.words = self.report = b""
         self.failure = self.killing = None
         self.start()
@@ -11527,8 +11544,8 @@ class Lane:
         try:
             os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
-            env["CEXEC_RETRIES"] = "0"                          # the pool knows better what may be run again
-            self.child, status = start_client(
+            env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
+            self.child, report = start_client(
                 self.pool.pub, [], places=places, env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError:
@@ -11543,7 +11560,7 @@ class Lane:
         enlarge(self.child.stdout.fileno())
         self.files = set()
         for file, call in ((self.child.stdout, self.rcvd), (self.child.stderr, self.rcvd_words),
-                           (open(status, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
+                           (open(report, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
             self.files.add(file)
             self.loop.on_read(file.fileno(), functools.partial(self.read, file, call))
 
@@ -11551,10 +11568,10 @@ class Lane:
         log.note("lane %s: %s -> %s", self.host, self.state, state)
         self.state = state
 
-    # What goes to the worker
+    # To the worker
 
     def send(self, kind, *parts):
-        """Queues a frame; flush() is called by the pool, after all that there is to send."""
+        """Queues a frame; the pool calls flush() when it has queued everything."""
         parts = [LANE_HEAD.pack(kind, sum(map(len, parts)))] + list(parts)
         if len(parts[-1]) < PRINTED_MAX:
             parts = [b"".join(parts)]
@@ -11574,15 +11591,15 @@ class Lane:
                     count -= min(count, len(part))
         except BlockingIOError:
             pass
-        except OSError:             # the job has ended, as will be read
+        except OSError:             # the job has ended; read() will see it
             self.unsent.clear()
         if not self.unsent:
-            self.backlog = self.answers = 0
+            self.backlog = self.imports = 0
         if not self.child.stdin.closed:
             self.loop.on_write(self.target, self.flush if self.unsent else None)
 
     def room(self):
-        """Whether it takes one more call: the first, or one of some short ones."""
+        """Whether it takes another call: its only one, or one of several that are short."""
         if self.state is not UP or self.leaving or not self.calls:
             return self.state is UP and not self.leaving
         return (self.pool.retries > 0 and not self.recalled and self.backlog < PRINTED_MAX
@@ -11612,21 +11629,21 @@ class Lane:
         self.flush()
 
     def end(self):
-        """Has the worker exit, once it has done all."""
+        """Lets the worker exit, after its last call."""
         self._set(ENDING)
         self.send(END)
         self.flush()
         self.killing = self.loop.after(KILL_SECONDS, self.terminate)
 
     def terminate(self):
-        """Ends the job, whatever it does."""
+        """Ends the job at once."""
         self._set(ENDING)
         if self.killing:
             self.killing.cancel()
         self.child.terminate()
         self.killing = self.loop.after(KILL_SECONDS, self.child.kill)
 
-    # What comes from it
+    # From the worker
 
     def read(self, file, call):
         data = os.read(file.fileno(), FRAME_MAX)
@@ -11645,7 +11662,7 @@ class Lane:
         self.report += data
 
     def rcvd_prints(self, data):
-        """Shows the lines that are whole, and of one that is too long what there is."""
+        """Shows whole lines, and the beginning of a line that is too long."""
         *lines, self.line = (self.line + data).split(b"\n")
         if len(self.line) > PRINTED_MAX:
             lines.append(self.line)
@@ -11654,7 +11671,7 @@ class Lane:
                                for line in [line.decode("utf-8", "replace") for line in lines]))
 
     def rcvd(self, data):
-        """Sees to each whole frame.  A long one is held in pieces, as many as have come."""
+        """Handles each whole frame.  The pieces of a long frame are joined only when all have come."""
         self.chunks.append(data)
         self.size += len(data)
         if self.size < self.wanted:
@@ -11674,7 +11691,7 @@ class Lane:
                 place += self.wanted
                 self.HANDLERS[kind](self, data, place - size, place)
         except (ProtocolError, struct.error) as error:
-            self.failure = Failed("a worker's Python does not do as cexec's lanes do (%s): is its command python3 "
+            self.failure = Failed("a worker's Python does not speak cexec's protocol (%s): is its command python3 "
                                   "/dev/fd/3, with at least Python 3.6?" % printable(str(error)))
             self.terminate()
         self.chunks = [data[place:]]
@@ -11690,8 +11707,8 @@ class Lane:
         self._set(UP)
 
     def rcvd_import(self, data, place, end):
-        self.answers += 1
-        if self.answers > 1 and self.backlog > WINDOW:
+        self.imports += 1
+        if self.imports > 1 and self.backlog > WINDOW:
             raise ProtocolError("IMPORT twice")
         try:
             found = self.pool.program.module(data[place:end].decode())
@@ -11716,14 +11733,14 @@ class Lane:
         call, place = self.rcvd_result(data, place, end)
         try:
             result = load_result(self.pool.readers, data, place)
-        except Exception as error:  # what a worker makes up can be anything
+        except Exception as error:  # a worker can send anything
             self.pool.done(call, error if type(error).__name__ == "UnpicklingError" else
                            Failed("a result that cannot be read: %s: %s" % (type(error).__name__, error)))
         else:
             self.pool.done(call, None, result)
 
     def rcvd_raised(self, data, place, end):
-        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # or it breaks the rules
+        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # first: may raise
         call, _ = self.rcvd_result(data, place, end)
         self.pool.done(call, error)
 
@@ -11752,15 +11769,15 @@ class Lane:
         if self.killing:
             self.killing.cancel()
         try:
-            reason = Failed(self.ended(returncode_of(self.report, self.child.wait())))
+            reason = Failed(self.reason_of(returncode_of(self.report, self.child.wait())))
         except Failed as failed:
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
         was, self.state = self.state, OVER
         self.pool.lane_over(self, was is SEARCHING, self.failure or reason, hopeless)
 
-    def ended(self, code):
-        """What is to be said of a command that has ended with that returncode."""
+    def reason_of(self, code):
+        """The message for a command that has ended with this returncode."""
         worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
         how = "with status %d" % code if code >= 0 else "by signal %d" % -code
         if self.state is not SEARCHING:
@@ -11770,7 +11787,7 @@ class Lane:
 
 
 class Pool:
-    """The lanes of an Executor, and the calls that wait for one.  A thread of its own does all, while there is any."""
+    """The lanes of an Executor, and the calls that wait for one.  Its thread runs while there are calls or lanes."""
 
     def __init__(self, pub, limit, allow, retries):
         import pickle
@@ -11789,7 +11806,7 @@ class Pool:
     # For any thread
 
     def put(self, call):
-        """Has a call done.  Raises RuntimeError after the end."""
+        """Queues a call, and starts the thread if needed.  Raises RuntimeError after shutdown()."""
         with self.lock:
             if self.shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -11804,7 +11821,7 @@ class Pool:
             self.wake()
 
     def wake(self):
-        """With the lock: the pipe is there for as long as the thread is."""
+        """Wakes the thread.  The caller has the lock, for the pipe goes with the thread."""
         if self.sleeping:
             self.sleeping = False
             os.write(self.woken, b"x")
@@ -11827,19 +11844,19 @@ class Pool:
     # The thread
 
     def work(self):
-        """Turns while there is a call or a lane."""
+        """Runs in the thread, while there is a call or a lane."""
         waker, woken, loop = self.waker, self.woken, self.loop
         loop.on_read(waker, lambda: os.read(waker, 512))
         self.tick()
         try:
             while True:
-                self.sleeping = True            # whoever puts a call from here on wakes us
+                self.sleeping = True            # before dispatch(): a call that comes after it must wake us
                 self.dispatch()
                 with self.lock:
                     if not self.queue and not self.lanes:
                         break
                 loop.turn()
-        except BaseException as error:          # a defect of ours: nobody is to wait for ever
+        except BaseException as error:          # a defect of ours: nobody must wait for ever
             with self.lock:
                 self.shut = True
             for lane in self.lanes:
@@ -11854,7 +11871,7 @@ class Pool:
                 os.close(woken)
 
     def dispatch(self):
-        """Gives calls to lanes, begins one more lane if some are left, and ends those that nobody needs."""
+        """Gives calls to lanes, begins one more lane if calls are left, and ends lanes that nobody needs."""
         if self.abandoned:
             self.abandon()
         while self.queue:
@@ -11886,11 +11903,11 @@ class Pool:
             call.future.set_result(result)
 
     def put_back(self, calls):
-        """At the head of the queue: they were there already."""
+        """Puts calls at the head of the queue, where they were before."""
         self.queue.extendleft(reversed(calls))
 
     def grow(self):
-        """Looks for one more worker, unless that is being done."""
+        """Begins one more lane, unless one is searching already."""
         there = [lane for lane in self.lanes if lane.state is not ENDING]
         if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or time.monotonic() < self.pause:
             return
@@ -11900,7 +11917,7 @@ class Pool:
             self.cannot_grow(Failed("cannot start cexec: %s" % error))
 
     def cannot_grow(self, error):
-        """No more workers: that is no harm where some lane is up."""
+        """No more workers were found: all calls fail, unless a lane is up."""
         self.failures = 0
         if any(lane.state is UP for lane in self.lanes):
             self.pause = time.monotonic() + SEARCH_PAUSE
@@ -11914,7 +11931,7 @@ class Pool:
                 self.done(call, error)
 
     def lane_over(self, lane, searched, error, hopeless):
-        """Its calls are done elsewhere, but for those that have had their tries."""
+        """Puts the lane's calls back, except those that have had all their tries: they fail."""
         self.lanes.remove(lane)
         again = []
         for call in lane.calls.values():
@@ -11938,7 +11955,7 @@ class Pool:
         return getattr(concurrent.futures, "BrokenExecutor", RuntimeError)(text)    # Python 3.6 has none
 
     def end_idle(self):
-        """Ends lanes that have had no call for a while, or at once if none will come any more."""
+        """Ends lanes that have had no call for a while, or at once if no more calls can come."""
         now = time.monotonic()
         last = self.shut or not self.threading.main_thread().is_alive()
         for lane in list(self.lanes):
@@ -11952,7 +11969,7 @@ class Pool:
                     lane.terminate()
 
     def tick(self):
-        """What is to be done now and then: calls that are stuck, and lanes that have been there for long."""
+        """Every TICK_SECONDS: recalls calls that wait for a long one, and replaces a lane that is old."""
         self.loop.after(TICK_SECONDS, self.tick)
         now = time.monotonic()
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
@@ -11963,7 +11980,7 @@ class Pool:
         elif self.queue and len(up) == sum(lane.state is not ENDING for lane in self.lanes
                                            if lane.state is not SEARCHING):
             for lane in up:
-                warm_up = (lane.first or 0) - lane.fastest      # seconds, of what it has to do again
+                warm_up = (lane.first or 0) - lane.fastest      # seconds that a new lane would need again
                 if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
                     lane.leave()
                     break
@@ -11977,17 +11994,17 @@ class Pool:
                 lane.terminate()
 
     def show(self, text):
-        """Prints what functions print there."""
+        """Prints the output of functions."""
         if sys.stderr and text:
             try:
                 sys.stderr.write(text)
                 sys.stderr.flush()
             except (OSError, ValueError):
-                pass                # it is closed
+                pass                # standard error is closed
 
 
 def pickled(value):
-    """For a worker's Python of any version."""
+    """A pickle that any worker's Python can read."""
     import pickle
     return pickle.dumps(value, 2)
 
@@ -11997,33 +12014,32 @@ class ExecutorMethods:
 
     Executor(pub, max_workers=None, allow=(), retries=3)
 
-    pub is the path of the public key; on the workers runs
+    pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
-    with any Python from 3.6 on, and nothing else is needed there.  Whoever has the public key
-    can run any code as that user.
+    with any Python from 3.6 on, and need nothing else.  Everybody who has the public key can run
+    any code there as this user.
 
-    max_workers: calls at a time; None is as many as the workers take.
-    allow: what results may have in them besides builtin types and builtin exceptions, as
-        names of modules and of what is in them: ["numpy", "datetime.date", "__main__.Point"].
-        Of a module these are its classes.  A worker can make such objects here, with any
-        contents: name what is data.
-    retries: how often a call whose worker is lost is run again, elsewhere.  With 0 a call
-        is run once at most.
+    max_workers: how many calls run at a time; None: as many as the workers take.
+    allow: classes that may be in results, besides builtin types and builtin exceptions: names of
+        classes, or of modules for all their classes: ["numpy", "datetime.date", "__main__.Point"].
+        A worker can make such objects here, with any contents: so name only classes for data.
+    retries: how often a call runs again, on another worker, if its worker is lost.  With 0 a call
+        runs at most once.
 
-    A function must be found by its name in a module.  The main program's file is sent, and
-    run on the worker as __mp_main__ by the first call that needs it, as multiprocessing does
-    it: what only the main program is to do belongs below  if __name__ == "__main__":
-    Modules beside the main program are sent when they are imported there; what is installed
-    must be installed there.  What a function prints comes to standard error, after the
-    worker's name.  A worker's Python is used for many calls, for a minute or so, and globals
-    last as long.  Workers are held while there are calls, and for 3 seconds more.
+    A function must be found by its name in a module.  The file of the main program is sent, and
+    the first call that needs it runs it on the worker as __mp_main__, as multiprocessing does: so
+    the main program's own work must be below  if __name__ == "__main__":
+    Modules beside the main program are sent when a worker imports them; installed packages must be
+    installed on the workers too.  The output of a function comes to standard error here, after the
+    worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
+    Workers are held while there are calls, and for 3 seconds more.
 
-    Raises Failed if the public key cannot be read, ValueError, TypeError, and ImportError or
-    AttributeError for what allow names and is not there.  A future's exception is what the
-    function raised, with the traceback there as its __cause__; Failed if there is no worker;
-    concurrent.futures.BrokenExecutor if the worker was lost too often (RuntimeError on Python
-    3.6); pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a
-    result or an exception with something in it that is not allowed.
+    Raises Failed if the public key cannot be read; ValueError; TypeError; ImportError or
+    AttributeError for a name in allow that does not exist.  A future's exception is the one that
+    the function raised, with the worker's traceback as its __cause__; Failed if there is no worker;
+    concurrent.futures.BrokenExecutor if the worker was lost too often (RuntimeError on Python 3.6);
+    pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a result or an
+    exception with a class that is not allowed.
     """
 
     def __init__(self, pub, max_workers=None, allow=(), retries=3):
@@ -12049,9 +12065,9 @@ class ExecutorMethods:
     def map(self, fn, *iterables, timeout=None, chunksize=1):
         """The results of fn for each of the iterables' items, in their order, as the builtin map() gives them.
 
-        All calls are submitted at once.  With a chunksize so many items are one call, which
-        is faster if each takes less than a millisecond.  Raises what the function raised, and
-        concurrent.futures.TimeoutError for a result that is not there timeout seconds from now.
+        All calls are submitted at once.  With a chunksize, so many items are one call: that is faster
+        if an item takes less than a millisecond.  Raises the function's exception, and
+        concurrent.futures.TimeoutError for a result that has not come timeout seconds from now.
         """
         import itertools
         from concurrent.futures import Executor
@@ -12066,19 +12082,19 @@ class ExecutorMethods:
     def shutdown(self, wait=True, *, cancel_futures=False):
         """Take no more calls; wait until all are done, unless wait is false.
 
-        With cancel_futures those that have not begun are cancelled.
+        cancel_futures: cancel the calls that have not begun.
         """
         self._pool.shutdown(wait, cancel_futures)
 
     def __exit__(self, kind, error, traceback):
-        """Waits for all calls; after Ctrl-C, or sys.exit(), ends those that run instead."""
+        """Waits for all calls; but after Ctrl-C or sys.exit() it ends the running ones."""
         stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         self._pool.shutdown(True, stopped, stopped)
         return False
 
 
 def flattened(chunks):
-    """The items of some lists, none of which is held for longer than need be."""
+    """The items of these lists; each item is released at once."""
     for chunk in chunks:
         chunk.reverse()
         while chunk:
@@ -12086,7 +12102,7 @@ def flattened(chunks):
 
 
 def __getattr__(name):
-    """Executor, when it is first asked for: to import concurrent.futures takes time (PEP 562, from Python 3.7 on)."""
+    """Makes Executor at its first use, because to import concurrent.futures takes time (PEP 562, Python 3.7)."""
     if name != "Executor":
         raise AttributeError("module %r has no attribute %r" % (__name__, name))
     import concurrent.futures
@@ -12160,7 +12176,7 @@ def run_applet(argv):
         name, words = (words[0], words[1:]) if words else ("", [])
     if name in APPLETS:
         log.begin(name)
-        if name != "cexec":         # which looks first at what is open
+        if name != "cexec":         # cexec must first see which descriptors are open
             fill_standard()
         return APPLETS[name](words)
     if name == "--install":
@@ -12183,17 +12199,17 @@ def main(argv):
             code = error.code or 0
         print_out()
     except Fatal as error:
-        tidy_up()                   # first, or the message might go with the screen that it is on
+        tidy_up()                   # first: it may end a full screen, and the message with it
         log.say(str(error))
         code = error.code
     except KeyboardInterrupt:
         die_of(signal.SIGINT)
     except BrokenPipeError:
-        die_of(signal.SIGPIPE)      # whoever read our output has gone
+        die_of(signal.SIGPIPE)      # the reader of our output has gone
     except ImportError as error:
         log.say("this Python is not complete (%s): use another python3" % error)
         code = EXIT_TEMPORARY
-    except Exception as error:      # a defect of ours: one line all the same, the rest with -v
+    except Exception as error:      # a defect of ours: one line, and the traceback only with -v
         tidy_up()
         if log.verbose:
             import traceback
@@ -12201,33 +12217,33 @@ def main(argv):
         log.say("internal error: %s: %s" % (type(error).__name__, error))
         code = EXIT_TEMPORARY
     tidy_up()
-    os._exit(code)                  # at once: there is nothing left to be done
+    os._exit(code)                  # at once: Python has nothing to clean up
 
 
 # ---------------------------------------------------------------------------
 # The door: how this file is started
 # ---------------------------------------------------------------------------
 #
-# Python compiles a file that it is given anew each time, and for this one that takes longer
-# than a short job.  So the line at the top has sh give Python only what stands below START;
-# enter() there takes the whole file as a module, from its compiled code in ~/.cache/cexec.
-# That is made, if need be, by the loader that Python has for all modules.
+# Python compiles a script anew at each start, and for this one that takes longer than a short
+# job.  So the third line of this file lets sh give Python only the part below START.  There
+# enter() loads the whole file as a module, from its compiled code in ~/.cache/cexec.  Python's
+# own loader for modules makes this code if it is missing.
 #
 #     ./cexec.py cexec ..., a link        sh, enter(), main() in the module
 #     python3 cexec.py cexec ...          main() in the file
 #     python3 cexec.py cservice ...       the same, then slim_down(), enter(), main() in the module
-#     python3 - cservice ... < cexec.py   main() in the file: there is none to start again
+#     python3 - cservice ... < cexec.py   main() in standard input: slim_down() has no file
 #     import cexec                        nothing is started
 #
-# sh gives -S, for we use no site packages.  It looks at standard input first, because Python
-# does not start with a directory there.  What is below START is compiled at each start, and
-# short for that reason.
+# sh gives -S, because we use no site packages.  It first tests that standard input is no
+# directory, because with one Python does not start.  The part below START is compiled at each
+# start: it must stay short.
 
-KEPT_MAX = 8                        # files in the cache: one for each path of this file and version of Python
+KEPT_MAX = 8                        # files in the cache: one for each path of this file and each version of Python
 
 
 def write_kept(path, data):
-    """Writes a file of the cache whole or not at all, and removes the oldest if there are too many."""
+    """Writes a file of the cache, whole or not at all, and removes the oldest files if there are too many."""
     cache, part = os.path.dirname(path), "%s.%d.part" % (path, os.getpid())
     try:
         os.makedirs(cache, 0o700, exist_ok=True)
@@ -12243,11 +12259,11 @@ def write_kept(path, data):
         for oldest in sorted(paths, key=os.path.getmtime)[:-KEPT_MAX]:
             os.unlink(oldest)
     except OSError:
-        pass                        # a disk that is full or read-only: the next time it is compiled again
+        pass                        # the disk is full or read-only: the next start compiles again
 
 
 def show_in_ps():
-    """Has ps show our name and arguments, and not the text of the line at the top (Linux; see proc(5))."""
+    """Makes ps show our name and arguments instead of the text after -c (Linux; see proc(5))."""
     try:
         with open("/proc/self/comm", "w") as comm:
             comm.write(os.path.basename(sys.argv[0]))
@@ -12265,17 +12281,17 @@ def show_in_ps():
 
 # START
 def kept_path(pyc):
-    """Where we keep what Python would keep at a path.  Raises OSError in another user's home, as sudo may leave it."""
+    """Our path for compiled code that Python would keep at pyc.  Raises OSError in another user's home (sudo)."""
     import os
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative one is none
+    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative path does not count
     if os.stat(home).st_uid != os.geteuid():
         raise OSError("another user's home")
     return os.path.join(home, "cexec" if home is xdg else ".cache/cexec", pyc.replace("/", "%"))
 
 
 def read_kept(path):
-    """What write_kept() wrote: a digest and data.  Raises OSError if another user may have written it."""
+    """(digest, data), as write_kept() wrote them.  Raises OSError if another user may have written the file."""
     import os
     import stat
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", 0) as file:     # it may be a FIFO
@@ -12286,9 +12302,9 @@ def read_kept(path):
 
 
 def made_by_child(make):
-    """What make() gives, made by a child; None if that cannot be.
+    """The result of make() in a child process; None if there can be no child.
 
-    The 15 MB that it takes to compile this file are not given back by a process.
+    To compile this file takes 15 MB, which Python would not give back to the system.
     """
     import marshal
     import os
@@ -12318,12 +12334,12 @@ def made_by_child(make):
 def kept_loader(path):
     """Python's loader for the file at path, with our cache.
 
-    Kept are a SHA-256 and a .pyc, which any build of the same version of Python can run.  The
-    hash takes in which file that was made of; and a damaged .pyc may crash the interpreter.
+    A file of the cache is a SHA-256 and a .pyc, which any build of the same version of Python can
+    run.  The hash covers the .pyc, because a damaged one could crash Python, and the identity of its source.
     """
     import hashlib
     import os
-    from _frozen_importlib_external import SourceFileLoader     # as importlib.machinery has it, 0.5 ms sooner
+    from _frozen_importlib_external import SourceFileLoader     # importlib.machinery has it too, but needs 0.5 ms
     about = os.stat(path)
     source = repr((path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
 
@@ -12333,14 +12349,14 @@ def kept_loader(path):
         return made.digest()
 
     class KeptLoader(SourceFileLoader):
-        fresh = None                # the path and the data to be kept
+        fresh = None                # (path, data) for write_kept(), if the code was compiled
 
         def get_data(self, wanted):
             if wanted == path:
                 return super().get_data(path)
             digest, data = read_kept(kept_path(wanted))
             if digest_of(data) != digest:
-                raise OSError("damaged, or made of another file")
+                raise OSError("damaged, or made from another file")
             return data
 
         def source_to_code(self, data, path, **_):
@@ -12359,9 +12375,9 @@ def kept_loader(path):
 def enter():
     """Runs the whole file as the module cexec: argv is -c, the file's path, and its arguments."""
     import gc
-    gc.disable()                    # until started_up(): there is nothing to collect, and it costs 10 ms
+    gc.disable()                    # until started_up(): it would cost 10 ms, and find nothing
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-        del sys.path[0]             # modules that lie in the current directory are not imported
+        del sys.path[0]             # never import modules from the current directory
     import os
     del sys.argv[0]
     module = sys.modules["cexec"] = type(sys)("cexec")

@@ -9090,7 +9090,7 @@ INTRUSIONS = [
     ("words before a proof", b"WORDS out of place", lambda asker, peer: peer.send(cexec.WORDS, bytes=b"A=1\0")),
     ("arguments", b"takes none", proved((cexec.WORDS, {"bytes": b"x\0"}), (cexec.JOB, {"arguments": 1}))),
     ("a descriptor beyond", b"impossible descriptor", proved((cexec.JOB, {"descriptors": [(1024, 1024, 1)]}))),
-    ("a descriptor for nothing", b"not for anything", proved((cexec.JOB, {"descriptors": [(1, 1, 0)]}))),
+    ("a descriptor for nothing", b"has impossible flags", proved((cexec.JOB, {"descriptors": [(1, 1, 0)]}))),
     ("DATA before GO", b"DATA before GO", accepted(data_frame(0, b"x"))),
     ("SIGNAL before GO", b"SIGNAL before GO", accepted(cexec.make_frame(cexec.SIGNAL, signal="TERM"))),
     ("EXIT before GO", b"EXIT before GO", accepted(cexec.make_frame(cexec.EXIT, **filled(cexec.EXIT)))),
