@@ -3704,18 +3704,20 @@ def tree(path, name, wanted=lambda name: True):
     A directory comes before its entries; "." itself does not come.  Links to directories are not
     followed.  Raises OSError if a wanted directory can't be read.
     """
-    if name != WHOLE and wanted(name):
-        yield path, name
-    if os.path.isdir(path) and (name == WHOLE or not os.path.islink(path)):
-        try:
-            inside = sorted(os.listdir(path))
-        except OSError:
-            if name == WHOLE or wanted(name):
-                raise
-            return
-        for entry in inside:
-            yield from tree(entry if path == WHOLE else os.path.join(path, entry),
-                            entry if name == WHOLE else name + b"/" + entry, wanted)
+    todo = [(path, name)]
+    while todo:
+        path, name = todo.pop()
+        if name != WHOLE and wanted(name):
+            yield path, name
+        if os.path.isdir(path) and (name == WHOLE or not os.path.islink(path)):
+            try:
+                inside = sorted(os.listdir(path), reverse=True)
+            except OSError:
+                if name == WHOLE or wanted(name):
+                    raise
+                continue
+            todo += [(entry if path == WHOLE else os.path.join(path, entry),
+                      entry if name == WHOLE else name + b"/" + entry) for entry in inside]
 
 
 def pack_files(writer, entries):
@@ -4091,6 +4093,11 @@ def files_pipe(floor):
 PART_NAME = ".cexec.%s.part"        # a directory in the current one, in which results wait
 
 
+def is_part(name):
+    return name.startswith(".cexec.") and name.endswith(".part")
+
+
+
 def input_place(text):
     """(path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
@@ -4109,7 +4116,7 @@ def input_entries(places):
     """Yields (path, name) for everything that -i packs, each name once.  Raises OSError."""
     known = {}
     for path, name in places:
-        for one, its_name in tree(path, name):
+        for one, its_name in tree(path, name, lambda name: not any(map(is_part, os.fsdecode(name).split("/")))):
             if its_name not in known:
                 known[its_name] = one
                 yield one, its_name
@@ -7108,7 +7115,7 @@ def check_current_directory(patterns=()):
     except OSError as error:
         name = "the current directory" if error.filename == part else error.filename
         raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
-    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
+    remove_left(".", is_part)
 
 
 def main_single(path, words, options):

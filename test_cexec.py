@@ -5533,6 +5533,7 @@ HOSTILE = {
     "sparse": head_of("x", type=tarfile.GNUTYPE_SPARSE) + END,
     "pax": head_of("x", type=tarfile.XHDTYPE, size=512) + bytes(512) + END,
     "set-id": head_of("x", mode=0o4755) + END,
+    "negative size": head_of("x", size=-512) + END,
     "size of a directory": head_of("x", type=tarfile.DIRTYPE, size=1) + END,
     "large name": head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2 ** 40) + END,
     "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + END,
@@ -5723,6 +5724,35 @@ def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
         assert contents(str(tmp_path / "here")) == before
     finally:
         os.chdir(back)
+
+
+def test_deep_directories_are_packed_and_unpacked(tmp_path):
+    place = os.getcwd()
+    os.makedirs(str(tmp_path / "from"))
+    os.chdir(str(tmp_path / "from"))
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        os.chdir(str(tmp_path / "from"))
+        with tempfile.TemporaryFile() as file:
+            cexec.pack_files(os.dup(file.fileno()), cexec.tree(b"d", b"d"))
+            file.seek(0)
+            assert len(unpacked(file.read(), str(tmp_path / "to"))[1]) == 1200
+    finally:
+        os.chdir(place)
+        for name in ("from", "to"):
+            cexec.remove_directory(str(tmp_path / name))
+
+
+def test_results_that_wait_are_no_input(tmp_path, monkeypatch):
+    """Another cexec in the same directory may have some, which go while they are read."""
+    monkeypatch.chdir(str(tmp_path))
+    os.makedirs("d/.cexec.0123456789abcdef.part/x")
+    put("d/.cexec.0123456789abcdef.part/x/y", "1")
+    put("d/.cexec", "1")
+    names = [name for _, name in cexec.input_entries([cexec.input_place("."), cexec.input_place("d")])]
+    assert names == [b"d", b"d/.cexec"]
 
 
 def test_results_for_another_file_system(farm):
@@ -5971,13 +6001,13 @@ def test_a_hostile_workers_archive_leaves_nothing(farm, what):
     key, port = cexec.open_key(farm.key), free_port()
     data = dict(HOSTILE, **{"not asked for": packed((b"x1", b"1"), (b".bashrc", b"2")) + END})[what]
     with Ear(port) as ear:
-        client = farm.start("cexec", "-n", "-g", "x*", "-g", "a", farm.pub, cwd=farm.desk, stdout=subprocess.DEVNULL,
+        client = farm.start("cexec", "-n", "-g", "x*", farm.pub, cwd=farm.desk, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, env={"GROUP": "127.255.255.255:%d" % port})
         announced, address = ear.wait_for(cexec.ANNOUNCE)
         with play_worker(announced, address, key, options=cexec.HELLO_DIRECTORIES) as peer:
             peer.expect(cexec.AUTH)
             job = peer.expect(cexec.JOB)
-            assert job.patterns == [b"x*", b"a"]
+            assert job.patterns == [b"x*"]
             peer.send(cexec.ACCEPT)
             peer.expect(cexec.GO)
             if data:
@@ -11803,6 +11833,38 @@ def test_options_and_settings_hold_there(boxes):
     worker, = farm.workers("a")
     assert b"-iv" in words_of(worker) or b"-Sc" in words_of(worker)         # Python 3.6 and 3.7 have no memfd
     assert read(farm.key).split()[5] not in read("/proc/%d/cmdline" % worker) + read("/proc/%d/environ" % worker)
+
+
+def test_arguments_and_files_on_other_hosts(boxes):
+    """-a and -d go there; the directory of a job is removed also where the starter is killed meanwhile."""
+    farm = boxes("a")
+    farm.open_all()
+    desk = farm.cluster.path("desk")
+    os.mkdir(desk)
+    put(os.path.join(desk, "in"), "1")
+    process = farm.start("a", words=["-ad", "-u", "nobody"])
+    farm.up(process, 1)
+    words = [b"", b"a'b", b"\xff\n", b"{}", b"--", b"x=y", b"-g"]
+
+    def argv(*command):
+        return farm.cluster.argv("cexec", "-n", "-i", "in", "-g", "out", farm.pub, *command)
+    options = {"env": farm.cluster.environment(), "cwd": desk, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    space = ["ip", "netns", "exec", farm.spaces["here"]]
+    done = subprocess.run(space + argv("sh", "-c", 'id -un; cp in out; pwd; printf "%s\\0" "$@"', "sh", *words),
+                          timeout=PATIENCE, **options)
+    user, directory, said = done.stdout.split(b"\n", 2)
+    assert (done.returncode, done.stderr, user) == (0, b"", b"nobody") and said.split(b"\0")[:-1] == words
+    assert read(os.path.join(desk, "out")) == b"1" and not os.path.exists(directory)
+    client = farm.cluster.start("cexec", "-n", "-g", "out", farm.pub, "sh", "-c", "pwd; exec sleep 1000", cwd=desk,
+                                space=farm.spaces["here"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    directory = client.stdout.readline()[:-1]
+    assert os.path.isdir(directory)
+    process.kill()                  # its worker drains
+    client.kill()
+    client.wait()
+    until(lambda: not os.path.exists(directory), "its removal", 20)
+    process.wait()
+    farm.empty()
 
 
 def test_two_applications_on_the_same_hosts(boxes):
