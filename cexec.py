@@ -4175,8 +4175,9 @@ def put_in_place(part, top, files, directories, durable):
             take_back(step)
         raise
     finally:
-        for place in set(stages) - {b""}:
-            take_back(lambda: remove_directory(stages[place]))
+        del stages[b""]
+        for stage in stages.values():
+            take_back(functools.partial(remove_directory, stage))
 
 
 def take_back(step):
