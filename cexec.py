@@ -3988,11 +3988,18 @@ def remove_left(place, is_ours):
             log.note("%s stays: %s", path, error.strerror)
 
 
-def check_current_directory():
-    """Raises Fatal (111) if results cannot be put there; removes results that a crash has left unfinished."""
-    if not os.access(".", os.W_OK | os.X_OK):
-        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
-    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
+def check_current_directory(patterns=()):
+    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
+    part = PART_NAME % os.urandom(8).hex()
+    try:
+        os.mkdir(part)              # access(2) does not tell of a disk that is full, or of a directory that has gone
+        os.rmdir(part)
+        for pattern in patterns:
+            check_place(pattern)
+    except OSError as error:
+        name = "the current directory" if error.filename == part else error.filename
+        raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
+    remove_left(".", is_part)
 
 
 def close_all_but(kept):
@@ -4095,7 +4102,6 @@ PART_NAME = ".cexec.%s.part"        # a directory in the current one, in which r
 
 def is_part(name):
     return name.startswith(".cexec.") and name.endswith(".part")
-
 
 
 def input_place(text):
@@ -7103,20 +7109,6 @@ def places_of(inputs):
         return [input_place(text) for text in inputs]
     except (OSError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
-
-
-def check_current_directory(patterns=()):
-    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
-    part = PART_NAME % os.urandom(8).hex()
-    try:
-        os.mkdir(part)              # access(2) does not tell of a disk that is full, or of a directory that has gone
-        os.rmdir(part)
-        for pattern in patterns:
-            check_place(pattern)
-    except OSError as error:
-        name = "the current directory" if error.filename == part else error.filename
-        raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
-    remove_left(".", is_part)
 
 
 def main_single(path, words, options):

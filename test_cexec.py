@@ -5536,7 +5536,7 @@ HOSTILE = {
     "negative size": head_of("x", size=-512) + END,
     "size of a directory": head_of("x", type=tarfile.DIRTYPE, size=1) + END,
     "large name": head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2 ** 40) + END,
-    "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + END,
+    "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + packed((b"x", b"1")) + END,
     "file twice": packed((b"x", b"1"), (b"x", b"2")) + END,
     "file as a directory": packed((b"x", b"1"), (b"x/y", b"2")) + END,
     "not the end": END + packed((b"x", b"1")),
