@@ -8150,7 +8150,7 @@ class Supervisors:
 
         def removed(helper):
             del self.lost[helper.pid]
-            self.patron.slots_changed()
+            self.reap()             # while it was there, other children may have waited behind it
 
         self.lost[handle.pid] = handle
         end_sessions(self.loop, handle.sessions, None, over)    # the command was never our child

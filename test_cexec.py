@@ -5935,7 +5935,7 @@ def test_no_job_runs_whose_results_have_no_place(farm, where):
 def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
     """A child removes it: it is stopped here, and the worker goes on; its slot is free only when it is over."""
     worker = farm.serve(env={"CONCURRENCY": "2"})
-    client = farm.begin("-n", farm.pub, "sh", "-c", "seq 20000 | xargs mkdir; touch began; exec sleep 1000")
+    client = farm.begin("-n", farm.pub, "sh", "-c", "seq 8000 | xargs mkdir; touch began; exec sleep 1000")
     until(lambda: glob.glob(farm.place + "/*/began"), "its start")
     supervisor, = children_of(worker.pid)
     os.kill(supervisor, signal.SIGKILL)
