@@ -3714,18 +3714,20 @@ def tree(path, name, wanted=lambda name: True):
     A directory comes before its entries; "." itself does not come.  Links to directories are not
     followed.  Raises OSError if a wanted directory can't be read.
     """
-    if name != WHOLE and wanted(name):
-        yield path, name
-    if os.path.isdir(path) and (name == WHOLE or not os.path.islink(path)):
-        try:
-            inside = sorted(os.listdir(path))
-        except OSError:
-            if name == WHOLE or wanted(name):
-                raise
-            return
-        for entry in inside:
-            yield from tree(entry if path == WHOLE else os.path.join(path, entry),
-                            entry if name == WHOLE else name + b"/" + entry, wanted)
+    todo = [(path, name)]
+    while todo:
+        path, name = todo.pop()
+        if name != WHOLE and wanted(name):
+            yield path, name
+        if os.path.isdir(path) and (name == WHOLE or not os.path.islink(path)):
+            try:
+                inside = sorted(os.listdir(path), reverse=True)
+            except OSError:
+                if name == WHOLE or wanted(name):
+                    raise
+                continue
+            todo += [(entry if path == WHOLE else os.path.join(path, entry),
+                      entry if name == WHOLE else name + b"/" + entry) for entry in inside]
 
 
 def pack_files(writer, entries):
@@ -3996,11 +3998,18 @@ def remove_left(place, is_ours):
             log.note("%s stays: %s", path, error.strerror)
 
 
-def check_current_directory():
-    """Raises Fatal (111) if results cannot be put there; removes results that a crash has left unfinished."""
-    if not os.access(".", os.W_OK | os.X_OK):
-        raise Fatal(EXIT_TEMPORARY, "-g: the current directory cannot be written")
-    remove_left(".", lambda name: name.startswith(".cexec.") and name.endswith(".part"))
+def check_current_directory(patterns=()):
+    """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
+    part = PART_NAME % os.urandom(8).hex()
+    try:
+        os.mkdir(part)              # access(2) does not tell of a disk that is full, or of a directory that has gone
+        os.rmdir(part)
+        for pattern in patterns:
+            check_place(pattern)
+    except OSError as error:
+        name = "the current directory" if error.filename == part else error.filename
+        raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
+    remove_left(".", is_part)
 
 
 def close_all_but(kept):
@@ -4101,6 +4110,10 @@ def files_pipe(floor):
 PART_NAME = ".cexec.%s.part"        # a directory in the current one, in which results wait
 
 
+def is_part(name):
+    return name.startswith(".cexec.") and name.endswith(".part")
+
+
 def input_place(text):
     """(path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
@@ -4119,7 +4132,7 @@ def input_entries(places):
     """Yields (path, name) for everything that -i packs, each name once.  Raises OSError."""
     known = {}
     for path, name in places:
-        for one, its_name in tree(path, name):
+        for one, its_name in tree(path, name, lambda name: not any(map(is_part, os.fsdecode(name).split("/")))):
             if its_name not in known:
                 known[its_name] = one
                 yield one, its_name
@@ -4155,41 +4168,118 @@ def receive(reader, verdict, patterns, durable):
 
 
 def put_in_place(part, top, files, directories, durable):
-    """Moves results from the directory part to their places.  Raises OSError."""
-    # Do first what may fail, so that an error leaves all places as they were: look at the places, write
-    # the data to the disk, make new directories.  Only then rename.
-    part, new = os.fsencode(part), {}
+    """Moves results from where they wait to their places: all of them, or none if something fails.  Raises OSError.
+
+    Everything that may fail is done before the first rename, and renames are undone if one fails
+    all the same.  Only a KILL or a crash between them leaves some of the results, and where
+    there are no hard links a file that was replaced does not come back.
+    """
+    part, new, undo = os.fsencode(part), {}, []
+    stages = {b"": part}            # place: the directory of ours in it
+    try:
+        make_places(files, directories, new, undo)
+        waiting = [brought_beside(name, number, new, stages) for number, name in enumerate(files)]
+        for path in waiting if durable else ():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        for path, name in zip(waiting, files):
+            replace(path, name, undo)
+        set_modes(new, None)
+    except OSError:
+        for step in reversed(undo):
+            take_back(step)
+        raise
+    finally:
+        del stages[b""]
+        for stage in stages.values():
+            take_back(functools.partial(remove_directory, stage))
+
+
+def take_back(step):
+    try:
+        step()
+    except OSError as error:        # somebody else is at work there
+        log.note("%s", error)
+
+
+def make_places(files, directories, new, undo):
+    """Makes the directories that are not there yet.  Raises OSError, also if a result has no place."""
     for name in files:
         if not may_be_replaced(name):
             raise OSError(errno.EEXIST, "there is something that is no regular file", name)
-        if durable:
-            fd = os.open(name, os.O_RDONLY, dir_fd=top)
-            os.fsync(fd)
-            os.close(fd)
+    for name in sorted(directories):
+        if os.path.lexists(name) and not os.path.isdir(name):
+            raise OSError(errno.ENOTDIR, "there is something that is no directory", name)
+        if not os.path.isdir(name):
+            os.mkdir(name)
+            new[name] = directories[name]
+            undo.append(lambda name=name: os.rmdir(name))
+
+
+def brought_beside(name, number, new, stages):
+    """Brings a result to where rename(2) can't but work: its path, in a directory of ours on the disk of its place."""
+    path, place = os.path.join(stages[b""], name), os.path.dirname(name)
+    while place in new:
+        place = os.path.dirname(place)
+    if not place:
+        return path
     try:
-        for name in sorted(directories):
-            if not os.path.isdir(name):
-                os.mkdir(name)
-                new[name] = directories[name]
-    except OSError:
-        for name in sorted(new, reverse=True):
-            os.rmdir(name)
-        raise
-    for name in files:
-        try:
-            os.rename(os.path.join(part, name), name)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise file_error(error, name) from None
-            copy_over(os.path.join(part, name), name)       # its directory is a link to another disk
-    set_modes(new, None)
+        if place not in stages:
+            stage = os.path.join(place, os.fsencode(PART_NAME % os.urandom(8).hex()))
+            os.mkdir(stage, 0o700)
+            stages[place] = stage
+        beside = os.path.join(stages[place], b"%d.new" % number)
+        move(path, beside)
+    except OSError as error:
+        raise file_error(error, name) from None
+    return beside
 
 
-def copy_over(path, name):
-    import shutil
-    beside = os.path.join(os.path.dirname(name), os.fsencode(PART_NAME % os.urandom(8).hex()))
-    shutil.copy(path, beside)
-    os.rename(beside, name)
+def move(path, beside):
+    try:
+        os.rename(path, beside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        import shutil
+        shutil.copy(path, beside)   # its directory is a link to another disk
+
+
+def replace(path, name, undo):
+    """Gives a result its name; undo gets how that is taken back.  Raises OSError."""
+    old = os.path.join(os.path.dirname(path), os.urandom(8).hex().encode())
+    try:
+        os.link(name, old)
+        back = functools.partial(os.rename, old, name)
+    except FileNotFoundError:
+        back = functools.partial(os.unlink, name)
+    except OSError:                 # no hard links
+        back = None
+    try:
+        os.rename(path, name)
+    except OSError as error:
+        raise file_error(error, name) from None
+    if back:
+        undo.append(back)
+
+
+def check_place(pattern):
+    """Raises OSError if it is known before that what matches can't get its place here."""
+    place, parts = "", pattern.split("/")
+    for number, part in enumerate(parts):
+        path, last = os.path.join(place, part), number == len(parts) - 1
+        if is_pattern(part) and not last:
+            return
+        if is_pattern(part) or not os.path.lexists(path):
+            if not os.access(place or ".", os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, "cannot be written", place or ".")
+            return
+        if last and os.path.exists(path) and not os.path.isdir(path) and not may_be_replaced(path):
+            raise OSError(errno.EEXIST, "there is something that is no regular file", path)
+        if not last and not os.path.isdir(path):
+            raise OSError(errno.ENOTDIR, "there is something that is no directory", path)
+        place = path
 
 
 class JobFiles:
@@ -5835,6 +5925,8 @@ class Task:
         import tempfile
         self.words = self.fill_words()
         self.places = [self.input_place(text) for text in self.terms.inputs]
+        for text in self.results:
+            check_place(text)
         try:
             self.open_input()
             self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
@@ -7052,7 +7144,7 @@ def main_single(path, words, options):
               places_of(options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
     try:
         if job.results:
-            check_current_directory()
+            check_current_directory(map(os.fsdecode, job.results))
         pub, group = open_pub(path), Group()
         fill_standard()
         return Client(pub, group, job).work()
@@ -7946,13 +8038,18 @@ class SupervisorHandle:
     def rcvd_directory(self, value):
         self.directory = os.path.join(self.place, value)
 
-    def remove_directory(self):
-        """Removes the job's directory, if a lost supervisor has left it."""
-        if self.directory and os.path.lexists(self.directory):
-            try:
-                remove_directory(self.directory)
-            except OSError as error:
-                log.say("%s: cannot be removed: %s" % (self.directory, error.strerror))
+    def remove_directory(self, over):
+        """Has what a lost supervisor has left there removed by a child, for it may be large: a Helper, or None."""
+        def told(trouble):
+            if trouble:
+                log.say("%s: cannot be removed: %s" % (self.directory, trouble))
+            over()
+        try:
+            if self.directory and os.path.lexists(self.directory):
+                return Helper(self.loop, lambda: remove_directory(self.directory), [], told)
+        except OSError as error:
+            log.say("%s: cannot be removed: %s" % (self.directory, error.strerror))
+        return None
 
     def rcvd_failed(self, value):
         self.patron.job_failed()
@@ -7999,7 +8096,8 @@ class Supervisors:
     def __init__(self, loop, patron):
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
-        self.lost = {}              # the same for supervisors that were killed, until their processes have ended
+        self.lost = {}              # the same, of those that were killed, until all that they left has ended;
+                                    # then with the pid of the child that removes the job's directory
 
     def __len__(self):
         return len(self.handles) + len(self.lost)
@@ -8067,8 +8165,15 @@ class Supervisors:
         """A supervisor was lost: ends the processes that it has left.  Until then its slot is in use."""
         def over():
             del self.lost[handle.pid]
-            handle.remove_directory()
+            helper = handle.remove_directory(lambda: removed(helper))
+            if helper:
+                self.lost[helper.pid] = handle
             self.reap()
+
+        def removed(helper):
+            del self.lost[helper.pid]
+            self.reap()             # while it was there, other children may have waited behind it
+
         self.lost[handle.pid] = handle
         end_sessions(self.loop, handle.sessions, None, over)    # the command was never our child
 

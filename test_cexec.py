@@ -5533,9 +5533,10 @@ HOSTILE = {
     "sparse": head_of("x", type=tarfile.GNUTYPE_SPARSE) + END,
     "pax": head_of("x", type=tarfile.XHDTYPE, size=512) + bytes(512) + END,
     "set-id": head_of("x", mode=0o4755) + END,
+    "negative size": head_of("x", size=-512) + END,
     "size of a directory": head_of("x", type=tarfile.DIRTYPE, size=1) + END,
     "large name": head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2 ** 40) + END,
-    "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + END,
+    "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + packed((b"x", b"1")) + END,
     "file twice": packed((b"x", b"1"), (b"x", b"2")) + END,
     "file as a directory": packed((b"x", b"1"), (b"x/y", b"2")) + END,
     "not the end": END + packed((b"x", b"1")),
@@ -5562,7 +5563,7 @@ def unpacked(data, directory, **options):
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_an_archive_that_is_refused(tmp_path, what):
-    with pytest.raises((cexec.ProtocolError, OSError)):
+    with pytest.raises(OSError if what in ("file twice", "file as a directory") else cexec.ProtocolError):
         unpacked(HOSTILE[what], str(tmp_path / "in"), allowed=lambda name: True)
     assert os.listdir(str(tmp_path)) == ["in"] and not os.path.islink(str(tmp_path / "in" / "x"))
 
@@ -5638,6 +5639,166 @@ def test_any_directory_is_removed(tmp_path):
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
     assert os.listdir(str(place)) == [] and keep.read_text() == "x"
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "is rewritten", "vanishes", "becomes a link"])
+def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch, change):
+    """No archive is whole then: not at the client, and not at the worker."""
+    paths = [os.fsencode(str(tmp_path / name)) for name in "abc"]
+    for path in paths:
+        put(os.fsdecode(path), "1" * 100)
+    changes = {
+        "grows": lambda: os.truncate(paths[1], 200), "shrinks": lambda: os.truncate(paths[1], 50),
+        "is rewritten": lambda: os.utime(paths[1], (1, 1)), "vanishes": lambda: os.unlink(paths[1]),
+        "becomes a link": lambda: (os.unlink(paths[1]), os.symlink(str(tmp_path), paths[1]))}
+
+    def entries():
+        yield paths[0], b"a"
+        if change in ("vanishes", "becomes a link"):
+            changes[change]()
+        else:                       # between the look at its size and the first byte
+            monkeypatch.setattr(cexec, "member_head", lambda *fields: (
+                fields[0] == b"b" and changes[change](), head(*fields))[1])
+        yield paths[1], b"b"
+    head = cexec.member_head
+    with tempfile.TemporaryFile() as file:
+        with pytest.raises(OSError) as raised:
+            cexec.pack_files(os.dup(file.fileno()), entries())
+        assert raised.value.filename == paths[1]
+        monkeypatch.undo()
+        file.seek(0)
+        with pytest.raises(cexec.ProtocolError):
+            unpacked(file.read(), str(tmp_path / "in"))
+
+
+def results_in(directory, names, part=".cexec.x.part"):
+    """What put_in_place() gets: results that wait below a directory, which becomes the current one."""
+    os.chdir(directory)
+    os.mkdir(part)
+    parents = {os.path.dirname(name) for name in names} - {""}
+    parents |= {os.path.dirname(name) for name in parents} - {""}
+    for name in sorted(parents):
+        os.mkdir(os.path.join(part, name))
+    for name in names:
+        put(os.path.join(part, name), "new " + name)
+    top = os.open(part, os.O_RDONLY)
+    return part, top, [os.fsencode(name) for name in names], {os.fsencode(name): 0o755 for name in parents}, True
+
+
+def contents(directory):
+    """{name: data} of all files below a directory; None for an empty directory."""
+    found = {}
+    for place, directories, files in os.walk(directory):
+        for name in files:
+            found[os.path.relpath(os.path.join(place, name), directory)] = read(os.path.join(place, name)).decode()
+        if not files and not directories:
+            found[os.path.relpath(place, directory)] = None
+    return found
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
+    """What was there is there again, and what was not is not."""
+    os.makedirs(str(tmp_path / "here" / "there"))
+    for name in ("old", "there/old"):
+        put(str(tmp_path / "here" / name), "as it was")
+    before, back = contents(str(tmp_path / "here")), os.getcwd()
+    names, done, rename = ["old", "a", "there/old", "there/b", "n/m/c"], [], os.rename
+
+    def some(path, name):
+        if name in map(os.fsencode, names):
+            if len(done) == failing:
+                done.append(None)
+                raise OSError(errno.EIO, "no luck")
+            done.append(name)
+        rename(path, name)
+    try:
+        given = results_in(str(tmp_path / "here"), names)
+        monkeypatch.setattr(os, "rename", some)
+        with pytest.raises(OSError) as raised:
+            cexec.put_in_place(*given)
+        monkeypatch.undo()
+        os.close(given[1])
+        cexec.remove_directory(given[0])
+        assert raised.value.filename == os.fsencode(names[failing])
+        assert contents(str(tmp_path / "here")) == before
+    finally:
+        os.chdir(back)
+
+
+def test_deep_directories_are_packed_and_unpacked(tmp_path):
+    place = os.getcwd()
+    os.makedirs(str(tmp_path / "from"))
+    os.chdir(str(tmp_path / "from"))
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        os.chdir(str(tmp_path / "from"))
+        with tempfile.TemporaryFile() as file:
+            cexec.pack_files(os.dup(file.fileno()), cexec.tree(b"d", b"d"))
+            file.seek(0)
+            assert len(unpacked(file.read(), str(tmp_path / "to"))[1]) == 1200
+    finally:
+        os.chdir(place)
+        for name in ("from", "to"):
+            cexec.remove_directory(str(tmp_path / name))
+
+
+def test_results_that_wait_are_no_input(tmp_path, monkeypatch):
+    """Another cexec in the same directory may have some, which go while they are read."""
+    monkeypatch.chdir(str(tmp_path))
+    os.makedirs("d/.cexec.0123456789abcdef.part/x")
+    put("d/.cexec.0123456789abcdef.part/x/y", "1")
+    put("d/.cexec", "1")
+    names = [name for _, name in cexec.input_entries([cexec.input_place("."), cexec.input_place("d")])]
+    assert names == [b"d", b"d/.cexec"]
+
+
+def test_results_for_another_file_system(farm):
+    """A directory here may be a mount, or a link to another disk; if that is full, nothing is kept."""
+    need_root()
+    need("unshare", "mount")
+    farm.serve()
+    os.mkdir(os.path.join(farm.desk, "disk"))
+    os.symlink("disk", os.path.join(farm.desk, "link"))
+    script = 'mount -t tmpfs -o size=1m none "$0/disk" && cd "$0" && echo was > disk/a && "$@"; s=$?; ' \
+             'find . -type f -exec grep -H ^ {} + | sort; find . -name ".cexec*"; exit $s'
+
+    def work(command):
+        words = farm.argv("cexec", "-n", "-g", "disk", "-g", "link/*", "-g", "z", farm.pub, "sh", "-c", command)
+        return subprocess.run(["unshare", "-m", "sh", "-c", script, farm.desk, *words], env=farm.environment(),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=PATIENCE)
+    made = "mkdir -p disk/d link; echo 1 > disk/a; echo 2 > disk/d/b; echo 3 > link/c; echo 4 > z"
+    done = work(made + "; head -c 2M /dev/zero > link/z")
+    assert (done.returncode, done.stdout) == (111, b"./disk/a:was\n")
+    assert done.stderr == b"cexec: link/z: No space left on device\n"
+    done = work(made)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"./disk/a:1\n./disk/c:3\n./disk/d/b:2\n./z:4\n"
+
+
+@pytest.mark.parametrize("pattern, said", [
+    ("file/x", "file: there is something that is no directory"),
+    ("file/x/*.o", "file: there is something that is no directory"),
+    ("fifo", "fifo: there is something that is no regular file"),
+    ("ro/x", "ro: cannot be written"), ("ro/*", "ro: cannot be written"), ("ro/in/x", None), ("ro/*/x", None),
+    ("ro", None), ("fi*", None), ("file", None), ("new/x", None), ("dangling", None)])
+def test_a_place_that_results_cannot_have(tmp_path, monkeypatch, pattern, said):
+    """What can be known is known before."""
+    monkeypatch.chdir(str(tmp_path))
+    put("file", "x")
+    os.mkfifo("fifo")
+    os.makedirs("ro/in")
+    os.symlink("nowhere", "dangling")
+    access = os.access              # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "ro" and access(path, mode))
+    if said is None:
+        cexec.check_current_directory([pattern])
+    else:
+        assert fatal(111, cexec.check_current_directory, [pattern]) == "-g: no results can be put here: " + said
+    assert sorted(os.listdir(".")) == ["dangling", "fifo", "file", "ro"]
 
 
 @pytest.fixture
@@ -5748,6 +5909,55 @@ def test_all_results_come_or_none(farm, command, status, said):
     assert os.listdir(farm.desk) == ["there"] and left(farm) == []
 
 
+@pytest.mark.parametrize("where", ["read-only", "gone", "a file"])
+def test_no_job_runs_whose_results_have_no_place(farm, where):
+    need_root()
+    need("unshare", "mount")
+    farm.serve()
+    in_desk(farm, "d")
+    script = {"read-only": 'mount -t tmpfs -o ro none "$0" && cd "$0" && exec "$@"',
+              "gone": 'mkdir "$0/gone" && cd "$0/gone" && rmdir "$0/gone" && exec "$@"',
+              "a file": 'cd "$0" && exec "$@"'}[where]
+    said = {"read-only": "the current directory: Read-only file system", "gone":
+            "the current directory: No such file or directory", "a file": "d: there is something that is no directory"}
+    for words in ([], ["-m"]):
+        words = farm.argv("cexec", "-n", *words, "-g", "d/x", farm.pub, "touch", farm.path("ran"),
+                          *(["--", "1"] if words else []))
+        done = subprocess.run(["unshare", "-m", "sh", "-c", script, farm.desk, *words], env=farm.environment(),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=PATIENCE)
+        old = where == "gone" and "the current directory was removed" in done.stderr.decode()   # Python 3.13.0
+        assert (old or said[where] in done.stderr.decode()) and done.returncode == (
+            1 if "-m" in words and where == "a file" else 111), done
+    assert not os.path.exists(farm.path("ran")) and left(farm) == []
+
+
+def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
+    """A child removes it: it is stopped here, and the worker goes on; its slot is free only when it is over."""
+    worker = farm.serve(env={"CONCURRENCY": "2"})
+    client = farm.begin("-n", farm.pub, "sh", "-c", "seq 8000 | xargs mkdir; touch began; exec sleep 1000")
+    until(lambda: glob.glob(farm.place + "/*/began"), "its start")
+    supervisor, = children_of(worker.pid)
+    os.kill(supervisor, signal.SIGKILL)
+    client.wait(PATIENCE)
+    remover = []
+
+    def caught():
+        remover[:] = [pid for pid in children_of(worker.pid) if pid != supervisor]
+        return remover
+    deadline = time.monotonic() + PATIENCE
+    while not caught() and time.monotonic() < deadline:
+        pass                        # not until(): that sleeps for longer than the removal takes
+    os.kill(remover[0], signal.SIGSTOP)
+    if os.listdir(farm.place):
+        done = farm.work("-n", farm.pub, "sh", "-c", "echo $CEXEC_SLOT")
+        assert (done.returncode, done.stdout) == (0, b"1\n")
+    os.kill(remover[0], signal.SIGCONT)
+    until(lambda: left(farm) == [] and not children_of(worker.pid), "the removal")
+    assert farm.work("-n", farm.pub, "sh", "-c", "echo $CEXEC_SLOT").stdout == b"0\n"
+    assert b"cannot be removed" not in read(worker.log)
+
+
 def test_what_cannot_be_sent(farm):
     """What is not there is said at once; the command is not started for half of its files."""
     farm.serve()
@@ -5791,13 +6001,13 @@ def test_a_hostile_workers_archive_leaves_nothing(farm, what):
     key, port = cexec.open_key(farm.key), free_port()
     data = dict(HOSTILE, **{"not asked for": packed((b"x1", b"1"), (b".bashrc", b"2")) + END})[what]
     with Ear(port) as ear:
-        client = farm.start("cexec", "-n", "-g", "x*", "-g", "a", farm.pub, cwd=farm.desk, stdout=subprocess.DEVNULL,
+        client = farm.start("cexec", "-n", "-g", "x*", farm.pub, cwd=farm.desk, stdout=subprocess.DEVNULL,
                             stderr=subprocess.PIPE, env={"GROUP": "127.255.255.255:%d" % port})
         announced, address = ear.wait_for(cexec.ANNOUNCE)
         with play_worker(announced, address, key, options=cexec.HELLO_DIRECTORIES) as peer:
             peer.expect(cexec.AUTH)
             job = peer.expect(cexec.JOB)
-            assert job.patterns == [b"x*", b"a"]
+            assert job.patterns == [b"x*"]
             peer.send(cexec.ACCEPT)
             peer.expect(cexec.GO)
             if data:
@@ -11623,6 +11833,38 @@ def test_options_and_settings_hold_there(boxes):
     worker, = farm.workers("a")
     assert b"-iv" in words_of(worker) or b"-Sc" in words_of(worker)         # Python 3.6 and 3.7 have no memfd
     assert read(farm.key).split()[5] not in read("/proc/%d/cmdline" % worker) + read("/proc/%d/environ" % worker)
+
+
+def test_arguments_and_files_on_other_hosts(boxes):
+    """-a and -d go there; the directory of a job is removed also where the starter is killed meanwhile."""
+    farm = boxes("a")
+    farm.open_all()
+    desk = farm.cluster.path("desk")
+    os.mkdir(desk)
+    put(os.path.join(desk, "in"), "1")
+    process = farm.start("a", words=["-ad", "-u", "nobody"])
+    farm.up(process, 1)
+    words = [b"", b"a'b", b"\xff\n", b"{}", b"--", b"x=y", b"-g"]
+
+    def argv(*command):
+        return farm.cluster.argv("cexec", "-n", "-i", "in", "-g", "out", farm.pub, *command)
+    options = {"env": farm.cluster.environment(), "cwd": desk, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    space = ["ip", "netns", "exec", farm.spaces["here"]]
+    done = subprocess.run(space + argv("sh", "-c", 'id -un; cp in out; pwd; printf "%s\\0" "$@"', "sh", *words),
+                          timeout=PATIENCE, **options)
+    user, directory, said = done.stdout.split(b"\n", 2)
+    assert (done.returncode, done.stderr, user) == (0, b"", b"nobody") and said.split(b"\0")[:-1] == words
+    assert read(os.path.join(desk, "out")) == b"1" and not os.path.exists(directory)
+    client = farm.cluster.start("cexec", "-n", "-g", "out", farm.pub, "sh", "-c", "pwd; exec sleep 1000", cwd=desk,
+                                space=farm.spaces["here"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    directory = client.stdout.readline()[:-1]
+    assert os.path.isdir(directory)
+    process.kill()                  # its worker drains
+    client.kill()
+    client.wait()
+    until(lambda: not os.path.exists(directory), "its removal", 20)
+    process.wait()
+    farm.empty()
 
 
 def test_two_applications_on_the_same_hosts(boxes):
