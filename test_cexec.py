@@ -15011,11 +15011,10 @@ def script(cluster, page, name):
 
 @pytest.fixture
 def compiling(linked_cluster):
-    """A project in C, a worker that compiles, and the two scripts of the manual."""
-    need("cc", "make", "bash")
+    """A project in C, a worker that compiles, and the script of the manual."""
+    need("gcc", "make", "bash")
     cluster = linked_cluster
-    for name in ("ccexec", "ccworker"):
-        script(cluster, "cexec.1", name)
+    script(cluster, "cexec.1", "ccexec")
     cluster.env["CCEXEC_PUB"] = cluster.pub
     cluster.env["TMPDIR"] = cluster.path("tmp")
     os.mkdir(cluster.path("tmp"))
@@ -15028,7 +15027,7 @@ def compiling(linked_cluster):
         "#define X(n) s = f##n(s);\nEACH\n" 'printf("%d\\n", s); return 0; }\n')
     put(cluster.path("Makefile"), "CFLAGS = -O2 -Wall -MMD -Iinclude -DFACTOR=2\nobjects = $(patsubst %.c,%.o,"
         "$(wildcard *.c))\nprogram: $(objects)\n\t$(CC) -o $@ $(objects)\n-include $(objects:.o=.d)\n")
-    cluster.compiler = cluster.worker(cluster.path("ccworker"))
+    cluster.compiler = cluster.worker(options=["-a"])
     return cluster
 
 
@@ -15037,12 +15036,20 @@ def compiled(cluster):
     return {name: read(cluster.path(name)) for name in names}
 
 
+def jobs_done(worker):
+    """How many jobs the worker has begun and ended, when none is left."""
+    def count(line):
+        return read(worker.log).count(line)
+    until(lambda: count(b"supervisor WAITING -> RUNNING") == count(b"ended, done"), "the jobs' end", 5)
+    return count(b"ended, done")
+
+
 def test_make_compiles_on_workers(compiling):
     """The objects and dependencies are those of the compiler here."""
-    done = compiling.sh("make -j8 CC=./ccexec && ./program")
+    done = compiling.sh("make -j8 CC=$PWD/ccexec && ./program")
     assert done.returncode == 0 and done.stdout.endswith(b"\n132\n"), done.stdout
     there = compiled(compiling)
-    assert len(there) == 26 and read(compiling.compiler.log).count(b"ended, done") == 13
+    assert len(there) == 26 and jobs_done(compiling.compiler) == 13
     compiling.sh("rm -f *.o *.d program; make -j8 CC=cc")
     assert compiled(compiling) == there
     assert not os.listdir(compiling.path("tmp"))
@@ -15055,24 +15062,57 @@ def test_make_ends_with_the_compilers_error(compiling):
     done = compiling.sh("make -k -j8 CC=./ccexec")
     assert done.returncode == 2 and b"f7.c:3:12: error: " in done.stdout, done.stdout
     assert not os.path.exists(compiling.path("f7.o")) and len([n for n in compiled(compiling) if n[-1] == "o"]) == 12
-    assert compiling.sh("./ccexec -c f7.c").returncode == 1
-    nobody = {"GROUP": "127.255.255.255:%d" % free_port(), "CEXEC_TIMEOUT_ACCEPT": "1"}
-    done = compiling.sh("./ccexec -DFACTOR=1 -Iinclude -c f8.c -o new.o", **nobody)
-    assert done.returncode == 111 and done.stdout.startswith(b"cexec: no worker answered"), done.stdout
-    assert not os.path.exists(compiling.path("new.o")) and not os.listdir(compiling.path("tmp"))
+    for flags in ("-c f7.c", "-c missing.c", "-Wno-such -c f7.c", "-c f1.c"):       # f1.c: all.h is not found
+        here, there = (compiling.sh(compiler + " " + flags) for compiler in ("cc", "./ccexec"))
+        assert here.returncode == there.returncode == 1 and here.stdout == there.stdout
+    assert jobs_done(compiling.compiler) == 15 and not os.listdir(compiling.path("tmp"))
 
 
-@pytest.mark.parametrize("words, made", [
-    ("-c f1.c", "f1.o"), ("-c -o'a b.o' f1.c", "a b.o"), ("f1.c -c -o x/y.o -MD", "x/y.d"),
-    ("-c -DQ='\"a b\"' f1.c", "f1.o"),
-    ("-MMD -MFother -MTthat -c f1.c -o z.o", "other"), ("-S f1.c", "f1.s"),
-    ("-shared -fPIC f1.c f2.c -o b.so", "b.so"),
-    ("-O3 -std=c99 -fno-common -c f1.c", "f1.o"), ("-c f1.c f2.c", "f2.o"), ("-E f1.c -o e", "e"),
-    ("-march=native -c f1.c", "f1.o"), ("-g3 -c f1.c", "f1.o"), ("-pg -c f1.c", "f1.o"),
-    ("-include include/all.h -D Y -c f1.c", "f1.o"), ("--param=ssp-buffer-size=4 -c f1.c", "f1.o"),
-    ("-Wa,--noexecstack -c f1.c", "f1.o")])
-def test_ccexec_is_as_cc(compiling, words, made):
+def test_ccexec_warns_as_cc(compiling):
+    """By comments and macros too; no line of the source comes with it."""
+    put(compiling.path("w.c"), "#define UNUSED(x) do { int x; } while (0)\n"
+        "int w(int x)\n{\n    int y = 0;\n    switch (x) {\n    case 1:\n        y++;    /* FALLTHROUGH */\n"
+        "    case 2:\n        y--;\n    case 3:\n        UNUSED(z);\n    }\n    return y;\n}\n")
+    results = []
+    for compiler in ("cc", "./ccexec"):
+        done = compiling.sh(compiler + " -Wall -Wextra -fno-diagnostics-show-caret -c w.c")
+        results.append((done.returncode, done.stdout, read(compiling.path("w.o"))))
+    assert results[0] == results[1] and results[0][1].count(b"warning") == 2
+    assert jobs_done(compiling.compiler) == 1
+
+
+def test_ccexec_compiles_here_if_no_worker_can(compiling):
+    def both(**env):
+        here, there = (compiling.sh(compiler + " -DFACTOR=1 -Iinclude -c f8.c -o %s.o" % name, **env)
+                       for compiler, name in (("cc", "a"), ("./ccexec", "b")))
+        assert (here.returncode, there.returncode) == (0, 0)
+        assert read(compiling.path("a.o")) == read(compiling.path("b.o")) and not os.listdir(compiling.path("tmp"))
+        return there.stdout
+    assert both(GROUP="127.255.255.255:%d" % free_port()).startswith(b"cexec: no worker answered in 3 s")
+    compiling.run("ckeygen", "other", "other.pub", check=True)
+    compiling.worker("sh", "-c", "head -c 10; exit 1", key=compiling.path("other"), options=["-a"])
+    assert both(CCEXEC_PUB="other.pub") == b""
+    compiling.run("ckeygen", "old", "old.pub", check=True)
+    compiling.worker("/no/cc1", key=compiling.path("old"), options=["-a"])
+    assert b"cannot run its command: /no/cc1: No such file" in both(CCEXEC_PUB="old.pub")
+
+
+@pytest.mark.parametrize("words, made, jobs", [
+    ("-c f1.c", "f1.o", 1), ("-c -o'a b.o' f1.c", "a b.o", 1), ("f1.c -c -o x/y.o -MD", "x/y.d", 1),
+    ("-c -DQ='\"a b\"' f1.c", "f1.o", 1), ("-pipe -c f1.c", "f1.o", 1), ("-c x.c -D'Q=1 -o y.s'", "x.o", 1),
+    ("-MMD -MFother -MTthat -c f1.c -o z.o", "other", 1), ("-S f1.c", "f1.s", 0),
+    ("-shared -fPIC f1.c f2.c -o b.so", "b.so", 0), ("-c assembler.S", "assembler.o", 0),
+    ("-O3 -std=c99 -fno-common -c f1.c", "f1.o", 1), ("-c f1.c f2.c", "f2.o", 2), ("-E f1.c -o e", "e", 0),
+    ("-march=native -c f1.c", "f1.o", 1), ("-g3 -c f1.c", "f1.o", 0), ("-pg -c f1.c", "f1.o", 1),
+    ("-g -gno-record-gcc-switches -c f1.c", "f1.o", 1), ("-gsplit-dwarf -gno-record-gcc-switches -c f1.c", "f1.dwo", 1),
+    ("-include include/all.h -D Y -c f1.c", "f1.o", 1), ("--param=ssp-buffer-size=4 -c f1.c", "f1.o", 1),
+    ("-Wa,--noexecstack -c f1.c", "f1.o", 1), ("-fstack-usage -c f1.c", "f1.su", 0), ("-Wp,-MD,p -c f1.c", "p", 1)])
+def test_ccexec_is_as_cc(compiling, words, made, jobs):
     os.mkdir(compiling.path("x"))
+    put(compiling.path("x.c"), "#include <assert.h>\nint x(int y) { assert(y && y < FACTOR + 3); return __LINE__; }\n")
+    put(compiling.path("assembler.S"), '#include "all.h"\n# a comment isn\'t a string\n.byte FACTOR /* 1 */\n')
+    put(compiling.path("include/all.h"), "#ifndef __ASSEMBLER__\n" + read(compiling.path("include/all.h")).decode()
+        + "#endif\n")
     results = []
     for compiler in ("cc", "./ccexec"):
         done = compiling.sh("%s -Iinclude -DFACTOR=3 %s" % (compiler, words))
@@ -15080,6 +15120,7 @@ def test_ccexec_is_as_cc(compiling, words, made):
         results.append((done.stdout, compiled(compiling), read(compiling.path(made))))
         os.unlink(compiling.path(made))
     assert results[0] == results[1]
+    assert jobs_done(compiling.compiler) == jobs
 
 
 SOUNDS = ["a b", "it's", 'quo"te', "$HOME", "plain"]
