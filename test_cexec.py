@@ -15170,6 +15170,24 @@ def test_files_for_gnuplot_and_sox(linked_cluster):
         assert cluster.sh("soxi -s %s" % shlex.quote(name + ".flac")).stdout == b"44100\n"
 
 
+def test_files_of_pytest(linked_cluster):
+    """Each file is a job with the package; the reports are shown, and the failures counted."""
+    need("bash")
+    cluster = linked_cluster
+    for _ in range(2):
+        cluster.worker(options=["-a", "-d"])
+    put(cluster.path("run.pub"), read(cluster.pub).decode())
+    put(cluster.path("links/pytest"), "#!/bin/sh\nexec %s -m pytest \"$@\"\n" % shlex.quote(sys.executable), 0o700)
+    os.mkdir(cluster.path("package"))
+    put(cluster.path("package/__init__.py"), "def double(x):\n    return x + x\n")
+    for name, value in (("good", 4), ("bad", 5), ("a b", 4)):
+        put(cluster.path("test_%s.py" % name), "import package\n\ndef test_double():\n"
+            "    assert package.double(2) == %d\n" % value)
+    done = cluster.sh(recipe("cexec.1", "cexec -m -n -i package"))
+    assert done.returncode == 1 and done.stdout.count(b"1 passed in") == 2, done.stdout
+    assert b"FAILED test_bad.py::test_double - assert 4 == 5" in done.stdout
+
+
 def test_blocks_for_gzip_and_a_job_on_every_worker(linked_cluster):
     need("gzip", "bash")
     cluster = linked_cluster
