@@ -1650,9 +1650,10 @@ def row(screen, worker):
 
 
 def recipe(page, beginning):
-    """A literal block of a manual page, as man shows it."""
+    """A literal block, a displayed line or a quoted line of a manual page, as man shows it."""
     text = read(os.path.join(os.path.dirname(cexec.__file__), "man", page)).decode()
-    for block in re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", text, re.M | re.S):
+    for block in (re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", text, re.M | re.S)
+                  + re.findall(r"^\.(?:Dl|Ql) (.*)$", text, re.M)):
         plain = block.replace("\\&", "").replace("\\(dq", '"').replace("\\e", "\\")
         if plain.startswith(beginning):
             return plain
@@ -15186,6 +15187,79 @@ def test_files_of_pytest(linked_cluster):
     done = cluster.sh(recipe("cexec.1", "cexec -m -n -i package"))
     assert done.returncode == 1 and done.stdout.count(b"1 passed in") == 2, done.stdout
     assert b"FAILED test_bad.py::test_double - assert 4 == 5" in done.stdout
+
+
+def manual_worker(cluster, page, beginning):
+    """Starts the worker of a line of a manual page, with a new key of that name."""
+    words = shlex.split(recipe(page, beginning).splitlines()[0])
+    place = next(n for n, word in enumerate(words) if n and not word.startswith("-") and words[n - 1] != "-u")
+    if "-u" in words:
+        need_root()
+    cluster.run("ckeygen", words[place], words[place] + ".pub", check=True)
+    return cluster.worker(*words[place + 1:], options=words[1:place], key=cluster.path(words[place]))
+
+
+def test_the_clients_options_for_sox(linked_cluster):
+    need("sox", "soxi", "bash")
+    assert manual_worker(linked_cluster, "cservice.1", "cservice -a -u nobody flac").poll() is None
+    write_wav(linked_cluster.path("a.wav"), seconds=1)
+    line = recipe("cservice.1", "cservice -a -u nobody flac").splitlines()[1]
+    assert line == recipe("cexec.1", "cexec flac.pub")
+    assert recipe("cexec.1", "cservice -a -u nobody flac") in recipe("cservice.1", "cservice -a -u nobody flac")
+    done = linked_cluster.sh(line)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert linked_cluster.sh("soxi -t a.flac; soxi -r a.flac; soxi -c a.flac").stdout == b"flac\n16000\n1\n"
+
+
+def test_any_command(linked_cluster):
+    need("uname")
+    manual_worker(linked_cluster, "cservice.1", "cservice -a -u nobody run")
+    done = linked_cluster.sh(recipe("cservice.1", "cservice -a -u nobody run").splitlines()[1])
+    assert (done.returncode, done.stdout.split()[0]) == (0, b"Linux")
+
+
+def ogg_files(cluster, *names):
+    """What is none of them, and what is no Ogg."""
+    return [name for name in names if not read(cluster.path(name)).startswith(b"OggS")]
+
+
+def test_the_examples_with_oggenc(linked_cluster):
+    """Each in the words of the manual, with its worker."""
+    need("oggenc", "bash", "xargs", "find", "sort")
+    cluster = linked_cluster
+    manual_worker(cluster, "cexec.1", "cservice ogg oggenc")
+    assert recipe("cexec.1", "cservice ogg oggenc") == recipe("cservice.1", "cservice ogg oggenc")
+
+    def run(beginning, *made):
+        done = cluster.sh(recipe("cexec.1", beginning))
+        assert done.returncode == 0, done.stdout
+        assert not ogg_files(cluster, *made)
+        for name in made:
+            os.unlink(cluster.path(name))
+        return done.stdout.decode()
+
+    for name in ("input", "a b", "c"):
+        write_wav(cluster.path(name + ".wav"), seconds=1)
+    outputs = ["input.ogg", "a b.ogg", "c.ogg"]
+    assert run("cexec ogg.pub <", "output.ogg") == ""
+    lines = run("cexec -l ogg.pub\n").splitlines()
+    assert len(lines) == 2 and lines[0].split("\t")[0] == lines[1].split("\t")[0] == socket.gethostname()
+    run("cexec -m -o '{.}.ogg'", *outputs)
+    assert read(cluster.path("log")).count(b"\n") == 4
+    assert sorted(run("ls *.wav | while read file; do\n        cexec ogg.pub <", *outputs).splitlines()) == [
+        "a b.wav", "c.wav", "input.wav"]
+    run("while cexec", "output.ogg")
+    run("CEXEC_MAXFD=3", "output.ogg")
+    assert b"127.0.0.1" in read(cluster.path("report"))
+
+
+def test_the_quality_for_oggenc(linked_cluster):
+    need("oggenc", "bash")
+    assert recipe("cexec.1", "cservice ogg sh -c") == recipe("cservice.1", "cservice ogg sh -c")
+    manual_worker(linked_cluster, "cexec.1", "cservice ogg sh -c")
+    write_wav(linked_cluster.path("input.wav"), seconds=1)
+    done = linked_cluster.sh(recipe("cexec.1", "cexec ogg.pub QUALITY=5"))
+    assert (done.returncode, done.stdout, ogg_files(linked_cluster, "output.ogg")) == (0, b"", [])
 
 
 def test_blocks_for_gzip_and_a_job_on_every_worker(linked_cluster):
