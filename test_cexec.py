@@ -15154,7 +15154,8 @@ def test_a_simulation_for_each_pair(linked_cluster):
         "%s-%s" % pair: "%s %s\n" % pair for pair in pairs}
 
 
-def test_files_for_gnuplot_and_sox(linked_cluster):
+def test_files_for_gnuplot_latex_and_sox(linked_cluster):
+    """With a script in place of latexmk: TeX is large."""
     need("gnuplot", "sox", "soxi", "bash")
     cluster = linked_cluster
     cluster.worker(options=["-a", "-d"])
@@ -15164,8 +15165,13 @@ def test_files_for_gnuplot_and_sox(linked_cluster):
     put(cluster.path("data/points"), "1 1\n2 4\n3 9\n")
     for name in ("a", "b c"):
         write_wav(cluster.path(name + ".wav"), seconds=1)
+    put(cluster.path("paper.tex"), "text\n")
+    os.mkdir(cluster.path("figures"))
+    put(cluster.path("figures/a.pdf"), "figure\n")
+    put(cluster.path("links/latexmk"), '#!/bin/sh\n[ "$1" = -pdf ] && cat "$2" figures/a.pdf > "${2%.tex}.pdf"\n', 0o700)
     done = cluster.sh(recipe("cexec.1", "cexec -n -i fig.gp"))
     assert done.returncode == 0, done.stdout
+    assert read(cluster.path("paper.pdf")) == b"text\nfigure\n"
     assert b"</svg>" in read(cluster.path("fig.svg"))
     for name in ("a", "b c"):
         assert cluster.sh("soxi -s %s" % shlex.quote(name + ".flac")).stdout == b"44100\n"
