@@ -15259,6 +15259,24 @@ def test_the_examples_with_oggenc(linked_cluster):
     assert b"127.0.0.1" in read(cluster.path("report"))
 
 
+def test_the_service_with_limits(linked_cluster):
+    """Two slots, another user, a time limit, and not for bob."""
+    need("oggenc", "bash", "nice", "timeout")
+    need_root()
+    cluster = linked_cluster
+    cluster.run("ckeygen", "ogg", "ogg.pub", check=True)
+    cluster.run("ckeygen", "-n", "bob", "ogg", "bob.pub", check=True)
+    write_wav(cluster.path("input.wav"), seconds=1)
+    with open(cluster.path("log"), "wb") as log:
+        command = "exec env " + recipe("cservice.1", "CONCURRENCY=2 nice")
+        cluster.started.append(subprocess.Popen(["bash", "-c", command], cwd=cluster.directory, stderr=log,
+                                                env=cluster.environment(), stdin=subprocess.DEVNULL))
+    done = cluster.sh("cexec ogg.pub < input.wav > output.ogg")
+    assert (done.returncode, done.stdout, ogg_files(cluster, "output.ogg")) == (0, b"", []), read(log.name)
+    assert cluster.sh("cexec -l ogg.pub").stdout.split(b"\t")[4] == b"2"
+    assert cluster.sh("CEXEC_TIMEOUT_ACCEPT=1 cexec bob.pub < input.wav").returncode == 111
+
+
 def test_the_quality_for_oggenc(linked_cluster):
     need("oggenc", "bash")
     assert recipe("cexec.1", "cservice ogg sh -c") == recipe("cservice.1", "cservice ogg sh -c")
