@@ -15168,7 +15168,8 @@ def test_files_for_gnuplot_latex_and_sox(linked_cluster):
     put(cluster.path("paper.tex"), "text\n")
     os.mkdir(cluster.path("figures"))
     put(cluster.path("figures/a.pdf"), "figure\n")
-    put(cluster.path("links/latexmk"), '#!/bin/sh\n[ "$1" = -pdf ] && cat "$2" figures/a.pdf > "${2%.tex}.pdf"\n', 0o700)
+    put(cluster.path("links/latexmk"),
+        '#!/bin/sh\n[ "$1" = -pdf ] && cat "$2" figures/a.pdf > "${2%.tex}.pdf"\n', 0o700)
     done = cluster.sh(recipe("cexec.1", "cexec -n -i fig.gp"))
     assert done.returncode == 0, done.stdout
     assert read(cluster.path("paper.pdf")) == b"text\nfigure\n"
