@@ -1650,9 +1650,10 @@ def row(screen, worker):
 
 
 def recipe(page, beginning):
-    """A literal block of a manual page, as man shows it."""
+    """A literal block, a displayed line or a quoted line of a manual page, as man shows it."""
     text = read(os.path.join(os.path.dirname(cexec.__file__), "man", page)).decode()
-    for block in re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", text, re.M | re.S):
+    for block in (re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", text, re.M | re.S)
+                  + re.findall(r"^\.(?:Dl|Ql) (.*)$", text, re.M)):
         plain = block.replace("\\&", "").replace("\\(dq", '"').replace("\\e", "\\")
         if plain.startswith(beginning):
             return plain
@@ -15253,11 +15254,10 @@ def script(cluster, page, name):
 
 @pytest.fixture
 def compiling(linked_cluster):
-    """A project in C, a worker that compiles, and the two scripts of the manual."""
-    need("cc", "make", "bash")
+    """A project in C, a worker that compiles, and the script of the manual."""
+    need("gcc", "make", "bash")
     cluster = linked_cluster
-    for name in ("ccexec", "ccworker"):
-        script(cluster, "cexec.1", name)
+    script(cluster, "cexec.1", "ccexec")
     cluster.env["CCEXEC_PUB"] = cluster.pub
     cluster.env["TMPDIR"] = cluster.path("tmp")
     os.mkdir(cluster.path("tmp"))
@@ -15270,7 +15270,7 @@ def compiling(linked_cluster):
         "#define X(n) s = f##n(s);\nEACH\n" 'printf("%d\\n", s); return 0; }\n')
     put(cluster.path("Makefile"), "CFLAGS = -O2 -Wall -MMD -Iinclude -DFACTOR=2\nobjects = $(patsubst %.c,%.o,"
         "$(wildcard *.c))\nprogram: $(objects)\n\t$(CC) -o $@ $(objects)\n-include $(objects:.o=.d)\n")
-    cluster.compiler = cluster.worker(cluster.path("ccworker"))
+    cluster.compiler = cluster.worker(options=["-a"])
     return cluster
 
 
@@ -15279,12 +15279,20 @@ def compiled(cluster):
     return {name: read(cluster.path(name)) for name in names}
 
 
+def jobs_done(worker):
+    """How many jobs the worker has begun and ended, when none is left."""
+    def count(line):
+        return read(worker.log).count(line)
+    until(lambda: count(b"supervisor WAITING -> RUNNING") == count(b"ended, done"), "the jobs' end", 5)
+    return count(b"ended, done")
+
+
 def test_make_compiles_on_workers(compiling):
     """The objects and dependencies are those of the compiler here."""
-    done = compiling.sh("make -j8 CC=./ccexec && ./program")
+    done = compiling.sh("make -j8 CC=$PWD/ccexec && ./program")
     assert done.returncode == 0 and done.stdout.endswith(b"\n132\n"), done.stdout
     there = compiled(compiling)
-    assert len(there) == 26 and read(compiling.compiler.log).count(b"ended, done") == 13
+    assert len(there) == 26 and jobs_done(compiling.compiler) == 13
     compiling.sh("rm -f *.o *.d program; make -j8 CC=cc")
     assert compiled(compiling) == there
     assert not os.listdir(compiling.path("tmp"))
@@ -15297,24 +15305,57 @@ def test_make_ends_with_the_compilers_error(compiling):
     done = compiling.sh("make -k -j8 CC=./ccexec")
     assert done.returncode == 2 and b"f7.c:3:12: error: " in done.stdout, done.stdout
     assert not os.path.exists(compiling.path("f7.o")) and len([n for n in compiled(compiling) if n[-1] == "o"]) == 12
-    assert compiling.sh("./ccexec -c f7.c").returncode == 1
-    nobody = {"GROUP": "127.255.255.255:%d" % free_port(), "CEXEC_TIMEOUT_ACCEPT": "1"}
-    done = compiling.sh("./ccexec -DFACTOR=1 -Iinclude -c f8.c -o new.o", **nobody)
-    assert done.returncode == 111 and done.stdout.startswith(b"cexec: no worker answered"), done.stdout
-    assert not os.path.exists(compiling.path("new.o")) and not os.listdir(compiling.path("tmp"))
+    for flags in ("-c f7.c", "-c missing.c", "-Wno-such -c f7.c", "-c f1.c"):       # f1.c: all.h is not found
+        here, there = (compiling.sh(compiler + " " + flags) for compiler in ("cc", "./ccexec"))
+        assert here.returncode == there.returncode == 1 and here.stdout == there.stdout
+    assert jobs_done(compiling.compiler) == 15 and not os.listdir(compiling.path("tmp"))
 
 
-@pytest.mark.parametrize("words, made", [
-    ("-c f1.c", "f1.o"), ("-c -o'a b.o' f1.c", "a b.o"), ("f1.c -c -o x/y.o -MD", "x/y.d"),
-    ("-c -DQ='\"a b\"' f1.c", "f1.o"),
-    ("-MMD -MFother -MTthat -c f1.c -o z.o", "other"), ("-S f1.c", "f1.s"),
-    ("-shared -fPIC f1.c f2.c -o b.so", "b.so"),
-    ("-O3 -std=c99 -fno-common -c f1.c", "f1.o"), ("-c f1.c f2.c", "f2.o"), ("-E f1.c -o e", "e"),
-    ("-march=native -c f1.c", "f1.o"), ("-g3 -c f1.c", "f1.o"), ("-pg -c f1.c", "f1.o"),
-    ("-include include/all.h -D Y -c f1.c", "f1.o"), ("--param=ssp-buffer-size=4 -c f1.c", "f1.o"),
-    ("-Wa,--noexecstack -c f1.c", "f1.o")])
-def test_ccexec_is_as_cc(compiling, words, made):
+def test_ccexec_warns_as_cc(compiling):
+    """By comments and macros too; no line of the source comes with it."""
+    put(compiling.path("w.c"), "#define UNUSED(x) do { int x; } while (0)\n"
+        "int w(int x)\n{\n    int y = 0;\n    switch (x) {\n    case 1:\n        y++;    /* FALLTHROUGH */\n"
+        "    case 2:\n        y--;\n    case 3:\n        UNUSED(z);\n    }\n    return y;\n}\n")
+    results = []
+    for compiler in ("cc", "./ccexec"):
+        done = compiling.sh(compiler + " -Wall -Wextra -fno-diagnostics-show-caret -c w.c")
+        results.append((done.returncode, done.stdout, read(compiling.path("w.o"))))
+    assert results[0] == results[1] and results[0][1].count(b"warning") == 2
+    assert jobs_done(compiling.compiler) == 1
+
+
+def test_ccexec_compiles_here_if_no_worker_can(compiling):
+    def both(**env):
+        here, there = (compiling.sh(compiler + " -DFACTOR=1 -Iinclude -c f8.c -o %s.o" % name, **env)
+                       for compiler, name in (("cc", "a"), ("./ccexec", "b")))
+        assert (here.returncode, there.returncode) == (0, 0)
+        assert read(compiling.path("a.o")) == read(compiling.path("b.o")) and not os.listdir(compiling.path("tmp"))
+        return there.stdout
+    assert both(GROUP="127.255.255.255:%d" % free_port()).startswith(b"cexec: no worker answered in 3 s")
+    compiling.run("ckeygen", "other", "other.pub", check=True)
+    compiling.worker("sh", "-c", "head -c 10; exit 1", key=compiling.path("other"), options=["-a"])
+    assert both(CCEXEC_PUB="other.pub") == b""
+    compiling.run("ckeygen", "old", "old.pub", check=True)
+    compiling.worker("/no/cc1", key=compiling.path("old"), options=["-a"])
+    assert b"cannot run its command: /no/cc1: No such file" in both(CCEXEC_PUB="old.pub")
+
+
+@pytest.mark.parametrize("words, made, jobs", [
+    ("-c f1.c", "f1.o", 1), ("-c -o'a b.o' f1.c", "a b.o", 1), ("f1.c -c -o x/y.o -MD", "x/y.d", 1),
+    ("-c -DQ='\"a b\"' f1.c", "f1.o", 1), ("-pipe -c f1.c", "f1.o", 1), ("-c x.c -D'Q=1 -o y.s'", "x.o", 1),
+    ("-MMD -MFother -MTthat -c f1.c -o z.o", "other", 1), ("-S f1.c", "f1.s", 0),
+    ("-shared -fPIC f1.c f2.c -o b.so", "b.so", 0), ("-c assembler.S", "assembler.o", 0),
+    ("-O3 -std=c99 -fno-common -c f1.c", "f1.o", 1), ("-c f1.c f2.c", "f2.o", 2), ("-E f1.c -o e", "e", 0),
+    ("-march=native -c f1.c", "f1.o", 1), ("-g3 -c f1.c", "f1.o", 0), ("-pg -c f1.c", "f1.o", 1),
+    ("-g -gno-record-gcc-switches -c f1.c", "f1.o", 1), ("-gsplit-dwarf -gno-record-gcc-switches -c f1.c", "f1.dwo", 1),
+    ("-include include/all.h -D Y -c f1.c", "f1.o", 1), ("--param=ssp-buffer-size=4 -c f1.c", "f1.o", 1),
+    ("-Wa,--noexecstack -c f1.c", "f1.o", 1), ("-fstack-usage -c f1.c", "f1.su", 0), ("-Wp,-MD,p -c f1.c", "p", 1)])
+def test_ccexec_is_as_cc(compiling, words, made, jobs):
     os.mkdir(compiling.path("x"))
+    put(compiling.path("x.c"), "#include <assert.h>\nint x(int y) { assert(y && y < FACTOR + 3); return __LINE__; }\n")
+    put(compiling.path("assembler.S"), '#include "all.h"\n# a comment isn\'t a string\n.byte FACTOR /* 1 */\n')
+    put(compiling.path("include/all.h"), "#ifndef __ASSEMBLER__\n" + read(compiling.path("include/all.h")).decode()
+        + "#endif\n")
     results = []
     for compiler in ("cc", "./ccexec"):
         done = compiling.sh("%s -Iinclude -DFACTOR=3 %s" % (compiler, words))
@@ -15322,6 +15363,7 @@ def test_ccexec_is_as_cc(compiling, words, made):
         results.append((done.stdout, compiled(compiling), read(compiling.path(made))))
         os.unlink(compiling.path(made))
     assert results[0] == results[1]
+    assert jobs_done(compiling.compiler) == jobs
 
 
 SOUNDS = ["a b", "it's", 'quo"te', "$HOME", "plain"]
@@ -15354,7 +15396,8 @@ def test_a_simulation_for_each_pair(linked_cluster):
         "%s-%s" % pair: "%s %s\n" % pair for pair in pairs}
 
 
-def test_files_for_gnuplot_and_sox(linked_cluster):
+def test_files_for_gnuplot_latex_and_sox(linked_cluster):
+    """With a script in place of latexmk: TeX is large."""
     need("gnuplot", "sox", "soxi", "bash")
     cluster = linked_cluster
     cluster.worker(options=["-a", "-d"])
@@ -15364,11 +15407,126 @@ def test_files_for_gnuplot_and_sox(linked_cluster):
     put(cluster.path("data/points"), "1 1\n2 4\n3 9\n")
     for name in ("a", "b c"):
         write_wav(cluster.path(name + ".wav"), seconds=1)
+    put(cluster.path("paper.tex"), "text\n")
+    os.mkdir(cluster.path("figures"))
+    put(cluster.path("figures/a.pdf"), "figure\n")
+    put(cluster.path("links/latexmk"),
+        '#!/bin/sh\n[ "$1" = -pdf ] && cat "$2" figures/a.pdf > "${2%.tex}.pdf"\n', 0o700)
     done = cluster.sh(recipe("cexec.1", "cexec -n -i fig.gp"))
     assert done.returncode == 0, done.stdout
+    assert read(cluster.path("paper.pdf")) == b"text\nfigure\n"
     assert b"</svg>" in read(cluster.path("fig.svg"))
     for name in ("a", "b c"):
         assert cluster.sh("soxi -s %s" % shlex.quote(name + ".flac")).stdout == b"44100\n"
+
+
+def test_files_of_pytest(linked_cluster):
+    """Each file is a job with the package; the reports are shown, and the failures counted."""
+    need("bash")
+    cluster = linked_cluster
+    for _ in range(2):
+        cluster.worker(options=["-a", "-d"])
+    put(cluster.path("run.pub"), read(cluster.pub).decode())
+    put(cluster.path("links/pytest"), "#!/bin/sh\nexec %s -m pytest \"$@\"\n" % shlex.quote(sys.executable), 0o700)
+    os.mkdir(cluster.path("package"))
+    put(cluster.path("package/__init__.py"), "def double(x):\n    return x + x\n")
+    for name, value in (("good", 4), ("bad", 5), ("a b", 4)):
+        put(cluster.path("test_%s.py" % name), "import package\n\ndef test_double():\n"
+            "    assert package.double(2) == %d\n" % value)
+    done = cluster.sh(recipe("cexec.1", "cexec -m -n -i package"))
+    assert done.returncode == 1 and done.stdout.count(b"1 passed in") == 2, done.stdout
+    assert b"FAILED test_bad.py::test_double - assert 4 == 5" in done.stdout
+
+
+def manual_worker(cluster, page, beginning):
+    """Starts the worker of a line of a manual page, with a new key of that name."""
+    words = shlex.split(recipe(page, beginning).splitlines()[0])
+    place = next(n for n, word in enumerate(words) if n and not word.startswith("-") and words[n - 1] != "-u")
+    if "-u" in words:
+        need_root()
+    cluster.run("ckeygen", words[place], words[place] + ".pub", check=True)
+    return cluster.worker(*words[place + 1:], options=words[1:place], key=cluster.path(words[place]))
+
+
+def test_the_clients_options_for_sox(linked_cluster):
+    need("sox", "soxi", "bash")
+    assert manual_worker(linked_cluster, "cservice.1", "cservice -a -u nobody flac").poll() is None
+    write_wav(linked_cluster.path("a.wav"), seconds=1)
+    line = recipe("cservice.1", "cservice -a -u nobody flac").splitlines()[1]
+    assert line == recipe("cexec.1", "cexec flac.pub")
+    assert recipe("cexec.1", "cservice -a -u nobody flac") in recipe("cservice.1", "cservice -a -u nobody flac")
+    done = linked_cluster.sh(line)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert linked_cluster.sh("soxi -t a.flac; soxi -r a.flac; soxi -c a.flac").stdout == b"flac\n16000\n1\n"
+
+
+def test_any_command(linked_cluster):
+    need("uname")
+    manual_worker(linked_cluster, "cservice.1", "cservice -a -u nobody run")
+    done = linked_cluster.sh(recipe("cservice.1", "cservice -a -u nobody run").splitlines()[1])
+    assert (done.returncode, done.stdout.split()[0]) == (0, b"Linux")
+
+
+def ogg_files(cluster, *names):
+    """What is none of them, and what is no Ogg."""
+    return [name for name in names if not read(cluster.path(name)).startswith(b"OggS")]
+
+
+def test_the_examples_with_oggenc(linked_cluster):
+    """Each in the words of the manual, with its worker."""
+    need("oggenc", "bash", "xargs", "find", "sort")
+    cluster = linked_cluster
+    manual_worker(cluster, "cexec.1", "cservice ogg oggenc")
+    assert recipe("cexec.1", "cservice ogg oggenc") == recipe("cservice.1", "cservice ogg oggenc")
+
+    def run(beginning, *made):
+        done = cluster.sh(recipe("cexec.1", beginning))
+        assert done.returncode == 0, done.stdout
+        assert not ogg_files(cluster, *made)
+        for name in made:
+            os.unlink(cluster.path(name))
+        return done.stdout.decode()
+
+    for name in ("input", "a b", "c"):
+        write_wav(cluster.path(name + ".wav"), seconds=1)
+    outputs = ["input.ogg", "a b.ogg", "c.ogg"]
+    assert run("cexec ogg.pub <", "output.ogg") == ""
+    lines = run("cexec -l ogg.pub\n").splitlines()
+    assert len(lines) == 2 and lines[0].split("\t")[0] == lines[1].split("\t")[0] == socket.gethostname()
+    run("cexec -m -o '{.}.ogg'", *outputs)
+    assert read(cluster.path("log")).count(b"\n") == 4
+    assert sorted(run("ls *.wav | while read file; do\n        cexec ogg.pub <", *outputs).splitlines()) == [
+        "a b.wav", "c.wav", "input.wav"]
+    run("while cexec", "output.ogg")
+    run("CEXEC_MAXFD=3", "output.ogg")
+    assert b"127.0.0.1" in read(cluster.path("report"))
+
+
+def test_the_service_with_limits(linked_cluster):
+    """Two slots, another user, a time limit, and not for bob."""
+    need("oggenc", "bash", "nice", "timeout")
+    need_root()
+    cluster = linked_cluster
+    cluster.run("ckeygen", "ogg", "ogg.pub", check=True)
+    cluster.run("ckeygen", "-n", "bob", "ogg", "bob.pub", check=True)
+    write_wav(cluster.path("input.wav"), seconds=1)
+    with open(cluster.path("log"), "wb") as log:
+        command = "exec env " + recipe("cservice.1", "CONCURRENCY=2 nice")
+        cluster.started.append(subprocess.Popen(["bash", "-c", command], cwd=cluster.directory, stderr=log,
+                                                env=cluster.environment(), stdin=subprocess.DEVNULL))
+    done = cluster.sh("cexec ogg.pub < input.wav > output.ogg")
+    assert (done.returncode, done.stdout, ogg_files(cluster, "output.ogg")) == (0, b"", []), read(log.name)
+    assert cluster.sh("cexec -l ogg.pub").stdout.split(b"\t")[4] == b"2"
+    assert cluster.sh("CEXEC_TIMEOUT_ACCEPT=1 cexec bob.pub < input.wav").returncode == 111
+
+
+def test_the_quality_for_oggenc(linked_cluster):
+    need("oggenc", "bash")
+    assert recipe("cexec.1", "cservice ogg sh -c") == recipe("cservice.1", "cservice ogg sh -c")
+    manual_worker(linked_cluster, "cexec.1", "cservice ogg sh -c")
+    write_wav(linked_cluster.path("input.wav"), seconds=1)
+    done = linked_cluster.sh(recipe("cexec.1", "cexec ogg.pub QUALITY=5"))
+    assert (done.returncode, done.stdout, ogg_files(linked_cluster, "output.ogg")) == (0, b"", [])
 
 
 def test_blocks_for_gzip_and_a_job_on_every_worker(linked_cluster):
