@@ -12291,7 +12291,8 @@ def run_applet(argv):
     elif name in ("-h", "--help"):
         print_out(USAGE.encode())
     else:
-        raise Fatal(EXIT_USAGE, "%s: no such applet (try --help)" % name if name else "no applet is named: say %s, or --help" % ", ".join(APPLETS))
+        raise Fatal(EXIT_USAGE, "%s (%s; try --help)" % ("%s: no such applet" % name if name else "no applet is named",
+                                                         ", ".join(APPLETS)))
     return 0
 
 

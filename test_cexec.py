@@ -5297,7 +5297,8 @@ HOSTILE = {
     "negative size": head_of("x", size=-512) + END,
     "size of a directory": head_of("x", type=tarfile.DIRTYPE, size=1) + END,
     "large name": head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2 ** 40) + END,
-    "name upon name": 2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512) + packed((b"x", b"1")) + END,
+    "name upon name": (2 * (head_of("././@LongLink", type=tarfile.GNUTYPE_LONGNAME, size=2) + b"x" * 512)
+                       + packed((b"x", b"1")) + END),
     "file twice": packed((b"x", b"1"), (b"x", b"2")) + END,
     "file as a directory": packed((b"x", b"1"), (b"x/y", b"2")) + END,
     "not the end": END + packed((b"x", b"1")),
@@ -5513,8 +5514,7 @@ def test_results_that_wait_are_no_input(tmp_path, monkeypatch):
 
 def test_results_for_another_file_system(farm):
     """A directory here may be a mount, or a link to another disk; if that is full, nothing is kept."""
-    need_root()
-    need("unshare", "mount")
+    need("root", "unshare", "mount")
     farm.serve()
     os.mkdir(os.path.join(farm.desk, "disk"))
     os.symlink("disk", os.path.join(farm.desk, "link"))
@@ -5662,8 +5662,7 @@ def test_all_results_come_or_none(farm, command, status, said):
 
 @pytest.mark.parametrize("where", ["read-only", "gone", "a file"])
 def test_no_job_runs_whose_results_have_no_place(farm, where):
-    need_root()
-    need("unshare", "mount")
+    need("root", "unshare", "mount")
     farm.serve()
     in_desk(farm, "d")
     script = {"read-only": 'mount -t tmpfs -o ro none "$0" && cd "$0" && exec "$@"',
@@ -14694,7 +14693,7 @@ def manual_worker(cluster, page, beginning):
     words = shlex.split(recipe(page, beginning).splitlines()[0])
     place = next(n for n, word in enumerate(words) if n and not word.startswith("-") and words[n - 1] != "-u")
     if "-u" in words:
-        need_root()
+        need("root")
     cluster.run("ckeygen", words[place], words[place] + ".pub", check=True)
     return cluster.worker(*words[place + 1:], options=words[1:place], key=cluster.path(words[place]))
 
@@ -14756,7 +14755,7 @@ def test_the_examples_with_oggenc(linked_cluster):
 def test_the_service_with_limits(linked_cluster):
     """Two slots, another user, a time limit, and not for bob."""
     need("oggenc", "bash", "nice", "timeout")
-    need_root()
+    need("root")
     cluster = linked_cluster
     cluster.run("ckeygen", "ogg", "ogg.pub", check=True)
     cluster.run("ckeygen", "-n", "bob", "ogg", "bob.pub", check=True)
