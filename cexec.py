@@ -5116,8 +5116,8 @@ class RemoteRun(Carrier):
 
     def silent_for(self):
         """" (silent for 40 s, lost after 60)" once a PING has not been answered in time, else ""."""
-        silence = self.link.silence()
-        late = silence > self.tick_seconds() + 5
+        silence, tick = self.link.silence(), self.tick_seconds()
+        late = silence > tick + min(5, tick)
         return " (silent for %d s, lost after %d)" % (silence, self.silence_seconds) if late else ""
 
     def check_life(self):
@@ -7129,9 +7129,15 @@ def main_cexec(argv):
 def places_of(inputs):
     """input_place() of each argument of -i.  Raises Fatal (100) for one that does not exist."""
     try:
-        return [input_place(text) for text in inputs]
+        places = [input_place(text) for text in inputs]
     except (OSError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
+    files = {}
+    for path, name in places:
+        if not os.path.isdir(path) and files.setdefault(name, path) != path:
+            raise Fatal(EXIT_USAGE, "-i: %s and %s have the same name at the worker, %s" % tuple(
+                map(os.fsdecode, (files[name], path, name))))
+    return places
 
 
 def main_single(path, words, options):
@@ -10884,8 +10890,9 @@ class Host:
         delay = min(2 ** self.failures, RETRY_MAX)
         self.failures += 1
         if self.failures == 1:
-            self.say("%s; tries again in %d s, then more seldom (does `ssh %s true` ask for anything?)", why, delay,
-                     self.name)
+            asks = any(word in line for line in self.lines for word in ("Host key verif", "Permission denied"))
+            self.say("%s; tries again in %d s, then less often%s", why, delay,
+                     " (ssh %s true must work without a question)" % self.name if asks else "")
         else:
             log.note("%s: %s; tries again in %d s", self.name, why, delay)
         self.lines, self.known_lines = set(), self.lines
