@@ -10711,8 +10711,6 @@ def first_input(argv, key, group):
     """The bytes that every host gets at standard input before it serves."""
     # The group goes as plain addresses: the host does not have our @FILE, and its devices have other names.
     # It goes in CEXEC_GROUP, because csh sets GROUP to the user's group.
-    if not os.path.isfile(__file__):
-        raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
     text = group.text
     if "@" in text or "%" in text or any(target.device for target in group.targets):
         text = ",".join(dict.fromkeys(spelled(target.address.partition("%")[0], target.port)
@@ -11008,6 +11006,8 @@ def serve_on_hosts(words, path, argv):
 
     0; if no worker ever served, 111, or 100 if that was each worker's exit status.
     """
+    if not os.path.isfile(__file__):
+        raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
     names = parse_hosts(words)
     ssh, group, ports = ssh_words(len(names) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
