@@ -28,7 +28,7 @@ USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1
 
 WITH_PYTEST = tool=xdist packages="pytest pytest-xdist"; $(USE_TOOL)
 # Tests at a time: they mostly wait.
-AT_ONCE = 3
+AT_ONCE = 4
 
 # The part of the tests that is run on every Python between the oldest and the newest of $(PYTHONS).
 SMALL = test_first_job or test_oracle or sigterm or twenty_megabytes
