@@ -12786,7 +12786,12 @@ def test_install_says_what_it_cannot_do(cluster):
 def test_install_makes_the_program_executable(cluster):
     copy = shutil.copy(PROGRAM, cluster.path("copied.py"))
     os.chmod(copy, 0o644)
-    subprocess.run([PYTHON, copy, "--install", cluster.path("links")], check=True, env=cluster.environment())
+    links, env = cluster.path("links"), cluster.environment()
+    for path, said in ((env["PATH"], b"is not in PATH yet: export PATH=%s:$PATH\n" % os.fsencode(links)),
+                       (env["PATH"] + ":" + links, b"")):
+        done = subprocess.run([PYTHON, copy, "--install", links], check=True, env=dict(env, PATH=path),
+                              stderr=subprocess.PIPE)
+        assert done.stderr.endswith(said) and bool(done.stderr) == bool(said)
     assert os.access(copy, os.X_OK)
     assert {os.path.realpath(cluster.path("links/" + name)) for name in cexec.APPLETS} == {copy}
 
