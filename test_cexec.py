@@ -4717,7 +4717,7 @@ def test_a_stopped_worker_is_lost(cluster, size):
         os.kill(supervisor, signal.SIGCONT)
         os.kill(worker.pid, signal.SIGCONT)
         assert status == 111
-        assert b": no sign of life for 1 s" in errors and errors.count(b"\n") == 1
+        assert b": no sign of life for 2 s" in errors and errors.count(b"\n") == 1
         until(lambda: not marked(mark), "the command's end")
 
 
