@@ -1,6 +1,8 @@
 #!/bin/sh
 """:"; [ -d /dev/stdin ] && { echo "${0##*/}: standard input is a directory" >&2; exit 100; }
-exec python3 -S -c 'import sys; exec(open(sys.argv[1]).read().rpartition("# START")[2])' "$0" "$@"
+exec python3 -S -c 'import sys
+with open(sys.argv[1], "rb") as file: file.seek(-4096, 2); text = file.read()
+exec(text.rpartition(b"# START")[2])' "$0" "$@"
 # That is for sh: the last section of this file, The door, explains it.
 
 cexec: run a command on the least loaded machine of the network.
@@ -3175,11 +3177,11 @@ def enlarge(pipe):
 
 def make_room(numbers):
     """Raises the limit, so that so many descriptors can be open.  Raises Fatal (111)."""
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < numbers:
+    soft = os.sysconf("SC_OPEN_MAX")            # -1: no limit
+    if 0 <= soft < numbers:
+        import resource             # needs 0.5 ms
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (numbers, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (numbers, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         except (OSError, ValueError):
             raise Fatal(EXIT_TEMPORARY, "no more than %d descriptors are allowed, %d are needed (see ulimit -n)"
                         % (soft, numbers)) from None
@@ -7159,6 +7161,7 @@ def main_single(path, words, options):
         raise
 
 
+# NOT FOR CEXEC
 # ---------------------------------------------------------------------------
 # cservice: the supervisor
 # ---------------------------------------------------------------------------
@@ -9069,7 +9072,7 @@ def slim_down(words):
         os.close(int(__file__[8:]))
     elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
         options = subprocess._args_from_interpreter_flags()     # multiprocessing uses this too
-        options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the third line of this file
+        options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the first lines of this file
         os.execv(sys.executable, [sys.executable, *options, __file__, log.applet, *words])
 
 
@@ -11076,7 +11079,8 @@ SMALL_FRAMES = {READY: 1024, IMPORT: 1024, BACK: 8 * AHEAD_MAX}     # bytes, at 
 # A child starts as by sh (see The door), but first moves descriptors to their numbers.
 CHILD_BOOT = """import os, sys
 for old, new in %r: os.dup2(old, new)
-exec(open(sys.argv[1]).read().rpartition("# START")[2])"""
+with open(sys.argv[1], "rb") as file: file.seek(-4096, 2); text = file.read()
+exec(text.rpartition(b"# START")[2])"""
 
 MODULE_DOC = """Run commands and Python functions on the least loaded machine of the network.
 
@@ -12226,18 +12230,18 @@ def __dir__():
     return sorted(set(globals()) | set(__all__))        # for help()
 
 
-if __name__ != "__main__" and not hasattr(sys.modules["__main__"], "kept_loader"):      # imported, not by The door
+if __name__ != "__main__" and not hasattr(sys.modules["__main__"], "enter"):      # imported, not by The door
     __doc__ = MODULE_DOC
     if sys.version_info < (3, 7):
         __getattr__("Executor")
 
 
+# FOR ALL
 # ---------------------------------------------------------------------------
 # The applets
 # ---------------------------------------------------------------------------
 
-APPLETS = {"cexec": main_cexec, "cservice": main_cservice, "ckeygen": main_ckeygen,
-           "crat": main_crat, "cproxy": main_cproxy}
+APPLETS = ("cexec", "cservice", "ckeygen", "crat", "cproxy")
 
 USAGE = """usage: cexec.py APPLET [ARGUMENT ...]
        cexec.py --install DIR
@@ -12290,7 +12294,7 @@ def run_applet(argv):
         log.begin(name)
         if name != "cexec":         # cexec must first see which descriptors are open
             fill_standard()
-        return APPLETS[name](words)
+        return globals()["main_" + name](words)
     if name == "--install":
         return install(words)
     if name == "--version":
@@ -12338,9 +12342,9 @@ def main(argv):
 # ---------------------------------------------------------------------------
 #
 # Python compiles a script anew at each start, and for this one that takes longer than a short
-# job.  So the third line of this file lets sh give Python only the part below START.  There
-# enter() loads the whole file as a module, from its compiled code in ~/.cache/cexec.  Python's
-# own loader for modules makes this code if it is missing.
+# job.  So the first lines of this file let sh give Python only the part below START.  There
+# enter() runs the whole file as a module, from its compiled code in ~/.cache/cexec.  If that is
+# missing, the part between MAKE and START makes it.
 #
 #     ./cexec.py cexec ..., a link        sh, enter(), main() in the module
 #     python3 cexec.py cexec ...          main() in the file
@@ -12348,31 +12352,12 @@ def main(argv):
 #     python3 - cservice ... < cexec.py   main() in standard input: slim_down() has no file
 #     import cexec                        nothing is started
 #
+# A link cexec has compiled code of its own, without the sections between NOT FOR CEXEC and FOR
+# ALL.  A tenth of the time of a short job would go into them.
+#
 # sh gives -S, because we use no site packages.  It first tests that standard input is no
 # directory, because with one Python does not start.  The part below START is compiled at each
-# start: it must stay short.
-
-KEPT_MAX = 8                        # files in the cache: one for each path of this file and each version of Python
-
-
-def write_kept(path, data):
-    """Writes a file of the cache, whole or not at all, and removes the oldest files if there are too many."""
-    cache, part = os.path.dirname(path), "%s.%d.part" % (path, os.getpid())
-    try:
-        os.makedirs(cache, 0o700, exist_ok=True)
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(fd, "wb") as file:
-                file.write(data)
-            os.rename(part, path)
-        except OSError:
-            os.unlink(part)
-            raise
-        paths = [os.path.join(cache, name) for name in os.listdir(cache)]
-        for oldest in sorted(paths, key=os.path.getmtime)[:-KEPT_MAX]:
-            os.unlink(oldest)
-    except OSError:
-        pass                        # the disk is full or read-only: the next start compiles again
+# start: it must stay short, and fit into the 4096 bytes that those lines read.
 
 
 def show_in_ps():
@@ -12392,34 +12377,27 @@ def show_in_ps():
         pass
 
 
-# START
-def kept_path(pyc):
-    """Our path for compiled code that Python would keep at pyc.  Raises OSError in another user's home (sudo)."""
-    import os
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative path does not count
-    if os.stat(home).st_uid != os.geteuid():
-        raise OSError("another user's home")
-    return os.path.join(home, "cexec" if home is xdg else ".cache/cexec", pyc.replace("/", "%"))
+# MAKE
+KEPT_MAX = 8                        # files in the cache: two for each path of this file and each version of Python
 
 
-def read_kept(path):
-    """(digest, data), as write_kept() wrote them.  Raises OSError if another user may have written the file."""
-    import os
-    import stat
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", 0) as file:     # it may be a FIFO
-        about = os.fstat(file.fileno())
-        if about.st_uid != os.geteuid() or about.st_mode & 0o022 or not stat.S_ISREG(about.st_mode):
-            raise OSError("not ours alone")
-        return file.read(32), file.read()
+def compiled(path):
+    """The file's code without docstrings, as bytes; a link cexec does not need all of it."""
+    import marshal
+    with open(path, "rb") as file:
+        source = file.read()
+    if is_cexec():
+        before, _, rest = source.partition(b"\n# NOT FOR CEXEC\n")
+        left_out, _, after = rest.rpartition(b"\n# FOR ALL\n")
+        source = before + b"\n" * (left_out.count(b"\n") + 4) + after     # lines keep their numbers
+    return marshal.dumps(compile(source, path, "exec", optimize=2))
 
 
 def made_by_child(make):
-    """The result of make() in a child process; None if there can be no child.
+    """The result of make(), which are bytes, in a child process; None if there can be no child.
 
     To compile this file takes 15 MB, which Python would not give back to the system.
     """
-    import marshal
     import os
     try:
         reader, writer = os.pipe()
@@ -12434,71 +12412,112 @@ def made_by_child(make):
     if not child:
         try:
             with open(writer, "wb") as file:
-                file.write(marshal.dumps(make()))
+                file.write(make())
             os._exit(0)
         finally:
             os._exit(1)
     os.close(writer)
     with open(reader, "rb") as file:
         made = file.read()
-    return None if os.waitpid(child, 0)[1] else marshal.loads(made)
+    return None if os.waitpid(child, 0)[1] else made
 
 
-def kept_loader(path):
-    """Python's loader for the file at path, with our cache.
-
-    A file of the cache is a SHA-256 and a .pyc, which any build of the same version of Python can
-    run.  The hash covers the .pyc, because a damaged one could crash Python, and the identity of its source.
-    """
-    import hashlib
+def write_kept(kept, data):
+    """Writes a file of the cache, whole or not at all, and removes the oldest files if there are too many."""
     import os
-    from _frozen_importlib_external import SourceFileLoader     # importlib.machinery has it too, but needs 0.5 ms
+    cache, part = os.path.dirname(kept), "%s.%d.part" % (kept, os.getpid())
+    try:
+        os.makedirs(cache, 0o700, exist_ok=True)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(data)
+            os.rename(part, kept)
+        except OSError:
+            os.unlink(part)
+            raise
+        paths = [os.path.join(cache, name) for name in os.listdir(cache)]
+        for oldest in sorted(paths, key=os.path.getmtime)[:-KEPT_MAX]:
+            os.unlink(oldest)
+    except OSError:
+        pass                        # the disk is full or read-only: the next start compiles again
+
+
+def make(path, kept):
+    """The file's code as bytes, newly compiled; writes it to kept, if that is a path.  Raises OSError."""
+    of = identity(path)
+    data = made_by_child(lambda: compiled(path)) or compiled(path)
+    if kept and not sys.dont_write_bytecode:
+        write_kept(kept, digest(of, data) + data)
+    return data
+
+
+# START
+def is_cexec():
+    return sys.argv[0].rpartition("/")[2] == "cexec"
+
+
+def identity(path):
+    """What tells this version of the file at path, and of Python, from others."""
+    import os
     about = os.stat(path)
-    source = repr((path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
+    return repr((sys.hexversion, path, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
 
-    def digest_of(data):
-        made = hashlib.sha256(source)
-        made.update(data)
-        return made.digest()
 
-    class KeptLoader(SourceFileLoader):
-        fresh = None                # (path, data) for write_kept(), if the code was compiled
+def digest(of, data):
+    """The SHA-256 before compiled code in the cache.  It covers the code, because a damaged one could crash Python."""
+    import hashlib
+    made = hashlib.sha256(of)
+    made.update(data)
+    return made.digest()
 
-        def get_data(self, wanted):
-            if wanted == path:
-                return super().get_data(path)
-            digest, data = read_kept(kept_path(wanted))
-            if digest_of(data) != digest:
-                raise OSError("damaged, or made from another file")
-            return data
 
-        def source_to_code(self, data, path, **_):
-            compiled = super().source_to_code
-            return made_by_child(lambda: compiled(data, path)) or compiled(data, path)
+def kept_path(path):
+    """Where the file's compiled code is kept.  Raises OSError in another user's home (sudo)."""
+    import os
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative path does not count
+    if os.stat(home).st_uid != os.geteuid():
+        raise OSError("another user's home")
+    name = "%s.%s.%s" % (path.replace("/", "%"), sys.implementation.cache_tag, "cexec" if is_cexec() else "all")
+    return os.path.join(home, "cexec" if home is xdg else ".cache/cexec", name)
 
-        def set_data(self, pyc, data, **_):
-            try:
-                self.fresh = kept_path(pyc), digest_of(data) + data
-            except OSError:
-                pass
 
-    return KeptLoader("cexec", path)
+def read_kept(kept, of):
+    """The code that make() has kept.  Raises OSError if it is of another file, or another user may have written it."""
+    import os
+    import stat
+    with open(os.open(kept, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", 0) as file:     # it may be a FIFO
+        about = os.fstat(file.fileno())
+        if about.st_uid != os.geteuid() or about.st_mode & 0o022 or not stat.S_ISREG(about.st_mode):
+            raise OSError("not ours alone")
+        made, data = file.read(32), file.read()
+    if made != digest(of, data):
+        raise OSError("damaged, or made from another file")
+    return data
 
 
 def enter():
-    """Runs the whole file as the module cexec: argv is -c, the file's path, and its arguments."""
+    """Runs this file as the module cexec: argv is -c, the file's path, and its arguments."""
     import gc
     gc.disable()                    # until started_up(): it would cost 10 ms, and find nothing
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]             # never import modules from the current directory
+    import marshal
     import os
     del sys.argv[0]
+    path, kept = os.path.realpath(sys.argv[0]), None
+    try:
+        kept = kept_path(path)
+        data = read_kept(kept, identity(path))
+    except OSError:
+        with open(path, "rb") as source:
+            names = {"__name__": "make", "sys": sys}
+            exec(source.read().rpartition(b"\n# MAKE\n")[2], names)
+        data = names["make"](path, kept)
     module = sys.modules["cexec"] = type(sys)("cexec")
     module.__file__ = sys.argv[0]
-    loader = kept_loader(os.path.realpath(sys.argv[0]))
-    loader.exec_module(module)
-    if loader.fresh:
-        module.write_kept(*loader.fresh)
+    exec(marshal.loads(data), module.__dict__)
     module.show_in_ps()
     module.main(sys.argv)
 

@@ -9,11 +9,13 @@ namespaces that a test makes and removes.  A test that leaves a process behind f
 """
 import ast
 import atexit
+import builtins
 import collections
 import concurrent.futures
 import contextlib
 import copyreg
 import ctypes
+import dis
 import errno
 import fcntl
 import functools
@@ -22,6 +24,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import marshal
 import math
 import os
 import pickle
@@ -49,7 +52,7 @@ import tracemalloc
 import uuid
 import wave
 import zlib
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -60,7 +63,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
 PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
-    BOOT = shlex.split(program.readlines()[2])[2:-2]        # what sh has Python do: -S -c '...'
+    BOOT = shlex.split("".join(program.readlines()[2:5]))[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
 FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
@@ -12925,7 +12928,8 @@ def only_file(directory):
 def make_another(kept, source):
     """Has the kept code be version 2.0, as if it had been compiled so."""
     about = os.stat(source)
-    of = repr((source, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
+    version = int(subprocess.check_output([PYTHON, "-Sc", "import sys; print(sys.hexversion)"]))
+    of = repr((version, source, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)).encode()
     code = read(kept)[32:]
     assert hashlib.sha256(of + code).digest() == read(kept)[:32]
     code = code.replace(b"\x031.0", b"\x032.0")
@@ -12942,11 +12946,35 @@ def test_compiled_code_is_kept_and_taken_again(linked):
     assert linked.version() == "cexec 2.0"
 
 
+def codes_of(code):
+    """A code object, and those within it."""
+    yield code
+    for constant in code.co_consts:
+        if hasattr(constant, "co_consts"):
+            yield from codes_of(constant)
+
+
+def test_cexec_uses_nothing_of_what_its_link_leaves_out(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cexec"])
+    code, part = marshal.loads(cexec.compiled(PROGRAM)), ModuleType("part")
+    part.__file__ = PROGRAM
+    exec(code, part.__dict__)
+    words = [(word.opname.partition("_")[0], word.argval) for inner in codes_of(code)
+             for word in dis.get_instructions(inner) if word.opname.endswith(("_NAME", "_GLOBAL"))]
+    there = set(vars(part)) | set(dir(builtins)) | {name for kind, name in words if kind == "STORE"}
+    assert {name for kind, name in words if kind == "LOAD"} <= there
+    assert not hasattr(part, "Worker") and part.main.__code__.co_firstlineno == cexec.main.__code__.co_firstlineno
+
+
+def test_the_door_fits_into_what_is_read_of_it():
+    assert len(read(PROGRAM).rpartition(b"\n# START\n")[2]) < 4000
+
+
 @pytest.fixture
 def door(cluster):
     """The same of a file that has nothing but its version and the door, and is compiled in no time."""
     text = read(PROGRAM).decode()
-    head, place = "".join(text.splitlines(True)[:3]) + '"""\n', text.index("KEPT_MAX = ")
+    head, place = "".join(text.splitlines(True)[:5]) + '"""\n', text.index("def show_in_ps")
     main = 'import os, sys\nVERSION = "1.0"\ndef main(argv):\n    print("cexec " + VERSION)\n'
     return link_of(cluster, head + main + text[place:])
 
@@ -14334,6 +14362,7 @@ def test_a_terminal_is_read_without_proc(cluster):
 def test_a_python_without(keys, module, applets):
     take_away(keys, "sys.modules[%r] = None" % module)
     words = {"cexec": [keys.pub], "cservice": [keys.key, "cat"], "crat": [keys.pub]}
+    keys.launch = ["sh", "-c", 'ulimit -Sn 32 && exec "$@"', "sh", *keys.launch]        # resource raises it
     for applet in applets:
         done = keys.run(applet, *words[applet])
         assert module in refusal(done, 111, "another python3")
