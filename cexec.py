@@ -12523,4 +12523,10 @@ def enter():
 
 
 if __name__ == "__main__":
-    enter() if sys.argv[0] == "-c" else main(sys.argv)
+    try:
+        enter() if sys.argv[0] == "-c" else main(sys.argv)
+    except KeyboardInterrupt:       # before main() was there
+        import os
+        import signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

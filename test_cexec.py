@@ -13035,6 +13035,17 @@ def test_where_no_child_can_compile_it_is_compiled(door, call):
     assert only_file(door.cache)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_interrupt_during_the_start_is_no_traceback(door, kept):
+    """Ctrl-C in the first hundredths of a second, before main() takes care of it."""
+    text = read(door.copy).decode()
+    put(door.copy, text.replace('VERSION = "1.0"', "import signal; os.kill(os.getpid(), signal.SIGINT)"), 0o755)
+    for _ in range(1 + kept):
+        done = subprocess.run([door.path("bin/cexec"), "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=dict(os.environ, XDG_CACHE_HOME=door.path("cache")), timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")
+
+
 def test_where_there_is_no_room_for_code_no_half_of_it_is_left(door):
     assert door.version("ulimit -f 1; ") == "cexec 1.0"
     assert os.listdir(door.cache) == []
