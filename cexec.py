@@ -2648,6 +2648,8 @@ class Source(Stream):
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
+        if not self.is_live():
+            return                  # the End may be closed, and another file have its number
         if self.replay:
             self._replay_held()
         while self.state is DRAINING and self._wanted():

@@ -3035,6 +3035,31 @@ def test_a_source_that_is_to_end_waits_for_credit_and_not_for_an_endless_writer(
     assert (source.sent, source.state) == (cexec.PIPE_SIZE, cexec.ENDED)
 
 
+@pytest.mark.parametrize("late", [
+    lambda holder, source: holder.link_writable(holder.link), lambda holder, source: source.rcvd_credit(1)])
+def test_a_source_at_its_end_leaves_the_next_file_with_its_number_alone(late):
+    """A slow link can be written again, or CREDIT comes, when the End was closed long ago."""
+    reader, writer = os.pipe()
+    holder, called = Holder(cexec.Loop()), []
+    holder.link = SimpleNamespace(congested=False, closed=False, send=lambda *words: None,
+                                  send_data=lambda *words: None)
+    source = holder.carry(1, cexec.End(reader, reader, lambda: os.close(reader), ["read"])).source
+    os.write(writer, b"data")
+    os.close(writer)
+    holder.refresh()
+    spin(holder.loop, lambda: source.state is cexec.ENDED)
+    again, writer = os.pipe()
+    try:
+        assert again == reader
+        holder.loop.on_read(again, lambda: called.append(os.read(again, 1)))
+        late(holder, source)
+        os.write(writer, b"x")
+        assert again in holder.loop.readers
+        spin(holder.loop, lambda: called)
+    finally:
+        close_all(again, writer)
+
+
 # What a stream is told, one after another -> its state after each
 @pytest.mark.parametrize("half, events, states", [
     ("read", ["close_soon", "discard", "finish"], ["DRAINING", "DISCARDING", "ENDED"]),
