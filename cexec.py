@@ -326,10 +326,15 @@ def encoded(text):
     return text.encode(sys.stdout and sys.stdout.encoding or "ascii", "backslashreplace")
 
 
-def show(line):
-    """A line on standard output.  Raises Fatal: 100 if that is closed, 111 if it can't be written."""
+def need_output():
+    """Raises Fatal (100) if standard output is closed."""
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
+
+
+def show(line):
+    """A line on standard output.  Raises Fatal: 100 if that is closed, 111 if it can't be written."""
+    need_output()
     print_out(encoded(line + "\n"))
 
 
@@ -6127,6 +6132,7 @@ class Printer:
     """cexec -m -o -, cexec -b: prints the outputs on standard output, in the order of the jobs."""
 
     def __init__(self, batch, tasks):
+        need_output()
         self.batch, self.loop = batch, batch.loop
         self.tasks = collections.deque(tasks)       # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
@@ -7050,6 +7056,7 @@ def input_for_all(empty):
 
 def main_everywhere(pub, group, words, options):
     """Runs a job on every worker; the exit code."""
+    need_output()
     terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
     files_at_once(4)
     survey = Survey(group, pub, terms.ports, Loop())
@@ -9993,8 +10000,7 @@ Alerts that no key proves are printed as unverified.
 def main_crat(argv):
     """Logs until a signal ends it."""
     options = CRAT.read(argv)
-    if sys.stdout is None:
-        raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
+    need_output()
     if options.svg:
         return draw_logs(options.words)
     if options.screen:

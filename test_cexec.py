@@ -6784,10 +6784,14 @@ def test_what_there_is_without_netlink(hosts):
     assert b"internal error" not in done.stderr
 
 
-def test_list_of_workers_with_standard_output_closed(cluster):
-    cluster.worker("true")
+@pytest.mark.parametrize("options, words", [
+    (["-l"], []), (["-b", "9"], []), (["-m", "-n"], [":::", "1"]), (["-m", "-o", "-"], ["--", PROGRAM]), (["-A"], [])])
+def test_modes_that_print_with_standard_output_closed(cluster, options, words):
+    """Nothing runs: its output would be lost."""
+    cluster.worker("cat")
     cluster.launch = ["sh", "-c", 'exec "$@" >&-', "sh"] + cluster.launch
-    refusal(cluster.run("cexec", "-l", cluster.pub), 100, "standard output is closed: open it, as with > file")
+    refusal(cluster.run("cexec", *options, cluster.pub, *words, input=b"line"), 100,
+            "standard output is closed: open it, as with > file")
 
 
 # ---- cexec -m: a batch of files --------------------------------------------
