@@ -6101,8 +6101,10 @@ class FileRun(RemoteRun):
         self.stop_channels()
 
     def local_error(self, channel, error):
-        names = (self.job.name, self.job.output or STANDARD[1], STANDARD[2])
-        self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
+        import tempfile
+        name = (self.job.name, self.job.output, self.job.errors_kept)[channel]
+        self.trouble = self.trouble or ("%s: %s" % (name, error.strerror) if name else
+                                        "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror))
 
     def stream_ended(self):
         """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""

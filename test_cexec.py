@@ -8025,6 +8025,19 @@ def test_blocks_where_no_room_is_left(cluster):
     assert read(cluster.path("status")) == b"111\n" and b"No space left on device (TMPDIR)" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_full_place_for_waiting_outputs_is_named(cluster, number):
+    """And not the standard output or standard error that the output is for."""
+    need("root", "unshare", "mount")
+    os.mkdir(cluster.path("small"))
+    cluster.worker("sh", "-c", "head -c 2000000 /dev/zero >&%d" % number)
+    script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small exec "$@"'
+    words = cluster.argv("cexec", "-m", "-n", "-o", "-", cluster.pub, ":::", "x")
+    done = cluster.do(["unshare", "-m", "sh", "-c", script, "sh", *words])
+    assert done.returncode == 1 and b"cexec: x: " in done.stderr, done.stderr
+    assert b"/small: No space left on device (TMPDIR)" in done.stderr, done.stderr
+
+
 @HEAVY
 def test_a_gigabyte_in_blocks_is_flat_in_memory(cluster):
     cluster.worker("cat", env={"CONCURRENCY": "2"})
