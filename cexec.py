@@ -326,10 +326,15 @@ def encoded(text):
     return text.encode(sys.stdout and sys.stdout.encoding or "ascii", "backslashreplace")
 
 
-def show(line):
-    """A line on standard output.  Raises Fatal: 100 if that is closed, 111 if it can't be written."""
+def need_output():
+    """Raises Fatal (100) if standard output is closed."""
     if sys.stdout is None:
         raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
+
+
+def show(line):
+    """A line on standard output.  Raises Fatal: 100 if that is closed, 111 if it can't be written."""
+    need_output()
     print_out(encoded(line + "\n"))
 
 
@@ -2648,6 +2653,8 @@ class Source(Stream):
 
     def refresh(self):
         """Waits for input exactly when there is something to do with it."""
+        if not self.is_live():
+            return                  # the End may be closed, and another file have its number
         if self.replay:
             self._replay_held()
         while self.state is DRAINING and self._wanted():
@@ -6094,8 +6101,10 @@ class FileRun(RemoteRun):
         self.stop_channels()
 
     def local_error(self, channel, error):
-        names = (self.job.name, self.job.output or STANDARD[1], STANDARD[2])
-        self.trouble = self.trouble or "%s: %s" % (names[channel], error.strerror)
+        import tempfile
+        name = (self.job.name, self.job.output, self.job.errors_kept)[channel]
+        self.trouble = self.trouble or ("%s: %s" % (name, error.strerror) if name else
+                                        "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror))
 
     def stream_ended(self):
         """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
@@ -6125,6 +6134,7 @@ class Printer:
     """cexec -m -o -, cexec -b: prints the outputs on standard output, in the order of the jobs."""
 
     def __init__(self, batch, tasks):
+        need_output()
         self.batch, self.loop = batch, batch.loop
         self.tasks = collections.deque(tasks)       # those whose outputs are not printed yet
         self.end = local_end([Inherited(1)], ["write"], 3)
@@ -7048,6 +7058,7 @@ def input_for_all(empty):
 
 def main_everywhere(pub, group, words, options):
     """Runs a job on every worker; the exit code."""
+    need_output()
     terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
     files_at_once(4)
     survey = Survey(group, pub, terms.ports, Loop())
@@ -9991,8 +10002,7 @@ Alerts that no key proves are printed as unverified.
 def main_crat(argv):
     """Logs until a signal ends it."""
     options = CRAT.read(argv)
-    if sys.stdout is None:
-        raise Fatal(EXIT_USAGE, "standard output is closed: open it, as with > file")
+    need_output()
     if options.svg:
         return draw_logs(options.words)
     if options.screen:
@@ -12523,4 +12533,10 @@ def enter():
 
 
 if __name__ == "__main__":
-    enter() if sys.argv[0] == "-c" else main(sys.argv)
+    try:
+        enter() if sys.argv[0] == "-c" else main(sys.argv)
+    except KeyboardInterrupt:       # before main() was there
+        import os
+        import signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)

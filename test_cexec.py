@@ -3036,6 +3036,31 @@ def test_a_source_that_is_to_end_waits_for_credit_and_not_for_an_endless_writer(
     assert (source.sent, source.state) == (cexec.PIPE_SIZE, cexec.ENDED)
 
 
+@pytest.mark.parametrize("late", [
+    lambda holder, source: holder.link_writable(holder.link), lambda holder, source: source.rcvd_credit(1)])
+def test_a_source_at_its_end_leaves_the_next_file_with_its_number_alone(late):
+    """A slow link can be written again, or CREDIT comes, when the End was closed long ago."""
+    reader, writer = os.pipe()
+    holder, called = Holder(cexec.Loop()), []
+    holder.link = SimpleNamespace(congested=False, closed=False, send=lambda *words: None,
+                                  send_data=lambda *words: None)
+    source = holder.carry(1, cexec.End(reader, reader, lambda: os.close(reader), ["read"])).source
+    os.write(writer, b"data")
+    os.close(writer)
+    holder.refresh()
+    spin(holder.loop, lambda: source.state is cexec.ENDED)
+    again, writer = os.pipe()
+    try:
+        assert again == reader
+        holder.loop.on_read(again, lambda: called.append(os.read(again, 1)))
+        late(holder, source)
+        os.write(writer, b"x")
+        assert again in holder.loop.readers
+        spin(holder.loop, lambda: called)
+    finally:
+        close_all(again, writer)
+
+
 # What a stream is told, one after another -> its state after each
 @pytest.mark.parametrize("half, events, states", [
     ("read", ["close_soon", "discard", "finish"], ["DRAINING", "DISCARDING", "ENDED"]),
@@ -6759,10 +6784,14 @@ def test_what_there_is_without_netlink(hosts):
     assert b"internal error" not in done.stderr
 
 
-def test_list_of_workers_with_standard_output_closed(cluster):
-    cluster.worker("true")
+@pytest.mark.parametrize("options, words", [
+    (["-l"], []), (["-b", "9"], []), (["-m", "-n"], [":::", "1"]), (["-m", "-o", "-"], ["--", PROGRAM]), (["-A"], [])])
+def test_modes_that_print_with_standard_output_closed(cluster, options, words):
+    """Nothing runs: its output would be lost."""
+    cluster.worker("cat")
     cluster.launch = ["sh", "-c", 'exec "$@" >&-', "sh"] + cluster.launch
-    refusal(cluster.run("cexec", "-l", cluster.pub), 100, "standard output is closed: open it, as with > file")
+    refusal(cluster.run("cexec", *options, cluster.pub, *words, input=b"line"), 100,
+            "standard output is closed: open it, as with > file")
 
 
 # ---- cexec -m: a batch of files --------------------------------------------
@@ -7994,6 +8023,19 @@ def test_blocks_where_no_room_is_left(cluster):
     script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small "$@" < in >out; echo $? >status'
     done = cluster.do(["unshare", "-m", "sh", "-c", script, "sh", *cluster.argv("cexec", "-b2m", cluster.pub)])
     assert read(cluster.path("status")) == b"111\n" and b"No space left on device (TMPDIR)" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_full_place_for_waiting_outputs_is_named(cluster, number):
+    """And not the standard output or standard error that the output is for."""
+    need("root", "unshare", "mount")
+    os.mkdir(cluster.path("small"))
+    cluster.worker("sh", "-c", "head -c 2000000 /dev/zero >&%d" % number)
+    script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small exec "$@"'
+    words = cluster.argv("cexec", "-m", "-n", "-o", "-", cluster.pub, ":::", "x")
+    done = cluster.do(["unshare", "-m", "sh", "-c", script, "sh", *words])
+    assert done.returncode == 1 and b"cexec: x: " in done.stderr, done.stderr
+    assert b"/small: No space left on device (TMPDIR)" in done.stderr, done.stderr
 
 
 @HEAVY
@@ -13033,6 +13075,17 @@ def test_where_no_child_can_compile_it_is_compiled(door, call):
     put(door.copy, text.replace(call, 'raise OSError("there are too many")'), 0o755)
     assert door.version() == "cexec 1.0"
     assert only_file(door.cache)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_interrupt_during_the_start_is_no_traceback(door, kept):
+    """Ctrl-C in the first hundredths of a second, before main() takes care of it."""
+    text = read(door.copy).decode()
+    put(door.copy, text.replace('VERSION = "1.0"', "import signal; os.kill(os.getpid(), signal.SIGINT)"), 0o755)
+    for _ in range(1 + kept):
+        done = subprocess.run([door.path("bin/cexec"), "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=dict(os.environ, XDG_CACHE_HOME=door.path("cache")), timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")
 
 
 def test_where_there_is_no_room_for_code_no_half_of_it_is_left(door):
