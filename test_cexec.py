@@ -8746,8 +8746,7 @@ def test_name_of_another_client_cannot_be_taken(cluster):
     """Bob's secret under Alice's name, which is what a revoked client would try."""
     worker = cluster.worker("true")
     cluster.run("ckeygen", "-n", "bob", cluster.key, check=True)
-    words = read(cluster.path("app-bob.pub")).decode()
-    put(cluster.path("forged.pub"), words.replace(" bob ", " alice "))
+    put(cluster.path("forged.pub"), read(cluster.path("app-bob.pub")).decode().replace(" bob ", " alice "))
     done = cluster.run("cexec", cluster.path("forged.pub"), env={"CEXEC_TIMEOUT_ACCEPT": "1"})
     assert done.returncode == 111 and b"alice: wrong MAC" in read(worker.log)
     assert b"offer" not in read(worker.log)
@@ -9114,8 +9113,7 @@ def abuse_worker(cluster, chance, mark):
         elif way == 1:
             rows = [(number, number, chance.choice((1, 2, 7, 9))) for number in range(chance.choice((100, 1024)))]
         words = ["MARK=" + mark, "CMD=echo ready; exec cat"]
-        words += [
-            "A%d=%s" % (number, "x" * 500) for number in range(chance.choice((0, 0, 50)))]
+        words += ["A%d=%s" % (number, "x" * 500) for number in range(chance.choice((0, 0, 50)))]
         if way == 2:
             peer.raw(random_frame(chance))
         else:
@@ -9225,13 +9223,11 @@ def test_a_command_that_is_not_there_yet(cluster):
     assert cluster.client(input=b"hello").stdout == b"hello"
     third = cluster.worker("no-such-command-here")
     assert "no-such-command-here: no such command in PATH: until" in read(third.log).decode()
-    fourth = cluster.worker("cat", verbose=False)
-    assert read(fourth.log) == b""
+    assert read(cluster.worker("cat", verbose=False).log) == b""
 
 
 def test_a_service_tells_a_terminal_what_it_serves(cluster):
-    terminal = Terminal(cluster, cluster.argv("cservice", "-x", "eve", cluster.key, "cat", "-u"),
-                        {"CONCURRENCY": "3"})
+    terminal = Terminal(cluster, cluster.argv("cservice", "-x", "eve", cluster.key, "cat", "-u"), {"CONCURRENCY": "3"})
     terminal.shows("serves app with 3 slots on %s: cat -u, for the holders of a public key except eve (-x)\r\n"
                    % cluster.env["GROUP"])
     assert signalled(terminal.process) == 0
@@ -9526,8 +9522,7 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     alerts.say("10.0.0.4")
     window.shows("^finished: 4 done, 2 failed, 1 complained about, 12.0 kB in, 6.0 kB out$")
     screen = window.screen()
-    assert row(screen, "WORKER") == [
-        "WORKER HOST NOW LOAD DONE FAILED COMPLAINTS IN OUT TIME MEAN LAST".split()]
+    assert row(screen, "WORKER") == ["WORKER HOST NOW LOAD DONE FAILED COMPLAINTS IN OUT TIME MEAN LAST".split()]
     assert row(screen, "10.0.0.3")[0][1:-2] == "3 2 1 10.0 kB 5.0 kB 7s 1.500 s".split()
     assert row(screen, "10.0.0.4")[0][1:4] == ["1", "0", "0"]
     assert re.search(r"^\d\d:\d\d:\d\d 127.0.0.1 rats out 10.0.0.3 for app.pub: 1.500 s, ", screen, re.M)
@@ -10540,8 +10535,7 @@ def test_a_proxy_that_ends_while_much_is_moved(hosts, crossing, command, number,
         proxy.send_signal(signal.SIGCONT)
     until(lambda: not processes_with("PEER_" + mark), "the end of the command")
     if number == signal.SIGSTOP:
-        again = hosts.client("CMD=cat; exit 3", space=crossing.client, input=b"again\n")
-        assert ended(again) == (3, b"again\n", b"")
+        assert ended(hosts.client("CMD=cat; exit 3", space=crossing.client, input=b"again\n")) == (3, b"again\n", b"")
 
 
 def test_a_reset_in_mid_job_is_no_success(hosts, crossing):
@@ -10681,8 +10675,7 @@ def test_busy_crosses_a_proxy(hosts, crossing):
 
 
 def test_two_proxies_in_a_row(hosts, crossing):
-    far = hosts.lan("far", [crossing.worker, "worker"], "10.79.0")["worker"]
-    hosts.shell_worker(space=far)
+    hosts.shell_worker(space=hosts.lan("far", [crossing.worker, "worker"], "10.79.0")["worker"])
     crossing.proxy()
     crossing.proxy("10.79.0.1", space=crossing.worker)
     data = os.urandom(1 << 20)
@@ -10734,8 +10727,7 @@ def test_proxies_in_opposite_directions_do_not_storm(hosts, crossing, gates):
         crossing.proxy(address, space=space)
     logger = hosts.logger(hosts.pub, space=crossing.worker)
     with Capture(crossing.client) as left, Capture(crossing.worker) as right:
-        done = hosts.client(space=crossing.client, env={"CEXEC_TIMEOUT_ACCEPT": "2"})
-        assert done.returncode == 111
+        assert hosts.client(space=crossing.client, env={"CEXEC_TIMEOUT_ACCEPT": "2"}).returncode == 111
         hosts.shell_worker(space=crossing.worker)
         assert ended(hosts.client("CMD=cat", space=crossing.client, input=b"in\n")) == (0, b"in\n", b"")
         until(logger.lines, "the alert")
@@ -10851,8 +10843,7 @@ def test_a_proxy_passes_on_only_answers_and_to_hosts_alone(hosts, crossing):
         assert forged.identity not in [datagram.identity for datagram in relayed]
 
         def say(kind, nonce, to, **fields):
-            data = make_datagram(kind, pub, nonce, 0, **filled(kind, **fields))
-            ear.sendto(data, (to.address, to.port))
+            ear.sendto(make_datagram(kind, pub, nonce, 0, **filled(kind, **fields)), (to.address, to.port))
         say(cexec.BUSY, broadcast.nonce, relayed[0])
         say(cexec.BUSY, os.urandom(16), relayed[-1])            # of nobody's job
         say(cexec.REPLY, announced.nonce, relayed[-1])          # it has asked no question
@@ -11145,8 +11136,7 @@ class Boxes:
         shells = {"sh": "/bin/sh", "bash": "/bin/bash", "csh": "/bin/csh", "fish": "/usr/bin/fish"}
         shells.update({login: path(login) for login in ("banner", "bare", "nologin")})
         password = subprocess.run(["openssl", "passwd", "-6", SECRET], check=True, stdout=subprocess.PIPE).stdout
-        rows = ["%s:%s:0:0::%s:%s" % (login, password.decode().strip(), home, shell)
-                for login, shell in shells.items()]
+        rows = ["%s:%s:0:0::%s:%s" % (login, password.decode().strip(), home, shell) for login, shell in shells.items()]
         put(path("passwd-" + name), read("/etc/passwd").decode() + "\n".join(rows) + "\n", 0o644)
         put(path("sshd-" + name), "HostKey %s\nAuthorizedKeysFile %s\nPidFile none\nStrictModes no\nUsePAM no\n"
             "PermitRootLogin yes\nPasswordAuthentication yes\nMaxStartups 100\nSetEnv %s PYTHONDONTWRITEBYTECODE=1 "
@@ -11244,8 +11234,7 @@ def test_a_cluster_in_one_command(boxes, age):
     farm.open_all(read_only=True)
     put(farm.cluster.path("list"), "# ours\n\nb\n  bash@c # the third\n")
     process = farm.start("a,@" + farm.cluster.path("list"), "sh", "-c", "cat; echo $SSH_CONNECTION")
-    rows = farm.up(process, 3)
-    assert sorted(row.split("\t")[1] for row in rows) == ["10.0.9.2", "10.0.9.3", "10.0.9.4"]
+    assert sorted(row.split("\t")[1] for row in farm.up(process, 3)) == ["10.0.9.2", "10.0.9.3", "10.0.9.4"]
     assert stat.S_IMODE(os.stat(farm.key).st_mode) == 0o600
     answers = {farm.client(input=b"x").stdout for _ in range(6)}
     assert {answer.split()[2] for answer in answers} <= {b"10.0.9.2", b"10.0.9.3", b"10.0.9.4"}
@@ -11281,10 +11270,8 @@ def test_options_and_settings_hold_there(boxes):
                          GROUP="lan:10.0.9.255:4000")
     assert farm.up(process, 1)[0].split("\t")[3:5] == ["0", "7"]
     env = {"GROUP": "10.0.9.2:4000"}
-    done = farm.client(pub=farm.cluster.path("alice.pub"), env=env)
-    assert done.stdout == b"nobody\n7 5 10.0.9.255:4000\n"
-    done = farm.client(pub=farm.cluster.path("bob.pub"), env=dict(env, CEXEC_TIMEOUT_ACCEPT="1"))
-    assert done.returncode == 111
+    assert farm.client(pub=farm.cluster.path("alice.pub"), env=env).stdout == b"nobody\n7 5 10.0.9.255:4000\n"
+    assert farm.client(pub=farm.cluster.path("bob.pub"), env=dict(env, CEXEC_TIMEOUT_ACCEPT="1")).returncode == 111
     until(lambda: "a: cservice: dropped" in process.said(), "the refusal")
     worker, = farm.workers("a")
     assert b"-iv" in words_of(worker) or b"-Sc" in words_of(worker)         # Python 3.6 and 3.7 have no memfd
@@ -12753,8 +12740,7 @@ def test_what_is_refused_is_told_in_one_line(blunders, taken, applet, code, mess
 @pytest.mark.parametrize("applet, code, words", [("cexec", 100, ["-Z"]), ("cservice", 100, ["missing", "true"]),
                                                  ("crat", 100, ["missing"]), ("cproxy", 111, ["192.0.2.99"])])
 def test_what_is_refused_by_a_process_of_its_own(one, applet, code, words):
-    line = refusal(one.run(applet, *words), code, "")
-    assert line.startswith(applet + ": ")
+    assert refusal(one.run(applet, *words), code, "").startswith(applet + ": ")
 
 
 def test_a_search_without_an_answer_says_where_it_asked(one):
@@ -12856,8 +12842,7 @@ def test_standard_descriptors_closed(cluster, closed):
     close = placed(dict.fromkeys(closed))
 
     def start(applet, *words):
-        process = cluster.popen(cluster.argv(applet, *words), close_fds=False, preexec_fn=close)
-        return process
+        return cluster.popen(cluster.argv(applet, *words), close_fds=False, preexec_fn=close)
     worker = start("cservice", cluster.key, "sh", "-c", 'eval "$PEER_CMD"')
     until(lambda: listening(worker.pid), "a worker's start")
     there_and_back(cluster)
@@ -13265,8 +13250,7 @@ class Stage:
         return {name: value, "GROUP": self.groups[group], "CONCURRENCY": "1", "CEXEC_TIMEOUT_ACCEPT": "25"}
 
     def start_service(self):
-        self.service = self.cluster.worker("sh", "-c", 'eval "$PEER_CMD"; exit 5',
-                                           env=self.env(1))
+        self.service = self.cluster.worker("sh", "-c", 'eval "$PEER_CMD"; exit 5', env=self.env(1))
         self.files = open_files(self.service.pid)
 
     def start_proxy(self, target):
@@ -13469,8 +13453,7 @@ def write_wav(path, seconds=3, rate=44100):
 def audio(ogg):
     """The samples in an Ogg Vorbis file: two encodings differ in a random serial number."""
     wav = subprocess.run(["oggdec", "-Q", "-o", "-", ogg], stdout=subprocess.PIPE, check=True).stdout
-    start = wav.index(b"data") + 8
-    return wav[start:]
+    return wav[wav.index(b"data") + 8:]
 
 
 def test_readme_four_steps(hosts):
@@ -13884,8 +13867,7 @@ def test_passing_on_ends(hosts):
     for _ in range(3):
         hosts.logger(space=spaces["host"])
     with Capture(spaces["host"]) as capture:
-        done = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-        assert done.returncode == 111
+        assert hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"}).returncode == 111
         copies = collections.Counter((datagram.identity, interface) for interface, datagram in capture.datagrams())
     announcements = {identity for identity, _ in copies}
     assert len(announcements) >= 3      # tries, and the claim
@@ -14364,8 +14346,7 @@ def test_a_python_without(keys, module, applets):
     words = {"cexec": [keys.pub], "cservice": [keys.key, "cat"], "crat": [keys.pub]}
     keys.launch = ["sh", "-c", 'ulimit -Sn 32 && exec "$@"', "sh", *keys.launch]        # resource raises it
     for applet in applets:
-        done = keys.run(applet, *words[applet])
-        assert module in refusal(done, 111, "another python3")
+        assert module in refusal(keys.run(applet, *words[applet]), 111, "another python3")
 
 
 # The program as it will be in the next version of the protocol, with a longer HELLO
@@ -14415,8 +14396,7 @@ def test_a_client_names_a_worker_of_another_version(cluster, how, worker_key):
                 body = cexec.HELLO.pack(**filled(cexec.HELLO, version=7)) + bytes(99) * (how != "HELLO")
                 peer.raw(cexec.FRAME_HEAD.pack(cexec.HELLO.code, 0, 0, len(body)) + body)
                 assert peer.next() is None
-            complaint = ear.wait_for(cexec.ALERT)[0].body
-            assert complaint.reason == "protocol version 7, this is 2"
+            assert ear.wait_for(cexec.ALERT)[0].body.reason == "protocol version 7, this is 2"
         assert client.wait(PATIENCE) == 111
     last = read(client.log).decode().splitlines()
     assert any("(127.0.0.1 speaks protocol version 7, this is 2)" in line for line in last), last
