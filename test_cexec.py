@@ -8713,10 +8713,8 @@ def test_workers_that_become_free_at_once_do_not_all_run_to_one_client(workers, 
 
 def test_one_worker_serves_strictly_oldest_first_and_names_in_turn():
     many = [simulated("many", float(number)) for number in range(20)]
-    few = [simulated("few", 100.0 + number) for number in range(2)]
-    served = serve(1, many + few)[1]
-    names = [client.name for client in served]
-    assert names[:4] in (["many", "few", "many", "few"], ["few", "many", "few", "many"])
+    served = serve(1, many + [simulated("few", 100.0 + number) for number in range(2)])[1]
+    assert [client.name for client in served[:4]] in (["many", "few", "many", "few"], ["few", "many", "few", "many"])
     assert [client for client in served if client.name == "many"] == many
 
 
@@ -10212,9 +10210,7 @@ class Between:
         self.log = cluster.path("between.log")
         with open(self.log, "wb") as file:
             argv = [PYTHON, "-c", CHANGED % (HERE, change, self.far)]
-            self.process = subprocess.Popen(argv, env=cluster.environment(), stdin=subprocess.DEVNULL, stdout=file,
-                                            stderr=file)
-        cluster.started.append(self.process)
+            self.process = cluster.popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         self.pid = self.process.pid
         until(lambda: b"cproxy: from " in read(self.log) or self.process.poll() is not None, "a proxy's start")
         assert self.process.poll() is None, read(self.log)
@@ -11179,9 +11175,8 @@ class Boxes:
         setup += "exec %s -D -e -f %s" % (self.server, path("sshd-" + name))
         log = path("sshd-%s.log" % name)
         with open(log, "ab") as file:
-            daemon = subprocess.Popen(["ip", "netns", "exec", self.spaces[name], "sh", "-c", setup], stdout=file,
-                                      stderr=file, stdin=subprocess.DEVNULL, env=self.cluster.environment())
-        self.cluster.started.append(daemon)
+            daemon = self.cluster.popen(["ip", "netns", "exec", self.spaces[name], "sh", "-c", setup], stdout=file,
+                                        stderr=file, stdin=subprocess.DEVNULL)
         self.daemons[name] = daemon
         until(lambda: b"Server listening" in read(log) or daemon.poll() is not None, "sshd's start")
         assert daemon.poll() is None, read(log)
@@ -12835,9 +12830,8 @@ def test_standard_input_that_is_a_directory_is_said(cluster):
                                    ["cexec", "-l", "PUB"], ["crat"]], ids=" ".join)
 def test_standard_output_that_cannot_be_written_is_said(one, words):
     with open("/dev/full", "w") as full:
-        process = subprocess.Popen([*one.launch, *(one.pub if word == "PUB" else word for word in words)], stdout=full,
-                                   stderr=subprocess.PIPE, env=one.environment(), cwd=one.directory)
-    one.started.append(process)
+        process = one.popen([*one.launch, *(one.pub if word == "PUB" else word for word in words)], stdout=full,
+                            stderr=subprocess.PIPE)
     if words == ["crat"]:
         until(lambda: listening(process.pid), "a logger's start")
         assert one.client("CMD=true").returncode == 0
@@ -12850,8 +12844,7 @@ def test_crat_and_ckeygen_say_what_is_closed(keys):
     for words, closed, message in ((["crat", keys.pub], 1, "standard output is closed"),
                                    (["ckeygen", "-stdin", keys.path("new")], 0, "standard input is closed")):
         reader, writer = os.pipe()
-        process = subprocess.Popen(keys.argv(*words), env=keys.environment(), close_fds=False,
-                                   preexec_fn=placed({2: writer, closed: None}))
+        process = keys.popen(keys.argv(*words), close_fds=False, preexec_fn=placed({2: writer, closed: None}))
         os.close(writer)
         line = read_all(reader).decode()
         assert process.wait(PATIENCE) == 100 and message in line and line.count("\n") == 1
@@ -13307,7 +13300,7 @@ class Stage:
         if self.state != "searching":
             self.start_service()
         if self.state == "in_line":
-            self.first = self.start_client("until [ -e $PEER_GO ]; do sleep 0.05; done", self.log + "-first")
+            self.first = self.start_client(GOING, self.log + "-first")
             until(lambda: "group " in read(self.service.log).decode(), "the job before")
         self.client = self.start_client(STATES[self.state], self.log)
         wanted, where = {
@@ -13363,8 +13356,7 @@ class Stage:
             self.proxy.wait()
             self.groups[0] = self.groups[1]
         until(lambda: not processes_with("PEER_GO=" + self.go), "the command's end")
-        last = self.start_client("true", self.log + "-last")
-        assert last.wait(PATIENCE) == 5, read(self.log + "-last")
+        assert self.start_client("true", self.log + "-last").wait(PATIENCE) == 5, read(self.log + "-last")
         staying = {process.pid for process in (self.service, self.proxy) if process and process.poll() is None}
         until(lambda: set(processes_with(self.mark)) == staying, "the end of all else")
         until(lambda: open_files(self.service.pid) == self.files, "as many open files as before")
@@ -14794,8 +14786,7 @@ def test_the_service_with_limits(linked_cluster):
     write_wav(cluster.path("input.wav"), seconds=1)
     with open(cluster.path("log"), "wb") as log:
         command = "exec env " + recipe("cservice.1", "CONCURRENCY=2 nice")
-        cluster.started.append(subprocess.Popen(["bash", "-c", command], cwd=cluster.directory, stderr=log,
-                                                env=cluster.environment(), stdin=subprocess.DEVNULL))
+        cluster.popen(["bash", "-c", command], stderr=log, stdin=subprocess.DEVNULL)
     done = cluster.sh("cexec ogg.pub < input.wav > output.ogg")
     assert (done.returncode, done.stdout, ogg_files(cluster, "output.ogg")) == (0, b"", []), read(log.name)
     assert cluster.sh("cexec -l ogg.pub").stdout.split(b"\t")[4] == b"2"
@@ -14851,18 +14842,13 @@ def test_the_run_script_of_daemontools(linked_cluster):
     put(linked_cluster.path("service/run"), script_text.replace("oggenc -Q -o- -", "cat"), 0o700)
     os.rename(linked_cluster.key, linked_cluster.path("service/key"))
     with open(linked_cluster.path("log"), "wb") as log:
-        service = subprocess.Popen(["./run"], cwd=linked_cluster.path("service"), stdin=subprocess.DEVNULL,
-                                   env=linked_cluster.environment(), stdout=log)
-    linked_cluster.started.append(service)
-    with linked_cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:
-        job.stdin.write(b"begun\n")
-        job.stdin.flush()
-        assert job.stdout.readline() == b"begun\n"
-        service.terminate()
-        service.send_signal(signal.SIGCONT)
-        assert linked_cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"}).returncode == 111
-        assert service.poll() is None
-        job.stdin.write(b"end\n")
-        job.stdin.close()
-        assert job.stdout.read() == b"end\n" and job.wait(PATIENCE) == 0
+        service = linked_cluster.popen(["./run"], cwd=linked_cluster.path("service"), stdin=subprocess.DEVNULL,
+                                       stdout=log)
+    job = held_job(linked_cluster)
+    service.terminate()
+    service.send_signal(signal.SIGCONT)
+    assert linked_cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"}).returncode == 111
+    assert service.poll() is None
+    job.stdin.write(b"end\n")
+    assert outcome(job) == (b"end\n", b"")
     assert service.wait(PATIENCE) == 0 and read(linked_cluster.path("log")) == b""
