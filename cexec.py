@@ -12363,7 +12363,7 @@ def main(argv):
 #     import cexec                        nothing is started
 #
 # A link cexec has compiled code of its own, without the sections between NOT FOR CEXEC and FOR
-# ALL.  A tenth of the time of a short job would go into them.
+# ALL: to load them too would make a short job longer by a tenth.
 #
 # sh gives -S, because we use no site packages.  It first tests that standard input is no
 # directory, because with one Python does not start.  The part below START is compiled at each
@@ -12464,6 +12464,7 @@ def make(path, kept):
 
 # START
 def is_cexec():
+    """Whether this is started by a link cexec."""
     return sys.argv[0].rpartition("/")[2] == "cexec"
 
 
@@ -12507,27 +12508,32 @@ def read_kept(kept, of):
     return data
 
 
+def code_of(path):
+    """The file's code: from the cache, or else newly made.  Raises OSError."""
+    import marshal
+    kept = None
+    try:
+        kept = kept_path(path)
+        data = read_kept(kept, identity(path))
+    except OSError:
+        with open(path, "rb") as source:
+            names = {"__name__": "make", "sys": sys}        # so its last lines start nothing
+            exec(source.read().rpartition(b"\n# MAKE\n")[2], names)
+        data = names["make"](path, kept)
+    return marshal.loads(data)
+
+
 def enter():
     """Runs this file as the module cexec: argv is -c, the file's path, and its arguments."""
     import gc
     gc.disable()                    # until started_up(): it would cost 10 ms, and find nothing
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         del sys.path[0]             # never import modules from the current directory
-    import marshal
     import os
     del sys.argv[0]
-    path, kept = os.path.realpath(sys.argv[0]), None
-    try:
-        kept = kept_path(path)
-        data = read_kept(kept, identity(path))
-    except OSError:
-        with open(path, "rb") as source:
-            names = {"__name__": "make", "sys": sys}
-            exec(source.read().rpartition(b"\n# MAKE\n")[2], names)
-        data = names["make"](path, kept)
     module = sys.modules["cexec"] = type(sys)("cexec")
     module.__file__ = sys.argv[0]
-    exec(marshal.loads(data), module.__dict__)
+    exec(code_of(os.path.realpath(sys.argv[0])), module.__dict__)
     module.show_in_ps()
     module.main(sys.argv)
 
