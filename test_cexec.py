@@ -13429,7 +13429,7 @@ def test_two_hundred_clients_on_two_slots(cluster):
     assert served.index("other") < 6, served
     numbers = [int(word) for word in served if word != "other"]
     assert sorted(numbers) == list(range(200))
-    # Two slots: neighbours may write their lines in either order.  A client that is slow on a busy machine is passed over.
+    # Two slots: neighbours may write their lines in either order.  On a busy machine a slow client is passed over.
     away = [number for place, number in enumerate(numbers) if abs(place - number) > 4]
     assert len(away) <= 3, numbers
 
