@@ -7315,8 +7315,9 @@ class JobDirectory:
         os.close(self.fd)
         try:
             remove_directory(self.path)
-        except OSError as error:    # a process that the command has left behind makes files in it
-            log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
+        except OSError as error:    # a process that the command has left behind makes files in it,
+            if os.path.lexists(self.path):      # or the command itself has removed it
+                log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
 
 
 # A command's states, which only _set() changes:

@@ -5750,6 +5750,13 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
     assert b"cannot be removed" not in read(worker.log)
 
 
+def test_a_command_may_remove_its_own_directory(farm):
+    worker = farm.serve()
+    done = farm.work("-n", farm.pub, "sh", "-c", 'cd / && rmdir "$OLDPWD"')
+    assert (done.returncode, done.stderr, left(farm)) == (0, b"", [])
+    assert b"cannot be removed" not in read(worker.log)
+
+
 def test_what_cannot_be_sent(farm):
     """What is not there is said at once; the command is not started for half of its files."""
     farm.serve()
