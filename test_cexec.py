@@ -706,7 +706,7 @@ def noise(size, seed=1):
 # ---- Helpers: peers in a test's hands, and a man in the middle -------------
 
 def not_taken(kind, *ports):
-    """What sockets with these ports have not taken yet, on this host: bytes of "udp", connections of a "tcp" listener."""
+    """What sockets here with these ports have not taken yet: bytes of "udp", connections of a "tcp" listener."""
     wanted = {"%04X" % port for port in ports}
     return sum(int(line.split()[4].partition(":")[2], 16) for line in read("/proc/net/" + kind).decode().splitlines()[1:]
                if line.split()[1].partition(":")[2] in wanted)
