@@ -708,8 +708,8 @@ def noise(size, seed=1):
 def not_taken(kind, *ports):
     """What sockets here with these ports have not taken yet: bytes of "udp", connections of a "tcp" listener."""
     wanted = {"%04X" % port for port in ports}
-    return sum(int(line.split()[4].partition(":")[2], 16) for line in read("/proc/net/" + kind).decode().splitlines()[1:]
-               if line.split()[1].partition(":")[2] in wanted)
+    rows = [line.split() for line in read("/proc/net/" + kind).decode().splitlines()[1:]]
+    return sum(int(row[4].partition(":")[2], 16) for row in rows if row[1].partition(":")[2] in wanted)
 
 
 def group_port(cluster):
@@ -4016,6 +4016,8 @@ def at_end(fd):
     """Whether the next that comes is the end of file."""
     assert select.select([fd], [], [], PATIENCE * 2)[0], "nothing has come"
     return os.read(fd, 1) == b""
+
+
 @FAMILIES
 @AT
 def test_oracle_half_close_by_the_command(one, tmp_path, family, number):
