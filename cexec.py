@@ -4303,15 +4303,25 @@ class JobFiles:
         self.verdict = None         # a pipe to the Helper that has the results: see receive()
         self.helpers, self.channels = [], []
         at_end.append(self.close)               # remove unfinished results, no matter why this process ends
-        if places:
-            reader, writer = files_pipe(self.loop.floor)
-            self.help(lambda: pack_files(writer, input_entries(places)), [writer])
-            self.carry(carrier, FILES_IN, reader, "read")
-        if patterns:
-            reader, writer = files_pipe(self.loop.floor)
-            verdict, self.verdict = files_pipe(self.loop.floor)
-            self.help(lambda: receive(reader, verdict, patterns, durable), [reader, verdict])
-            self.carry(carrier, FILES_OUT, writer, "write")
+        try:
+            if places:
+                self.send_inputs(carrier, places)
+            if patterns:
+                self.receive_results(carrier, patterns, durable)
+        except OSError:             # no process or no descriptor is left
+            self.close()
+            raise
+
+    def send_inputs(self, carrier, places):
+        reader, writer = files_pipe(self.loop.floor)
+        self.carry(carrier, FILES_IN, reader, "read")
+        self.help(lambda: pack_files(writer, input_entries(places)), [writer])
+
+    def receive_results(self, carrier, patterns, durable):
+        reader, writer = files_pipe(self.loop.floor)
+        self.carry(carrier, FILES_OUT, writer, "write")
+        verdict, self.verdict = files_pipe(self.loop.floor)
+        self.help(lambda: receive(reader, verdict, patterns, durable), [reader, verdict])
 
     def help(self, work, kept):
         try:
@@ -6078,7 +6088,11 @@ class FileRun(RemoteRun):
         for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
         self.over = False           # whether ended() of the batch was called
-        self.begin_files(task.places, list(map(os.fsencode, task.results)), durable=True)
+        try:
+            self.begin_files(task.places, list(map(os.fsencode, task.results)), durable=True)
+        except Fatal:
+            self.detach()
+            raise
         self.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
@@ -6325,8 +6339,16 @@ class Batch(Patron):
 
     def begin(self, search, candidate, task):
         self.searches.remove(search)
-        self.runs.append(FileRun(self, candidate.link, candidate.hello, task, accepted=True))
+        self.begin_run(candidate.link, candidate.hello, task, accepted=True)
         self.fill()
+
+    def begin_run(self, link, hello, task, accepted):
+        """GO was sent for a Task.  It fails if no process is left for the files of -i and -g."""
+        try:
+            self.runs.append(FileRun(self, link, hello, task, accepted))
+        except Fatal as error:
+            link.close()
+            self.over(task, EXIT_TEMPORARY, str(error))
 
     # The end of a run
 
@@ -6366,7 +6388,7 @@ class Batch(Patron):
         if following:
             send_job(run.link, **following.job_fields())
             run.link.send(GO)
-            self.runs.append(FileRun(self, run.link, run.hello, following, accepted=False))
+            self.begin_run(run.link, run.hello, following, accepted=False)
         else:
             run.link.close()
 

@@ -5764,6 +5764,24 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
     assert b"cannot be removed" not in read(worker.log)
 
 
+@pytest.mark.parametrize("words", [["-i", "a"], ["-g", "*.r"]])
+def test_without_a_process_for_its_files_a_job_fails(farm, words):
+    """And nothing is left of it here: neither a process nor an unfinished output."""
+    altered(farm, ("            self.pid = os.fork()\n",
+                   '            self.pid = os.open("none", os.O_RDONLY) if os.path.exists("no-fork") else os.fork()\n'))
+    farm.serve()
+    for name in ("a", "b", "no-fork"):
+        in_desk(farm, name)
+    said = b"the files of -i and -g: No such file or directory"
+    assert ended(farm.work(*words, farm.pub, "cat")) == (111, b"", b"cexec: %s\n" % said)
+    batch = ["-m", "-o", "{}.out", *words, farm.pub, "sh", "-c", "cat; touch x.r", "--", "a", "b"]
+    done = farm.work(*batch)
+    assert (done.returncode, sorted(done.stderr.splitlines())) == (2, [b"cexec: a: " + said, b"cexec: b: " + said])
+    assert sorted(os.listdir(farm.desk)) == ["a", "b", "no-fork"]
+    os.unlink(os.path.join(farm.desk, "no-fork"))
+    assert farm.work(*batch).returncode == 0
+
+
 def test_a_command_may_remove_its_own_directory(farm):
     worker = farm.serve()
     done = farm.work("-n", farm.pub, "sh", "-c", 'cd / && rmdir "$OLDPWD"')
