@@ -7342,6 +7342,16 @@ class JobDirectory:
                 log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
 
 
+SHORT_OF = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE       # processes, memory or descriptors, for now
+
+
+def start_status(error):
+    """The exit status for a command that cannot be started."""
+    if error.errno in SHORT_OF:
+        return EXIT_TEMPORARY
+    return EXIT_NOT_FOUND if error.errno in (errno.ENOENT, errno.ENOTDIR) else EXIT_CANNOT_RUN
+
+
 # A command's states, which only _set() changes:
 #
 #   MADE --started--> RUNNING --it has ended--> LINGERING --its output is at its end--> FINISHED
@@ -7484,7 +7494,7 @@ class Command(Carrier, Stateful):
         try:
             self.directory.fill(self.far.pop(FILES_IN), self.filled)
         except OSError as error:
-            self.filled(error.strerror)
+            self.fail_to_start(start_status(error), "the job's directory: " + error.strerror)
 
     def filled(self, trouble):
         if trouble:
@@ -7496,8 +7506,7 @@ class Command(Carrier, Stateful):
         try:
             self.spawn()
         except OSError as error:
-            found = error.errno not in (errno.ENOENT, errno.ENOTDIR)
-            self.fail_to_start(EXIT_CANNOT_RUN if found else EXIT_NOT_FOUND, os.strerror(error.errno),
+            self.fail_to_start(start_status(error), os.strerror(error.errno),
                                ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
         except Exception as error:  # subprocess.SubprocessError: prepare() failed
             user = self.settings.user
@@ -11411,7 +11420,8 @@ def returncode_of(report, code):
         "failed": value,
         "lost": "worker %s lost after %s s: %s; the command may have run" % (worker, seconds, value),
         "notstarted": "worker %s cannot run its command: it %s (exit status %d)" % (
-            worker, "is not there" if code == EXIT_NOT_FOUND else "is there and cannot be run", code),
+            worker, {EXIT_NOT_FOUND: "is not there", EXIT_CANNOT_RUN: "is there and cannot be run"}.get(
+                code, "cannot be started now"), code),
         "ended": "cexec was ended by signal %s" % value,
     }.get(what, "cexec ended by signal %d" % -code if code < 0 else
           "cexec ended with status %d: its standard error says why" % code),

@@ -4143,6 +4143,26 @@ def test_command_that_cannot_run(cluster, command, status, reason):
     until(lambda: "cservice: %s: %s (127.0.0.1 gets %d)\n" % (command, reason, status) in read(worker.log).decode())
 
 
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
+@pytest.mark.parametrize("line, what", [("self.process = subprocess.Popen(self.words()", ""),
+                                        ("self.helper = Helper(self.loop, as_user", "the job's directory: ")])
+def test_what_a_worker_is_short_of_now_is_worth_another_try(cluster, monkeypatch, code, line, what):
+    """A process for the command, or for the files that it is to have."""
+    live_in(cluster, monkeypatch)
+    short, indent = cluster.path("short"), "\n" + 12 * " "
+    altered(cluster, (indent + line, "%sif os.path.exists(%r):%s    raise OSError(%d, os.strerror(%d))%s%s" % (
+        indent, short, indent, code, code, indent, line)))
+    cluster.worker("cat", options=["-d"], env={"TMPDIR": cluster.directory})
+    touch(short)
+    said = failed(cluster.run("cexec", "-n", "-i", "short", cluster.pub)).decode()
+    assert said == "cexec: worker 127.0.0.1 cannot run its command: cat: %s%s\n" % (what, os.strerror(code))
+    if not what:
+        assert failure(cexec.run, cluster.pub, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == (
+            111, "worker 127.0.0.1 cannot run its command: it cannot be started now (exit status 111)")
+    os.unlink(short)
+    assert cluster.client(input=b"again").stdout == b"again"
+
+
 def test_option_n_keeps_an_input_from_the_command(one):
     command = "cat; echo; cat <&5; echo end"
     with open(one.path("data/words")) as words, open(one.path("data/words")) as again:
