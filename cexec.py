@@ -4480,24 +4480,29 @@ def address_filter(accept, reject):
     return allowed
 
 
-class Candidate:
+class Candidate(Stateful):
     """An offer: a worker's connection to the client, until GO.
 
     CONNECTED --right certificate, HELLO for this job--> READY --we send AUTH, JOB--> ASKED
     """
 
-    EXPECTED = {"CONNECTED": (HELLO,), "READY": (), "ASKED": (ACCEPT, PONG, REFUSE)}
+    CONNECTED, READY, ASKED = "CONNECTED", "READY", "ASKED"
+    LAW = {CONNECTED: (READY,), READY: (ASKED,), ASKED: ()}
+    EXPECTED = {CONNECTED: (HELLO,), READY: (), ASKED: (ACCEPT, PONG, REFUSE)}
 
     def __init__(self, search, sock, address):
         self.search, self.address = search, address
-        self.state, self.hello, self.ready_at = "CONNECTED", None, 0.0
+        self.state, self.hello, self.ready_at = self.CONNECTED, None, 0.0
         self.unconfirmed = 0        # WORDS that the worker has not answered with PONG
         self.link = Link(search.loop, sock, search.context, self)
         self.timer = search.loop.after(OFFER_SECONDS, self.silent)
         self.link.start()
 
+    def __repr__(self):
+        return "offer from %s" % self.address
+
     def silent(self):
-        self.link.fail("said nothing for %g s" % OFFER_SECONDS, violation=self.state == "CONNECTED")
+        self.link.fail("said nothing for %g s" % OFFER_SECONDS, violation=self.state is self.CONNECTED)
 
     def link_ready(self, link):
         if not hmac.compare_digest(link.tls.fingerprint(), self.search.pub.fingerprint):
@@ -4523,13 +4528,14 @@ class Candidate:
             return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
-        self.state, self.hello, self.ready_at = "READY", hello, time.monotonic()
+        self._set(self.READY)
+        self.hello, self.ready_at = hello, time.monotonic()
         self.search.worker_answered()
         self.search.choose()
 
     def ask(self, secret, job_fields):
         """Sends AUTH and JOB."""
-        self.state = "ASKED"
+        self._set(self.ASKED)
         self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
         self.unconfirmed = send_job(self.link, **job_fields)
 
@@ -4770,7 +4776,7 @@ class Search:
 
     def drop_quiet(self, count):
         """Closes the oldest connections on which no HELLO came, so many at most; how many it has closed."""
-        quiet = [c for c in self.candidates if c.state == "CONNECTED"][:count]
+        quiet = [c for c in self.candidates if c.state is c.CONNECTED][:count]
         for candidate in quiet:
             candidate.close()
             self.candidates.remove(candidate)
@@ -4781,7 +4787,7 @@ class Search:
 
         If its HELLO is slow, the first one that is ready gets the job after HEAD_START.
         """
-        ready = [c for c in self.candidates if c.state == "READY"]
+        ready = [c for c in self.candidates if c.state is c.READY]
         if self.asked or not ready:
             return
         wait = ready[0].ready_at + HEAD_START - time.monotonic()
@@ -10779,8 +10785,10 @@ def first_input(argv, key, group):
 LOGIN, SERVING = "LOGIN", "SERVING"
 
 
-class Host:
+class Host(Stateful):
     """A host of -s: the ssh to it, and the worker there."""
+
+    LAW = {WAITING: (LOGIN, ENDED), LOGIN: (SERVING, WAITING, ENDED), SERVING: (WAITING, ENDED), ENDED: ()}
 
     def __init__(self, starter, name):
         self.starter, self.loop, self.name = starter, starter.loop, name
@@ -10792,9 +10800,11 @@ class Host:
         self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
         self.input_ends = False     # whether its input ends after unsent
 
+    def __repr__(self):
+        return self.name
+
     def _set(self, state):
-        log.note("%s: %s -> %s", self.name, self.state, state)
-        self.state = state
+        super()._set(state)
         if self.timer:
             self.timer.cancel()
             self.timer = None
@@ -11670,13 +11680,15 @@ class Call:
                 "module (no lambda, no function inside another), and its arguments data" % error) from error
 
 
-class Lane:
+class Lane(Stateful):
     """One job of cexec, with a worker's Python as its command.
 
     SEARCHING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
         '---------------'---terminate()-----------^                                A
         '---------------'---the job has ended: all pipes are closed----------------'
     """
+
+    LAW = {SEARCHING: (UP, ENDING, OVER), UP: (ENDING, OVER), ENDING: (OVER,), OVER: ()}
 
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
@@ -11723,9 +11735,8 @@ class Lane:
             self.files.add(file)
             self.loop.on_read(file.fileno(), functools.partial(self.read, file, call))
 
-    def _set(self, state):
-        log.note("lane %s: %s -> %s", self.host, self.state, state)
-        self.state = state
+    def __repr__(self):
+        return "lane " + self.host
 
     # To the worker
 
@@ -11796,7 +11807,8 @@ class Lane:
 
     def terminate(self):
         """Ends the job at once."""
-        self._set(ENDING)
+        if self.state is not ENDING:
+            self._set(ENDING)
         if self.killing:
             self.killing.cancel()
         self.child.terminate()
@@ -11932,8 +11944,9 @@ class Lane:
         except Failed as failed:
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
-        was, self.state = self.state, OVER
-        self.pool.lane_over(self, was is SEARCHING, self.failure or reason, hopeless)
+        searched = self.state is SEARCHING
+        self._set(OVER)
+        self.pool.lane_over(self, searched, self.failure or reason, hopeless)
 
     def reason_of(self, code):
         """The message for a command that has ended with this returncode."""

@@ -3138,6 +3138,20 @@ def test_a_stream_goes_only_where_the_drawing_says(half, events, states):
         close_all(reader, writer)
 
 
+@pytest.mark.parametrize("kind", [
+    cexec.Source, cexec.Sink, cexec.Candidate, cexec.Command, cexec.Supervisor, cexec.KnownClient, cexec.Offer, cexec.Host,
+    cexec.Lane], ids=lambda kind: kind.__name__)
+def test_a_state_that_the_drawing_lacks_is_refused(kind):
+    kind = type("It", (kind,), {"__repr__": lambda self: "it"})
+    for state, following in kind.LAW.items():
+        for other in set(kind.LAW) - set(following):
+            it = kind.__new__(kind)
+            it.state = state
+            with pytest.raises(RuntimeError, match="it: from %s to %s is not in the drawing" % (state, other)):
+                it._set(other)
+            assert it.state == state
+
+
 # ---- Descriptors and terminals of this host --------------------------------
 
 @pytest.mark.parametrize("flags, numbers", [
