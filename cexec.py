@@ -6846,7 +6846,8 @@ class HostJob:
 def labels_of(workers):
     """{worker_id: label}: the host's name; if several workers have it, with the address, and a number if needed."""
     names = {worker_id: printable(row["host"] or row["address"]) for worker_id, row in workers.items()}
-    long_names = {worker_id: "%s[%s]" % (name, workers[worker_id]["address"]) for worker_id, name in names.items()}
+    long_names = {worker_id: "%s[%s]" % (name, printable(workers[worker_id]["address"]))
+                  for worker_id, name in names.items()}
     short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
     labels, numbers = {}, collections.Counter()
     for worker_id in sorted(names):

@@ -9412,10 +9412,10 @@ def labels(count):
 def test_names_of_workers():
     rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
         "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
-        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1")}.items()}
+        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1"), "h": ("bin", "\x1b[2J")}.items()}
     assert cexec.labels_of(rows) == {
         b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
-        b"f": "10.0.0.5", b"g": "x\\ny"}
+        b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]"}
 
 
 def test_every_worker_has_one_job(cluster):
