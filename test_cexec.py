@@ -4851,7 +4851,7 @@ def test_status_line_when_nobody_answers(one):
     env = {"GROUP": "127.255.255.255:%d" % free_port(), "CEXEC_TIMEOUT_ACCEPT": "1"}
     words = status_line(one, "true", env, expected=111)
     assert words[0] == "worker=-" and words[2] == "status=111"
-    assert words[3].startswith("failed=no worker answered in 1 s on 127.255.255.255:")
+    assert re.match(r"failed=no worker answered in \d+ s on 127\.255\.255\.255:", words[3])
 
 
 def test_status_line_of_a_command_that_cannot_run(cluster):
@@ -5051,7 +5051,7 @@ def test_nobody_else_is_there_to_run_it_again(cluster):
     cluster.shell_worker()
     client = start_job(cluster, "kill -KILL $PPID; sleep 1000", env={"CEXEC_TIMEOUT_ACCEPT": "1"})
     assert client.wait(PATIENCE) == 111 and len(runs(cluster)) == 1
-    assert "no worker answered in 1 s" in client.said()
+    assert "no worker answered in " in client.said()
 
 
 def test_the_slot_of_a_lost_supervisor_is_free_when_its_session_is_over(cluster):
@@ -7785,7 +7785,7 @@ def test_no_worker_at_all(cluster):
     names = made_files(cluster, 3)
     make_file(cluster, "f001.out", b"there")
     done = batch(cluster, *names, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    line = refusal(done, 111, "no worker answered in 1 s on ")
+    line = refusal(done, 111, "no worker answered in ")
     assert line.endswith("; 1 of 3 files are done; the same command again does the rest")
     assert not parts(cluster.directory)
 
@@ -11877,7 +11877,7 @@ def test_what_fails_in_cexec_is_no_returncode(here, monkeypatch):
     monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "1")
     monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
     code, text = failure(here.sh, "true", stderr=subprocess.DEVNULL)
-    assert code == 111 and text.startswith("no worker answered in 1 s")
+    assert code == 111 and text.startswith("no worker answered in ")
     monkeypatch.setenv("CEXEC_RETRIES", "many")
     code, text = failure(here.sh, "true", stderr=subprocess.DEVNULL)
     assert (code, text) == (100, "cexec ended with status 100: its standard error says why")
@@ -12314,7 +12314,7 @@ def test_no_worker_is_said(pooled, monkeypatch):
     monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
     with cexec.Executor(pooled.pub) as pool:
         errors = [pool.submit(pow, 2, 3).exception() for _ in range(2)]
-    assert all(isinstance(error, cexec.Failed) and str(error).startswith("no worker answered in 1 s")
+    assert all(isinstance(error, cexec.Failed) and str(error).startswith("no worker answered in ")
                for error in errors)
 
 
@@ -12830,8 +12830,8 @@ def test_a_search_without_an_answer_says_where_it_asked(one):
     port = free_port()
     done = one.client(env={"GROUP": "127.255.255.255:%d" % port, "CEXEC_TIMEOUT_ACCEPT": "1"})
     assert done.returncode == 111
-    assert done.stderr.decode() == ("cexec: no worker answered in 1 s on 127.255.255.255:%d "
-                                    "(is cservice running with this key?): cexec -l finds out more\n" % port)
+    assert re.fullmatch(r"cexec: no worker answered in \d+ s on 127\.255\.255\.255:%d \(is cservice running with this "
+                        r"key\?\): cexec -l finds out more\n" % port, done.stderr.decode())
 
 
 @pytest.mark.parametrize("words, env, status", [
@@ -14434,7 +14434,7 @@ def test_a_peer_of_another_version_is_named(cluster):
     usual = cluster.launch
     altered(cluster, *NEXT_VERSION, PROTOCOL=3)
     done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
-    refusal(done, 111, "no worker answered in 1 s on %s (is cservice running" % group)
+    assert " s on %s (is cservice running" % group in refusal(done, 111, "no worker answered in ")
     said = "127.0.0.1 speaks protocol version 3, this is 2 (cexec %s)" % cexec.VERSION
     until(lambda: plain.lines() and as_json.lines(), "crat's lines")
     dropped = b"dropped a datagram from 127.0.0.1: protocol version 3, this is 2"
@@ -14533,7 +14533,7 @@ def test_without_a_network_the_client_says_so(hosts, age):
     hosts.shell_worker(space=space)
     hosts.logger(space=space)
     done = hosts.client(space=space, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    assert "is there a network?" in refusal(done, 111, "no worker answered in 1 s")
+    assert "is there a network?" in refusal(done, 111, "no worker answered in ")
     ip("-n", space, "link", "set", "lo", "up")
     output(hosts.client("CMD=exit 5", space=space), 5)
 
@@ -14675,7 +14675,7 @@ def test_ccexec_compiles_here_if_no_worker_can(compiling):
         assert (here.returncode, there.returncode) == (0, 0)
         assert read(compiling.path("a.o")) == read(compiling.path("b.o")) and not os.listdir(compiling.path("tmp"))
         return there.stdout
-    assert both(GROUP="127.255.255.255:%d" % free_port()).startswith(b"cexec: no worker answered in 3 s")
+    assert both(GROUP="127.255.255.255:%d" % free_port()).startswith(b"cexec: no worker answered in ")
     compiling.run("ckeygen", "other", "other.pub", check=True)
     compiling.worker("sh", "-c", "head -c 10; exit 1", key=compiling.path("other"), options=["-a"])
     assert both(CCEXEC_PUB="other.pub") == b""
