@@ -442,10 +442,25 @@ def lifted(fd, floor):
 
 
 def lifted_away(fd, floor):
-    """fd, moved to a number from floor up."""
-    moved = lifted(fd, floor)
-    os.close(fd)
-    return moved
+    """fd, moved to a number from floor up.  Raises OSError, and then fd is closed."""
+    try:
+        return lifted(fd, floor)
+    finally:
+        os.close(fd)
+
+
+def lifted_pair(one, other, floor):
+    """Two descriptors, moved to numbers from floor up.  Raises OSError, and then both are closed."""
+    try:
+        one = lifted_away(one, floor)
+    except OSError:
+        os.close(other)
+        raise
+    try:
+        return one, lifted_away(other, floor)
+    except OSError:
+        os.close(one)
+        raise
 
 
 def random_fraction():
@@ -4044,7 +4059,7 @@ class Helper:
 
     def __init__(self, loop, work, kept, over, handling=signal.SIG_IGN):
         self.loop, self.over, self.said = loop, over, b""
-        self.reader, writer = (lifted_away(fd, loop.floor) for fd in os.pipe())
+        self.reader, writer = lifted_pair(*os.pipe(), loop.floor)
         old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.Signals)
         try:
             self.pid = os.fork()
@@ -4109,7 +4124,7 @@ class Helper:
 
 def files_pipe(floor):
     """(reader, writer) of a pipe between a Helper and us."""
-    reader, writer = (lifted_away(fd, floor) for fd in os.pipe())
+    reader, writer = lifted_pair(*os.pipe(), floor)
     enlarge(writer)
     return reader, writer
 
@@ -4318,9 +4333,13 @@ class JobFiles:
         self.help(lambda: pack_files(writer, input_entries(places)), [writer])
 
     def receive_results(self, carrier, patterns, durable):
-        reader, writer = files_pipe(self.loop.floor)
-        self.carry(carrier, FILES_OUT, writer, "write")
         verdict, self.verdict = files_pipe(self.loop.floor)
+        try:
+            reader, writer = files_pipe(self.loop.floor)
+        except OSError:
+            os.close(verdict)
+            raise
+        self.carry(carrier, FILES_OUT, writer, "write")
         self.help(lambda: receive(reader, verdict, patterns, durable), [reader, verdict])
 
     def help(self, work, kept):
@@ -7435,7 +7454,7 @@ class Command(Carrier, Stateful):
 
     def make_pipe(self, channel, flags):
         """(the command's end, ours) of a pipe."""
-        reader, writer = (lifted_away(fd, self.loop.floor) for fd in os.pipe())
+        reader, writer = lifted_pair(*os.pipe(), self.loop.floor)
         enlarge(writer)
         near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
         os.set_blocking(near, False)
@@ -7443,13 +7462,13 @@ class Command(Carrier, Stateful):
 
     def make_pair(self, channel, flags):
         """(the command's end, ours) of a socketpair."""
-        near, far = (lifted_away(end.detach(), self.loop.floor) for end in socket.socketpair())
+        near, far = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
         return far, PairEnd(near, self.loop.floor)
 
     def make_terminal(self, channel, flags):
         """(the command's end, ours) of a new pseudo terminal, with the modes and the size of the client's."""
         self.terminal = channel
-        near, far = (lifted_away(fd, self.loop.floor) for fd in os.openpty())
+        near, far = lifted_pair(*os.openpty(), self.loop.floor)
         # Our side gets EIO, an end of file, whenever no process has the other side open.  But a command may
         # close its terminal and open it again: so we keep the other side open until the command has ended.
         kept = lifted(far, self.loop.floor)

@@ -5798,6 +5798,27 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
     assert b"cannot be removed" not in read(worker.log)
 
 
+@pytest.mark.parametrize("room", range(12))
+@pytest.mark.parametrize("places", [[], [(b"/nowhere", b"x")]])
+@pytest.mark.parametrize("patterns", [[], [b"*"]])
+def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypatch, room, places, patterns):
+    def opened():
+        return {int(number) for number in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + number)}
+    monkeypatch.chdir(tmp_path)
+    holder, (reader, writer) = Holder(cexec.Loop()), os.pipe()
+    holder.loop.on_leave(writer, lambda: None)          # so the loop's own epoll is open before
+    before, limits = opened(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(limits[0]) if number not in before]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[room], limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            cexec.JobFiles(holder, places, patterns, lambda: None).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not opened() - before and not cexec.at_end and os.listdir(str(tmp_path)) == []
+    close_all(reader, writer)
+
+
 @pytest.mark.parametrize("words", [["-i", "a"], ["-g", "*.r"]])
 def test_without_a_process_for_its_files_a_job_fails(farm, words):
     """And nothing is left of it here: neither a process nor an unfinished output."""
