@@ -11730,20 +11730,23 @@ class Lane(Stateful):
     def start(self):
         """Starts the client.  Raises OSError."""
         import subprocess
-        (program, writer), (prints, printer) = os.pipe(), os.pipe()
-        places = [(lifted(program, 5), 3), (lifted(printer, 5), 4)]
+        ours = []                   # descriptors that are closed at the end
         try:
+            ours += os.pipe()
+            ours += os.pipe()
+            program, writer, prints, printer = ours
+            ours.append(lifted(program, 5))
+            ours.append(lifted(printer, 5))
+            places = [(ours[4], 3), (ours[5], 4)]
             os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
             env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
             self.child, report = start_client(
                 self.pool.pub, [], places=places, env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        except OSError:
-            os.close(prints)
-            raise
+            ours.remove(prints)
         finally:
-            for fd in (program, writer, printer, places[0][0], places[1][0]):
+            for fd in ours:
                 os.close(fd)
         self.target = self.child.stdin.fileno()
         os.set_blocking(self.target, False)

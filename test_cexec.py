@@ -518,6 +518,21 @@ def put(path, text, mode=0o600):
     return str(path)
 
 
+@contextlib.contextmanager
+def few_descriptors(count):
+    """Within it so many more descriptors can be open; none of them may be left open."""
+    def opened():
+        return {int(number) for number in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + number)}
+    before, limits = opened(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(limits[0]) if number not in before]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[count], limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not opened() - before
+
+
 def refusing(code):
     """A call that fails with that errno."""
     def refuse(*_, **__):
@@ -5802,20 +5817,12 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
 @pytest.mark.parametrize("places", [[], [(b"/nowhere", b"x")]])
 @pytest.mark.parametrize("patterns", [[], [b"*"]])
 def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypatch, room, places, patterns):
-    def opened():
-        return {int(number) for number in os.listdir("/proc/self/fd") if os.path.lexists("/proc/self/fd/" + number)}
     monkeypatch.chdir(tmp_path)
     holder, (reader, writer) = Holder(cexec.Loop()), os.pipe()
     holder.loop.on_leave(writer, lambda: None)          # so the loop's own epoll is open before
-    before, limits = opened(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = [number for number in range(limits[0]) if number not in before]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free[room], limits[1]))
-    try:
-        with contextlib.suppress(OSError):
-            cexec.JobFiles(holder, places, patterns, lambda: None).close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert not opened() - before and not cexec.at_end and os.listdir(str(tmp_path)) == []
+    with few_descriptors(room), contextlib.suppress(OSError):
+        cexec.JobFiles(holder, places, patterns, lambda: None).close()
+    assert not cexec.at_end and os.listdir(str(tmp_path)) == []
     close_all(reader, writer)
 
 
@@ -12678,6 +12685,15 @@ def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
         else:
             assert type(error).__name__ == kind and word in str(error)
     assert not os.path.exists("harm")
+
+
+@pytest.mark.parametrize("room", range(10))
+def test_a_lane_that_cannot_start_leaves_no_descriptor_open(monkeypatch, room):
+    monkeypatch.setattr(cexec, "start_client", refusing(errno.EAGAIN))
+    lane = cexec.Lane.__new__(cexec.Lane)
+    lane.pool = SimpleNamespace(pub="app.pub")
+    with few_descriptors(room), pytest.raises(OSError):
+        lane.start()
 
 
 # ---- The applets: what a user is told --------------------------------------
