@@ -12008,12 +12008,21 @@ class Pool:
             if not self.threading.main_thread().is_alive():
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
             if self.thread is None:
-                self.loop, (self.waker, self.woken) = Loop(), os.pipe()
-                thread = self.threading.Thread(target=self.work, name="cexec.Executor")
-                thread.start()      # may raise, and then nothing has changed
-                self.thread = thread
+                self.start_thread()
             self.queue.append(call)
             self.wake()
+
+    def start_thread(self):
+        """Raises OSError or RuntimeError, and then nothing has changed."""
+        self.loop, (self.waker, self.woken) = Loop(), os.pipe()
+        thread = self.threading.Thread(target=self.work, name="cexec.Executor")
+        try:
+            thread.start()
+        except RuntimeError:        # there are too many threads
+            os.close(self.waker)
+            os.close(self.woken)
+            raise
+        self.thread = thread
 
     def wake(self):
         """Wakes the thread.  The caller has the lock, for the pipe goes with the thread."""

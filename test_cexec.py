@@ -12696,6 +12696,18 @@ def test_a_lane_that_cannot_start_leaves_no_descriptor_open(monkeypatch, room):
         lane.start()
 
 
+def test_an_executor_without_a_thread_leaves_no_descriptor_open(cluster, monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+    pool = cexec.Executor(cluster.pub)
+    with monkeypatch.context() as without, few_descriptors(10):
+        without.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError, match="new thread"):
+            pool.submit(pow, 2, 3)
+    assert pool._pool.thread is None and not pool._pool.queue
+    pool.shutdown()
+
+
 # ---- The applets: what a user is told --------------------------------------
 
 @pytest.fixture(scope="module")
