@@ -6533,8 +6533,8 @@ class Batch(Patron):
                                    for address, count in sorted(workers.items())])
 
 
-def files_at_once(each):
-    """How many files can be done at a time, if each needs so many descriptors; searches and outputs need others."""
+def jobs_at_once(each, others=OUTPUTS_MAX + 256):
+    """How many jobs can run at a time, if each needs so many descriptors, and all together so many others."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
@@ -6545,7 +6545,7 @@ def files_at_once(each):
         pass                        # macOS allows fewer than its hard limit
     if not LINUX:
         soft = min(soft, 1024)      # select cannot wait for more
-    return max(1, (soft - OUTPUTS_MAX - 256) // each)
+    return max(1, (soft - others) // each)
 
 
 def main_batch(pub, group, words, options):
@@ -6568,7 +6568,7 @@ def main_batch(pub, group, words, options):
         make_errors_directory(options.errors)
     if not todo:
         return 0
-    jobs = min(options.jobs or MEMORY, files_at_once(9 if options.inputs or options.results else 4))
+    jobs = min(options.jobs or MEMORY, jobs_at_once(9 if options.inputs or options.results else 4))
     return Batch(pub, group, terms, tasks, jobs, joblog, options.force, Halt(options.halt)).work()
 
 
@@ -6817,7 +6817,7 @@ def main_blocks(pub, group, words, options):
     joblog = open_joblog(options.joblog) if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
-    jobs = min(options.jobs or MEMORY, files_at_once(4))
+    jobs = min(options.jobs or MEMORY, jobs_at_once(4))
     return BlockBatch(pub, group, terms, size, jobs, joblog).work()
 
 
@@ -6984,10 +6984,11 @@ class HostRun(RemoteRun):
 
 
 class Everywhere(Patron):
-    """cexec -A: one job on each worker, all at the same time, independent of each other."""
+    """cexec -A: one job on each worker, all at the same time if there are descriptors, independent of each other."""
 
-    def __init__(self, pub, group, terms, loop, workers, source):
+    def __init__(self, pub, group, terms, loop, workers, source, most):
         super().__init__(pub, group, terms, loop)
+        self.most = most            # searches and runs at a time
         self.input, self.offset = source        # the descriptor that each job reads, from this offset
         labels = labels_of(workers)
         self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
@@ -7018,12 +7019,12 @@ class Everywhere(Patron):
         a busy machine.
         """
         self.timer.cancel()
-        if not self.waiting:
+        if not self.waiting or len(self.searches) + len(self.runs) >= self.most:
             return
         try:
             search = self.new_search(True, self.waiting[0].worker_id)
         except Fatal:               # no port of CEXEC_LISTEN_PORTS is free until another search ends
-            if not self.searches:
+            if not self.searches and not self.runs:
                 raise
             return
         self.searches[search] = self.waiting.popleft()
@@ -7057,16 +7058,19 @@ class Everywhere(Patron):
         code, reason = run.exit.status, run.exit.reason
         if run.trouble:
             code, reason = EXIT_TEMPORARY, run.trouble
-        elif run.exit.how == HOW_SIGNALLED:
+        if run.exit.how == HOW_SIGNALLED and not run.trouble:
             self.alert(run, ALERT_SIGNALLED, code, "")
-            return self.over(run.job, EXIT_SIGNAL + code, "killed by signal %d" % code)
-        self.alert(run, ALERT_EXITED, code, reason)
-        self.over(run.job, code, reason or "exit status %d" % code)
+            self.over(run.job, EXIT_SIGNAL + code, "killed by signal %d" % code)
+        else:
+            self.alert(run, ALERT_EXITED, code, reason)
+            self.over(run.job, code, reason or "exit status %d" % code)
+        self.fill()
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
         run.detach()
         self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s; the command may have run" % (run.address, reason))
+        self.fill()
 
     def over(self, job, exit_code, reason):
         job.conclude(exit_code)
@@ -7108,7 +7112,7 @@ def main_everywhere(pub, group, words, options):
     """Runs a job on every worker; the exit code."""
     need_output()
     terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
-    files_at_once(4)
+    most = jobs_at_once(6, 64)      # a search needs more than a run
     survey = Survey(group, pub, terms.ports, Loop())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -7117,7 +7121,7 @@ def main_everywhere(pub, group, words, options):
         log.say(line)
     if not survey.workers:
         return EXIT_TEMPORARY
-    return Everywhere(pub, group, terms, survey.loop, survey.workers, source).work()
+    return Everywhere(pub, group, terms, survey.loop, survey.workers, source, most).work()
 
 
 # ---------------------------------------------------------------------------
@@ -12419,7 +12423,10 @@ def main(argv):
         if log.verbose:
             import traceback
             traceback.print_exc()
-        log.say("internal error: %s: %s" % (type(error).__name__, error))
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            log.say("%s: this needs more descriptors (see ulimit -n)" % error.strerror)
+        else:
+            log.say("internal error: %s: %s" % (type(error).__name__, error))
         code = EXIT_TEMPORARY
     tidy_up()
     os._exit(code)                  # at once: Python has nothing to clean up

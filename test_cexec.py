@@ -9446,6 +9446,15 @@ def test_names_of_workers():
         b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]"}
 
 
+def test_jobs_on_every_worker_wait_for_descriptors(cluster):
+    """Here one after another: two at a time would find the directory."""
+    for _ in range(3):
+        cluster.worker("sh", "-c", "mkdir busy && sleep 0.1 && rmdir busy && echo done")
+    cluster.launch = ["sh", "-c", 'ulimit -n 70; exec "$@"', "sh"] + cluster.launch
+    done = every(cluster)
+    assert sorted(output(done).decode().splitlines()) == ["%s: done" % label for label in labels(3)]
+
+
 def test_every_worker_has_one_job(cluster):
     """With its output a line at a time, each stream where it belongs; no worker hears of another's job more."""
     command = 'echo "out $PEER_X"; echo err >&2; sleep 0.1; printf "no newline"; exit $PEER_S'
@@ -12918,13 +12927,16 @@ def test_install_makes_the_program_executable(cluster):
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_a_defect_is_one_line_and_111(verbose, tmp_path):
+@pytest.mark.parametrize("defect, said", [
+    ('{}["x"]', "internal error: KeyError: 'x'"),
+    ("raise OSError(24, 'Too many open files')", "Too many open files: this needs more descriptors (see ulimit -n)")])
+def test_a_defect_is_one_line_and_111(defect, said, verbose, tmp_path):
     broken = put(str(tmp_path / "broken.py"), read(PROGRAM).decode().replace(
-        'def main_cexec(argv):\n', 'def main_cexec(argv):\n    log.verbose = %s\n    {}["x"]\n' % verbose))
+        'def main_cexec(argv):\n', 'def main_cexec(argv):\n    log.verbose = %s\n    %s\n' % (verbose, defect)))
     done = subprocess.run([PYTHON, broken, "cexec", "app.pub"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE)
     *before, line = done.stderr.decode().splitlines()
-    assert (done.returncode, done.stdout, line) == (111, b"", "cexec: internal error: KeyError: 'x'")
+    assert (done.returncode, done.stdout, line) == (111, b"", "cexec: " + said)
     assert bool(before) == verbose and (not before or before[0].startswith("Traceback"))
 
 
