@@ -10123,62 +10123,10 @@ JOINS_MAX = 1024                    # Joins at a time,
 JOINS_A_CLIENT = 256                # and for one client's address, so that nobody can use up all Joins
 RELAY_SECONDS = 70.0                # a Relay is given up after so long without announcements
 HELLO_SECONDS = 10.0                # the time in which the client's side must begin TLS
-SPLICE_FROM = 256 * 1024            # bytes in one direction: a job that moves less is not worth a pipe
-PIPE_LEAST = 256 * 1024             # bytes: a pipe of 64 KiB is slower than to copy
 RESET = struct.pack("ii", 1, 0)     # SO_LINGER: close() resets the connection
-SPLICE_REFUSED = (errno.EINVAL, errno.ENOSYS, errno.EPERM)      # errors of splice(2) that are no socket's
 
 RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # datagrams that go to TARGET
 ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # a worker's datagram: the client's that it answers
-
-
-class Copied:
-    """Bytes on their way from one socket to another, in the memory of this process."""
-
-    def __init__(self):
-        self.waiting = memoryview(b"")
-
-    def fill(self, source):
-        """Reads, when no bytes wait; how many bytes, 0 at the end of file.  Raises OSError."""
-        self.waiting = memoryview(source.recv(FRAME_MAX))
-        return len(self.waiting)
-
-    def drain(self, target):
-        """Writes as many bytes as the target takes.  Raises OSError."""
-        self.waiting = self.waiting[target.send(self.waiting):]
-
-    def close(self):
-        self.waiting = memoryview(b"")
-
-
-class Discarded(Copied):
-    """Bytes for a side that has gone: they are read and dropped."""
-
-    def drain(self, target):
-        self.close()
-
-
-class Spliced:
-    """The same bytes in a pipe, without a copy in this process.  Linux, Python 3.10; raises OSError without a pipe."""
-
-    def __init__(self):
-        self.waiting = 0
-        self.outlet, self.inlet = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        enlarge(self.inlet)
-        if fcntl.fcntl(self.inlet, fcntl.F_GETPIPE_SZ) < PIPE_LEAST:    # the user has too many large pipes: pipe(7)
-            self.close()
-            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
-
-    def fill(self, source):
-        self.waiting = os.splice(source.fileno(), self.inlet, PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK)
-        return self.waiting
-
-    def drain(self, target):
-        self.waiting -= os.splice(self.outlet, target.fileno(), self.waiting, flags=os.SPLICE_F_NONBLOCK)
-
-    def close(self):
-        os.close(self.outlet)
-        os.close(self.inlet)
 
 
 class Pump:
@@ -10189,8 +10137,8 @@ class Pump:
 
     def __init__(self, join, source, target, held=False):
         self.join, self.source, self.target = join, source, target
-        self.load, self.ended, self.held = Copied(), False, held
-        self.until_splice = SPLICE_FROM if join.relay.proxy.splices else None
+        self.waiting = memoryview(b"")              # was read, and is not written yet
+        self.ended, self.discards, self.held = False, False, held
 
     def let_go(self):
         """Begins to read, after it was held."""
@@ -10198,59 +10146,34 @@ class Pump:
         self.refresh()
 
     def refresh(self):
-        loop, waiting = self.join.loop, self.load.waiting
+        loop, waiting = self.join.loop, self.waiting
         loop.on_read(self.source.fileno(), None if waiting or self.ended or self.held else self.readable)
         loop.on_write(self.target.fileno(), self.writable if waiting else None)
 
     def readable(self):
-        if self.until_splice is not None and self.until_splice <= 0:
-            self.splice()
         try:
-            count = self.load.fill(self.source)
+            self.waiting = memoryview(self.source.recv(FRAME_MAX))
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            return self.failed(error)
-        if self.until_splice is not None:
-            self.until_splice -= count
-        if self.join.admits(self, count):
-            self.writable() if count else self.hang_up()
+            return self.join.close(error.strerror, reset=True)
+        self.join.vet(self)
+        if not self.join.closed:
+            self.writable() if self.waiting else self.hang_up()
 
     def writable(self):
         try:
-            self.load.drain(self.target)
+            self.waiting = self.waiting[len(self.waiting) if self.discards else self.target.send(self.waiting):]
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
             if self is self.join.up or not self.join.up.ended:
                 return self.join.close(error.strerror, reset=True)
-            self.discard()
+            # The worker has sent everything and closed, so what the client sends now is read and dropped.  To
+            # leave it unread would reset the client's connection at our close, while the worker's last bytes
+            # are on their way.
+            self.discards, self.waiting = True, memoryview(b"")
         self.refresh()
-
-    def discard(self):
-        """Drops from now on what it reads: the worker has sent everything and closed.
-
-        To leave the client's bytes unread would reset the client's connection at our close, while the
-        worker's last bytes are on their way.
-        """
-        self.load.close()
-        self.load, self.until_splice = Discarded(), None
-
-    def splice(self):
-        """Uses a pipe from now on, if it gets one."""
-        self.until_splice = None
-        try:
-            self.load = Spliced()
-        except OSError as error:
-            log.note("no pipe to splice through: %s", error.strerror)
-
-    def failed(self, error):
-        """Reading has failed: ends the Join, but goes on without a pipe if only splice(2) does not work here."""
-        if error.errno not in SPLICE_REFUSED or not isinstance(self.load, Spliced):
-            return self.join.close(error.strerror, reset=True)
-        log.note("no splicing: %s", error.strerror)
-        self.load.close()
-        self.load = Copied()
 
     def hang_up(self):
         self.ended = True
@@ -10290,22 +10213,19 @@ class Join:
     def not_connected(self, reason, unreached):
         self.close(reason)
 
-    def admits(self, pump, count):
-        """Whether the bytes that a pump has read may go on; checks that the client's side begins TLS."""
+    def vet(self, pump):
+        """Looks at what a pump has read, and closes the Join if the client's side does not begin TLS."""
         if pump is self.up or not self.up.held:
-            return True
-        if not count:
-            self.close("the client's side closed")
-            return False
-        self.first = (self.first + bytes(pump.load.waiting[:6]))[:6]
+            return
+        self.first = (self.first + bytes(pump.waiting[:6]))[:6]
         head = self.first
-        if head[:1] != b"\x16" or head[1:2] not in (b"", b"\x03") or head[5:6] not in (b"", b"\x01"):
+        if not pump.waiting:
+            self.close("the client's side closed")
+        elif head[:1] != b"\x16" or head[1:2] not in (b"", b"\x03") or head[5:6] not in (b"", b"\x01"):
             self.close("the client's side does not begin TLS")  # RFC 8446, 5.1: handshake, ClientHello
-            return False
-        if len(head) == 6:
+        elif len(head) == 6:
             self.timer.cancel()
             self.up.let_go()
-        return True
 
     def ended(self):
         if self.up.ended and self.down.ended:
@@ -10336,8 +10256,6 @@ class Join:
             if reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             sock.close()
-        for pump in filter(None, (self.up, self.down)):
-            pump.load.close()
         self.relay.join_over(self)
 
 
@@ -10388,8 +10306,8 @@ class Relay:
 class Proxy:
     """Hears one group, and sends its datagrams on to another, with its own address as the return address."""
 
-    def __init__(self, loop, listeners, address, target, splices=False):
-        self.loop, self.address, self.target, self.splices = loop, address, target, splices
+    def __init__(self, loop, listeners, address, target):
+        self.loop, self.address, self.target = loop, address, target
         self.home = interface_of(address)[0]
         self.relayed = Memory()     # identities of datagrams that were heard already
         self.relays = {}            # a client's (address, port): Relay
@@ -10458,17 +10376,6 @@ class Proxy:
         self.loop.after(1.0, self.sweep)
 
 
-def room_to_splice(numbers):
-    """Whether there is os.splice, and there can be enough descriptors: these, and two for the pipe of each Pump."""
-    try:
-        if hasattr(os, "splice"):   # Linux, Python 3.10
-            make_room(numbers + 4 * JOINS_MAX)
-            return True
-    except Fatal as error:
-        log.note("no splicing: %s", error)
-    return False
-
-
 CPROXY = Syntax(
     "cproxy", {"-": "SELF [TARGET]"},
     """Repeat the announcements of clients to the group TARGET, and join the connections of
@@ -10485,9 +10392,8 @@ def main_cproxy(argv):
     loop, group = Loop(), Group()
     address = own_address(words[0])
     target = words[1] if len(words) > 1 and words[1] else default_target(address)
-    numbers = 2 * (RELAYS_MAX + JOINS_MAX) + 64
-    make_room(numbers)
-    proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port), room_to_splice(numbers))
+    make_room(2 * (RELAYS_MAX + JOINS_MAX) + 64)
+    proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port))
     end_quietly()
     started_up()
     log.note("from %s to %s, as %s", group.text, proxy.target.text, address)

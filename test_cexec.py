@@ -10278,45 +10278,18 @@ def test_a_browser_shows_the_picture(cluster, dark):
 # ---- cproxy: pumps, chains, rings, limits, NAT -----------------------------
 
 
-WAYS = {
-    "spliced": "",
-    "no splice": "vars(os).pop('splice', None)",
-    "splice refused": "if hasattr(os, 'splice'): os.splice = refused",
-    "no pipes": "os.pipe2 = refused",
-    "few descriptors": "cexec.make_room = few",
-}
-
-CHANGED = """import errno, os, sys
-sys.path.insert(0, %r)
-import cexec
-def refused(*_, **__):
-    raise OSError(errno.EINVAL, "refused")
-def few(numbers, make_room=cexec.make_room):
-    if numbers > 6000:
-        raise cexec.Fatal(111, "no more than 6000 descriptors are allowed")
-    make_room(numbers)
-%s
-cexec.main(["changed", "cproxy", "-v", "127.0.0.2", "127.255.255.255:%d"])
-"""
-
-
 class Between:
-    """A cproxy on this host, changed or not; sockets that stand for the clients and workers of its two sides."""
+    """A cproxy on this host; sockets that stand for the clients and workers of its two sides."""
 
-    def __init__(self, cluster, change=""):
+    def __init__(self, cluster):
         self.announced = 0
         self.near, self.far, self.opened, self.refusals = cluster.env["GROUP"].rpartition(":")[2], free_port(), [], 0
         self.ear = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.ear.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         self.ear.bind(("", self.far))
-        self.log = cluster.path("between.log")
-        with open(self.log, "wb") as file:
-            argv = [PYTHON, "-c", CHANGED % (HERE, change, self.far)]
-            self.process = cluster.popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        self.pid = self.process.pid
-        until(lambda: b"cproxy: from " in read(self.log) or self.process.poll() is not None, "a proxy's start")
-        assert self.process.poll() is None, read(self.log)
+        self.process = cluster.proxy("127.0.0.2", "127.255.255.255:%d" % self.far)
+        self.log, self.pid = self.process.log, self.process.pid
         self.files = open_files(self.pid)
 
     def announce(self, port):
@@ -10357,13 +10330,6 @@ class Between:
         listener = self.client()
         return self.offer(listener, self.announce(listener.getsockname()[1]))
 
-    def pipes(self):
-        found = 0
-        for fd in os.listdir("/proc/%d/fd" % self.pid):
-            with contextlib.suppress(OSError):
-                found += os.readlink("/proc/%d/fd/%s" % (self.pid, fd)).startswith("pipe:")
-        return found
-
     def ticks(self):
         fields = read("/proc/%d/stat" % self.pid).rpartition(b")")[2].split()
         return int(fields[11]) + int(fields[12])
@@ -10387,15 +10353,10 @@ class Between:
 
 
 @pytest.fixture
-def between(cluster):
-    made = []
-
-    def make(way="spliced"):
-        made.append(Between(cluster, WAYS[way]))
-        return made[0]
-    yield make
-    for one in made:
-        one.close()
+def proxy(cluster):
+    made = Between(cluster)
+    yield made
+    made.close()
 
 
 def in_thread(call, *arguments):
@@ -10415,16 +10376,8 @@ def take(sock, size):
     return bytes(data)
 
 
-def spliced(way):
-    """Whether a proxy changed this way splices, on the Python under test."""
-    has = subprocess.run([PYTHON, "-c", "import os, sys; sys.exit(not hasattr(os, 'splice'))"]).returncode == 0
-    return way == "spliced" and has
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_what_goes_through_a_proxy_comes_out(between, way):
+def test_what_goes_through_a_proxy_comes_out(proxy):
     """Both ways at once; then one side ends and the other does not; then nothing of it is left."""
-    proxy = between(way)
     client, worker = proxy.join()
     there, back = os.urandom(6 << 20), os.urandom(6 << 20)
     senders = [in_thread(client.sendall, there), in_thread(worker.sendall, back)]
@@ -10434,7 +10387,6 @@ def test_what_goes_through_a_proxy_comes_out(between, way):
     for thread in [reader, *senders]:
         thread.join(PATIENCE)
     assert got == [there]
-    assert proxy.pipes() == (4 if spliced(way) else 0), read(proxy.log)[-500:]
     client.shutdown(socket.SHUT_WR)
     assert worker.recv(1) == b""
     worker.sendall(back[:1 << 20])
@@ -10461,8 +10413,8 @@ def fill(sock):
     return sent
 
 
-def test_a_datagram_that_has_gone_far_enough_goes_no_farther(between):
-    proxy, sent = between(), []
+def test_a_datagram_that_has_gone_far_enough_goes_no_farther(proxy):
+    sent = []
     for hops in (cexec.HOPS_MAX, cexec.HOPS_MAX - 1):
         data = make_datagram(cexec.ANNOUNCE, made_pub(), os.urandom(16), 9, **FIRST_TRY)
         sent.append(cexec.Datagram(cexec.Datagram(data).readdressed("127.0.1.1", 9, hops)))
@@ -10471,10 +10423,8 @@ def test_a_datagram_that_has_gone_far_enough_goes_no_farther(between):
     assert (relayed.identity, relayed.hops) == (sent[1].identity, cexec.HOPS_MAX)
 
 
-@pytest.mark.parametrize("way", ["spliced", "no splice"])
-def test_a_side_that_stalls_stalls_the_other(between, way):
+def test_a_side_that_stalls_stalls_the_other(proxy):
     """Without a storm of wake-ups, and with no more memory than a buffer; then all of it comes, and the end."""
-    proxy = between(way)
     client, worker = proxy.join()
     worker.sendall(bytes(1 << 20))
     assert take(client, 1 << 20) == bytes(1 << 20)
@@ -10493,12 +10443,10 @@ def test_a_side_that_stalls_stalls_the_other(between, way):
     until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
 
 
-@pytest.mark.parametrize("way", ["spliced", "no splice"])
 @pytest.mark.parametrize("side", ["client", "worker"])
 @pytest.mark.parametrize("state", ["quiet", "stalled", "half closed"])
-def test_a_reset_crosses_a_proxy_as_a_reset(between, way, side, state):
+def test_a_reset_crosses_a_proxy_as_a_reset(proxy, side, state):
     """Never as an end of file; also where the proxy reads no more from it, as the other side stalls."""
-    proxy = between(way)
     ends = dict(zip(("client", "worker"), proxy.join()))
     one, other = ends.pop(side), ends.popitem()[1]
     one.sendall(bytes(1 << 20))
@@ -10558,7 +10506,7 @@ def each_its_own(joins):
 
 
 @HEAVY
-def test_hundreds_of_connections_through_one_proxy(cluster, between):
+def test_hundreds_of_connections_through_one_proxy(cluster, proxy):
     """500 raw ones that begin like TLS, a client each; then all there may be; a refusal; a job goes through."""
     wanted = 2 * (cexec.JOINS_MAX + cexec.RELAYS_MAX) + 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -10566,7 +10514,7 @@ def test_hundreds_of_connections_through_one_proxy(cluster, between):
         skip("%d descriptors are needed" % wanted)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     try:
-        crowd(cluster, between())
+        crowd(cluster, proxy)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -10653,14 +10601,12 @@ def test_a_ring_of_three_networks(hosts, directions):
         assert max(most.values()) <= directions + 1     # its own, or one of each proxy that sends there
 
 
-def job_in_flight(hosts, crossing, mark, command, proxy, **env):
+def job_in_flight(hosts, crossing, mark, command, **env):
     """A job that sends, or takes, as fast as it can."""
     with open("/dev/zero", "rb") as zero:
         job = hosts.start_client("CMD=" + command, mark, space=crossing.client, stdin=zero, env=env,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert len(job.stdout.read(4 << 20)) == 4 << 20
-    assert any("pipe:" in os.readlink("/proc/%d/fd/%s" % (proxy.pid, fd))
-               for fd in os.listdir("/proc/%d/fd" % proxy.pid)) == spliced("spliced")
     return job, in_thread(job.stdout.read)
 
 
@@ -10673,7 +10619,7 @@ def test_a_proxy_that_ends_while_much_is_moved(hosts, crossing, command, number,
     hosts.shell_worker(space=crossing.worker)
     proxy = crossing.proxy()
     env = {"CEXEC_TIMEOUT_PINGPONG": "1"} if number == signal.SIGSTOP else {}
-    job, reader = job_in_flight(hosts, crossing, mark, command, proxy, **env)
+    job, reader = job_in_flight(hosts, crossing, mark, command, **env)
     proxy.send_signal(number)
     assert job.wait(PATIENCE) == 111
     reader.join(PATIENCE)
@@ -14396,7 +14342,7 @@ def test_a_kernel_without_ipv6(cluster):
 # A Linux that looks like a BSD, as far as Python tells: BSD's numbers of ioctls work, Linux's do not.
 BSD = """
     sys.platform = {platform!r}
-    for module, names in ((os, "sched_getaffinity O_PATH splice pidfd_open eventfd getrandom"),
+    for module, names in ((os, "sched_getaffinity O_PATH pidfd_open eventfd getrandom"),
                           (socket, "IP_PKTINFO SO_BINDTODEVICE TCP_KEEPIDLE"), (fcntl, "F_SETPIPE_SZ"),
                           (select, "epoll " + {lost!r})):
         for name in names.split():
