@@ -4361,6 +4361,8 @@ class JobFiles:
 
     def settled(self, success):
         """Gives the verdict, after EXIT when all bytes have come; whether all Helpers have ended."""
+        for channel in self.channels:
+            channel.close()         # a Helper that still packs the files of -i must not wait for a reader
         if self.verdict is not None:
             if success and not self.trouble:
                 self.tell_verdict()
@@ -5082,11 +5084,8 @@ class RemoteRun(Carrier):
         link.attach(self.loop, self)
 
     def rcvd_exit(self, flags, channel, payload):
-        """Checks that all output has come that EXIT counts."""
-        if payload.how not in (HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED):
-            raise ProtocolError("EXIT with an unknown how")
-        if payload.how == HOW_SIGNALLED and not 0 < payload.status < EXIT_SIGNAL:
-            raise ProtocolError("EXIT by signal %d" % payload.status)
+        """Checks that a job can end so, and that all output has come that EXIT counts."""
+        self.check_result(payload)
         rows = {number: (sent, taken) for number, sent, taken in payload.channels}
         for number, channel in self.channels.items():
             if channel.sink and not channel.sink.has_all(rows.get(number, (None,))[0]):
@@ -5094,6 +5093,19 @@ class RemoteRun(Carrier):
         self.exit = payload
         self.send_no_more()
         self.exited(rows)
+
+    def check_result(self, result):
+        """Raises ProtocolError for an EXIT of no command: so status 0 is always that of a command that has exited."""
+        how, status, reason = result.how, result.status, result.reason
+        if how == HOW_EXITED:       # a reason tells why the results could not be packed
+            possible = not reason or status == 0 and FILES_OUT in self.channels
+        elif how == HOW_SIGNALLED:
+            possible = 0 < status < EXIT_SIGNAL and not reason
+        else:
+            possible = (how == HOW_NOT_STARTED and not result.more
+                        and status in (EXIT_TEMPORARY, EXIT_CANNOT_RUN, EXIT_NOT_FOUND))
+        if not possible or result.more > 1:
+            raise ProtocolError("an impossible EXIT: how %d, status %d, more %d" % (how, status, result.more))
 
     def send_no_more(self):
         """Sends no more input and no more PING: the command has ended."""

@@ -3761,6 +3761,12 @@ def exit_frame(*rows):
     return cexec.make_frame(cexec.EXIT, how=cexec.HOW_EXITED, status=0, more=0, reason="", channels=list(rows))
 
 
+# (how, status, more, reason) of an EXIT with which no job ends, or no job without -g
+LYING_EXITS = [
+    (2, 0, 0, ""), (2, 128, 0, ""), (2, 255, 0, ""), (2, 9, 0, "lies"),         # 128 + 128 would be success
+    (3, 0, 0, "lies"), (3, 0, 0, ""), (3, 1, 0, "lies"), (3, 255, 0, "lies"), (3, 126, 1, "lies"),
+    (1, 0, 0, "lies"), (1, 5, 0, "lies"), (1, 0, 2, ""), (0, 0, 0, ""), (4, 0, 0, ""), (255, 0, 1, "")]
+
 # What a worker says behind ACCEPT, and the reason why the job is lost
 LIES = [
     ("output is missing on descriptor 1", data_frame(1, b"12345") + BOTH_EOF + exit_frame((1, 6, 0), (2, 0, 0))),
@@ -3768,9 +3774,9 @@ LIES = [
     ("output is missing on descriptor 2", BOTH_EOF + exit_frame((1, 0, 0), (2, 2 ** 64 - 1, 0))),
     ("output is missing on descriptor 1", BOTH_EOF + exit_frame()),
     ("output is missing on descriptor 1", data_frame(1, b"12345") + exit_frame((1, 5, 0), (2, 0, 0))),
-    *[("EXIT by signal %d" % number,            # 128 + 128 would be success
-       BOTH_EOF + cexec.make_frame(cexec.EXIT, how=cexec.HOW_SIGNALLED, status=number, more=0, reason="",
-                                   channels=[(1, 0, 0), (2, 0, 0)])) for number in (0, 128, 255)],
+    *[("an impossible EXIT: how %d, status %d, more %d" % (how, status, more),
+       BOTH_EOF + cexec.make_frame(cexec.EXIT, how=how, status=status, more=more, reason=reason,
+                                   channels=[(1, 0, 0), (2, 0, 0)])) for how, status, more, reason in LYING_EXITS],
     ("DATA without credit", b"".join(data_frame(1, bytes(cexec.FRAME_MAX)) for _ in range(40))),    # nobody reads it
     ("more credit than a window", cexec.make_frame(cexec.CREDIT, 0, bytes=2 ** 32 - 1)),
     ("no channel 7", data_frame(7, b"x")),
@@ -3805,6 +3811,59 @@ def test_a_worker_with_the_key_sends_anything_after_go(cluster):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         for each in [pool.submit(abuse_after_go, cluster, key, *lie) for lie in lies]:
             each.result()
+
+
+def lying_worker(cluster, how, status, more, reason, *command, options=()):
+    """A worker whose jobs are done, and end with this EXIT."""
+    altered(cluster, ("status, reason = self.command.result\n", "status, reason = %r\n" % ((how, status, reason),)),
+            ("more=more, reason=reason", "more=%d, reason=reason" % more))
+    return cluster.worker(*command, options=options, env={"CONCURRENCY": "8"})
+
+
+@pytest.mark.parametrize("how, status, more, reason", LYING_EXITS)
+def test_an_impossible_exit_is_no_success_in_any_mode(farm, how, status, more, reason):
+    make = ["sh", "-c", "cat; echo 1 > r"]
+    modes = [["-n", farm.pub, *make], ["-n", "-g", "r", farm.pub, *make],
+             ["-mn", "-o", "out", farm.pub, *make, ":::", "r"], ["-mn", "-g", "{}", farm.pub, *make, ":::", "r"],
+             ["-m", "-o", "-", farm.pub, *make, "--", "in"], ["-b", "9", farm.pub, *make], ["-An", farm.pub, *make]]
+    in_desk(farm, "in")
+    lying_worker(farm, how, status, more, reason, options=["-ad"])
+    clients = []
+    for words in modes:
+        clients.append(farm.begin(*words, env={"CEXEC_RETRIES": "0"}))
+        clients[-1].stdin.write(b"a line\n")
+        clients[-1].stdin.close()
+        clients[-1].stdin = None
+    for words, client in zip(modes, clients):
+        out, errors = client.communicate(timeout=PATIENCE)
+        assert client.returncode == (1 if "m" in words[0] else 111), (words, client.returncode, out, errors)
+        assert b"an impossible EXIT" in errors or b"cannot send results: lies" in errors, errors
+    assert sorted(os.listdir(farm.desk)) == ["in"]
+
+
+@pytest.mark.parametrize("how, status, more, reason", LYING_EXITS)
+def test_an_impossible_exit_is_no_result_of_python(cluster, monkeypatch, how, status, more, reason):
+    live_in(cluster, monkeypatch)
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "20")
+    lying_worker(cluster, how, status, more, reason, "true")
+    with pytest.raises(cexec.Failed, match="impossible EXIT"):
+        cexec.run(cluster.pub, input=b"")
+    with cexec.Executor(cluster.pub) as pool:
+        assert "impossible EXIT" in str(pool.submit(pow, 2, 3).exception())
+
+
+def test_an_exit_while_the_clients_files_are_on_the_way(farm):
+    """The worker has refused them: the process here that packs them has no reader any more."""
+    in_desk(farm, "large", bytes(20000000))
+    with Ear(group_port(farm)) as ear:
+        client = farm.begin("-n", "-i", "large", farm.pub, "true")
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        with play_worker(announced, address, cexec.open_key(farm.key), options=14) as peer:
+            job = peer.take_job()
+            for channel in (1, 2):
+                peer.send(cexec.EOF, channel, cexec.FLAG_WHOLE)
+            peer.send(cexec.EXIT, how=cexec.HOW_NOT_STARTED, status=126, reason="no room", channels=rows_of(job, out=0))
+            assert outcome(client, status=126) == (b"", b"cexec: worker 127.0.0.1 cannot run its command: no room\n")
 
 
 # ---- cexec: the same command here and there --------------------------------
@@ -5673,8 +5732,8 @@ def farm(cluster):
     cluster.env["TMPDIR"] = cluster.place
     cluster.serve = lambda *options, **rest: cluster.worker(*rest.pop("command", ()), options=["-ad", *options], **rest)
     cluster.work = lambda *words, **rest: cluster.do(cluster.argv("cexec", *words), cwd=cluster.desk, **rest)
-    cluster.begin = lambda *words: cluster.start("cexec", *words, cwd=cluster.desk, stdin=subprocess.PIPE,
-                                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    cluster.begin = lambda *words, **rest: cluster.start("cexec", *words, cwd=cluster.desk, stdin=subprocess.PIPE,
+                                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **rest)
     return cluster
 
 
