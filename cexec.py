@@ -2580,6 +2580,44 @@ class ReplayBuffer:
         self.replayed.clear()
 
 
+class Backlog:
+    """Bytes that wait to be written, first in first out.  Neither add() nor drop() moves what is there.
+
+    They are in pieces.  Each is filled before the next begins, or frames of a byte would make millions.
+    """
+
+    def __init__(self):
+        self.pieces = collections.deque()
+        self.dropped = self.size = 0                # of the first piece; in all
+
+    def __len__(self):
+        return self.size
+
+    def __bytes__(self):
+        return b"".join(self.pieces)[self.dropped:]
+
+    def add(self, data):
+        self.size += len(data)
+        while data:
+            if not self.pieces or len(self.pieces[-1]) >= FRAME_MAX:
+                self.pieces.append(bytearray())
+            room = FRAME_MAX - len(self.pieces[-1])
+            self.pieces[-1] += data[:room]
+            data = data[room:]
+
+    def first(self):
+        """A view of the oldest bytes, as many as are in one piece.  It must be released before add()."""
+        return memoryview(self.pieces[0])[self.dropped:] if self.pieces else memoryview(b"")
+
+    def drop(self, count):
+        """Forgets so many of the bytes that first() shows."""
+        self.size -= count
+        self.dropped += count
+        if self.pieces and self.dropped == len(self.pieces[0]):
+            self.pieces.popleft()
+            self.dropped = 0
+
+
 class Stateful:
     """An object with a state.  LAW: which states may follow each state; _set() refuses all others."""
 
@@ -2791,7 +2829,7 @@ class Sink(Stream):
 
     def __init__(self, carrier, number, end):
         super().__init__(carrier, number, end)
-        self.queue = bytearray()    # what the End has not taken: at most a window, in however many frames
+        self.queue = Backlog()      # what the End has not taken: at most a window, in however many frames
         self.received = self.written = self.owed = 0
         self.allowed = WINDOW       # bytes that the peer may still send
         self.whole = False          # whether the peer has closed both halves
@@ -2813,13 +2851,13 @@ class Sink(Stream):
         if not self.queue and not self.end.patient:
             view = view[self._write(view):]
         if view and self.state is OPEN:
-            self.queue += view
+            self.queue.add(view)
             self.watch(self.writable)
 
     def writable(self):
-        with memoryview(self.queue) as queue, queue[:FRAME_MAX] as view:
+        with self.queue.first() as view:
             count = self._write(view)
-        del self.queue[:count]
+        self.queue.drop(count)
         if not self.queue and self.is_live():
             self.watch(None)
             self._drained()
@@ -2865,7 +2903,7 @@ class Sink(Stream):
         """Nobody reads here any more: tells the peer."""
         if self.is_live():
             self._set(SHUTDOWN)
-            self.queue = bytearray()
+            self.queue = Backlog()
             self.link.send(SHUT, self.number, FLAG_WHOLE if whole else 0)
             self._leave("write", whole)
 
@@ -6893,19 +6931,19 @@ class LineWriter:
 
     def __init__(self, loop, number):
         self.loop, self.number = loop, number
-        self.end, self.pending = local_end([Inherited(number)], ["write"], 3), bytearray()
+        self.end, self.pending = local_end([Inherited(number)], ["write"], 3), Backlog()
 
     def is_full(self):
         return len(self.pending) >= FRAME_MAX
 
     def add(self, data):
-        self.pending += data
+        self.pending.add(data)
         self.loop.on_write(self.end.polled, self.writable)
 
     def writable(self):
         """Writes as much as the reader takes now; how many bytes.  Raises Fatal (111), BrokenPipeError."""
         count = 0
-        with memoryview(self.pending) as pending, pending[:FRAME_MAX] as view:
+        with self.pending.first() as view:
             try:
                 count = self.end.write(view)
             except (BlockingIOError, InterruptedError):
@@ -6914,7 +6952,7 @@ class LineWriter:
                 raise
             except OSError as error:
                 raise Fatal(EXIT_TEMPORARY, "%s: %s" % (STANDARD[self.number], error.strerror)) from None
-        del self.pending[:count]
+        self.pending.drop(count)
         if not self.pending:
             self.loop.on_write(self.end.polled, None)
         return count
@@ -6978,7 +7016,7 @@ class HostRun(RemoteRun):
         self.stop_channels()
         for number in (1, 2):
             channel = self.channels[number]
-            channel.end.add(channel.sink.queue)         # of a lost job, show the output that has come
+            channel.end.add(bytes(channel.sink.queue))         # of a lost job, show the output that has come
             channel.end.finish()
         for fd in self.copies:
             os.close(fd)

@@ -2899,7 +2899,7 @@ def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
     assert peak < 2 * cexec.WINDOW + (2 << 20)
     late = Tap(wire, out)
     wire.spin(lambda: len(late.got) == size, "the rest")
-    assert late.got == stalled and sink.queue == b""
+    assert late.got == stalled and not sink.queue
 
 
 def test_a_window_in_frames_of_one_byte_takes_no_more_memory(wire):
@@ -2919,6 +2919,36 @@ def test_a_window_in_frames_of_one_byte_takes_no_more_memory(wire):
     tap = Tap(wire, out)
     wire.spin(lambda: len(tap.got) == count)
     assert wire.there.lost == []
+
+
+@pytest.mark.parametrize("most_in, most_out", [(1, 1), (1, 70), (70, 1), (700, 300), (3000, 900), (999, 2000)])
+def test_a_backlog_gives_its_bytes_in_order_however_they_come_and_go(most_in, most_out, monkeypatch):
+    monkeypatch.setattr(cexec, "FRAME_MAX", 1000)       # pieces of so many
+    data, came, went, backlog, chance = noise(20000), 0, bytearray(), cexec.Backlog(), random.Random(7)
+    while len(went) < len(data):
+        view = memoryview(data)[came:][:chance.randint(0, most_in)]
+        backlog.add(view)
+        came += len(view)
+        with backlog.first() as first:
+            assert bool(first) == bool(backlog)
+            count = chance.randint(0, min(most_out, len(first)))
+            went += first[:count]
+        backlog.drop(count)
+        assert len(backlog) == came - len(went) and bytes(backlog) == data[len(went):came]
+    assert went == data and not backlog.pieces
+
+
+def test_a_backlog_of_single_bytes_is_a_few_pieces_and_adding_moves_none_of_them():
+    backlog = cexec.Backlog()
+    for _ in range(4 * cexec.FRAME_MAX):
+        backlog.add(b"x")
+    before = list(backlog.pieces)
+    assert list(map(len, before)) == [cexec.FRAME_MAX] * 4
+    assert sum(map(sys.getsizeof, before)) < 5 * cexec.FRAME_MAX
+    backlog.drop(10)
+    backlog.add(bytes(cexec.FRAME_MAX + 1))
+    assert all(map(lambda one, other: one is other, before, backlog.pieces)) and len(backlog.pieces) == 6
+    assert bytes(backlog) == b"x" * (4 * cexec.FRAME_MAX - 10) + bytes(cexec.FRAME_MAX + 1)
 
 
 def test_after_shut_what_was_under_way_is_swallowed(wire):
