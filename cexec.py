@@ -5106,6 +5106,39 @@ class SavedPosition:
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
 
+class Outcome:
+    """How a job has ended.  Only RemoteRun.outcome(), failure() and loss() decide it; the modes tell it.
+
+    exit_code: 0 is a success; signal: the number of the one that has killed the command, or 0;
+    reason: what the exit code does not say, for people; word: for CEXEC_FD_FOR_ERRORS.
+    """
+
+    def __init__(self, exit_code, word, reason="", signal=0):
+        self.exit_code, self.word, self.reason, self.signal = exit_code, word, reason, signal
+
+    def text(self):
+        """Returns why it is no success, in a few words."""
+        if self.signal:
+            return "killed by signal %d" % self.signal
+        return self.reason or "exit status %d" % self.exit_code
+
+    def alert(self):
+        """Returns ALERT's event, status and reason."""
+        if self.signal:
+            return ALERT_SIGNALLED, self.signal, self.reason
+        return ALERT_EXITED, self.exit_code, self.reason
+
+
+def failure(reason, exit_code=EXIT_TEMPORARY):
+    """Returns the Outcome of a job that failed here, or that no worker took."""
+    return Outcome(exit_code, "failed=%s" % reason, reason)
+
+
+def loss(run, reason):
+    """Returns the Outcome of a job whose worker was lost."""
+    return Outcome(EXIT_TEMPORARY, "lost=%s" % reason, "worker %s lost: %s" % (run.address, reason))
+
+
 class RemoteRun(Carrier):
     """A job after GO, at the client: the common part of Run, FileRun and HostRun."""
 
@@ -5144,6 +5177,16 @@ class RemoteRun(Carrier):
                         and status in (EXIT_TEMPORARY, EXIT_CANNOT_RUN, EXIT_NOT_FOUND))
         if not possible or result.more > 1:
             raise ProtocolError("an impossible EXIT: how %d, status %d, more %d" % (how, status, result.more))
+
+    def outcome(self):
+        """Returns the Outcome, when all output was written here, or could not be."""
+        how, status = self.exit.how, self.exit.status
+        if self.trouble:
+            return failure(self.trouble)
+        if how == HOW_SIGNALLED:
+            return Outcome(EXIT_SIGNAL + status, "signalled=%d" % status, signal=status)
+        word = "notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d"
+        return Outcome(status, word % status, self.exit.reason)
 
     def send_no_more(self):
         """Sends no more input and no more PING: the command has ended."""
@@ -5296,29 +5339,23 @@ class Run(RemoteRun):
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
         elif self.exit_code is None and not self.is_writing() and self.files_are_over():
-            self.conclude(self.exit.how, self.exit.status)
+            self.conclude(self.outcome())
 
-    def conclude(self, how, code):
-        """The job is over: tells the user and crat how it ended (EXIT's how and status)."""
+    def conclude(self, outcome):
+        """The job is over: tells the user and crat how it ended."""
         if self.trouble:
             log.say(self.trouble)
-            self.patron.alert(self, ALERT_EXITED, EXIT_TEMPORARY, self.trouble)
-            self.finish(EXIT_TEMPORARY, "failed=%s" % self.trouble)
-        elif how == HOW_SIGNALLED:
-            self.patron.alert(self, ALERT_SIGNALLED, code, "")
-            self.finish(EXIT_SIGNAL + code, "signalled=%d" % code)
-        else:
-            if how == HOW_NOT_STARTED:
-                log.say("worker %s cannot run its command: %s" % (self.address, self.exit.reason))
-            self.patron.alert(self, ALERT_EXITED, code, self.exit.reason)
-            self.finish(code, ("notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d") % code)
+        elif self.exit.how == HOW_NOT_STARTED:
+            log.say("worker %s cannot run its command: %s" % (self.address, outcome.reason))
+        self.patron.alert(self, *outcome.alert())
+        self.finish(outcome)
 
-    def finish(self, exit_code, word):
-        self.exit_code = exit_code
+    def finish(self, outcome):
+        self.exit_code = outcome.exit_code
         self.tick.cancel()
         self.link.close()
         self.close_files()
-        self.job.tell(exit_code, word, self.address, time.monotonic() - self.began)
+        self.job.tell(outcome.exit_code, outcome.word, self.address, time.monotonic() - self.began)
 
     # Signals
 
@@ -5540,7 +5577,7 @@ class Client(Patron):
         message = "worker %s lost after %.1f s: %s" % (run.address, time.monotonic() - run.began, reason)
         log.say(message + ("; not run again: " + objection if objection else
                            "; the command may have run (cexec -r runs it again)"))
-        run.finish(EXIT_TEMPORARY, "lost=%s" % reason)
+        run.finish(loss(run, reason))
 
 
 # ---------------------------------------------------------------------------
@@ -5989,8 +6026,8 @@ class Task:
         self.losses += 1
         self.discard()
 
-    def conclude(self, exit_code, signal=0):
-        self.exit_code, self.signal, self.words = exit_code, signal, None
+    def conclude(self, outcome):
+        self.exit_code, self.signal, self.words = outcome.exit_code, outcome.signal, None
 
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
@@ -6405,7 +6442,7 @@ class Batch(Patron):
                 task.open()
                 return task
             except (OSError, ValueError) as error:
-                self.over(task, EXIT_TEMPORARY, error_of_task(error, task.name))
+                self.over(task, failure(error_of_task(error, task.name)))
         return None
 
     def put_back(self, task):
@@ -6423,39 +6460,35 @@ class Batch(Patron):
             self.runs.append(FileRun(self, link, hello, task, accepted))
         except Fatal as error:
             link.close()
-            self.over(task, EXIT_TEMPORARY, str(error))
+            self.over(task, failure(str(error)))
 
     # The end of a run
 
     def ended(self, run):
         """EXIT: the file is done, or has failed; its worker may take the next file."""
         self.runs.remove(run)
-        success = run.exit.status == 0 and not run.trouble
-        if success:
-            self.go_on(run)         # first: the worker computes while keep() waits for the disk
-        task, code = run.job, run.exit.status
-        if run.exit.how == HOW_SIGNALLED and not run.trouble:
-            reason = "killed by signal %d" % code
-            self.alert(run, ALERT_SIGNALLED, code, reason)
-            self.over(task, EXIT_SIGNAL + code, reason, run, signal=code)
-        else:
-            code, reason = (EXIT_TEMPORARY, run.trouble) if run.trouble else self.keep(task, code, run.exit.reason)
-            self.alert(run, ALERT_EXITED, code, reason)
-            self.over(task, code, reason, run)
-        if not success:
+        outcome = run.outcome()
+        if outcome.exit_code:
+            self.end(run, outcome)
             self.go_on(run)         # last: this failure may stop the batch
+        else:
+            self.go_on(run)         # first: the worker computes while keep() waits for the disk
+            self.end(run, self.keep(run.job, outcome))
         self.fill()
 
-    def keep(self, task, code, reason):
-        """Gives the output its name if the exit code is 0; the (exit code, reason) after that."""
+    def end(self, run, outcome):
+        self.alert(run, *outcome.alert())
+        self.over(run.job, outcome, run)
+
+    def keep(self, task, outcome):
+        """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
         try:
-            if code == 0:
-                task.keep()
-                if task.output is not None:
-                    self.directories.add(os.path.dirname(task.output) or ".")
-            return code, reason
+            task.keep()
+            if task.output is not None:
+                self.directories.add(os.path.dirname(task.output) or ".")
+            return outcome
         except OSError as error:
-            return EXIT_TEMPORARY, error_of_task(error, task.name)
+            return failure(error_of_task(error, task.name))
 
     def go_on(self, run):
         """Gives the run's worker the next file, if there is one and the worker takes it."""
@@ -6481,17 +6514,17 @@ class Batch(Patron):
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
-        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s" % (run.address, reason), run)
+        self.over(run.job, loss(run, reason), run)
         self.fill()
 
-    def over(self, task, exit_code, reason, run=None, signal=0):
+    def over(self, task, outcome, run=None):
         """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
-        task.conclude(exit_code, signal)
-        self.done, self.failures = self.done + (exit_code == 0), self.failures + (exit_code != 0)
-        self.tell(task, reason)
+        task.conclude(outcome)
+        self.done, self.failures = self.done + (not outcome.exit_code), self.failures + bool(outcome.exit_code)
+        self.tell(task, outcome)
         if self.joblog:
             self.log_job(task, run)
-        if exit_code:
+        if outcome.exit_code:
             task.discard()
         elif task.output is not None:
             task.close()
@@ -6499,7 +6532,7 @@ class Batch(Patron):
             task.close("input", "errors")
         if self.printer:
             self.printer.refresh()
-        self.stop_early(self.halt.reason(exit_code))
+        self.stop_early(self.halt.reason(outcome.exit_code))
 
     def stop_early(self, reason):
         """If there is a reason, begins no more files; those that run go on to their end."""
@@ -6508,12 +6541,12 @@ class Batch(Patron):
             for search in list(self.searches):
                 self.end_search(search)
 
-    def tell(self, task, reason):
+    def tell(self, task, outcome):
         """Says why a file failed, and shows what its command wrote on standard error, also after a success."""
         said = task.errors and os.fstat(task.errors.fileno()).st_size
         if not task.exit_code and (task.errors_kept or not said):
             return
-        text = reason or "exit status %d" % task.exit_code if task.exit_code else "done, and said:"
+        text = outcome.text() if task.exit_code else "done, and said:"
         log.status_line("")
         log.say("%s: %s%s" % (task.name, text, " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
         if said and not task.errors_kept:
@@ -6675,8 +6708,8 @@ class Block(Task):
         self.data.seek(0)
         self.input = open(os.dup(self.data.fileno()), "rb", 0)
 
-    def conclude(self, exit_code, signal=0):
-        super().conclude(exit_code, signal)
+    def conclude(self, outcome):
+        super().conclude(outcome)
         self.data.close()
 
     def add(self, view):
@@ -6814,11 +6847,11 @@ class BlockBatch(Batch):
     def is_busy(self):
         return not self.splitter.ended or self.printer.tasks or super().is_busy()
 
-    def over(self, block, exit_code, reason, run=None, signal=0):
-        if exit_code:               # first: else the printer would go on with the block after this one
+    def over(self, block, outcome, run=None):
+        if outcome.exit_code:       # first: else the printer would go on with the block after this one
             self.broken = block
             self.drop_from(block.number)
-        super().over(block, exit_code, reason, run, signal)
+        super().over(block, outcome, run)
 
     def drop_from(self, first):
         """Ends the output before this block, which has failed, and forgets all blocks after it."""
@@ -6908,8 +6941,8 @@ class HostJob:
         """Why it is not done again if its worker is lost: "", as it was not asked for."""
         return ""
 
-    def conclude(self, exit_code):
-        self.exit_code = exit_code
+    def conclude(self, outcome):
+        self.exit_code = outcome.exit_code
 
 
 def labels_of(workers):
@@ -7052,7 +7085,7 @@ class Everywhere(Patron):
             if workers[job.worker_id]["state"] == "serving":
                 self.waiting.append(job)
             else:
-                self.over(job, EXIT_TEMPORARY, "is draining: it takes no more jobs")
+                self.over(job, failure("is draining: it takes no more jobs"))
 
     def work(self):
         """Does all jobs; the largest exit code.  Raises Fatal (111)."""
@@ -7097,7 +7130,7 @@ class Everywhere(Patron):
     def not_found(self, search, message, code):
         job = self.searches.pop(search)
         search.end()
-        self.over(job, code, message)
+        self.over(job, failure(message, code))
         self.fill()
 
     # The end of a run
@@ -7105,27 +7138,21 @@ class Everywhere(Patron):
     def ended(self, run):
         self.runs.remove(run)
         run.detach()
-        code, reason = run.exit.status, run.exit.reason
-        if run.trouble:
-            code, reason = EXIT_TEMPORARY, run.trouble
-        if run.exit.how == HOW_SIGNALLED and not run.trouble:
-            self.alert(run, ALERT_SIGNALLED, code, "")
-            self.over(run.job, EXIT_SIGNAL + code, "killed by signal %d" % code)
-        else:
-            self.alert(run, ALERT_EXITED, code, reason)
-            self.over(run.job, code, reason or "exit status %d" % code)
+        outcome = run.outcome()
+        self.alert(run, *outcome.alert())
+        self.over(run.job, outcome)
         self.fill()
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
         run.detach()
-        self.over(run.job, EXIT_TEMPORARY, "worker %s lost: %s; the command may have run" % (run.address, reason))
+        self.over(run.job, loss(run, reason + "; the command may have run"))
         self.fill()
 
-    def over(self, job, exit_code, reason):
-        job.conclude(exit_code)
-        if exit_code:
-            self.say(job, reason)
+    def over(self, job, outcome):
+        job.conclude(outcome)
+        if outcome.exit_code:
+            self.say(job, outcome.text())
 
     # For the user
 
