@@ -7116,7 +7116,7 @@ def test_outputs_are_named_as_parallel_names_them():
         "$x.y", "a\\b.c", "a..b", "a.b c", "~.x", "*.?", "a.tar.gz", "x=1.y", "nl.\n", "n.l\n", "#.#", "&;.|"]
     names = [*parts_of_names, *("d/" + part for part in parts_of_names), *("/d.e/" + part for part in parts_of_names),
              *("./" + part for part in parts_of_names[:8]), *("../d.e/" + part for part in parts_of_names[:8]),
-             "/a", "/a.b", "d//a.b", "d.x/a", "d/.x/a"]
+             "/a", "/a.b", "d//a.b", "d.x/a", "d/.x/a", "a/", "a//", "d/a/", "d//a/", "/a/", "/", "//", "./a.b/", "../"]
     patterns = [
         "{}", "{.}", "{/}", "{//}", "{/.}", "{.}.ogg", "x{/.}y{/}z{}", "out/{//}/{/.}.x", "{}{}", "{ }", "{..}", "{",
         "}"]
