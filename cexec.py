@@ -4062,7 +4062,7 @@ def remove_left(place, is_ours):
 
 def check_current_directory(patterns=()):
     """Raises Fatal (111) if no results can be put there; removes what a crash has left of earlier ones."""
-    part = PART_NAME % os.urandom(8).hex()
+    part = new_part()
     try:
         os.mkdir(part)              # access(2) does not tell of a disk that is full, or of a directory that has gone
         os.rmdir(part)
@@ -4071,7 +4071,7 @@ def check_current_directory(patterns=()):
     except OSError as error:
         name = "the current directory" if error.filename == part else error.filename
         raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
-    remove_left(".", is_part)
+    remove_left(".", is_own_part)
 
 
 def close_all_but(kept):
@@ -4169,11 +4169,38 @@ def files_pipe(floor):
 
 # The client's side
 
-PART_NAME = ".cexec.%s.part"        # a directory in the current one, in which results wait
+# Results wait in a directory .cexec.HOST.NUMBER.part here.  The file system may be shared with other hosts, and
+# these do not see our lock: so each host removes only what it has left itself.  Hosts may have the same name.
+
+PART_NAME = r"\.cexec\.%s\.[0-9a-f]{16}\.part\Z"
 
 
-def is_part(name):
-    return name.startswith(".cexec.") and name.endswith(".part")
+@functools.lru_cache(None)
+def this_host():
+    """Returns the HOST of this host: its name, and a few digits that other hosts of this name do not have."""
+    import re
+    try:
+        machine = read_text("/etc/machine-id")
+    except OSError:
+        machine = ""
+    name = os.uname().nodename
+    digits = hashlib.sha256((name + machine).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return "%s-%s" % (re.sub(r"[^A-Za-z0-9-]", "_", name)[:64], digits)
+
+
+def new_part():
+    """Returns a name for such a directory."""
+    return ".cexec.%s.%s.part" % (this_host(), os.urandom(8).hex())
+
+
+def is_part(name, host="[A-Za-z0-9_-]+"):
+    """Whether this is the name of such a directory; host: a regular expression."""
+    import re
+    return name.startswith(".cexec.") and re.match(PART_NAME % host, name) is not None
+
+
+def is_own_part(name):
+    return is_part(name, this_host()) and os.lstat(name).st_uid == os.geteuid()
 
 
 def input_place(text):
@@ -4208,7 +4235,7 @@ def receive(reader, verdict, patterns, durable):
     After a byte it puts the results in their places, else it removes them.  Raises OSError, ProtocolError, Fatal.
     """
     # An error before the verdict is kept until then: if the command has failed, it does not matter.
-    part, error = PART_NAME % os.urandom(8).hex(), None
+    part, error = new_part(), None
     try:
         try:
             top = make_directory(part)
@@ -4288,7 +4315,7 @@ def brought_beside(name, number, new, stages):
         return path
     try:
         if place not in stages:
-            stage = os.path.join(place, os.fsencode(PART_NAME % os.urandom(8).hex()))
+            stage = os.path.join(place, os.fsencode(new_part()))
             os.mkdir(stage, 0o700)
             stages[place] = stage
         beside = os.path.join(stages[place], b"%d.new" % number)

@@ -5622,7 +5622,7 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch, change):
             unpacked(file.read(), str(tmp_path / "in"))
 
 
-def results_in(directory, names, part=".cexec.x.part"):
+def results_in(directory, names, part=".cexec.box-0.0123456789abcdef.part"):
     """What put_in_place() gets: results that wait below a directory, which becomes the current one."""
     os.chdir(directory)
     os.mkdir(part)
@@ -5697,13 +5697,40 @@ def test_deep_directories_are_packed_and_unpacked(tmp_path):
 
 
 def test_results_that_wait_are_no_input(tmp_path, monkeypatch):
-    """Another cexec in the same directory may have some, which go while they are read."""
+    """Another cexec in the same directory, on any host, may have some, which go while they are read."""
     monkeypatch.chdir(str(tmp_path))
-    os.makedirs("d/.cexec.0123456789abcdef.part/x")
-    put("d/.cexec.0123456789abcdef.part/x/y", "1")
+    for name in (cexec.new_part(), ".cexec.other_host-1.0123456789abcdef.part"):
+        os.makedirs("d/%s/x" % name)
+        put("d/%s/x/y" % name, "1")
     put("d/.cexec", "1")
     names = [name for _, name in cexec.input_entries([cexec.input_place("."), cexec.input_place("d")])]
     assert names == [b"d", b"d/.cexec"]
+
+
+def test_only_this_hosts_own_unfinished_results_are_removed(tmp_path, monkeypatch):
+    """Others' locks are not seen where a file system is shared, and what only looks alike is somebody else's."""
+    need("root")
+    monkeypatch.chdir(str(tmp_path))
+    ours, anothers = cexec.new_part(), cexec.new_part()
+    others = [anothers, ".cexec.otherhost-1.0123456789abcdef.part", ".cexec.notes.part",
+              ours.replace(".part", ".part.part"), ours[:-6] + "x.part", ".cexec.%s.part" % ("0" * 16)]
+    for name in [ours, *others]:
+        os.makedirs(name + "/inside")
+        if name == anothers:
+            os.chown(name, 1, 1)
+        os.utime(name, (1, 1))
+    assert len(cexec.new_part()) < 120 and socket.gethostname()[:8] in ours
+    cexec.check_current_directory()
+    assert sorted(os.listdir(".")) == sorted(others)
+
+
+def test_hosts_of_one_name_have_parts_of_their_own(monkeypatch):
+    cexec.this_host.cache_clear()
+    monkeypatch.setattr(cexec, "read_text", lambda path: "another machine")
+    other = cexec.new_part()
+    monkeypatch.undo()
+    cexec.this_host.cache_clear()
+    assert cexec.is_part(other) and not cexec.is_part(other, cexec.this_host())
 
 
 def test_results_for_another_file_system(farm):
