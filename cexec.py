@@ -8520,6 +8520,10 @@ class KnownClient(Stateful):
         self.retry_at = now + min(BACKOFF_MAX, 2.0 ** min(self.failures, 10))
         self.failures += 1
 
+    def is_silent(self, now):
+        """Whether it has been silent for longer than its patience."""
+        return now - self.heard_at > self.patience
+
     def may_be_told(self, now):
         """Whether it is time for the next BUSY; if so, that counts as sent."""
         due = now - self.told_at >= BUSY_SECONDS
@@ -8536,44 +8540,75 @@ class Line:
     """Clients that wait for a slot.  The names take turns; within a name the oldest client is first."""
 
     def __init__(self):
-        self.names = collections.OrderedDict()      # name: {nonce: KnownClient}; the next name is the first one
+        self.names = collections.OrderedDict()      # name: [(since, nonce, KnownClient)], sorted; the next one is first
+        self.sizes = {}             # a number of clients: the names that have so many
+        self.most = 0               # the largest number of clients of a name
 
     def __len__(self):
-        return sum(map(len, self.names.values()))
+        return sum(size * len(names) for size, names in self.sizes.items())
+
+    def __bool__(self):
+        return bool(self.names)
 
     def __iter__(self):
-        return (client for members in self.names.values() for client in members.values())
+        return (client for members in self.names.values() for _, _, client in members)
 
     def __contains__(self, client):
-        return client.nonce in self.names.get(client.name, ())
+        return any(other is client for _, _, other in self.names.get(client.name, ())[self.place(client):][:1])
+
+    def place(self, client):
+        """How many clients of its name are older."""
+        import bisect
+        return bisect.bisect_left(self.names.get(client.name, ()), (client.since, client.nonce))
 
     def join(self, client):
-        self.names.setdefault(client.name, {})[client.nonce] = client
+        if client not in self:
+            members = self.names.setdefault(client.name, [])
+            members.insert(self.place(client), (client.since, client.nonce, client))
+            self._resized(client.name, len(members) - 1, len(members))
 
     def leave(self, client):
-        members = self.names.get(client.name, {})
-        members.pop(client.nonce, None)
-        if not members:
-            self.names.pop(client.name, None)
+        if client in self:
+            members = self.names[client.name]
+            del members[self.place(client)]
+            self._resized(client.name, len(members) + 1, len(members))
+            if not members:
+                del self.names[client.name]
+
+    def _resized(self, name, before, now):
+        """Keeps sizes and most, of which a name's size changes by one: to count all names would take long."""
+        for size, change in ((before, set.discard), (now, set.add)):
+            names = self.sizes.setdefault(size, set())
+            change(names, name)
+            if not names or not size:
+                del self.sizes[size]
+        if now > self.most or self.most not in self.sizes:
+            self.most = now
 
     def silent(self, now):
         """The clients that have been silent for longer than their patience."""
-        return [client for client in self if now - client.heard_at > client.patience]
+        return [client for client in self if client.is_silent(now)]
 
     def ahead(self, client):
         """How many clients will be served before this one, if none comes or goes."""
-        place = sum(other.since < client.since for other in self.names[client.name].values())
-        return place + sum(min(len(members), place + 1)
-                           for name, members in self.names.items() if name != client.name)
+        turns = self.place(client) + 1          # of its name, up to its own; every other name has as many before it
+        return sum(min(size, turns) * len(names) for size, names in self.sizes.items()) - 1
 
     def take(self, few, fraction):
         """Removes and returns one of the oldest few clients of the name whose turn it is."""
         name, members = next(iter(self.names.items()))
-        oldest = heapq.nsmallest(int(few), members.values(), key=lambda client: client.since)
-        client = oldest[int(fraction * len(oldest))]
+        _, _, client = members[int(fraction * min(int(few), len(members)))]
         self.names.move_to_end(name)
         self.leave(client)
         return client
+
+    def last(self, newcomer):
+        """The newest client of the name that has most of them, if the newcomer counts too."""
+        members = self.names.get(newcomer.name, ())
+        if len(members) < self.most:
+            members = self.names[next(iter(self.sizes[self.most]))]
+            return members[-1][2]
+        return newcomer if self.place(newcomer) == len(members) else members[-1][2]
 
 
 class Clients:
@@ -8589,7 +8624,8 @@ class Clients:
         # client that was served; and a flood of claims for other workers' jobs makes us forget no
         # client that we have made an offer: its complaint must still count.
         self.limit = limit
-        self.unserved = collections.OrderedDict()   # (name, nonce): KnownClient, here and in the other parts
+        self.unserved = {}          # (name, nonce): KnownClient, here and in the other parts
+        self.idle = collections.OrderedDict()       # the unserved ones that are NEW or BACKING_OFF, the oldest first
         self.ours, self.others = Memory(limit), Memory(limit)   # SERVED or CLAIMED: with an offer of ours, without
         self.line, self.offers = Line(), {}         # offers: (name, nonce): Offer
 
@@ -8601,24 +8637,29 @@ class Clients:
     def add(self, client):
         """Adds a client after its first ANNOUNCE.  False if there is no room.
 
-        To make room it forgets the oldest idle client, but never one with an offer, a delay or a place in
-        the line: a replay of its ANNOUNCE would get it another.
+        To make room it forgets the oldest idle client; or one in the line, of the name that has most there: so
+        nobody keeps other names out.  It never forgets one with an offer or a delay: a replay of its ANNOUNCE
+        would get it another.
         """
         if len(self.unserved) >= self.limit:
-            idle = next((other for other in self.unserved.values() if other.state in (NEW, BACKING_OFF)), None)
-            if idle is None:
+            other = next(iter(self.idle.values()), None) or self.line.last(client)
+            if other is client:
                 return False
-            del self.unserved[idle.key]
-        self.unserved[client.key] = client
+            self.line.leave(other)
+            self.idle.pop(other.key, None)
+            del self.unserved[other.key]
+        self.unserved[client.key] = self.idle[client.key] = client
         return True
 
     def move(self, client, state, timer=None, offer=None):
         """Changes a client's state; a timer comes with DELAYED, an offer with OFFERED."""
         client.enter(state, timer)
-        for part in (self.unserved, self.ours, self.others):
+        for part in (self.unserved, self.idle, self.ours, self.others):
             part.pop(client.key, None)
         over = self.ours if client.ours else self.others
         (over if state in (SERVED, CLAIMED) else self.unserved)[client.key] = client
+        if state in (NEW, BACKING_OFF):
+            self.idle[client.key] = client
         self.line.leave(client)
         if state is QUEUED:
             self.line.join(client)
@@ -8785,6 +8826,7 @@ class Worker:
         """Runs every second."""
         self.pace.sample()
         self.replies = 0
+        self.clients.expire(time.monotonic())
         self.serve_line()
         self.loop.after(1.0, self.sweep)
 
@@ -8991,10 +9033,11 @@ class Worker:
 
         With a penalty the offer is delayed, so that another worker can serve the client first.
         """
-        self.clients.expire(time.monotonic())
         while self.clients.line and self.free_slots():
             client = self.clients.line.take(self.pace.few, random_fraction())
-            if self.pace.penalty:
+            if client.is_silent(time.monotonic()):
+                self.clients.move(client, NEW)
+            elif self.pace.penalty:
                 self.delay_offer(client, self.pace.penalty)
             else:
                 self.offer(client, 0.0)
@@ -9043,7 +9086,6 @@ class Worker:
 
     def may_go_on(self, client):
         """Whether a batch may have its next job on the same connection: only if no other client waits."""
-        self.clients.expire(time.monotonic())
         return not self.draining and all(other.batch == client.batch for other in self.clients.line)
 
     def slots_changed(self):

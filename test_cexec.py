@@ -8612,6 +8612,33 @@ def test_line_tells_how_many_are_ahead(text):
     assert told[clients[0].nonce] <= len(set(text)) - 1
 
 
+def test_line_keeps_its_books():
+    """Whoever joins, leaves or is served: each name's clients in their order, and which name has most."""
+    for seed in range(20):
+        chance, line, model = random.Random(seed), cexec.Line(), {}
+        for number in range(120):
+            if model and chance.random() < 0.4:
+                client = chance.choice(list(model.values()))
+                if chance.random() < 0.5:
+                    client = line.take(1 + 3 * chance.random(), chance.random())
+                line.leave(client)
+                line.leave(client)              # twice is once
+                del model[client.nonce]
+            else:
+                client = waiting(chance.choice("aaab"), number, since=float(chance.randrange(5)))
+                assert client not in line
+                line.join(client)
+                model[client.nonce] = client
+            counts = collections.Counter(client.name for client in model.values())
+            assert sorted(client.nonce for client in line) == sorted(model) and len(line) == len(model)
+            assert all(client in line for client in model.values()) and bool(line) == bool(model)
+            assert line.most == max(counts.values(), default=0)
+            assert {size: set(names) for size, names in line.sizes.items()} == {
+                size: {name for name in counts if counts[name] == size} for size in counts.values()}
+            for members in line.names.values():
+                assert members == sorted(members)
+
+
 def test_line_forgets_whoever_is_silent():
     silent, alive = waiting("a", 1, 0.0, heard=100.0), waiting("b", 2, 0.0, heard=104.0)
     clients = queued(silent, alive)
@@ -8695,6 +8722,47 @@ def test_a_client_with_an_offer_or_a_place_is_not_forgotten():
     assert clients.add(members[2]) and clients.add(members[3]) and clients.find(members[2]) is None
     clients.move(members[3], cexec.QUEUED)
     assert not clients.add(members[4]) and clients.find(members[4]) is None and len(clients.line) == 2
+
+
+def test_a_full_line_has_room_for_another_name():
+    """Of the name that has most of all clients in the line, the newest goes; which may be the newcomer itself."""
+    first, many = waiting("b", 1, 90.0), [waiting("a", number, float(number)) for number in range(2, 7)]
+    clients = queued(first, *many)
+    clients.limit = 6
+
+    def comes(name, number, since):
+        client = waiting(name, number, since)
+        if clients.add(client):
+            clients.move(client, cexec.QUEUED)
+        assert len(clients.unserved) == len(clients.line) == 6 and first in clients.line
+        assert (clients.find(client) is client) == (client in clients.line)
+        return client in clients.line
+    assert comes("b", 10, 100.0) and many[4] not in clients.line and clients.find(many[4]) is None
+    assert not comes("a", 11, 5.5) and many[3] in clients.line
+    assert comes("a", 12, 1.0) and many[3] not in clients.line          # it waits longer
+    assert comes("c", 13, 101.0) and many[2] not in clients.line
+    assert comes("c", 14, 102.0) and many[1] not in clients.line        # now each name has two
+    assert not comes("c", 15, 103.0)
+    assert comes("d", 16, 104.0) and len(clients.line.names) == 4
+
+
+def test_one_name_does_not_keep_others_out_of_the_line(cluster):
+    """Its clients are more than the worker remembers; another name's is told its place, and is served in its turn."""
+    altered(cluster, MEMORY="40")
+    cluster.run_here("ckeygen", "-n", "mallory", "app", "mallory.pub")
+    worker = cluster.worker(*ORDERLY, env={"CONCURRENCY": "1"})
+    first = held_job(cluster, "N=first")
+    before = in_line(cluster, 0, "N=before", stdin=subprocess.DEVNULL)
+    with Asker(cluster, cexec.open_pub(cluster.path("mallory.pub"))) as mallory:
+        def flood():
+            for _ in range(200):
+                mallory.say(cexec.ANNOUNCE, nonce=os.urandom(16), attempt=1, waited=2 ** 32 - 1, pause=15000)
+        flood()
+        after = in_line(cluster, 3, "N=after", stdin=subprocess.DEVNULL)
+        flood()
+        outcomes(first, before, after)          # to end the first one closes its input
+    assert [word for word in order(cluster) if "mallory" not in word] == ["anyonefirst", "anyonebefore", "anyoneafter"]
+    no_defect(read(worker.log))
 
 
 def test_announcement_of_a_job_that_was_served_does_nothing(desk, monkeypatch):
