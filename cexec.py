@@ -2583,39 +2583,42 @@ class ReplayBuffer:
 class Backlog:
     """Bytes that wait to be written, first in first out.  Neither add() nor drop() moves what is there.
 
-    They are in pieces.  Each is filled before the next begins, or frames of a byte would make millions.
+    They are in pieces, each filled before the next begins.  A piece that was written is used again: to take
+    and free so much memory, over and over, would cost a page fault for each 4 KiB.
     """
 
     def __init__(self):
-        self.pieces = collections.deque()
-        self.dropped = self.size = 0                # of the first piece; in all
+        self.pieces = collections.deque()           # of FRAME_MAX each; the last ones may be empty
+        self.start = self.end = 0                   # where the bytes are, counted from the first piece on
 
     def __len__(self):
-        return self.size
+        return self.end - self.start
 
     def __bytes__(self):
-        return b"".join(self.pieces)[self.dropped:]
+        return b"".join(self.pieces)[self.start:self.end]
 
     def add(self, data):
-        self.size += len(data)
         while data:
-            if not self.pieces or len(self.pieces[-1]) >= FRAME_MAX:
-                self.pieces.append(bytearray())
-            room = FRAME_MAX - len(self.pieces[-1])
-            self.pieces[-1] += data[:room]
-            data = data[room:]
+            number, place = divmod(self.end, FRAME_MAX)
+            if number == len(self.pieces):
+                self.pieces.append(memoryview(bytearray(FRAME_MAX)))
+            part = data[:FRAME_MAX - place]
+            self.pieces[number][place:place + len(part)] = part
+            self.end += len(part)
+            data = data[len(part):]
 
     def first(self):
-        """A view of the oldest bytes, as many as are in one piece.  It must be released before add()."""
-        return memoryview(self.pieces[0])[self.dropped:] if self.pieces else memoryview(b"")
+        """A view of the oldest bytes, as many as are in one piece."""
+        return self.pieces[0][self.start:self.end] if self.pieces else memoryview(b"")
 
     def drop(self, count):
         """Forgets so many of the bytes that first() shows."""
-        self.size -= count
-        self.dropped += count
-        if self.pieces and self.dropped == len(self.pieces[0]):
-            self.pieces.popleft()
-            self.dropped = 0
+        self.start += count
+        if self.start == self.end:
+            self.start = self.end = 0
+        elif self.start == FRAME_MAX:
+            self.pieces.rotate(-1)
+            self.start, self.end = 0, self.end - FRAME_MAX
 
 
 class Stateful:
