@@ -239,10 +239,10 @@ class Log:
         """Ends lines with CR LF while the terminal is raw: there LF alone does not go back to the left."""
         self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
-    def once(self, message):
-        """Says a message only the first time."""
-        if message not in self.said:
-            self.said.add(message)
+    def once(self, message, topic=None):
+        """Says a message only the first time, or the first one of its topic."""
+        if (topic or message) not in self.said:
+            self.said.add(topic or message)
             self.say(message)
 
     def say(self, message):
@@ -297,10 +297,21 @@ def write_all(write, data):
         data = data[write(data):]
 
 
+def readable(text):
+    """The text with the bytes in it that Python could not decode, as lone surrogates, as UTF-8 or else as \\xNN.
+
+    So it is the same in every locale, and can be encoded.
+    """
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:      # another lone surrogate, as JSON can have it
+        data = text.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
+
+
 def printable(text):
-    """The text with control characters escaped: what a peer says never moves a cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode()
-                   for c in text)
+    """The text, readable and with control characters escaped: what a peer says never moves a cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in readable(text))
 
 
 log = Log()
@@ -1423,15 +1434,24 @@ def parse_group(text, default_port):
     return targets
 
 
+def read_list(path):
+    """The lines of a file in UTF-8, without empty ones and comments, which begin with #.  Raises OSError."""
+    try:
+        text = read_text(path, GROUP_FILE_MAX).encode("latin-1").decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise OSError(errno.EILSEQ, "is not UTF-8") from None
+    return [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
+
+
 def parse_group_file(path, default_port):
     """The Targets of a file: a list on each line; a comment begins with #."""
     try:
-        lines = [line.partition("#")[0].strip() for line in read_text(path, GROUP_FILE_MAX).splitlines()]
+        lines = read_list(path)
     except OSError as error:
         raise Fatal(EXIT_USAGE, "group @%s: %s" % (path, error.strerror)) from None
     if any("@" in line for line in lines):
         raise Fatal(EXIT_USAGE, "group @%s: names another file: write addresses in it" % path)
-    targets = [target for line in lines if line for target in parse_group(line, default_port)]
+    targets = [target for line in lines for target in parse_group(line, default_port)]
     if not targets:
         raise Fatal(EXIT_USAGE, "group @%s: no address in it" % path)
     return targets
@@ -4678,8 +4698,24 @@ class Avoided:
         self.seconds.pop(worker_id, None)
 
 
-TCP_BLOCKED = ("the workers answer, but their connections do not arrive: let TCP to this machine through the "
-               "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+def ports_here(port):
+    """What a firewall of this machine must let in, if answers come to this port now."""
+    ports = os.environ.get("CEXEC_LISTEN_PORTS")
+    return "ports %s (CEXEC_LISTEN_PORTS)" % ports if ports else (
+        "port %d (another each time: set CEXEC_LISTEN_PORTS)" % port)
+
+
+def tcp_blocked(port):
+    return ("the workers answer, but their connections do not arrive: let TCP to %s in through the firewall of this "
+            "machine, and TCP out through theirs" % ports_here(port))
+
+
+def ask_of_firewalls(port, group):
+    """What to look at if nothing is heard at a port of this machine.  The workers' answers to a broadcast are no
+    answers for a firewall here that lets nothing in but these, as most desktops have."""
+    theirs = ", ".join(sorted({str(target.port) for target in group.targets}))
+    return ("does the firewall of this machine let UDP and TCP to %s in? do those of the workers let UDP to port %s in?"
+            % (ports_here(port), theirs))
 
 
 @functools.lru_cache(None)
@@ -4763,7 +4799,7 @@ class Search:
     def complaint(self, now):
         """Why no worker was found."""
         if self.blocked:
-            return "no worker reached us in %d s: %s" % (now - self.began, TCP_BLOCKED)
+            return "no worker reached us in %d s: %s" % (now - self.began, tcp_blocked(self.back.port))
         if self.refusal:
             return "no worker took the job in %d s: %s" % (now - self.began, self.refusal)
         if self.ahead is not None:
@@ -4776,7 +4812,7 @@ class Search:
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
-            hint = self.stranger or "is cservice running with this key?"
+            hint = self.stranger or "is cservice running with this key? " + ask_of_firewalls(self.back.port, self.group)
         return "no worker answered in %d s on %s (%s): cexec -l finds out more" % (silence, self.group.text, hint)
 
     def send(self, kind, **fields):
@@ -4832,7 +4868,7 @@ class Search:
 
     def say_blocked(self):
         if self.blocked:
-            log.once(TCP_BLOCKED)
+            log.once(tcp_blocked(self.back.port), tcp_blocked)     # another search has another port
 
     # Offers
 
@@ -5722,7 +5758,7 @@ class Survey:
         """Yields the reasons why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
             if not self.connected:
-                yield TCP_BLOCKED
+                yield tcp_blocked(self.back.port)
             elif all(row["state"] == "draining" for row in self.workers.values()):
                 yield "all of them are draining: they take no more jobs"
             return
@@ -5742,8 +5778,8 @@ class Survey:
         for version, address in sorted(self.versions):
             yield "%s speaks protocol version %d, this is %d: copy one cexec.py to both" % (address, version, PROTOCOL)
         if self.connected:
-            yield ("workers connect to us, but their datagrams do not arrive: let UDP to this machine through the "
-                   "firewall, and set CEXEC_LISTEN_PORTS to the ports that it lets through")
+            yield ("workers connect to us, but their datagrams do not arrive: let UDP to %s in through the firewall of "
+                   "this machine, and UDP out through theirs" % ports_here(self.back.port))
 
     def guesses(self):
         """Yields the possible causes, if none is certain."""
@@ -5757,9 +5793,9 @@ class Survey:
             yield ("other applications' datagrams are heard (%s): is cservice running with the key of %s?"
                    % (", ".join(sorted(other.hex() for other in self.others)), self.pub.label))
         elif not self.foreign:
-            ports = ", ".join(sorted({str(target.port) for target in self.group.targets}))
-            yield ("no other cexec was heard: is cservice running, in the same network, with the same GROUP? "
-                   "does the firewall there let UDP port %s in?" % ports)
+            yield "no other cexec was heard: is cservice running, in the same network, with the same GROUP?"
+        if not self.foreign:
+            yield ask_of_firewalls(self.back.port, self.group)
 
     def sending_troubles(self):
         """Yields where the questions went, or why they could not be sent."""
@@ -10577,6 +10613,8 @@ def default_target(address):
 # ---------------------------------------------------------------------------
 
 KEY_ROUNDS = 600000                 # rounds of PBKDF2-HMAC-SHA256, for -stdin
+SECRET_MIN = 12                     # characters of a passphrase: a shorter one gets a warning
+NO_SECRET = "no passphrase was given"
 
 
 def stretch(secret):
@@ -10595,11 +10633,14 @@ def read_secret(path):
     """Reads standard input for stretch().  As HMAC does, it replaces more than 64 bytes by their SHA-256."""
     if sys.stdin is None:
         raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
+    new = not os.path.lexists(path)
     if sys.stdin.isatty():
-        return ask_secret(new=not os.path.lexists(path))
+        return ask_secret(new)
     data, digest = sys.stdin.buffer.read(65), hashlib.sha256()
-    if not data:
-        raise Fatal(EXIT_USAGE, "-stdin: nothing to read on standard input")
+    if data in (b"", b"\n", b"\r\n"):
+        raise Fatal(EXIT_USAGE, "-stdin: %s" % (NO_SECRET if data else "nothing to read on standard input"))
+    if new:
+        warn_of_secret(data.rstrip(b"\n"))
     if len(data) <= 64:
         return data
     while data:
@@ -10612,16 +10653,25 @@ def ask_secret(new):
     """Asks for a passphrase, without echo, and twice if new: its bytes, and a newline, as echo(1) adds one."""
     import getpass
     try:
-        secret = getpass.getpass("passphrase: ")
+        secret = getpass.getpass("passphrase (%d characters or more): " % SECRET_MIN if new else "passphrase: ")
         if not secret:
             raise EOFError
         if new and getpass.getpass("again: ") != secret:
             raise Fatal(EXIT_USAGE, "-stdin: the two passphrases differ: type the same one twice")
+        if new:
+            warn_of_secret(secret)
         return os.fsencode(secret) + b"\n"
     except EOFError:
-        raise Fatal(EXIT_USAGE, "-stdin: no passphrase was given") from None
+        raise Fatal(EXIT_USAGE, "-stdin: %s" % NO_SECRET) from None
     except UnicodeError:
         raise Fatal(EXIT_USAGE, "-stdin: the passphrase is no text in this locale") from None
+
+
+def warn_of_secret(secret):
+    """A passphrase is all that is between a sniffed datagram and the key: who has one can try others at leisure."""
+    if len(secret) < SECRET_MIN:
+        log.say("warning: fewer than %d characters: who records this application's datagrams can guess them"
+                % SECRET_MIN)
 
 
 def write_new(path, text, replace):
@@ -10778,18 +10828,12 @@ SAID_MAX = 8192                     # bytes of a line that is shown
 
 
 def parse_hosts(words):
-    """The hosts of all -s, each once: HOST,... or @FILE, which has a host on each line and comments after #."""
+    """The hosts of all -s, each once: HOST,... or @FILE, see hosts_in().  Raises Fatal (100)."""
     names = []
     for word in words:
         for item in word.split(","):
-            if item.startswith("@"):
-                try:
-                    lines = read_text(item[1:], GROUP_FILE_MAX).splitlines()
-                except OSError as error:
-                    raise Fatal(EXIT_USAGE, "-s %s: %s" % (item, error.strerror)) from None
-                names += filter(None, (line.partition("#")[0].strip() for line in lines))
-            else:
-                names.append(item)
+            names += hosts_in(item) if item.startswith("@") else [
+                item.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")]
     if "" in names:
         raise Fatal(EXIT_USAGE, "-s %s: a host is missing before or after a comma (no space there)" % words[0])
     for name in names:              # ssh would take a word that begins with - for an option
@@ -10800,6 +10844,18 @@ def parse_hosts(words):
     if not names:
         raise Fatal(EXIT_USAGE, "-s %s: no host in it" % words[0])
     return list(dict.fromkeys(names))
+
+
+def hosts_in(item):
+    """The hosts of @FILE, one on each line.  Raises Fatal (100)."""
+    try:
+        names = read_list(item[1:])
+    except OSError as error:
+        raise Fatal(EXIT_USAGE, "-s %s: %s" % (item, error.strerror)) from None
+    for name in names:
+        if "," in name or len(name.split()) > 1:
+            raise Fatal(EXIT_USAGE, "-s %s: %s: write one host on each line" % (item, name))
+    return names
 
 
 def ssh_words(several):
@@ -10901,7 +10957,7 @@ class Host(Stateful):
             # Ctrl-C must reach only us: we drain then, and ssh must go on.  So ssh gets a session of its own.  But a
             # single ssh may ask for a password: it keeps the terminal, and ignores the signals of its keys.
             self.process = subprocess.Popen(
-                [*self.starter.ssh, self.name, REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [*self.starter.ssh, self.name.encode(), REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, bufsize=0, start_new_session=not alone,
                 preexec_fn=ignore_keyboard if alone else None)
         except OSError as error:

@@ -88,6 +88,7 @@ FOREVER = "while :; do sleep 0.02; done"
 CLONE_NEWNET = 0x40000000               # setns(2)
 ETH_P_ALL, SO_RCVBUFFORCE = 3, 33       # packet(7), socket(7)
 GROUP_PORT = cexec.PORT
+BLOCKED = "the workers answer, but their connections do not arrive: let TCP to port "
 MAY_HAVE_RUN = re.escape("; the command may have run (cexec -r runs it again)")
 ORDERLY = ("sh", "-c", 'echo "$REMOTE_USER$PEER_N" >> order; exec cat')     # tells when it is whose turn
 RUN = "echo $PPID >>runs; "             # the command's parent is its supervisor
@@ -1493,6 +1494,17 @@ def survey(cluster, *words, pub=None, **options):
     return done
 
 
+def let_in_answers_only(space):
+    """Gives a host the firewall of most desktops: what belongs to a connection that it has begun comes in."""
+    need("nft")
+    subprocess.run(["ip", "netns", "exec", space, "nft", "-f", "-"], check=True, input=b"""
+        table inet desktop { chain input { type filter hook input priority 0; policy drop;
+            iif "lo" accept
+            ct state established,related accept
+        }
+        }""")
+
+
 def block(space, *rule):
     """Has a firewall drop what comes in."""
     need("iptables")
@@ -2465,14 +2477,15 @@ def test_group_of_names(monkeypatch):
 
 def test_group_of_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    put("hosts", "# the workers\n10.0.0.1, 10.0.0.2:9   # two\n\n[fd00::1]\n10.1.0.0/30\n")
+    put("hosts", "# the workers of \xc3\x85land\n10.0.0.1, 10.0.0.2:9   # two\n\n[fd00::1]\n10.1.0.0/30\n")
     put("more", "10.9.0.1")
     targets = cexec.parse_group("10.8.0.1,@hosts,@%s" % (tmp_path / "more"), 3010)
     assert [cexec.spelled(target.address, target.port) for target in targets] == [
         "10.8.0.1:3010", "10.0.0.1:3010", "10.0.0.2:9", "[fd00::1]:3010", "10.1.0.1:3010", "10.1.0.2:3010",
         "10.9.0.1:3010"]
     for text, said in (("", "no address"), ("# none\n\n", "no address"), ("@more", "names another file"),
-                       ("10.0.0.1\nnonsense:::\n", "nonsense"), ("10.0.0.0/22\n" * 5, "more than 4096")):
+                       ("10.0.0.1\nnonsense:::\n", "nonsense"), ("10.0.0.0/22\n" * 5, "more than 4096"),
+                       ("# \xff\n10.0.0.1\n", "is not UTF-8")):
         put("wrong", text)
         assert said in fatal(100, cexec.parse_group, "@wrong", 3010)
 
@@ -6980,7 +6993,7 @@ def misconfigured(hosts, spaces, what):
     ("no network", False, "no network is up: only this machine was asked"),
     ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
     ("another version there", False, r"10\.77\.0\.2 speaks protocol version 3, this is 2: copy one cexec.py to both"),
-    ("another port", False, "no other cexec was heard: .* firewall there let UDP port 3011 in"),
+    ("another port", False, "do those of the workers let UDP to port 3011 in"),
     ("firewall there", False, "no other cexec was heard: is cservice running, in the same network, with the same"),
     ("udp firewall here", False, "workers connect to us, but their datagrams do not arrive: let UDP"),
     ("tcp firewall here", True, "the workers answer, but their connections do not arrive: let TCP"),
@@ -7000,6 +7013,26 @@ def test_list_says_what_is_wrong(hosts, spaces, what, answered, said):
     job = hosts.run("cexec", pub, env=dict(env, CEXEC_TIMEOUT_ACCEPT="1"), space=spaces["client"])
     assert job.returncode == (0 if what in ("nothing", "udp firewall here") else 111)
     assert job.returncode == 0 or what.startswith("no ") or b"cexec -l finds out more" in job.stderr
+
+
+@pytest.mark.parametrize("group", ["255.255.255.255", "10.77.0.2"], ids=["broadcast", "list"])
+@pytest.mark.parametrize("ports", [None, "5000-5003"], ids=["any port", "some ports"])
+def test_a_firewall_here_that_lets_only_answers_in(hosts, spaces, group, ports):
+    """An answer to a broadcast is none for it, and no connection is.  This machine is named first."""
+    hosts.worker("cat", space=spaces["worker"])
+    let_in_answers_only(spaces["client"])
+    env = {"GROUP": group, "CEXEC_LISTEN_PORTS": ports, "CEXEC_TIMEOUT_ACCEPT": "3"}
+    here = "ports 5000-5003 (CEXEC_LISTEN_PORTS)" if ports else "port N (another each time: set CEXEC_LISTEN_PORTS)"
+    listed = survey(hosts, env=env, space=spaces["client"])
+    job = hosts.client(env=env, space=spaces["client"])
+    assert (listed.returncode, job.returncode) == (111 if group == "255.255.255.255" else 0, 111)
+    for said in (listed.stderr, job.stderr.decode()):
+        said = re.sub(r"port (?!3010)\d+", "port N", said)
+        if group == "10.77.0.2":
+            assert "do not arrive: let TCP to %s in through the firewall of this machine, and TCP out " % here in said
+        else:
+            assert ("does the firewall of this machine let UDP and TCP to %s in? do those of the workers let UDP to "
+                    "port 3010 in?" % here in said), said
 
 
 def test_what_there_is_without_netlink(hosts):
@@ -11204,16 +11237,31 @@ def typed(keys, *answers):
 
 def test_ckeygen_asks_a_terminal_for_a_passphrase(keys):
     """Without echo; twice for a new key.  The same line in a pipe names the same key."""
-    assert typed(keys, b"my word\n", b"my wort\n") == (
-        100, "passphrase: \r\nagain: \r\nckeygen: -stdin: the two passphrases differ: type the same one twice\r\n")
-    assert typed(keys, b"\n") == (100, "passphrase: \r\nckeygen: -stdin: no passphrase was given\r\n")
-    assert typed(keys, b"\4") == (100, "passphrase: ckeygen: -stdin: no passphrase was given\r\n")
+    asks = "passphrase (12 characters or more): "
+    assert typed(keys, b"my long word\n", b"my long wort\n") == (
+        100, asks + "\r\nagain: \r\nckeygen: -stdin: the two passphrases differ: type the same one twice\r\n")
+    assert typed(keys, b"\n") == (100, asks + "\r\nckeygen: -stdin: no passphrase was given\r\n")
+    assert typed(keys, b"\4") == (100, asks + "ckeygen: -stdin: no passphrase was given\r\n")
     assert sorted(os.listdir(keys.directory)) == ["app", "app.pub"]
-    assert typed(keys, b"my word\n", b"my word\n") == (0, "passphrase: \r\nagain: \r\n")
-    assert typed(keys, b"my word\n") == (0, "passphrase: \r\n")
+    assert typed(keys, b"my long word\n", b"my long word\n") == (0, asks + "\r\nagain: \r\n")
+    assert typed(keys, b"my long word\n") == (0, "passphrase: \r\n")
     assert typed(keys, b"my wort\n")[0] == 104
-    keys.run("ckeygen", "-stdin", "piped", input=b"my word\n", check=True)
+    keys.run("ckeygen", "-stdin", "piped", input=b"my long word\n", check=True)
     assert read(keys.path("typed")) == read(keys.path("piped"))
+
+
+def test_a_short_passphrase_makes_a_key_with_a_warning(keys):
+    """Once, when the key is made.  An empty line makes none: it comes of a variable that is not set."""
+    code, shown = typed(keys, b"my word\n", b"my word\n")
+    assert code == 0 and "ckeygen: warning: fewer than 12 characters" in shown
+    assert typed(keys, b"my word\n") == (0, "passphrase: \r\n")
+    done = keys.run("ckeygen", "-stdin", "piped", input=b"my word\n", check=True)
+    assert done.stderr.startswith(b"ckeygen: warning: fewer than 12 characters")
+    assert read(keys.path("typed")) == read(keys.path("piped"))
+    assert keys.run("ckeygen", "-stdin", "piped", input=b"my word\n", check=True).stderr == b""
+    assert keys.run("ckeygen", "-stdin", "long", input=b"twelve bytes", check=True).stderr == b""
+    for nothing in (b"\n", b"\r\n"):
+        refusal(keys.run_here("ckeygen", "-stdin", "empty", input=nothing), 100, "-stdin: no passphrase was given")
 
 
 def small_files():
@@ -11849,10 +11897,13 @@ def test_an_old_python_says_so(local):
 
 @pytest.mark.parametrize("words, found", [
     (["a,b", "me@c"], ["a", "b", "me@c"]), (["a,a", "a"], ["a"]), (["@list"], ["one", "u@two"]),
-    (["x,@list,one"], ["x", "one", "u@two"]), (["[fe80::1%eth0]"], ["[fe80::1%eth0]"])])
+    (["x,@list,one"], ["x", "one", "u@two"]), (["[fe80::1%eth0]"], ["[fe80::1%eth0]"]),
+    (["@utf8"], ["b\xfccher"]), (["b\xfccher"], ["b\xfccher"]), (["b\udcc3\udcbccher"], ["b\xfccher"])])
 def test_hosts_of_s(tmp_path, monkeypatch, words, found):
+    """Texts of the command line are those of the locale: a byte that is none of its characters is a lone surrogate."""
     monkeypatch.chdir(tmp_path)
     put("list", "# all\none # first\n\n   u@two\n")
+    put("utf8", "\xef\xbb\xbf# all\r\nb\xc3\xbccher\r\n")
     assert cexec.parse_hosts(words) == found
 
 
@@ -11879,11 +11930,16 @@ def test_the_group_there(tmp_path, monkeypatch, text, there):
     (["-oProxyCommand=id"], "-s -oProxyCommand=id: not a host"),
     (["a:22"], "-s a:22: a port is set by CEXEC_SSH='ssh -p PORT'"),
     (["a b"], "-s a b: not a host"), (["a\nb"], "not a host"), (["@none"], "-s @none: No such file"),
-    (["@empty"], "-s @empty: no host in it"), (["@options"], "-s -v: not a host")])
+    (["@empty"], "-s @empty: no host in it"), (["@options"], "-s -v: not a host"), (["\udcff"], "not a host"),
+    (["@latin"], "-s @latin: is not UTF-8"), (["@commas"], "-s @commas: a,b: write one host on each line"),
+    (["@blanks"], "-s @blanks: a b: write one host on each line")])
 def test_what_is_no_host(tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     put("empty", "# none\n")
     put("options", "-v\n")
+    put("latin", "b\xfccher\n")
+    put("commas", "a,b\n")
+    put("blanks", "a b\n")
     assert says in fatal(100, cexec.parse_hosts, words)
 
 
@@ -14092,8 +14148,8 @@ def test_clients_that_no_connection_reaches_keep_nobody_from_the_only_slot(hosts
     for client in bad:
         assert client.wait(PATIENCE) == 111
         lines = client.said().splitlines()
-        assert lines.count("cexec: " + cexec.TCP_BLOCKED) == 1
-        assert re.fullmatch("cexec: no worker reached us in \\d+ s: " + re.escape(cexec.TCP_BLOCKED), lines[-1])
+        assert sum(line.startswith("cexec: " + BLOCKED) for line in lines) == 1
+        assert re.match("cexec: no worker reached us in \\d+ s: " + BLOCKED, lines[-1])
     assert all(1 <= count <= 3 for count in failures()), failures()     # and it is not tried over and over
 
 
@@ -14106,7 +14162,7 @@ def test_a_stopped_client_in_line_is_not_told_of_a_firewall(hosts, spaces):
     outcome(first)
     until(lambda: b": no job in 3 s" in read(worker.log), "the end of the offer")
     assert signalled(stopped, signal.SIGCONT) == 0 and order(hosts) == ["anyone0", "anyone1"]
-    assert "connections of 10.77.0.2 to us fail" in stopped.said() and cexec.TCP_BLOCKED not in stopped.said()
+    assert "connections of 10.77.0.2 to us fail" in stopped.said() and BLOCKED not in stopped.said()
 
 
 def test_a_client_in_line_that_no_connection_reaches_says_so(hosts):
@@ -14119,7 +14175,7 @@ def test_a_client_in_line_that_no_connection_reaches_says_so(hosts):
     last = in_line(hosts, 1, "N=2", space=spaces["client"])
     outcomes(first, last)
     assert order(hosts) == ["anyone0", "anyone2"]
-    assert bad.wait(PATIENCE) == 111 and bad.said().count(cexec.TCP_BLOCKED) == 2
+    assert bad.wait(PATIENCE) == 111 and bad.said().count(BLOCKED) == 2
 
 
 def test_unicast_to_one_host_reaches_all_that_listen_there(hosts):
@@ -14167,7 +14223,9 @@ def test_nobody_there_names_the_group(hosts):
     spaces = hosts.lan("lan", ["client"], "10.77.0")
     said = failed(hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"}))
     assert re.fullmatch(br"cexec: no worker answered in [12] s on 255\.255\.255\.255 "
-                        br"\(is cservice running with this key\?\): cexec -l finds out more\n", said)
+                        br"\(is cservice running with this key\? does the firewall of this machine let UDP and TCP to "
+                        br"port \d+ \(another each time: set CEXEC_LISTEN_PORTS\) in\? do those of the workers let UDP "
+                        br"to port 3010 in\?\): cexec -l finds out more\n", said)
 
 
 @pytest.mark.parametrize("rule, servers", [
