@@ -4506,7 +4506,7 @@ class Terms:
         self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
         linger = setting("CEXEC_TIMEOUT_LINGER", -1, 0, 10 ** 6)
         self.linger = NO_LINGER if linger < 0 else linger * 1000
-        self.may_offer = address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
+        self.servers = ServerFilter()
         self.ports = listen_ports()
 
     def job_fields(self):
@@ -4562,31 +4562,74 @@ def listen_ports():
     return parse_ports(os.environ.get("CEXEC_LISTEN_PORTS", ""))
 
 
-def address_filter(accept, reject):
-    """A function that tells whether the lists in these two environment variables allow an address.
+def network_of(text):
+    """The address or network.  Raises ValueError."""
+    import ipaddress
+    return ipaddress.ip_network(text, strict=False)
 
-    A list has addresses and networks (10.0.0.0/24), with commas or spaces between them.
+
+def addresses_of(name):
+    """The addresses that a host's name has; none if nobody knows it."""
+    try:
+        return {info[4][0].partition("%")[0] for info in socket.getaddrinfo(name, None)}
+    except (OSError, UnicodeError):
+        return set()
+
+
+class ServerList:
+    """The workers in an environment variable: addresses, networks, host names and ids, with commas or spaces between.
+
+    Raises Fatal (100).  A name is what the worker calls its host, with or without the domain, or what has its address.
     """
-    def networks(name):
-        import ipaddress
-        try:
-            words = os.environ[name].replace(",", " ").split()
-            return [ipaddress.ip_network(word, strict=False) for word in words]
-        except ValueError as error:
-            raise Fatal(EXIT_USAGE, "%s: %s" % (name, error)) from None
 
-    accepted = networks(accept) if os.environ.get(accept) else None
-    rejected = networks(reject) if os.environ.get(reject) else []
-    if accepted is None and not rejected:
-        return lambda address: True
+    def __init__(self, variable):
+        self.networks, self.names, self.ids = [], set(), set()
+        for word in os.environ.get(variable, "").replace(",", " ").split():
+            if len(word) == 16 and not set(word) - set("0123456789abcdef"):
+                self.ids.add(bytes.fromhex(word))
+            elif is_name(word) and not word.replace(".", "").isdecimal():
+                self.names.add(word.lower())
+                self.networks += map(network_of, addresses_of(word))
+            else:
+                try:
+                    self.networks.append(network_of(word))
+                except ValueError as error:
+                    raise Fatal(EXIT_USAGE, "%s: %s (use addresses, networks, host names and ids, as in 10.0.0.0/24, "
+                                            "box3)" % (variable, error)) from None
 
-    def allowed(address):
+    def __bool__(self):
+        return bool(self.networks or self.names or self.ids)
+
+    def has_address(self, address):
+        if not self.networks:
+            return False
         import ipaddress
         address = ipaddress.ip_address(address.partition("%")[0])
-        if any(address in network for network in rejected):
+        return any(address in network for network in self.networks)
+
+    def has(self, address, host, worker_id):
+        host = host.lower()
+        return worker_id in self.ids or not self.names.isdisjoint({host, host.partition(".")[0]}) or (
+            self.has_address(address))
+
+
+class ServerFilter:
+    """The workers that CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS allow."""
+
+    def __init__(self):
+        self.accepted, self.rejected = ServerList("CEXEC_ACCEPT_SERVER"), ServerList("CEXEC_REJECT_SERVERS")
+
+    def may_allow(self, address):
+        """Whether a worker at this address may be allowed; its name and id are not known yet."""
+        if self.rejected.has_address(address):
             return False
-        return accepted is None or any(address in network for network in accepted)
-    return allowed
+        return not self.accepted or bool(self.accepted.names or self.accepted.ids) or self.accepted.has_address(address)
+
+    def allows(self, address, host, worker_id):
+        """Whether this worker is allowed: its address as we see it, its host's name as it says, its id."""
+        if self.rejected.has(address, host, worker_id):
+            return False
+        return not self.accepted or self.accepted.has(address, host, worker_id)
 
 
 class Candidate(Stateful):
@@ -4631,6 +4674,9 @@ class Candidate(Stateful):
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
             return self.link.fail("an offer that we do not take")
+        if not self.search.terms.servers.allows(self.address, hello.host, hello.worker_id):
+            self.search.not_allowed(self.address)
+            return self.link.fail("not allowed")
         unfit = self.search.terms.unfit(hello)
         if unfit:
             self.search.found_unfit("worker %s %s" % (hello.address, unfit))
@@ -4747,7 +4793,7 @@ class Search:
         self.refusal = None         # the address of the last worker that refused the job, and its reason
         self.unfit = self.unfit_timer = None        # why a worker cannot do the job (others may); for insist()
         self.last_busy = 0.0        # when the last BUSY came: its sender may be able to do the job
-        self.not_allowed = set()    # addresses of workers that answered, and that we do not accept
+        self.excluded = set()       # addresses of workers that answered, and that we do not accept
         self.arrived = self.blocked = False         # a connection came; a worker says that its connections fail
 
     def start(self):
@@ -4805,10 +4851,10 @@ class Search:
         if self.ahead is not None:
             return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
         silence = now - self.last_answer
-        if self.not_allowed:
+        if self.excluded:
             return ("%d of the workers answered in %d s and were not allowed (CEXEC_ACCEPT_SERVER, "
-                    "CEXEC_REJECT_SERVERS): %s" % (len(self.not_allowed), silence,
-                                                   ", ".join(sorted(self.not_allowed)[:8])))
+                    "CEXEC_REJECT_SERVERS): %s" % (len(self.excluded), silence,
+                                                   ", ".join(sorted(self.excluded)[:8])))
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
@@ -4839,8 +4885,8 @@ class Search:
         """A worker has us in its line, or its connections to us fail."""
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
             return log.note("dropped %r: it is old", datagram)
-        if not self.allows(address):
-            return
+        if address in self.excluded or not self.terms.servers.may_allow(address):
+            return self.not_allowed(address)
         if datagram.body.failures:
             return self.not_reached(address)
         self.worker_answered()
@@ -4851,13 +4897,10 @@ class Search:
     def may_ask(self, worker_id):
         return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
 
-    def allows(self, address):
-        """Whether CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS allow this worker."""
-        allowed = self.terms.may_offer(address)
-        if not allowed:
-            log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
-            self.not_allowed.add(address)
-        return allowed
+    def not_allowed(self, address):
+        """Remembers a worker that CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS exclude."""
+        log.note("answer of %s rejected (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)", address)
+        self.excluded.add(address)
 
     def not_reached(self, address):
         """A worker says that its connections to us fail.  If no connection arrives at all, a firewall blocks them."""
@@ -4892,7 +4935,8 @@ class Search:
     def accept(self, sock, address):
         """A worker has connected."""
         self.arrived, self.blocked = True, False
-        if not self.allows(address):
+        if not self.terms.servers.may_allow(address):
+            self.not_allowed(address)
             return sock.close()
         self.offers += 1
         if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
@@ -5661,10 +5705,12 @@ class Survey:
     ASK = (0.0, 0.2, 0.6)           # seconds after the start at which it asks
     ENOUGH, PATIENCE = 1.2, 3.0     # seconds after which it stops: with an answer, and without one
 
-    def __init__(self, group, pub, job_ports, loop):
+    def __init__(self, group, pub, job_ports, loop, servers=None):
         self.group, self.pub, self.loop = group, pub, loop
+        self.servers = servers      # a ServerFilter; None: all
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.questions, self.workers = Memory(16), {}           # nonce: when; worker_id: a row
+        self.excluded = set()       # addresses of workers that CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS exclude
         self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
         self.foreign = {}           # application id: addresses of the workers that sent DENY
@@ -5710,12 +5756,17 @@ class Survey:
     def rcvd_reply(self, datagram, address):
         """A worker that can do our jobs."""
         body, seconds = datagram.body, time.monotonic() - self.questions[datagram.nonce]
-        if datagram.proved_by(self.pub.secret):
+        if not datagram.proved_by(self.pub.secret):
+            return
+        if self.servers and not self.servers.allows(address, body.host, body.worker_id):
+            self.excluded.add(address)          # this peer has a key: there are not many of them
+        else:
             self.add_worker(body.worker_id, {
                 "host": body.host, "address": body.address or address, "load": body.load / 1000,
                 "running": body.running, "slots": body.slots, "waiting": body.waiting, "version": body.version,
                 "uptime": body.uptime, "round_trip": round(seconds, 6),
-                "state": "draining" if body.draining else "serving", "options": option_letters(body.options)})
+                "state": "draining" if body.draining else "serving", "options": option_letters(body.options),
+                "id": body.worker_id.hex()})
 
     def rcvd_deny(self, datagram, address):
         """A worker that refuses us, or one of another application."""
@@ -5777,7 +5828,9 @@ class Survey:
             yield "%s: %s" % (", ".join(sorted(addresses)), self.denial(why))
         for version, address in sorted(self.versions):
             yield "%s speaks protocol version %d, this is %d: copy one cexec.py to both" % (address, version, PROTOCOL)
-        if self.connected:
+        if self.excluded:
+            yield "%s: not allowed (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)" % ", ".join(sorted(self.excluded))
+        elif self.connected:
             yield ("workers connect to us, but their datagrams do not arrive: let UDP to %s in through the firewall of "
                    "this machine, and UDP out through theirs" % ports_here(self.back.port))
 
@@ -5820,7 +5873,7 @@ class Survey:
 
 def list_workers(group, pub, ports, as_json):
     """Asks for the workers, and shows them; the exit code."""
-    survey = Survey(group, pub, ports, Loop())
+    survey = Survey(group, pub, ports, Loop(), ServerFilter())
     survey.begin(survey.loop.stop)
     survey.loop.run()
     return show_workers(survey, as_json)
@@ -7256,7 +7309,7 @@ def main_everywhere(pub, group, words, options):
     need_output()
     terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
     most = jobs_at_once(6, 64)      # a search needs more than a run
-    survey = Survey(group, pub, terms.ports, Loop())
+    survey = Survey(group, pub, terms.ports, Loop(), terms.servers)
     survey.begin(survey.loop.stop)
     survey.loop.run()
     survey.close()

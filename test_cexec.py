@@ -1920,15 +1920,30 @@ def test_ports_to_listen_on(text, ports):
 def test_whose_offers_are_taken(accept, reject, good, bad, monkeypatch):
     monkeypatch.setenv("CEXEC_ACCEPT_SERVER", accept)
     monkeypatch.setenv("CEXEC_REJECT_SERVERS", reject)
-    allowed = cexec.address_filter("CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
-    assert [address for address in good + bad if allowed(address)] == good
+    servers = cexec.ServerFilter()
+    assert [address for address in good + bad if servers.may_allow(address)] == good
+    assert [address for address in good + bad if servers.allows(address, "host", bytes(8))] == good
 
 
-@pytest.mark.parametrize("text", ["10.0.0.0/33", "host.example", "10.0.0", "10.0.0.1;10.0.0.2"])
+@pytest.mark.parametrize("accept, reject, allowed", [
+    ("box1", "", ["box1", "BOX1.lan"]), ("", "BOX1, 00000000000000bb", ["box2", "me"]),
+    ("00000000000000bb 10.0.0.1", "", ["box1", "box2 bb"]), ("10.0.0.0/8", "box1.lan", ["box1", "box2", "box2 bb"]),
+    ("", "localhost", ["box1", "BOX1.lan", "box2", "box2 bb"])])
+def test_workers_are_allowed_by_name_and_id(accept, reject, allowed, monkeypatch):
+    monkeypatch.setenv("CEXEC_ACCEPT_SERVER", accept)
+    monkeypatch.setenv("CEXEC_REJECT_SERVERS", reject)
+    workers = {"box1": ("10.0.0.1", "box1", 1), "BOX1.lan": ("10.0.0.2", "BOX1.lan", 1),
+               "box2": ("10.0.0.3", "box2", 1), "box2 bb": ("10.0.0.4", "box2", 0xbb), "me": ("127.0.0.1", "me", 1)}
+    servers = cexec.ServerFilter()
+    assert [name for name, (address, host, number) in workers.items()
+            if servers.may_allow(address) and servers.allows(address, host, number.to_bytes(8, "big"))] == allowed
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/33", "host/example", "10.0.0", "10.0.0.1;10.0.0.2"])
 def test_lists_of_addresses_that_are_none(text, monkeypatch):
     monkeypatch.setenv("CEXEC_REJECT_SERVERS", text)
     monkeypatch.delenv("CEXEC_ACCEPT_SERVER", raising=False)
-    message = fatal(100, cexec.address_filter, "CEXEC_ACCEPT_SERVER", "CEXEC_REJECT_SERVERS")
+    message = fatal(100, cexec.ServerFilter)
     assert "CEXEC_REJECT_SERVERS" in message
 
 
@@ -6854,7 +6869,7 @@ def test_list_of_workers(hosts):
     out = output(survey(hosts, "-j", space=spaces["client"]), errors="")
     rows = {row["address"]: row for row in map(json.loads, out.splitlines())}
     assert list(map(set, rows.values())) == [{"host", "address", "load", "running", "slots", "waiting", "version",
-                                              "uptime", "round_trip", "state", "options"}] * 2
+                                              "uptime", "round_trip", "state", "options", "id"}] * 2
     one, two = rows["10.77.0.2"], rows["10.77.0.3"]
     assert (one["running"], one["slots"], two["running"], two["slots"]) == (1, 1, 0, 3)
     assert one["load"] >= 1 and one["version"] == cexec.VERSION and 0 < one["round_trip"] < 3
@@ -6862,7 +6877,7 @@ def test_list_of_workers(hosts):
     lines = survey(hosts, space=spaces["client"]).stdout.splitlines()
     loads = [float(line.split("\t")[2]) for line in lines]
     assert len(loads) == 2 and loads == sorted(loads)   # the least loaded first
-    assert {tuple(line.split("\t")[9:]) for line in lines} == {("serving", "-")}
+    assert {tuple(line.split("\t")[9:11]) for line in lines} == {("serving", "-")}
     words = shlex.join(hosts.argv("cexec", "-l", hosts.pub, space=spaces["client"]))
     shown = hosts.do(["script", "-qec", words, "/dev/null"])
     head, *rows = shown.stdout.decode().splitlines()
@@ -6881,7 +6896,7 @@ def test_workers_that_drain_are_listed_and_marked(cluster):
     until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
     assert [json.loads(line)["state"] for line in survey(cluster, "-j").stdout.splitlines()] == ["draining"]
     done = survey(cluster)
-    assert done.stdout.endswith("\tdraining\t-\n") and done.returncode == 0
+    assert "\tdraining\t-\t" in done.stdout and done.returncode == 0
     assert done.stderr == "cexec: all of them are draining: they take no more jobs\n"
     words = shlex.join(cluster.argv("cexec", "-l", cluster.pub))
     shown = cluster.do(["script", "-qec", words, "/dev/null"])
@@ -12978,7 +12993,7 @@ REFUSED = [
     refused("cexec", 100, ": not [DEVICE:]ADDRESS[:PORT]", "app.pub", CEXEC_GROUP="127.0.0.1:" + "9" * 5000),
     refused("cexec", 100, ": not a whole number from", "app.pub", CEXEC_MAXFD="9" * 5000),
     refused("cexec", 100, "CEXEC_ACCEPT_SERVER: ", "app.pub", CEXEC_ACCEPT_SERVER="10.0.0.0/99"),
-    refused("cexec", 100, "CEXEC_REJECT_SERVERS: ", "app.pub", CEXEC_REJECT_SERVERS="somebody"),
+    refused("cexec", 100, "CEXEC_REJECT_SERVERS: ", "app.pub", CEXEC_REJECT_SERVERS="some/body"),
     *(refused(applet, 100, "group %s: %s" % (value, message), *words, CEXEC_GROUP=value)
       for applet, words in (("cexec", ["app.pub"]), ("cservice", ["app", "true"]))
       for value, message in (("127.0.0.1.2", "not an address"), ("127.0.0.1:0", "not [DEVICE:]ADDRESS[:PORT]"),
@@ -14248,6 +14263,27 @@ def test_accepted_and_rejected_servers(hosts, rule, servers):
             assert all(b"offer to" in read(worker.log) for worker in workers)   # they would have
             break
         assert (done.returncode, done.stderr) == (0, b"") and done.stdout.strip() in servers
+
+
+def test_servers_excluded_by_id_are_left_out_everywhere(hosts):
+    """At once by -l and -A; a search declines their offers."""
+    spaces = hosts.lan("lan", ["client", "two", "three"], "10.77.0")
+    for host in ("two", "three"):
+        hosts.shell_worker(space=spaces[host])
+    def addresses_and_ids(**env):
+        lines = survey(hosts, "-j", space=spaces["client"], env=env).stdout.splitlines()
+        return {row["address"]: row["id"] for row in map(json.loads, lines)}
+
+    rule = {"CEXEC_REJECT_SERVERS": addresses_and_ids()["10.77.0.2"]}
+    assert list(addresses_and_ids(**rule)) == ["10.77.0.3"]
+    done = hosts.run("cexec", "-A", hosts.pub, "CMD=echo $SERVER_ADDR", space=spaces["client"], env=rule)
+    assert (done.returncode, done.stdout.split(b": ")[1:], done.stderr) == (0, [b"10.77.0.3\n"], b"")
+    for _ in range(3):
+        done = hosts.client("CMD=echo $SERVER_ADDR", space=spaces["client"], env=rule)
+        assert ended(done) == (0, b"10.77.0.3\n", b"")
+    done = survey(hosts, space=spaces["client"], env={"CEXEC_ACCEPT_SERVER": "nobody.example"})
+    assert done.returncode == 111
+    assert "10.77.0.2, 10.77.0.3: not allowed (CEXEC_ACCEPT_SERVER, CEXEC_REJECT_SERVERS)\n" in done.stderr
 
 
 def test_listen_ports_are_a_port_a_range_and_none_left(hosts, spaces):
