@@ -2663,6 +2663,7 @@ class Stateful:
 #     OPEN --close_soon()--> DRAINING --nothing there, or the budget is spent: send EOF--> ENDED
 #      '--discard()--'----> DISCARDING
 #     from these three:  end of file: send EOF--> ENDED      rcvd SHUT--> SHUTDOWN      stop()--> STOPPED
+#     SHUT that comes when its writer has gone: send what there is credit for, at most one DATA, and EOF--> ENDED
 #
 #   Sink (gets DATA, writes the End)
 #
@@ -2839,7 +2840,12 @@ class Source(Stream):
 
     def rcvd_shut(self, whole):
         """Nobody reads at the other end."""
-        if self.is_live():
+        if self.is_live() and self.end.hung_up():
+            # Whoever wrote here has ended, and cannot be told any more: so tell the peer that there was more.
+            if self.credit:
+                self.readable()
+            self.finish()
+        elif self.is_live():
             self._set(SHUTDOWN)
             self._leave("read", whole)
 
@@ -2855,6 +2861,7 @@ class Sink(Stream):
         self.queue = Backlog()      # what the End has not taken: at most a window, in however many frames
         self.received = self.written = self.owed = 0
         self.allowed = WINDOW       # bytes that the peer may still send
+        self.ended = False          # whether the peer has sent EOF
         self.whole = False          # whether the peer has closed both halves
         if self.end.watched:
             self.loop.on_leave(self.end.polled, self.reader_left)
@@ -2868,9 +2875,9 @@ class Sink(Stream):
         self.allowed -= len(view)
         if self.allowed < 0 or self.state in (DRAINING, ENDED):
             raise ProtocolError("DATA without credit or after EOF on channel %d" % self.number)
+        self.received += len(view)
         if self.state is not OPEN:
             return                  # the peer has sent it before our SHUT came there, and could not know
-        self.received += len(view)
         if not self.queue and not self.end.patient:
             view = view[self._write(view):]
         if view and self.state is OPEN:
@@ -2912,6 +2919,7 @@ class Sink(Stream):
     def rcvd_eof(self, whole):
         if self.state in (DRAINING, ENDED):
             raise ProtocolError("EOF twice on channel %d" % self.number)
+        self.ended = True
         if self.state is OPEN:
             self._set(DRAINING)
             self.whole = whole
@@ -2933,6 +2941,10 @@ class Sink(Stream):
     def reader_left(self):
         """The reader has left while nothing was to be written: a writer at the peer may wait for just that."""
         self.break_off(self.end.halves == {"write"})
+
+    def has_cut(self):
+        """Whether bytes found no reader, and whoever wrote them at the peer had ended before our SHUT could tell it."""
+        return self.state is SHUTDOWN and self.ended and self.written < self.received
 
     def has_all(self, sent):
         """Whether everything has come, if the peer tells that it has sent so many bytes (None: it tells nothing)."""
@@ -5293,6 +5305,9 @@ class RemoteRun(Carrier):
         how, status = self.exit.how, self.exit.status
         if self.trouble:
             return failure(self.trouble)
+        cut = any(channel.sink and channel.sink.has_cut() for channel in self.channels.values())
+        if how == HOW_EXITED and status == 0 and cut:
+            how, status = HOW_SIGNALLED, int(signal.SIGPIPE)        # as if it had written to the pipe here
         if how == HOW_SIGNALLED:
             return Outcome(EXIT_SIGNAL + status, "signalled=%d" % status, signal=status)
         word = "notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d"

@@ -3158,6 +3158,48 @@ def test_a_source_at_its_end_leaves_the_next_file_with_its_number_alone(late):
         close_all(again, writer)
 
 
+@pytest.mark.parametrize("writer_left, credit, sent, state", [
+    (True, 9, [(b"data", 4), cexec.EOF], cexec.ENDED), (True, 3, [(b"dat", 3), cexec.EOF], cexec.ENDED),
+    (True, 0, [cexec.EOF], cexec.ENDED), (False, 9, [], cexec.SHUTDOWN)])
+def test_shut_that_its_writer_can_no_longer_be_told(writer_left, credit, sent, state):
+    """Then the peer learns that there was more, if there was."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    holder, frames = Holder(cexec.Loop()), []
+    holder.link = SimpleNamespace(
+        congested=False, closed=False, send=lambda kind, *words: frames.append(kind),
+        send_data=lambda number, buffer, count: frames.append((bytes(buffer[8:8 + count]), count)))
+    source = holder.carry(1, cexec.PipeEnd(reader, reader, lambda: os.close(reader), ["read"])).source
+    source.credit = credit
+    os.write(writer, b"data")
+    if writer_left:
+        os.close(writer)
+    source.rcvd_shut(True)
+    assert (frames, source.state) == (sent, state)
+    if not writer_left:
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"more")
+        os.close(writer)
+
+
+@pytest.mark.parametrize("events, cut", [
+    ("data leave eof", True), ("data eof leave", True), ("leave data eof", True), ("leave eof", False),
+    ("data leave", False), ("data eof", False), ("leave data", False)])
+def test_what_a_sink_knows_of_output_that_was_cut(wire, events, cut):
+    """Bytes found no reader, and the peer's writer was at its end before it could be told."""
+    out = wire.pipe(0, wire.there, "write")
+    sink = wire.there.channels[0].sink
+    filler = os.dup(sink.end.fd)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(filler, bytes(4096))               # so that "data" has to wait
+    os.close(filler)
+    for event in events.split():
+        {"data": lambda: sink.rcvd_data(memoryview(b"x")), "eof": lambda: sink.rcvd_eof(True),
+         "leave": lambda: (wire.close_fd(out), sink.break_off(True))}[event]()
+    assert sink.has_cut() == cut
+
+
 # What a stream is told, one after another -> its state after each
 @pytest.mark.parametrize("half, events, states", [
     ("read", ["close_soon", "discard", "finish"], ["DRAINING", "DISCARDING", "ENDED"]),
@@ -4113,6 +4155,31 @@ def test_oracle_reader_leaves(one, tmp_path, command, status):
         ended = process.wait(PATIENCE)
         return first, 128 - ended if ended < 0 else ended       # Popen's own death in the shell's numbers
     assert both(one, tmp_path, scenario) == (b"one\n", status)
+
+
+@pytest.mark.parametrize("number", [1, 9])
+@pytest.mark.parametrize("command, awaited, status", [
+    ("exec head -c 40000 /dev/zero", "client", 0),              # a pipe holds that
+    *[("exec head -c %d /dev/zero" % size, "command", 141)
+      for size in (70000, 1000000, cexec.WINDOW + 300000)],
+    ("exec head -c 20000000 /dev/zero", None, 141), ("head -c 1000000 /dev/zero; exit 3", "command", 3),
+    (python("import os, signal\nsignal.signal(signal.SIGPIPE, signal.SIG_IGN)\ntry:\n while 1: os.write(1, bytes(9999))\n"
+            "except BrokenPipeError: pass"), None, 0)])
+def test_oracle_reader_leaves_when_the_command_may_have_ended(one, tmp_path, number, command, awaited, status):
+    """What nobody reads is no success, although the command has ended with 0; unless it has seen that."""
+    def scenario(side):
+        mark, (out, far) = "MARK=" + new_mark(), os.pipe()
+        process = side.start("exec >&%d; %s %s" % (number, mark, command), {number: far})
+        os.close(far)
+        first = read_count(out, 10)
+        if awaited == "client":
+            process.wait(PATIENCE)
+        elif awaited and isinstance(side, There):
+            until(lambda: not processes_with(mark), "the command's end")
+        os.close(out)
+        ended = process.wait(PATIENCE)
+        return first, 128 - ended if ended < 0 else ended
+    assert both(one, tmp_path, scenario) == (bytes(10), status)
 
 
 def test_oracle_held_by_the_background(one, tmp_path):
