@@ -1313,7 +1313,7 @@ PKTINFO = struct.Struct("@i4s4s")   # interface index, local address, destinatio
 PKTINFO6 = struct.Struct("@16sI")   # destination address, interface index: RFC 3542, 6.
 
 Interface = collections.namedtuple("Interface", "index name flags address")
-Target = collections.namedtuple("Target", "device address port")
+Target = collections.namedtuple("Target", "device address port host")       # host: its name, or "" for several hosts
 
 
 def family_of(address):
@@ -1330,6 +1330,11 @@ def is_address(text):
 
 def is_multicast(address):
     return address[:2].lower() == "ff" if ":" in address else 224 <= int(address.partition(".")[0]) <= 239
+
+
+def is_broadcast(address):
+    """Whether a datagram to it goes to many hosts; a host's own IPv4 address hardly ends with 255."""
+    return is_multicast(address) or address.endswith(".255")
 
 
 def address_of(peer):
@@ -1474,7 +1479,8 @@ def parse_target(item, text, port):
         raise Fatal(EXIT_USAGE, "group %s: not [DEVICE:]ADDRESS[:PORT]%s"
                     % (text, ", IPv6 in brackets" if item.count(":") > 2 else ""))
     try:
-        targets = [Target(device, address, port) for address in resolve(words[0])]
+        targets = [Target(device, address, port, "" if "/" in words[0] or is_broadcast(address) else words[0])
+                   for address in resolve(words[0])]
         if device:
             find_device(device)     # last: a wrong address is permanent (100), but a device may come up (111)
         return targets
@@ -1544,9 +1550,17 @@ class Group:
         """The address families of the targets, IPv4 first."""
         return sorted({family_of(target.address) for target in self.targets})
 
+    def hosts(self):
+        """Returns {name: addresses} of the hosts that it names one by one."""
+        hosts = {}
+        for target in self.targets:
+            if target.host:
+                hosts.setdefault(target.host, set()).add(target.address.partition("%")[0])
+        return hosts
+
     def ways(self):
         """Yields (interface index or 0, address, port) for every way."""
-        for device, address, port in self.targets:
+        for device, address, port, _ in self.targets:
             if device:
                 try:
                     yield self.way_through(socket.if_nametoindex(device), device, address, port)
@@ -4637,6 +4651,10 @@ class ServerFilter:
             return False
         return not self.accepted or bool(self.accepted.names or self.accepted.ids) or self.accepted.has_address(address)
 
+    def expects(self, host, addresses):
+        """Whether a worker of this host, which has not answered, would be allowed as far as is known."""
+        return host.lower() not in self.rejected.names and any(map(self.may_allow, addresses))
+
     def allows(self, address, host, worker_id):
         """Whether this worker is allowed: its address as we see it, its host's name as it says, its id."""
         if self.rejected.has(address, host, worker_id):
@@ -5725,6 +5743,7 @@ class Survey:
         self.servers = servers      # a ServerFilter; None: all
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.questions, self.workers = Memory(16), {}           # nonce: when; worker_id: a row
+        self.answered = set()       # addresses from which a worker has sent REPLY, and those that it calls its own
         self.excluded = set()       # addresses of workers that CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS exclude
         self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
@@ -5748,7 +5767,7 @@ class Survey:
         """Asks, and calls over() when its time is over: see ENOUGH and PATIENCE."""
         for seconds in self.ASK:
             self.loop.after(seconds, self.ask)
-        self.loop.after(self.ENOUGH, lambda: over() if self.workers else self.loop.after(
+        self.loop.after(self.ENOUGH, lambda: over() if self.workers and not self.silent_hosts() else self.loop.after(
             self.PATIENCE - self.ENOUGH, over))
 
     def close(self):
@@ -5773,6 +5792,7 @@ class Survey:
         body, seconds = datagram.body, time.monotonic() - self.questions[datagram.nonce]
         if not datagram.proved_by(self.pub.secret):
             return
+        self.answered |= {address.partition("%")[0], body.address}
         if self.servers and not self.servers.allows(address, body.host, body.worker_id):
             self.excluded.add(address)          # this peer has a key: there are not many of them
         else:
@@ -5815,6 +5835,11 @@ class Survey:
                 addresses.add(address)
 
     # The result
+
+    def silent_hosts(self):
+        """Returns the hosts that the group names, that are allowed, and of which no worker answers, in their order."""
+        return [host for host, addresses in self.group.hosts().items() if not addresses & self.answered
+                and (self.servers is None or self.servers.expects(host, addresses))]
 
     def rows(self):
         """The workers as dictionaries, the least loaded first."""
@@ -7309,14 +7334,26 @@ class Everywhere(Patron):
 
 
 def input_for_all(empty):
-    """(descriptor, offset) of the input that each job reads.  Raises Fatal (100)."""
+    """Returns (descriptor, offset) of the input that each job reads.  Raises Fatal (111)."""
     item = Inherited(0)
     if item.kind == FILE and not empty:
         return 0, os.lseek(0, 0, os.SEEK_CUR)
     if item.kind in (PIPE, SOCKET) and not empty:
-        raise Fatal(EXIT_USAGE, "-A: standard input is a pipe or a socket, which only one job can read: give a regular "
-                                "file, or nothing (-n)")
+        return kept_input(), 0
     return os.open(os.devnull, os.O_RDONLY), 0
+
+
+def kept_input():
+    """Reads standard input to its end.  Returns a descriptor of an unnamed file that has it.  Raises Fatal (111)."""
+    import shutil
+    import tempfile
+    try:
+        with tempfile.TemporaryFile(buffering=0) as file, open(0, "rb", closefd=False) as source:
+            shutil.copyfileobj(source, file, FRAME_MAX)
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise Fatal(EXIT_TEMPORARY, "standard input, or %s: %s (TMPDIR)" % (
+            tempfile.gettempdir(), error.strerror)) from None
 
 
 def main_everywhere(pub, group, words, options):
@@ -7332,7 +7369,11 @@ def main_everywhere(pub, group, words, options):
         log.say(line)
     if not survey.workers:
         return EXIT_TEMPORARY
-    return Everywhere(pub, group, terms, survey.loop, survey.workers, source, most).work()
+    silent = survey.silent_hosts()
+    for host in silent:
+        log.say("%s: no worker answers" % host)
+    code = Everywhere(pub, group, terms, survey.loop, survey.workers, source, most).work()
+    return max(code, EXIT_TEMPORARY) if silent else code
 
 
 # ---------------------------------------------------------------------------

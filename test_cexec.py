@@ -22,6 +22,7 @@ import functools
 import glob
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import marshal
@@ -2478,7 +2479,7 @@ def test_words_without_bounds(piece):
      [(None, "127.0.0.1", 3010), (None, "10.0.0.255", 4000), (LOOPBACK, "239.1.2.3", 5)]),
 ])
 def test_what_a_group_stands_for(text, targets):
-    assert [tuple(target) for target in cexec.parse_group(text, 3010)] == targets
+    assert [tuple(target)[:3] for target in cexec.parse_group(text, 3010)] == targets
 
 
 def test_group_of_names(monkeypatch):
@@ -2487,7 +2488,8 @@ def test_group_of_names(monkeypatch):
     def lookup(name, *rest):
         return [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", (address, 0)) for address in known[name]]
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
-    assert cexec.parse_group("cluster.example:4000", 3010) == [(None, "10.0.0.1", 4000), (None, "10.0.0.2", 4000)]
+    assert [tuple(target) for target in cexec.parse_group("cluster.example:4000", 3010)] == [
+        (None, "10.0.0.1", 4000, "cluster.example"), (None, "10.0.0.2", 4000, "cluster.example")]
 
 
 def test_group_of_files(tmp_path, monkeypatch):
@@ -9783,8 +9785,37 @@ def test_every_worker_reads_the_file_from_its_offset(cluster):
     assert (done.returncode, done.stderr) == (0, b"")
     assert sorted(done.stdout.decode().split("\n")[:-1]) == sorted(
         "%s: %s" % (name, word) for name in labels(3) for word in ("one", "two"))
-    refusal(every(cluster, input=b"echo x"), 100, "standard input is a pipe or a socket")
     assert ended(every(cluster, options=["-n"], input=b"echo x")) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "slow pipe"])
+def test_every_worker_reads_all_of_a_pipe(cluster, kind):
+    """Its end too; kept in an unnamed file, of which nothing is left."""
+    for _ in range(3):
+        cluster.worker("sh", "-c", "wc -c; echo $PEER_X")
+    place = cluster.path("tmp")
+    os.mkdir(place)
+    ours, theirs = socket.socketpair() if kind == "socket" else map(io.FileIO, os.pipe(), "rw")
+    client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdin=ours, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, env={"TMPDIR": place})
+    ours.close()
+    with theirs:
+        for piece in (b"x" * 3000000, b"y" * 10):
+            theirs.sendall(piece) if kind == "socket" else cexec.write_all(theirs.write, piece)
+            if kind == "slow pipe":
+                until(lambda: glob.glob("/proc/%d/fd/*" % client.pid), "the client")
+                assert client.poll() is None
+    out, err = client.communicate(timeout=PATIENCE)
+    assert (client.returncode, err) == (0, b"")
+    assert sorted(out.decode().splitlines()) == sorted(
+        "%s: %s" % (name, text) for name in labels(3) for text in ("3000010", "y"))
+    assert os.listdir(place) == []
+
+
+def test_a_pipe_that_no_file_can_hold_is_no_input_for_every_worker(cluster):
+    cluster.worker("cat")
+    cluster.launch = ["sh", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "sh"] + cluster.launch
+    refusal(every(cluster, input=bytes(1 << 20)), 111, "standard input, or ")
 
 
 def test_exit_status_is_the_largest(cluster):
@@ -9917,6 +9948,23 @@ def test_every_worker_of_a_network(hosts):
     assert (done.returncode, done.stderr) == (0, b"")
     assert sorted(done.stdout.decode().splitlines()) == [
         "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
+
+
+def test_silent_hosts_of_a_list_are_named(hosts):
+    """111, by the name in the list; not those that are excluded, and not a network's or a broadcast's."""
+    spaces = hosts.lan("lan", ["client", "one", "two"], "10.77.0")
+    hosts.worker("echo", "here", space=spaces["one"])
+
+    def said(group, **env):
+        done = every(hosts, space=spaces["client"], env=dict(env, GROUP=group))
+        assert done.stdout.endswith(b": here\n") and done.stdout.count(b"\n") == 1
+        return done.returncode, done.stderr.decode()
+
+    assert said("10.77.0.2,10.77.0.3,10.77.0.9") == (
+        111, "cexec: 10.77.0.3: no worker answers\ncexec: 10.77.0.9: no worker answers\n")
+    assert said("10.77.0.2,10.77.0.3,10.77.0.9", CEXEC_REJECT_SERVERS="10.77.0.3 10.77.0.9") == (0, "")
+    assert said("10.77.0.2,10.77.0.3", CEXEC_ACCEPT_SERVER="10.77.0.2") == (0, "")
+    assert said("10.77.0.0/29,10.77.0.255,10.77.0.2") == (0, "")
 
 
 # ---- crat -t ---------------------------------------------------------------
