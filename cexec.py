@@ -10934,6 +10934,7 @@ LOGIN_SECONDS = 60.0                # a login that takes longer is ended, so tha
 SSH_FAILED = 255                    # ssh's own exit status, ssh(1)
 RETRY_MAX = 60.0                    # seconds between two tries at most; they begin with one second
 SAID_MAX = 8192                     # bytes of a line that is shown
+SAID_LINES = 64                     # lines of a login that are remembered, so that the next one need not show them again
 
 
 def parse_hosts(words):
@@ -11039,7 +11040,8 @@ class Host(Stateful):
         self.state, self.process, self.worker_id = WAITING, None, None
         self.failures = 0           # in a row
         self.status = None          # the exit status of the last ssh
-        self.lines, self.known_lines = set(), set()     # what this login has said, and what the one before said
+        self.lines = Memory(SAID_LINES)         # what this login has said last,
+        self.known_lines = ()       # and what the one before has
         self.timer = None           # for the next try, or the deadline of a login
         self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
         self.input_ends = False     # whether its input ends after unsent
@@ -11134,7 +11136,7 @@ class Host(Stateful):
         elif line.strip():
             text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
             if self.state is LOGIN:             # an unreachable host says the same at each try: once is enough
-                self.lines.add(text)
+                self.lines[text] = True
             if self.state is not LOGIN or text not in self.known_lines:
                 log.write("%s: %s\n" % (self.name, text))
 
@@ -11143,7 +11145,7 @@ class Host(Stateful):
         self.worker_id = worker_id.decode("ascii", "replace").strip()
         if self.failures:
             self.say("serves now")
-        self.failures, self.known_lines = 0, set()
+        self.failures, self.known_lines = 0, ()
         self.starter.changed()
 
     # Its end
@@ -11153,8 +11155,9 @@ class Host(Stateful):
         if self.process is None or self.process.poll() is None:
             return
         for fd in self.unsaid:
-            while self.read(fd):
-                pass
+            for _ in range(PIPE_SIZE // SAID_MAX):      # more is not ssh's: a child of it goes on
+                if not self.read(fd):
+                    break
             if self.unsaid[fd]:     # no end of file came: a child of ssh still has the pipe open
                 self.rcvd_line(self.unsaid[fd])
             self.loop.forget(fd)
@@ -11192,7 +11195,7 @@ class Host(Stateful):
                      " (ssh %s true must work without a question)" % self.name if asks else "")
         else:
             log.note("%s: %s; tries again in %d s", self.name, why, delay)
-        self.lines, self.known_lines = set(), self.lines
+        self.lines, self.known_lines = Memory(SAID_LINES), self.lines
         self._set(WAITING)
         self.timer = self.loop.after(delay, lambda: self.starter.take_turn(self))
         self.starter.changed()

@@ -4165,8 +4165,8 @@ def test_oracle_reader_leaves(one, tmp_path, command, status):
     *[("exec head -c %d /dev/zero" % size, "command", 141)
       for size in (70000, 1000000, cexec.WINDOW + 300000)],
     ("exec head -c 20000000 /dev/zero", None, 141), ("head -c 1000000 /dev/zero; exit 3", "command", 3),
-    (python("import os, signal\nsignal.signal(signal.SIGPIPE, signal.SIG_IGN)\ntry:\n while 1: os.write(1, bytes(9999))\n"
-            "except BrokenPipeError: pass"), None, 0)])
+    (python("import os, signal\nsignal.signal(signal.SIGPIPE, signal.SIG_IGN)\n"
+            "try:\n while True: os.write(1, bytes(9999))\nexcept BrokenPipeError: pass"), None, 0)])
 def test_oracle_reader_leaves_when_the_command_may_have_ended(one, tmp_path, number, command, awaited, status):
     """What nobody reads is no success, although the command has ended with 0; unless it has seen that."""
     def scenario(side):
@@ -12005,6 +12005,26 @@ def test_what_hosts_say_cannot_move_a_cursor(local):
     lines = local.said().split("\n")
     assert lines[:2] == ["box: a\\x1b[2Jb", "box: \\xff"]
     assert "".join(line[5:] for line in lines[2:] if line.startswith("box: x")) == "x" * 20000
+
+
+def test_a_host_that_says_much_takes_no_memory(local):
+    """Only its last lines are remembered, though each is another."""
+    put(local.path("talk"), "for n in range(300000): print('%0100d' % n)\nprint('over', flush=True)")
+    process = local.serve("echo begun; until [ -e go ]; do sleep 0.05; done; python3 talk; exec sleep 1000",
+                          "box", local.key, "cat")
+    until(lambda: local.said() == "box: begun\n", "a login")
+    before = rss(process.pid)
+    touch(local.path("go"))
+    until(lambda: read(local.log)[-10:] == b"box: over\n", "its last line", 2 * PATIENCE)
+    assert rss(process.pid) < before + 5000000
+    assert read(local.log).count(b"\n") == 300002
+
+
+def test_what_an_ssh_leaves_behind_does_not_hold_up_its_end(local):
+    """A process that has its output, and writes faster than that is read."""
+    process = local.serve("yes & sleep 0.5; exit 127", "box", local.key, "cat")
+    assert process.wait(PATIENCE) == 111
+    assert local.said().splitlines()[-1].startswith("cservice: box: exit status 127 instead of a worker: ")
 
 
 def test_a_worker_there_that_is_told_to_end_is_not_started_again(local):
