@@ -1253,14 +1253,11 @@ def words_size(words):
     return sum(len(word) + 9 for word in words)
 
 
-def send_job(link, environment=(), arguments=(), patterns=(), **fields):
-    """Sends a job's words and JOB; the number of WORDS frames.  The worker answers each of them with PONG."""
+def job_frames(environment=(), arguments=(), patterns=(), **fields):
+    """Returns the frames of a job's words, each of which the worker answers with PONG, and of JOB."""
     data = b"".join(word + b"\0" for word in (*environment, *arguments, *patterns))
-    places = range(0, len(data), WORDS_CHUNK)
-    for place in places:
-        link.send(WORDS, bytes=data[place:place + WORDS_CHUNK])
-    link.send(JOB, variables=len(environment), arguments=len(arguments), patterns=len(patterns), **fields)
-    return len(places)
+    return [make_frame(WORDS, bytes=data[place:place + WORDS_CHUNK]) for place in range(0, len(data), WORDS_CHUNK)] + [
+        make_frame(JOB, variables=len(environment), arguments=len(arguments), patterns=len(patterns), **fields)]
 
 
 class Words:
@@ -2318,9 +2315,14 @@ class Link:
                     return
 
     def send(self, kind, channel=0, flags=0, **fields):
+        self.send_frames([make_frame(kind, channel, flags, **fields)])
+
+    def send_frames(self, frames):
+        """Sends frames together: one packet costs the sender and the peer as much as several frames."""
         if log.verbose:
-            log.note("-> %s %d", kind, channel)
-        self._write(make_frame(kind, channel, flags, **fields))
+            for code, _, channel, _ in map(FRAME_HEAD.unpack_from, frames):
+                log.note("-> %s %d", FRAMES[code], channel)
+        self._write(b"".join(frames))
 
     def send_data(self, channel, buffer, size):
         """Sends size bytes as DATA.  buffer has room for a frame's head, and then the bytes."""
@@ -4515,7 +4517,7 @@ class JobFiles:
 #   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
 #
-# A job is a Job, a Task or a HostJob.  send_job() sends its job_fields().
+# A job is a Job, a Task or a HostJob.  Its job_fields() are for job_frames().
 
 class Terms:
     """The settings of all jobs of one call of cexec: from its words and options, and from the environment.
@@ -4536,7 +4538,7 @@ class Terms:
         self.ports = listen_ports()
 
     def job_fields(self):
-        """The arguments of send_job(), without descriptors and terminal."""
+        """The arguments of job_frames(), without descriptors and terminal."""
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "patterns": self.results, "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
@@ -4721,8 +4723,9 @@ class Candidate(Stateful):
     def ask(self, secret, job_fields):
         """Sends AUTH and JOB."""
         self._set(self.ASKED)
-        self.link.send(AUTH, proof=client_proof(secret, self.hello.challenge, self.hello.nonce))
-        self.unconfirmed = send_job(self.link, **job_fields)
+        proof, frames = client_proof(secret, self.hello.challenge, self.hello.nonce), job_frames(**job_fields)
+        self.unconfirmed = len(frames) - 1
+        self.link.send_frames([make_frame(AUTH, proof=proof), *frames])
 
     def rcvd_pong(self, payload):
         """A part of the job's words has arrived: the worker has more time for the rest."""
@@ -6653,8 +6656,7 @@ class Batch(Patron):
         """Gives the run's worker the next file, if there is one and the worker takes it."""
         following = self.take() if run.exit.more and not run.link.closed else None
         if following:
-            send_job(run.link, **following.job_fields())
-            run.link.send(GO)
+            run.link.send_frames([*job_frames(**following.job_fields()), make_frame(GO)])
             self.begin_run(run.link, run.hello, following, accepted=False)
         else:
             run.link.close()

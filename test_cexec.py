@@ -593,27 +593,16 @@ def spin(loop, condition, what="something", seconds=2 * PATIENCE):
         late[0].cancel()
 
 
-class Post:
-    """A Link that keeps the frames that it is given."""
-
-    def __init__(self):
-        self.frames = []
-
-    def send(self, kind, channel=0, flags=0, **fields):
-        assert len(kind.pack(**fields)) <= cexec.CONTROL_MAX
-        self.frames.append((kind, SimpleNamespace(**fields)))
-
-
 def words_sent(environment, arguments=()):
     """(the words as they arrive, JOB)."""
-    post, words = Post(), cexec.Words()
-    rest = {"descriptors": [], "linger": 0, "term": "", "lines": 0, "columns": 0, "modes": []}
-    assert cexec.send_job(post, environment, arguments, **rest) == len(post.frames) - 1
-    for kind, payload in post.frames[:-1]:
-        assert kind is cexec.WORDS and 0 < len(payload.bytes) <= cexec.WORDS_CHUNK
-        words.add(payload.bytes)
-    assert post.frames[-1][0] is cexec.JOB
-    return words, post.frames[-1][1]
+    words, rest = cexec.Words(), {"descriptors": [], "linger": 0, "term": "", "lines": 0, "columns": 0, "modes": []}
+    frames = cexec.job_frames(environment, arguments, **rest)
+    *before, (kind, _, _, job) = all_frames(cexec.FrameReader(), b"".join(frames), size=4096)
+    assert kind is cexec.JOB and len(before) == len(frames) - 1
+    for kind, _, _, payload in before:
+        assert kind is cexec.WORDS and 0 < len(payload["bytes"]) <= cexec.WORDS_CHUNK
+        words.add(payload["bytes"])
+    return words, SimpleNamespace(**job)
 
 
 class Holder(cexec.Carrier):
@@ -803,7 +792,9 @@ class Peer(Closing):
     def send(self, kind, channel=0, flags=0, **fields):
         """Sends a frame; a JOB with its environment, which goes before it."""
         if "environment" in fields:
-            return cexec.send_job(self, [os.fsencode(word) for word in fields.pop("environment")], **fields)
+            frames = cexec.job_frames([os.fsencode(word) for word in fields.pop("environment")], **fields)
+            self.answers += len(frames) - 1
+            return self.raw(b"".join(frames))
         self.answers += kind is cexec.WORDS
         self.raw(cexec.make_frame(kind, channel, flags, **filled(kind, **fields)))
 
