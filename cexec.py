@@ -6124,6 +6124,7 @@ class BatchTerms(Terms):
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
+        self.unnamed = UnnamedFiles()
 
     def words_for(self, inputs):
         """(variables, arguments) of a job, with {} {.} ... filled in.  Raises OSError, ValueError.
@@ -6139,6 +6140,24 @@ class BatchTerms(Terms):
         if words_size(environment + arguments) > WORDS_MAX:
             raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
         return environment, arguments
+
+
+class UnnamedFiles:
+    """The files for outputs that get no name.  Each is used again: to make one costs as much as the rest of a job."""
+
+    def __init__(self):
+        self.spare = []
+
+    def take(self):
+        """Returns an empty file.  Raises OSError."""
+        import tempfile
+        return self.spare.pop() if self.spare else tempfile.TemporaryFile(buffering=0)
+
+    def give_back(self, file):
+        file.seek(0)
+        if os.fstat(file.fileno()).st_size:
+            file.truncate()
+        self.spare.append(file)
 
 
 class Task:
@@ -6215,15 +6234,14 @@ class Task:
 
     def open(self):
         """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
-        import tempfile
         self.words = self.fill_words()
         self.places = [self.input_place(text) for text in self.terms.inputs]
         for text in self.results:
             check_place(text)
         try:
             self.open_input()
-            self.result = tempfile.TemporaryFile() if self.output is None else self.open_part()
-            self.errors = open(self.errors_kept, "w+b", 0) if self.errors_kept else tempfile.TemporaryFile()
+            self.result = self.terms.unnamed.take() if self.output is None else self.open_part()
+            self.errors = open(self.errors_kept, "w+b", 0) if self.errors_kept else self.terms.unnamed.take()
         except OSError:
             self.discard()
             raise
@@ -6293,13 +6311,14 @@ class Task:
         self.close()
 
     def close(self, *names):
-        """Closes the open files of these names, or all."""
-        for name in names or ("input", "result", "errors"):
+        """Closes the open files of these names, or all; those without a name are for other Tasks then."""
+        named = {"input": True, "result": self.output is not None, "errors": self.errors_kept}
+        for name in names or named:
             file = getattr(self, name)
             setattr(self, name, None)
             try:
                 if file:
-                    file.close()
+                    file.close() if named[name] else self.terms.unnamed.give_back(file)
             except OSError as error:            # if this matters, keep() has raised it
                 log.note("%s: %s", self.name, error.strerror)
 

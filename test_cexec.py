@@ -7351,6 +7351,34 @@ def test_what_stands_before_the_lists(cluster):
     assert ended(cluster.run("cexec", "-mn", cluster.pub, ":::", "a", ":::")) == (0, b"", b"")
 
 
+def test_files_of_outputs_without_names_are_used_again_and_are_empty_then():
+    terms, files = cexec.BatchTerms([], values=True), set()
+    for number, size in enumerate((cexec.FRAME_MAX + 1, 0, 10, 1000)):
+        task = cexec.Task(terms, number, ("value",), None)
+        task.open()
+        for file in (task.result, task.errors):
+            assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == os.fstat(file.fileno()).st_size == 0
+            os.write(file.fileno(), bytes(size))
+            files.add(file)
+        task.discard()
+        assert (task.result, task.errors) == (None, None)
+    assert len(files) == 2
+    for file in files:
+        file.close()
+
+
+def test_each_value_has_its_own_output_however_long_the_one_before_was(cluster):
+    cluster.worker("sh", "-c", "yes $PEER_FILE | head -c $PEER_FILE; yes $PEER_FILE | head -c $((PEER_FILE / 2)) >&2")
+    sizes = [300000, 7, 0, 5000, 1, 90000, 2] * 3
+
+    def said(size, times):
+        return (b"%d\n" % size * size)[:times]
+    done = cluster.run("cexec", "-mn", cluster.pub, ":::", *map(str, sizes))
+    assert done.returncode == 0 and done.stdout == b"".join(said(size, size) for size in sizes)
+    assert sorted(part for part in re.split(rb"cexec: \d+: done, and said:\n", done.stderr) if part) == sorted(
+        said(size, size // 2).rstrip(b"\n") + b"\n" for size in sizes if size > 1)
+
+
 def test_values_are_not_read(cluster):
     """Standard input is empty, and a file of the value's name is only a name."""
     make_file(cluster, "a", b"in a")
