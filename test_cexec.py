@@ -2899,6 +2899,17 @@ def test_a_socket_is_closed_one_way_at_a_time(wire):
                    for stream in (holder.channels[5].source, holder.channels[5].sink))
 
 
+def test_frames_that_are_sent_together_leave_in_one_packet(wire, monkeypatch):
+    frames, writes = [cexec.make_frame(cexec.PING), data_frame(0, b"x"), cexec.make_frame(cexec.EOF, 0)], []
+    tls_write = wire.here.link.tls.write
+    out = Tap(wire, wire.pipe(0, wire.there, "write"))
+    monkeypatch.setattr(wire.there, "rcvd_ping", lambda *_: None, raising=False)
+    monkeypatch.setattr(wire.here.link.tls, "write", lambda data: writes.append(data) or tls_write(data))
+    wire.here.link.send_frames(frames)
+    wire.spin(lambda: out.ended)
+    assert out.got == b"x" and writes == [b"".join(frames)]
+
+
 def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
     size = 3 * cexec.WINDOW
     stalled, other = noise(size, 1), noise(size, 2)
