@@ -26,7 +26,7 @@ USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1
 		python=$(VENV)/bin/python; \
 	fi
 
-WITH_PYTEST = tool=xdist packages="pytest pytest-xdist"; $(USE_TOOL)
+WITH_PYTEST = tool="xdist, numpy" packages="pytest pytest-xdist numpy"; $(USE_TOOL)
 # Tests at a time: they mostly wait.
 AT_ONCE = 4
 

@@ -11372,7 +11372,7 @@ def serve_on_hosts(words, path, argv):
 #       | END --------------------------------------->  |  exits
 #
 # The worker trusts the client, because its command runs what it reads.  The client does not
-# trust the worker: results are only data (see Known), and a frame out of place ends the lane.
+# trust the worker: results are only data (see Reader), and a frame out of place ends the lane.
 # One thread does all the work of a pool; other threads only call submit() and shutdown().
 
 __all__ = ["Executor", "Failed", "run"]         # noqa: F822
@@ -11425,13 +11425,15 @@ cexec(7) with the security model.
 
 # The program that a lane's Python runs.  It uses nothing of this file, which the worker may not have.
 LANE_PROGRAM = r'''
-import os, pickle, queue, struct, sys, threading, traceback, types
+import copyreg, functools, io, operator, os, pickle, queue, struct, sys, threading, traceback, types
 from importlib.machinery import ModuleSpec
 
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
 writing, asking = threading.Lock(), threading.Lock()
 this, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4     # this: kept, or its globals would go
+trusted, made = False, None     # made: the stub's, by whose name the client knows what it makes by itself
+ATOMS = frozenset([int, float, str, bytes, bool, type(None)])
 STUB = """
 class Failed(OSError):
     pass
@@ -11444,6 +11446,9 @@ run = Executor = refuse
 
 def call_each(function, rows):
     return [function(*row) for row in rows]
+
+def made():
+    pass
 """
 
 def move_away():
@@ -11516,8 +11521,83 @@ class Source:
         import importlib.util
         return importlib.util.decode_source(self.text)
 
+class Ways(dict):
+    """{a class: how its objects are pickled}: calls of made() for what the client makes by the name of its class."""
+    def __missing__(self, kind):
+        if issubclass(kind, type):
+            raise KeyError(kind)    # a class goes by its name
+        numpy, enum, zones = map(sys.modules.get, ("numpy", "enum", "zoneinfo"))
+        way = copyreg.dispatch_table.get(kind) or operator.methodcaller("__reduce_ex__", protocol)
+        if numpy and (kind is numpy.ndarray or issubclass(kind, (numpy.generic, numpy.dtype))):
+            way = functools.partial(of_numpy, numpy, way)
+        elif zones and kind is zones.ZoneInfo:
+            way = lambda value: (kind, (value.key,))
+        elif enum and issubclass(kind, enum.Enum):
+            way = lambda value: (made, ("enum",) + name_of(kind) + (value._name_, value._value_))
+        elif issubclass(kind, BaseException) and kind.__module__ != "builtins":
+            way = of_exception
+        elif issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            way = lambda value: (made, ("tuple",) + name_of(kind) + (tuple(value),), getattr(value, "__dict__", None))
+        elif hasattr(kind, "__dataclass_fields__") and kind not in copyreg.dispatch_table and not has_own_way(kind):
+            way = of_dataclass
+        self[kind] = way
+        return way
+
+def name_of(kind):
+    return kind.__module__, kind.__qualname__
+
+def has_own_way(kind):
+    """Whether a dataclass says how it is pickled, so that the client must allow it."""
+    pairs = [(getattr(kind, name, None), getattr(object, name, None)) for name in (
+        "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")]
+    return any(mine is not common and not getattr(mine, "__name__", "").startswith("_dataclass_")
+               for mine, common in pairs)
+
+def of_dataclass(value):
+    kind, state = type(value), object.__reduce_ex__(value, 2)[2]
+    if type(state) is list:         # of one that is frozen and has slots
+        state = {name: getattr(value, name) for name in kind.__dataclass_fields__ if hasattr(value, name)}
+    if type(state) is dict:         # not what a cached_property keeps
+        state = {name: state[name] for name in state if name in kind.__dataclass_fields__ or
+                 not hasattr(getattr(kind, name, None), "__set_name__")}
+    return made, ("dataclass",) + name_of(kind), state
+
+def of_exception(value):
+    kind = base = type(value)
+    while base.__module__ != "builtins":
+        base = base.__base__
+    _, args, *state = base.__reduce__(value)
+    return (made, ("exception",) + name_of(kind) + (args,), *state)
+
+def of_numpy(numpy, way, value):
+    import numpy.lib.format as form
+    dtype = value if isinstance(value, numpy.dtype) else value.dtype
+    if dtype.hasobject or not dtype.itemsize or dtype.kind not in "biufcSUmMV" or dtype.type is numpy.record:
+        return way(value)
+    what = form.dtype_to_descr(dtype) if dtype.names else dtype.str
+    if (form.descr_to_dtype(what) if dtype.names else numpy.dtype(what)) != dtype:
+        return way(value)           # what a dtype's text does not tell
+    if value is dtype:
+        return made, ("dtype", what, None)
+    if isinstance(value, numpy.generic):
+        return made, ("scalar", what, value.tobytes())
+    order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
+    flat = numpy.ascontiguousarray(value.T if order == "F" else value).reshape(-1).view("u1")
+    return made, ("array", what, value.shape, order, pickle.PickleBuffer(flat) if protocol > 4 else flat.tobytes())
+
+def dumps(value):
+    if trusted or type(value) in ATOMS:
+        return pickle.dumps(value, protocol)
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol)
+    pickler.dispatch_table = ways
+    pickler.dump(value)
+    return file.getbuffer()
+
+ways = Ways()
+
 def set_up(data):
-    global protocol
+    global protocol, trusted, made
     settings = pickle.loads(data)
     names.update(settings["names"])
     protocol = min(settings["protocol"], pickle.HIGHEST_PROTOCOL)
@@ -11527,6 +11607,7 @@ def set_up(data):
     stub = types.ModuleType(settings["stub"])
     exec(STUB, stub.__dict__)
     sys.modules[settings["stub"]] = stub
+    trusted, made = settings["trust"], stub.made
     send(b"W", ("cexec-lane 1 %d %d.%d.%d %s" % ((pickle.HIGHEST_PROTOCOL,) + sys.version_info[:3]
                                                 + (os.uname().nodename,))).encode("utf-8", "replace"))
 
@@ -11541,7 +11622,7 @@ def report(kind, number, error):
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next))
     text = text.encode("utf-8", "backslashreplace")
     try:
-        data = pickle.dumps(error, protocol)
+        data = dumps(error)
     except BaseException:
         data = b""
     send(kind, number, SIZE.pack(len(text)), text, data)
@@ -11550,7 +11631,7 @@ def work(number, data):
     try:
         function, arguments, keywords = pickle.loads(memoryview(data)[NUMBER.size:])
         del data
-        result = pickle.dumps(function(*arguments, **keywords), protocol)
+        result = dumps(function(*arguments, **keywords))
     except BaseException as error:
         report(b"X", number, error)
     else:
@@ -11782,72 +11863,222 @@ def call_each(function, rows):
 
 
 # Executor: the results, from a worker that is not trusted
+#
+# A result travels as a pickle of protocol 4 or 5, but pickle does not read it: Reader does.  It has only the
+# opcodes that pickle writes for data.  No opcode imports, fetches an attribute or changes a class, and
+# none calls what a worker names: a class is only the key to a maker here, and only an object that a maker has
+# just made takes a state.  The makers check what they get.
+#
+#     what                                          how it is sent               who makes it here
+#     builtin data and exceptions, the standard     as pickle does               MAKERS
+#     library's types for data
+#     dataclasses, named tuples, enums,             made(kind, module, name, ..) Reader.own
+#     exceptions; numpy without objects             (Ways in LANE_PROGRAM)
+#     classes in allow                              as pickle does               their own code
+#     anything, with trust=True                     as pickle does               pickle
 
 DATA_TYPES = frozenset("bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
                        "Ellipsis NotImplemented".split())
-NUMPY_MAKERS = frozenset((package + module, name) for package in ("numpy.core.", "numpy._core.") for module, name in (
-    ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))
+PLAIN = frozenset([bool, bytearray, bytes, complex, dict, float, int, list, set, str, type(None)])   # no tuple inside
+KEYS = frozenset([bool, bytes, float, str, type(None)])     # keys whose hash costs nothing, and is nobody else's
+TUPLES_DEEP = 500                   # tuples in tuples: hash() in C has no limit of its own
+WORK_MIN = 100000                   # steps that reading a result may take, and ten more for each of its bytes
+PATTERN_MAX = 4096                  # characters of a result's regular expressions: to compile one may take long
+NO_DATA = frozenset(                # modules whose classes can call, fetch an attribute, import, open or start
+    "_ctypes _frozen_importlib _frozen_importlib_external _io _operator _pickle _socket _sqlite3 _thread asyncio bdb "
+    "builtins bz2 code codeop concurrent copyreg ctypes dbm fileinput ftplib functools gc gzip imaplib imp importlib "
+    "inspect io logging lzma mailbox mmap multiprocessing nt numpy operator os pdb pickle pkgutil poplib posix pty "
+    "runpy select selectors shelve signal site smtplib socket socketserver sqlite3 ssl subprocess sys tarfile "
+    "telnetlib tempfile threading timeit trace types unittest urllib weakref webbrowser wsgiref xmlrpc zipfile "
+    "zipimport".split())
+REFUSED_MAX = 20                    # names in a refusal
+SIZED = frozenset([bytearray, bytes, dict, str, tuple])     # what is copied when an object is made of it
 
-MODULE_OF = vars(type)["__module__"]        # a metaclass could give another __module__
+# What a metaclass could give otherwise
+MODULE_OF, DICT_OF, MRO_OF, BASE_OF = (vars(type)[name] for name in ("__module__", "__dict__", "__mro__", "__base__"))
 
 
-class Known:
-    """A mixin for pickle's Unpickler that allows only known classes in a result.
+def malformed(what="a pickle that pickle does not write"):
+    return ValueError(what)
 
-    Known are: builtin types that hold data; builtin exceptions; the names in allow; and the classes
-    that a module in allow has defined itself, not those that it has imported.  A result never causes
-    an import, and attributes are looked up only in a __dict__.
+
+def exactly(*kinds):
+    """A maker that calls the class with at most so many arguments, each of exactly one of these types."""
+    def make(reader, cls, *args):
+        if len(args) > len(kinds) or not all(type(arg) in kind for arg, kind in zip(args, kinds)):
+            raise malformed("%s of %s" % (cls.__name__, ", ".join(type(arg).__name__ for arg in args)))
+        return cls(*args)
+    return make
+
+
+def make_path(reader, cls, *args):
+    return exactly(*[(str,)] * len(args))(reader, cls, *args)
+
+
+def make_fraction(reader, cls, *args):
+    """From two integers, or the text that Python 3.10 and older send."""
+    if len(args) == 1 and type(args[0]) is str and len(args[0]) < 10000:
+        top, _, bottom = args[0].partition("/")
+        args = int(top), int(bottom or 1)
+    if [type(arg) for arg in args] != [int, int]:
+        raise malformed()
+    reader.spend(sum(arg.bit_length() for arg in args) ** 2 >> 20)      # for the greatest common divisor
+    return cls(*args)
+
+
+def make_moment(reader, cls, raw, zone=None):
+    """A date, time or datetime from the bytes that each keeps; its own constructor would check only the month."""
+    size = {"date": 4, "time": 6, "datetime": 10}[cls.__name__]
+    if type(raw) is not bytes or len(raw) != size:
+        raise malformed()
+    if size == 4:
+        return cls(int.from_bytes(raw[:2], "big"), *raw[2:])
+    clock = raw[-6], raw[-5], raw[-4], int.from_bytes(raw[-3:], "big"), zone
+    if size == 6:                   # the top bit of the hour is the fold
+        return cls(clock[0] & 127, *clock[1:], fold=clock[0] >> 7)
+    return cls(int.from_bytes(raw[:2], "big"), raw[2] & 127, raw[3], *clock, fold=raw[2] >> 7)
+
+
+def make_counter(reader, cls, counts=None):
+    made = cls()
+    if type(counts) is dict:
+        dict.update(made, counts)
+    return made
+
+
+def make_default_dict(reader, cls, factory=None):
+    if factory is not None and (type(factory) is not type or factory.__name__ not in DATA_TYPES
+                                or MODULE_OF.__get__(factory) != "builtins"):
+        raise malformed("a defaultdict of anything but a builtin type")
+    return cls(factory)
+
+
+def make_deque(reader, cls, items=(), most=None):
+    if type(items) is not tuple or items or type(most) not in (int, type(None)):
+        raise malformed()
+    return cls((), most)
+
+
+def make_structure(reader, cls, items, more):
+    """Of numbers and texts alone, for such an object is a tuple."""
+    if type(items) is not tuple or type(more) is not dict or not (
+            KEYS | {int}).issuperset(map(type, [*items, *more, *more.values()])):
+        raise malformed()
+    return cls(items, more)
+
+
+def make_type(reader, cls, one):
+    """The type of None, Ellipsis or NotImplemented, which has no name of its own."""
+    if one is not None and one is not Ellipsis and one is not NotImplemented:
+        raise malformed()
+    return type(one)
+
+
+def make_pattern(reader, compile, text, flags):
+    import re
+    if type(text) not in (str, bytes) or type(flags) is not int or flags & re.DEBUG:
+        raise malformed()
+    reader.patterns += len(text)
+    if reader.patterns > PATTERN_MAX:
+        raise malformed("regular expressions of more than %d characters" % PATTERN_MAX)
+    return re.compile(text, flags)
+
+
+def make_array(reader, rebuild, cls, code, form, raw):
+    import array
+    if cls is not array.array or [type(code), type(form), type(raw)] != [str, int, bytes]:
+        raise malformed()
+    return rebuild(cls, code, form, raw)
+
+
+def make_zone(reader, cls, key):
+    """The key is part of a file's path, and of the name of a package."""
+    if type(key) is not str or len(key) > 100 or not all(
+            part.replace("-", "").replace("+", "").isalnum() for part in key.replace("_", "").split("/")):
+        raise malformed()
+    return cls(key)
+
+
+def bare(check):
+    """A maker of an object of a class in Python, whose state comes later: the attributes that check() returns."""
+    def make(reader, cls, *args):
+        if args:
+            raise malformed()
+        return reader.fresh(object.__new__(cls), check)
+    return make
+
+
+def uuid_state(reader, made, state):
+    import uuid
+    number, safe = state.get("int"), state.get("is_safe")
+    if type(number) is not int or not 0 <= number < 1 << 128 or type(safe) not in (int, type(None)):
+        raise malformed()
+    unknown = {"is_safe": uuid.SafeUUID(safe)} if hasattr(uuid, "SafeUUID") else {}     # not in Python 3.6
+    return dict(unknown, int=number)
+
+
+def of_kind(name, kind, inner=None):
+    """A check that the state is one attribute of this name and type, with items of the inner type, if any."""
+    def check(reader, made, state):
+        value = state.get(name)
+        if len(state) != 1 or type(value) is not kind or inner and not all(type(item) is inner for item in value):
+            raise malformed()
+        return state
+    return check
+
+
+def make_namespace(reader, cls, *args):
+    if args:
+        raise malformed()
+    return reader.fresh(cls(), lambda reader, made, state: {name: state[name] for name in state
+                                                            if name.isidentifier() and not name.startswith("__")})
+
+
+NUMBERS, TEXTS, SIMPLE = (int,), (str,), (int, float, str, type(None))
+# The makers of the standard library's types, by the names that pickle has for the types, or for the functions that
+# make them.  Each is called as maker(reader, what the name stands for, *arguments).
+MAKERS = {
+    "builtins": {"complex": exactly((float,), (float,)), "bytearray": exactly((bytes,)), "object": exactly(),
+                 "range": exactly(NUMBERS, NUMBERS, NUMBERS), "slice": exactly(SIMPLE, SIMPLE, SIMPLE),
+                 "type": make_type},
+    "datetime": {"date": make_moment, "time": make_moment, "datetime": make_moment,
+                 "timedelta": exactly(NUMBERS, NUMBERS, NUMBERS), "timezone": lambda reader, cls, *args: cls(*args)},
+    "zoneinfo": {"ZoneInfo": make_zone},
+    "decimal": {"Decimal": exactly(TEXTS)},
+    "fractions": {"Fraction": make_fraction},
+    "uuid": {"UUID": bare(uuid_state)},
+    "pathlib": {"PurePosixPath": make_path, "PureWindowsPath": make_path,
+                "PosixPath": make_path, "WindowsPath": make_path},
+    "collections": {"OrderedDict": exactly(), "Counter": make_counter, "defaultdict": make_default_dict,
+                    "deque": make_deque,
+                    "ChainMap": bare(of_kind("maps", list, dict)), "UserDict": bare(of_kind("data", dict)),
+                    "UserList": bare(of_kind("data", list))},
+    "ipaddress": {"IPv%d%s" % (version, name): exactly((str, int)) for version in (4, 6)
+                  for name in ("Address", "Network", "Interface")},
+    "re": {"_compile": make_pattern},
+    "array": {"_array_reconstructor": make_array, "array": exactly()},
+    "time": {"struct_time": make_structure},
+    "os": {"stat_result": make_structure, "terminal_size": make_structure},
+    "types": {"SimpleNamespace": make_namespace},
+}
+
+
+class Allowed:
+    """Which classes a result may have besides data: those that the program names.
+
+    Raises ImportError or AttributeError for a name that does not exist, TypeError for what is no class for data.
     """
 
-    names, modules, numpy = {}, (), False
+    def __init__(self, allow, trust):
+        if isinstance(allow, str):
+            raise TypeError("allow is a list of names, not one: allow=[%r]" % allow)
+        self.trust, self.classes, self.modules = trust, {}, []
+        for item in allow:
+            if item != "numpy":     # its arrays need no leave, and its other classes cannot stand any data
+                self.add(item)
 
-    def find_class(self, module, name):
-        import builtins
-        import pickle
-        module = "__main__" if module == "__mp_main__" else module
-        if (module, name) in self.names:
-            return self.names[module, name]
-        found = vars(builtins).get(name) if module == "builtins" else None
-        if found is not None and (name in DATA_TYPES or isinstance(found, type) and issubclass(found, BaseException)):
-            return found
-        if self.numpy and (module, name) in NUMPY_MAKERS:
-            import importlib
-            return getattr(importlib.import_module(module), name)
-        found = self.class_of(module, name)
-        if found is None:
-            raise pickle.UnpicklingError('%s.%s is not known here: if a worker may make such objects here, use '
-                                         'Executor(..., allow=["%s.%s"])' % ((printable(module), printable(name)) * 2))
-        return found
-
-    def class_of(self, module, name):
-        """The class with this name, if an allowed module has defined it; else None."""
-        found = sys.modules.get(module) if self.is_below(module) else None
-        for part in name.split("."):
-            found = vars(found).get(part) if found is not None else None
-            if not isinstance(found, type) or not self.is_below(MODULE_OF.__get__(found)):
-                return None
-        return found
-
-    def is_below(self, module):
-        return isinstance(module, str) and any(module == one or module.startswith(one + ".") for one in self.modules)
-
-    def get_extension(self, code):
-        """Forbids copyreg's numbers: pickle._Unpickler would look them up without find_class()."""
-        import pickle
-        raise pickle.UnpicklingError("extension %d is not known here" % code)
-
-
-def result_readers(allow):
-    """{an Unpickler class: a subclass with Known}, for the modules and names in allow.
-
-    Raises ImportError or AttributeError if a module or a name does not exist.
-    """
-    import importlib
-    import pickle
-    if isinstance(allow, str):
-        raise TypeError("allow is a list of names, not one: allow=[%r]" % allow)
-    names, modules = {}, []
-    for item in allow:
+    def add(self, item):
+        import importlib
         module, inner = item, ""
         while True:
             try:
@@ -11858,26 +12089,602 @@ def result_readers(allow):
                     raise
                 module, _, last = module.rpartition(".")
                 inner = last + ("." + inner if inner else "")
-        if not inner:
-            modules.append(module)
-            continue
-        for part in inner.split("."):
+        for part in filter(None, inner.split(".")):
             found = getattr(found, part)
-        names[module, inner] = found
-    known = {"names": names, "modules": tuple(modules), "numpy": "numpy" in modules}
-    return {base: type("Reader", (Known, base), known) for base in (pickle.Unpickler, pickle._Unpickler)}
+        if inner and not is_for_data(found) or not inner and module.partition(".")[0] in NO_DATA:
+            raise TypeError("allow names classes for data, or their modules, and %s is neither: a worker could run "
+                            "code here by it (trust=True is for workers that are your own)" % item)
+        if inner:
+            self.classes[module, inner] = found
+        else:
+            self.modules.append(module)
+
+    def find(self, module, name):
+        """The class with this name if it is allowed, or else None.  Of a module only what it has itself defined."""
+        if (module, name) in self.classes:
+            return self.classes[module, name]
+        found = class_of(module, name) if self.has(module) else None
+        return found if found and is_for_data(found) and self.has(MODULE_OF.__get__(found)) else None
+
+    def has(self, module):
+        return isinstance(module, str) and any(module == one or module.startswith(one + ".") for one in self.modules)
+
+
+def class_of(module, name):
+    """The class with this name in a module that is imported here, or None.  Runs and imports nothing."""
+    found = sys.modules.get(module)
+    for part in name.split("."):
+        found = vars(found).get(part) if isinstance(found, (type, type(sys))) else None
+    return found if isinstance(found, type) else None
+
+
+def lookup(cls, name):
+    """What a class or a base of it has under this name, as it is there; None if nothing."""
+    for base in MRO_OF.__get__(cls):
+        if name in DICT_OF.__get__(base):
+            return DICT_OF.__get__(base)[name]
+    return None
+
+
+def hazard(cls, kind):
+    """Why no object of the program's own class is made for a worker; "" if one may be."""
+    import abc
+    import enum
+    if kind == "enum":
+        return "" if isinstance(cls, enum.EnumMeta) else "it is no Enum here"
+    if type(cls) not in (type, abc.ABCMeta):
+        return "it has a metaclass of its own"
+    return "it has a __del__" if lookup(cls, "__del__") else ""
+
+
+def advice(refused):
+    """The message for {(module, name): why} that a result had."""
+    names = {pair: printable(".".join(pair)) for pair in sorted(refused)}
+    text = "%s %s not known here" % (", ".join(names.values()), "is" if len(names) == 1 else "are")
+    others = [names[pair] for pair in names if refused[pair] or not is_for_data(class_of(*pair))]
+    if not others:
+        return text + ": if a worker may make such objects here, use Executor(..., allow=[%s])" % ", ".join(
+            '"%s"' % name for name in names.values())
+    whys = ["%s: %s" % (names[pair], refused[pair]) for pair in names if refused[pair]]
+    return text + " (%s): only with trust=True, from workers that are your own" % (
+        "; ".join(whys) or "%s is not known to be a class for data" % others[0])
+
+
+def is_for_data(cls):
+    """Whether a program may allow it: a class that cannot call, fetch an attribute, or start something by itself."""
+    if not isinstance(cls, type) or issubclass(cls, type):
+        return False
+    modules = {base: str(MODULE_OF.__get__(base)) for base in MRO_OF.__get__(cls)}
+    return all(base.__name__ in DATA_TYPES or issubclass(base, BaseException) if module == "builtins" else
+               module.partition(".")[0] not in NO_DATA for base, module in modules.items())
+
+
+def result_readers(allow, trust=False):
+    """The rules by which load_result() reads: see Allowed."""
+    return Allowed(allow, trust)
 
 
 def load_result(readers, data, place):
     """The object of the pickle that begins at this place.  Raises any exception."""
-    import copyreg
+    if readers.trust:
+        return load_trusted(data, place)
+    reader = Reader(readers, data, place)
+    try:
+        result = reader.load()
+    except Exception:
+        reader.check()              # a name that was refused is the better reason
+        raise
+    reader.check()
+    return result
+
+
+def load_trusted(data, place):
+    """As pickle does: a worker can run anything here."""
     import io
     import pickle
-    # The Unpickler in C loads classes with a number in copyreg without find_class(), from a cache.
-    base = pickle._Unpickler if copyreg._inverted_registry else pickle.Unpickler
+
+    class Trusting(pickle.Unpickler):
+        def find_class(self, module, name):
+            return super().find_class("__main__" if module == "__mp_main__" else module, name)
     file = io.BytesIO(data)         # without a copy, as data is bytes
     file.seek(place)
-    return readers[base](file, fix_imports=False).load()
+    return Trusting(file).load()
+
+
+class Name:
+    """What a worker named that is no class and only serves as a key: inert."""
+
+
+REFUSED = Name()                    # stands for what was refused, so that the rest is read and all is named
+
+
+STOP = ord(".")
+BYTE, INT, SIGNED, LONG = (struct.Struct("<" + form) for form in "BIiQ")        # counts in a pickle
+
+
+def integer(data):
+    return int.from_bytes(data, "little", signed=True)
+
+
+def text(data):
+    return data.decode("utf-8", "surrogatepass")
+
+
+@functools.lru_cache()
+def run_of(code, form):
+    """For numbers of one kind, up to a thousand in turn: what matches them, and what unpacks each."""
+    import re
+    form = struct.Struct(form)
+    return re.compile(b"(?:%s.{%d}){1,1000}" % (code, form.size - 1), re.DOTALL), form
+
+
+def attributes(state):
+    """What a state has for __dict__, and for slots, in one dictionary."""
+    parts = [part for part in (state if type(state) is tuple and len(state) == 2 else [state]) if part is not None]
+    if not all(type(part) is dict and all(type(name) is str for name in part) for part in parts):
+        raise malformed()
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def set_state(made, state):
+    """As pickle does, for a class that the program allows."""
+    if hasattr(type(made), "__setstate__"):
+        return made.__setstate__(state)
+    parts = state if type(state) is tuple and len(state) == 2 else (state, None)
+    attributes(state)
+    vars(made).update(parts[0] or {})
+    for name, value in (parts[1] or {}).items():
+        setattr(made, name, value)
+
+
+def may_be_set(cls, name):
+    """Whether a result may have this attribute: no code runs by setting it, and no method is hidden."""
+    import types
+    fields, there = lookup(cls, "__dataclass_fields__"), lookup(cls, name)
+    if issubclass(cls, BaseException) and name in ("name", "name_from", "path", "obj", "__notes__"):
+        return True                 # C code keeps them, and stands anything
+    if type(there) is types.MemberDescriptorType:
+        return MODULE_OF.__get__(there.__objclass__) != "builtins"          # a slot
+    active = ["__set__", "__delete__"]
+    if not isinstance(fields, dict) or name not in fields:
+        if not name.isidentifier() or name.startswith("__"):
+            return False
+        active.append("__get__")
+    return not any(lookup(type(there), method) for method in active)
+
+
+def numpy_dtype(numpy, what, depth=0):
+    """numpy's dtype of what numpy.lib.format makes of one; no objects, and no name of a class."""
+    import re
+    if type(what) is str and re.match(r"[<>|=][biufcSUmMV?]\d{1,9}(\[\d*[A-Za-z]+\])?$", what):
+        return numpy.dtype(what)
+    if type(what) is not list or depth > 9:
+        raise malformed()
+    for field in what:
+        if type(field) is not tuple or not 2 <= len(field) <= 3 or type(field[0]) not in (str, tuple):
+            raise malformed()
+        numpy_dtype(numpy, field[1], depth + 1)
+    return numpy.lib.format.descr_to_dtype(what)
+
+
+def numpy_array(what, shape, order, raw):
+    """numpy's array in this memory: bytes are copied, a bytearray is not."""
+    import numpy
+    import numpy.lib.format
+    dtype = numpy_dtype(numpy, what)
+    if type(shape) is not tuple or not all(type(size) is int for size in shape) or type(raw) not in (bytes, bytearray):
+        raise malformed()
+    size = functools.reduce(lambda one, two: one * two, shape, dtype.itemsize)
+    if dtype.hasobject or not dtype.itemsize or size != len(raw) or min(shape, default=0) < 0:
+        raise malformed("a numpy array of %d bytes, not of %d" % (len(raw), size))
+    array = numpy.ndarray(shape, dtype, bytearray(raw) if type(raw) is bytes else raw, order=order)
+    check_numpy(numpy, array)
+    return array
+
+
+def check_numpy(numpy, array):
+    """Numpy's C code takes it on trust that a bool is 0 or 1, and that a character is one."""
+    most = {"b": 1, "U": sys.maxunicode}.get(array.dtype.kind)
+    for name in array.dtype.names or ():
+        check_numpy(numpy, array[name])
+    if most and array.size:
+        flat = numpy.ascontiguousarray(array).reshape(-1)
+        if flat.view("u1" if most == 1 else flat.dtype.byteorder.replace("|", "=") + "u4").max() > most:
+            raise malformed("a numpy array with values that its type does not have")
+
+
+def numpy_scalar(what, raw):
+    return numpy_array(what, (), "C", raw)[()]
+
+
+def numpy_type(what, nothing):
+    import numpy
+    import numpy.lib.format
+    return numpy_dtype(numpy, what)
+
+
+NUMPY = {"array": numpy_array, "scalar": numpy_scalar, "dtype": numpy_type}
+
+
+class Reader:
+    """Reads a pickle of protocol 4 or 5 that is not trusted: see the table above.  It recurses nowhere.
+
+    Every object is of an exact builtin type, or made by a maker, or (theirs) by a class that the program allows.
+    Time and memory are bounded by the length of the pickle: where an opcode costs more than its bytes, it says so
+    to spend().  Tuples in tuples are no deeper than TUPLES_DEEP, and what is hashed is weighed first: the same
+    tuple twice in a tuple, and this twice in another, would need 2 ** 64 steps after 64 opcodes.
+    """
+
+    def __init__(self, allowed, data, place):
+        self.allowed, self.data, self.place = allowed, data, place
+        self.stack, self.marks, self.memo = [], [], []
+        self.makers = {}            # id of a class or a Name on the stack: (its maker, what to give it)
+        self.open = {}              # id of an object that may take a state: (it, what checks the state)
+        self.theirs = {}            # id: an object of a class in allow
+        self.parts = {}             # id: (an object of the program's own class, the values in it), for hash()
+        self.deep = {}              # id: (a tuple with more than plain data in it, its depth)
+        self.twins = {}             # (a dictionary or set, a hash): its keys with this hash
+        self.refused = collections.OrderedDict()    # (module, name): why
+        self.left = WORK_MIN + 10 * (len(data) - place)
+        self.patterns = 0           # characters of regular expressions
+        self.classes, self.settable = {}, {}        # what was looked up: see own(), own_state()
+
+    def load(self):
+        try:
+            while True:
+                code = self.data[self.place]
+                self.place += 1
+                if code == STOP:
+                    break
+                method, detail = self.OPS.get(code) or self.unknown(code)
+                method(self, detail)
+        except IndexError:
+            raise EOFError("it ends too early") from None
+        result, = self.stack
+        if isinstance(result, Name) and not self.refused:
+            raise malformed()
+        return result
+
+    def unknown(self, code):
+        raise malformed("opcode %d is not one for data" % code)
+
+    def spend(self, steps):
+        self.left -= steps
+        if self.left < 0:
+            raise malformed("reading it would take too long for its size")
+
+    # Plain data
+
+    def take(self, count):
+        self.place += count
+        if self.place > len(self.data):
+            raise EOFError("it ends too early")
+        return self.data[self.place - count:self.place]
+
+    def skip(self, count):
+        self.take(count)
+
+    def constant(self, value):
+        self.stack.append(value)
+
+    def empty(self, kind):
+        self.stack.append(kind())
+
+    def fixed(self, detail):
+        """Numbers of one kind, as many as follow each other."""
+        run, form = run_of(*detail)
+        end = run.match(self.data, self.place - 1).end()        # None: it ends too early
+        self.stack += [value for value, in form.iter_unpack(self.data[self.place - 1:end])]
+        self.place = end
+
+    def counted(self, detail):
+        form, convert = detail
+        size, = form.unpack(self.take(form.size))
+        if size < 0:
+            raise malformed()
+        self.stack.append(convert(self.take(size)))
+
+    def byte_array(self, _):
+        """Copied once: it can be an array's memory."""
+        size, = LONG.unpack(self.take(LONG.size))
+        if size > len(self.data) - self.place:
+            raise EOFError("it ends too early")
+        self.stack.append(bytearray(memoryview(self.data)[self.place:self.place + size]))
+        self.place += size
+
+    def mark(self, _):
+        self.marks.append(len(self.stack))
+
+    def marked(self):
+        """The values after the last mark: they leave the stack."""
+        place = self.marks.pop()
+        values = self.stack[place:]
+        del self.stack[place:]
+        return values
+
+    def pop(self, _):
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.stack.pop()
+
+    def pop_mark(self, _):
+        self.marked()
+
+    def memoize(self, _):
+        self.memo.append(self.stack[-1])
+
+    def recall(self, form):
+        number, = form.unpack(self.take(form.size))
+        self.stack.append(self.memo[number])
+
+    def tuple_of(self, count):
+        place = self.marks.pop() if count is None else len(self.stack) - count
+        whole = tuple(self.stack[place:])
+        self.stack[place:] = [whole]
+        if not PLAIN.issuperset(map(type, whole)):
+            self.nest(whole)
+
+    def nest(self, whole):
+        """Remembers how deep a tuple is."""
+        deep = 1 + max([self.deep[id(part)][1] if id(part) in self.deep else 1
+                        for part in tuple.__iter__(whole) if isinstance(part, tuple)], default=0)
+        if deep > TUPLES_DEEP:
+            raise malformed("tuples in tuples, deeper than %d" % TUPLES_DEEP)
+        if deep > 1:
+            self.deep[id(whole)] = whole, deep
+
+    def append(self, many):
+        values = self.marked() if many else [self.stack.pop()]
+        target = self.stack[-1]
+        if type(target) in (list, collections.deque):
+            target.extend(values)
+        elif self.is_theirs(target):
+            for value in values:
+                target.append(value)
+
+    def set_items(self, many):
+        values = self.marked() if many else [self.stack.pop(-2), self.stack.pop()]
+        target = self.stack[-1]
+        if type(target) in (dict, collections.OrderedDict, collections.defaultdict) or self.is_theirs(target):
+            for key, value in zip(values[::2], values[1::2]):
+                if type(key) not in KEYS:
+                    self.weigh(key, id(target))
+                target[key] = value
+
+    def add_items(self, _):
+        values = self.marked()
+        if type(self.stack[-1]) is not set:
+            raise malformed()
+        self.add(self.stack[-1], values, id(self.stack[-1]))
+
+    def frozen(self, _):
+        whole = set()
+        self.add(whole, self.marked(), -self.place)
+        self.stack.append(frozenset(whole))
+
+    def add(self, whole, values, number):
+        for value in values:
+            if type(value) not in KEYS:
+                self.weigh(value, number)
+            whole.add(value)
+
+    def weigh(self, key, number):
+        """Spends what a key will take in the dictionary or set with this number.
+
+        That is hash(), which goes into tuples, and into the program's own objects; and a comparison with each
+        other key that has the same hash, which can be made for all but texts.
+        """
+        if type(key) is int and key.bit_length() < 60:
+            return
+        todo = [key]
+        while todo:
+            part = todo.pop()
+            self.spend(1)
+            if type(part) is int:
+                self.spend(part.bit_length() >> 6)
+            elif isinstance(part, tuple):
+                self.spend(tuple.__len__(part))
+                todo.extend(tuple.__iter__(part))
+            elif id(part) in self.parts:
+                todo.extend(self.parts[id(part)][1])
+        same = number, hash(key)
+        self.twins[same] = self.twins.get(same, 0) + 1
+        self.spend(self.twins[same])
+
+    # Names, objects and their state
+
+    def is_theirs(self, target):
+        """Whether the target is an object of a class in allow.  Raises ValueError if not, and nothing was refused."""
+        if target is not REFUSED and id(target) not in self.theirs:
+            raise malformed()
+        return target is not REFUSED
+
+    def find(self, _):
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise malformed()
+        module = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}.get(module, module)
+        self.stack.append(self.found(module, name))
+
+    def found(self, module, name):
+        """A class, or a Name for what is none; its maker is noted.  REFUSED for what is not known."""
+        import builtins
+        import importlib
+        here = vars(builtins).get(name) if module == "builtins" else None
+        maker = MAKERS.get(module, {}).get(name)
+        if (module, name) == (__name__, "made"):
+            return self.known(Name(), Reader.own)
+        if isinstance(here, type) and issubclass(here, BaseException):
+            return self.known(here, Reader.builtin_exception)
+        if maker:
+            there = getattr(importlib.import_module(module), name)      # a module of the standard library
+            return self.known(there if isinstance(there, type) and there is not type else Name(), maker, there)
+        if here is not None and name in DATA_TYPES:
+            return here
+        cls = self.allowed.find(module, name)
+        return self.known(cls, None) if cls else self.refuse(module, name)
+
+    def known(self, what, maker, target=None):
+        self.makers[id(what)] = what, maker, target or what
+        return what
+
+    def refuse(self, module, name, why=""):
+        if len(self.refused) < REFUSED_MAX:
+            self.refused[module, name] = why
+        return REFUSED
+
+    def check(self):
+        """Raises pickle.UnpicklingError if anything was refused."""
+        if self.refused:
+            import pickle
+            raise pickle.UnpicklingError(advice(self.refused))
+
+    def reduce(self, new):
+        args, what = self.stack.pop(), self.stack.pop()
+        self.stack.append(self.make(what, args, {}, new))
+
+    def new_with_keywords(self, _):
+        keywords, args, what = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.stack.append(self.make(what, args, keywords, True))
+
+    def make(self, what, args, keywords, new):
+        if what is REFUSED:
+            return REFUSED
+        _, maker, target = self.makers.get(id(what), (None, None, None))
+        if target is None or type(args) is not tuple or type(keywords) is not dict or maker and keywords:
+            raise malformed()
+        self.spend(1 + sum(len(arg) for arg in args if type(arg) in SIZED))
+        if maker:
+            return maker(self, target, *args)
+        made = target.__new__(target, *args, **keywords) if new else target(*args, **keywords)
+        if lookup(target, "_member_map_"):
+            return made             # of an Enum: it was there before, and takes no state
+        self.theirs[id(made)] = made
+        if isinstance(made, tuple):
+            self.nest(made)
+        return self.fresh(made, None)
+
+    def fresh(self, made, check):
+        """An object that was just made, and may take one state."""
+        self.open[id(made)] = made, check
+        return made
+
+    def build(self, _):
+        state, made = self.stack.pop(), self.stack[-1]
+        if made is REFUSED:
+            return
+        self.spend(sum(len(part) for part in (state if type(state) is tuple else [state]) if type(part) is dict))
+        _, check = self.open.pop(id(made), (None, None))
+        if check:
+            for name, value in check(self, made, attributes(state)).items():
+                object.__setattr__(made, name, value)
+        elif self.is_theirs(made):
+            set_state(made, state)
+
+    # The program's own classes
+
+    def own(self, _, kind, module, name, *rest):
+        """An object of a class that is looked up here, in modules that are imported; or of numpy."""
+        if type(kind) is str and kind in NUMPY:
+            return NUMPY[kind](module, name, *rest)
+        if not type(kind) is type(module) is type(name) is str or kind not in OWN:
+            raise malformed()
+        module = "__main__" if module == "__mp_main__" else module
+        if (kind, module, name) not in self.classes:
+            cls = class_of(module, name)
+            why = hazard(cls, kind) if cls else "it is not found by its name in a module that is imported here"
+            if why and (not cls or self.allowed.find(module, name) is not cls):
+                return self.refuse(module, name, why)
+            self.classes[kind, module, name] = cls
+        return OWN[kind](self, self.classes[kind, module, name], *rest)
+
+    def own_dataclass(self, cls):
+        if not isinstance(lookup(cls, "__dataclass_fields__"), dict):
+            raise malformed("%s is no dataclass here" % cls.__name__)
+        return self.fresh(object.__new__(cls), Reader.own_state)
+
+    def own_tuple(self, cls, values):
+        fields = lookup(cls, "_fields")
+        if not issubclass(cls, tuple) or type(fields) is not tuple or type(values) is not tuple or (
+                len(fields) != len(values)):
+            raise malformed("%s is no named tuple with so many values here" % cls.__name__)
+        made = tuple.__new__(cls, values)
+        self.nest(made)
+        return self.fresh(made, Reader.own_state)
+
+    def own_enum(self, cls, name, value):
+        """A member of an Enum, or a combination of a Flag's members: only enum's own code runs."""
+        import enum
+        members = lookup(cls, "_member_map_")
+        if type(name) is str and isinstance(members, dict) and name in members:
+            return members[name]
+        own = [key for base in MRO_OF.__get__(cls) if MODULE_OF.__get__(base) != "enum"
+               for key in DICT_OF.__get__(base)]
+        if type(cls) is enum.EnumMeta and issubclass(cls, enum.Flag) and type(value) is int and not (
+                {"_missing_", "__new_member__"} & set(own)):
+            self.spend(len(lookup(cls, "_value2member_map_")))       # 3.10 and older look at all of them
+            bits = functools.reduce(lambda one, two: one | two, [member._value_ for member in members.values()], 0)
+            if not (value if value >= 0 else ~value) & ~bits:
+                return cls(value)
+        raise malformed("%s has no such member here" % cls.__name__)
+
+    def own_exception(self, cls, args):
+        if not issubclass(cls, BaseException) or type(args) is not tuple:
+            raise malformed("%s is no exception here" % cls.__name__)
+        base = cls
+        while MODULE_OF.__get__(base) != "builtins":
+            base = BASE_OF.__get__(base)
+        return self.exception(cls, base, args)
+
+    def builtin_exception(self, cls, *args):
+        return self.exception(cls, cls, args)
+
+    def exception(self, cls, base, args):
+        """By the builtin class alone: what its C code would take on trust is checked first."""
+        if issubclass(base, UnicodeError) and base is not UnicodeError:
+            text, start, end = args[-4:-1]
+            if type(text) not in (str, bytes) or type(start) is not int or type(end) is not int or not (
+                    0 <= start <= end <= len(text)):
+                raise malformed("%s of a place that is not in its text" % base.__name__)
+        if issubclass(base, SyntaxError) and len(args) > 1 and not (
+                type(args[1]) is tuple and all(type(part) in (str, type(None)) or type(part) is int and
+                                               abs(part) < 1 << 31 for part in args[1])):
+            raise malformed("%s of a place that is none" % base.__name__)
+        made = base.__new__(cls, *args)
+        base.__init__(made, *args)
+        return self.fresh(made, Reader.own_state)
+
+    def own_state(self, made, state):
+        """The state if each of its names is a field, or hides nothing that the class has under this name."""
+        cls = type(made)
+        for name in state:
+            if (cls, name) not in self.settable:
+                self.settable[cls, name] = may_be_set(cls, name)
+            if not self.settable[cls, name]:
+                raise malformed("%s.%s is not data: the class has a descriptor or a method there" % (
+                    cls.__name__, printable(name)))
+        self.parts[id(made)] = made, list(state.values())
+        return state
+
+    OPS = {ord(code): (method, detail) for code, method, detail in [
+        ("\x80", skip, 1), ("\x95", skip, 8), ("(", mark, None), ("0", pop, None), ("1", pop_mark, None),
+        ("N", constant, None), ("\x88", constant, True), ("\x89", constant, False),
+        ("]", empty, list), ("}", empty, dict), (")", empty, tuple), ("\x8f", empty, set),
+        ("J", fixed, (b"J", "<xi")), ("K", fixed, (b"K", "<xB")), ("M", fixed, (b"M", "<xH")),
+        ("G", fixed, (b"G", ">xd")),
+        ("\x8a", counted, (BYTE, integer)), ("\x8b", counted, (SIGNED, integer)), ("\x8c", counted, (BYTE, text)),
+        ("X", counted, (INT, text)), ("\x8d", counted, (LONG, text)), ("C", counted, (BYTE, bytes)),
+        ("B", counted, (INT, bytes)), ("\x8e", counted, (LONG, bytes)),
+        ("\x96", byte_array, None), ("\x94", memoize, None), ("h", recall, BYTE), ("j", recall, INT),
+        ("\x85", tuple_of, 1), ("\x86", tuple_of, 2), ("\x87", tuple_of, 3),
+        ("t", tuple_of, None), ("a", append, False), ("e", append, True), ("s", set_items, False),
+        ("u", set_items, True), ("\x90", add_items, None), ("\x91", frozen, None), ("\x93", find, None),
+        ("R", reduce, False), ("\x81", reduce, True), ("\x92", new_with_keywords, None), ("b", build, None)]}
+
+
+OWN = {"dataclass": Reader.own_dataclass, "tuple": Reader.own_tuple, "enum": Reader.own_enum,
+       "exception": Reader.own_exception}
 
 
 class RemoteTraceback(Exception):
@@ -11900,6 +12707,8 @@ def load_error(readers, data, place, host):
         raise ProtocolError("a text that is longer than its frame")
     lines = [printable(line) for line in text.splitlines()] or ["?"]
     try:
+        if place == len(data):
+            raise TypeError("it cannot be pickled")
         error = load_result(readers, data, place)
         if not isinstance(error, BaseException):
             raise TypeError("no exception")
@@ -11972,7 +12781,7 @@ class Lane(Stateful):
         self.failure = self.killing = None
         self.start()
         self.send(SETUP, pickled({"protocol": pool.protocol, "names": pool.program.names(), "stub": __name__,
-                                  "argv": sys.argv}))
+                                  "argv": sys.argv, "trust": pool.readers.trust}))
         self.flush()
 
     def start(self):
@@ -12232,7 +13041,7 @@ class Lane(Stateful):
 class Pool:
     """The lanes of an Executor, and the calls that wait for one.  Its thread runs while there are calls or lanes."""
 
-    def __init__(self, pub, limit, allow, retries):
+    def __init__(self, pub, limit, readers, retries):
         import pickle
         import threading
         try:
@@ -12240,7 +13049,7 @@ class Pool:
         except Fatal as error:
             raise Failed(str(error), error.code) from None
         self.pub, self.limit, self.retries = os.path.abspath(os.fsdecode(pub)), limit, retries
-        self.program, self.readers, self.protocol = Program(), result_readers(allow), pickle.HIGHEST_PROTOCOL
+        self.program, self.readers, self.protocol = Program(), readers, pickle.HIGHEST_PROTOCOL
         self.threading, self.lock = threading, threading.Lock()
         self.queue, self.lanes, self.thread = collections.deque(), [], None
         self.shut = self.abandoned = self.sleeping = False
@@ -12464,7 +13273,7 @@ def pickled(value):
 class ExecutorMethods:
     """A concurrent.futures.Executor whose calls run on the workers of an application.
 
-    Executor(pub, max_workers=None, allow=(), retries=3)
+    Executor(pub, max_workers=None, allow=(), retries=3, *, trust=False)
 
     pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
@@ -12472,11 +13281,18 @@ class ExecutorMethods:
     any code there as this user.
 
     max_workers: how many calls run at a time; None: as many as the workers take.
-    allow: classes that may be in results, besides builtin types and builtin exceptions: names of
-        classes, or of modules for all their classes: ["numpy", "datetime.date", "__main__.Point"].
-        A worker can make such objects here, with any contents: so name only classes for data.
+    allow: more classes that may be in results: names of classes, or of modules for all classes that
+        they define: ["__main__.Plain", "mymodule"].  A worker can make such objects here, with any
+        contents, by these classes' own code: so name only classes for data.
     retries: how often a call runs again, on another worker, if its worker is lost.  With 0 a call
         runs at most once.
+    trust: results may be anything that pickle can carry, as pandas needs it; then a worker, or who
+        has stolen its private key, can run any code here.  It is for workers that are your own.
+
+    A result may be: Python's own types and exceptions; the standard library's types for data
+    (datetime, zoneinfo, decimal, fractions, uuid, pathlib, collections, ipaddress, array, regular
+    expressions); numpy's arrays, scalars and dtypes without objects; and dataclasses, named tuples,
+    enums and exceptions that a module which is imported here has under their name.
 
     A function must be found by its name in a module.  The file of the main program is sent, and
     the first call that needs it runs it on the worker as __mp_main__, as multiprocessing does: so
@@ -12486,20 +13302,20 @@ class ExecutorMethods:
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
     Workers are held while there are calls, and for 3 seconds more.
 
-    Raises Failed if the public key cannot be read; ValueError; TypeError; ImportError or
-    AttributeError for a name in allow that does not exist.  A future's exception is the one that
-    the function raised, with the worker's traceback as its __cause__; Failed if there is no worker;
-    concurrent.futures.BrokenExecutor if the worker was lost too often (RuntimeError on Python 3.6);
-    pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a result or an
-    exception with a class that is not allowed.
+    Raises Failed if the public key cannot be read; ValueError; TypeError; for a name in allow
+    ImportError or AttributeError if it does not exist, TypeError if it is no class for data.  A
+    future's exception is the one that the function raised, with the worker's traceback as its
+    __cause__; Failed if there is no worker; concurrent.futures.BrokenExecutor if the worker was lost
+    too often (RuntimeError on Python 3.6); pickle.PicklingError for a call that cannot be sent;
+    pickle.UnpicklingError for a result or an exception with something that is not allowed.
     """
 
-    def __init__(self, pub, max_workers=None, allow=(), retries=3):
+    def __init__(self, pub, max_workers=None, allow=(), retries=3, *, trust=False):
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if retries < 0:
             raise ValueError("retries must not be negative")
-        self._pool = Pool(pub, max_workers or 10 ** 6, allow, retries)
+        self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries)
 
     def submit(*args, **kwargs):
         """submit(fn, *args, **kwargs): a concurrent.futures.Future of fn(*args, **kwargs), run on a worker.

@@ -15,9 +15,11 @@ import concurrent.futures
 import contextlib
 import copyreg
 import ctypes
+import datetime
 import dis
 import errno
 import fcntl
+import fractions
 import functools
 import glob
 import hashlib
@@ -28,6 +30,7 @@ import json
 import marshal
 import math
 import os
+import pathlib
 import pickle
 import pty
 import pwd
@@ -1772,6 +1775,8 @@ def mine(tmp_path, monkeypatch):
                 self.x = x
             class Inner:
                 pass
+        class Caller(partial):
+            pass
         class Sneaky(Exception):
             def __init__(self, one, two):
                 super().__init__(one)
@@ -12339,7 +12344,7 @@ DATA = [None, True, 10 ** 40, 1.5, 2j, "\ud800 text", b"bytes", bytearray(b"x"),
         frozenset([3]), range(5), slice(1, 2), Ellipsis, NotImplemented, int, [object], {"type": ValueError}]
 
 
-@pytest.mark.parametrize("protocol", range(3, 6))
+@pytest.mark.parametrize("protocol", range(4, 6))
 def test_data_is_read(protocol):
     for value in DATA:
         found = loaded(pickle.dumps(value, min(protocol, pickle.HIGHEST_PROTOCOL)))
@@ -12355,6 +12360,14 @@ def test_builtin_exceptions_are_read():
         found = loaded(pickle.dumps(error))
         assert type(found) is type(error) and found.args == error.args
     assert loaded(pickle.dumps(OSError(2, "no", "file"))).filename == "file"
+
+
+# What the manual and its readers allow
+EVERY_ALLOW = ["numpy", "datetime", "collections", "fractions.Fraction", "decimal.Decimal", "uuid", "cexec.Failed"]
+
+
+def stack_global(module, name):
+    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)) + b"\x93."
 
 
 class Harm:
@@ -12380,9 +12393,9 @@ def harmful_pickles(touch):
                 yield pickle.dumps(place, protocol)
     text = command.encode()
     yield b"cos\nsystem\n(V" + text + b"\ntR."                                      # GLOBAL, REDUCE
-    yield b"(V" + text + b"\nios\nsystem\n."                                        # INST
-    yield b"(cos\nsystem\nV" + text + b"\no."                                       # OBJ
-    yield b"c__builtin__\neval\n(V1\ntR."                                           # a name of Python 2
+    yield b"(V" + text + b"\nios\nsystem\n."                                         # INST
+    yield b"(cos\nsystem\nV" + text + b"\no."                                        # OBJ
+    yield b"c__builtin__\neval\n(V1\ntR."                                            # a name of Python 2
     for module, name in (("builtins", "getattr"), ("builtins", "ValueError.__init__.__globals__"),
                          ("builtins", "__import__"), ("os", "system"), ("posix", "system"), ("builtins", "type"),
                          ("builtins", "object.__subclasses__"), ("builtins", "ValueError.mro"), ("builtins", "exec"),
@@ -12391,7 +12404,10 @@ def harmful_pickles(touch):
                          ("_codecs", "encode"), ("copyreg", "_reconstructor"), ("copyreg", "__newobj__"),
                          ("sys", "modules"), ("builtins", "memoryview"), ("builtins", "super"), ("io", "open"),
                          ("builtins", "property"), ("importlib", "import_module"), ("operator", "attrgetter"),
-                         ("antigravity", "fly"), ("collections", "OrderedDict"), ("functools", "partial")):
+                         ("antigravity", "fly"), ("functools", "partial"), ("types", "FunctionType"),
+                         ("copyreg", "__newobj_ex__"), ("pickle", "loads"), ("re", "compile"), ("enum", "Enum"),
+                         ("builtins", "vars"), ("builtins", "setattr"), ("builtins", "breakpoint"),
+                         ("array", "array.fromfile"), ("uuid", "os"), ("pathlib", "Path.unlink"), ("cexec", "log")):
         words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name))
         yield b"\x80\x04" + words + b"\x93."                                        # STACK_GLOBAL
         yield b"\x80\x04" + words + b"\x93\x8c" + bytes([len(text)]) + text + b"\x85R."
@@ -12403,8 +12419,11 @@ def harmful_pickles(touch):
     yield b"\x80\x02\x83\x07\x00."                                                  # EXT2
     yield b"\x80\x02\x84\x07\x00\x00\x00."                                          # EXT4
     yield b"\x80\x05\x97\x98."                                                      # NEXT_BUFFER, READONLY_BUFFER
-    yield b"cbuiltins\nint\n}V__add__\ncbuiltins\nstr\nsb."                         # BUILD of a type
-    yield b"cbuiltins\nValueError\n(N}V__init__\ncbuiltins\nstr\nstb."              # with slots
+    for kind, name in (("int", "__add__"), ("ValueError", "__init__")):
+        kind, value = (stack_global("builtins", word)[:-1] for word in (kind, "str"))
+        state = b"}\x8c" + bytes([len(name)]) + name.encode() + value + b"s"
+        yield kind + state + b"b."                                                  # BUILD of a type
+        yield kind + b"N" + state + b"\x86b."                                       # with slots
     yield b"K\x01K\x02a."                                                           # APPEND to no list
     yield b"K\x01)R."                                                               # REDUCE of no callable
 
@@ -12413,15 +12432,15 @@ def harmful_pickles(touch):
 def test_no_result_runs_code_here(tmp_path, extensions):
     """With a number of copyreg's too, whose object was loaded before, which pickle's C code does not ask about."""
     mark, before = str(tmp_path / "harm"), set(sys.modules)
+    readers = [cexec.result_readers(allow) for allow in ((), EVERY_ALLOW)]
     if extensions:
         copyreg.add_extension("os", "system", 7)
         assert pickle.loads(b"\x80\x02\x82\x07.") is os.system
     try:
         for data in harmful_pickles(mark):
-            with pytest.raises(Exception):      # noqa: B017
-                loaded(data)
-            with pytest.raises(Exception):      # noqa: B017
-                loaded(data, ["collections", "cexec.Failed"] if b"OrderedDict" not in data else [])
+            for reader in readers:
+                with pytest.raises(Exception):      # noqa: B017
+                    cexec.load_result(reader, data, 0)
     finally:
         if extensions:
             copyreg.remove_extension("os", "system", 7)
@@ -12430,15 +12449,11 @@ def test_no_result_runs_code_here(tmp_path, extensions):
     assert int("1") == 1 and ValueError(1).args == (1,)
 
 
-def stack_global(module, name):
-    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)) + b"\x93."
-
-
 def test_allow_names_a_modules_classes_and_nothing_that_it_has_imported(mine):
     data = pickle.dumps([mine.Point(3), mine.Point.Inner()])
     assert loaded(data, ["mine_x"])[0].x == 3
-    with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point"\]'):
-        loaded(data)
+    with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point", "mine_x.Point.Inner"\]'):
+        loaded(data)                # both, although the first is enough to refuse it
     with pytest.raises(pickle.UnpicklingError, match=r'allow=\["mine_x.Point.Inner"\]'):
         loaded(data, ["mine_x.Point"])
     assert loaded(data, ["mine_x.Point", "mine_x.Point.Inner"])[0].x == 3
@@ -12447,14 +12462,13 @@ def test_allow_names_a_modules_classes_and_nothing_that_it_has_imported(mine):
                  "__loader__"):
         with pytest.raises(pickle.UnpicklingError):
             loaded(stack_global("mine_x", name), ["mine_x"])
-    assert loaded(stack_global("mine_x", "function"), ["mine_x.function"]) is mine.function
     with pytest.raises(pickle.UnpicklingError):         # what is not imported here is not imported for it
         loaded(stack_global("xml.sax.expatreader", "ExpatParser"), ["xml"])
     assert "xml.sax.expatreader" not in sys.modules
 
 
-def test_allow_names_what_is_there():
-    assert loaded(stack_global("datetime", "date"), ["datetime.date"])(2026, 1, 2).year == 2026
+def test_allow_names_what_is_there(mine):
+    assert loaded(stack_global("mine_x", "Point"), ["mine_x.Point"]) is mine.Point
     with pytest.raises(ImportError):
         cexec.result_readers(["no_such_module_x"])
     with pytest.raises(AttributeError):
@@ -12463,13 +12477,349 @@ def test_allow_names_what_is_there():
         cexec.result_readers("datetime")
 
 
+@pytest.mark.parametrize("name", [
+    "builtins", "builtins.getattr", "builtins.eval", "builtins.type", "builtins.map", "builtins.property", "operator",
+    "operator.attrgetter", "operator.methodcaller", "functools.partial", "functools.reduce", "copyreg.__newobj__",
+    "types.FunctionType", "types", "subprocess.Popen", "os", "os.system", "ctypes.CDLL", "importlib.import_module",
+    "importlib", "pickle.Unpickler", "mine_x.function", "mine_x.system", "mine_x.Popen", "mine_x.partial",
+    "mine_x.Caller", "enum.EnumMeta", "mine_x.FileIO", "weakref.finalize", "threading.Thread", "zipfile.ZipFile",
+    "sqlite3.Connection"])
+def test_allow_takes_only_classes_for_data(mine, name):
+    with pytest.raises(TypeError, match="classes for data"):
+        cexec.result_readers([name])
+    module, _, inner = name.rpartition(".")
+    with pytest.raises((ValueError, pickle.UnpicklingError)) as refused:
+        loaded(stack_global(module or name, inner or "getattr"))
+    assert "allow=" not in str(refused.value)       # nor is it advised
+
+
+# What a program may have of its own: a dataclass in each form that Python has, and whom it may not be
+OURS = """
+import abc, collections, dataclasses, enum, functools
+CALLED = []
+class Color(enum.Enum):
+    RED, BLUE = 1, "b"
+class Mode(enum.Flag):
+    A, B, C = 1, 2, 4
+class Strange(enum.Flag):
+    A, B = 1, 2
+    @classmethod
+    def _missing_(cls, value):
+        CALLED.append(value)
+Pair = collections.namedtuple("Pair", "x y")
+class Wrong(Exception):
+    level = 0
+    def __init__(self, one, two):
+        CALLED.append(one)
+        super().__init__("%s and %s" % (one, two))
+        self.one, self.two = one, two
+    def __reduce__(self):
+        return Wrong, (self.one, self.two)
+    def fatal(self):
+        return True
+class Missing(FileNotFoundError):
+    pass
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: list = dataclasses.field(default_factory=list)
+    def __post_init__(self):
+        CALLED.append(self)
+        self.total = self.x
+    def is_safe(self):
+        return False
+    @functools.cached_property
+    def double(self):
+        return 2 * self.x
+    def __setattr__(self, name, value):
+        CALLED.append(name)
+        super().__setattr__(name, value)
+    def __setitem__(self, key, value):
+        CALLED.append(key)
+    def append(self, value):
+        CALLED.append(value)
+    extend = add = append
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: object
+    y: object = None
+class Child(Frozen):
+    pass
+@dataclasses.dataclass
+class Abstract(abc.ABC):
+    x: int
+@dataclasses.dataclass
+class Deleted:
+    x: int
+    def __del__(self):
+        CALLED.append(1)
+class Meta(type):
+    pass
+@dataclasses.dataclass
+class Made(metaclass=Meta):
+    x: int
+class Descriptor:
+    def __get__(self, made, cls=None):
+        return 0
+    def __set__(self, made, value):
+        CALLED.append(value)
+@dataclasses.dataclass
+class Described:
+    x: int = Descriptor()
+class Plain:
+    pass
+"""
+
+
+@pytest.fixture
+def ours(tmp_path, monkeypatch):
+    """A module with classes of a program's own, and a function that pickles as a worker does."""
+    put(str(tmp_path / "ours_x.py"), OURS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = __import__("ours_x")
+    program = cexec.LANE_PROGRAM
+    scope = {"made": lambda: None, "ATOMS": (), "trusted": False, "protocol": 5}
+    scope["made"].__module__, scope["made"].__qualname__ = "cexec", "made"
+    monkeypatch.setattr(cexec, "made", scope["made"], raising=False)
+    exec("import copyreg, functools, io, operator, pickle, sys\n"
+         + program[program.index("class Ways"):program.index("def set_up")], scope)
+    module.dumps = lambda value: bytes(scope["dumps"](value))
+    yield module
+    del sys.modules["ours_x"]
+
+
+def test_the_programs_own_classes_are_read_and_never_called(ours):
+    point = ours.Point(3, [4])
+    assert point.double == 6        # it is cached, and not sent
+    looped = ours.Point(5)
+    looped.y.append(looped)
+    values = [ours.Color.RED, ours.Mode.A | ours.Mode.C, ~ours.Mode.A, ours.Pair(1, [2]), point, ours.Frozen(1, (2,)),
+              {ours.Frozen(ours.Pair(1, 2)): ours.Child(7)}, ours.Abstract(1), ours.Missing(2, "no", "file")]
+    data = [ours.dumps(value) for value in values + [looped, ours.Wrong(1, 2)]]
+    ours.CALLED.clear()
+    found = [loaded(each) for each in data]
+    assert ours.CALLED == []
+    error, found_loop = found.pop(), found.pop()
+    assert found_loop.y[0] is found_loop
+    assert found[:7] == values[:7] and vars(found[4]) == {"x": 3, "y": [4], "total": 3}
+    assert [type(value) for value in found] == [type(value) for value in values]
+    assert found[0] is ours.Color.RED and found[1] is values[1] and found[8].filename == "file"
+    assert type(error) is ours.Wrong and error.args == ("1 and 2",) and (error.one, error.two) == (1, 2)
+
+
+def made(kind, *rest, state=None, after=b""):
+    """A pickle that a hostile worker writes: of made(), a state for what it gives, and opcodes after this."""
+    body = pickle.dumps((kind, "ours_x") + rest, 4)[11:-1] if len(rest) else b""
+    return (stack_global("cexec", "made")[:-1] + body + b"R"
+            + (pickle.dumps(state, 4)[2:-1].replace(b"\x94", b"") + b"b" if state is not None else b"") + after + b".")
+
+
+@pytest.mark.parametrize("data, why", [
+    (made("dataclass", "Deleted"), "it has a __del__"), (made("dataclass", "Made"), "a metaclass of its own"),
+    (made("dataclass", "Nobody"), "not found by its name"), (made("dataclass", "Descriptor.x"), "not found"),
+    (made("dataclass", "Described", state={"x": 1}), "x is not data"),
+    (made("dataclass", "Point", state={"is_safe": bool}), "is_safe is not data"),
+    (made("dataclass", "Point", state={"double": 1}), "double is not data"),
+    (made("dataclass", "Point", state={"__class__": 1}), "__class__ is not data"),
+    (made("dataclass", "Point", state={"__eq__": 1}), "__eq__ is not data"),
+    (made("dataclass", "Point", state=[1]), "does not write"), (made("dataclass", "Point", state={1: 1}), "not write"),
+    (made("dataclass", "Plain"), "Plain is no dataclass"), (made("dataclass", "Color"), "metaclass of its own"),
+    (made("dataclass", "Point", state={"x": 1}, after=b"}b"), "does not write"),        # a second state
+    (made("dataclass", "Point", after=b"K\x01a"), "not write"), (made("dataclass", "Point", after=b"(K\x01e"), "not w"),
+    (made("dataclass", "Point", after=b"K\x01K\x02s"), "not write"),
+    (made("dataclass", "Point", after=b"(K\x01\x90"), "not write"),
+    (made("enum", "Color", "RED", 1, state={"_value_": 2}), "does not write"),
+    (made("enum", "Color", "GREEN", 1), "no such member"), (made("enum", "Mode", None, 64), "no such member"),
+    (made("enum", "Mode", None, -64), "no such member"), (made("enum", "Strange", None, 3), "no such member"),
+    (made("enum", "Plain", "x", 1), "no Enum"), (made("enum", "Color", ["x"], 1), "no such member"),
+    (made("tuple", "Pair", (1,)), "no named tuple"), (made("tuple", "Pair", [1, 2]), "no named tuple"),
+    (made("tuple", "Plain", ()), "no named tuple"), (made("exception", "Plain", ()), "no exception"),
+    (made("exception", "Wrong", (), state={"fatal": None}), "fatal is not data"),
+    (made("exception", "Wrong", (), state={"args": ()}), "args is not data"),
+    (made("exception", "Wrong", (), state={"__cause__": None}), "__cause__ is not data"),
+    (made("other", "Wrong"), "not write"), (made(("dataclass",) * 3, "Wrong"), "not write"),
+    (made("enum", 5), "not write"),
+    (stack_global("ours_x", "Plain")[:-1] + b")\x81.", r'allow=\["ours_x.Plain"\]'),
+    (stack_global("ours_x", "Color")[:-1] + b"K\x01\x85R.", "allow="), (stack_global("cexec", "made"), "not write"),
+])
+def test_what_the_programs_own_classes_are_refused(ours, data, why):
+    ours.CALLED.clear()
+    with pytest.raises(Exception, match=why):
+        loaded(data)
+    assert ours.CALLED == [] and ours.Color.RED.value == 1 and ours.Point.is_safe(None) is False
+
+
+def test_a_class_with_its_own_way_needs_allow(ours):
+    for allow in ([], ["ours_x.Plain"], ["ours_x"]):
+        value = ours.Plain()
+        value.x = ours.Color.BLUE
+        data = ours.dumps([value])
+        if allow:
+            assert loaded(data, allow)[0].x is ours.Color.BLUE
+        else:
+            with pytest.raises(pickle.UnpicklingError, match="ours_x.Plain is not known here"):
+                loaded(data, allow)
+    with pytest.raises(pickle.UnpicklingError, match="not found by its name in a module that is imported here"):
+        loaded(ours.dumps(ours.Wrong(1, 2)).replace(b"ours_x", b"antigr"))
+    assert "antigr" not in sys.modules
+
+
+def test_no_result_changes_a_class(ours):
+    """By the state that pickle's BUILD sets on whatever it gets: on a class, a function, an Enum's member."""
+    before = {cls: dict(vars(cls)) for cls in (fractions.Fraction, ours.Point, ours.Color, ours.Plain, OSError)}
+    state = b"}\x8c\x06__eq__" + stack_global("builtins", "bool")[2:-1] + b"s"
+    readers = [cexec.result_readers(allow) for allow in ((), EVERY_ALLOW + ["ours_x"])]
+    for module, name in (("fractions", "Fraction"), ("ours_x", "Point"), ("ours_x", "Color"), ("ours_x", "Plain"),
+                         ("builtins", "OSError"), ("ours_x", "Point.is_safe"), ("re", "_compile"), ("cexec", "made")):
+        for reader in readers:
+            for data in (state + b"b", b"N" + state + b"\x86b", state[1:-1] + b"s", b"(" + state[1:-1] + b"u"):
+                with pytest.raises(Exception):      # noqa: B017
+                    cexec.load_result(reader, stack_global(module, name)[:-1] + data + b".", 0)
+    member = stack_global("ours_x", "Color")[:-1] + b"K\x01\x85R"
+    with pytest.raises(ValueError):
+        loaded(member + b"}\x8c\x07_value_K\x07sb.", ["ours_x"])
+    assert {cls: dict(vars(cls)) for cls in before} == before and ours.Color.RED.value == 1
+    assert fractions.Fraction(1, 2) != fractions.Fraction(1, 3)
+
+
+BUILTIN, EVEN_DEEPER = functools.partial(stack_global, "builtins"), 2000000
+TWINS = [(((1 << 61) - 1) * number).to_bytes(12, "little") for number in range(1, 100000)]         # of one hash
+UUID_OF = stack_global("uuid", "UUID")[2:-1] + b")\x81}\x8c\x03int\x8a\x0c%ssb"
+
+
+@pytest.mark.parametrize("data, why", [
+    (b"\x80\x04})" + b"\x85" * EVEN_DEEPER + b"Ns.", "deeper than 500"),
+    (b"\x80\x04)" + b"\x94\x85" * EVEN_DEEPER + b".", "deeper than 500"),
+    (b"\x80\x04)\x94" + b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(99)) + b"}hcNs.", "too long"),
+    (b"\x80\x04\x8f()\x94" + b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(99)) + b"\x90.", "too long"),
+    (b"\x80\x04()\x94" + b"".join(b"h%ch%c\x86\x94" % (n, n) for n in range(99)) + b"\x91.", "too long"),
+    (b"\x80\x04(" + b"K\x01" * 100000 + b"t\x94}(" + b"h\x00N" * 100000 + b"u.", "too long"),
+    (b"\x80\x04}(" + b"".join(b"\x8a\x0c%sN" % twin for twin in TWINS) + b"u.", "too long"),
+    (b"\x80\x04\x8f(" + b"".join(UUID_OF % twin for twin in TWINS) + b"\x90.", "too long"),
+    (BUILTIN("bytes")[:-1] + b"\x8a\x06\0\0\0\0\0\1\x85R.", "not write"),
+    (BUILTIN("bytearray")[:-1] + b"\x8a\x06\0\0\0\0\0\1\x85R.", "bytearray of int"),
+    (BUILTIN("tuple")[:-1] + BUILTIN("range")[2:-1] + b"K\0J\xff\xff\xff\x7f\x86R\x85R.", "not write"),
+    (b"\x80\x04B\x10\x27\0\0" + b"x" * 10000 + b"\x94(" +
+     (BUILTIN("bytearray")[2:-1] + b"h\0\x85R") * 10000 + b"t.", "too long"),
+    (b"\x80\x04N\x94r\xff\xff\xff\x7f.", "opcode 114"), (b"\x80\x04\x8e\0\0\0\0\0\0\0\x7f", "too early"),
+    (b"\x80\x05\x96\0\0\0\0\0\0\0\x7f.", "too early"), (b"\x80\x04\x8b\xff\xff\xff\xff.", "not write"),
+    (pickle.dumps(UnicodeDecodeError("a", b"b", 0, 1, "r"), 4).replace(b"K\x00", b"J\0\0\0\x80"), "not in its text"),
+    (pickle.dumps(UnicodeDecodeError("a", b"b", 0, 1, "r"), 4)[:-1] + b"}\x8c\x05startJ\0\0\0\x80sb.",
+     "start is not data"),
+    (pickle.dumps(UnicodeEncodeError("a", "b", 0, 1, "r"), 4).replace(b"K\x01", b"K\x02"), "not in its text"),
+    (pickle.dumps(SyntaxError("a", ("f", 1, 2, "text")), 4).replace(b"K\x01", b"]"), "a place that is none"),
+    (pickle.dumps([re.compile("x" * 200 + str(n)) for n in range(30)], 4), "more than 4096 characters"),
+    (pickle.dumps(re.compile("x"), 4).replace(b"K ", b"K\xa0"), "not write"),           # DEBUG: it prints
+    (b"\x80\x04" + pickle.dumps(7 ** 200000, 4)[11:-1] + b"\x94(" + (stack_global("fractions", "Fraction")[2:-1] +
+                                                                       b"h\0h\0\x86R") * 99 + b"t.", "too long"),
+    (b"\x80\x04.", "not enough values"), (b"", "too early"),
+    (pickle.dumps(datetime.date(2026, 1, 2), 4).replace(b"\xea\x01\x02", b"\xea\x01\xff"), "day"),
+    (pickle.dumps(collections.defaultdict(list), 4).replace(b"list", b"iter"), "iter is not known"),
+    (pickle.dumps(slice(1, 2), 4).replace(b"K\x01", b")"), "slice of tuple"),
+], ids=range(28))
+def test_no_result_is_a_bomb_or_a_crash(data, why):
+    """Each would take for ever, or all the memory, or kill this process."""
+    with pytest.raises(Exception, match=why):
+        loaded(data)
+
+
+def test_what_a_worker_sends_at_random(ours):
+    """Pickles of each kind, with bytes changed, left out, doubled and exchanged: no result does any harm."""
+    chance = random.Random(22)
+    values = [DATA, ours.Point(1), [ours.Color.RED, ours.Mode.A], ours.Wrong(1, 2), ours.Pair(1, 2), ours.Frozen(1),
+              {ours.Frozen((1, 2)): 1}, datetime.datetime.now(datetime.timezone.utc), fractions.Fraction(1, 3),
+              collections.OrderedDict(a=1), collections.Counter("abc"), collections.deque([1], 3), re.compile("a+"),
+              UnicodeDecodeError("a", b"b", 0, 1, "r"), OSError(2, "x", "y"), pathlib.Path("/x"), time.gmtime(0),
+              collections.defaultdict(list, a=[1])]
+    whole = [ours.dumps(value) for value in values]
+    before = {cls: dict(vars(cls)) for cls in (ours.Point, ours.Color, ours.Mode, ours.Pair, fractions.Fraction)}
+    readers, modules = [cexec.result_readers(allow) for allow in ((), EVERY_ALLOW)], set(sys.modules)
+    ours.CALLED.clear()
+    opcodes = sorted(cexec.Reader.OPS) + [ord(".")]
+    for turn in range(6000):
+        data = bytearray(chance.choice(whole))
+        for _ in range(chance.randint(1, 6)):
+            place, other = chance.randrange(len(data)), chance.choice(whole)
+            cut = chance.randrange(len(other))
+            data[place:place + chance.randint(0, 4)] = chance.choice([
+                bytes([chance.choice(opcodes)]), bytes([chance.randrange(256)]), b"", data[place:place + 9],
+                other[cut:cut + chance.randint(1, 40)], b"b", b"R", b"\x93", b"h" + bytes([chance.randrange(20)])])
+            data = data or bytearray(b".")
+        with contextlib.suppress(Exception):
+            repr(cexec.load_result(readers[turn % 2], bytes(data), 0))
+    assert ours.CALLED == [] and ours.Color.RED.value == 1
+    assert {cls: set(vars(cls)) for cls in before} == {cls: set(before[cls]) for cls in before}
+    assert all(vars(cls)[name] is there for cls, names in before.items() for name, there in names.items()
+               if callable(there))
+    new = {name for name in set(sys.modules) - modules if not name.startswith(("encodings", "_"))}
+    assert not new - set(cexec.MAKERS)
+
+
+NUMPY_VALUES = """
+import numpy
+VALUES = [
+    numpy.arange(12.0).reshape(3, 4), numpy.arange(12).reshape(3, 4).T, numpy.arange(24).reshape(2, 3, 4)[::2, :, ::-1],
+    numpy.array(3.5), numpy.zeros((0, 3)), numpy.array([True, False]), numpy.array(["a", "bcd"]), numpy.array([b"x"]),
+    numpy.array(["2020-01-01"], "M8[D]"), numpy.array([1], "m8[25s]"), numpy.array([1, 2], ">i4"), numpy.array([1j]),
+    numpy.array([(1, 2.5, "x")], [("a", "i4"), ("b", "f8"), ("c", "U3")]), numpy.float64(3), numpy.bool_(True),
+    numpy.int32(5), numpy.datetime64("2020-01-01"), numpy.str_("abc"), numpy.float16(1), numpy.dtype("f8"),
+    numpy.zeros(3, numpy.dtype([("a", "i1"), ("b", "f8", (2,))], align=True))]
+"""
+
+
+def with_numpy(python):
+    """Skips the test if this Python has no numpy, which the suite's own always has in CI."""
+    if subprocess.call([python, "-c", "import numpy"], stderr=subprocess.DEVNULL):
+        if IN_CI and python == sys.executable:
+            pytest.fail("the tests' Python has no numpy")
+        pytest.skip("%s has no numpy" % python)
+
+
+def test_numpys_arrays_are_read(ours):
+    with_numpy(sys.executable)
+    scope = {}
+    exec(NUMPY_VALUES, scope)
+    for value in scope["VALUES"]:
+        found = loaded(ours.dumps(value))
+        assert type(found) is type(value) and repr(found) == repr(value) or getattr(value.dtype, "names", None)
+        if value.shape:
+            assert found.flags.writeable and found.dtype == value.dtype and (found == value).all()
+    big = scope["numpy"].arange(10)
+    big.flags.writeable = False
+    assert loaded(ours.dumps([big]))[0].flags.writeable
+    for value in (scope["numpy"].array([object()]), scope["numpy"].ma.array([1])):
+        with pytest.raises(pickle.UnpicklingError, match="only with trust=True"):
+            loaded(ours.dumps(value), ["numpy"])
+
+
+@pytest.mark.parametrize("what, shape, raw", [
+    ("|O", (1,), b"12345678"), ("<f8", (1 << 61,), b""), ("<f8", (-1,), b"x"), ("<f8", (-1, -1), b"12345678"),
+    ("|b1", (1,), b"\x02"), ("<U1", (1,), b"\xff\xff\xff\x7f"), ([("a", "|b1")], (1,), b"\x02"),
+    ("<f8", (True,), b"12345678"),
+    ("|S0", (1 << 40,), b""), ("numpy.object_", (1,), b"12345678"), ("f8,O", (1,), b"x" * 16),
+    ([("a", "|O")], (1,), b"x" * 8),
+    ("<f8", [1], b"12345678"), ("<f8", (1,), "12345678"), (["a"], (1,), b"x"), ([("a", [("b", "O")])], (1,), b"x" * 8),
+    ("<f8", (1,) * 100, b"12345678"), ("|V99999999999", (1,), b""), ({"a": 1}, (1,), b"")])
+def test_what_numpy_would_take_on_trust_is_refused(what, shape, raw):
+    with_numpy(sys.executable)
+    with pytest.raises(Exception):      # noqa: B017
+        cexec.numpy_array(what, shape, "C", raw)
+
+
+def test_with_trust_a_result_is_read_as_pickle_does(mine):
+    readers = cexec.result_readers((), trust=True)
+    assert cexec.load_result(readers, b".." + pickle.dumps(mine.function, 4), 2) is mine.function
+    assert cexec.load_result(readers, pickle.dumps(Harm(len, ("abc",)), 4), 0) == 3
+
+
 def test_an_exception_that_cannot_be_made_here_is_told(mine):
     def told(error, allow=()):
         text = b"Traceback ...\n\x1b[2Jmine_x.Sneaky: why"
         data = cexec.TEXT_SIZE.pack(len(text)) + text + (pickle.dumps(error) if error else b"")
         return cexec.load_error(cexec.result_readers(allow), data, 0, "box")
     for error, allow, word in ((mine.Sneaky(1, 2), (), "mine_x.Sneaky is not known here"),
-                               (mine.Sneaky(1, 2), ["mine_x"], "missing 1 required"), (None, (), "Ran out of input"),
+                               (mine.Sneaky(1, 2), ["mine_x"], "missing 1 required"),
+                               (None, (), "it cannot be pickled"),
                                ("no exception", (), "no exception")):
         found = told(error, allow)
         assert type(found) is pickle.UnpicklingError and word in str(found) and "mine_x.Sneaky: why" in str(found)
@@ -12929,6 +13279,121 @@ def test_another_python_there(cluster, monkeypatch, there):
         assert out == "(%s, 3000000) KeyError(7\n3000000\n" % version
 
 
+# What the same Python on both sides gives back at the first try, without allow
+VALUES = """
+import array, collections, datetime, decimal, enum, fractions, ipaddress, json, os, pathlib, re, subprocess, sys, time
+import types, uuid
+
+class Color(enum.Enum):
+    RED, BLUE = 1, "b"
+class Mode(enum.Flag):
+    A, B = 1, 2
+class Level(enum.IntEnum):
+    LOW = 1
+Pair = collections.namedtuple("Pair", "x y")
+class Wrong(Exception):
+    def __init__(self, one, two):
+        super().__init__("%s, %s" % (one, two))
+        self.one, self.two = one, two
+utc, hour = datetime.timezone.utc, datetime.timezone(datetime.timedelta(hours=1), "X")
+VALUES = [
+    None, 2 ** 100, 1.5, 2j, "\\ud800 text", b"bytes", bytearray(b"x"), [1, [2]], (1, (2,)), {(1, 2): {3}},
+    frozenset([(4,)]), range(5), slice(1, 2), Ellipsis, datetime.date(2026, 1, 2),
+    datetime.time(1, 2, 3, 4, utc, fold=1), datetime.datetime(2026, 1, 2, 3, 4, 5, 6, hour, fold=1),
+    datetime.timedelta(-1, 2, 3), hour,
+    decimal.Decimal("1.50"), fractions.Fraction(-1, 3), uuid.UUID(int=7), pathlib.Path("/a/b"),
+    pathlib.PureWindowsPath("c:/x"), collections.OrderedDict([(1, 2)]), collections.defaultdict(list, a=[1]),
+    collections.deque([1], 3), collections.Counter("abca"), collections.ChainMap({1: 2}, {}), collections.UserDict(a=1),
+    collections.UserList([1]), ipaddress.ip_address("1.2.3.4"), ipaddress.ip_network("::/8"),
+    ipaddress.ip_interface("1.2.3.4/8"), re.compile("a+", re.I), array.array("d", [1.5]), time.gmtime(0), os.stat("/"),
+    types.SimpleNamespace(a=[1]), Color.BLUE, Mode.A | Mode.B, ~Mode.A, Level.LOW, Pair(1, [2]), re.I | re.S, int,
+    ValueError]
+ERRORS = [
+    Wrong(1, 2), OSError(2, "no", "file"), KeyError(3), UnicodeDecodeError("a", b"b", 0, 1, "c"),
+    ImportError("x", name="y"), json.JSONDecodeError("m", "doc", 1), subprocess.CalledProcessError(1, "x", "out"),
+    SyntaxError("x", ("f", 1, 2, "t"))]
+if sys.version_info >= (3, 7):
+    import dataclasses
+    @dataclasses.dataclass
+    class Point:
+        x: int
+        y: object = None
+    @dataclasses.dataclass(frozen=True)
+    class Frozen:
+        x: int
+        y: object = None
+    VALUES += [Point(1, [Point(2)]), {Frozen(1, (2,)): Frozen(Color.RED)}]
+if sys.version_info >= (3, 10):
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Slots:
+        x: int
+    VALUES.append(Slots(1))
+if sys.version_info >= (3, 9):
+    import zoneinfo
+    try:
+        VALUES.append(datetime.datetime(2026, 1, 2, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")))
+    except zoneinfo.ZoneInfoNotFoundError:
+        pass                        # this host has no zones
+
+def value(place):
+    return VALUES[place]
+
+def error(place):
+    raise ERRORS[place]
+
+def same(one, two):
+    return type(one) is type(two) and (one == two or repr(one) == repr(two) and vars(one) == vars(two))
+
+if __name__ == "__main__":
+    with cexec.Executor(POOL) as pool:
+        found = [pool.submit(value, place) for place in range(len(VALUES))]
+        raised = [pool.submit(error, place) for place in range(len(ERRORS))]
+        for future, right in zip(found + raised, VALUES + ERRORS):
+            wrong = future.exception()
+            if right in ERRORS and same(wrong, right) and wrong.args == right.args or not wrong and same(
+                    future.result(), right):
+                continue
+            print("not", repr(right), "but", repr(wrong or future.result()))
+        print(len(VALUES) >= 40, len(found + raised) == len(VALUES + ERRORS))
+"""
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_forty_types_without_allow(cluster, monkeypatch, python):
+    live_in(cluster, monkeypatch)
+    cluster.worker(python, "/dev/fd/3", env={"BOOST": "0"})
+    assert main_program(cluster, VALUES, python=python) == "True True\n"
+
+
+def test_values_between_the_oldest_and_the_newest_python(cluster, monkeypatch):
+    """Their pickles of some types differ: Fraction's, UUID's, paths'; and so do Enum's and Flag's own."""
+    live_in(cluster, monkeypatch)
+    cluster.worker(PYTHONS[-1], "/dev/fd/3", env={"BOOST": "0"})
+    assert main_program(cluster, VALUES, python=PYTHONS[0]) == "True True\n"
+
+
+def test_numpys_arrays_come_and_go(cluster, monkeypatch):
+    """And what needs trust."""
+    with_numpy(PYTHON)
+    live_in(cluster, monkeypatch)
+    cluster.worker(*LANE, env={"BOOST": "0"})
+    out = main_program(cluster, """
+        import numpy
+        def turned(array):
+            return array.T
+        def strange():
+            return numpy.ma.array([1, 2], mask=[0, 1])
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                found = pool.submit(turned, numpy.ones((300, 500))).result()
+                print(found.shape, found.sum(), found.flags.f_contiguous)
+                print(type(pool.submit(strange).exception()).__name__)
+            with cexec.Executor(POOL, trust=True) as pool:
+                print(pool.submit(strange).result())
+        """)
+    assert out == "(500, 300) 150000.0 True\nUnpicklingError\n[1 --]\n"
+
+
 def test_a_supervisor_that_is_killed(pooled):
     marks = [pooled.path("first"), pooled.path("second")]
     program = ("import os, time\nfirst, second = %r, %r\nmark = second if os.path.exists(first) else first\n"
@@ -13025,7 +13490,8 @@ time.sleep(1000)
 
 
 @pytest.mark.parametrize("does, kind, word", [
-    ("ready(); value(call(), b'cos\\nsystem\\n(Vtouch harm\\ntR.')", "UnpicklingError", "os.system is not known here"),
+    ("ready(); value(call(), b'\\x80\\x04\\x8c\\x02os\\x8c\\x06system\\x93\\x8c\\ntouch harm\\x85R.')",
+     "UnpicklingError", "os.system is not known here"),
     ("ready(); value(call(), b'')", "Failed", "a result that cannot be read: EOFError"),
     ("ready(); value(call(), b'(' * 100000)", "Failed", "a result that cannot be read"),
     ("ready(); n = call(); send(b'X', n + b'\\xff\\xff\\xff\\xff')", "BrokenExecutor", "longer than its frame"),
