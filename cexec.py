@@ -4051,64 +4051,185 @@ DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 OLD_SECONDS = 60.0                  # a younger directory without a lock may have just been made
 
 
-def make_directory(path, floor=0):
-    """Makes a directory with mode 0700: a descriptor, from floor up, that locks it.  Raises OSError."""
-    os.mkdir(path, 0o700)
-    fd = lifted_away(os.open(path, DIRECTORY_FLAGS), floor)
+def make_directory(name, floor=0, place=None):
+    """Makes a directory with mode 0700: a descriptor, from floor up, that locks it.  Raises OSError.
+
+    place: a descriptor of the directory to make it in; None: the current one.
+    """
+    os.mkdir(name, 0o700, dir_fd=place)
+    fd = lifted_away(os.open(name, DIRECTORY_FLAGS, dir_fd=place), floor)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
 
 
-def remove_directory(path):
-    """Removes a directory with everything in it, read-only and very deep directories too.  Raises OSError.
-
-    Its contents may belong to another user, who may change them at the same time: so no link is
-    followed.  Each inner directory is moved to the top before it is emptied: so no path gets too long.
-    """
-    make_writable(path)
-    top, todo, moved = os.open(path, DIRECTORY_FLAGS), ["."], 0
-    prefix = os.urandom(8).hex()
+def as_user(user, work):
+    """Returns what work() returns, which has the rights of a user, an entry of passwd(5); None: our own."""
+    if user is None:
+        return work()
+    ours, group, groups = os.geteuid(), os.getegid(), os.getgroups()
     try:
-        while todo:
-            name = todo.pop()
-            fd = os.open(name, DIRECTORY_FLAGS, dir_fd=top)
-            for entry in os.listdir(fd):
-                try:
-                    os.unlink(entry, dir_fd=fd)
-                except (IsADirectoryError, PermissionError):
-                    moved += 1
-                    make_writable(entry, fd)
-                    os.rename(entry, prefix + str(moved), src_dir_fd=fd, dst_dir_fd=top)
-                    todo.append(prefix + str(moved))
-            os.close(fd)
-            if name != ".":
-                os.rmdir(name, dir_fd=top)
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setegid(user.pw_gid)
+        os.seteuid(user.pw_uid)
+        return work()
     finally:
-        os.close(top)
-    os.rmdir(path)
+        os.seteuid(ours)
+        os.setegid(group)
+        os.setgroups(groups)
 
 
-def make_writable(path, dir_fd=None):
-    """Lets us remove the entries of a directory of ours.  Root can do that anyway, and might follow a planted link."""
-    if os.geteuid():
-        os.chmod(path, 0o700, dir_fd=dir_fd)
+def remove_directory(name, place=None, user=None):
+    """Removes a directory with everything in it.  Raises OSError with the first name that stays, and its reason.
+
+    What is inside goes with the rights of user (see as_user): the user may have moved there what only
+    we could remove.  place: as for make_directory().
+    """
+    trouble = None
+    try:
+        as_user(user, lambda: Emptying(name, place).work())
+    except OSError as error:
+        trouble = error
+    try:
+        os.rmdir(name, dir_fd=place)
+    except OSError as error:
+        raise trouble or error from None
 
 
-def remove_left(place, is_ours):
-    """Removes directories that a crash has left in a place: is_ours(name) is true, and no process locks them."""
-    for name in os.listdir(place):
-        path = os.path.join(place, name)
+class Emptying:
+    """Removes all that is in a directory, in read-only and very deep directories too.
+
+    Others may change it at the same time: so it is used by descriptors only, and no link is followed.
+    Only one is open at a time, as there may be any number of levels.
+    """
+
+    def __init__(self, name, place):
+        self.here = open_writable(name, place)
+        self.disk = os.fstat(self.here).st_dev
+        self.above = []             # of each level above: (the name below it, its fstat(), its directories to do)
+        self.trouble = None         # the first OSError
+
+    def work(self):
+        """Raises OSError at the end, if something stays."""
         try:
-            if not is_ours(name) or time.time() - os.lstat(path).st_mtime < OLD_SECONDS:
-                continue
-            fd = os.open(path, DIRECTORY_FLAGS)
+            todo = self.unlink_files()
+            while todo or self.above:
+                todo = self.go_down(todo) if todo else self.go_up()
+        finally:
+            os.close(self.here)
+        if self.trouble:
+            raise self.trouble
+
+    def unlink_files(self):
+        """Returns the names of the directories that are here."""
+        directories = []
+        for name in os.listdir(self.here):
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_directory(path)
+                os.unlink(name, dir_fd=self.here)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if is_directory(name, self.here):
+                    directories.append(name)
+                else:
+                    self.stays(name, error)
+        return directories
+
+    def go_down(self, todo):
+        name = todo.pop()
+        try:
+            below = open_writable(name, self.here)
+        except OSError as error:
+            self.stays(name, error)
+            return todo
+        if os.fstat(below).st_dev != self.disk:
+            os.close(below)
+            self.stays(name, OSError(errno.EBUSY, "another disk is mounted there"))
+            return todo
+        self.above.append((name, os.fstat(self.here), todo))
+        os.close(self.here)
+        self.here = below
+        return self.unlink_files()
+
+    def go_up(self):
+        name, known, todo = self.above.pop()
+        parent = os.open("..", DIRECTORY_FLAGS, dir_fd=self.here)
+        os.close(self.here)
+        self.here = parent
+        if not os.path.samestat(os.fstat(parent), known):
+            raise OSError(errno.EBUSY, "was moved while it was removed", name)
+        try:
+            os.rmdir(name, dir_fd=parent)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.stays(name, error)
+        return todo
+
+    def stays(self, name, error):
+        if not self.trouble:
+            path = "/".join([below for below, _, _ in self.above] + [name])
+            self.trouble = OSError(error.errno, error.strerror, path)
+
+
+def is_directory(name, place):
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def open_writable(name, place):
+    """Returns a descriptor of a directory; if it is ours, we may then remove what is in it.  Raises OSError."""
+    try:
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
+    except PermissionError as error:            # it may be ours, without r
+        if not make_readable(name, place):
+            raise error
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            os.fchmod(fd, 0o700)
+        os.stat(".", dir_fd=fd)     # needs x, as ".." will
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_readable(name, place):
+    """Gives a directory the mode 0700, and follows no link; whether it is ours."""
+    try:
+        if os.chmod in os.supports_follow_symlinks:
+            os.chmod(name, 0o700, dir_fd=place, follow_symlinks=False)
+        else:                       # Linux's fchmodat(2) follows links
+            handle = os.open(name, getattr(os, "O_PATH", 0) | DIRECTORY_FLAGS, dir_fd=place)
+            try:
+                os.chmod(PROC_FD % handle, 0o700)
+            finally:
+                os.close(handle)
+        return True
+    except OSError:
+        return False
+
+
+def remove_left(place, is_ours, user=None):
+    """Removes directories that a crash has left in a place, a descriptor: is_ours(name), and no process locks them.
+
+    They belong to user, an entry of passwd(5), and are removed with the user's rights; None: to us.
+    """
+    owner = user.pw_uid if user else os.geteuid()
+    for name in filter(is_ours, os.listdir(place)):
+        try:
+            fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
+            try:
+                there = os.fstat(fd)
+                if there.st_uid == owner and time.time() - there.st_mtime > OLD_SECONDS:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove_directory(name, place, user)
             finally:
                 os.close(fd)
-        except OSError as error:    # it is in use, or belongs to another user
-            log.note("%s stays: %s", path, error.strerror)
+        except OSError as error:    # it is in use, or has what the user cannot remove
+            log.note("%s stays: %s", name, error)
 
 
 def check_current_directory(patterns=()):
@@ -4122,7 +4243,11 @@ def check_current_directory(patterns=()):
     except OSError as error:
         name = "the current directory" if error.filename == part else error.filename
         raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
-    remove_left(".", is_own_part)
+    here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        remove_left(here, is_own_part)
+    finally:
+        os.close(here)
 
 
 def close_all_but(kept):
@@ -4137,6 +4262,9 @@ def close_all_but(kept):
         except OSError:
             pass                    # listdir() itself had it open
     fill_standard()
+
+
+ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 
 
 class Helper:
@@ -4169,7 +4297,7 @@ class Helper:
         code, text = 1, ""
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+            for number in (*ENDING_SIGNALS, signal.SIGTSTP):
                 signal.signal(number, handling)
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             log.be_verbose(False)
@@ -4206,9 +4334,8 @@ class Helper:
         return (self.said.decode() or "it was killed") if code else None
 
     def kill(self):
-        """Ends it at once."""
+        """Ends it; over() will be called."""
         os.kill(self.pid, signal.SIGKILL)
-        self.wait()
 
 
 def files_pipe(floor):
@@ -4251,7 +4378,7 @@ def is_part(name, host="[A-Za-z0-9_-]+"):
 
 
 def is_own_part(name):
-    return is_part(name, this_host()) and os.lstat(name).st_uid == os.geteuid()
+    return is_part(name, this_host())
 
 
 def input_place(text):
@@ -4433,14 +4560,15 @@ class JobFiles:
         self.trouble = None         # the first error's text
         self.verdict = None         # a pipe to the Helper that has the results: see receive()
         self.helpers, self.channels = [], []
-        at_end.append(self.close)               # remove unfinished results, no matter why this process ends
+        self.closed = False         # whether nobody waits for the Helpers any more
+        at_end.append(self.end)     # removes unfinished results, no matter why this process ends
         try:
             if places:
                 self.send_inputs(carrier, places)
             if patterns:
                 self.receive_results(carrier, patterns, durable)
         except OSError:             # no process or no descriptor is left
-            self.close()
+            self.wait()
             raise
 
     def send_inputs(self, carrier, places):
@@ -4473,7 +4601,10 @@ class JobFiles:
     def ended(self, helper, trouble):
         self.helpers.remove(helper)
         self.trouble = self.trouble or trouble
-        self.changed()
+        if self.closed:
+            self.close()
+        else:
+            self.changed()
 
     def settled(self, success):
         """Gives the verdict, after EXIT when all bytes have come; whether all Helpers have ended."""
@@ -4493,17 +4624,28 @@ class JobFiles:
             pass                    # the Helper has ended, and says why
 
     def close(self):
-        """Stops; when this returns, results that are not in their places are removed."""
-        if self.close in at_end:
-            at_end.remove(self.close)
+        """Stops.  The Helpers end by themselves, however slow the disk is, and remove results that have no place."""
+        self.closed = True
         for channel in self.channels:
             channel.close()
         if self.verdict is not None:
             os.close(self.verdict)
             self.verdict = None
-        for helper in self.helpers:
-            helper.wait()
-        self.helpers = []
+        if not self.helpers and self.end in at_end:
+            at_end.remove(self.end)
+
+    def wait(self):
+        """Stops, and waits until its Helpers have ended."""
+        self.close()
+        while self.helpers:
+            self.helpers.pop().wait()
+        self.close()
+
+    def end(self):
+        """At the end of this process: waits, or leaves the rest to the Helpers if one more signal comes."""
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self.wait()
 
 
 # ---------------------------------------------------------------------------
@@ -7510,9 +7652,10 @@ def main_single(path, words, options):
 #       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
 #       |  <---------------- refused REASON, back   |  or cannot make them: sends REFUSE
 #       |  <--------------------------------- back  |  the client left before GO: it may ask again
-#       |  <---------------------- directory NAME   |  with -d: a directory was made for the job
+#       |  <---------------------- directory NAME   |  with -d: a directory is made for the job
 #       |  <---------------- group PID|session PID  |  GO came: the command has started
 #       |  <------------------------------- failed  |  or it cannot be started
+#       |  <-------------------------- leaves NAME  |  the job is over: cservice removes its directory
 #       |  <--------------------------------- more  |  a job of a batch is over: may the batch go on?
 #       | yes|no -------------------------------->  |
 #       |  <--------------------------------- done  |  EXIT is sent: the slot is free
@@ -7566,14 +7709,17 @@ def check_descriptors(rows, may_have_files):
     return channels
 
 
-# A job's directory is in TMPDIR.  The supervisor removes it.  If the supervisor was lost, cservice
-# removes it; if cservice was lost too, the next cservice on this host: nobody locks it any more.
+# A job's directory is in TMPDIR.  The supervisor makes it, and cservice removes it: after the job, or when the
+# supervisor is lost.  If cservice is lost, the supervisor removes it.  If both are, the next cservice on this host
+# does: nobody locks it any more.
 
 DIRECTORY_NAME = "cexec."           # the beginning of a job directory's name; 16 hexadecimal digits follow
+REMOVALS_MAX = 4                    # a connection gets no more jobs while so many of its directories are being removed
 
 
 def is_job_directory(name):
-    return name.startswith(DIRECTORY_NAME) and len(name) == len(DIRECTORY_NAME) + 16
+    digits = name[len(DIRECTORY_NAME):]
+    return name.startswith(DIRECTORY_NAME) and len(digits) == 16 and set(digits) <= set("0123456789abcdef")
 
 
 def become(user):
@@ -7583,20 +7729,66 @@ def become(user):
     os.setuid(user.pw_uid)
 
 
+class Place:
+    """The directory in which the jobs' directories are made.  Raises OSError.
+
+    Root never uses the path of anything that user, the commands' user, could move or replace: only
+    descriptors.  What is inside a job's directory is used with the rights of this user.
+    """
+
+    def __init__(self, path, user):
+        self.path, self.user = path, user
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def lift(self, floor):
+        """Copies its descriptor to a number from floor up."""
+        self.fd = lifted(self.fd, floor)
+
+    def make(self, name, floor):
+        """Returns a descriptor, from floor up, of a new directory."""
+        fd = make_directory(name, floor, self.fd)
+        if self.user:
+            # Who may write in this place may have put another directory there meanwhile: the user must not get that.
+            if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):
+                os.close(fd)
+                raise OSError(errno.EEXIST, "another directory is in its place", name)
+            os.fchown(fd, self.user.pw_uid, self.user.pw_gid)
+        return fd
+
+    def remove_empty(self, name):
+        """Whether a directory was empty, and is removed."""
+        try:
+            os.rmdir(name, dir_fd=self.fd)
+        except OSError:
+            return False
+        return True
+
+    def remove(self, name):
+        try:
+            remove_directory(name, self.fd, self.user)
+        except FileNotFoundError:   # the command has removed it
+            pass
+
+    def remove_left(self):
+        """Removes the directories that a crash has left."""
+        remove_left(self.fd, is_job_directory, self.user)
+
+    def tell(self, name, trouble):
+        log.say("%s/%s: cannot be removed: %s" % (self.path, name, trouble))
+
+
 class JobDirectory:
     """The directory of one job, owned by the command's user.  A Helper with this user's rights works in it.
 
     Raises OSError.
     """
 
-    def __init__(self, loop, settings, say):
-        self.loop, self.user, self.helper = loop, settings.user, None
-        name = DIRECTORY_NAME + os.urandom(8).hex()
-        self.path = os.path.join(settings.place, name)
-        say("directory " + name)
-        self.fd = make_directory(self.path, loop.floor)
-        if self.user:
-            os.fchown(self.fd, self.user.pw_uid, self.user.pw_gid)
+    def __init__(self, loop, place, say):
+        self.loop, self.user, self.helper = loop, place.user, None
+        self.name = DIRECTORY_NAME + os.urandom(8).hex()
+        self.path = os.path.join(place.path, self.name)
+        say("directory " + self.name)
+        self.fd = place.make(self.name, loop.floor)
 
     def fill(self, reader, over):
         """Unpacks the client's archive from a pipe, and then calls over(None or an error's text)."""
@@ -7613,7 +7805,7 @@ class JobDirectory:
         self.begin(work, writer, over)
 
     def begin(self, work, pipe, over):
-        def as_user():
+        def with_rights():
             import re               # noqa: F401 - before become(): the user may not be able to read this Python
             import tarfile          # noqa: F401
             if self.user:
@@ -7624,25 +7816,18 @@ class JobDirectory:
             self.helper = None
             over(trouble)
         try:
-            self.helper = Helper(self.loop, as_user, [pipe, self.fd], ended, signal.SIG_DFL)
+            self.helper = Helper(self.loop, with_rights, [pipe, self.fd], ended, signal.SIG_DFL)
         finally:
             os.close(pipe)
 
     def stop(self):
-        """Ends the Helper that works in it; whether there was one."""
-        helper, self.helper = self.helper, None
-        if helper:
-            helper.kill()
-        return helper is not None
+        """Kills the Helper that works in it, which will call over(); whether there is one."""
+        if self.helper:
+            self.helper.kill()
+        return self.helper is not None
 
-    def remove(self):
-        self.stop()
+    def close(self):
         os.close(self.fd)
-        try:
-            remove_directory(self.path)
-        except OSError as error:    # a process that the command has left behind makes files in it,
-            if os.path.lexists(self.path):      # or the command itself has removed it
-                log.say("%s: cannot be removed: %s" % (self.path, error.strerror))
 
 
 SHORT_OF = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE       # processes, memory or descriptors, for now
@@ -7709,7 +7894,7 @@ class Command(Carrier, Stateful):
         A Source, a Sink or both carry the near end.  The far end waits in self.far for the command.
         """
         if self.settings.place:
-            self.directory = JobDirectory(self.loop, self.settings, self.supervisor.say)
+            self.directory = JobDirectory(self.loop, self.settings.place, self.supervisor.say)
         # JOB has a row for each number that the command gets.  If several numbers are one open file,
         # they have the same channel, and only the row whose number is the channel makes ends.
         # All ends are moved at once to numbers from the floor up.  Below the floor are the numbers of
@@ -7800,7 +7985,12 @@ class Command(Carrier, Stateful):
             self.fail_to_start(start_status(error), "the job's directory: " + error.strerror)
 
     def filled(self, trouble):
-        if trouble:
+        if self.state is ABANDONED:
+            return
+        if self.result:             # of interrupt_files()
+            self._set(LINGERING)
+            self.end_sources()
+        elif trouble:
             self.fail_to_start(EXIT_CANNOT_RUN, "the job's directory: " + trouble, ours=False)
         else:
             self.begin()
@@ -7808,12 +7998,11 @@ class Command(Carrier, Stateful):
     def begin(self):
         try:
             self.spawn()
+        except Fatal as error:
+            self.fail_to_start(error.code, str(error))
         except OSError as error:
             self.fail_to_start(start_status(error), os.strerror(error.errno),
                                ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
-        except Exception as error:  # subprocess.SubprocessError: prepare() failed
-            user = self.settings.user
-            self.fail_to_start(EXIT_CANNOT_RUN, "cannot become the user %s (-u)" % user.pw_name if user else str(error))
         else:
             self._set(RUNNING)
             self.group = self.process.pid
@@ -7821,7 +8010,7 @@ class Command(Carrier, Stateful):
             self.refresh()
 
     def spawn(self):
-        """Puts the command's ends at its numbers and starts it.  Raises OSError."""
+        """Puts the command's ends at its numbers and starts it.  Raises OSError; Fatal if prepare() fails."""
         # The supervisor itself puts the descriptors at the command's numbers.  subprocess can pass
         # descriptors on, but does not move them.  To move them in the child needs a preexec_fn, and
         # with that subprocess forks all our memory, instead of a fast vfork.  So all descriptors of
@@ -7833,15 +8022,18 @@ class Command(Carrier, Stateful):
         for number, channel in places:
             os.dup2(self.far[channel], number, True)
         self.close_far(set(self.far) - {FILES_OUT})
+        reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         try:
             options = {"process_group": 0}
-            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
-                options = {"preexec_fn": self.prepare}      # slower: it can't be a vfork
+            if sys.version_info < (3, 11) or self.settings.user or self.directory or self.terminal is not None:
+                options = {"preexec_fn": lambda: self.prepare(report)}      # slower: it can't be a vfork
             self.process = subprocess.Popen(self.words(), env=self.environment(), close_fds=True,
-                                            cwd=self.directory and self.directory.path,
                                             pass_fds=[number for number, _ in places if number > 2], **options)
+        except subprocess.SubprocessError:
+            status, _, reason = os.read(reader, 4096).decode().partition(" ")
+            raise Fatal(int(status), reason) from None
         finally:
-            for number, _ in places:
+            for number in [reader, report, *[number for number, _ in places]]:
                 os.close(number)
             fill_standard()
 
@@ -7855,19 +8047,37 @@ class Command(Carrier, Stateful):
             return self.settings.command
         return [word for ours in self.settings.command for word in (self.job.arguments if ours == "{}" else [ours])]
 
-    def prepare(self):
-        """In the child before exec: makes a process group, or with a terminal a session, and becomes the user of -u."""
+    def prepare(self, report):
+        """In the child before exec: makes a process group, becomes the user of -u, and enters the job's directory.
+
+        Of an error here subprocess tells nothing: so this writes it to report, a pipe.
+        """
+        # The directory is entered by its descriptor, and with the user's rights: the user could put a link
+        # at its path.  Popen's own cwd would be entered by the path, as root.
+        user, what = self.settings.user, "a process group"
+        try:
+            self.lead()
+            if user:
+                what = "cannot become the user %s (-u)" % user.pw_name
+                self.settings.join_keyring()    # a new one: the user must not get the keys in root's
+                become(user)
+                self.settings.join_keyring()    # one that the user owns; fails if the user has too many
+            if self.directory:
+                what = "the job's directory"
+                os.fchdir(self.directory.fd)
+        except OSError as error:
+            status = EXIT_TEMPORARY if error.errno in SHORT_OF else EXIT_CANNOT_RUN
+            os.write(report, ("%d %s: %s" % (status, what, error.strerror)).encode())
+            raise
+
+    def lead(self):
+        """In the child: leads a process group, or with a terminal a session."""
         if self.terminal is None:
             os.setpgid(0, 0)
         else:
             import termios
             os.setsid()
             fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
-        user = self.settings.user
-        if user:
-            self.settings.join_keyring()        # a new one: the user must not get the keys in root's
-            become(user)
-            self.settings.join_keyring()        # one that the user owns; fails if the user has too many
 
     def environment(self):
         """cservice's own variables, the client's with PEER_ before the name, and the addresses of both."""
@@ -7923,22 +8133,29 @@ class Command(Carrier, Stateful):
         return results is not None and results.is_reading() or self.directory.helper is not None
 
     def fetched(self, trouble):
+        if self.state is ABANDONED:
+            return
+        if self.result[0] == HOW_SIGNALLED:     # by interrupt_files()
+            return self.end_sources()
         if trouble:
             self.result = HOW_EXITED, 0, trouble
         self.stream_ended()
 
     def interrupt_files(self, number):
-        """A signal that ends a job has come: if the job's files are on the way, this ends it."""
+        """A signal that ends a job has come: if the job's files are on the way, this ends it, through over()."""
         if self.directory and self.directory.stop():
             self.result = HOW_SIGNALLED, number, ""
-            if self.state is MADE:
-                self._set(LINGERING)
-            self.end_sources()
 
     def leave_directory(self):
+        """Has the job's directory removed."""
         if self.directory:
-            self.directory.remove()
+            self.directory.close()
+            self.supervisor.leaves(self.directory.name)
             self.directory = None
+
+    def is_at_work(self):
+        """Whether the command has started, or files for it are on the way."""
+        return self.process is not None or self.directory is not None and self.directory.helper is not None
 
     # While it runs
 
@@ -8075,11 +8292,16 @@ class Supervisor(Stateful):
         link.attach(self.loop, self)
         self.service = lifted(service, floor)
         log.hold(floor)
-        close_all_but([link.sock.fileno(), self.service, log.fd])
+        kept = [link.sock.fileno(), self.service, log.fd]
+        if settings.place:
+            settings.place.lift(floor)
+            kept.append(settings.place.fd)
+        close_all_but(kept)
         self.state = WAITING
         self.started = False        # whether any command has started
         self.deadline = None        # the Timer of set_deadline()
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
+        self.left = []              # names of jobs' directories that cservice cannot remove: it was lost
         self.command = Command(self, job)
 
     def __repr__(self):
@@ -8106,6 +8328,7 @@ class Supervisor(Stateful):
         self.accept()
         loop.after(CHECK_SECONDS, self.check_client)
         loop.run()
+        self.remove_left()
         return 0
 
     def accept(self):
@@ -8120,11 +8343,24 @@ class Supervisor(Stateful):
         self.deadline = self.loop.after(seconds, call)
 
     def say(self, words):
-        """Sends a line to cservice, if that has not ended."""
+        """Sends a line to cservice; False if that has ended."""
         try:
             os.write(self.service, words.encode() + b"\n")
+            return True
         except OSError:
-            pass
+            return False
+
+    def leaves(self, name):
+        """A job is over: has its directory removed, by cservice or, if that has ended, by this process at its end."""
+        if not self.say("leaves " + name):
+            self.left.append(name)
+
+    def remove_left(self):
+        for name in self.left:
+            try:
+                self.settings.place.remove(name)
+            except OSError as error:
+                self.settings.place.tell(name, error)
 
     def signalled(self, number):
         if number == signal.SIGTERM:
@@ -8305,21 +8541,19 @@ class Supervisor(Stateful):
         log.note("abandons the job: %s", reason)
         self._set(GONE)
         self.link.close()
-        # If no process was started, nothing of the job has run: the client may ask again ("back").
-        # Between two jobs of a batch there is no process either, but no job to ask again for ("done").
-        if not self.command or not self.command.process:
-            if self.command:
-                self.command.leave_directory()
-            self.say("done" if self.started else "back")
-            return self.loop.stop()
+        if not self.command or not self.command.is_at_work():
+            return self.end()
         # The slot stays in use until all processes of our session and of the command's own session
         # have ended.  If this process is killed before that, cservice ends them: see Supervisors.
         self.command.abandon()
         end_sessions(self.loop, [os.getpid()] + self.command.sessions(), self.command.group, over=self.end)
 
     def end(self):
-        self.command.leave_directory()
-        self.say("done")
+        if self.command:
+            self.command.leave_directory()
+        # If no process was started, nothing of the job has run: the client may ask again ("back").
+        # Between two jobs of a batch there is no process either, but no job to ask again for ("done").
+        self.say("done" if self.started else "back")
         self.loop.stop()
 
 
@@ -8348,14 +8582,13 @@ class SupervisorHandle:
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), job_refused(reason), job_returned(client), may_go_on(client)
-    and slots_changed().
+    and slots_changed().  remover is the Removals.
     """
 
-    def __init__(self, loop, patron, client, pid, pipe, slot, place):
-        self.loop, self.patron, self.client, self.pid = loop, patron, client, pid
+    def __init__(self, loop, patron, remover, client, pid, pipe, slot):
+        self.loop, self.patron, self.remover, self.client, self.pid = loop, patron, remover, client, pid
         self.slot = slot            # its number, CEXEC_SLOT
-        self.place = place          # the directory in which directories of jobs are made
-        self.directory = None       # the path of its job's directory
+        self.directories = set()    # names of its jobs' directories that it still uses
         self.pipe = pipe            # our end of the socketpair; None once it is closed
         self.unfinished = b""       # the beginning of a line
         self.sessions = [pid]       # its session; with a terminal also the command's session
@@ -8391,20 +8624,17 @@ class SupervisorHandle:
         self.sessions = [self.pid, int(value)]
 
     def rcvd_directory(self, value):
-        self.directory = os.path.join(self.place, value)
+        self.directories.add(value)
 
-    def remove_directory(self, over):
-        """Has what a lost supervisor has left there removed by a child, for it may be large: a Helper, or None."""
-        def told(trouble):
-            if trouble:
-                log.say("%s: cannot be removed: %s" % (self.directory, trouble))
-            over()
-        try:
-            if self.directory and os.path.lexists(self.directory):
-                return Helper(self.loop, lambda: remove_directory(self.directory), [], told)
-        except OSError as error:
-            log.say("%s: cannot be removed: %s" % (self.directory, error.strerror))
-        return None
+    def rcvd_leaves(self, value):
+        self.directories.discard(value)
+        self.remover.begin(value, self)
+
+    def remove_directories(self):
+        """Has what a lost supervisor has left there removed."""
+        for name in self.directories:
+            self.remover.begin(name, self)
+        self.directories = set()
 
     def rcvd_failed(self, value):
         self.patron.job_failed()
@@ -8417,7 +8647,8 @@ class SupervisorHandle:
 
     def rcvd_more(self, value):
         try:
-            os.write(self.pipe, b"yes\n" if self.patron.may_go_on(self.client) else b"no\n")
+            behind = self.remover.count(self) >= REMOVALS_MAX
+            os.write(self.pipe, b"yes\n" if not behind and self.patron.may_go_on(self.client) else b"no\n")
         except OSError:
             pass                    # it has just ended
 
@@ -8445,24 +8676,64 @@ class SupervisorHandle:
         os.kill(self.pid, signal.SIGTERM)
 
 
-class Supervisors:
-    """All supervisors of a cservice, and the processes that lost supervisors have left."""
+class Removals:
+    """The Helpers that remove jobs' directories, which may be large.  over() is called when one has ended."""
 
-    def __init__(self, loop, patron):
+    def __init__(self, loop, place, over):
+        self.loop, self.place, self.over = loop, place, over
+        self.owners = {}            # pid of a Helper: a SupervisorHandle, or None: it removes what a crash has left
+
+    def begin(self, name, owner):
+        """Removes one of the owner's directories; most small jobs leave it empty, and need no Helper."""
+        if not self.place.remove_empty(name):
+            self.help(lambda: self.place.remove(name), owner, lambda trouble: self.place.tell(name, trouble))
+
+    def remove_left(self):
+        """Removes what a crash has left.  The Helper is killed when this process ends: the next one will go on."""
+        helper = self.help(self.place.remove_left, None, lambda trouble: None)
+        if helper:
+            at_end.append(lambda: helper.pid in self.owners and (helper.kill(), helper.wait()))
+
+    def help(self, work, owner, tell):
+        def ended(trouble):
+            del self.owners[helper.pid]
+            if trouble:
+                tell(trouble)
+            self.over()
+        try:
+            helper = Helper(self.loop, work, [self.place.fd], ended)
+        except OSError as error:    # no process is left
+            return tell(error.strerror)
+        self.owners[helper.pid] = owner
+        return helper
+
+    def count(self, owner):
+        return list(self.owners.values()).count(owner)
+
+
+class Supervisors:
+    """All supervisors of a cservice, and the processes and directories that they have left."""
+
+    def __init__(self, loop, patron, place):
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
-        self.lost = {}              # the same, of those that were killed, until all that they left has ended;
-                                    # then with the pid of the child that removes the job's directory
+        self.lost = {}              # the same, of those that were killed, until all that they left has ended
+        self.removals = Removals(loop, place, self.reap)
 
     def __len__(self):
-        return len(self.handles) + len(self.lost)
+        return len(self.busy() | set(self.handles.values()))
+
+    def busy(self):
+        """The handles that have a slot: until EXIT is sent, no process is left, and the directory is removed."""
+        running = {handle for handle in self.handles.values() if not handle.done}
+        return (running | set(self.lost.values()) | set(self.removals.owners.values())) - {None}
 
     def slots_in_use(self):
-        return sum(not handle.done for handle in self.handles.values()) + len(self.lost)
+        return len(self.busy())
 
     def free_slot(self):
         """The smallest number that no running job has as its slot; it is below CONCURRENCY."""
-        taken = {handle.slot for handle in [*self.handles.values(), *self.lost.values()] if not handle.done}
+        taken = {handle.slot for handle in self.busy()}
         return min(set(range(len(taken) + 1)) - taken)
 
     def fork(self, settings, client, link, job):
@@ -8484,7 +8755,7 @@ class Supervisors:
             become_supervisor(settings, client, link, job, far)
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
         os.close(far)
-        self.handles[pid] = SupervisorHandle(self.loop, self.patron, client, pid, near, slot, settings.place)
+        self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, client, pid, near, slot)
         log.note("supervisor %d forked for %s", pid, client.address)
 
     def reap(self):
@@ -8492,13 +8763,13 @@ class Supervisors:
         for handle in list(self.handles.values()):
             if handle.has_ended():
                 del self.handles[handle.pid]
-                if not handle.done:
+                if not handle.done or handle.directories:
                     self.end_session(handle)
         self.reap_zombies()
         self.patron.slots_changed()
 
     def reap_zombies(self):
-        """Reaps every child that has ended, except supervisors in handles and lost.
+        """Reaps every child that has ended, except supervisors in handles and lost, and Helpers.
 
         In a container cservice may be process 1: then orphans become its children.
         """
@@ -8512,7 +8783,7 @@ class Supervisors:
                 child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 break
-            if child is None or child.si_pid in self.handles or child.si_pid in self.lost:
+            if child is None or any(child.si_pid in ours for ours in (self.handles, self.lost, self.removals.owners)):
                 break
             os.waitpid(child.si_pid, 0)
 
@@ -8520,13 +8791,7 @@ class Supervisors:
         """A supervisor was lost: ends the processes that it has left.  Until then its slot is in use."""
         def over():
             del self.lost[handle.pid]
-            helper = handle.remove_directory(lambda: removed(helper))
-            if helper:
-                self.lost[helper.pid] = handle
-            self.reap()
-
-        def removed(helper):
-            del self.lost[helper.pid]
+            handle.remove_directories()
             self.reap()             # while it was there, other children may have waited behind it
 
         self.lost[handle.pid] = handle
@@ -8980,7 +9245,7 @@ class Worker:
         self.listeners, self.settings = listeners, settings
         self.id = os.urandom(8)
         self.pace = Pace(settings.slots, settings.boost)
-        self.clients, self.supervisors = Clients(), Supervisors(loop, self)
+        self.clients, self.supervisors = Clients(), Supervisors(loop, self, settings.place)
         self.complainers = Memory()                 # (name, address): when it last complained of another worker
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
         self.queried = Memory()     # (name, nonce) of each QUERY that was answered
@@ -9272,6 +9537,11 @@ class Worker:
         else:
             self.drain()
 
+    def clear_up(self):
+        """Begins to remove the directories that a crash has left."""
+        if self.settings.place:
+            self.supervisors.removals.remove_left()
+
     def drain(self):
         """Makes no more offers, and stops when the last job is over; until then it still answers QUERY."""
         log.note("draining: %d jobs run", self.supervisors.slots_in_use())
@@ -9286,7 +9556,7 @@ class Worker:
 # ---------------------------------------------------------------------------
 
 Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place")
-                                    # options: those of HELLO; place: the directory for the jobs' directories (-d)
+                                    # options: those of HELLO; place: a Place (-d)
 
 # The messages between cservice -s and a worker that it has started, over ssh
 OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
@@ -9330,7 +9600,8 @@ def main_cservice(argv):
     user = find_user(options.user) if options.user else None
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
-                        keyring_joiner() if user else None, place_for_directories() if options.directories else None)
+                        keyring_joiner() if user else None,
+                        place_for_directories(user) if options.directories else None)
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, path) if text else open_key(path), Group()
     warn_of_command(settings)
@@ -9341,6 +9612,7 @@ def main_cservice(argv):
     starter = Lifeline(loop, worker) if options.hosts else None
     started_up()
     tell_service(key, group, settings)
+    worker.clear_up()
     loop.run()
     return EXIT_TEMPORARY if starter and starter.lost else 0
 
@@ -9420,13 +9692,11 @@ def what_is_run(command, options):
     return command, bits
 
 
-def place_for_directories():
-    """The directory for the jobs' directories: TMPDIR or /tmp.  Removes those that a crash has left.  Raises Fatal."""
+def place_for_directories(user):
+    """Returns the Place of the jobs' directories, TMPDIR or /tmp, for the commands' user.  Raises Fatal."""
     import tempfile
     try:
-        place = os.path.realpath(tempfile.gettempdir())
-        remove_left(place, is_job_directory)
-        return place
+        return Place(os.path.realpath(tempfile.gettempdir()), user)
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "-d: no directory for the jobs' directories: %s" % error.strerror) from None
 

@@ -4367,7 +4367,7 @@ def test_command_that_cannot_run(cluster, command, status, reason):
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
 @pytest.mark.parametrize("line, what", [("self.process = subprocess.Popen(self.words()", ""),
-                                        ("self.helper = Helper(self.loop, as_user", "the job's directory: ")])
+                                        ("self.helper = Helper(self.loop, with_rights", "the job's directory: ")])
 def test_what_a_worker_is_short_of_now_is_worth_another_try(cluster, monkeypatch, code, line, what):
     """A process for the command, or for the files that it is to have."""
     live_in(cluster, monkeypatch)
@@ -5911,6 +5911,11 @@ def left(farm):
     return os.listdir(farm.place) + [name for name in os.listdir(farm.desk) if name.startswith(".cexec")]
 
 
+def all_gone(farm):
+    """A job's directory goes after its end: nothing is left of it then."""
+    return until(lambda: left(farm) == [], "the removal of all") is not False
+
+
 def test_files_go_into_a_jobs_directory_and_come_out(farm):
     farm.serve()
     odd = b"n\xff\n " + b"long" * 50
@@ -5930,7 +5935,7 @@ def test_files_go_into_a_jobs_directory_and_come_out(farm):
     out = os.path.join(os.fsencode(farm.desk), b"out")
     assert read(os.path.join(out, odd)) == b"2" and read(os.path.join(out, b"e/ro")) == b"3"
     modes = [stat.S_IMODE(os.stat(os.path.join(out, name)).st_mode) for name in (odd, b"e/ro", b"e", b"empty")]
-    assert modes == [0o755, 0o400, 0o555, 0o755] and left(farm) == []
+    assert modes == [0o755, 0o400, 0o555, 0o755] and all_gone(farm)
 
 
 def test_ten_thousand_files_and_thirty_megabytes(farm):
@@ -5944,7 +5949,7 @@ def test_ten_thousand_files_and_thirty_megabytes(farm):
     names = os.listdir(os.path.join(farm.desk, "out"))
     assert len(names) == 10000
     assert all(read(os.path.join(farm.desk, "out", name)) == name.encode() for name in names[::97])
-    assert left(farm) == []
+    assert all_gone(farm)
 
 
 def test_a_directory_is_the_users(farm):
@@ -5956,7 +5961,7 @@ def test_a_directory_is_the_users(farm):
         111, b"nobody\nnobody\n", b"cexec: worker 127.0.0.1 cannot send results: Per")
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub,
                      "sh", "-c", "cp a b; chmod 4711 b; mkdir r; touch r/x; chmod 0 r")
-    assert (done.returncode, done.stderr, left(farm)) == (0, b"", [])
+    assert (done.returncode, done.stderr) == (0, b"") and all_gone(farm)
     assert stat.S_IMODE(os.stat(os.path.join(farm.desk, "b")).st_mode) == 0o711
 
 
@@ -5982,7 +5987,7 @@ def test_all_results_come_or_none(farm, command, status, said):
     os.mkdir(os.path.join(farm.desk, "there"))
     output(farm.work("-n", "-g", "a", "-g", "b", "-g", "there*" if "there" in command else "b", farm.pub, "sh", "-c",
                      command), status, said)
-    assert os.listdir(farm.desk) == ["there"] and left(farm) == []
+    assert os.listdir(farm.desk) == ["there"] and all_gone(farm)
 
 
 @pytest.mark.parametrize("where", ["read-only", "gone", "a file"])
@@ -6004,7 +6009,7 @@ def test_no_job_runs_whose_results_have_no_place(farm, where):
         old = where == "gone" and "the current directory was removed" in done.stderr.decode()   # Python 3.13.0
         assert (old or said[where] in done.stderr.decode()) and done.returncode == (
             1 if "-m" in words and where == "a file" else 111), done
-    assert not os.path.exists(farm.path("ran")) and left(farm) == []
+    assert not os.path.exists(farm.path("ran")) and all_gone(farm)
 
 
 def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
@@ -6041,7 +6046,7 @@ def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypa
     holder, (reader, writer) = Holder(cexec.Loop()), os.pipe()
     holder.loop.on_leave(writer, lambda: None)          # so the loop's own epoll is open before
     with few_descriptors(room), contextlib.suppress(OSError):
-        cexec.JobFiles(holder, places, patterns, lambda: None).close()
+        cexec.JobFiles(holder, places, patterns, lambda: None).wait()
     assert not cexec.at_end and os.listdir(str(tmp_path)) == []
     close_all(reader, writer)
 
@@ -6067,7 +6072,7 @@ def test_without_a_process_for_its_files_a_job_fails(farm, words):
 def test_a_command_may_remove_its_own_directory(farm):
     worker = farm.serve()
     done = farm.work("-n", farm.pub, "sh", "-c", 'cd / && rmdir "$OLDPWD"')
-    assert (done.returncode, done.stderr, left(farm)) == (0, b"", [])
+    assert (done.returncode, done.stderr) == (0, b"") and all_gone(farm)
     assert b"cannot be removed" not in read(worker.log)
 
 
@@ -6085,7 +6090,7 @@ def test_what_cannot_be_sent(farm):
     done = farm.work("-n", "-i", os.path.join(farm.desk, "d/a"), "-i", "../desk/e/a", farm.pub,
                      "touch", farm.path("ran"))
     assert done.returncode == 100 and done.stderr.endswith(b"desk/e/a have the same name at the worker, a\n")
-    assert not os.path.exists(farm.path("ran")) and left(farm) == []
+    assert not os.path.exists(farm.path("ran")) and all_gone(farm)
 
 
 @pytest.mark.parametrize("what", sorted(HOSTILE))
@@ -6192,7 +6197,156 @@ def test_what_a_crash_has_left_goes_at_the_next_start(farm):
         if read("/proc/%d/comm" % pid) == b"sleep\n":
             os.kill(pid, signal.SIGKILL)
     farm.serve()
-    assert not os.path.exists(path)
+    until(lambda: not os.path.exists(path), "its removal")
+
+
+def waiting_job(farm, asker, *arguments):
+    """A job whose directory is made, and which is not started: (its peer, the directory)."""
+    before = set(os.listdir(farm.place))
+    peer = asker.offer()
+    peer.send(cexec.AUTH, proof=asker.proof(peer))
+    fields = filled(cexec.JOB, descriptors=[])
+    peer.send(cexec.JOB, environment=[], arguments=list(arguments), **{
+        name: value for name, value in fields.items() if name not in ("variables", "arguments", "patterns")})
+    peer.expect(cexec.ACCEPT)
+    name, = set(os.listdir(farm.place)) - before
+    return peer, os.path.join(farm.place, name)
+
+
+@pytest.mark.parametrize("options", [[], ["-u", "nobody"]])
+@pytest.mark.parametrize("change", ["a link", "chmod 0", None])
+def test_the_command_enters_its_directory_and_nothing_else(farm, options, change):
+    """Not what the user has put at its path, and with the user's rights."""
+    need("root")
+    farm.serve(*options)
+    private, moved = farm.path("private"), farm.path("moved")
+    os.mkdir(private, 0o700)
+    with Asker(farm) as asker:
+        peer, path = waiting_job(farm, asker, b"touch", b"here")
+        with peer:
+            if change == "chmod 0":
+                os.chmod(path, 0)
+            else:
+                os.rename(path, moved)
+            if change == "a link":
+                os.symlink(private, path)
+            peer.send(cexec.GO)
+            kind, payload = peer.next()
+            while kind is not cexec.EXIT:
+                kind, payload = peer.next()
+    if change == "chmod 0" and options:
+        assert (payload.how, payload.status, payload.reason) == (
+            cexec.HOW_NOT_STARTED, 126, "touch: the job's directory: Permission denied")
+    else:
+        assert (payload.how, payload.status) == (cexec.HOW_EXITED, 0)
+    assert os.listdir(private) == []
+    if change != "chmod 0":
+        assert os.listdir(moved) == ["here"]
+
+
+def test_the_users_rights_remove_what_a_job_has_left(farm):
+    """Files of others, which the job could move to its directory, stay, and are named once."""
+    need("root")
+    worker = farm.serve("-u", "nobody")
+    victim = os.path.join(farm.place, "shared/victim")
+    os.makedirs(victim + "/private")
+    put(victim + "/private/thesis", "x")
+    for name, mode in (("", 0o777), ("/private", 0o700)):
+        os.chmod(victim + name, mode)
+        os.chown(victim + name, 1, 1)
+    os.chmod(os.path.dirname(victim), 0o777)
+    script = 'mkdir -p a/b; mv ../shared/victim a/b; touch c; mkdir -p e/f; chmod 0 e/f e; ln -s ../shared d'
+    output(farm.work("-n", farm.pub, "sh", "-c", script))
+    until(lambda: b"removed" in read(worker.log), "the message")
+    place, = set(left(farm)) - {"shared"}
+    assert contents(os.path.join(farm.place, place)) == {"a/b/victim/private/thesis": "x"}
+    lines = [line for line in read(worker.log).decode().splitlines() if "removed" in line]
+    assert len(lines) == 1 and lines[0].endswith(
+        "/%s: cannot be removed: a/b/victim/private: Permission denied" % place), lines
+    shutil.rmtree(farm.place)
+
+
+def test_a_directory_of_the_job_that_is_another_disk_stays(farm):
+    need("root", "mount")
+    worker = farm.serve()
+    script = "mkdir -p a/b; touch a/c; mount -t tmpfs none a/b && touch a/b/kept"
+    output(farm.work("-n", farm.pub, "sh", "-c", script))
+    until(lambda: b"a/b: another disk is mounted there" in read(worker.log), "the message")
+    kept, = glob.glob(farm.place + "/*/a/b/kept")
+    assert os.listdir(os.path.dirname(os.path.dirname(kept))) == ["b"]
+    subprocess.run(["umount", os.path.dirname(kept)], check=True)
+    shutil.rmtree(os.path.dirname(os.path.dirname(os.path.dirname(kept))))
+
+
+def test_only_directories_of_a_cservice_are_removed_at_the_next_start(farm):
+    """Those of its own user; others have names that look alike."""
+    need("root")
+    names = ["cexec.0123456789abcdef", "cexec.0123456789abcde0", "cexec.0123456789abcde1", "cexec.benchmarks-2026b",
+             "cexec.0123456789ABCDEF", "cexec.0123456789abcdef0"]
+    for name in names:
+        path = os.path.join(farm.place, name)
+        os.makedirs(path + "/inside")
+        os.chown(path + "/inside", 65534, 65534)
+        if name != names[1]:        # that is root's
+            os.chown(path, 65534, 65534)
+        os.utime(path, (1, 1))
+    lock = os.open(os.path.join(farm.place, names[2]), os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    worker = farm.serve("-u", "nobody")
+    until(lambda: names[0] not in os.listdir(farm.place) and not children_of(worker.pid), "its removal")
+    os.close(lock)
+    assert set(left(farm)) == set(names[1:])
+
+
+def test_the_removal_of_what_a_crash_has_left_delays_nothing(farm):
+    gate = farm.path("gate")
+    os.mkfifo(gate)
+    altered(farm, ("        remove_left(self.fd, is_job_directory, self.user)\n", "        open(%r).close()\n" % gate))
+    worker = farm.serve()
+    assert farm.work("-n", farm.pub, "echo", "served").stdout == b"served\n"
+    assert len(children_of(worker.pid)) >= 1
+    signalled(worker, signal.SIGTERM)
+    assert worker.wait(PATIENCE) == 0 and not children_of(worker.pid)
+
+
+def test_a_job_is_over_before_its_directory_is_removed(farm):
+    """The slot is free only after that; a worker that is to end removes it first."""
+    gate = farm.path("gate")
+    os.mkfifo(gate)
+    altered(farm, ("            remove_directory(name, self.fd, self.user)\n",
+                   "            open(%r).close()\n            remove_directory(name, self.fd, self.user)\n" % gate))
+    worker = farm.serve(env={"CONCURRENCY": "2"})
+    assert farm.work("-n", farm.pub, "sh", "-c", "touch x; echo $CEXEC_SLOT").stdout == b"0\n"
+    assert len(left(farm)) == 1
+    assert farm.work("-n", farm.pub, "sh", "-c", "echo $CEXEC_SLOT").stdout == b"1\n"
+    until(lambda: len(left(farm)) == 1, "the removal of what is empty, without a process")
+    worker.send_signal(signal.SIGTERM)
+    until(lambda: b"draining" in read(worker.log), "the signal")
+    assert worker.poll() is None
+    with open(gate, "w"):
+        pass
+    assert worker.wait(PATIENCE) == 0 and left(farm) == []
+
+
+def test_a_slow_disk_stops_no_more_than_the_files_of_its_job(tmp_path, monkeypatch):
+    """JobFiles.close() does not wait, only the end of the process does."""
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+
+    def stuck(writer, entries):
+        select.select([os.open(gate, os.O_RDONLY | os.O_NONBLOCK)], [], [], PATIENCE)
+        with open(gate, "rb") as file:
+            file.read(1)
+    monkeypatch.setattr(cexec, "pack_files", stuck)
+    holder = Holder(cexec.Loop())
+    files = cexec.JobFiles(holder, [(b"/nowhere", b"x")], [], lambda: None)
+    helper, = files.helpers
+    with open(os.open(gate, os.O_RDWR), "wb", 0) as file:
+        files.close()
+        assert files.helpers == [helper] and cexec.is_running(helper.pid) and cexec.at_end == [files.end]
+        file.write(b"12")
+        files.wait()
+    assert files.helpers == [] and cexec.at_end == []
 
 
 @pytest.mark.parametrize("phase", ["filling", "running"])
@@ -6236,7 +6390,7 @@ def test_a_full_disk_for_files(farm, where):
     else:
         words = farm.argv("cexec", "-n", "-g", "out", "-g", "a", farm.pub, "sh", "-c", "truncate -s 3M out; echo 1 > a")
         output(farm.do([*small, farm.desk, farm.desk, *words]), 111, b"cexec: out: No space left on device\n")
-    assert not os.path.exists(farm.path("ran")) and left(farm) == []
+    assert not os.path.exists(farm.path("ran")) and all_gone(farm)
 
 
 def test_files_of_a_lost_job_are_sent_again(farm):
@@ -6269,7 +6423,7 @@ def test_a_batch_with_files_that_is_taken_up_again(farm):
     assert (done.stdout.decode().splitlines(), done.stderr) == ([names[2][:-3]], b"")
     assert read(os.path.join(farm.desk, names[2][2:-3] + ".out")) == b"new+"
     in_desk(farm, "common", b"-")
-    assert len(farm.work(*words).stdout.splitlines()) == 6 and left(farm) == []
+    assert len(farm.work(*words).stdout.splitlines()) == 6 and all_gone(farm)
 
 
 def test_a_batch_whose_results_clash_is_refused(farm):
@@ -14991,7 +15145,7 @@ def test_u_without_the_power_to_become_anybody(cluster):
     done = cluster.client()
     assert done.returncode == 126 and not os.path.exists(cluster.path("ran"))
     assert done.stderr == (b"cexec: worker 127.0.0.1 cannot run its command: "
-                           b"touch: cannot become the user nobody (-u)\n")
+                           b"touch: cannot become the user nobody (-u): Operation not permitted\n")
     no_defect(read(worker.log))
 
 
