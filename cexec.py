@@ -12134,10 +12134,10 @@ def call_each(function, rows):
 
 # Executor: the results, from a worker that is not trusted
 #
-# A result travels as a pickle of protocol 4 or 5, but pickle does not read it: Reader does.  It has only the
-# opcodes that pickle writes for data.  No opcode imports, fetches an attribute or changes a class, and
-# none calls what a worker names: a class is only the key to a maker here, and only an object that a maker has
-# just made takes a state.  The makers check what they get.
+# A result travels as a pickle of protocol 4 or 5.  If it names nothing, and hashes nothing that is costly, pickle's C
+# code reads it (see is_plain); else Reader does.  Reader has only the opcodes that pickle writes for data.  No opcode
+# imports, fetches an attribute or changes a class, and none calls what a worker names: a class is only the key to a
+# maker here, and only an object that a maker has just made takes a state.  The makers check what they get.
 #
 #     what                                          how it is sent               who makes it here
 #     builtin data and exceptions, the standard     as pickle does               MAKERS
@@ -12436,8 +12436,11 @@ def result_readers(allow, trust=False):
 
 def load_result(readers, data, place):
     """The object of the pickle that begins at this place.  Raises any exception."""
+    import pickle
     if readers.trust:
         return load_trusted(data, place)
+    if any(is_plain(data, place, keyed) for keyed in (True, False)):
+        return pickle.loads(memoryview(data)[place:])
     reader = Reader(readers, data, place)
     try:
         result = reader.load()
@@ -12446,6 +12449,44 @@ def load_result(readers, data, place):
         raise
     reader.check()
     return result
+
+
+@functools.lru_cache()
+def plain_run(keyed):
+    """Matches up to a thousand opcodes of what pickle itself may read, with their arguments.
+
+    They make numbers, short texts and bytes, and lists of them.  If keyed, dictionaries and sets are added, whose
+    keys then cost little to hash and to compare; if not, flat tuples, which then are nobody's key.
+    """
+    import re
+    def sized(most):
+        return b"(?:" + b"|".join(b"%s.{%d}" % (re.escape(bytes([size])), size) for size in range(most)) + b")"
+    number = b"(?:K.|G.{8}|J.{4}|M..|[N\x88\x89]|\x8a" + sized(8) + b")"
+    short = b"[\x8cC]" + sized(64)
+    tuples = number + b"{1,3}[\x85-\x87]|\\((?:" + number + b"|" + short + b"\x94?){1,64}t|"
+    return re.compile(b"(?:" + (b"" if keyed else tuples) + number + b"|" + short + b"|h.|j.{4}|\x95.{8}|[" +
+                      (b"}us\x8f\x90" if keyed else b"") + b"\x94\\](ae]){1,1000}", re.DOTALL)
+
+
+def is_plain(data, place, keyed):
+    """Whether a pickle has only what plain_run() matches, and longer texts and bytes: then C code reads it."""
+    run = plain_run(keyed)
+    if data[place:place + 1] != b"\x80":
+        return False                # we would not be where pickle is
+    place += 2                      # the version
+    while place < len(data):
+        match = run.match(data, place)
+        if match:
+            place = match.end()
+            continue
+        method, detail = Reader.OPS.get(data[place], (None, None))
+        if method is not Reader.counted or detail[0] is SIGNED or detail[1] is integer:
+            return data[place] == STOP
+        count = detail[0]
+        if place + count.size >= len(data):
+            break
+        place += 1 + count.size + count.unpack_from(data, place + 1)[0]
+    return False
 
 
 def load_trusted(data, place):

@@ -12866,7 +12866,7 @@ UUID_OF = stack_global("uuid", "UUID")[2:-1] + b")\x81}\x8c\x03int\x8a\x0c%ssb"
     (pickle.dumps(re.compile("x"), 4).replace(b"K ", b"K\xa0"), "not write"),           # DEBUG: it prints
     (b"\x80\x04" + pickle.dumps(7 ** 200000, 4)[11:-1] + b"\x94(" + (stack_global("fractions", "Fraction")[2:-1] +
                                                                        b"h\0h\0\x86R") * 99 + b"t.", "too long"),
-    (b"\x80\x04.", "not enough values"), (b"", "too early"),
+    (b"\x80\x04.", "stack underflow"), (b"", "too early"),
     (pickle.dumps(datetime.date(2026, 1, 2), 4).replace(b"\xea\x01\x02", b"\xea\x01\xff"), "day"),
     (pickle.dumps(collections.defaultdict(list), 4).replace(b"list", b"iter"), "iter is not known"),
     (pickle.dumps(slice(1, 2), 4).replace(b"K\x01", b")"), "slice of tuple"),
@@ -12958,6 +12958,24 @@ def test_what_numpy_would_take_on_trust_is_refused(what, shape, raw):
     with_numpy(sys.executable)
     with pytest.raises(Exception):      # noqa: B017
         cexec.numpy_array(what, shape, "C", raw)
+
+
+def test_only_what_is_plain_is_read_by_pickle():
+    numbers, text, flat = [1, 300, 70000, -1, 2 ** 50, 1.5, True, None], "x" * 70, [(1, 2.5), (1, "a", b"b", None)]
+    for value, kinds in ((numbers * 500, 3), ([text, b"y" * 300, text], 3), ({"a": [{"b": 1}, {2}]}, 1), (flat, 2),
+                         ([numbers, flat, {}], 0), ({(1, 2): 3}, 0), ([(1, (2,))], 0), ([2 ** 70], 0), (int, 0),
+                         (2j, 0), ([bytearray(1)], 0), ([()], 0), (frozenset([1]), 0), (KeyError(1), 0)):
+        data = b".." + pickle.dumps(value, 4)
+        assert [cexec.is_plain(data, 2, keyed) for keyed in (True, False)] == [bool(kinds & 1), bool(kinds & 2)], value
+        assert repr(loaded(data[2:])) == repr(value)
+    for data in (b"", b"\x80", b"\x80\x04", b"\x80\x04N", b"..N.", b"N.", b"\x80\x04X\xff\xff\xff\xffN.",
+                 b"\x80\x04X\1\0.",
+                 b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\xff.", b"\x80\x04N2.", b"\x80\x04h\x00\x94h\x00\x86.",
+                 b"\x80\x04))\x86.", b"\x80\x04}\x91.", b"\x80\x04Nq\0."):
+        assert not any(cexec.is_plain(data, 0, keyed) for keyed in (True, False)), data
+    assert {opcode for opcode in range(256) for keyed in (True, False)
+            if cexec.plain_run(keyed).match(bytes([opcode]) + b"\0" * 99)} == set(
+                b"KGJMN\x88\x89\x8a\x8cChj\x95}us\x8f\x90\x94](ae")
 
 
 def test_with_trust_a_result_is_read_as_pickle_does(mine):
