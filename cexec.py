@@ -7661,6 +7661,7 @@ def main_single(path, words, options):
 #       |  <--------------------------------- done  |  EXIT is sent: the slot is free
 #       | reaps it                                  |  ends when the client has closed
 
+SLOTS_MAX = 10000                   # the most slots that a worker can have
 WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
@@ -9576,7 +9577,7 @@ private key: -u runs COMMAND as another user.
            "take the client's arguments: where {} is, or at the end; without COMMAND they are the command"),
     Option("-d", "", "directories", "give each job a new empty directory, for files that come and go"),
     Option("-i", "", "repeatable", "allow a job to run again if its worker is lost"),
-    Option("-s", "HOST,...+", "hosts",
+    Option("-s", "[N/]HOST,...+", "hosts",
            "start workers on these hosts, over ssh, until this process ends; @FILE lists hosts"),
     Option("-u", "USER", "user", "run the command as USER (needs root)"),
     Option("-x", "NAME+", "refused", "refuse the client NAME (may be repeated)"))
@@ -9590,7 +9591,7 @@ def main_cservice(argv):
     path, command = options.words[0], options.words[1:]
     if command and command[0].startswith("-"):
         raise CSERVICE.error("%s: options come before the private key" % command[0])
-    slots = setting("CONCURRENCY", processors(), 1, 10000)
+    slots = setting("CONCURRENCY", processors(), 1, SLOTS_MAX)
     boost, refused = setting("BOOST", -1, 0, 10 ** 9), frozenset(map(check_name, options.refused))
     if options.hosts and options.hosts[0] != OVER_SSH:
         return serve_on_hosts(options.hosts, path, argv)
@@ -11225,11 +11226,11 @@ LOGIN_SECONDS = 60.0                # a login that takes longer is ended, so tha
 SSH_FAILED = 255                    # ssh's own exit status, ssh(1)
 RETRY_MAX = 60.0                    # seconds between two tries at most; they begin with one second
 SAID_MAX = 8192                     # bytes of a line that is shown
-SAID_LINES = 64                     # lines of a login that are remembered, so that the next one need not show them again
+SAID_LINES = 64                     # lines of a login that are remembered: the next one does not show them again
 
 
 def parse_hosts(words):
-    """The hosts of all -s, each once: HOST,... or @FILE, see hosts_in().  Raises Fatal (100)."""
+    """Returns {host: its slots, or None} of all -s: [N/]HOST,... or @FILE, see hosts_in().  Raises Fatal (100)."""
     names = []
     for word in words:
         for item in word.split(","):
@@ -11237,14 +11238,21 @@ def parse_hosts(words):
                 item.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")]
     if "" in names:
         raise Fatal(EXIT_USAGE, "-s %s: a host is missing before or after a comma (no space there)" % words[0])
-    for name in names:              # ssh would take a word that begins with - for an option
+    hosts = {}
+    for text in names:
+        slots, slash, name = text.partition("/")
+        slots, name = (whole(slots), name) if slash and slots.isdecimal() else (None, text)
+        if slots is not None and not 0 < slots <= SLOTS_MAX:
+            raise Fatal(EXIT_USAGE, "-s %s: N/HOST has 1 to %d slots" % (text, SLOTS_MAX))
+        hosts.setdefault(name, slots)
+    for name in hosts:              # ssh would take a word that begins with - for an option
         if not name or name.startswith("-") or " " in name or not name.isprintable():
             raise Fatal(EXIT_USAGE, "-s %s: not a host, or [USER@]HOST,..., or @FILE" % name)
         if name.count(":") == 1:
             raise Fatal(EXIT_USAGE, "-s %s: a port is set by CEXEC_SSH='ssh -p PORT'" % name)
-    if not names:
+    if not hosts:
         raise Fatal(EXIT_USAGE, "-s %s: no host in it" % words[0])
-    return list(dict.fromkeys(names))
+    return hosts
 
 
 def hosts_in(item):
@@ -11294,8 +11302,8 @@ def key_to_send(path):
     return read_text(path), public
 
 
-def first_input(argv, key, group):
-    """The bytes that every host gets at standard input before it serves."""
+def first_input(argv, key, group, slots=None):
+    """Returns the bytes that a host gets at standard input before it serves; slots: None for those of CONCURRENCY."""
     # The group goes as plain addresses: the host does not have our @FILE, and its devices have other names.
     # It goes in CEXEC_GROUP, because csh sets GROUP to the user's group.
     text = group.text
@@ -11304,6 +11312,8 @@ def first_input(argv, key, group):
                                       for target in group.targets))
     variables = {name: os.environb[name] for name in (b"CONCURRENCY", b"BOOST") if name in os.environb}
     variables[b"CEXEC_GROUP"] = os.fsencode(text)
+    if slots is not None:
+        variables[b"CONCURRENCY"] = b"%d" % slots
     with open(__file__, "rb") as file:
         program = file.read()
     words = [os.fsencode(word) for word in ["-s", OVER_SSH, *argv]]
@@ -11326,8 +11336,8 @@ class Host(Stateful):
 
     LAW = {WAITING: (LOGIN, ENDED), LOGIN: (SERVING, WAITING, ENDED), SERVING: (WAITING, ENDED), ENDED: ()}
 
-    def __init__(self, starter, name):
-        self.starter, self.loop, self.name = starter, starter.loop, name
+    def __init__(self, starter, name, slots):
+        self.starter, self.loop, self.name, self.slots = starter, starter.loop, name, slots
         self.state, self.process, self.worker_id = WAITING, None, None
         self.failures = 0           # in a row
         self.status = None          # the exit status of the last ssh
@@ -11372,7 +11382,7 @@ class Host(Stateful):
             os.set_blocking(fd, False)
             self.loop.on_read(fd, functools.partial(self.read, fd))
         os.set_blocking(self.process.stdin.fileno(), False)
-        self.send(self.starter.first)
+        self.send(self.starter.first(self.slots))
 
     def hurry(self):
         self.say("no worker after %d s", LOGIN_SECONDS)
@@ -11504,11 +11514,11 @@ def ignore_keyboard():
 class Starter:
     """cservice -s: keeps a worker running on each host, until a signal ends it."""
 
-    def __init__(self, loop, names, ssh, first, survey):
+    def __init__(self, loop, hosts, ssh, first, survey):
         self.loop, self.ssh, self.first = loop, ssh, first
         self.make_survey = survey   # makes a Survey; None once that was done
-        self.alone = len(names) == 1
-        self.hosts = [Host(self, name) for name in names]
+        self.alone = len(hosts) == 1
+        self.hosts = [Host(self, name, slots) for name, slots in hosts.items()]
         self.to_login = collections.deque(self.hosts)           # Hosts that wait for their turn
         self.served = False         # whether any worker has served
         self.signals = 0            # how many came
@@ -11601,14 +11611,14 @@ def serve_on_hosts(words, path, argv):
     """
     if not os.path.isfile(__file__):
         raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
-    names = parse_hosts(words)
-    ssh, group, ports = ssh_words(len(names) > 1), Group(), listen_ports()
+    hosts = parse_hosts(words)
+    ssh, group, ports = ssh_words(len(hosts) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
-    first = first_input(argv, text, group)
+    first = functools.lru_cache(None)(functools.partial(first_input, argv, text, group))    # it has the whole program
     fill_standard()
-    make_room(64 + 4 * len(names))
+    make_room(64 + 4 * len(hosts))
     loop = Loop()
-    starter = Starter(loop, names, ssh, first, lambda: Survey(group, pub, ports, loop))
+    starter = Starter(loop, hosts, ssh, first, lambda: Survey(group, pub, ports, loop))
     loop.catch(WORKER_SIGNALS, starter.signalled)
     starter.begin()
     started_up()

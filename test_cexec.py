@@ -1843,7 +1843,7 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
     (cexec.CEXEC, "-m -o", "-o needs PATTERN", "cexec -m"),
     (cexec.CEXEC, "-m --log", "--log needs FILE", "cexec -m"),
     (cexec.CEXEC, "--json=x -l", "--json takes no value", "cexec [-h"),
-    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-adhiv] [-s HOST,...] [-u USER] [-x NAME] [--version] APP"),
+    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-adhiv] [-s [N/]HOST,...] [-u USER] [-x NAME] [--version] APP"),
     (cexec.CPROXY, "--bogus", "no such option: --bogus", "cproxy [-hv] [--version] SELF [TARGET]"),
 ])
 def test_wrong_options_are_told_with_the_usage_of_their_mode(syntax, line, message, usage):
@@ -11869,8 +11869,10 @@ def test_a_cluster_in_one_command(boxes, age):
     farm = boxes("a", "b", "c", python=oldest_and_newest()[age], opened=False)
     farm.open_all(read_only=True)
     put(farm.cluster.path("list"), "# ours\n\nb\n  bash@c # the third\n")
-    process = farm.start("a,@" + farm.cluster.path("list"), "sh", "-c", "cat; echo $SSH_CONNECTION")
-    assert sorted(row.split("\t")[1] for row in farm.up(process, 3)) == ["10.0.9.2", "10.0.9.3", "10.0.9.4"]
+    process = farm.start("5/a,@" + farm.cluster.path("list"), "sh", "-c", "cat; echo $SSH_CONNECTION",
+                         CONCURRENCY="3")
+    assert sorted((row.split("\t")[1], row.split("\t")[4]) for row in farm.up(process, 3)) == [
+        ("10.0.9.2", "5"), ("10.0.9.3", "3"), ("10.0.9.4", "3")]
     assert stat.S_IMODE(os.stat(farm.key).st_mode) == 0o600
     answers = {farm.client(input=b"x").stdout for _ in range(6)}
     assert {answer.split()[2] for answer in answers} <= {b"10.0.9.2", b"10.0.9.3", b"10.0.9.4"}
@@ -12237,13 +12239,15 @@ def test_an_old_python_says_so(local):
 @pytest.mark.parametrize("words, found", [
     (["a,b", "me@c"], ["a", "b", "me@c"]), (["a,a", "a"], ["a"]), (["@list"], ["one", "u@two"]),
     (["x,@list,one"], ["x", "one", "u@two"]), (["[fe80::1%eth0]"], ["[fe80::1%eth0]"]),
-    (["@utf8"], ["b\xfccher"]), (["b\xfccher"], ["b\xfccher"]), (["b\udcc3\udcbccher"], ["b\xfccher"])])
+    (["@utf8"], ["b\xfccher"]), (["b\xfccher"], ["b\xfccher"]), (["b\udcc3\udcbccher"], ["b\xfccher"]),
+    (["4/a,b", "2/a,1/c", "@slots"], [("a", 4), "b", ("c", 1), ("me@d", 3)])])
 def test_hosts_of_s(tmp_path, monkeypatch, words, found):
     """Texts of the command line are those of the locale: a byte that is none of its characters is a lone surrogate."""
     monkeypatch.chdir(tmp_path)
     put("list", "# all\none # first\n\n   u@two\n")
     put("utf8", "\xef\xbb\xbf# all\r\nb\xc3\xbccher\r\n")
-    assert cexec.parse_hosts(words) == found
+    put("slots", "3/me@d\n")
+    assert cexec.parse_hosts(words) == dict(host if isinstance(host, tuple) else (host, None) for host in found)
 
 
 @pytest.mark.parametrize("text, there", [
@@ -12268,7 +12272,9 @@ def test_the_group_there(tmp_path, monkeypatch, text, there):
     (["a,"], "-s a,: a host is missing before or after a comma"), ([""], "a host is missing"),
     (["-oProxyCommand=id"], "-s -oProxyCommand=id: not a host"),
     (["a:22"], "-s a:22: a port is set by CEXEC_SSH='ssh -p PORT'"),
-    (["a b"], "-s a b: not a host"), (["a\nb"], "not a host"), (["@none"], "-s @none: No such file"),
+    (["a b"], "-s a b: not a host"), (["a\nb"], "not a host"), (["0/a"], "-s 0/a: N/HOST has 1 to 10000 slots"),
+    (["99999/a"], "-s 99999/a: N/HOST has 1 to"), (["4/"], "-s : not a host"), (["2/-v"], "-s -v: not a host"),
+    (["@none"], "-s @none: No such file"),
     (["@empty"], "-s @empty: no host in it"), (["@options"], "-s -v: not a host"), (["\udcff"], "not a host"),
     (["@latin"], "-s @latin: is not UTF-8"), (["@commas"], "-s @commas: a,b: write one host on each line"),
     (["@blanks"], "-s @blanks: a b: write one host on each line")])
