@@ -172,6 +172,7 @@ KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned com
 LOOKS = 3                           # looks in turn that must find no process of it
 BURST = 100                         # looks in a row once KILL_SECONDS are over
 CLOSE_SECONDS = 30.0                # after EXIT a worker waits so long for a silent client to close
+OVER_MAX = 256                      # supervisors that wait for clients to close, whether these are silent or not
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
 CHECK_SECONDS = GONE_SECONDS / 6    # between two looks for such hosts
 
@@ -8582,8 +8583,8 @@ class SupervisorHandle:
     """A supervisor process, at cservice.
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
-    job_started(), job_failed(), job_refused(reason), job_returned(client), may_go_on(client)
-    and slots_changed().  remover is the Removals.
+    job_started(), job_failed(), job_refused(reason), job_returned(client), job_over(handle),
+    may_go_on(client) and slots_changed().  remover is the Removals.
     """
 
     def __init__(self, loop, patron, remover, client, pid, pipe, slot):
@@ -8594,6 +8595,7 @@ class SupervisorHandle:
         self.unfinished = b""       # the beginning of a line
         self.sessions = [pid]       # its session; with a terminal also the command's session
         self.done = False           # whether its slot is free: it has sent EXIT, or ended the command
+        self.killed = False         # by cut_off()
         os.set_blocking(pipe, False)
         loop.on_read(pipe, self.read)
 
@@ -8655,6 +8657,7 @@ class SupervisorHandle:
 
     def rcvd_done(self, value):
         self.done = True
+        self.patron.job_over(self)
 
     def hang_up(self):
         if self.pipe is not None:
@@ -8675,6 +8678,11 @@ class SupervisorHandle:
 
     def terminate(self):
         os.kill(self.pid, signal.SIGTERM)
+
+    def cut_off(self):
+        """Ends it when it is over: it has no command any more, and the client has not closed."""
+        self.killed = True
+        os.kill(self.pid, signal.SIGKILL)
 
 
 class Removals:
@@ -8758,6 +8766,17 @@ class Supervisors:
         os.close(far)
         self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, client, pid, near, slot)
         log.note("supervisor %d forked for %s", pid, client.address)
+
+    def limit_over(self, handle):
+        """This one is over.  If too many are, it ends the one that was first, of the client's name that has most.
+
+        A client decides when it closes, and no slot is in use: so there could be any number.
+        """
+        self.handles[handle.pid] = self.handles.pop(handle.pid)     # in the order in which they were over
+        over = [other for other in self.handles.values() if other.done and not other.killed]
+        if len(over) > OVER_MAX:
+            (name, _), = collections.Counter(other.client.name for other in over).most_common(1)
+            next(other for other in over if other.client.name == name).cut_off()
 
     def reap(self):
         """Removes supervisors that have ended from handles; ends the processes of those that were lost."""
@@ -9513,6 +9532,10 @@ class Worker:
         if self.trouble is None:
             log.say("refuses jobs until there is room: " + reason)
         self.trouble = reason
+
+    def job_over(self, handle):
+        """The slot is free, and the connection waits for the client to close it."""
+        self.supervisors.limit_over(handle)
 
     def job_returned(self, client):
         """The connection has ended before GO: the client may ask again, unless another worker has served it."""

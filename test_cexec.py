@@ -9916,6 +9916,23 @@ def test_a_worker_whose_command_cannot_run_waits_until_it_can(cluster):
     no_defect(read(worker.log))
 
 
+def test_clients_that_never_close_are_bounded(cluster):
+    """Whatever they send; the one that was over first goes, of the name that has most."""
+    altered(cluster, OVER_MAX="3")
+    cluster.run_here("ckeygen", "-n", "other", "app", "other.pub")
+    worker = cluster.worker("true", env={"BOOST": "0"})
+    pids = []
+    with contextlib.ExitStack() as stack:
+        for pub in [cexec.open_pub(cluster.path("other.pub"))] + 5 * [None]:
+            asker = stack.enter_context(Asker(cluster, pub))
+            peer = stack.enter_context(asker.begin(**filled(cexec.JOB, descriptors=[])))
+            peer.expect(cexec.EXIT)
+            pids += set(children_of(worker.pid)) - set(pids)
+        until(lambda: children_of(worker.pid) == pids[:1] + pids[4:], "the end of the first three of the second name")
+    until(lambda: not children_of(worker.pid), "the end of all")
+    no_defect(read(worker.log))
+
+
 # ---- cexec -A: a job on every worker ---------------------------------------
 
 def every(cluster, *words, options=(), **rest):
