@@ -7013,15 +7013,20 @@ def show_tasks(path, tasks):
 # number of blocks has a bound: as many as workers have had at a time so far, one that is ready
 # for the next worker, and one that is being filled.  A block counts until it is printed.
 
-class Block(Task):
-    """A job whose input is a part of standard input, from this offset on, in an unnamed file."""
+HEADER_MAX = 1024 * 1024            # bytes of the lines of --header
 
-    def __init__(self, terms, number, offset):
+
+class Block(Task):
+    """A job whose input is a part of standard input, from this offset on, behind the header, in an unnamed file."""
+
+    def __init__(self, terms, number, offset, header=b""):
         import tempfile
         super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
         self.file = None
         self.data = tempfile.TemporaryFile(buffering=0)
-        self.size = self.whole = 0                  # bytes; bytes in whole lines
+        self.size = self.whole = 0                  # bytes; bytes in whole lines, both without the header
+        self.begin = len(header)
+        write_all(self.data.write, header)
 
     def fill_words(self):
         return self.terms.environment, self.terms.arguments
@@ -7045,26 +7050,28 @@ class Block(Task):
 
     def cut_off(self):
         """Yields the bytes after the last whole line, in pieces, and then removes them.  Raises OSError."""
-        self.data.seek(self.whole)
+        self.data.seek(self.begin + self.whole)
         yield from iter(lambda: self.data.read(FRAME_MAX), b"")
-        self.data.truncate(self.whole)
+        self.data.truncate(self.begin + self.whole)
         self.size = self.whole
 
 
 class Splitter:
     """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: as many whole lines as fit the size.
 
-    A longer line is a block of its own.  give(block) is called for each Block that is full, and for
-    the last one.  may_read() tells whether there is room for another Block.
+    A longer line is a block of its own.  Each Block begins with the header, the first lines of the
+    input.  give(block) is called for each Block that is full, and for the last one.  may_read()
+    tells whether there is room for another Block.
     """
 
-    def __init__(self, loop, terms, size, may_read, give):
+    def __init__(self, loop, terms, size, header_lines, may_read, give):
         self.loop, self.terms, self.size, self.may_read, self.give = loop, terms, size, may_read, give
         item = Inherited(0)
         # A regular file is read at its common offset, where the next process that reads it goes on.
         self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
         self.buffer = memoryview(bytearray(PIPE_SIZE))
         self.block, self.count, self.ended = None, 0, False
+        self.header, self.missing = b"", header_lines           # the header so far; the lines of it to come
         self.offset = 0             # where the next block begins in the input
         self.paused = False         # true while another job has the terminal
 
@@ -7095,7 +7102,7 @@ class Splitter:
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
         try:
-            self.take(self.buffer[:count]) if count else self.finish()
+            self.take(self.take_header(self.buffer[:count])) if count else self.finish()
         except OSError as error:
             import tempfile
             raise Fatal(EXIT_TEMPORARY, "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror)) from None
@@ -7106,7 +7113,21 @@ class Splitter:
         filled = self.block.size if self.block else 0
         return min(len(self.buffer), self.size - filled if filled < self.size else self.size)
 
+    def take_header(self, view):
+        """Takes the lines of the header.  Returns what comes behind them.  Raises Fatal (100)."""
+        while self.missing and view:
+            newline = bytes(view).find(b"\n") + 1
+            self.header += view[:newline or len(view)]
+            view = view[newline or len(view):]
+            self.missing -= bool(newline)
+            if len(self.header) > HEADER_MAX:
+                raise Fatal(EXIT_USAGE, "--header: these lines have more than %d MiB" % (HEADER_MAX >> 20))
+            self.offset = len(self.header)
+        return view
+
     def take(self, view):
+        if not view:
+            return
         self.block = self.block or self.new_block()
         if self.block.size >= self.size:            # one long line: the block ends with it
             newline = bytes(view).find(b"\n") + 1
@@ -7134,10 +7155,13 @@ class Splitter:
 
     def new_block(self):
         self.count += 1
-        return Block(self.terms, self.count, self.offset)
+        return Block(self.terms, self.count, self.offset, self.header)
 
     def finish(self):
-        """The input has ended."""
+        """The input has ended; if that was within the header, all of it is one block."""
+        if self.missing:
+            short, self.header, self.offset = self.header, b"", 0
+            self.take(memoryview(short))
         last = self.block
         self.stop()
         if last:
@@ -7147,11 +7171,11 @@ class Splitter:
 class BlockBatch(Batch):
     """cexec -b.  The output ends before the first block that fails: only the blocks before it are still done."""
 
-    def __init__(self, pub, group, terms, size, jobs, joblog):
+    def __init__(self, pub, group, terms, size, header_lines, jobs, joblog):
         super().__init__(pub, group, terms, [], jobs, joblog, False, Halt(float("inf")))
         self.most = 0               # the largest number of blocks that workers had at a time
         self.broken = None          # the first Block that has failed
-        self.splitter = Splitter(self.loop, terms, size, self.may_read, self.add)
+        self.splitter = Splitter(self.loop, terms, size, header_lines, self.may_read, self.add)
 
     def may_read(self):
         """Whether one more block may be filled, see above."""
@@ -7224,7 +7248,7 @@ def main_blocks(pub, group, words, options):
     if options.errors:
         make_errors_directory(options.errors)
     jobs = min(options.jobs or MEMORY, jobs_at_once(4))
-    return BlockBatch(pub, group, terms, size, jobs, joblog).work()
+    return BlockBatch(pub, group, terms, size, options.header or 0, jobs, joblog).work()
 
 
 # ---------------------------------------------------------------------------
@@ -7577,6 +7601,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
     Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m -b"),
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
+    Option("--header", "N", "header", "begin each block with the first N lines of the input", "-b"),
     Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"))
 
 

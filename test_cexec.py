@@ -8371,8 +8371,8 @@ def lines_of(seed, size, longest=200):
     return b"".join(made)
 
 
-def blocks(cluster, size, *words, **rest):
-    return cluster.run("cexec", "-b", str(size), cluster.pub, *words, **rest)
+def blocks(cluster, size, *words, options=(), **rest):
+    return cluster.run("cexec", "-b", str(size), *options, cluster.pub, *words, **rest)
 
 
 def blocks_of(data, size):
@@ -8416,6 +8416,28 @@ def test_blocks_as_parallel_has_them(cluster, size):
     told = subprocess.run(["parallel", "--will-cite", "--pipe", "-k", "--block", size, MARKED], input=data,
                           check=True, stdout=subprocess.PIPE).stdout
     assert output(blocks(cluster, size, input=data)) == told
+
+
+@pytest.mark.parametrize("data", [
+    lines_of(5, 4000, 50), b"h\n", b"h1\nh2\n", b"h", b"h1\nx", b"h1\n\nx\n", b"", b"\n\n", b"h" * 2000 + b"\nx\ny\n"])
+@pytest.mark.parametrize("lines", [1, 2])
+def test_each_block_has_the_header_as_parallel_has_it(cluster, lines, data):
+    """It does not count for the size.  Where the input ends in the header, that is a block, unless it ends with it."""
+    cluster.worker("sh", "-c", MARKED, env={"CONCURRENCY": "3"})
+    done = blocks(cluster, "777", options=["--header", str(lines)], input=data)
+    cut = data.split(b"\n", lines)
+    head = b"\n".join(cut[:lines]) + b"\n" if len(cut) > lines else b""
+    rest = data[len(head):]
+    assert output(done) == b"".join(head + block + b"END\n" for block in blocks_of(rest, 777))
+    if data[:1] != b"\n":
+        need("parallel")
+        argv = ["parallel", "--will-cite", "--pipe", "-k", "--block", "777", "--header", str(lines), MARKED]
+        assert done.stdout == subprocess.run(argv, input=data, check=True, stdout=subprocess.PIPE).stdout
+
+
+def test_a_header_that_is_too_long(cluster):
+    done = blocks(cluster, "9", options=["--header", "1"], input=bytes(2 << 20))
+    refusal(done, 100, "--header: these lines have more than 1 MiB")
 
 
 def test_words_of_blocks_are_the_commands(cluster):
