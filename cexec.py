@@ -364,6 +364,12 @@ def print_out(data=b""):
         raise Fatal(EXIT_TEMPORARY, "standard output: %s" % error.strerror) from None
 
 
+def json_line(values):
+    """A dictionary as a line of JSON, its texts readable."""
+    import json
+    return json.dumps({name: readable(value) if isinstance(value, str) else value for name, value in values.items()})
+
+
 def columns(text):
     """The columns that a text takes on a terminal: wide characters take two (Unicode annex 11)."""
     import unicodedata
@@ -432,7 +438,7 @@ def started_up():
 
 def cut(text, limit):
     """As much of a text as fits so many bytes of UTF-8."""
-    return text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+    return readable(text).encode()[:limit].decode("utf-8", "ignore")
 
 
 def whole(digits):
@@ -3999,18 +4005,25 @@ def result_pattern(text):
     parts = [part for part in text.split("/") if part not in ("", ".")]
     if text.startswith("/") or ".." in parts or not parts:
         raise Fatal(EXIT_USAGE, "-g %s: not the name of anything in the job's directory" % (text or "''"))
-    matcher([os.fsencode("/".join(parts))])
     return "/".join(parts)
 
 
 def matcher(patterns):
-    """A function that tells whether a pattern matches a name, or a directory in it.  Patterns and names are bytes."""
+    """A function that tells whether a pattern matches a name, or a directory in it.  Patterns and names are bytes.
+
+    The worker and the client must agree: so neither decodes them in its locale.
+    """
     import re
-    try:
-        rules = [re.compile(pattern_rule(os.fsdecode(pattern)) + r"(?:/.*)?\Z", re.DOTALL) for pattern in patterns]
-    except re.error as error:
-        raise Fatal(EXIT_USAGE, "-g: not a pattern: %s" % error) from None
-    return lambda name: any(rule.match(os.fsdecode(name)) for rule in rules)
+    rules = [re.compile(pattern_rule(pattern) + rb"(?:/.*)?\Z", re.DOTALL) for pattern in patterns]
+    return lambda name: any(rule.match(name) for rule in rules)
+
+
+# [...] of a pattern; a ] at its beginning, or after the !, is in the set
+BRACKETS = rb"\[(?:[!^]|(?![!^]))ITEM(?:(?!\])ITEM)*\]".replace(
+    b"ITEM", rb"(?:\[:[a-z]+:\]|\\.|(?!\[:[a-z]+:\])[^\\])")
+CLASSES = {b"alnum": b"0-9A-Za-z", b"alpha": b"A-Za-z", b"blank": b" \t", b"cntrl": b"\0-\x1f\x7f", b"digit": b"0-9",
+           b"graph": b"!-~", b"lower": b"a-z", b"print": b" -~", b"punct": rb"!-/:-@\[-`{-~", b"space": b" \t-\r",
+           b"upper": b"A-Z", b"xdigit": b"0-9A-Fa-f"}
 
 
 def pattern_rule(pattern):
@@ -4019,22 +4032,35 @@ def pattern_rule(pattern):
 
     def rule(found):
         text = found.group()
-        if len(text) > 1:           # [...]
-            inside = text[2:-1] if text[1] in "!^" else text[1:-1]
-            return "(?!/)[%s%s]" % ("^" * (text[1] in "!^"), re.sub(r"([\\\[\]^&~|])", r"\\\1", inside))
-        return {"*": "[^/]*", "?": "[^/]"}.get(text) or re.escape(text)
+        if len(text) > 2:
+            return bracket_rule(text)
+        return {b"*": b"[^/]*", b"?": b"[^/]"}.get(text) or re.escape(text[-1:])
 
     rules = []
-    *directories, last = pattern.split("/")
-    for part in directories + ["*" if last == "**" else last]:
-        hidden = r"(?!\.)" if part[0] in "*?[" else ""
-        rules.append(r"(?:(?!\.)[^/]+/)*" if part == "**" else
-                     hidden + re.sub(r"\[[!^]?\]?[^\]]*\]|.", rule, part, flags=re.DOTALL) + "/")
-    return "".join(rules)[:-1]
+    *directories, last = re.sub(rb"(\\[^/])|\\/", lambda found: found.group(1) or b"/", pattern).split(b"/")
+    for part in directories + [b"*" if last == b"**" else last]:
+        hidden = rb"(?!\.)" if part[:1] in b"*?[" else b""
+        rules.append(rb"(?:(?!\.)[^/]+/)*" if part == b"**" else
+                     hidden + re.sub(BRACKETS + rb"|\\.|.", rule, part, flags=re.DOTALL) + b"/")
+    return b"".join(rules)[:-1]
+
+
+def bracket_rule(text):
+    """The regular expression for [...]: one of these bytes, or with ! or ^ one of the others."""
+    import re
+    negated, chosen = text[1:2] in b"!^", {b"/"}
+    for name, first, last in re.findall(rb"\[:([a-z]+):\]|(\\?.)(?:-(\\?.))?", text[1 + negated:-1], re.DOTALL):
+        if name:
+            chosen.update(re.findall(b"[%s]" % CLASSES.get(name, b"/"), bytes(range(128))))
+        else:
+            chosen.update(bytes([byte]) for byte in range(first[-1], (last or first)[-1] + 1))
+    if not negated:
+        chosen.discard(b"/")
+    return b"[%s%s]" % (b"^" * negated, b"".join(map(re.escape, sorted(chosen)))) if chosen else b"(?!)"
 
 
 def is_pattern(text):
-    return any(character in text for character in "*?[")
+    return any(character in text for character in "*?[\\")
 
 
 def may_be_replaced(path):
@@ -6069,8 +6095,7 @@ def show_workers(survey, as_json):
     """Prints a line for each worker that has answered, and says what is wrong; 0, or 111 if none has answered."""
     rows = survey.rows()
     if as_json:
-        import json
-        lines = map(json.dumps, rows)
+        lines = map(json_line, rows)
     elif sys.stdout and sys.stdout.isatty():
         lines = table(["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND TRIP",
                        "OPTIONS"], [
@@ -6467,9 +6492,9 @@ class Task:
 
 
 def quoted(name):
-    """A file's name with its * ? [ escaped, to be filled into a pattern of -g."""
+    """A file's name with its * ? [ \\ escaped, to be filled into a pattern of -g."""
     import re
-    return re.sub(r"([*?[])", r"[\1]", name)
+    return re.sub(r"([*?[\\])", r"\\\1", name)
 
 
 def make_durable(directory):
@@ -6501,15 +6526,20 @@ def open_joblog(path):
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
     if not size_before:
-        write_joblog(file, "\t".join(JOBLOG))
+        write_joblog(file, "\t".join(JOBLOG).encode())
     return file
 
 
+def in_a_line(name):
+    """The bytes of a name as they are, but for control characters, as in printable(): these would end a field."""
+    import re
+    return re.sub(rb"[\0-\x1f\x7f]", lambda found: printable(found.group().decode()).encode(), name)
+
+
 def write_joblog(file, line):
-    """Adds a line.  Raises Fatal (111)."""
-    data = (line + "\n").encode("utf-8", "surrogateescape")
+    """Adds a line, of bytes.  Raises Fatal (111)."""
     try:
-        write_all(file.write, data)
+        write_all(file.write, line + b"\n")
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
@@ -6886,8 +6916,8 @@ class Batch(Patron):
         address, started_at = (run.address, run.started_at) if run else ("-", time.time())
         line = "\t".join(map(str, [
             task.number, address, "%.3f" % started_at, "%10.3f" % seconds,
-            sent, received, 0 if task.signal else task.exit_code, task.signal, printable(task.name)]))
-        write_joblog(self.joblog, line)
+            sent, received, 0 if task.signal else task.exit_code, task.signal, ""]))
+        write_joblog(self.joblog, line.encode() + in_a_line(os.fsencode(task.name)))
 
     # For the user
 
@@ -7348,7 +7378,7 @@ class LineEnd(End):
 
     def __init__(self, writer, label, polled):
         super().__init__(polled, polled, self.finish, ["write"])
-        self.writer, self.label, self.line = writer, os.fsencode(label) + b": ", b""
+        self.writer, self.label, self.line = writer, label.encode() + b": ", b""
 
     def write(self, view):
         if self.writer.is_full():
@@ -9849,8 +9879,7 @@ def print_line(record, form):
 
 
 def print_json(record, form):
-    import json
-    show(json.dumps(record))
+    show(json_line(record))
 
 
 def alert_line(record):

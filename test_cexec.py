@@ -5650,11 +5650,53 @@ def test_an_archive_cut_anywhere_is_refused(tmp_path):
     ("d/**", ["d/x", "d/e/f"], ["e/x", "d"]),
     (".x", [".x"], ["x"]),
     ("a[[]1].c", ["a[1].c"], ["a1.c"]),
-    ("a+(b).^$", ["a+(b).^$"], ["ab"])])
+    ("a+(b).^$", ["a+(b).^$"], ["ab"]),
+    ("[[:digit:]x]", ["1", "x"], [":", "d", "[", "1]"]),
+    (r"\*.c", ["*.c", "*.c/x"], ["a.c", r"\*.c"]),
+    (r"a\/b\?", ["a/b?"], ["a/bc", r"a\/b?"]),
+    ("caf??", ["café"], ["cafe", "cafés"]),         # bytes
+    ("[z-a]", [], ["z", "a", "-"])])
 def test_what_a_pattern_matches(pattern, names, others):
     matches = cexec.matcher([cexec.result_pattern(pattern).encode()])
     assert [name for name in names if not matches(name.encode())] == []
     assert [name for name in others if matches(name.encode())] == []
+
+
+def chosen_by(shell, patterns, place):
+    """What a shell makes of each pattern in a directory: sets of the names there."""
+    script = b"".join(b"printf '%%s\\0' %s; printf '\\0'\n" % pattern for pattern in patterns)
+    found = subprocess.run([shell], input=script, cwd=str(place), env={"LC_ALL": "C"}, stdout=subprocess.PIPE,
+                           check=True)
+    there = set(os.listdir(os.fsencode(str(place))))
+    return [there.intersection(names.split(b"\0")) for names in found.stdout.split(b"\0\0")[:-1]]
+
+
+@pytest.mark.parametrize("pieces", [
+    [b"a", b"b", b"-", b"*", b"?", b"[", b"]", b"[!", b".", rb"\\"],
+    [b"a", b"[[:digit:]", b"[:alpha:]", b"]", b"[", b"1", b"-", b"*", rb"\]", rb"\-", rb"\*"],
+    [b"\xc3\xa9", b"\xff", b"?", b"[", b"]", b"*", b"\xa9", rb"\?"],
+    *([b"[[:%s:]]" % name, b"[![:%s:]]" % name] for name in cexec.CLASSES)],
+    ids=["brackets", "classes", "bytes", *map(bytes.decode, cexec.CLASSES)])
+def test_patterns_are_those_of_sh(tmp_path, pieces):
+    """As sh in the C locale has them; where two shells differ, POSIX says nothing."""
+    need("bash")
+    chance = random.Random(7)
+    names = [bytes([byte]) for byte in range(1, 256) if byte not in b"./"] if len(pieces) == 2 else [
+        b"".join(chance.choice([b"a", b"b", b"1", b"-", b"]", b"[", b"!", b":", b".", b"*", b"?", b"\\", b"\xc3\xa9",
+                                b"\xff"]) for _ in range(chance.randrange(1, 4))) for _ in range(600)]
+    for name in set(names) - {b".", b".."}:
+        os.close(os.open(os.path.join(os.fsencode(str(tmp_path)), name), os.O_CREAT | os.O_WRONLY))
+    patterns = pieces if len(pieces) == 2 else sorted({
+        b"".join(chance.choice(pieces) for _ in range(chance.randrange(1, 6))) for _ in range(1500)})
+    patterns = [pattern for pattern in patterns if pattern not in (b".", b"..") and b"**" not in pattern
+                and b"-[:" not in pattern and not pattern.startswith(b"-")]      # no range ends with a class
+    names, compared = os.listdir(os.fsencode(str(tmp_path))), 0
+    for pattern, one, other in zip(patterns, *(chosen_by(shell, patterns, tmp_path) for shell in ("sh", "bash"))):
+        if one == other:
+            compared += 1
+            matches = cexec.matcher([pattern])
+            assert (pattern, {name for name in names if matches(name)}) == (pattern, one)
+    assert compared > len(patterns) * 0.9, (compared, len(patterns))
 
 
 def test_any_directory_is_removed(tmp_path):
@@ -5940,6 +5982,33 @@ def test_files_go_into_a_jobs_directory_and_come_out(farm):
     assert read(os.path.join(out, odd)) == b"2" and read(os.path.join(out, b"e/ro")) == b"3"
     modes = [stat.S_IMODE(os.stat(os.path.join(out, name)).st_mode) for name in (odd, b"e/ro", b"e", b"empty")]
     assert modes == [0o755, 0o400, 0o555, 0o755] and all_gone(farm)
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}       # as Python 3.6 has it
+
+
+@pytest.mark.parametrize("here", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "POSIX"}, ASCII],
+                         ids=["C", "UTF-8", "POSIX", "ASCII"])
+@pytest.mark.parametrize("there", [{"LC_ALL": "C.UTF-8"}, ASCII], ids=["there UTF-8", "there ASCII"])
+def test_names_that_are_no_text(farm, here, there):
+    """In every locale, here and there: bytes as they are in the log, one form in messages, and the same results."""
+    farm.serve(env=there)
+    names, shown = [b"\xff\xfe", "gr\xf6\xdfe".encode(), b"a\tb\nc"], [r"\xff\xfe", "gr\xf6\xdfe", r"a\tb\nc"]
+    done = farm.work("-mn", "--log", "log", farm.pub, "false", ":::", *names, env=here)
+    assert done.returncode == 3
+    assert sorted(done.stderr.decode().splitlines()) == sorted("cexec: %s: exit status 1" % name for name in shown)
+    rows = read(os.path.join(farm.desk, "log")).split(b"\n")[1:-1]
+    assert {row.split(b"\t", 8)[8] for row in rows} == {*names[:2], rb"a\tb\nc"}
+    for name, its in zip(names, shown):
+        assert failed(farm.work("-i", name, farm.pub, "cat", env=here), 100) == (
+            "cexec: -i: %s: No such file or directory\n" % its).encode()
+        assert "cannot run its command: %s: No such" % its in failed(farm.work(farm.pub, name, env=here), 127).decode()
+        assert "-g %s: nothing in" % its in failed(farm.work("-g", name, farm.pub, "true", env=here), 111).decode()
+    output(farm.work("-g", "*", farm.pub, "touch", *names, env=here))
+    output(farm.work("-g", "b/??", "-g", "[![:print:]]*", farm.pub, "sh", "-c", "mkdir b; touch b/\xe9 b/e \xff a",
+                     env=here))
+    assert set(os.listdir(os.fsencode(farm.desk))) == {b"log", b"b", b"\xc3\xbf", *names}
+    assert os.listdir(os.path.join(os.fsencode(farm.desk), b"b")) == [b"\xc3\xa9"]
 
 
 def test_ten_thousand_files_and_thirty_megabytes(farm):
