@@ -1867,7 +1867,7 @@ def test_wrong_options_are_told_with_the_usage_of_their_mode(syntax, line, messa
         "127.0.0.1:\xb2", "3010", LOOPBACK + ":", "staff"]),
     (lambda text: cexec.parse_group(text, 3010), 111, "", ["nosuchdevice0:127.0.0.1", "[fe80::1%nosuch]"]),   # yet
     (cexec.parse_size, 100, "not a size as in 64M", ["0", "-1", "x", "1Q", "M", "2000G", "", "9" * 14, "1" * 5000]),
-    (cexec.result_pattern, 100, "", ["", "/x", "..", "a/../b", ".", "/", "[z-a]"]),
+    (cexec.result_pattern, 100, "", ["", "/x", "..", "a/../b", ".", "/"]),
     (cexec.check_name, 100, "", ["", "a" * 65, "a b", "a/b", "a\n", "\xe9"])],
     ids=["ports", "groups", "devices_that_may_come_up", "sizes", "patterns", "names_of_clients"])
 def test_what_is_none_is_refused(call, code, said, texts, monkeypatch):
