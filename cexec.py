@@ -1065,6 +1065,7 @@ MAGIC = b"CEXC"
 DATAGRAM_HEAD = struct.Struct("!4sBBB16sH")     # magic, version, kind, hops, return address, port
 PROVED = struct.Struct("!4sBB")                 # the part of the head that the MAC covers
 MAC_SIZE = 16
+QUERY_MIN = 309                     # bytes: shorter ones of other versions are not answered, so no answer is longer
 FRAME_HEAD = struct.Struct("!BBHI")             # kind, flags, channel, length of the payload
 
 SIGNALS = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TSTP", "CONT")   # carried to the command
@@ -1075,7 +1076,7 @@ def other_version(data):
     code = port = 0
     if len(data) >= DATAGRAM_HEAD.size:
         _, _, code, _, _, port = DATAGRAM_HEAD.unpack_from(data)
-    return OtherVersion(data[4], port if code == QUERY.code else 0)
+    return OtherVersion(data[4], port if code == QUERY.code and len(data) >= QUERY_MIN else 0)
 
 
 class Datagram:
@@ -2446,6 +2447,10 @@ class Dial:
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             return self.fail(os.strerror(error))
+        try:
+            self.sock.getpeername()
+        except OSError:             # poll has seen another socket, which had this number before
+            return
         self.loop.forget(self.sock.fileno())
         sock, self.sock, connected = self.sock, None, self.connected
         self.close()
@@ -2757,7 +2762,7 @@ class Source(Stream):
             return                  # the End may be closed, and another file have its number
         if self.replay:
             self._replay_held()
-        while self.state is DRAINING and self._wanted():
+        while self.state is DRAINING and self._wanted() and self.end.may_read():
             self.readable()
         self.watch(self.readable if self._wanted() else None)
 
@@ -7378,7 +7383,7 @@ class LineEnd(End):
 
     def __init__(self, writer, label, polled):
         super().__init__(polled, polled, self.finish, ["write"])
-        self.writer, self.label, self.line = writer, label.encode() + b": ", b""
+        self.writer, self.label, self.line = writer, label.encode() + b": ", bytearray()
 
     def write(self, view):
         if self.writer.is_full():
@@ -7387,11 +7392,11 @@ class LineEnd(End):
         return len(view)
 
     def add(self, data):
-        *lines, self.line = (self.line + data).split(b"\n")
-        if len(self.line) > LINE_MAX:
-            lines, self.line = [*lines, self.line], b""
-        if lines:
-            self.writer.add(b"".join(self.label + line + b"\n" for line in lines))
+        whole, newline, rest = bytes(data).rpartition(b"\n")
+        self.line += whole if newline else rest         # in its place: a copy at each small write would take long
+        if newline or len(self.line) > LINE_MAX:
+            self.writer.add(b"".join(self.label + line + b"\n" for line in self.line.split(b"\n")))
+            self.line = bytearray(rest if newline else b"")
 
     def finish(self):
         """Adds the last line, if it has no newline."""
@@ -7734,6 +7739,8 @@ def check_job(job, words, options):
     channels = check_descriptors(job.descriptors, options & HELLO_DIRECTORIES)
     if bool(patterns) != (FILES_OUT in channels):
         raise ProtocolError("patterns without results")
+    if any(part in (b"", b".", b"..") for pattern in patterns for part in pattern.split(b"/")):
+        raise ProtocolError("impossible pattern")
     for variable in environment:
         name, equals, _ = variable.partition(b"=")
         if not equals or not is_variable(name.decode("latin-1")):
@@ -8221,7 +8228,7 @@ class Command(Carrier, Stateful):
             raise ProtocolError("signal %r" % payload.signal)
         if self.group:
             signal_all(os.killpg, self.group, [getattr(signal, "SIG" + payload.signal)])
-        if payload.signal in ("INT", "TERM", "HUP", "QUIT"):
+        if payload.signal in ("INT", "TERM", "HUP", "QUIT") + ("USR1", "USR2") * (self.state is MADE):
             self.interrupt_files(getattr(signal, "SIG" + payload.signal))
 
     def rcvd_resize(self, flags, channel, payload):

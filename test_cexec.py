@@ -2261,6 +2261,16 @@ def test_magic_and_version_are_read_whatever_follows(rest):
         cexec.Datagram(b"CEXD\3" + rest)
 
 
+@pytest.mark.parametrize("size, asks_at", [(25, 0), (308, 0), (309, 9)])
+def test_a_short_query_of_another_version_asks_for_nothing(size, asks_at):
+    """No answer is longer than its question."""
+    head = cexec.DATAGRAM_HEAD.pack(cexec.MAGIC, cexec.PROTOCOL + 1, cexec.QUERY.code, 0, bytes(16), 9)
+    with pytest.raises(cexec.OtherVersion) as caught:
+        cexec.Datagram(head.ljust(size, b"\0"))
+    assert caught.value.asks_at == asks_at
+    assert len(make_datagram(cexec.QUERY, made_pub(name="a"), NONCE, 9, **filled(cexec.QUERY))) == cexec.QUERY_MIN
+
+
 def test_random_bytes_are_only_protocol_errors():
     """20,000 of each: pure noise, noise behind a good head, and a good datagram that is damaged."""
     chance, good, parsed = random.Random(3), datagrams(), 0
@@ -3211,6 +3221,39 @@ def test_what_a_sink_knows_of_output_that_was_cut(wire, events, cut):
         {"data": lambda: sink.rcvd_data(memoryview(b"x")), "eof": lambda: sink.rcvd_eof(True),
          "leave": lambda: (wire.close_fd(out), sink.break_off(True))}[event]()
     assert sink.has_cut() == cut
+
+
+def test_a_terminal_in_the_background_is_not_drained_in_a_loop():
+    looks = []
+
+    class End(cexec.End):
+        def may_read(self):
+            looks.append(1)
+            assert len(looks) < 10
+            return False
+    reader, writer = os.pipe()
+    holder = Holder(cexec.Loop())
+    holder.link = SimpleNamespace(congested=False, closed=False)
+    source = holder.carry(1, End(reader, reader, lambda: None, ["read"])).source
+    source.close_soon()
+    assert source.state is cexec.DRAINING and looks
+    close_all(reader, writer)
+
+
+def test_a_dial_is_not_told_by_an_event_of_another_socket():
+    """Which had the same number before: this one is not connected yet."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):          # it takes no more
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(listener.getsockname())
+        told, loop = [], cexec.Loop()
+        dial = cexec.Dial(loop, *listener.getsockname(), 9, lambda *words: told.append(words), told.append)
+        dial.writable()
+        assert told == [] and dial.sock.fileno() in loop.writers
+        dial.close()
 
 
 # What a stream is told, one after another -> its state after each
@@ -6444,6 +6487,32 @@ def test_a_signal_ends_a_job_in_each_phase(farm, phase):
             kind, payload = peer.next()
         assert (payload.how, payload.status) == (cexec.HOW_SIGNALLED, 15)
     until(lambda: left(farm) == [], "its removal")
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2"])
+def test_a_signal_without_a_command_yet_does_what_it_does_by_default(farm, name):
+    farm.serve()
+    with Asker(farm) as asker:
+        peer = asker.begin(environment=[], **{key: value for key, value in filled(cexec.JOB, descriptors=[
+            (cexec.FILES_IN, cexec.FILES_IN, cexec.FLAG_INPUT | cexec.FLAG_FILES)]).items()
+            if key not in ("variables", "arguments", "patterns")}, arguments=[b"true"])
+        with peer:
+            peer.send(cexec.SIGNAL, signal=name)
+            found = peer.next()
+            while found and found[0] is not cexec.EXIT:
+                found = peer.next()
+            assert (found[1].how, found[1].status) == (cexec.HOW_SIGNALLED, getattr(signal, "SIG" + name))
+
+
+@pytest.mark.parametrize("pattern", [b"", b"/etc/passwd", b"a//b", b"a/", b"../x", b"a/./b", b".", b"a/.."])
+def test_an_impossible_pattern_is_a_violation(pattern):
+    words = cexec.Words()
+    words.add(pattern + b"\0")
+    rows = [(cexec.FILES_OUT, cexec.FILES_OUT, cexec.FLAG_OUTPUT | cexec.FLAG_FILES)]
+    job = SimpleNamespace(**dict(filled(cexec.JOB), variables=0, arguments=0, patterns=1, term="", modes=[],
+                                 descriptors=rows))
+    with pytest.raises(cexec.ProtocolError, match="impossible pattern"):
+        cexec.check_job(job, words, cexec.HELLO_DIRECTORIES)
 
 
 @pytest.mark.parametrize("where", ["there", "here"])
@@ -10037,6 +10106,28 @@ def every(cluster, *words, options=(), **rest):
 def labels(count):
     """The names of so many workers of this host, which have one name and one address."""
     return ["%s[127.0.0.1]#%d" % (socket.gethostname(), number) for number in range(1, count + 1)]
+
+
+def test_lines_get_their_label_however_they_come():
+    """And the beginning of a line is not copied for each of its bytes."""
+    for seed in range(20):
+        chance, added = random.Random(seed), bytearray()
+        end = cexec.LineEnd(SimpleNamespace(is_full=lambda: False, add=added.extend), "h", 1)
+        data = bytes(chance.choice(b"ab\n") for _ in range(300))
+        place = 0
+        while place < len(data):
+            size = chance.randint(1, 20)
+            assert end.write(memoryview(data)[place:place + size]) == len(data[place:place + size])
+            place += size
+        end.finish()
+        lines = data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")
+        assert added == b"".join(b"h: " + line + b"\n" for line in lines)
+    end.add(b"begun")
+    line = end.line
+    end.add(b", and more")
+    assert end.line is line and line == b"begun, and more"
+    end.add(bytes(cexec.LINE_MAX))
+    assert added.endswith(bytes(9) + b"\n") and not end.line
 
 
 def test_names_of_workers():
