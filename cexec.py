@@ -3818,14 +3818,16 @@ def system_load():
 # disk stops nothing else; at the worker it runs as the command's user.
 #
 # An archive is a tar file in GNU's format (tarfile's GNU_FORMAT) with regular files and
-# directories only, all with relative names.  Its last member is the directory ".", and nothing
-# comes after it: so a reader knows that the archive is whole.
+# directories only, all with relative names; a file with holes has the type S.  Its last member
+# is the directory ".", and nothing comes after it: so a reader knows that the archive is whole.
 
 FILES_IN, FILES_OUT = MAXFD_LIMIT, MAXFD_LIMIT + 1      # the numbers of the two channels
 WHOLE = b"."                        # the last member
 BLOCK = 512                         # tar(5): bytes of a member's head; its data is padded to a multiple of this
 PATH_MAX = 4096                     # a name has fewer bytes
 PIECE = 1024 * 1024                 # bytes of a file read or written at a time
+SPARSE_AT = 386                     # where in the head of a file with holes (GNU's type S) the table of its data is
+PIECES_MAX = 10000                  # pieces of data in a file with holes; those of one with more are sent as zeros
 
 
 def file_error(error, name):
@@ -3868,12 +3870,43 @@ def pack_files(writer, entries):
         out.write(member_head(WHOLE, stat.S_IFDIR | 0o700, 0, 0))
 
 
-def member_head(name, mode, size, seconds):
+def member_head(name, mode, size, seconds, pieces=None):
+    """Returns a member's head; that of a file with holes has its pieces: see data_pieces()."""
     import tarfile
     info = tarfile.TarInfo(name.decode("latin-1"))      # each byte is one character of latin-1
     info.type = tarfile.DIRTYPE if stat.S_ISDIR(mode) else tarfile.REGTYPE
-    info.mode, info.size, info.mtime = mode & 0o777, size, max(0, int(seconds))
-    return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
+    info.mode, info.size, info.mtime = mode & 0o777, size, int(seconds // 1)
+    if pieces is None:
+        return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, sum(count for _, count in pieces)
+    data = info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
+    rows = [tarfile.itn(number, 12, tarfile.GNU_FORMAT) for piece in pieces for number in piece]
+    rows += [bytes(12)] * (8 - len(rows) if len(rows) < 8 else -(len(rows) - 8) % 42)
+    more = [b"".join(rows[place:place + 42]) for place in range(8, len(rows), 42)]
+    head = bytearray(data[-BLOCK:])
+    head[SPARSE_AT:SPARSE_AT + 109] = b"".join(rows[:8]) + bytes([bool(more)]) + tarfile.itn(
+        size, 12, tarfile.GNU_FORMAT)
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return data[:-BLOCK] + head + b"".join(
+        (block + bytes([number < len(more)])).ljust(BLOCK, b"\0") for number, block in enumerate(more, 1))
+
+
+def data_pieces(fd, size):
+    """Returns [(offset, count), ...] of a file's data between its holes; None if it has none, or too many."""
+    pieces, end = [], 0
+    try:
+        while end < size and len(pieces) < PIECES_MAX:
+            begin = min(size, os.lseek(fd, end, os.SEEK_DATA))
+            end = min(size, os.lseek(fd, begin, os.SEEK_HOLE))
+            pieces.append((begin, end - begin))
+    except OSError as error:
+        if error.errno != errno.ENXIO:          # the rest is a hole; others: the disk does not tell
+            return None
+        end = size
+    finally:
+        os.lseek(fd, 0, os.SEEK_SET)
+    return None if end < size or pieces == [(0, size)] else pieces
 
 
 def pack_member(out, path, name):
@@ -3882,8 +3915,10 @@ def pack_member(out, path, name):
     try:
         before = os.fstat(fd)
         if stat.S_ISREG(before.st_mode):
-            out.write(member_head(name, before.st_mode, before.st_size, before.st_mtime))
-            pack_data(out, fd, before)
+            holes = before.st_blocks * 512 < before.st_size and hasattr(os, "SEEK_DATA")
+            pieces = data_pieces(fd, before.st_size) if holes else None
+            out.write(member_head(name, before.st_mode, before.st_size, before.st_mtime, pieces))
+            pack_data(out, fd, before, [(0, before.st_size)] if pieces is None else pieces)
         elif not stat.S_ISDIR(before.st_mode):
             raise OSError(errno.EINVAL, "neither a regular file nor a directory")
         elif os.path.islink(path):
@@ -3894,18 +3929,21 @@ def pack_member(out, path, name):
         os.close(fd)
 
 
-def pack_data(out, fd, before):
-    missing = before.st_size
-    while missing:
-        piece = os.read(fd, min(missing, PIECE))
-        if not piece:
-            break
-        out.write(piece)
-        missing -= len(piece)
+def pack_data(out, fd, before, pieces):
+    missing = total = sum(count for _, count in pieces)
+    for place, count in pieces:
+        os.lseek(fd, place, os.SEEK_SET)
+        while count:
+            data = os.read(fd, min(count, PIECE))
+            if not data:
+                break
+            out.write(data)
+            count -= len(data)
+            missing -= len(data)
     after = os.fstat(fd)
     if missing or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise OSError(errno.EBUSY, "changed while it was read")
-    out.write(bytes(-before.st_size % BLOCK))
+    out.write(bytes(-total % BLOCK))
 
 
 def members(file):
@@ -3930,11 +3968,39 @@ def members(file):
             name = name.rstrip(b"/")
             if name == WHOLE:
                 break
+        info.sparse = [(0, info.size)], info.size           # the pieces of its data, and the size of the file
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            info.sparse = read_pieces(file, head, name, info.size)
+            info.type = tarfile.REGTYPE
         check_member(name, info, tarfile.DIRTYPE, tarfile.REGTYPE, tarfile.AREGTYPE)
         yield name, info
         name = None
     if file.read(1):
         raise ProtocolError("something behind the archive's end")
+
+
+def read_pieces(file, head, name, size):
+    """Returns (the pieces, the file's size) of a file with holes.  Raises ProtocolError."""
+    import tarfile
+    rows, number = head[SPARSE_AT:SPARSE_AT + 96], 4
+    more, pieces = head[SPARSE_AT + 96], []
+    try:
+        whole = tarfile.nti(head[SPARSE_AT + 97:SPARSE_AT + 109])
+        while True:
+            pieces += [(tarfile.nti(rows[place:place + 12]), tarfile.nti(rows[place + 12:place + 24]))
+                       for place in range(0, 24 * number, 24)]
+            if not more or len(pieces) > PIECES_MAX + 24:
+                break
+            rows, number = file.read(BLOCK), 21
+            more = rows[504]
+    except (tarfile.TarError, IndexError):
+        more = True
+    pieces = [piece for piece in pieces if piece != (0, 0)]
+    ends = [0] + [place + count for place, count in pieces]
+    if (more or sum(count for _, count in pieces) != size or ends[-1] > whole or whole >= 2 ** 63
+            or any(place < end or count < 0 for (place, count), end in zip(pieces, ends))):
+        raise ProtocolError("%s has impossible holes" % os.fsdecode(name))
+    return pieces, whole
 
 
 def check_member(name, info, *kinds):
@@ -3947,11 +4013,12 @@ def check_member(name, info, *kinds):
         raise ProtocolError("%s has an impossible mode or size" % os.fsdecode(name))
 
 
-def unpack(reader, top, allowed=lambda name: True, dated=True):
+def unpack(reader, top, allowed=lambda name: True, exact=True):
     """Unpacks an archive, read from a descriptor, into an empty directory; top is a descriptor of this.
 
     Returns the files' names, and {name: mode} for set_modes(): until then each directory has mode
-    0700.  dated: files get the archive's times.  Raises OSError, ProtocolError.
+    0700.  exact: files get the archive's times and modes, which the umask does not cut.  Raises OSError,
+    ProtocolError.
     """
     files, directories = [], {}
     with open(reader, "rb", PIECE) as file:
@@ -3965,7 +4032,7 @@ def unpack(reader, top, allowed=lambda name: True, dated=True):
                 if info.isdir():
                     directories[name] = info.mode
                 else:
-                    unpack_file(file, name, info, top, dated)
+                    unpack_file(file, name, info, top, exact)
                     files.append(name)
             except OSError as error:
                 raise file_error(error, name) from None
@@ -3976,31 +4043,40 @@ def make_once(name, top, directories):
     """Makes a directory, unless it was made for an earlier member."""
     if name not in directories:
         os.mkdir(name, 0o700, dir_fd=top)
-        directories[name] = 0o777
+        directories[name] = None
 
 
-def unpack_file(file, name, info, top, dated):
+def unpack_file(file, name, info, top, exact):
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, info.mode, dir_fd=top)
+    pieces, size = info.sparse
     with open(fd, "wb", 0) as out:
-        missing = info.size
-        while missing:
-            piece = memoryview(file.read(min(missing, PIECE)))
-            if not piece:
-                raise ProtocolError("the archive is cut short")
-            missing -= len(piece)
-            write_all(out.write, piece)
+        for place, missing in pieces:
+            out.seek(place)
+            while missing:
+                piece = memoryview(file.read(min(missing, PIECE)))
+                if not piece:
+                    raise ProtocolError("the archive is cut short")
+                missing -= len(piece)
+                write_all(out.write, piece)
         file.read(-info.size % BLOCK)
-        if dated:
-            seconds = min(max(0, info.mtime), 2 ** 33)
+        if size > info.size:
+            out.truncate(size)
+        if exact:
+            os.fchmod(fd, info.mode)
+            seconds = min(max(-2 ** 33, info.mtime), 2 ** 33)
             os.utime(fd, (seconds, seconds))
 
 
-def set_modes(directories, top):
-    """Gives directories their modes, the innermost first, because a mode may forbid to change what is inside."""
+def set_modes(directories, top, exact=False):
+    """Gives directories their modes, the innermost first, because a mode may forbid to change what is inside.
+
+    The umask cuts them, unless exact; it always cuts those that are in no archive (None).
+    """
     umask = os.umask(0o077)
     os.umask(umask)
     for name in sorted(directories, reverse=True):
-        os.chmod(name, directories[name] & ~umask, dir_fd=top)
+        mode = directories[name]
+        os.chmod(name, 0o777 & ~umask if mode is None else mode if exact else mode & ~umask, dir_fd=top)
 
 
 # A pattern of -g is one for relative names, as in a shell; ** stands for any number of directories.
@@ -4449,7 +4525,7 @@ def receive(reader, verdict, patterns, durable):
     try:
         try:
             top = make_directory(part)
-            files, directories = unpack(reader, top, matcher(patterns), dated=False)
+            files, directories = unpack(reader, top, matcher(patterns), exact=False)
         except (OSError, ProtocolError) as trouble:
             error = trouble
             os.closerange(reader, reader + 1)   # the writer must not wait for us
@@ -7858,7 +7934,7 @@ class JobDirectory:
         """Unpacks the client's archive from a pipe, and then calls over(None or an error's text)."""
         def work():
             _, directories = unpack(reader, self.fd)
-            set_modes(directories, self.fd)
+            set_modes(directories, self.fd, exact=True)
         self.begin(work, reader, over)
 
     def fetch(self, writer, patterns, over):

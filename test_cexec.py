@@ -5625,6 +5625,10 @@ def head_of(name, **fields):
     return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
 
 
+def head_with_holes(pieces, size):
+    return cexec.member_head(b"x", stat.S_IFREG | 0o644, size, 0, pieces)
+
+
 HOSTILE = {
     "parent": packed((b"../x", b"1")) + END,
     "hidden parent": packed((b"a/../../x", b"1")) + END,
@@ -5636,7 +5640,11 @@ HOSTILE = {
     "hard link": head_of("x", type=tarfile.LNKTYPE, linkname="/etc/passwd") + END,
     "fifo": head_of("x", type=tarfile.FIFOTYPE) + END,
     "device": head_of("x", type=tarfile.CHRTYPE, devmajor=1, devminor=3) + END,
-    "sparse": head_of("x", type=tarfile.GNUTYPE_SPARSE) + END,
+    "holes without an end": head_with_holes([(512 * n, 1) for n in range(100)], 100000)[:512 * 3] + END,
+    "holes that overlap": head_with_holes([(512, 600), (1024, 1)], 5000) + bytes(1024) + END,
+    "data behind the end": head_with_holes([(0, 1), (4096, 2)], 4097) + bytes(512) + END,
+    "a hole of a negative size": head_with_holes([(100, 600), (90, -10)], 5000) + bytes(1024) + END,
+    "a piece of nothing below zero": head_with_holes([(-5, 5)], 5000) + bytes(512) + END,
     "pax": head_of("x", type=tarfile.XHDTYPE, size=512) + bytes(512) + END,
     "set-id": head_of("x", mode=0o4755) + END,
     "negative size": head_of("x", size=-512) + END,
@@ -5783,6 +5791,43 @@ def test_any_directory_is_removed(tmp_path):
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
     assert os.listdir(str(place)) == [] and keep.read_text() == "x"
+
+
+@pytest.mark.parametrize("name", [b"x", b"long" * 40])
+@pytest.mark.parametrize("places, size", [
+    ([], 3 << 20), ([0], 3 << 20), ([1 << 20], 3 << 20), ([1 << 20], (1 << 20) + 3), ([0, 1 << 20], 2 << 20),
+    ([n << 20 for n in range(4)], 5 << 20), ([n << 20 for n in range(26)], 27 << 20),
+    ([n << 18 for n in range(1, 300)], 80 << 20), ([0, 9 << 33], 10 << 33)])
+def test_holes_stay_holes(tmp_path, name, places, size):
+    """In the archive, which tarfile reads too, and at the other end."""
+    path = str(tmp_path / "x")
+    with open(path, "wb") as file:
+        for place in places:
+            file.seek(place)
+            file.write(b"%d" % place)
+        file.truncate(size)
+    if os.stat(path).st_blocks * 512 > len(places) * 8192:
+        skip("no holes on this disk")
+    with tempfile.TemporaryFile() as file:
+        cexec.pack_files(os.dup(file.fileno()), [(os.fsencode(path), name), (os.fsencode(path), b"y")])
+        assert file.tell() < 2 * (len(places) * 8800 + 2048)
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, encoding="latin-1") as archive:
+            members = archive.getmembers()
+            assert [member.name for member in members] == [name.decode(), "y", "."]
+            assert {member.size for member in members[:2]} == {size}
+            if size < 1 << 30:
+                assert archive.extractfile(members[1]).read() == read(path)
+        file.seek(0)
+        assert unpacked(file.read(), str(tmp_path / "in"))[0] == [name, b"y"]
+    for made in (os.fsdecode(name), "y"):
+        made = str(tmp_path / "in" / made)
+        assert os.stat(made).st_size == size and os.stat(made).st_blocks <= os.stat(path).st_blocks + 8
+        with open(made, "rb") as one, open(path, "rb") as other:
+            for place in [0, *places, size - 100]:
+                one.seek(place)
+                other.seek(place)
+                assert one.read(4096) == other.read(4096)
 
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "is rewritten", "vanishes", "becomes a link"])
@@ -6081,6 +6126,29 @@ def test_a_directory_is_the_users(farm):
     assert stat.S_IMODE(os.stat(os.path.join(farm.desk, "b")).st_mode) == 0o711
 
 
+def test_more_holes_than_a_reader_keeps_are_refused(tmp_path):
+    pieces = [(4096 * number, 1) for number in range(2 * cexec.PIECES_MAX)]
+    data = head_with_holes(pieces, 4096 * len(pieces)) + bytes(20480) + END
+    with pytest.raises(cexec.ProtocolError, match="impossible holes"):
+        unpacked(data, str(tmp_path / "in"))
+
+
+def test_modes_and_times_of_files_are_kept(farm):
+    """Whatever the worker's umask is, and before 1970."""
+    launch = farm.launch
+    farm.launch = ["sh", "-c", 'umask 077; exec "$0" "$@"'] + launch
+    farm.serve()
+    farm.launch = launch
+    in_desk(farm, "d/a", b"1", 0o777)
+    in_desk(farm, "e/b", b"1", 0o666)
+    os.chmod(os.path.join(farm.desk, "d"), 0o775)
+    os.utime(os.path.join(farm.desk, "d/a"), (-86400.5, -86400.5))
+    done = farm.work("-n", "-i", "d", "-i", "e/b", "-g", "c", farm.pub, "sh", "-c",
+                     "stat -c '%a %Y' d/a; stat -c %a d e/b e .; touch c; chmod 751 c")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"777 -86401\n775\n666\n700\n700\n", b"")
+    assert stat.S_IMODE(os.stat(os.path.join(farm.desk, "c")).st_mode) == 0o751
+
+
 def test_a_worker_without_directories(farm):
     worker = farm.worker("touch", farm.path("ran"), options=["-a"])
     for words in (["-i", "/etc/passwd"], ["-g", "x"]):
@@ -6260,7 +6328,8 @@ def phases(farm, phase):
     farm.worker_of_job = farm.serve()
     if phase == "filling":          # the client's packer has more than fits, and its client is stopped
         in_desk(farm, "large", bytes(80000000))
-    command = {"filling": "true", "running": "touch began; sleep 1000", "fetching": "truncate -s 300M big"}[phase]
+    command = {"filling": "true", "running": "touch began; sleep 1000",
+               "fetching": "head -c 300M /dev/zero > big"}[phase]
     client = farm.begin("-n", "-i", "large" if phase == "filling" else "/etc/passwd", "-g", "b*", farm.pub,
                         "sh", "-c", command)
     if phase == "running":
@@ -6530,7 +6599,8 @@ def test_a_full_disk_for_files(farm, where):
             b"cexec: worker 127.0.0.1 cannot run its command: touch: the job's directory: in: "
             b"No space left on device\n")
     else:
-        words = farm.argv("cexec", "-n", "-g", "out", "-g", "a", farm.pub, "sh", "-c", "truncate -s 3M out; echo 1 > a")
+        words = farm.argv("cexec", "-n", "-g", "out", "-g", "a", farm.pub,
+                          "sh", "-c", "head -c 3M /dev/zero > out; echo 1 > a")
         output(farm.do([*small, farm.desk, farm.desk, *words]), 111, b"cexec: out: No space left on device\n")
     assert not os.path.exists(farm.path("ran")) and all_gone(farm)
 
