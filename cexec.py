@@ -550,9 +550,9 @@ class Syntax:
         """--log FILE is --log=FILE."""
         flag, equals, value = word.partition("=")
         if self.arguments[flag] != {""}:
-            value = value if equals else self._next(flag, rest, given)
+            value = value if equals else self._next(flag, rest)
         elif equals:
-            raise self.error("%s takes no value" % flag, self._mode(given))
+            raise self.error("%s takes no value" % flag)
         self._give(flag, value or True, given)
 
     def _read_letters(self, word, rest, given):
@@ -562,18 +562,22 @@ class Syntax:
             flag, letters, value = "-" + letters[0], letters[1:], True
             arguments = self.arguments.get(flag)
             if not arguments:
-                raise self.error("no such option: %s" % (word if word[1] == "-" else flag), self._mode(given))
+                raise self.error("no such option: %s" % (word if word[1] == "-" else flag))
             if not arguments & {"", "[N]"}:
-                value, letters = letters or self._next(flag, rest, given), ""
-            elif arguments != {""} and letters[:1].isdecimal():
+                value, letters = letters or self._next(flag, rest), ""
+            elif arguments != {""} and letters[:1].isdecimal() and not self._is_plain(flag, given):
                 value, letters = letters, ""
             elif arguments != {""} and not letters and rest and rest[0].isdecimal():
                 value = rest.pop(0)
             self._give(flag, value, given)
 
-    def _next(self, flag, rest, given):
+    def _is_plain(self, flag, given):
+        """Whether it has no argument in the mode given so far: then an option comes next, as in -mn0."""
+        return any(flag in row.flags and not row.argument for row in self._rows(self._mode(given)))
+
+    def _next(self, flag, rest):
         if not rest:
-            raise self.error("%s needs %s" % (flag, max(self.arguments[flag]).rstrip("+")), self._mode(given))
+            raise self.error("%s needs %s" % (flag, max(self.arguments[flag]).rstrip("+")))
         return rest.pop(0)
 
     def _give(self, flag, value, given):
@@ -596,7 +600,7 @@ class Syntax:
         for flag, value in given:
             row = next((row for row in self._rows(mode) if flag in row.flags), None)
             if not row or flag in self.operands and flag != mode:
-                raise self.error(self._misplaced(flag, mode), mode)
+                raise self.error(self._misplaced(flag, mode))
             if row.argument.endswith("+"):
                 getattr(values, row.name).append(value)
             else:
@@ -615,17 +619,17 @@ class Syntax:
         if value is True:
             if argument in ("", "[N]"):
                 return "all" if argument else True
-            raise self.error("%s needs %s" % (flag, argument), mode)
+            raise self.error("%s needs %s" % (flag, argument))
         if not argument:
-            raise self.error("%s takes no number%s" % (flag, "" if mode == "-" else " with " + mode), mode)
+            raise self.error("%s takes no number%s" % (flag, "" if mode == "-" else " with " + mode))
         lowest = {"N": 1, "[N]": 0}.get(argument)
         if lowest is not None and not (value.isdecimal() and len(value) < 10 and int(value) >= lowest):
-            raise self.error("%s needs a number from %d, and not %s" % (flag, lowest, cut(value, 20)), mode)
+            raise self.error("%s needs a number from %d, and not %s" % (flag, lowest, cut(value, 20)))
         return int(value) if argument == "N" else value
 
-    def error(self, message, mode="-"):
-        """A Fatal (100) with the usage of a mode."""
-        return Fatal(EXIT_USAGE, "%s (usage: %s)" % (message, self.synopsis(mode)))
+    def error(self, message):
+        """A Fatal (100) that says where the usage is."""
+        return Fatal(EXIT_USAGE, "%s (see %s -h)" % (message, self.applet))
 
     def synopsis(self, mode):
         """The line of usage of a mode: flags, options with arguments, long flags, operands."""
@@ -5503,17 +5507,18 @@ class Outcome:
     """How a job has ended.  Only RemoteRun.outcome(), failure() and loss() decide it; the modes tell it.
 
     exit_code: 0 is a success; signal: the number of the one that has killed the command, or 0;
-    reason: what the exit code does not say, for people; word: for CEXEC_FD_FOR_ERRORS.
+    reason: what the exit code does not say, for people; word: for CEXEC_FD_FOR_ERRORS;
+    hint: what the user may have meant.
     """
 
-    def __init__(self, exit_code, word, reason="", signal=0):
-        self.exit_code, self.word, self.reason, self.signal = exit_code, word, reason, signal
+    def __init__(self, exit_code, word, reason="", signal=0, hint=""):
+        self.exit_code, self.word, self.reason, self.signal, self.hint = exit_code, word, reason, signal, hint
 
     def text(self):
-        """Returns why it is no success, in a few words."""
+        """Returns why it is no success, in a few words, and perhaps what to do."""
         if self.signal:
             return "killed by signal %d" % self.signal
-        return self.reason or "exit status %d" % self.exit_code
+        return (self.reason or "exit status %d" % self.exit_code) + self.hint
 
     def alert(self):
         """Returns ALERT's event, status and reason."""
@@ -5582,7 +5587,16 @@ class RemoteRun(Carrier):
         if how == HOW_SIGNALLED:
             return Outcome(EXIT_SIGNAL + status, "signalled=%d" % status, signal=status)
         word = "notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d"
-        return Outcome(status, word % status, self.exit.reason)
+        return Outcome(status, word % status, self.exit.reason, hint=self.hint())
+
+    def hint(self):
+        """Returns what the user may have meant, if the command that the client has named is not there."""
+        name = self.exit.reason.rpartition(": ")[0]
+        if self.exit.status != EXIT_NOT_FOUND or not self.hello.options & HELLO_NO_COMMAND:
+            return ""
+        if name.startswith("-"):
+            return " (options come before the public key)"
+        return " (no shell reads this: write the arguments as words of their own, or use sh -c)" if " " in name else ""
 
     def send_no_more(self):
         """Sends no more input and no more PING: the command has ended."""
@@ -5742,7 +5756,7 @@ class Run(RemoteRun):
         if self.trouble:
             log.say(self.trouble)
         elif self.exit.how == HOW_NOT_STARTED:
-            log.say("worker %s cannot run its command: %s" % (self.address, outcome.reason))
+            log.say("worker %s cannot run its command: %s" % (self.address, outcome.text()))
         self.patron.alert(self, *outcome.alert())
         self.finish(outcome)
 
@@ -6191,6 +6205,10 @@ def show_workers(survey, as_json):
         show(line)
     for line in survey.troubles():
         log.say(line)
+    others = [row["host"] for row in rows if row["load"] - row["running"] / max(1, row["slots"]) >= 1]
+    if others:
+        log.tell_user("%s: LOAD is more than our jobs there: it has the load average of a minute, of all that runs or "
+                      "has just run (see uptime there)" % ", ".join(others[:8]))
     return 0 if rows else EXIT_TEMPORARY
 
 
@@ -6374,6 +6392,10 @@ class BatchTerms(Terms):
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
         self.unnamed = UnnamedFiles()
+
+    def unit(self):
+        """What messages call its jobs."""
+        return "jobs" if self.values else "files"
 
     def words_for(self, inputs):
         """(variables, arguments) of a job, with {} {.} ... filled in.  Raises OSError, ValueError.
@@ -6597,12 +6619,20 @@ def error_of_task(error, name):
     return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
 
 
-def open_joblog(path):
-    """A file to append to, with the heads of parallel's columns if it is new.  Raises Fatal (111)."""
+def open_joblog(path, prints):
+    """A file to append to, with the heads of parallel's columns if it is new.  Raises Fatal (100, 111).
+
+    As with parallel, "-" is standard output.  prints: the outputs go there too.
+    """
+    if path == "-":
+        need_output()
+        if prints:
+            raise Fatal(EXIT_USAGE, "--log -: standard output has the outputs: name a file, or -o for the outputs")
     try:
         # Without a buffer: else a line for which the disk had no room could be written later.
         # Not mode "ab": with it Python 3.6 refuses a pipe.
-        file = open(path, "wb", 0, opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
+        file = open(path, "wb", 0, opener=lambda name, _: os.dup(1) if name == "-" else os.open(
+            name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         size_before = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
@@ -6655,6 +6685,16 @@ class FileRun(RemoteRun):
         for number in (1, 2):
             self.channels[number].sink.write_all()
         self.stream_ended()
+
+    def hint(self):
+        """Returns that an argument names an input which is a file here, if the command may have looked for it there."""
+        task = self.job
+        if self.exit.status and not task.terms.inputs:
+            for name in task.inputs:
+                if os.fsencode(name) in task.words[1] and os.path.isfile(name):
+                    return "%s (%s is here: -i {} takes it there, if the workers have directories for jobs)" % (
+                        super().hint(), name)
+        return super().hint()
 
     def detach(self):
         self.tick.cancel()
@@ -7004,11 +7044,11 @@ class Batch(Patron):
 
     def summary(self):
         """How much is done, and how to do the rest."""
-        again = "" if self.printer else "; the same command again does the rest"
+        again = "; the same command again does the rest" if any(task.outputs() for task in self.tasks[:1]) else ""
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
-        what = "jobs" if self.terms.values else "files"
-        return "%d of %d %s are done%s" % (self.done + self.done_before, len(self.tasks), what, again)
+        return "%d of %d %s are done%s" % (
+            self.done + self.done_before, len(self.tasks), self.terms.unit(), again)
 
     def stop(self):
         """Ends all searches and runs, and removes unfinished outputs."""
@@ -7080,10 +7120,12 @@ def main_batch(pub, group, words, options):
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
         return show_tasks(options.words[0], todo)
-    joblog = open_joblog(options.joblog) if options.joblog else None
+    joblog = open_joblog(options.joblog, pattern == "-") if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
     if not todo:
+        log.tell_user("nothing to do: %s" % ("all %d %s are done already (-f does them again)" % (
+            len(tasks), terms.unit()) if tasks else "no input is named"))
         return 0
     jobs = min(options.jobs or MEMORY, jobs_at_once(9 if options.inputs or options.results else 4))
     return Batch(pub, group, terms, tasks, jobs, joblog, options.force, Halt(options.halt)).work()
@@ -7355,7 +7397,7 @@ def parse_size(text):
 def main_blocks(pub, group, words, options):
     """Does standard input in blocks; the exit code."""
     size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
-    joblog = open_joblog(options.joblog) if options.joblog else None
+    joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
     jobs = min(options.jobs or MEMORY, jobs_at_once(4))
@@ -7722,16 +7764,16 @@ def main_cexec(argv):
     if options.blocks is not None:
         parse_size(options.blocks)              # or -b APP.pub would miss the key
     if not options.words:
-        raise CEXEC.error("no public key is named", options.mode)
+        raise CEXEC.error("no public key is named")
     path, words = options.words[0], options.words[1:]
     if options.list:
         if words:
-            raise CEXEC.error("%s is one word too many" % words[0], options.mode)
+            raise CEXEC.error("%s is one word too many" % words[0])
         fill_standard()
         return list_workers(Group(), open_pub(path), listen_ports(), options.json)
     if options.batch:
         if not {"--", ":::"} & set(words) and not options.zero:
-            raise CEXEC.error("no files are named (-- FILE ..., or -- - for a list on standard input)", options.mode)
+            raise CEXEC.error("no files are named: -- FILE ..., or -- - for a list on standard input")
         fill_standard()
         return main_batch(open_pub(path), Group(), words, options)
     if options.everywhere:
@@ -7973,6 +8015,21 @@ class JobDirectory:
 SHORT_OF = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE       # processes, memory or descriptors, for now
 
 
+def command_places(name):
+    """The paths at which exec looks for a command."""
+    return [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
+
+
+def start_error(error, name):
+    """The OSError of exec; "not found" for a command that is nowhere.
+
+    exec says EACCES for it, if a directory of PATH is closed to the user of -u.
+    """
+    if error.errno == errno.EACCES and not any(map(os.path.lexists, command_places(name))):
+        return OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return error
+
+
 def start_status(error):
     """The exit status for a command that cannot be started."""
     if error.errno in SHORT_OF:
@@ -8140,7 +8197,8 @@ class Command(Carrier, Stateful):
             self.spawn()
         except Fatal as error:
             self.fail_to_start(error.code, str(error))
-        except OSError as error:
+        except OSError as caught:
+            error = start_error(caught, os.fsdecode(self.words()[0]))
             self.fail_to_start(start_status(error), os.strerror(error.errno),
                                ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
         else:
@@ -9177,6 +9235,10 @@ class Line:
         if now > self.most or self.most not in self.sizes:
             self.most = now
 
+    def clients(self):
+        """How many wait, for people: all searches of a batch are one."""
+        return len({client.nonce if client.batch == NO_BATCH else client.batch for client in self})
+
     def silent(self, now):
         """The clients that have been silent for longer than their patience."""
         return [client for client in self if client.is_silent(now)]
@@ -9512,7 +9574,7 @@ class Worker:
         jobs = self.supervisors.slots_in_use()
         self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
                     host=socket.gethostname()[:64], version=VERSION, load=u32(self.load() * 1000),
-                    running=min(jobs, 0xffff), slots=self.settings.slots, waiting=len(self.clients.line),
+                    running=min(jobs, 0xffff), slots=self.settings.slots, waiting=self.clients.line.clients(),
                     uptime=u32(time.monotonic() - self.began), draining=self.draining,
                     options=self.settings.options)
         if len(self.probes) < PROBES_MAX:
@@ -9871,8 +9933,7 @@ def warn_of_command(settings):
                 "allow (-u USER runs it as another user)")
     if settings.options & HELLO_NO_COMMAND:
         return
-    places = [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
-    files = [place for place in places if os.path.isfile(place)]
+    files = list(filter(os.path.isfile, command_places(name)))
     if not files:
         where = "" if name.startswith("/") else " in " + os.getcwd() if "/" in name else " in PATH"
         log.say("warning: %s: no such command%s: until there is one, clients get exit status 127%s"
@@ -10091,6 +10152,7 @@ class Watch(Survey):
     def __init__(self, group, pub, job_ports, loop):
         super().__init__(group, pub, job_ports, loop)
         self.workers = Memory(WORKERS_MAX)      # worker_id: the last answer
+        self.began = time.monotonic()
         self.ask_again()
 
     def listen(self):
@@ -10133,6 +10195,8 @@ def presence_text(watches):
         return "now: not known without a key"
     now = time.monotonic()
     rows = [row for watch in watches for row in watch.workers.values() if now - row["heard"] < ABSENT_SECONDS]
+    if not rows and any(now - watch.began < watch.PATIENCE and not watch.workers for watch in watches):
+        return "now: asking which workers there are"
     if not rows:
         return "now: no worker answers (cexec -l %s tells why)" % watches[0].pub.label
     return "now: %d there, %d of %d slots in use, %d in line" % (
@@ -11534,8 +11598,7 @@ class Host(Stateful):
                 preexec_fn=ignore_keyboard if alone else None)
         except OSError as error:
             return self.failed("cannot start ssh: %s" % error.strerror)
-        if not alone:
-            self.timer = self.loop.after(LOGIN_SECONDS, self.hurry)
+        self.timer = self.loop.after(LOGIN_SECONDS, self.hurry)
         self.input_ends = False
         self.unsaid = {self.process.stdout.fileno(): b"", self.process.stderr.fileno(): b""}
         for fd in self.unsaid:
@@ -11545,8 +11608,9 @@ class Host(Stateful):
         self.send(self.starter.first(self.slots))
 
     def hurry(self):
-        self.say("no worker after %d s", LOGIN_SECONDS)
-        self.kill()
+        self.say("no worker after %d s (does a file such as ~/.bashrc there read standard input?)", LOGIN_SECONDS)
+        if not self.starter.alone:              # a single ssh may still wait for a password
+            self.kill()
 
     def kill(self, number=signal.SIGTERM):
         """Ends ssh; the worker then sees the end of its input."""
@@ -11642,8 +11706,8 @@ class Host(Stateful):
             self.say("the worker ended with exit status %d, and is not started again", status)
             self.end()
         else:
-            self.say("exit status %d instead of a worker: is python3 in the PATH of `ssh %s`? It is not tried again",
-                     status, self.name)
+            self.say("exit status %d instead of a worker: is python3 in the PATH of `ssh %s`? does a file such as "
+                     "~/.bashrc there read standard input? It is not tried again", status, self.name)
             self.end()
 
     def failed(self, why):
@@ -13900,12 +13964,13 @@ def install(words):
         os.makedirs(words[0], exist_ok=True)
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "%s: %s" % (words[0], error.strerror)) from None
+    target = os.path.relpath(here, os.path.realpath(words[0]))
     for applet in APPLETS:
         path = os.path.join(words[0], applet)
         try:
             if os.path.islink(path):
                 os.unlink(path)
-            os.symlink(os.path.relpath(here, os.path.realpath(words[0])), path)
+            os.symlink(target, path)
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
     try:
@@ -13913,6 +13978,7 @@ def install(words):
             os.chmod(here, 0o755)
     except OSError as error:
         raise Fatal(EXIT_TEMPORARY, "%s: %s (chmod +x it)" % (here, error.strerror)) from None
+    print_out(encoded("%s: links to %s: %s\n" % (printable(words[0]), printable(target), ", ".join(APPLETS))))
     if os.path.abspath(words[0]) not in map(os.path.abspath, os.get_exec_path()):
         log.say("%s is not in PATH yet: export PATH=%s:$PATH" % (words[0], os.path.abspath(words[0])))
     return 0

@@ -1828,31 +1828,30 @@ def test_options_are_read(line, mode, words, values, monkeypatch):
     assert cexec.log.verbose == values.get("verbose", False)
 
 
-@pytest.mark.parametrize("syntax, line, message, usage", [
-    (cexec.CEXEC, "-z app", "no such option: -z", "cexec [-h"),
-    (cexec.CEXEC, "-rz app", "no such option: -z", "cexec [-h"),
-    (cexec.CEXEC, "-m -vz app", "no such option: -z", "cexec -m [-0fnv] [-g PATTERN] [-i PATH] [-j N] [-o PATTERN] "),
-    (cexec.CEXEC, "-l --jsons app", "no such option: --jsons", "cexec -l [-jv] APP.pub"),
-    (cexec.CEXEC, "-nx7 app", "no such option: -x", "cexec [-h"),
-    (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r", "cexec [-h"),
-    (cexec.CEXEC, "-n" + "7" * 5000, "-n needs a number from 0, and not " + "7" * 20, "cexec [-h"),
-    (cexec.CEXEC, "-lm app", "-m does not go with -l", "cexec -l"),
-    (cexec.CEXEC, "-l -n app", "-n does not go with -l", "cexec -l"),
-    (cexec.CEXEC, "-mt app", "-t does not go with -m", "cexec -m"),
-    (cexec.CEXEC, "-o x app", "-o is for -m", "cexec [-h"),
-    (cexec.CEXEC, "-j app", "-j is for -l and -m and -b", "cexec [-h"),
-    (cexec.CEXEC, "-lj 4 app", "-j takes no number with -l", "cexec -l"),
-    (cexec.CEXEC, "-mj app", "-j needs N", "cexec -m"),
-    (cexec.CEXEC, "-m -j0 app", "-j needs a number from 1, and not 0", "cexec -m"),
-    (cexec.CEXEC, "-m -o", "-o needs PATTERN", "cexec -m"),
-    (cexec.CEXEC, "-m --log", "--log needs FILE", "cexec -m"),
-    (cexec.CEXEC, "--json=x -l", "--json takes no value", "cexec [-h"),
-    (cexec.CSERVICE, "-x", "-x needs NAME", "cservice [-adhiv] [-s [N/]HOST,...] [-u USER] [-x NAME] [--version] APP"),
-    (cexec.CPROXY, "--bogus", "no such option: --bogus", "cproxy [-hv] [--version] SELF [TARGET]"),
+@pytest.mark.parametrize("syntax, line, message", [
+    (cexec.CEXEC, "-z app", "no such option: -z"),
+    (cexec.CEXEC, "-rz app", "no such option: -z"),
+    (cexec.CEXEC, "-m -vz app", "no such option: -z"),
+    (cexec.CEXEC, "-l --jsons app", "no such option: --jsons"),
+    (cexec.CEXEC, "-nx7 app", "no such option: -x"),
+    (cexec.CEXEC, "-n7r app", "-n needs a number from 0, and not 7r"),
+    (cexec.CEXEC, "-n" + "7" * 5000, "-n needs a number from 0, and not " + "7" * 20),
+    (cexec.CEXEC, "-lm app", "-m does not go with -l"),
+    (cexec.CEXEC, "-l -n app", "-n does not go with -l"),
+    (cexec.CEXEC, "-mt app", "-t does not go with -m"),
+    (cexec.CEXEC, "-o x app", "-o is for -m"),
+    (cexec.CEXEC, "-j app", "-j is for -l and -m and -b"),
+    (cexec.CEXEC, "-lj 4 app", "-j takes no number with -l"),
+    (cexec.CEXEC, "-mj app", "-j needs N"),
+    (cexec.CEXEC, "-m -j0 app", "-j needs a number from 1, and not 0"),
+    (cexec.CEXEC, "-m -o", "-o needs PATTERN"),
+    (cexec.CEXEC, "-m --log", "--log needs FILE"),
+    (cexec.CEXEC, "--json=x -l", "--json takes no value"),
+    (cexec.CSERVICE, "-x", "-x needs NAME"),
+    (cexec.CPROXY, "--bogus", "no such option: --bogus"),
 ])
-def test_wrong_options_are_told_with_the_usage_of_their_mode(syntax, line, message, usage):
-    said = fatal(100, syntax.read, line.split())
-    assert said.startswith(message + " (usage: " + usage) and "\n" not in said
+def test_wrong_options_are_told_in_a_line_without_the_usage(syntax, line, message):
+    assert fatal(100, syntax.read, line.split()) == "%s (see %s -h)" % (message, syntax.applet)
 
 
 @pytest.mark.parametrize("call, code, said, texts", [
@@ -1876,6 +1875,13 @@ def test_what_is_none_is_refused(call, code, said, texts, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
     for text in texts:
         assert said in fatal(code, call, text), text
+
+
+@pytest.mark.parametrize("words", ["-mn0 app", "-m -n0 app", "-m0n app", "-fmn0j4 app"])
+def test_options_of_a_batch_stand_together(words):
+    """As the synopsis shows them: -n has a number in another mode."""
+    options = cexec.CEXEC.read(words.split())
+    assert (options.mode, options.values, options.zero, options.words) == ("-m", True, True, ["app"])
 
 
 def test_options_of_the_other_applets(monkeypatch):
@@ -6072,6 +6078,66 @@ def test_files_go_into_a_jobs_directory_and_come_out(farm):
     assert modes == [0o755, 0o400, 0o555, 0o755] and all_gone(farm)
 
 
+def test_the_searches_of_a_batch_are_one_client_in_line():
+    line = cexec.Line()
+    for number, batch in enumerate((cexec.NO_BATCH, cexec.NO_BATCH, b"b" * 8, b"b" * 8)):
+        line.join(SimpleNamespace(name="a", nonce=bytes([number]) * 16, since=float(number), batch=batch))
+    assert (len(line), line.clients()) == (4, 3)
+
+
+def test_the_screen_asks_before_it_says_that_nobody_answers():
+    watch = SimpleNamespace(workers={}, began=time.monotonic(), PATIENCE=100, pub=SimpleNamespace(label="app"))
+    assert cexec.presence_text([watch]) == "now: asking which workers there are"
+    watch.PATIENCE = -1
+    assert cexec.presence_text([watch]) == "now: no worker answers (cexec -l app tells why)"
+
+
+def test_a_load_that_is_not_of_our_jobs_is_explained(capsys, monkeypatch):
+    said, row = [], {"address": "10.0.0.3", "slots": 2, "state": "serving"}
+    monkeypatch.setattr(cexec.log, "tell_user", said.append)
+    rows = [dict(row, host=host, load=load, running=running) for host, load, running in (
+        ("idle", 5.8, 0), ("busy", 1.9, 2), ("quiet", 0.2, 0))]
+    assert cexec.show_workers(SimpleNamespace(rows=lambda: rows, troubles=list), False) == 0
+    assert len(said) == 1 and said[0].startswith("idle: LOAD is more than our jobs there: ")
+
+
+def test_what_a_batch_says_that_is_done_or_interrupted():
+    """The same command again does the rest, also if the results of -g show what is done."""
+    for files, again in (({"results": ["{}.r"]}, True), ({"results": ["*.r"]}, False), ({}, False)):
+        terms = cexec.BatchTerms([], (), "-", True, **files)
+        tasks = [cexec.Task(terms, 1, ("a",), None)]
+        batch = SimpleNamespace(terms=terms, tasks=tasks, force=False, done=0, done_before=0, printer=True)
+        assert cexec.Batch.summary(batch) == "0 of 1 jobs are done" + "; the same command again does the rest" * again
+
+
+def test_a_command_that_is_not_there_gets_a_hint(farm):
+    """What the user may have meant."""
+    farm.serve()
+    in_desk(farm, "a.in")
+    for words, hint in ((["ls | wc -l"], "write the arguments as words of their own, or use sh -c)"), (
+                        ["-n", "ls"], "(options come before the public key)"), (["no-such"], "No such file or directory")):
+        for mode, more in (([], []), (["-A"], []), (["-mn"], [":::", "1"])):
+            done = farm.work(*mode, farm.pub, *words, *more)
+            assert done.returncode in (127, 1) and done.stderr.decode().endswith(hint + "\n"), done
+    done = farm.work("-mn", farm.pub, "test", "-e", "{}", ":::", "a.in", "b.in")
+    assert sorted(done.stderr.decode().splitlines()) == [
+        "cexec: a.in: exit status 1 (a.in is here: -i {} takes it there, if the workers have directories for jobs)",
+        "cexec: b.in: exit status 1"]
+    assert farm.work("-mn", "-i", "{}", farm.pub, "test", "!", "-e", "{}", ":::", "a.in").stderr.endswith(b"status 1\n")
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_misspelt_command_under_u_is_not_found(farm, closed):
+    """Though its user may not enter a directory of PATH."""
+    need("root")
+    os.makedirs(farm.path("closed"), 0o700)
+    farm.worker(options=["-a", "-u", "nobody"], env={"PATH": os.environ["PATH"] + ":" + farm.path("closed")})
+    if closed:
+        put(farm.path("closed/misspelt"), "", 0o755)
+    said = failed(farm.work("-n", farm.pub, "misspelt"), 126 if closed else 127).decode()
+    assert said.endswith("misspelt: %s\n" % ("Permission denied" if closed else "No such file or directory"))
+
+
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}       # as Python 3.6 has it
 
 
@@ -7957,7 +8023,8 @@ def test_a_batch_on_a_terminal(cluster):
         go(*names)
         tmux.line("clear; $RUN -m $PUB -- f00?; echo sta'tus'=$?", r"^cexec: 3 done, 1 failed, after \S+\nstatus=1$")
         assert "running" not in tmux.screen()
-        tmux.line("clear; $RUN -m $PUB -- f000 f002; echo sta'tus'=$?", r"\Astatus=0$")
+        tmux.line("clear; $RUN -m $PUB -- f000 f002; echo sta'tus'=$?",
+                  r"\Acexec: nothing to do: all 2 files are done already \(-f does them again\)\nstatus=0$")
     assert sorted(name for name in os.listdir(cluster.directory) if name.endswith(".out")) == [
         name + ".out" for name in names if name != "f001"]
 
@@ -8275,6 +8342,10 @@ def test_log_into_a_pipe(cluster):
     out = output(batch(cluster, "in", options=["--log", "/dev/stdout"]))
     heads, line = out.decode().splitlines()
     assert (heads.split()[0], line.split()[-1]) == ("Seq", "in")
+    heads, line = output(batch(cluster, "in", options=["-f", "--log", "-"])).decode().splitlines()
+    assert (heads.split()[0], line.split()[-1]) == ("Seq", "in") and not os.path.exists(cluster.path("-"))
+    for words in (["-m", "-o", "-", "--log", "-", cluster.pub, "--", "in"], ["-b9", "--log", "-", cluster.pub]):
+        refusal(cluster.run("cexec", *words, input=b"x"), 100, "--log -: standard output has the outputs")
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
@@ -14027,10 +14098,9 @@ NUMBER_SETTINGS = ("MAXFD", "CEXEC_MAXFD", "CEXEC_TIMEOUT_ACCEPT", "CEXEC_TIMEOU
 REFUSED = [
     refused("cexec", 100, "no public key is named"),
     refused("cexec", 100, "no public key is named", "-v"),
-    refused("cexec", 100, "no public key is named (usage: cexec -m [-0fnv]", "-vm"),
-    refused("cexec", 100, "(usage: cexec -m [-0fnv]", "-m", "-k", "app.pub"),
-    refused("cexec", 100, "(usage: cexec -l [-jv] APP.pub)", "-l", "-k", "app.pub"),
-    refused("cexec", 100, "(usage: cexec [-hprtv]", "--mad", "app.pub"),
+    refused("cexec", 100, "no public key is named (see cexec -h)", "-vm"),
+    refused("cexec", 100, "no such option: -k (see cexec -h)", "-m", "-k", "app.pub"),
+    refused("cexec", 100, "no such option: --mad (see cexec -h)", "--mad", "app.pub"),
     refused("cexec", 100, "-o no/{}: there is no directory no (mkdir -p makes one)", "-m", "-o", "no/{}", "app.pub",
             "--", "nothing", "app", "app.pub"),
     refused("cexec", 100, "no such option: -²", "-n²", "app.pub"),
@@ -14039,15 +14109,15 @@ REFUSED = [
     refused("cexec", 100, "-n x: not a descriptor's number", "-n", "x", "app.pub"),
     refused("cexec", 100, "missing.pub: no such public key: is the name right?", "-n", "missing.pub", "uname"),
     refused("cexec", 100, "-b app.pub: not a size as in 64M", "-b", "app.pub"),
-    refused("cservice", 100, "-a: options come before the private key (usage: cservice", "app", "-a"),
-    refused("cservice", 100, "-s: options come before the private key (usage: cservice", "app", "-s", "box", "cat"),
+    refused("cservice", 100, "-a: options come before the private key (see cservice -h)", "app", "-a"),
+    refused("cservice", 100, "-s: options come before the private key (see cservice -h)", "app", "-s", "box", "cat"),
     refused("ckeygen", 100, "new.pub: no such private key, and a new one needs another name", "new.pub"),
     *(refused("cexec", 100, "does not go with -" + mode, words, "app.pub")
       for words, mode in (("-lm", "l"), ("-lr", "l"), ("-mt", "m"), ("-mp", "m"), ("-nl", "l"))),
-    refused("cexec", 100, "A=b is one word too many (usage: cexec -l", "-l", "app.pub", "A=b"),
+    refused("cexec", 100, "A=b is one word too many (see cexec -h)", "-l", "app.pub", "A=b"),
     refused("cexec", 100, "-p and -t do not go together: the command has the terminal", "-pt", "app.pub"),
-    refused("cexec", 100, "no public key is named (usage: cexec -m", "-m"),
-    refused("cexec", 100, "no files are named (-- FILE ..., or -- - for a list on standard input) (usage: cexec -m",
+    refused("cexec", 100, "no public key is named (see cexec -h)", "-m"),
+    refused("cexec", 100, "no files are named: -- FILE ..., or -- - for a list on standard input (see cexec -h)",
             "-m", "app.pub"),
     refused("cexec", 100, "large: File too large: not a cexec public key", "large"),
     refused("cservice", 100, "large: File too large: not a cexec private key", "large", "true"),
@@ -14094,9 +14164,9 @@ REFUSED = [
     refused("cproxy", 111, "SELF [fe80::1%nodevice]: no such device: nodevice", "[fe80::1%nodevice]"),
     refused("cproxy", 100, "SELF 127.0.0.300: not an address: 127.0.0.300", "127.0.0.300"),
     refused("cproxy", 100, "SELF 127.0.0.0/30: stands for 2 addresses", "127.0.0.0/30"),
-    refused("cproxy", 100, "no address SELF is named (usage: cproxy"),
-    refused("cproxy", 100, "c is one word too many (usage: cproxy", "127.0.0.1", "127.0.0.2", "c"),
-    refused("ckeygen", 100, "c is one word too many (usage: ckeygen", "a", "b", "c"),
+    refused("cproxy", 100, "no address SELF is named (see cproxy -h)"),
+    refused("cproxy", 100, "c is one word too many (see cproxy -h)", "127.0.0.1", "127.0.0.2", "c"),
+    refused("ckeygen", 100, "c is one word too many (see ckeygen -h)", "a", "b", "c"),
     refused("cservice", 100, "no private key is named"),
     refused("cservice", 100, "no command is named", "app"),
     refused("cservice", 100, "-u", "-u"),
@@ -14203,8 +14273,9 @@ def test_install_makes_the_program_executable(cluster):
     for path, said in ((env["PATH"], b"is not in PATH yet: export PATH=%s:$PATH\n" % os.fsencode(links)),
                        (env["PATH"] + ":" + links, b"")):
         done = subprocess.run([PYTHON, copy, "--install", links], check=True, env=dict(env, PATH=path),
-                              stderr=subprocess.PIPE)
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert done.stderr.endswith(said) and bool(done.stderr) == bool(said)
+        assert done.stdout.decode() == "%s: links to ../copied.py: %s\n" % (links, ", ".join(cexec.APPLETS))
     assert os.access(copy, os.X_OK)
     assert {os.path.realpath(cluster.path("links/" + name)) for name in cexec.APPLETS} == {copy}
 
