@@ -6115,7 +6115,8 @@ def test_a_command_that_is_not_there_gets_a_hint(farm):
     farm.serve()
     in_desk(farm, "a.in")
     for words, hint in ((["ls | wc -l"], "write the arguments as words of their own, or use sh -c)"), (
-                        ["-n", "ls"], "(options come before the public key)"), (["no-such"], "No such file or directory")):
+                        ["-n", "ls"], "(options come before the public key)"), (
+                        ["no-such"], "No such file or directory")):
         for mode, more in (([], []), (["-A"], []), (["-mn"], [":::", "1"])):
             done = farm.work(*mode, farm.pub, *words, *more)
             assert done.returncode in (127, 1) and done.stderr.decode().endswith(hint + "\n"), done
