@@ -12395,6 +12395,7 @@ NO_DATA = frozenset(                # modules whose classes can call, fetch an a
     "runpy select selectors shelve signal site smtplib socket socketserver sqlite3 ssl subprocess sys tarfile "
     "telnetlib tempfile threading timeit trace types unittest urllib weakref webbrowser wsgiref xmlrpc zipfile "
     "zipimport".split())
+SHORT = 200                         # bytes: such a result is not worth two looks
 REFUSED_MAX = 20                    # names in a refusal
 SIZED = frozenset([bytearray, bytes, dict, str, tuple])     # what is copied when an object is made of it
 
@@ -12673,7 +12674,7 @@ def load_result(readers, data, place):
     import pickle
     if readers.trust:
         return load_trusted(data, place)
-    if any(is_plain(data, place, keyed) for keyed in (True, False)):
+    if len(data) - place > SHORT and any(is_plain(data, place, keyed) for keyed in (True, False)):
         return pickle.loads(memoryview(data)[place:])
     reader = Reader(readers, data, place)
     try:
