@@ -6264,7 +6264,7 @@ def formed(form, text):
     """An input in the form of {}, {.}, {/}, {//} or {/.}, as in parallel(1)."""
     import re
     if form == "//":
-        return os.path.dirname(text.rstrip("/") or "/") or "."
+        return os.path.dirname(text.rstrip("/") or text[:1]) or "."
     text = os.path.basename(text) if form.startswith("/") else text
     return re.sub(r"\.[^/.]*$", "", text) if form.endswith(".") else text
 
