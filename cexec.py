@@ -11930,7 +11930,7 @@ cexec(7) with the security model.
 # The program that a lane's Python runs.  It uses nothing of this file, which the worker may not have.
 LANE_PROGRAM = r'''
 import copyreg, functools, io, operator, os, pickle, queue, struct, sys, threading, traceback, types
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
@@ -12011,7 +12011,11 @@ class Source:
         if found is None:
             return None
         text, filename, is_package = found
-        spec = ModuleSpec(name, Source(text), origin=filename, is_package=is_package)
+        if text is None:            # a directory without __init__.py: a module comes first, as Python has it
+            own = PathFinder.find_spec(name, path)
+            if own and own.loader:
+                return None
+        spec = ModuleSpec(name, Source(text or b""), origin=filename, is_package=is_package)
         spec.has_location = True
         return spec
 
@@ -12123,7 +12127,12 @@ def run_main(data):
     module.__loader__.exec_module(module)
 
 def report(kind, number, error):
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next))
+    trace = error.__traceback__ and error.__traceback__.tb_next
+    try:
+        text = "".join(traceback.format_exception(type(error), error, trace))
+    except Exception as reason:     # a SyntaxError can have anything as its text
+        text = "".join(traceback.format_tb(trace)) + "%s (it cannot be shown: %s)" % (
+            type(error).__name__, type(reason).__name__)
     text = text.encode("utf-8", "backslashreplace")
     try:
         data = dumps(error)
@@ -12322,7 +12331,7 @@ class Program:
         for _ in range(name.count(".")):        # python -m package.module
             roots = [os.path.dirname(root) for root in roots]
         roots += [os.path.realpath(sys.path[0])] if sys.path else []        # "" is this directory
-        self.library = library_paths()
+        self.library, self.sent = library_paths(), {}
         self.roots = [root for place, root in enumerate(roots) if root not in roots[:place] and
                       root not in self.library and self.holds(root, os.path.join(root, "any"))]
 
@@ -12341,17 +12350,30 @@ class Program:
         return sorted(names)[:NAMES_MAX]
 
     def module(self, name):
-        """(source, path, whether it is a package) of a module; None if it is not below our directories."""
+        """Returns (source, path, whether it is a package) of a module; None if it is not below our directories.
+
+        What was sent first stays, whatever is edited: all workers must have the same.
+        """
+        if name not in self.sent:
+            found = self.find(name)
+            if found is None:
+                return None
+            self.sent[name] = found
+        return self.sent[name]
+
+    def find(self, name):
+        """Returns what module() does, from the files.  The source of a directory without __init__.py is None."""
         if not all(part.isidentifier() for part in name.split(".")):
             return None
-        for root in self.roots:
-            base = os.path.join(root, *name.split("."))
+        bases = [(root, os.path.join(root, *name.split("."))) for root in self.roots]
+        for root, base in bases:
             for path, is_package in ((os.path.join(base, "__init__.py"), True), (base + ".py", False)):
                 if os.path.isfile(path) and self.holds(root, path):
                     with open(path, "rb") as file:
                         return file.read(), path, is_package
+        for root, base in bases:
             if os.path.isdir(base) and self.holds(root, base):
-                return b"", base, True              # a package without an __init__.py
+                return None, base, True
         return None
 
     def holds(self, root, path):

@@ -13423,6 +13423,47 @@ def test_modules_beside_the_main_program(pooled):
     assert out == "42 json\n" + "ModuleNotFoundError\n" * 4
 
 
+def test_a_directory_of_data_hides_no_module(pooled):
+    """Neither one of the worker's Python nor, from the first of two directories, one in the second."""
+    for name in ("csv", "both"):
+        os.makedirs(pooled.path("program/" + name))
+    put(pooled.path("program/csv/table.csv"), "a,b\n")
+    os.makedirs(pooled.path("program/second"))
+    put(pooled.path("program/second/both.py"), "VALUE = 42\n")
+    assert pooled.script("""
+        import sys
+        sys.path.insert(0, "second")
+        def read():
+            import csv, both
+            return next(csv.reader(["a,b"])), both.VALUE
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                print(pool.submit(read).result())
+        """) == "(['a', 'b'], 42)\n"
+
+
+def test_a_module_that_is_edited_during_the_run_stays_as_it_was_sent_first(tmp_path, monkeypatch):
+    put(tmp_path / "beside.py", "VALUE = 1\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] + sys.path)
+    program = cexec.Program()
+    first = program.module("beside")
+    put(tmp_path / "beside.py", "VALUE = 2\n")
+    assert program.module("beside") == first and first[0] == b"VALUE = 1\n"
+
+
+def test_a_call_whose_exception_cannot_be_shown_runs_once(pooled):
+    out = pooled.script("""
+        def spoil(path):
+            with open(path, "a") as file:
+                file.write("x")
+            raise SyntaxError("bad", ("file", 1, 1, b"bytes"))
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                print(isinstance(pool.submit(spoil, %r).exception(), (RuntimeError, cexec.Failed)))
+        """ % pooled.path("count"))
+    assert out == "False\n" and read(pooled.path("count")) in ("x", b"x")
+
+
 def test_a_module_of_a_package_as_the_main_program(pooled):
     """python -m package.main, whose functions import what is in the package."""
     for name, text in (("pack/__init__.py", ""), ("pack/other.py", "VALUE = 42\n")):
