@@ -233,7 +233,7 @@ class Log:
     def release(self):
         """Writes to 2 itself again: then a reader there sees the end of file when 2 is closed."""
         if self.fd != 2:
-            os.close(self.fd)
+            os.closerange(self.fd, self.fd + 1)     # in a child it is closed already
             self.fd = 2
 
     def on_raw_terminal(self, raw):
@@ -481,6 +481,60 @@ def lifted_pair(one, other, floor):
         raise
 
 
+# What is between two lines MAKE is also run by The door, without the rest of this section: see code_of().
+# MAKE
+def fill_standard():
+    """Opens /dev/null at a closed 0, 1 or 2, so that no file of ours gets this number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number, False)
+                os.close(null)
+
+
+def close_all_but(kept):
+    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
+    try:
+        numbers = map(int, os.listdir("/dev/fd"))
+    except OSError:
+        numbers = range(4096)
+    for number in set(numbers) - set(kept):
+        try:
+            os.close(number)
+        except OSError:
+            pass                    # listdir() itself had it open
+    fill_standard()
+
+
+def forked(work, kept):
+    """Runs work() in a child process, which ends after it, whatever is raised.  Returns its pid.  Raises OSError.
+
+    The child has no descriptors but those in kept, and /dev/null at 0, 1 and 2.  Its exit code is
+    what work() returns, with 0 for None, and 1 if work() raises.  All signals are blocked in it
+    until work() has its own handlers: those of the parent must not be called there.
+    """
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.Signals)
+    try:
+        pid = os.fork()
+        # An exception must not leave this block: the child would go on in the code of its parent.
+        # So nothing is called outside of its try: without memory a call can fail.
+        if pid == 0:
+            code = 1
+            try:
+                signal.set_wakeup_fd(-1)
+                close_all_but(kept)
+                code = work() or 0
+            finally:
+                os._exit(code)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    return pid
+
+
+# MAKE
 def random_fraction():
     """A random number, at least 0 and less than 1 (`random` costs 3 ms to import)."""
     return int.from_bytes(os.urandom(6), "big") / 2 ** 48
@@ -3384,18 +3438,6 @@ def without_own_outputs(channels):
     return {channel: members for channel, members in channels.items() if not is_own(members[0])}
 
 
-def fill_standard():
-    """Opens /dev/null at a closed 0, 1 or 2, so that no file of ours gets this number."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number, False)
-                os.close(null)
-
-
 def replace_with_null(numbers):
     """Closes descriptors, and opens /dev/null at their numbers, so that no file of ours gets them."""
     null = os.open(os.devnull, os.O_RDWR)
@@ -4362,20 +4404,6 @@ def check_current_directory(patterns=()):
         os.close(here)
 
 
-def close_all_but(kept):
-    """Closes every other descriptor of this process, and opens /dev/null at 0, 1 and 2."""
-    try:
-        numbers = map(int, os.listdir("/dev/fd"))
-    except OSError:
-        numbers = range(4096)
-    for number in set(numbers) - set(kept):
-        try:
-            os.close(number)
-        except OSError:
-            pass                    # listdir() itself had it open
-    fill_standard()
-
-
 ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 
 
@@ -4389,45 +4417,37 @@ class Helper:
     def __init__(self, loop, work, kept, over, handling=signal.SIG_IGN):
         self.loop, self.over, self.said = loop, over, b""
         self.reader, writer = lifted_pair(*os.pipe(), loop.floor)
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, signal.Signals)
         try:
-            self.pid = os.fork()
+            self.pid = forked(lambda: self.run(work, writer, handling), [writer, *kept])
         except OSError:
             os.close(self.reader)
             raise
         finally:
-            if getattr(self, "pid", None) == 0:
-                self.run(work, [writer, *kept], handling)
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
             os.close(writer)
         os.set_blocking(self.reader, False)
         loop.on_read(self.reader, self.read)
 
     @staticmethod
-    def run(work, kept, handling):
-        """In the child; does not return."""
-        code, text = 1, ""
+    def run(work, writer, handling):
+        """In the child: does the work, or writes the error's text.  Returns the exit code."""
         try:
-            signal.set_wakeup_fd(-1)
             for number in (*ENDING_SIGNALS, signal.SIGTSTP):
                 signal.signal(number, handling)
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             log.be_verbose(False)
             log.release()
-            close_all_but(kept)
             work()
-            code = 0
+            return 0
         except BrokenPipeError:
-            code = 0
+            return 0
         except OSError as error:
             text = "%s: %s" % (os.fsdecode(error.filename), error.strerror) if error.filename else error.strerror
         except (Fatal, ProtocolError) as error:
             text = str(error)
         except BaseException as error:
             text = "%s: %s" % (type(error).__name__, error)
-        finally:
-            os.write(kept[0], cut(text, 400).encode())
-            os._exit(code)
+        os.write(writer, cut(text, 400).encode())
+        return 1
 
     def read(self):
         try:
@@ -7923,8 +7943,8 @@ class Place:
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def lift(self, floor):
-        """Copies its descriptor to a number from floor up."""
-        self.fd = lifted(self.fd, floor)
+        """Moves its descriptor to a number from floor up."""
+        self.fd = lifted_away(self.fd, floor)
 
     def make(self, name, floor):
         """Returns a descriptor, from floor up, of a new directory."""
@@ -8490,11 +8510,10 @@ class Supervisor(Stateful):
         link.attach(self.loop, self)
         self.service = lifted(service, floor)
         log.hold(floor)
-        kept = [link.sock.fileno(), self.service, log.fd]
         if settings.place:
             settings.place.lift(floor)
-            kept.append(settings.place.fd)
-        close_all_but(kept)
+        os.close(service)           # not earlier: become_supervisor() tells cservice of an error by it
+        replace_with_null([2])
         self.state = WAITING
         self.started = False        # whether any command has started
         self.deadline = None        # the Timer of set_deadline()
@@ -8756,13 +8775,12 @@ class Supervisor(Stateful):
 
 
 def become_supervisor(settings, client, link, job, service):
-    """The child's side of the fork; does not return."""
-    code, supervisor = 1, None
+    """The child's side of the fork.  Returns the exit code."""
+    supervisor = None
     try:
-        signal.set_wakeup_fd(-1)
         os.setsid()
         supervisor = Supervisor(settings, client, link, job, service)
-        code = supervisor.work()
+        return supervisor.work()
     except BaseException as error:
         if not isinstance(error, (OSError, Fatal)) or supervisor:
             log.say("supervisor: %s: %s" % (type(error).__name__, error))
@@ -8771,8 +8789,7 @@ def become_supervisor(settings, client, link, job, service):
             os.write(service, b"refused %s\nback\n" % str(error).encode())
         elif not supervisor.started:
             supervisor.say("back")
-    finally:
-        os._exit(code)
+        return 1
 
 
 class SupervisorHandle:
@@ -8943,23 +8960,22 @@ class Supervisors:
 
     def fork(self, settings, client, link, job):
         """Hands a client's connection to a new supervisor.  Raises OSError."""
-        # A new child still has our handlers: until it has its own, a signal to it would be written to the
-        # wakeup socket, which it shares with us.  So signals are blocked: in the child until Supervisor.work().
-        old, ends, slot = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS), [], self.free_slot()
-        try:
-            ends = [end.detach() for end in socket.socketpair()]
-            pid = os.fork()
-        except OSError:
-            for fd in ends:
-                os.close(fd)
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
-            raise
-        near, far = ends
-        if pid == 0:
+        near, far = (end.detach() for end in socket.socketpair())
+        slot = self.free_slot()
+
+        def work():
             os.environ["CEXEC_SLOT"] = str(slot)        # for every job on this connection
-            become_supervisor(settings, client, link, job, far)
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        os.close(far)
+            return become_supervisor(settings, client, link, job, far)
+        kept = [link.sock.fileno(), far, 2, log.fd]
+        if settings.place:
+            kept.append(settings.place.fd)
+        try:
+            pid = forked(work, kept)
+        except OSError:
+            os.close(near)
+            raise
+        finally:
+            os.close(far)
         self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, client, pid, near, slot)
         log.note("supervisor %d forked for %s", pid, client.address)
 
@@ -14069,7 +14085,7 @@ def main(argv):
 # Python compiles a script anew at each start, and for this one that takes longer than a short
 # job.  So the first lines of this file let sh give Python only the part below START.  There
 # enter() runs the whole file as a module, from its compiled code in ~/.cache/cexec.  If that is
-# missing, the part between MAKE and START makes it.
+# missing, the parts below MAKE, here and in Basics, make it.
 #
 #     ./cexec.py cexec ..., a link        sh, enter(), main() in the module
 #     python3 cexec.py cexec ...          main() in the file
@@ -14131,25 +14147,21 @@ def made_by_child(make):
 
     To compile this file takes up to 7 MB, which Python would not give back to the system.
     """
-    import os
+    def work():
+        with open(writer, "wb") as file:
+            file.write(make())
+
     try:
         reader, writer = os.pipe()
     except OSError:                 # no descriptor is free
         return None
     try:
-        child = os.fork()
+        child = forked(work, [writer])
     except OSError:                 # there are too many processes
         os.close(reader)
-        os.close(writer)
         return None
-    if not child:
-        try:
-            with open(writer, "wb") as file:
-                file.write(make())
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.close(writer)
+    finally:
+        os.close(writer)
     with open(reader, "rb") as file:
         made = file.read()
     return None if os.waitpid(child, 0)[1] else made
@@ -14157,7 +14169,6 @@ def made_by_child(make):
 
 def write_kept(kept, data):
     """Writes a file of the cache, whole or not at all, and removes the oldest files if there are too many."""
-    import os
     cache, part = os.path.dirname(kept), "%s.%d.part" % (kept, os.getpid())
     try:
         os.makedirs(cache, 0o700, exist_ok=True)
@@ -14239,9 +14250,11 @@ def code_of(path):
         kept = kept_path(path)
         data = read_kept(kept, identity(path))
     except OSError:
+        import os
+        import signal
         with open(path, "rb") as source:
-            names = {"__name__": "make", "sys": sys}        # so its last lines start nothing
-            exec(source.read().rpartition(b"\n# MAKE\n")[2], names)
+            names = {"__name__": "make", "os": os, "signal": signal, "sys": sys}    # so its last lines start nothing
+            exec(b"".join(source.read().split(b"\n# MAKE\n")[1::2]), names)
         data = names["make"](path, kept)
     return marshal.loads(data)
 

@@ -1792,6 +1792,72 @@ def mine(tmp_path, monkeypatch):
     del sys.modules["mine_x"]
 
 
+# ---- Forks -----------------------------------------------------------------
+
+@contextlib.contextmanager
+def only_the_parent_leaves():
+    """A child that leaves this block ends with 99: it would go on with our tests."""
+    parent = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != parent:
+            os._exit(99)
+
+
+@pytest.mark.parametrize("fails", ["nothing", "work", "closing", "wakeup"])
+def test_a_child_never_goes_on_in_its_parents_code(monkeypatch, fails):
+    def fail(*_):
+        raise KeyboardInterrupt
+    if fails == "closing":
+        monkeypatch.setattr(cexec, "close_all_but", fail)
+    if fails == "wakeup":
+        monkeypatch.setattr(signal, "set_wakeup_fd", fail)
+    with only_the_parent_leaves():
+        pid = cexec.forked(fail if fails == "work" else lambda: None, [])
+    assert os.waitpid(pid, 0)[1] >> 8 == (fails != "nothing")
+
+
+def test_a_child_whose_error_nobody_reads_ends(tmp_path):
+    """What it has to say cannot be written then."""
+    loop, (reader, writer) = cexec.Loop(), os.pipe()
+
+    def work():
+        os.read(reader, 1)          # until the parent has closed its end
+        raise OSError(errno.EIO, "no disk")
+    with only_the_parent_leaves():
+        helper = cexec.Helper(loop, work, [reader], None)
+    loop.forget(helper.reader)
+    close_all(helper.reader, reader, writer)
+    assert os.waitpid(helper.pid, 0)[1] == 1 << 8
+
+
+def test_a_child_has_only_what_it_is_given():
+    """And it can still be told of a signal only when it has a handler of its own."""
+    reader, writer = os.pipe()
+
+    def work():
+        there = {number: os.readlink("/proc/self/fd/%d" % number) for number in map(int, os.listdir("/proc/self/fd"))
+                 if os.path.lexists("/proc/self/fd/%d" % number)}
+        blocked = len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        os.write(writer, repr((sorted(there), [there[number] for number in range(3)], blocked)).encode())
+        return 7
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with only_the_parent_leaves():
+        pid = cexec.forked(work, [writer])
+    assert os.waitpid(pid, 0)[1] >> 8 == 7
+    numbers, standard, blocked = ast.literal_eval(os.read(reader, 4096).decode())
+    assert numbers == [0, 1, 2, writer] and standard == [os.devnull] * 3
+    assert blocked == len(set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    close_all(reader, writer)
+
+
+def test_there_is_one_way_to_fork():
+    """In which a child cannot go on in its parent's code, nor hold what it does not need."""
+    assert len(re.findall(rb"\b(?:os|pty)\.fork(?:pty)?\b", read(PROGRAM))) == 1
+
+
 # ---- Options and settings --------------------------------------------------
 
 @pytest.mark.parametrize("line, mode, words, values", [
@@ -6305,8 +6371,8 @@ def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypa
 @pytest.mark.parametrize("words", [["-i", "a"], ["-g", "*.r"]])
 def test_without_a_process_for_its_files_a_job_fails(farm, words):
     """And nothing is left of it here: neither a process nor an unfinished output."""
-    altered(farm, ("            self.pid = os.fork()\n",
-                   '            self.pid = os.open("none", os.O_RDONLY) if os.path.exists("no-fork") else os.fork()\n'))
+    altered(farm, ("        pid = os.fork()\n",
+                   '        pid = os.open("none", os.O_RDONLY) if os.path.exists("no-fork") else os.fork()\n'))
     farm.serve()
     for name in ("a", "b", "no-fork"):
         in_desk(farm, name)
@@ -14510,8 +14576,8 @@ def door(cluster):
     """The same of a file that has nothing but its version and the door, and is compiled in no time."""
     text = read(PROGRAM).decode()
     head, place = "".join(text.splitlines(True)[:5]) + '"""\n', text.index("def show_in_ps")
-    main = 'import os, sys\nVERSION = "1.0"\ndef main(argv):\n    print("cexec " + VERSION)\n'
-    return link_of(cluster, head + main + text[place:])
+    main = 'import os, signal, sys\nVERSION = "1.0"\ndef main(argv):\n    print("cexec " + VERSION)\n'
+    return link_of(cluster, head + main + "# MAKE\n".join(["", text.split("\n# MAKE\n")[1], text[place:]]))
 
 
 def replace_by_fifo(path):
@@ -14561,13 +14627,36 @@ def test_where_no_code_can_be_kept_it_is_compiled(door, changes):
     assert not os.listdir(door.path("foreign")) and not os.path.exists(door.cache)
 
 
-@pytest.mark.parametrize("call", ["reader, writer = os.pipe()", "child = os.fork()"])
+@pytest.mark.parametrize("call", ["reader, writer = os.pipe()", "pid = os.fork()"])
 def test_where_no_child_can_compile_it_is_compiled(door, call):
     text = read(door.copy).decode()
     assert text.count(call) == 1
     put(door.copy, text.replace(call, 'raise OSError("there are too many")'), 0o755)
     assert door.version() == "cexec 1.0"
     assert only_file(door.cache)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_start_that_is_killed_while_it_compiles_leaves_nothing(door, number):
+    """Its child holds nothing of it, and ends when it has compiled, although that is more than a pipe takes."""
+    began, go = door.path("began"), door.path("go")
+    slow = "    open(%r, 'w').close()\n    while not os.path.exists(%r):\n        pass\n" % (began, go)
+    slow += "    return bytes(9**6) + marshal.dumps("
+    text = read(door.copy).decode().replace("    return marshal.dumps(", slow)
+    put(door.copy, text, 0o755)
+    start = subprocess.Popen([door.path("bin/cexec"), "--version"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, env=dict(os.environ, XDG_CACHE_HOME=door.path("cache")))
+    with start:
+        until(lambda: os.path.exists(began), "the compilation")
+        child, = children_of(start.pid)
+        start.send_signal(number)
+        assert start.wait(PATIENCE) == -number
+        assert state_of(child) not in (None, "Z")
+        assert start.stdout.read() == b""               # to its end
+        with pytest.raises(BrokenPipeError):
+            os.write(start.stdin.fileno(), b"x")
+    put(go, "")
+    until(lambda: state_of(child) in (None, "Z"), "the child's end")
 
 
 @pytest.mark.parametrize("kept", [False, True])
