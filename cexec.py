@@ -4527,16 +4527,297 @@ def input_place(text):
     return os.path.realpath(path), name
 
 
-def input_entries(places):
+def is_wanted(name):
+    """Whether -i sends an entry of this name: everything but results that wait."""
+    return b".cexec." not in name or not any(map(is_part, os.fsdecode(name).split("/")))
+
+
+KEY_MIN, KEY_MAX = 500, 4096        # bytes: other files are no private keys of this program
+
+
+def holds_key(path, found):
+    """Whether what is there is a private key of this program.  If it cannot be read, its job will say so."""
+    if not found or not stat.S_ISREG(found.st_mode) or not KEY_MIN < found.st_size < KEY_MAX:
+        return False
+    try:
+        text = read_text(path)
+        return "-----BEGIN EC PRIVATE KEY-----" in text and (
+            unpem("CERTIFICATE", text) == unpem("CERTIFICATE", format_key(parse_key(text, "").master)[0]))
+    except (OSError, Fatal):
+        return False
+
+
+class Listing(collections.namedtuple("Listing", "path name inside newest")):
+    """What -i sends of a file or directory: its path, its name there, and what is inside: each name with a NUL.
+
+    newest is when the newest of the files was changed, in ns.
+    """
+
+    __slots__ = ()
+
+    def entries(self):
+        """Yields (path, name), both bytes."""
+        if self.name != WHOLE:
+            yield self.path, self.name
+        for inner in self.inside.split(b"\0")[:-1]:
+            yield os.path.join(self.path, inner), inner if self.name == WHOLE else self.name + b"/" + inner
+
+
+def input_entries(listings):
     """Yields (path, name) for everything that -i packs, each name once.  Raises OSError."""
     known = {}
-    for path, name in places:
-        for one, its_name in tree(path, name, lambda name: not any(map(is_part, os.fsdecode(name).split("/")))):
-            if its_name not in known:
-                known[its_name] = one
-                yield one, its_name
-            elif known[its_name] != one and not os.path.isdir(one):
-                raise OSError(errno.EEXIST, "has the same name there as %s" % os.fsdecode(known[its_name]), one)
+    for listing in listings:
+        for path, name in listing.entries():
+            if name not in known:
+                known[name] = path
+                yield path, name
+            elif known[name] != path and not os.path.isdir(path):
+                raise OSError(errno.EEXIST, "has the same name there as %s" % os.fsdecode(known[name]), path)
+
+
+def look(path):
+    """Returns the stat_result of what is there, links followed; None if nothing is."""
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):   # ValueError: a NUL in the name
+        return None
+
+
+APPENDED = {"--log", *STANDARD[1:]}         # these may be one file
+
+
+def list_if_there(path):
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def called(who):
+    return who if isinstance(who, str) else who.name
+
+
+class Names:
+    """Every file that a job, or a batch of jobs, reads and writes here: none may be lost to another.
+
+    A file's identity does not depend on how its path is spelled.  It is the device and the inode of
+    what is there, links followed; if nothing is there, the identity of its directory, and its name
+    in it.  Who reads or writes it is a text, or a job, which has a name.
+    """
+
+    # Two names that do not exist yet can still become one file: where a file system does not tell A from a, or
+    # where two ways lead to one directory and look like two.  So what jobs have made is noted too, and
+    # whoever gives a file its name looks again at what is there.
+
+    def __init__(self):
+        self.directories = {}       # the path of a directory: its identity
+        self.read, self.written = {}, {}        # the first half of an identity: {the second half: who}
+        self.made = {}              # (the inode, the time of change) of what was made here: who
+        self.errors, self.count = None, 0       # the identity of the directory of --errors; how many files it gets
+        self.inputs = {}            # a directory that -i names: its Listing
+        self.keys = []              # private keys that are left out
+
+    def directory(self, path):
+        """Returns the identity of a directory."""
+        missing = []
+        while path not in self.directories:
+            found, (above, last) = look(path or "."), os.path.split(path)
+            if found or not last:
+                self.directories[path] = (found.st_dev, found.st_ino) if found else (None, path)
+            else:
+                missing.append((path, last))
+                path = above
+        identity = self.directories[path]
+        for path, last in reversed(missing):
+            identity = self.directories[path] = identity, last
+        return identity
+
+    def place(self, path):
+        """Returns the identity of a file, if nothing is there."""
+        above, last = os.path.split(path)
+        return self.directory(above), last
+
+    # What will be read and written
+
+    def note_read(self, path, name):
+        """Returns what is there."""
+        found, (directory, last) = look(path), self.place(path)
+        self.read.setdefault(directory, {})[last] = name
+        if found:
+            self.read.setdefault(found.st_dev, {})[found.st_ino] = name
+        return found
+
+    def note_input(self, path, found=None):
+        """Notes what -i names, unless it is noted and found already.  Raises Fatal (100) for a private key."""
+        found = found or self.note_read(path, path)
+        if holds_key(path, found):
+            raise Fatal(EXIT_USAGE, "-i %s: a private key is not sent" % path)
+        if found and stat.S_ISDIR(found.st_mode):
+            self.inputs[path] = None
+
+    def note_written(self, path, who, option):
+        """Returns what is there.  Raises Fatal (100) if it is read, or if somebody else writes it."""
+        found, (directory, last) = look(path), self.place(path)
+        self.refuse(directory, last, path, who, option)
+        self.written.setdefault(directory, {})[last] = who
+        if found:
+            # A result replaces one name of what is there, and the log is appended to it, whatever its name.
+            linked = found.st_nlink > 1 and not isinstance(who, str)
+            self.refuse(found.st_dev, found.st_ino, path, who, option, linked)
+            self.written.setdefault(found.st_dev, {})[found.st_ino] = who
+        return found
+
+    def note_part(self, path, who, option):
+        """Notes the name of an unfinished output.  Raises Fatal (100)."""
+        directory, last = self.place(path)
+        self.refuse(directory, last, path, who, option)
+        self.written.setdefault(directory, {})[last] = who
+
+    def note_standard(self):
+        """Notes the regular files that are open at 0, 1 and 2.  Raises Fatal (100) if an output is the input."""
+        for fd, name in enumerate(STANDARD):
+            found = os.fstat(fd)
+            if stat.S_ISREG(found.st_mode):
+                if fd:
+                    self.refuse(found.st_dev, found.st_ino, name, name, name)
+                (self.written if fd else self.read).setdefault(found.st_dev, {})[found.st_ino] = name
+
+    def note_log(self, path):
+        """Notes the file of --log.  Raises Fatal (100)."""
+        if path != "-" and may_be_replaced(path):       # else it is a pipe or a device
+            self.note_written(path, "--log", "--log " + path)
+
+    def note_errors(self, path, count):
+        """Notes the files of --errors, 1 to count, after all others.  Raises Fatal (100)."""
+        self.errors, self.count = self.directory(path), count
+        option, errors = "--errors " + path, "the errors of job %s"
+        for noted in self.read, self.written:
+            for last in filter(self.is_number, noted.get(self.errors, ())):
+                self.refuse(self.errors, last, os.path.join(path, last), errors % last, option)
+        for last in filter(self.is_number, list_if_there(path)):
+            found = look(os.path.join(path, last))
+            if found:
+                self.refuse(found.st_dev, found.st_ino, os.path.join(path, last), errors % last, option)
+
+    def is_number(self, last):
+        """Whether this is the name of a file of --errors."""
+        return os.fsencode(last).isdigit() and last[0] != "0" and int(last) <= self.count
+
+    def refuse(self, first, second, path, who, option, linked=False):
+        """Raises Fatal (100) if the file with this identity is read, or if somebody else writes it.
+
+        linked: it is one of several names that a file has, and other jobs may replace the others.
+        """
+        reader, writer = self.read.get(first, {}).get(second), self.written.get(first, {}).get(second)
+        if reader is not None:
+            raise Fatal(EXIT_USAGE, "%s: %s would be overwritten" % (option, reader))
+        if writer is None or writer is who or {writer, who} <= APPENDED or linked and not isinstance(writer, str):
+            return
+        raise Fatal(EXIT_USAGE, "%s: %s and %s would both be written to %s"
+                    % (option, called(writer), called(who), path))
+
+    def check_directories(self):
+        """Raises Fatal (100) if a job's result is a directory, and somebody else reads or writes what is in it."""
+        above = {}                  # the path of a directory: (the path of one here or above that is written, who)
+
+        def find_above(path):
+            passed = []
+            while path not in above:
+                passed.append(path)
+                first, second = self.directory(path)
+                who, parent = self.written.get(first, {}).get(second), os.path.dirname(os.path.realpath(path))
+                if who or parent == path:
+                    above[path] = (os.path.relpath(path), who) if who else None
+                else:
+                    path = parent
+            above.update(dict.fromkeys(passed, above[path]))
+            return above[path]
+
+        for path, directory in list(self.directories.items()):
+            top = find_above(path) if "\0" not in path else None
+            if top and directory == self.errors:
+                raise Fatal(EXIT_USAGE, "-g %s: the files of --errors %s would be in it" % (top[0], path))
+            for noted in (self.read, self.written) if top else ():
+                for last in noted.get(directory, ()):
+                    self.refuse(directory, last, os.path.join(path, last), top[1], "-g " + top[0])
+
+    # What -i sends
+
+    def list_inputs(self):
+        """Lists what is in the directories, once for all jobs, when all that will be written is noted."""
+        for path in self.inputs:
+            try:
+                self.inputs[path] = self.listing(path)
+            except OSError:         # it cannot be read, which its job will say
+                pass
+        if self.keys:
+            more = len(self.keys) - 1
+            log.say("-i: %s%s: private keys are not sent" % (self.keys[0], " and %d more" % more if more else ""))
+
+    def listing(self, path):
+        """Returns the Listing of a file or directory.  Raises OSError."""
+        if self.inputs.get(path):
+            return self.inputs[path]
+        top, name = input_place(path)
+        newest, inside, left_out = 0, [], None
+        for one, its_name in tree(top, name, is_wanted):
+            found = look(one)
+            if its_name != name:
+                if left_out and its_name.startswith(left_out):
+                    continue
+                if self.is_written(one, found):
+                    left_out = its_name + b"/"
+                    continue
+                if holds_key(one, found):
+                    self.keys.append(os.path.relpath(os.fsdecode(one)))
+                    continue
+                inside.append(its_name[len(name) + 1 if name != WHOLE else 0:] + b"\0")
+            if not found:           # a link to nothing: its job will fail
+                newest = float("inf")
+            elif not stat.S_ISDIR(found.st_mode):
+                newest = max(newest, found.st_mtime_ns)
+        return Listing(top, name, b"".join(inside), newest)
+
+    def is_written(self, path, found):
+        """Whether a job writes what is there, or will be where a link leads, so that -i does not send it."""
+        if found and self.writer(found.st_dev, found.st_ino):
+            return True
+        return self.writer(*self.place(os.fsdecode(path if found else os.path.realpath(path)))) is not None
+
+    def writer(self, first, second):
+        """Returns who writes the file with this identity, or None."""
+        if first is not None and first == self.errors and self.is_number(second):
+            return "--errors"
+        return self.written.get(first, {}).get(second)
+
+    # What is done
+
+    def newest(self, path, found):
+        """Returns when a result was changed, in ns: for a directory, the newest file in it.  None: there is none."""
+        if not found or not stat.S_ISDIR(found.st_mode):
+            return found and found.st_mtime_ns
+        try:
+            inside = [look(one) for one, _ in tree(os.path.realpath(os.fsencode(path)), WHOLE)]
+        except OSError:
+            return None
+        return max((one.st_mtime_ns for one in inside if one and not stat.S_ISDIR(one.st_mode)), default=None)
+
+    # What has got its name
+
+    def note_made(self, found, who):
+        self.made[found.st_ino, found.st_mtime_ns] = who
+
+    def check_there(self, path):
+        """Raises OSError if what is there by now is read by a job, or was made by one."""
+        found = look(path)
+        if not found:
+            return
+        reader = self.read.get(found.st_dev, {}).get(found.st_ino)
+        if reader is not None:
+            raise OSError(errno.EEXIST, "%s would be overwritten" % reader, path)
+        maker = self.made.get((found.st_ino, found.st_mtime_ns))
+        if maker is not None:
+            raise OSError(errno.EEXIST, "the same file as a result of %s" % called(maker), path)
 
 
 def receive(reader, verdict, patterns, durable):
@@ -4687,7 +4968,7 @@ class JobFiles:
     changed() is called when a Helper has ended.  Raises OSError.
     """
 
-    def __init__(self, carrier, places, patterns, changed, durable=False):
+    def __init__(self, carrier, listings, patterns, changed, durable=False):
         self.loop, self.changed = carrier.loop, changed
         self.trouble = None         # the first error's text
         self.verdict = None         # a pipe to the Helper that has the results: see receive()
@@ -4695,18 +4976,18 @@ class JobFiles:
         self.closed = False         # whether nobody waits for the Helpers any more
         at_end.append(self.end)     # removes unfinished results, no matter why this process ends
         try:
-            if places:
-                self.send_inputs(carrier, places)
+            if listings:
+                self.send_inputs(carrier, listings)
             if patterns:
                 self.receive_results(carrier, patterns, durable)
         except OSError:             # no process or no descriptor is left
             self.wait()
             raise
 
-    def send_inputs(self, carrier, places):
+    def send_inputs(self, carrier, listings):
         reader, writer = files_pipe(self.loop.floor)
         self.carry(carrier, FILES_IN, reader, "read")
-        self.help(lambda: pack_files(writer, input_entries(places)), [writer])
+        self.help(lambda: pack_files(writer, input_entries(listings)), [writer])
 
     def receive_results(self, carrier, patterns, durable):
         verdict, self.verdict = files_pipe(self.loop.floor)
@@ -4801,6 +5082,7 @@ class Terms:
 
     def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=()):
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
+        self.names = Names()
         self.batch = batch          # an id, the same in all searches of a batch
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
@@ -5633,11 +5915,11 @@ class RemoteRun(Carrier):
 
     # Its files
 
-    def begin_files(self, places, patterns, durable=False):
+    def begin_files(self, listings, patterns, durable=False):
         """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
-        if places or patterns:
+        if listings or patterns:
             try:
-                self.files = JobFiles(self, places, patterns, self.stream_ended, durable)
+                self.files = JobFiles(self, listings, patterns, self.stream_ended, durable)
             except OSError as error:
                 raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
 
@@ -6272,6 +6554,11 @@ def fill_pattern(pattern, *inputs, between=" "):
     return re.sub(PLACES, lambda match: fill_place(inputs, int(match.group(1) or 0), match.group(2), between), pattern)
 
 
+def has_places(pattern):
+    import re
+    return re.search(PLACES, pattern) is not None
+
+
 def fill_place(inputs, number, form, between):
     """The text for one place: the input of this number, counted from 1, or with -1 from the end; 0: all inputs."""
     if not number:
@@ -6338,34 +6625,35 @@ def batch_names(words, zero):
     return [os.fsdecode(name) for name in names if name]
 
 
-def batch_tasks(terms, inputs):
+def batch_tasks(terms, inputs, joblog=None):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written."""
     pattern = terms.pattern
     tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
              for number, given in enumerate(inputs, 1)]
-    if pattern != "-" or terms.results:
-        check_outputs(pattern, tasks)
+    note_names(terms, tasks, joblog, len(tasks))
     if pattern != "-":
         check_directories(pattern, tasks)
     return tasks
 
 
-def check_outputs(pattern, tasks):
-    """Raises Fatal (100) for an output that is another job's output too, an input, or no regular file."""
-    taken, places = {}, {}
-    files = {place_of(task.file, places): task.file for task in tasks if task.file is not None}
+def note_names(terms, tasks, joblog, count):
+    """Notes all files that a batch of so many jobs reads and writes.  Raises Fatal (100) if one would be lost."""
+    names = terms.names
+    for text in terms.inputs:
+        if not has_places(text):
+            names.note_input(text)
     for task in tasks:
-        for output in task.outputs():
-            option = "-o " + pattern if output == task.output else "-g " + output
-            for written in (place_of(output, places), place_of(part_of(output), places)):
-                if written in files:
-                    raise Fatal(EXIT_USAGE, "%s: %s would be overwritten" % (option, files[written]))
-                if written in taken:
-                    raise Fatal(EXIT_USAGE, "%s: %s and %s would both be written to %s"
-                                % (option, taken[written], task.name, output))
-                taken[written] = task.name
-            if output == task.output and (output[-1:] in ("", "/") or not may_be_replaced(output)):
-                raise Fatal(EXIT_USAGE, "%s: %s is no regular file" % (option, output or "an empty name"))
+        task.note_inputs()
+    names.note_standard()
+    if joblog:
+        names.note_log(joblog)
+    for task in tasks:
+        task.note_outputs()
+    if terms.errors:
+        names.note_errors(terms.errors, count)
+    if terms.results:
+        names.check_directories()
+    names.list_inputs()
 
 
 def check_directories(pattern, tasks):
@@ -6380,20 +6668,6 @@ def check_directories(pattern, tasks):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
         except ValueError:
             pass                    # a NUL in the name: the Task will fail
-
-
-def place_of(name, known):
-    """A name for a file that does not depend on links to its directory: the directory's real path, and the last part.
-
-    known has the real paths of directories, so that each is looked up once.
-    """
-    directory, base = os.path.split(name)
-    if directory not in known:
-        try:
-            known[directory] = os.path.realpath(directory)
-        except ValueError:          # a name with a NUL in it
-            known[directory] = directory
-    return os.path.join(known[directory], base)
 
 
 def part_of(output):
@@ -6468,7 +6742,9 @@ class Task:
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
         self.losses, self.input, self.result, self.errors = 0, None, None, None
         self.words = None           # (variables, arguments), while its files are open
-        self.places = []            # the files of -i: see input_place()
+        self.listings = []          # the files of -i
+        self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
+        self.oldest = None          # and the oldest of its outputs; None if one is not there
         self.results = [result_pattern(fill_pattern(text, *map(quoted, inputs))) for text in terms.results]
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
@@ -6506,33 +6782,53 @@ class Task:
         named = [fill_pattern(text, *self.inputs) for text in self.terms.results if not is_pattern(text)]
         return [os.path.normpath(name) for name in named] + [self.output] * (self.output is not None)
 
-    def input_place(self, text):
-        """input_place() of an argument of -i, with {} {.} ... filled in.  Raises OSError."""
-        return input_place(fill_pattern(text, *self.inputs))
+    def note_inputs(self):
+        """Notes what it reads.  Raises Fatal (100) for a private key."""
+        names, found = self.terms.names, None
+        if self.file is not None:
+            found = names.note_read(self.file, self.file)
+            self.newest = found.st_mtime_ns if found else float("inf")
+        for text in self.terms.inputs:
+            if has_places(text):
+                path = fill_pattern(text, *self.inputs)
+                names.note_input(path, found if path == self.file else None)
+
+    def note_outputs(self):
+        """Notes what it writes.  Raises Fatal (100) if this must not be written."""
+        names, times = self.terms.names, []
+        for name in self.outputs():
+            is_result, option = name is not self.output, "-o " + self.terms.pattern
+            found = names.note_written(name, self, "-g " + name if is_result else option)
+            times.append(names.newest(name, found))
+            if not is_result:
+                names.note_part(self.part, self, option)
+                if name[-1:] in ("", "/") or found and not stat.S_ISREG(found.st_mode):
+                    raise Fatal(EXIT_USAGE, "%s: %s is no regular file" % (option, name or "an empty name"))
+        self.oldest = min(times) if times and None not in times else None
 
     def is_done(self):
         """Whether its outputs are there and no older than its inputs."""
         try:
-            made = [os.stat(name).st_mtime_ns for name in self.outputs()]
-            read = [os.stat(self.file).st_mtime_ns] if self.file is not None else []
-            for text in self.terms.inputs if made else []:
-                read += [os.stat(path).st_mtime_ns for path, _ in tree(*self.input_place(text))
-                         if not os.path.isdir(path)]
-            self.done_before = bool(made) and min(made) >= max(read, default=0)
+            self.done_before = self.oldest is not None and self.oldest >= max(
+                [self.newest] + [listing.newest for listing in self.list_inputs()])
         except (OSError, ValueError):
             pass                    # a file is missing, or its name is impossible
         return self.done_before
 
+    def list_inputs(self):
+        """Returns the Listings of its -i.  Raises OSError, ValueError."""
+        return [self.terms.names.listing(fill_pattern(text, *self.inputs)) for text in self.terms.inputs]
+
     def open(self):
         """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
         self.words = self.fill_words()
-        self.places = [self.input_place(text) for text in self.terms.inputs]
+        self.listings = self.list_inputs()
         for text in self.results:
             check_place(text)
         try:
             self.open_input()
             self.result = self.terms.unnamed.take() if self.output is None else self.open_part()
-            self.errors = open(self.errors_kept, "w+b", 0) if self.errors_kept else self.terms.unnamed.take()
+            self.errors = self.open_errors() if self.errors_kept else self.terms.unnamed.take()
         except OSError:
             self.discard()
             raise
@@ -6565,6 +6861,7 @@ class Task:
                 if not ours and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
                                  or found.st_uid != os.geteuid()):
                     raise OSError(errno.EEXIST, "is not a file that cexec has left there", self.part)
+                self.terms.names.check_there(self.part)
                 if os.path.samestat(found, os.stat(self.part)):
                     part.truncate(0)
                     return part
@@ -6577,6 +6874,11 @@ class Task:
                 part.close()
                 raise
             part.close()
+
+    def open_errors(self):
+        """The file for its standard error, empty.  Raises OSError."""
+        self.terms.names.check_there(self.errors_kept)
+        return open(self.errors_kept, "w+b", 0)
 
     def state_of_input(self):
         """A value that changes if the input is changed or replaced by another file.  Raises OSError."""
@@ -6593,7 +6895,9 @@ class Task:
         if self.state_of_input() != self.stamp:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
+            self.terms.names.check_there(self.output)
             name_part(self.result, self.part, self.output)
+            self.terms.names.note_made(os.fstat(self.result.fileno()), self)
 
     def discard(self):
         """Removes the unfinished output."""
@@ -6686,7 +6990,7 @@ class FileRun(RemoteRun):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
         self.over = False           # whether ended() of the batch was called
         try:
-            self.begin_files(task.places, list(map(os.fsencode, task.results)), durable=True)
+            self.begin_files(task.listings, list(map(os.fsencode, task.results)), durable=True)
         except Fatal:
             self.detach()
             raise
@@ -7135,7 +7439,7 @@ def main_batch(pub, group, words, options):
                        results=options.results)
     if options.results:
         check_current_directory()
-    tasks = batch_tasks(terms, inputs)
+    tasks = batch_tasks(terms, inputs, options.joblog)
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
@@ -7417,6 +7721,7 @@ def parse_size(text):
 def main_blocks(pub, group, words, options):
     """Does standard input in blocks; the exit code."""
     size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
+    note_names(terms, [], options.joblog, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
@@ -7805,18 +8110,22 @@ def main_cexec(argv):
     return main_single(path, words, options)
 
 
-def places_of(inputs):
-    """input_place() of each argument of -i.  Raises Fatal (100) for one that does not exist."""
+def listings_of(names, inputs):
+    """Returns the Listing of each argument of -i.  Raises Fatal (100) for one that does not exist."""
+    for text in inputs:
+        names.note_input(text)
+    names.list_inputs()
     try:
-        places = [input_place(text) for text in inputs]
+        listings = [names.listing(text) for text in inputs]
     except (OSError, ValueError) as error:
         raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
     files = {}
-    for path, name in places:
+    for listing in listings:
+        path, name = listing.path, listing.name
         if not os.path.isdir(path) and files.setdefault(name, path) != path:
             raise Fatal(EXIT_USAGE, "-i: %s and %s have the same name at the worker, %s" % tuple(
                 map(os.fsdecode, (files[name], path, name))))
-    return places
+    return listings
 
 
 def main_single(path, words, options):
@@ -7826,7 +8135,7 @@ def main_single(path, words, options):
     if options.empty == "all" and words and words[0].endswith(".pub") and not path.endswith(".pub"):
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
     job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress,
-              places_of(options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
+              listings_of(Names(), options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
     try:
         if job.results:
             check_current_directory(map(os.fsdecode, job.results))

@@ -6013,7 +6013,7 @@ def test_results_that_wait_are_no_input(tmp_path, monkeypatch):
         os.makedirs("d/%s/x" % name)
         put("d/%s/x/y" % name, "1")
     put("d/.cexec", "1")
-    names = [name for _, name in cexec.input_entries([cexec.input_place("."), cexec.input_place("d")])]
+    names = [name for _, name in cexec.input_entries(map(cexec.Names().listing, [".", "d"]))]
     assert names == [b"d", b"d/.cexec"]
 
 
@@ -6356,14 +6356,14 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
 
 
 @pytest.mark.parametrize("room", range(12))
-@pytest.mark.parametrize("places", [[], [(b"/nowhere", b"x")]])
+@pytest.mark.parametrize("listings", [[], [(b"/nowhere", b"x", b"", 0)]])
 @pytest.mark.parametrize("patterns", [[], [b"*"]])
-def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypatch, room, places, patterns):
+def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypatch, room, listings, patterns):
     monkeypatch.chdir(tmp_path)
     holder, (reader, writer) = Holder(cexec.Loop()), os.pipe()
     holder.loop.on_leave(writer, lambda: None)          # so the loop's own epoll is open before
     with few_descriptors(room), contextlib.suppress(OSError):
-        cexec.JobFiles(holder, places, patterns, lambda: None).wait()
+        cexec.JobFiles(holder, list(itertools.starmap(cexec.Listing, listings)), patterns, lambda: None).wait()
     assert not cexec.at_end and os.listdir(str(tmp_path)) == []
     close_all(reader, writer)
 
@@ -6769,6 +6769,53 @@ def test_a_batch_with_files_that_is_taken_up_again(farm):
     assert read(os.path.join(farm.desk, names[2][2:-3] + ".out")) == b"new+"
     in_desk(farm, "common", b"-")
     assert len(farm.work(*words).stdout.splitlines()) == 6 and all_gone(farm)
+
+
+def test_a_batch_sends_nothing_that_it_writes(farm):
+    """With -i of the current directory: neither outputs, finished or not, nor errors, the log and standard output.
+
+    And nothing that comes later; the same command again has nothing to do, what is written counts as no input.
+    """
+    farm.serve(env={"CONCURRENCY": "3"})
+    for name in ("1.txt", "2.txt", "3.txt", "sub/x", "sub/2.png", "old.out", "err/notes"):
+        in_desk(farm, name)
+    os.symlink("1.out", os.path.join(farm.desk, "link.out"))
+    words = ["-m", "-i", ".", "-o", "{.}.out", "-g", "sub/{/.}.png", "-g", "new/{/.}", "--errors", "err",
+             "--log", "log", farm.pub, "sh", "-c",
+             'find . -type f | sort; mkdir -p new sub; echo > "sub/$1.png"; echo > "new/$1"; '
+             "head -c 3000000 /dev/zero | tr '\\0' '\\n'; echo oh >&2", "sh", "{/.}", "--", "1.txt", "2.txt", "3.txt"]
+    given = "./1.txt ./2.txt ./3.txt ./err/notes ./old.out ./sub/x".split()
+    for again in (0, 1):
+        with open(os.path.join(farm.desk, "stdout"), "wb") as stdout:
+            done = farm.do(farm.argv("cexec", *words[:1], *["-f"] * again, *words[1:]), cwd=farm.desk, stdout=stdout)
+        assert (done.returncode, done.stderr) == (0, b"")
+        for number in "123":
+            assert read(os.path.join(farm.desk, number + ".out")).decode().split() == given
+    assert farm.work(*words[:1], "--dry-run", *words[1:]).stdout == b""
+
+
+def test_private_keys_are_not_sent(farm):
+    """What lies in a directory is left out, and said once; another's key and a public key are only files."""
+    farm.serve(env={"CONCURRENCY": "2"})
+    other = read(farm.key).replace(b"BEGIN CERT", b"BEGIN OTHER").replace(b"END CERT", b"END OTHER")
+    for name, data in {"d/akey": read(farm.key), "d/e/key": b"my key:\r\n" + read(farm.key), "d/x": b"x",
+                       "d/other": other, "d/pub": read(farm.pub)}.items():
+        in_desk(farm, name, data)
+    command = [farm.pub, "sh", "-c", "find . -type f | sort"]
+    said = b"cexec: -i: d/akey and 1 more: private keys are not sent\n"
+    found = b"./d/other\n./d/pub\n./d/x\n"
+    assert ended(farm.work("-n", "-i", "d", *command)) == (0, found, said)
+    assert ended(farm.work("-mn", "-i", "d", *command, "--", "1", "2")) == (0, found * 2, said)
+    assert ended(farm.work("-mn", "-i", "{}", *command, "--", "d", "d")) == (0, found * 2, said)
+
+
+def test_what_is_sent_is_what_was_there_when_the_batch_began(farm):
+    farm.serve(env={"CONCURRENCY": "1"})
+    in_desk(farm, "d/a")
+    done = farm.work("-mn", "-i", "d", "-g", "d/*.new", farm.pub, "sh", "-c", "ls d; touch d/$1.new", "sh", "{}",
+                     "--", "1", "2", "3")
+    assert ended(done) == (0, b"a\n" * 3, b"") and sorted(os.listdir(os.path.join(farm.desk, "d"))) == [
+        "1.new", "2.new", "3.new", "a"]
 
 
 def test_a_batch_whose_results_clash_is_refused(farm):
@@ -8013,6 +8060,80 @@ def test_outputs_that_clash_are_refused_and_nothing_is_done(cluster, pattern, fi
     refusal(batch(cluster, *files, options=["-o", pattern]), 100, message)
     assert sorted(os.listdir(cluster.directory)) == before and not os.listdir(cluster.path("out"))
     assert read(cluster.path("d/f000")) == read(cluster.path("f000")) == b"in" and not os.path.isfile("/dev/null")
+
+
+REFUSED = """
+    -m -o b P -- l/a                            | -o b: l/a would be overwritten
+    -m -o l/a P -- a                            | -o l/a: a would be overwritten
+    -m -o hard P -- a                           | -o hard: a would be overwritten
+    -m -o d/../l/../here/a P -- b               | -o d/../l/../here/a: b would be overwritten
+    -m -o .//a P -- "$PWD/a"                    | /here/a would be overwritten
+    -m -f -o new P -- d/x new                   | -o new: new would be overwritten
+    -mn -i a -o {} P -- a                       | -o {}: a would be overwritten
+    -mn -i {1} -o {2} P ::: l/a ::: b           | -o {2}: l/a would be overwritten
+    -mn -f -i d -g ld P -- 1                    | -g ld: d would be overwritten
+    -mn -i d/x -g d P -- 1                      | -g d: d/x would be overwritten
+    -mn -i ld/x -g d P -- 1                     | -g ld: ld/x would be overwritten
+    -mn -i d/e/y -g ld P -- 1                   | would be overwritten
+    -mn -i le/y -g d P -- 1                     | -g %: le/y would be overwritten
+    -m -o {2} P ::: a ::: n ../here/n           | -o {2}: a n and a ../here/n would both be written to ../here/n
+    -m -o {2} P ::: a ::: d/new ld/new          | -o {2}: a d/new and a ld/new would both be written to ld/new
+    -mn -g {} P ::: r r/s/t                     | -g r: r/s/t and r would both be written to r/s/t
+    -mn -g {} P ::: d/e/new d                   | -g d: d/e/new and d would both be written to d/e/new
+    -mn -o d/{} -g d P -- 1 2                   | -g d: 1 and 2 would both be written to d
+    -mn -o {} --errors . P ::: 7 2 8            | --errors .: 2 and the errors of job 2 would both be written to ./2
+    -m -o - --errors ld P -- d/1                | --errors ld: d/1 would be overwritten
+    -m -o - --errors h P -- hard                | --errors h: hard would be overwritten
+    -mn -i d/1 --errors d P ::: x               | --errors d: d/1 would be overwritten
+    -mn -g d/{} --errors d P ::: 1              | --errors d: 1 and the errors of job 1 would both be written to d/1
+    -mn -g d --errors d/e P ::: 1               | -g d: the files of --errors d/e would be in it
+    -m -o - --log b P -- a                      | --log b: a would be overwritten
+    -m -o - --log hard P -- l/a                 | --log hard: l/a would be overwritten
+    -mn -i a --log b P -- 1                     | --log b: a would be overwritten
+    -mn -o {} --log n P -- n                    | -o {}: --log and n would both be written to n
+    -mn -g d --log d/log P -- 1                 | -g d: --log and 1 would both be written to d/log
+    -mn --errors d --log d/1 P -- 1             | --errors d: --log and the errors of job 1 would both be written to d/1
+    -m -o .{}.part P -- a .a.part               | -o .{}.part: .a.part would be overwritten
+    -mn -o {} P -- new .new.part                | -o {}: new and .new.part would both be written to .new.part
+    -b 4 --errors d P < d/1                     | --errors d: standard input would be overwritten
+    -b 4 --log b P < a                          | --log b: standard input would be overwritten
+    -b 4 P < a >> b                             | standard output: standard input would be overwritten
+    -b 4 --errors d P >> d/3                    | --errors d: standard output and the errors of job 3 would both be
+    -m -o b P -- d/x >> a                       | -o b: standard output and d/x would both be written to b
+    -m -o - P -- d/x a >> hard                  | standard output: a would be overwritten
+    -m --log b P -- - < a                       | --log b: standard input would be overwritten
+    -mn -i key P -- 1                           | -i key: a private key is not sent
+    -mn -i {} P -- d/x lk                       | -i lk: a private key is not sent
+    -n -i key P                                 | -i key: a private key is not sent
+"""
+
+
+@pytest.mark.parametrize("line", REFUSED.strip().splitlines())
+def test_one_file_under_two_names_is_refused(cluster, line):
+    """Links, hard links, other spellings, directories: nothing is begun, and all that is there stays as it is."""
+    words, _, said = line.partition("|")
+    script = ("mkdir -p here/d/e here/h && cd here && for n in a d/x d/1 d/3 d/e/y; do echo $n > $n; done; "
+              "ln -s a b; ln a hard; ln a h/1; ln -s . l; ln -s d ld; ln -s d/e le; ln -s key lk; "
+              "cp ../app key; ls -lR > ../before; eval \"cexec $0\"; code=$?; ls -lR > ../after; cat a; exit $code")
+    shell = "cexec() { %s \"$@\"; }; %s" % (shlex.join(cluster.argv("cexec")), script)
+    done = cluster.do(["sh", "-c", shell, words.replace("{", "'{").replace("}", "}'").replace("P", "../app.pub", 1)])
+    told = done.stderr.decode() + read(cluster.path("here/a")).decode()
+    pattern = re.escape(said.strip()).replace("%", ".*")
+    assert done.returncode == 100 and re.search(pattern, told), (done, told)
+    assert read(cluster.path("before")) == read(cluster.path("after")) and done.stdout.endswith(b"a\n")
+
+
+@pytest.mark.parametrize("line", [
+    "-m -o {}.o P -- a b", "-mn -o r/{} P -- 1 2", "-mn -o r/{} --errors r P -- 7 8", "-mn -o one{} P -- 1 2",
+    "-m -o - --errors 7 P -- a", "-mn -i d -o d/{} --errors d/e --log d/log P ::: 1 2", "-mn -i a -g b P ::: 1",
+    "-mn -g r -g r/x P ::: 1", "-m --log log -o - P -- a > log 2>&1", "-mn -i . -g {} P -- 1 2", "-mn -i . P -- 1"])
+def test_names_that_only_look_alike_are_not_refused(cluster, line):
+    """Old outputs that were made links to one file are two outputs still."""
+    script = ("mkdir -p here/d/e here/r && cd here && for n in a b one1 d/x d/1; do echo $n > $n; done; "
+              "ln one1 one2; eval \"cexec --dry-run $0\"")
+    shell = "cexec() { %s \"$@\"; }; %s" % (shlex.join(cluster.argv("cexec")), script)
+    done = cluster.do(["sh", "-c", shell, line.replace("{", "'{").replace("}", "}'").replace("P", "../app.pub", 1)])
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_outputs_on_standard_output_keep_their_order(cluster):
