@@ -1613,6 +1613,10 @@ class Group:
         """The address families of the targets, IPv4 first."""
         return sorted({family_of(target.address) for target in self.targets})
 
+    def is_here(self):
+        """Whether it reaches no other machine."""
+        return all(target.address.startswith("127.") or target.address == "::1" for target in self.targets)
+
     def hosts(self):
         """Returns {name: addresses} of the hosts that it names one by one."""
         hosts = {}
@@ -5447,7 +5451,8 @@ class Search:
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
-            hint = self.stranger or "is cservice running with this key? " + ask_of_firewalls(self.back.port, self.group)
+            hint = self.stranger or "is cservice running with this key?" + (
+                "" if self.group.is_here() else " " + ask_of_firewalls(self.back.port, self.group))
         return "no worker answered in %d s on %s (%s): cexec -l finds out more" % (silence, self.group.text, hint)
 
     def send(self, kind, **fields):

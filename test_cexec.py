@@ -5513,7 +5513,7 @@ def test_the_arguments_are_the_command(cluster):
     worker = cluster.worker(options=["-a"])
     assert ended(cluster.client("A=1", "sh", "-c", 'echo "$PEER_A $*"', "sh", "x  y", "$z")) == (0, b"1 x  y $z\n", b"")
     said = failed(cluster.client("no such thing", "x"), 127)
-    assert said == b"cexec: worker 127.0.0.1 cannot run its command: no such thing: No such file or directory\n"
+    assert said.startswith(b"cexec: worker 127.0.0.1 cannot run its command: no such thing: No such file or directory")
     assert cluster.client("true").returncode == 0
     assert b": failed" not in read(worker.log)          # it is not the worker's fault
 
@@ -5641,7 +5641,7 @@ def test_who_takes_arguments_is_in_the_list(cluster):
     cluster.worker("cat", options=["-ai"])
     row = json.loads(survey(cluster, "-j").stdout)
     assert row["options"] == "-ai"
-    assert survey(cluster).stdout.rstrip("\n").split("\t")[-1] == "-ai"
+    assert survey(cluster).stdout.rstrip("\n").split("\t")[-2:] == ["-ai", row["id"]]
 
 
 def test_every_running_job_has_a_number_of_its_own(cluster):
@@ -7505,8 +7505,8 @@ def test_list_of_workers(hosts):
     head, *rows = shown.stdout.decode().splitlines()
     assert head.split() == ["HOST", "ADDRESS", "LOAD", "JOBS", "WAITING", "VERSION", "UPTIME", "ROUND", "TRIP",
                             "OPTIONS"]
-    assert [row.index("10.77.0.") for row in rows] == [head.index("ADDRESS")] * 2
-    assert any(" 1/1 " in row for row in rows)
+    assert [row.index("10.77.0.") for row in rows[:2]] == [head.index("ADDRESS")] * 2
+    assert any(" 1/1 " in row for row in rows[:2])
     outcome(first)
     assert worker.poll() is None
 
@@ -7721,7 +7721,7 @@ def parts(directory):
 
 def rows_of_log(path):
     """The rows of a job log as dictionaries; its heads come first and once."""
-    heads, *lines = read(path).decode().split("\n")[:-1]
+    heads, *lines = os.fsdecode(read(path)).split("\n")[:-1]
     assert heads.split("\t") == "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
     return [dict(zip(heads.split("\t"), line.split("\t"))) for line in lines]
 
@@ -12250,7 +12250,7 @@ def test_keys_are_made_without_ssl(keys):
     take_away(keys, "sys.modules['ssl'] = None")
     keys.run("ckeygen", keys.path("new"), keys.path("new.pub"), check=True)
     take_away(keys, "del hashlib.pbkdf2_hmac")
-    refusal(keys.run("ckeygen", "-stdin", keys.path("other"), input=b"word"), 111, "another python3")
+    refusal(keys.run("ckeygen", "-stdin", keys.path("other"), input=b"a long password"), 111, "another python3")
 
 
 # ---- cservice -s: workers on other hosts, over ssh -------------------------
@@ -12675,7 +12675,8 @@ def test_a_login_that_hangs_makes_room(local):
     local.serve('case $1 in hangs*) exec sleep 100;; esac; exec sh -c "$2"', ",".join(names), local.key, "cat")
     until(lambda: local.client(input=b"x", env={"CEXEC_TIMEOUT_ACCEPT": "1"}).stdout == b"x", "the ninth")
     for name in names[:8]:
-        for line in ("no worker after 4 s", "ssh was killed; tries again in 1 s, then less often"):
+        for line in ("no worker after 4 s (does a file such as ~/.bashrc there read standard input?)",
+                     "ssh was killed; tries again in 1 s, then less often"):
             assert "cservice: %s: %s\n" % (name, line) in local.said()
 
 
@@ -12706,12 +12707,15 @@ def test_a_worker_stays_for_longer_than_the_silence_that_ends_it(local):
     assert "again" not in local.said()
 
 
+BASHRC = "does a file such as ~/.bashrc there read standard input? It is not tried again"
+
+
 @pytest.mark.parametrize("status, says", [
     (255, "ssh failed; tries again in 1 s, then less often"),
     (111, "the worker ended; tries again in 1 s, then less often"),
     (100, "the worker ended with exit status 100, and is not started again"),
-    (0, "exit status 0 instead of a worker: is python3 in the PATH of `ssh box`? It is not tried again"),
-    (127, "exit status 127 instead of a worker: is python3 in the PATH of `ssh box`? It is not tried again")])
+    (0, "exit status 0 instead of a worker: is python3 in the PATH of `ssh box`? " + BASHRC),
+    (127, "exit status 127 instead of a worker: is python3 in the PATH of `ssh box`? " + BASHRC)])
 def test_what_follows_from_the_exit_status(local, status, says):
     process = local.serve("exit %d" % status, "box", local.key, "cat")
     until(lambda: "cservice: box: %s\n" % says in local.said(), "the line")
@@ -13739,7 +13743,7 @@ def test_exceptions_come_with_the_traceback_there(pooled):
         """)
     assert out.count('raise kind("reason")        # here') == 2
     assert "\nKeyError: 'reason'\n" in out and "On %s:\nTraceback" % os.uname().nodename in out
-    assert "the function raised __mp_main__.Mine: reason (__main__.Mine is not known here" in out
+    assert "\nMine: reason\n" in out       # the program's own class
 
 
 def test_ten_thousand_calls_and_large_ones(pooled):
