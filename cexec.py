@@ -4617,6 +4617,7 @@ class Names:
         self.directories = {}       # the path of a directory: its identity
         self.read, self.written = {}, {}        # the first half of an identity: {the second half: who}
         self.made = {}              # (the inode, the time of change) of what was made here: who
+        self.parts = {}             # the inode of an unfinished output: its open file
         self.errors, self.count = None, 0       # the identity of the directory of --errors; how many files it gets
         self.inputs = {}            # a directory that -i names: its Listing
         self.keys = []              # private keys that are left out
@@ -4806,7 +4807,22 @@ class Names:
             return None
         return max((one.st_mtime_ns for one in inside if one and not stat.S_ISDIR(one.st_mode)), default=None)
 
-    # What has got its name
+    # What is written, and has got its name
+
+    def note_part_open(self, file):
+        self.parts[os.fstat(file.fileno()).st_ino] = file
+
+    def forget_part(self, file):
+        self.parts.pop(os.fstat(file.fileno()).st_ino, None)
+
+    def check_part(self, path, found):
+        """Raises OSError if what was found as an unfinished output is one that a job writes now, or is read."""
+        self.check_there(path)
+        part = self.parts.get(found.st_ino)     # a lock does not tell: each way to a file may have its own
+        now = part and os.fstat(part.fileno())
+        if now and (now.st_mtime_ns, now.st_ctime_ns, now.st_size) == (
+                found.st_mtime_ns, found.st_ctime_ns, found.st_size):
+            raise OSError(errno.EBUSY, "another job of this batch writes it", path)
 
     def note_made(self, found, who):
         self.made[found.st_ino, found.st_mtime_ns] = who
@@ -6866,9 +6882,11 @@ class Task:
                 if not ours and (not stat.S_ISREG(found.st_mode) or found.st_nlink > 1
                                  or found.st_uid != os.geteuid()):
                     raise OSError(errno.EEXIST, "is not a file that cexec has left there", self.part)
-                self.terms.names.check_there(self.part)
+                if not ours:
+                    self.terms.names.check_part(self.part, found)
                 if os.path.samestat(found, os.stat(self.part)):
                     part.truncate(0)
+                    self.terms.names.note_part_open(part)
                     return part
             except FileNotFoundError:
                 pass                # another cexec has just renamed or removed it: try again
@@ -6903,11 +6921,13 @@ class Task:
             self.terms.names.check_there(self.output)
             name_part(self.result, self.part, self.output)
             self.terms.names.note_made(os.fstat(self.result.fileno()), self)
+            self.terms.names.forget_part(self.result)
 
     def discard(self):
         """Removes the unfinished output."""
         if self.result and self.output is not None:
             drop_part(self.part)
+            self.terms.names.forget_part(self.result)
         self.close()
 
     def close(self, *names):

@@ -8136,6 +8136,22 @@ def test_names_that_only_look_alike_are_not_refused(cluster, line):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("names, said", [
+    (["over", "up"], b"disk/up/.x.part: another job of this batch writes it"),
+    (["over", "else", "up"], b"disk/up/x: the same file as a result of over")])
+def test_two_names_that_become_one_file_when_they_are_written(cluster, names, said):
+    """An overlay and what lies below it: neither name is there before, and their directories are not one."""
+    need("root", "unshare", "mount")
+    cluster.worker("sh", "-c", 'echo "$PEER_FILE"', env={"CONCURRENCY": "1"})
+    os.mkdir(cluster.path("disk"))
+    script = ('mount -t tmpfs none disk && cd disk && mkdir low up work over else && '
+              'mount -t overlay -o lowerdir=low,upperdir=up,workdir=work none over && cd .. && "$@"; '
+              'echo $?; cat disk/up/x; ls -A disk/up')
+    words = cluster.argv("cexec", "-mn", "-j", "1", "-o", "disk/{}/x", cluster.pub, "--", *names)
+    done = cluster.do(["unshare", "-m", "sh", "-c", script, "sh", *words])
+    assert (done.stdout, done.stderr) == (b"1\nover\nx\n", b"cexec: up: " + said + b"\n")
+
+
 def test_outputs_on_standard_output_keep_their_order(cluster):
     """The first is slow: not more than 256 others are done meanwhile, with no more than the usual descriptors."""
     names = made_files(cluster, 400)
