@@ -3686,6 +3686,24 @@ def ended(pid):
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
+def killing_stopped(work):
+    """Returns what work() returns.  A child that is stopped meanwhile gets KILL, within a second."""
+    def look(number, frame):
+        try:
+            child = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG) if HOLDS_PIDS else None
+        except ChildProcessError:
+            return
+        if child:
+            os.kill(child.si_pid, signal.SIGKILL)
+    old = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    try:
+        return work()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
 def session_members(sessions):
     """Yields (pid, process group) of the sessions' processes, the newest first, without the first session's leader.
 
@@ -8579,8 +8597,11 @@ class Command(Carrier, Stateful):
             options = {"process_group": 0}
             if sys.version_info < (3, 11) or self.settings.user or self.directory or self.terminal is not None:
                 options = {"preexec_fn": lambda: self.prepare(report)}      # slower: it can't be a vfork
-            self.process = subprocess.Popen(self.words(), env=self.environment(), close_fds=True,
-                                            pass_fds=[number for number, _ in places if number > 2], **options)
+            # Popen waits for exec, and we for Popen.  Before exec the child becomes the user of -u: another process
+            # of this user could stop it, and we would not hear the client or cservice any more.
+            self.process = killing_stopped(lambda: subprocess.Popen(
+                self.words(), env=self.environment(), close_fds=True,
+                pass_fds=[number for number, _ in places if number > 2], **options))
         except subprocess.SubprocessError:
             status, _, reason = os.read(reader, 4096).decode().partition(" ")
             raise Fatal(int(status), reason) from None

@@ -6562,6 +6562,17 @@ def test_the_command_enters_its_directory_and_nothing_else(farm, options, change
         assert os.listdir(moved) == ["here"]
 
 
+def test_a_command_that_is_stopped_before_its_exec_holds_no_slot(farm):
+    """By another process of its user, which can do that as soon as the child has this user's rights."""
+    need("root")
+    become = "                become(user)\n"
+    altered(farm, (become, become + "                os.kill(os.getpid(), signal.SIGSTOP)\n"))
+    worker = farm.serve("-u", "nobody")
+    assert farm.work("-n", farm.pub, "echo").returncode == 128 + 9
+    assert all_gone(farm)
+    until(lambda: not children_of(worker.pid), "the end of all")
+
+
 def test_the_users_rights_remove_what_a_job_has_left(farm):
     """Files of others, which the job could move to its directory, stay, and are named once."""
     need("root")
