@@ -4399,7 +4399,8 @@ def remove_left(place, is_ours, user=None):
             fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
             try:
                 there = os.fstat(fd)
-                if there.st_uid == owner and time.time() - there.st_mtime > OLD_SECONDS:
+                # A time to come is of a clock that was wrong, or of a command that has set it.
+                if there.st_uid == owner and abs(time.time() - there.st_mtime) > OLD_SECONDS:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     remove_directory(name, place, user)
             finally:
