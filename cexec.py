@@ -4271,16 +4271,22 @@ def remove_directory(name, place=None, user=None):
         raise trouble or error from None
 
 
+LEVELS_MAX = 1000                   # levels of a tree that a removal remembers; what is deeper is moved to the top
+REMOVAL_SECONDS = 3600.0            # a removal gives up after so long: a process can make files faster than it removes
+
+
 class Emptying:
     """Removes all that is in a directory, in read-only and very deep directories too.
 
     Others may change it at the same time: so it is used by descriptors only, and no link is followed.
-    Only one is open at a time, as there may be any number of levels.
+    Only the top and one other are open at a time, as there may be any number of levels.
     """
 
     def __init__(self, name, place):
-        self.here = open_writable(name, place)
+        self.top = open_writable(name, place)
+        self.here = os.dup(self.top)
         self.disk = os.fstat(self.here).st_dev
+        self.deadline = time.monotonic() + REMOVAL_SECONDS
         self.above = []             # of each level above: (the name below it, its fstat(), its directories to do)
         self.trouble = None         # the first OSError
 
@@ -4289,9 +4295,12 @@ class Emptying:
         try:
             todo = self.unlink_files()
             while todo or self.above:
+                if time.monotonic() > self.deadline:
+                    raise OSError(errno.ETIMEDOUT, "not done in %g s: is a process at work there?" % REMOVAL_SECONDS)
                 todo = self.go_down(todo) if todo else self.go_up()
         finally:
             os.close(self.here)
+            os.close(self.top)
         if self.trouble:
             raise self.trouble
 
@@ -4312,6 +4321,9 @@ class Emptying:
 
     def go_down(self, todo):
         name = todo.pop()
+        if len(self.above) == LEVELS_MAX:
+            self.bring_up(name)
+            return todo
         try:
             below = open_writable(name, self.here)
         except OSError as error:
@@ -4325,6 +4337,16 @@ class Emptying:
         os.close(self.here)
         self.here = below
         return self.unlink_files()
+
+    def bring_up(self, name):
+        """Moves a directory from here to the top, to be removed from there."""
+        new, (_, _, todo) = os.urandom(8).hex(), self.above[0]
+        make_readable(name, self.here)          # without w its .. could not be changed
+        try:
+            os.rename(name, new, src_dir_fd=self.here, dst_dir_fd=self.top)
+            todo.append(new)
+        except OSError as error:
+            self.stays(name, error)
 
     def go_up(self):
         name, known, todo = self.above.pop()

@@ -5822,14 +5822,21 @@ def test_patterns_are_those_of_sh(tmp_path, pieces):
     assert compared > len(patterns) * 0.9, (compared, len(patterns))
 
 
-def test_any_directory_is_removed(tmp_path):
-    """Deep ones, read-only ones, odd names; what links lead to stays."""
+@pytest.mark.parametrize("levels", [1, 7, 10000])
+def test_any_directory_is_removed(tmp_path, levels):
+    """Deep ones, of which few levels are remembered, read-only ones, odd names; what links lead to stays."""
     keep = tmp_path / "keep"
     keep.write_text("x")
     place = tmp_path / "place"
     place.mkdir()
 
+    class Watched(cexec.Emptying):
+        def unlink_files(self):
+            assert len(self.above) <= levels
+            return super().unlink_files()
+
     def make_and_remove():
+        cexec.Emptying, cexec.LEVELS_MAX = Watched, levels
         if os.getuid() == 0:
             os.chown(str(place), 65534, 65534)
             os.chdir(str(place))
@@ -5840,6 +5847,7 @@ def test_any_directory_is_removed(tmp_path):
         os.chdir("job")
         for _ in range(1500):
             os.mkdir("d")
+            os.mkdir("e", 0)
             os.mkfifo("f")
             os.chdir("d")
         os.chdir(top)
@@ -5863,6 +5871,26 @@ def test_any_directory_is_removed(tmp_path):
             os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
     assert os.listdir(str(place)) == [] and keep.read_text() == "x"
+
+
+def test_a_removal_ends_although_somebody_makes_more(tmp_path, monkeypatch):
+    """A directory that is entered has another one by then."""
+    monkeypatch.setattr(cexec, "REMOVAL_SECONDS", 0.3, raising=False)
+    enter, entered = cexec.open_writable, []
+
+    def open_writable(name, place):
+        fd = enter(name, place)
+        os.mkdir("d", dir_fd=fd)
+        entered.append(name)
+        assert len(entered) < 50000
+        return fd
+    monkeypatch.setattr(cexec, "open_writable", open_writable)
+    monkeypatch.chdir(str(tmp_path))
+    os.mkdir("job")
+    with pytest.raises(OSError, match="not done in 0.3 s"):
+        cexec.remove_directory("job")
+    monkeypatch.undo()
+    cexec.remove_directory(str(tmp_path / "job"))
 
 
 @pytest.mark.parametrize("name", [b"x", b"long" * 40])
