@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import dis
 import errno
+import faulthandler
 import fcntl
 import fractions
 import functools
@@ -52,6 +53,7 @@ import termios
 import textwrap
 import threading
 import time
+import traceback
 import tracemalloc
 import uuid
 import wave
@@ -74,6 +76,7 @@ FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": 
 PORTS = itertools.count(4000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
 PATIENCE = 30.0                         # seconds until something that must happen has not
+DEADLINE = 300.0                        # seconds that a test may take
 # What the applets wait for is shorter here, so that tests need not wait for it: the program's text, another.
 HURRY = (("KILL_SECONDS = 5.0", "KILL_SECONDS = 1.0"), ("PENALTY = 2.0", "PENALTY = 0.5"),
          ("ENOUGH, PATIENCE = 1.2, 3.0", "ENOUGH, PATIENCE = 1.2, 1.8"))
@@ -211,6 +214,65 @@ def processes_with(marker):
                 if marker.encode() in read("/proc/%s/environ" % name) and state != b"Z":
                     found.append(int(name))
     return found
+
+
+# A test that hangs fails: the alarm raises an exception in it, every few seconds until it ends.  If that cannot
+# be, because signals are blocked or C code waits, the whole process ends, and says where it was.
+
+@pytest.fixture(autouse=True)
+def deadline(request):
+    """A test that takes longer than DEADLINE fails, and tells what waits."""
+    def over(number, frame):
+        told = "\n".join(["it has taken longer than %g s" % DEADLINE, *stacks(), *descendants()])
+        for pid in forks_of_ours():
+            os.kill(pid, signal.SIGKILL)
+        raise AssertionError(told)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        stderr = os.dup(2)
+    old = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE, 10.0)
+    faulthandler.dump_traceback_later(DEADLINE * 1.5, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
+    os.close(stderr)
+
+
+def stacks():
+    """Yields where each thread is."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        yield "\nThread %s:\n%s" % (names.get(ident, ident), "".join(traceback.format_stack(frame)))
+
+
+def children_of(pid):
+    """The pids of the children that its threads have started."""
+    found = []
+    for thread in glob.glob("/proc/%d/task/*/children" % pid):
+        with contextlib.suppress(OSError):
+            found += map(int, read(thread).split())
+    return found
+
+
+def all_below(pid):
+    """The pids of its children, of theirs, and so on."""
+    return [found for child in children_of(pid) for found in (child, *all_below(child))]
+
+
+def descendants():
+    """Yields a line for each process that this one has started: what it is, its state, and where it waits."""
+    for pid in all_below(os.getpid()):
+        with contextlib.suppress(OSError):
+            state = read("/proc/%d/stat" % pid).rpartition(b")")[2].split()[0].decode()
+            words = os.fsdecode(read("/proc/%d/cmdline" % pid).replace(b"\0", b" "))[-200:]
+            yield "%d %s in %s: %s" % (pid, state, read("/proc/%d/wchan" % pid).decode() or "?", words)
+
+
+def forks_of_ours():
+    """The children that are copies of this process: one may run on in our code."""
+    ours = read("/proc/self/cmdline")
+    return [pid for pid in all_below(os.getpid()) if read("/proc/%d/cmdline" % pid) == ours]
 
 
 class Cluster:
@@ -1558,12 +1620,6 @@ def size_of(cluster, name):
     return -1
 
 
-def children_of(pid):
-    with contextlib.suppress(OSError):
-        return [int(word) for word in read("/proc/%d/task/%d/children" % (pid, pid)).split()]
-    return []
-
-
 @functools.lru_cache(None)
 def pythons():
     """{(3, N): path} of the Pythons of this machine, from 3.6 up: pyenv's, those of PATH, and the one under test."""
@@ -1856,6 +1912,49 @@ def test_a_child_has_only_what_it_is_given():
 def test_there_is_one_way_to_fork():
     """In which a child cannot go on in its parent's code, nor hold what it does not need."""
     assert len(re.findall(rb"\b(?:os|pty)\.fork(?:pty)?\b", read(PROGRAM))) == 1
+
+
+# ---- The deadline of the tests themselves ----------------------------------
+
+HANGS = """import os, signal, subprocess, test_cexec
+from test_cexec import deadline
+test_cexec.DEADLINE = 2.0
+
+def test_waits_for_a_child_that_runs_on():
+    subprocess.Popen(["sleep", "1000"])
+    child = os.fork()
+    if not child:
+        while True:
+            signal.pause()
+    os.waitpid(child, 0)
+
+def test_is_fine():
+    for child in test_cexec.children_of(os.getpid()):
+        os.kill(child, 9)
+
+def test_waits_with_all_signals_blocked():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.Signals)
+    os.read(os.pipe()[0], 1)
+
+def test_is_fine_too():
+    pass
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-n", "1"]], ids=["alone", "beside others"])
+def test_a_test_that_hangs_fails_and_tells_what_waits(tmp_path, options):
+    if options and "xdist" not in sys.modules:
+        skip("pytest-xdist is not installed")
+    put(tmp_path / "test_hangs.py", HANGS)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "test_hangs.py"],
+                          cwd=str(tmp_path), env=dict(os.environ, PYTHONPATH=HERE, PYTEST_ADDOPTS=""),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE * 4)
+    said = done.stdout.decode()
+    assert "in test_waits_with_all_signals_blocked" in said, said
+    if options:                     # alone, the run ends there
+        assert "2 failed, 2 passed" in said, said
+        assert "it has taken longer than 2 s" in said and "os.waitpid(child, 0)" in said, said
+        assert re.search(r"\d+ S in \S+: .*-c", said) and re.search(r"\d+ S in \S+: sleep 1000", said), said
 
 
 # ---- Options and settings --------------------------------------------------
