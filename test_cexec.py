@@ -76,7 +76,7 @@ FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": 
 PORTS = itertools.count(4000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 HEAVY = pytest.mark.xdist_group("heavy") if "xdist" in sys.modules else lambda test: test      # not two at a time
 PATIENCE = 30.0                         # seconds until something that must happen has not
-DEADLINE = 300.0                        # seconds that a test may take
+DEADLINE, GRACE = 300.0, 60.0           # seconds that a test may take; after so many more its process ends
 # What the applets wait for is shorter here, so that tests need not wait for it: the program's text, another.
 HURRY = (("KILL_SECONDS = 5.0", "KILL_SECONDS = 1.0"), ("PENALTY = 2.0", "PENALTY = 0.5"),
          ("ENOUGH, PATIENCE = 1.2, 3.0", "ENOUGH, PATIENCE = 1.2, 1.8"))
@@ -231,7 +231,7 @@ def deadline(request):
         stderr = os.dup(2)
     old = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, DEADLINE, 10.0)
-    faulthandler.dump_traceback_later(DEADLINE * 1.5, exit=True, file=stderr)
+    faulthandler.dump_traceback_later(DEADLINE + GRACE, exit=True, file=stderr)
     yield
     faulthandler.cancel_dump_traceback_later()
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -1918,7 +1918,7 @@ def test_there_is_one_way_to_fork():
 
 HANGS = """import os, signal, subprocess, test_cexec
 from test_cexec import deadline
-test_cexec.DEADLINE = 2.0
+test_cexec.DEADLINE, test_cexec.GRACE = 2.0, 10.0
 
 def test_waits_for_a_child_that_runs_on():
     subprocess.Popen(["sleep", "1000"])
