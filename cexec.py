@@ -2569,6 +2569,7 @@ class End:
     patient = False                 # to be written only when poll says so, PIPE_BUF at most
     terminal = False                # to be read only in the foreground, or it would stop us
     watched = False                 # whether poll tells that nobody will ever read the other end again
+    typed = b""                     # what was read before, and is the first for read_into()
 
     def __init__(self, fd, polled, release, halves):
         self.fd, self.polled, self.release, self.halves = fd, polled, release, set(halves)
@@ -2824,7 +2825,7 @@ class Source(Stream):
             return                  # the End may be closed, and another file have its number
         if self.replay:
             self._replay_held()
-        while self.state is DRAINING and self._wanted() and self.end.may_read():
+        while (self.state is DRAINING or self.end.typed) and self._wanted() and self.end.may_read():
             self.readable()
         self.watch(self.readable if self._wanted() else None)
 
@@ -3514,6 +3515,7 @@ class TerminalEnd(End):
         super().__init__(fd, number, self.restore, ["read", "write"])
         self.patient = fd == number             # it could not be opened again, so a write may block
         self.saved = None           # while it is taken: the modes that restore() sets again
+        self.typed = b""            # before it was raw
         self.at = "start"           # where we are in the line: at its "start"; after a "tilde" there, which is
                                     # held back; or "within" it
         self.signalled = signalled
@@ -3538,11 +3540,30 @@ class TerminalEnd(End):
             return False
         try:
             self.saved = self.saved or termios.tcgetattr(self.fd)
+            if raw:
+                self.keep_lines()
             (tty.setraw if raw else tty.setcbreak)(self.fd, termios.TCSANOW)
         except termios.error as error:
             raise OSError(*error.args) from None
         log.on_raw_terminal(raw)
         return True
+
+    def keep_lines(self):
+        """Keeps what was typed while the terminal had lines: raw mode makes a NUL of each ^D there."""
+        import termios
+        modes = termios.tcgetattr(self.fd)
+        if not modes[3] & termios.ICANON or not hasattr(select, "poll"):
+            return
+        none, end = bytes([os.fpathconf(self.fd, "PC_VDISABLE")]), modes[6][termios.VEOF]
+        ends = {b"\n", modes[6][termios.VEOL]} - {none}
+        # From now on ^D is a byte like others.  So none is lost between the last line here and raw mode.
+        modes[6][termios.VEOF] = none
+        termios.tcsetattr(self.fd, termios.TCSANOW, modes)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while len(self.typed) < FRAME_MAX and [found for _, found in poll.poll(0)] == [select.POLLIN]:
+            line = os.read(self.fd, FRAME_MAX)
+            self.typed += line if line[-1:] in ends else line + end
 
     def restore(self):
         """Sets its old modes again, unless a shell or another job has the terminal by now."""
@@ -3560,7 +3581,8 @@ class TerminalEnd(End):
         if not size:                # no room for the tilde and another byte: send the tilde, it is no escape
             self.at, view[0] = "within", ord("~")
             return 1
-        typed = os.read(self.fd, size)
+        typed, self.typed = self.typed[:size], self.typed[size:]
+        typed = typed or os.read(self.fd, size)
         sent = self.without_escapes(typed)
         if typed and not sent:
             raise BlockingIOError
@@ -6162,7 +6184,6 @@ class Run(RemoteRun):
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
             self.loop.after(0, self.take_terminal)      # later: it may stop us, so a TERM that waits must go first
-            self.refresh()
         elif number == signal.SIGTSTP:
             self.job.terminal.restore()
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -6177,6 +6198,7 @@ class Run(RemoteRun):
         except OSError as error:
             log.note("the terminal stays as it is: %s", error.strerror)
         self.link.send(RESIZE, **self.job.terminal.size())
+        self.refresh()
 
     def stop_here(self):
         """Stops this process, as the command is stopped; but first sends the signal that is queued in the link."""

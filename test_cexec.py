@@ -3724,6 +3724,30 @@ def test_nothing_is_taken_from_a_terminal_in_the_background(monkeypatch):
     close_all(near, far)
 
 
+@pytest.mark.parametrize("modes, typed, lines, rest", [
+    ("sane", b"\x04", b"\x04", b""), ("sane", b"a\r\x04", b"a\n\x04", b""),
+    ("sane", b"a\x04\x04b", b"a\x04\x04", b"b"), ("sane", b"a\0\r\0\x04b\0", b"a\0\n\0\x04", b"b\0"),
+    ("sane", b"a\x16\x04\r", b"a\x04\n", b""), ("sane", 4000 * b"x" + b"\r\x04", 4000 * b"x" + b"\n\x04", b""),
+    ("sane eof ^B", b"a\x04\r\x02", b"a\x04\n\x02", b""), ("sane eol ^E", b"a\x05b\r", b"a\x05b\n", b""),
+    ("sane eof undef", b"a\x04\r\x04", b"a\x04\n", b"\x04"), ("raw", b"a\n\x04", b"", b"a\n\x04")])
+def test_an_end_of_file_that_was_typed_before_the_terminal_was_raw(modes, typed, lines, rest):
+    """It is a key for the command, where raw mode alone would make a NUL of it.  What has no end yet is read as ever."""
+    near, far = pty.openpty()
+    subprocess.run(["stty", "-F", os.ttyname(far), *modes.split()], check=True)
+    before, end = termios.tcgetattr(far), terminal_end(far)
+    os.write(near, typed)
+    assert select.select([far], [], [], PATIENCE)[0]
+    assert end.take() and end.typed == lines and is_raw(near)
+    os.write(near, b"\x04late")
+    got, view = b"", memoryview(bytearray(1000))
+    while len(got) < len(lines + rest) + 5:
+        got += bytes(view[:end.read_into(view)])
+    assert got == lines + rest + b"\x04late"
+    end.restore()
+    assert termios.tcgetattr(far) == before
+    close_all(near, far)
+
+
 # ---- cexec: searches, with workers in the test's hands ---------------------
 
 @pytest.mark.parametrize("limit", [128, 1024])
@@ -7357,6 +7381,24 @@ def test_oracle_interrupt_and_end_of_file_keys(one, tmp_path):
     typed = [(b"ready", b"one\n"), (b"got one", b"\x04"), (b"eof", b"end\n"), (b"done-end", b"\x03")]
     status, shown, _ = both(one, tmp_path, lambda side: on_terminal(side, "exec RUN", command, typed=typed))
     assert status == 6 and b"int" in shown
+
+
+@pytest.mark.parametrize("typed", [b"\x04", b"one\n\x04", b"one\ntwo\x04\x04", b"\x04one\n\x04"])
+def test_oracle_an_end_of_file_before_the_terminal_is_raw(one, tmp_path, typed):
+    command = "cat; echo; cat; exit 5" if typed[:1] == b"\x04" and typed[1:] else "cat; exit 5"
+    status, shown, _ = both(one, tmp_path, lambda side: on_terminal(
+        side, "sleep 0.3; RUN", command, modes="sane -onlcr -echo", typed=[(b"", typed)]))
+    assert (status, shown) == (5, b"\n" * typed.startswith(b"\x04one") + typed.replace(b"\x04", b""))
+
+
+def test_oracle_script_without_an_input(one, tmp_path):
+    """It types an end of file at once."""
+    need("script")
+
+    def seen(side):
+        run = side.shell().replace(" cexec ", " cexec -t ", 1)
+        return ended(one.do(["script", "-qec", run, "/dev/null"], stdin=subprocess.DEVNULL, env={"CMD": "cat; exit 3"}))
+    assert both(one, tmp_path, seen)[0] == 3
 
 
 @pytest.mark.parametrize("command, status", [("exit 0", 0), ("exit 255", 255), ("kill -TERM $$", 143),
