@@ -212,7 +212,7 @@ class Log:
         self.verbose = False
         self.fd, self.newline, self.shown = 2, "\n", ""
         self.midline = False        # whether what was written last has not ended its line
-        self.said = set()           # by once()
+        self.said = collections.deque(maxlen=64)        # the last messages and topics of once()
 
     def begin(self, applet):
         """This process is that applet."""
@@ -243,7 +243,7 @@ class Log:
     def once(self, message, topic=None):
         """Says a message only the first time, or the first one of its topic."""
         if (topic or message) not in self.said:
-            self.said.add(topic or message)
+            self.said.append(topic or message)
             self.say(message)
 
     def say(self, message):
@@ -9150,10 +9150,10 @@ class Supervisor(Stateful):
     def abandon(self, reason):
         """The client has gone, or we got TERM: ends the command and all processes that it has started."""
         # After the last EXIT there is no command to end, and this process ends too.  But if a part of EXIT
-        # is still in our queue, close_when_sent() goes on; link_lost() ends us if the client has gone.
-        if self.state is OVER and not self.link.congested:
-            return self.loop.stop()
-        if self.state in (OVER, GONE):
+        # is still in our queue, the client has a moment to take it: perhaps it never reads again.
+        if self.state is OVER:
+            return self.loop.after(KILL_SECONDS if self.link.congested else 0, self.loop.stop)
+        if self.state is GONE:
             return
         log.note("abandons the job: %s", reason)
         self._set(GONE)

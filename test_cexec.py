@@ -2152,6 +2152,16 @@ def test_variables_are_bytes_in_any_locale(monkeypatch):
     assert word == b"X=\xe9\xff\xc3\xa9"
 
 
+def test_messages_that_are_said_once_are_remembered_up_to_a_limit(monkeypatch):
+    log, said = cexec.Log(), []
+    monkeypatch.setattr(log, "say", said.append)
+    for number in range(1000):
+        for _ in range(2):
+            log.once("%d of a peer's making" % number)
+            log.once("of one topic", topic=str(number))
+    assert len(said) == 2000 and len(log.said) < 100
+
+
 # ---- Keys ------------------------------------------------------------------
 
 
@@ -3731,7 +3741,7 @@ def test_nothing_is_taken_from_a_terminal_in_the_background(monkeypatch):
     ("sane eof ^B", b"a\x04\r\x02", b"a\x04\n\x02", b""), ("sane eol ^E", b"a\x05b\r", b"a\x05b\n", b""),
     ("sane eof undef", b"a\x04\r\x04", b"a\x04\n", b"\x04"), ("raw", b"a\n\x04", b"", b"a\n\x04")])
 def test_an_end_of_file_that_was_typed_before_the_terminal_was_raw(modes, typed, lines, rest):
-    """It is a key for the command, where raw mode alone would make a NUL of it.  What has no end yet is read as ever."""
+    """Raw mode alone would make a NUL of it.  What has no end yet is read as ever."""
     near, far = pty.openpty()
     subprocess.run(["stty", "-F", os.ttyname(far), *modes.split()], check=True)
     before, end = termios.tcgetattr(far), terminal_end(far)
@@ -10619,6 +10629,24 @@ def test_clients_that_never_close_are_bounded(cluster):
             pids += set(children_of(worker.pid)) - set(pids)
         until(lambda: children_of(worker.pid) == pids[:1] + pids[4:], "the end of the first three of the second name")
     until(lambda: not children_of(worker.pid), "the end of all")
+    no_defect(read(worker.log))
+
+
+def test_a_service_ends_though_an_exit_is_queued_to_a_client_that_never_reads(cluster):
+    """At the second signal; both hosts' buffers are made so small that EXIT does not go into them."""
+    line = "        how, status, reason = self.command.result\n"
+    altered(cluster, (line, line + "        self.link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)\n"),
+            KILL_SECONDS="0.5")
+    worker = cluster.worker("true")
+    with Asker(cluster) as asker:
+        asker.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        rows = [(number, number, cexec.FLAG_OUTPUT) for number in range(500)]
+        with asker.begin(**filled(cexec.JOB, descriptors=rows)):
+            until(lambda: "done" in read(worker.log).decode(), "the end of the job")
+            for _ in range(2):
+                worker.send_signal(signal.SIGTERM)
+                until(lambda: b"draining" in read(worker.log), "draining")
+            assert worker.wait(PATIENCE) == 0
     no_defect(read(worker.log))
 
 
