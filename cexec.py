@@ -10178,9 +10178,10 @@ class Worker:
             self.drain()
 
     def clear_up(self):
-        """Begins to remove the directories that a crash has left."""
+        """Begins to remove the directories that a crash has left; once more when those are old that were too young."""
         if self.settings.place:
             self.supervisors.removals.remove_left()
+            self.loop.after(OLD_SECONDS + 1, self.supervisors.removals.remove_left)
 
     def drain(self):
         """Makes no more offers, and stops when the last job is over; until then it still answers QUERY."""

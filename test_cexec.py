@@ -6669,14 +6669,23 @@ def test_what_a_crash_has_left_goes_at_the_next_start(farm):
     farm.worker_of_job.wait()
     client.wait(PATIENCE)
     path, = (os.path.join(farm.place, name) for name in os.listdir(farm.place))
-    farm.serve()
-    assert os.path.exists(path)                 # too new to be sure
-    os.utime(path, (1, 1))
     for pid in farm.alive():
         if read("/proc/%d/comm" % pid) == b"sleep\n":
             os.kill(pid, signal.SIGKILL)
+    worker = farm.serve()
+    until(lambda: not children_of(worker.pid), "the first look")
+    assert os.path.exists(path)                 # too new to be sure
+    os.utime(path, (1, 1))
     farm.serve()
     until(lambda: not os.path.exists(path), "its removal")
+
+
+def test_what_a_crash_has_left_just_now_goes_a_little_later(farm):
+    """As when cservice is started again at once."""
+    altered(farm, OLD_SECONDS=2.0)
+    os.mkdir(os.path.join(farm.place, "cexec.0123456789abcdef"))
+    farm.serve()
+    until(lambda: left(farm) == [], "its removal")
 
 
 def waiting_job(farm, asker, *arguments):
