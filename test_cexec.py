@@ -5888,6 +5888,19 @@ def test_an_archive_that_is_refused(tmp_path, what):
     assert os.listdir(str(tmp_path)) == ["in"] and not os.path.islink(str(tmp_path / "in" / "x"))
 
 
+@pytest.mark.parametrize("name, kind", [(b"a/" * 50, stat.S_IFDIR), (b"n" * 200, stat.S_IFREG)])
+def test_more_names_than_a_reader_keeps_are_refused(tmp_path, monkeypatch, name, kind):
+    """A directory within many makes many; memory for the names has an end."""
+    monkeypatch.setattr(cexec, "NAMES_MAX", 100000, raising=False)
+    data = [cexec.member_head(b"%d%s" % (number, name), kind | 0o700, 0, 0) for number in range(1000)]
+    few = sum(map(len, data[:5]))
+    unpacked(b"".join(data)[:few] + END, str(tmp_path / "few"))
+    with pytest.raises(cexec.ProtocolError, match="too many files"):
+        unpacked(b"".join(data) + END, str(tmp_path / "many"))
+    made = sum(len(names) + len(files) for _, names, files in os.walk(str(tmp_path / "many")))
+    assert made <= 100000 / 100
+
+
 def test_an_archive_cut_anywhere_is_refused(tmp_path):
     whole = packed((b"a", b"x" * 600), (b"d", None), (b"d/" + b"n" * 200, b"y"), (b"zero", bytes(2000))) + END
     for size in [*range(0, len(whole), 512), *range(100, len(whole), 700)]:
