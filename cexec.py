@@ -1,8 +1,12 @@
 #!/bin/sh
 """:"; [ -d /dev/stdin ] && { echo "${0##*/}: standard input is a directory" >&2; exit 100; }
 exec python3 -S -c 'import sys
-with open(sys.argv[1], "rb") as file: file.seek(-4096, 2); text = file.read()
-exec(text.rpartition(b"# START")[2])' "$0" "$@"
+try:
+    with open(sys.argv[1], "rb") as file: file.seek(-4096, 2); text = file.read()
+    exec(text.rpartition(b"# START")[2])
+except KeyboardInterrupt:
+    import os, signal
+    signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)' "$0" "$@"
 # That is for sh: the last section of this file, The door, explains it.
 
 cexec: run a command on the least loaded machine of the network.
@@ -14665,12 +14669,22 @@ def code_of(path):
     return marshal.loads(data)
 
 
+def drop_relative_places():
+    """No module is imported from the current directory: for -c, or an empty or relative place in PYTHONPATH."""
+    sys.path[:] = [place for place in sys.path if place.startswith("/")]
+    import os
+    try:                            # Python 3.11 has made PYTHONPATH's absolute
+        ours = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "/").split(":") if place[:1] != "/"}
+    except OSError:                 # the current directory was removed
+        ours = ()
+    sys.path[:] = [place for place in sys.path if place not in ours]
+
+
 def enter():
     """Runs this file as the module cexec: argv is -c, the file's path, and its arguments."""
     import gc
     gc.disable()                    # until started_up(): it would cost 10 ms, and find nothing
-    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-        del sys.path[0]             # never import modules from the current directory
+    drop_relative_places()
     import os
     del sys.argv[0]
     module = sys.modules["cexec"] = type(sys)("cexec")
@@ -14682,10 +14696,4 @@ def enter():
 
 
 if __name__ == "__main__":
-    try:
-        enter() if sys.argv[0] == "-c" else main(sys.argv)
-    except KeyboardInterrupt:       # before main() was there
-        import os
-        import signal
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    enter() if sys.argv[0] == "-c" else main(sys.argv)

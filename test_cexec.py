@@ -69,7 +69,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
 PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
-    BOOT = shlex.split("".join(program.readlines()[2:5]))[2:-2]        # what sh has Python do: -S -c '...'
+    BOOT = shlex.split("".join(program.readlines()[2:9]))[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
 FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
@@ -14876,7 +14876,7 @@ def link_of(cluster, text):
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout
         return done.stdout.decode().strip()
-    return SimpleNamespace(version=version, copy=copy, cache=cluster.path("cache/cexec"), path=cluster.path)
+    return SimpleNamespace(version=version, copy=copy, cache=cluster.path("cache/cexec"), path=cluster.path, env=env)
 
 
 def only_file(directory):
@@ -14946,7 +14946,7 @@ def test_the_door_fits_into_what_is_read_of_it():
 def door(cluster):
     """The same of a file that has nothing but its version and the door, and is compiled in no time."""
     text = read(PROGRAM).decode()
-    head, place = "".join(text.splitlines(True)[:5]) + '"""\n', text.index("def show_in_ps")
+    head, place = "".join(text.splitlines(True)[:9]) + '"""\n', text.index("def show_in_ps")
     main = 'import os, signal, sys\nVERSION = "1.0"\ndef main(argv):\n    print("cexec " + VERSION)\n'
     return link_of(cluster, head + main + "# MAKE\n".join(["", text.split("\n# MAKE\n")[1], text[place:]]))
 
@@ -15039,6 +15039,29 @@ def test_an_interrupt_during_the_start_is_no_traceback(door, kept):
         done = subprocess.run([door.path("bin/cexec"), "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               env=dict(os.environ, XDG_CACHE_HOME=door.path("cache")), timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.parametrize("place", ["# START\n", "def enter():\n", "    del sys.argv[0]\n"])
+def test_an_interrupt_before_there_is_a_program_is_no_traceback(door, place):
+    """At the first bytes of what is read, before anything in it is run that could catch it, and later."""
+    text = read(door.copy).decode()
+    before, found, after = text.rpartition(place)
+    now = "import os; os.kill(os.getpid(), 2)\n"
+    indent = " " * (4 if found.endswith(":\n") else len(found) - len(found.lstrip()))
+    put(door.copy, before + found + indent + now + after, 0o755)
+    done = subprocess.run(["sh", "-c", 'exec "$0" --version', door.path("bin/cexec")], timeout=PATIENCE,
+                          env=door.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.parametrize("value", [None, "", ":", ".", "there", "/usr/nowhere:", "/usr/nowhere:there"])
+def test_nothing_is_imported_from_the_current_directory(door, tmp_path, value):
+    for place in (tmp_path / "here", tmp_path / "here/there"):
+        os.mkdir(str(place))
+        for name in ("hashlib", "os", "marshal", "stat", "signal"):
+            put(place / (name + ".py"), "raise SystemExit('from here')")
+    for _ in range(2):
+        assert door.version("cd %s && " % shlex.quote(str(tmp_path / "here")), PYTHONPATH=value) == "cexec 1.0"
 
 
 def test_where_there_is_no_room_for_code_no_half_of_it_is_left(door):
