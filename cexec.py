@@ -4303,6 +4303,7 @@ def remove_directory(name, place=None, user=None):
 
 
 LEVELS_MAX = 1000                   # levels of a tree that a removal remembers; what is deeper is moved to the top
+AGAIN_MAX = 100                     # so often a removal begins again, because another process moves directories there
 REMOVAL_SECONDS = 3600.0            # a removal gives up after so long: a process can make files faster than it removes
 
 
@@ -4319,6 +4320,7 @@ class Emptying:
         self.disk = os.fstat(self.here).st_dev
         self.deadline = time.monotonic() + REMOVAL_SECONDS
         self.above = []             # of each level above: (the name below it, its fstat(), its directories to do)
+        self.begun_again = 0
         self.trouble = None         # the first OSError
 
     def work(self):
@@ -4357,6 +4359,8 @@ class Emptying:
             return todo
         try:
             below = open_writable(name, self.here)
+        except FileNotFoundError:
+            return todo
         except OSError as error:
             self.stays(name, error)
             return todo
@@ -4381,11 +4385,14 @@ class Emptying:
 
     def go_up(self):
         name, known, todo = self.above.pop()
-        parent = os.open("..", DIRECTORY_FLAGS, dir_fd=self.here)
+        try:
+            parent = os.open("..", DIRECTORY_FLAGS, dir_fd=self.here)
+        except FileNotFoundError:   # another process has removed the directory
+            parent = os.dup(self.top)
         os.close(self.here)
         self.here = parent
         if not os.path.samestat(os.fstat(parent), known):
-            raise OSError(errno.EBUSY, "was moved while it was removed", name)
+            return self.begin_again(name)
         try:
             os.rmdir(name, dir_fd=parent)
         except FileNotFoundError:
@@ -4393,6 +4400,15 @@ class Emptying:
         except OSError as error:
             self.stays(name, error)
         return todo
+
+    def begin_again(self, name):
+        """Another process has moved or removed the directory: only from the top do we find the others."""
+        self.begun_again += 1
+        if self.begun_again > AGAIN_MAX:
+            raise OSError(errno.EBUSY, "was moved while it was removed", name)
+        os.close(self.here)
+        self.here, self.above = os.dup(self.top), []
+        return self.unlink_files()
 
     def stays(self, name, error):
         if not self.trouble:

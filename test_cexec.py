@@ -6019,6 +6019,38 @@ def test_any_directory_is_removed(tmp_path, levels):
     assert os.listdir(str(place)) == [] and keep.read_text() == "x"
 
 
+@pytest.mark.parametrize("change", ["removed", "moved", "moved each time", "is away"])
+def test_a_removal_goes_on_although_somebody_is_at_work_there(tmp_path, monkeypatch, change):
+    """Of a directory that is gone, and is not found from there any more, nothing stays."""
+    monkeypatch.chdir(str(tmp_path))
+    os.makedirs("job/a/b/c")
+    os.makedirs("job/d/e")
+    os.makedirs("job/a/f/g")
+    enter, entered = cexec.open_writable, []
+
+    def open_writable(name, place):
+        if change == "is away" and name == "b":
+            shutil.rmtree("job/a/b")
+        fd = enter(name, place)
+        if name == "b" and (change == "moved each time" or name not in entered):
+            entered.append(name)
+            if change == "removed":
+                shutil.rmtree("job/a")
+            else:
+                path = os.readlink("/proc/self/fd/%d" % fd)
+                os.rename(path, "away%d" % len(entered))
+                os.makedirs(path)
+        return fd
+    monkeypatch.setattr(cexec, "open_writable", open_writable)
+    if change == "moved each time":
+        with pytest.raises(OSError, match="was moved while it was removed"):
+            cexec.remove_directory("job")
+        assert os.path.isdir("job/a/b")
+    else:
+        cexec.Emptying("job", None).work()
+        assert os.listdir("job") == []
+
+
 def test_a_removal_ends_although_somebody_makes_more(tmp_path, monkeypatch):
     """A directory that is entered has another one by then."""
     monkeypatch.setattr(cexec, "REMOVAL_SECONDS", 0.3, raising=False)
