@@ -10385,7 +10385,7 @@ def warn_of_command(settings):
 
 
 def slim_down(words):
-    """Starts this applet again through The door, in the same process, if it was started as `python3 cexec.py`.
+    """Starts this applet again through The door, in the same process, if Python was given a file.
 
     Python keeps the syntax tree of a script in memory as long as it runs: 10 MB, which a service
     does not need.  Returns if there is no file (python3 -), or no docstring (python3 -OO).
@@ -10396,7 +10396,8 @@ def slim_down(words):
     elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
         options = subprocess._args_from_interpreter_flags()     # multiprocessing uses this too
         options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the first lines of this file
-        os.execv(sys.executable, [sys.executable, *options, __file__, log.applet, *words])
+        named = os.path.basename(__file__) == log.applet        # it was started as `python3 LINK`
+        os.execv(sys.executable, [sys.executable, *options, __file__, *[log.applet][named:], *words])
 
 
 def find_user(name):
@@ -14516,6 +14517,7 @@ def main(argv):
 #     ./cexec.py cexec ..., a link        sh, enter(), main() in the module
 #     python3 cexec.py cexec ...          main() in the file
 #     python3 cexec.py cservice ...       the same, then slim_down(), enter(), main() in the module
+#     python3 LINK ...                    as cexec.py and the link's name
 #     python3 - cservice ... < cexec.py   main() in standard input: slim_down() has no file
 #     import cexec                        nothing is started
 #

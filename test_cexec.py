@@ -15153,6 +15153,41 @@ def test_a_service_that_python_was_given_as_a_file_starts_again_by_the_door(clus
     assert cluster.client(input=b"hello").stdout == b"hello"
 
 
+WAYS = {"a link": ["bin/{}"], "a link given to Python": [PYTHON, "bin/{}"], "another name": ["bin/another", "{}"],
+        "the file": [PROGRAM, "{}"], "the file given to Python": [PYTHON, PROGRAM, "{}"],
+        "another name given to Python": [PYTHON, "bin/another", "{}"], "standard input": [PYTHON, "-", "{}"]}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["compiled", "kept"])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_applet_does_its_work_however_it_is_started(cluster, way, kept):
+    """All five, with one job."""
+    def start(applet, *words, **options):
+        with open(PROGRAM) as program:
+            argv = [word.format(applet) for word in WAYS[way]]
+            return cluster.popen([*argv, *words], env=env, stdin=program, stderr=subprocess.STDOUT, **options)
+
+    def done(*words):
+        process = start(*words, stdout=subprocess.PIPE)
+        return process.communicate(timeout=PATIENCE)[0], process.returncode
+
+    cluster.run("--install", cluster.path("bin"), check=True)
+    for name, target in (("python3", PYTHON), ("another", PROGRAM)):
+        os.symlink(target, cluster.path("bin/" + name))
+    env = {"PATH": cluster.path("bin") + ":" + os.environ["PATH"]}
+    if not kept:
+        env["XDG_CACHE_HOME"] = cluster.path("nowhere")
+    assert done("ckeygen", "new", "new.pub") == (b"", 0)
+    with open(cluster.path("log"), "wb") as log:
+        logger, relay = start("crat", "new.pub", stdout=log), start("cproxy", "127.0.0.1", "127.255.255.255:9")
+        worker = start("cservice", "new", "echo", "served", stdout=subprocess.DEVNULL)
+    for process in logger, relay, worker:
+        until(lambda process=process: listening(process.pid) or process.poll() is not None, "its start")
+    assert [process.poll() for process in (logger, relay, worker)] == [None] * 3
+    assert done("cexec", "-n", "new.pub") == (b"served\n", 0)
+    until(lambda: b"completed" in read(cluster.path("log")), "the line in the log")
+
+
 @pytest.mark.parametrize("env", [{}, {"PYTHONSAFEPATH": "1"}])
 def test_modules_that_lie_about_are_not_imported(linked, env):
     """Neither beside the file nor where it is run, before and after the code is kept."""
