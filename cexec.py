@@ -14548,6 +14548,7 @@ def show_in_ps():
 
 # MAKE
 KEPT_MAX = 8                        # files in the cache: two for each path of this file and each version of Python
+KEPT_NAME = r"(?s)%.*\.[\w-]+\.(cexec|all)(\.[0-9]+\.part)?\Z"     # what kept_path() and write_kept() make
 
 
 def compiled(path):
@@ -14595,32 +14596,53 @@ def made_by_child(make):
     return None if os.waitpid(child, 0)[1] else made
 
 
+def opened_cache(path):
+    """A descriptor of this directory, made if need be.  Raises OSError if others may write there, or it is a link."""
+    os.makedirs(path, 0o700, exist_ok=True)
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    about = os.fstat(directory)
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        os.close(directory)
+        raise OSError("not ours alone")
+    return directory
+
+
+def prune(directory):
+    """Removes the oldest files of the cache if there are too many, and no file of another name.  Raises OSError."""
+    import re
+    times = {name: os.stat(name, dir_fd=directory, follow_symlinks=False).st_mtime
+             for name in os.listdir(directory) if re.match(KEPT_NAME, name)}
+    for oldest in sorted(times, key=times.get)[:-KEPT_MAX]:
+        os.unlink(oldest, dir_fd=directory)
+
+
 def write_kept(kept, data):
-    """Writes a file of the cache, whole or not at all, and removes the oldest files if there are too many."""
-    cache, part = os.path.dirname(kept), "%s.%d.part" % (kept, os.getpid())
+    """Writes a file of the cache, whole or not at all, and removes others if there are too many.  Raises OSError."""
+    cache, name = os.path.split(kept)
+    directory, part = opened_cache(cache), "%s.%d.part" % (name, os.getpid())
     try:
-        os.makedirs(cache, 0o700, exist_ok=True)
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
         try:
             with open(fd, "wb") as file:
                 file.write(data)
-            os.rename(part, kept)
+            os.rename(part, name, src_dir_fd=directory, dst_dir_fd=directory)
         except OSError:
-            os.unlink(part)
+            os.unlink(part, dir_fd=directory)
             raise
-        paths = [os.path.join(cache, name) for name in os.listdir(cache)]
-        for oldest in sorted(paths, key=os.path.getmtime)[:-KEPT_MAX]:
-            os.unlink(oldest)
-    except OSError:
-        pass                        # the disk is full or read-only: the next start compiles again
+        prune(directory)
+    finally:
+        os.close(directory)
 
 
 def make(path, kept):
     """The file's code as bytes, newly compiled; writes it to kept, if that is a path.  Raises OSError."""
     of = identity(path)
     data = made_by_child(lambda: compiled(path)) or compiled(path)
-    if kept and not sys.dont_write_bytecode:
-        write_kept(kept, digest(of, data) + data)
+    try:
+        if kept and not sys.dont_write_bytecode:
+            write_kept(kept, digest(of, data) + data)
+    except OSError:
+        pass                        # the disk is full, or the directory not ours: the next start compiles again
     return data
 
 

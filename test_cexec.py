@@ -15101,6 +15101,43 @@ def test_where_there_is_no_room_for_code_no_half_of_it_is_left(door):
     assert os.listdir(door.cache) == []
 
 
+def spoil_cache(door, spoiled):
+    """Has the cache be a directory with 20 older files, which is not ours alone, or a link to one that is."""
+    real = door.path("real") if spoiled == "link" else door.cache
+    os.makedirs(real, 0o700)
+    for number in range(20):
+        put(os.path.join(real, "%%a.py.cpython-3%d.all" % number), "")
+    os.chmod(real, {"writable": 0o707, "writable by its group": 0o770}.get(spoiled, 0o700))
+    if spoiled == "link":
+        os.symlink(real, door.cache)
+    if spoiled == "foreign":
+        os.chown(real, 1, 1)
+
+
+@pytest.mark.parametrize("spoiled", ["link", "foreign", "writable", "writable by its group"])
+def test_no_code_is_kept_where_others_may_write(door, spoiled):
+    """And nothing is removed there."""
+    need("root")
+    spoil_cache(door, spoiled)
+    before = sorted(os.listdir(door.cache))
+    assert door.version() == "cexec 1.0"
+    assert sorted(os.listdir(door.cache)) == before and len(before) == 20
+
+
+def test_only_files_of_the_cache_are_removed_from_it(door):
+    """What a crash has left too; but no files of the user's, of whatever name."""
+    ours = ["%%a.py.%s.%s" % (tag, end) for tag in ("cpython-36", "cpython-313", "x-3-y")
+            for end in ("cexec", "all", "all.9.part")]
+    theirs = ["%d.txt" % number for number in range(20)] + [
+        "%a.part", "%a.all", "a.cpython-311.all", "%a.cpython-311.all.txt", "%a.cpython-311.all.part", "%a..cexec"]
+    os.makedirs(door.cache, 0o700)
+    for name in ours + theirs:
+        os.utime(put(os.path.join(door.cache, name), ""), ns=(0, 0))
+    door.version()
+    left = set(os.listdir(door.cache))
+    assert left >= set(theirs) and len(left) == len(theirs) + cexec.KEPT_MAX
+
+
 def test_code_is_not_kept_if_python_is_told_to_write_none(door):
     assert door.version(PYTHONDONTWRITEBYTECODE="1") == "cexec 1.0"
     assert not os.path.exists(door.cache)
