@@ -14049,8 +14049,30 @@ class Lane(Stateful):
         return "the command of worker %s ended %s: %s (is it python3 /dev/fd/3?)" % (worker, how, words)
 
 
+running = set()                     # the Pools that have a thread
+
+
+def end_pools():
+    """Waits for all calls, when the interpreter exits."""
+    for pool in list(running):
+        pool.shutdown(True, False)
+
+
+@functools.lru_cache(None)
+def end_at_exit():
+    """Sees to it, once, that end_pools() is called before the interpreter waits for its threads."""
+    import atexit
+    import threading
+    getattr(threading, "_register_atexit", atexit.register)(end_pools)
+
+
 class Pool:
-    """The lanes of an Executor, and the calls that wait for one.  Its thread runs while there are calls or lanes."""
+    """The lanes of an Executor, and the calls that wait for one.
+
+    Its thread alone touches them.  It runs from the first call until all is done after shutdown(), which comes at the
+    latest when the Executor is collected as garbage or the interpreter exits.  Other threads append to the inbox and
+    wake it.  Futures' callbacks run in it, without a lock, so they may submit calls.
+    """
 
     def __init__(self, pub, limit, readers, retries):
         import pickle
@@ -14061,52 +14083,69 @@ class Pool:
             raise Failed(str(error), error.code) from None
         self.pub, self.limit, self.retries = os.path.abspath(os.fsdecode(pub)), limit, retries
         self.program, self.readers, self.protocol = Program(), readers, pickle.HIGHEST_PROTOCOL
-        self.threading, self.lock = threading, threading.Lock()
-        self.queue, self.lanes, self.thread = collections.deque(), [], None
-        self.shut = self.abandoned = self.sleeping = False
+        self.threading, self.shut = threading, False
+        self.begin()
+
+    def begin(self):
+        """Begins without calls, lanes and thread.  In a forked child too: there they are the parent's."""
+        self.process, self.gate, self.thread = os.getpid(), self.threading.RLock(), None
+        self.inbox = collections.deque()        # Calls, and methods for the thread to call
+        self.queue, self.lanes, self.ticking = collections.deque(), [], False
+        self.abandoned = self.sleeping = False
         self.number, self.failures, self.pause = 0, 0, 0.0
 
-    # For any thread
+    # For any thread.  With the gate, what is put before shutdown() is done, what comes later is refused, and nobody
+    # writes to a pipe that is closed.  In it a signal or a garbage collection can run code of others: so the same
+    # thread may enter it twice.
 
     def put(self, call):
-        """Queues a call, and starts the thread if needed.  Raises RuntimeError after shutdown()."""
-        with self.lock:
-            if self.shut:
-                raise RuntimeError("cannot schedule new futures after shutdown")
+        """Gives the thread a call, and starts it if needed.  Raises RuntimeError after shutdown()."""
+        self.check_process()
+        with self.gate:
             if not self.threading.main_thread().is_alive():
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self.shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
             if self.thread is None:
                 self.start_thread()
-            self.queue.append(call)
+            self.inbox.append(call)
             self.wake()
+
+    def check_process(self):
+        if self.process != os.getpid():
+            self.begin()
 
     def start_thread(self):
         """Raises OSError or RuntimeError, and then nothing has changed."""
+        end_at_exit()
         self.loop, (self.waker, self.woken) = Loop(), os.pipe()
-        thread = self.threading.Thread(target=self.work, name="cexec.Executor")
+        # Before Python 3.9 the interpreter waits for all others before it calls end_pools()
+        daemon = not hasattr(self.threading, "_register_atexit")
+        self.thread = self.threading.Thread(target=self.work, name="cexec.Executor", daemon=daemon)
+        running.add(self)
         try:
-            thread.start()
+            self.thread.start()
         except RuntimeError:        # there are too many threads
-            os.close(self.waker)
-            os.close(self.woken)
+            self.stop_thread()
+            self.thread = None
             raise
-        self.thread = thread
 
     def wake(self):
-        """Wakes the thread.  The caller has the lock, for the pipe goes with the thread."""
         if self.sleeping:
             self.sleeping = False
             os.write(self.woken, b"x")
 
     def shutdown(self, wait, cancel, abandon=False):
-        with self.lock:
-            self.shut, self.abandoned, thread = True, self.abandoned or abandon, self.thread
-            if cancel:
-                for call in self.queue:
-                    call.future.cancel()
-            if thread:
-                self.wake()
-        if wait and thread:
+        """Takes no more calls, and may wait for the end.
+
+        cancel: cancels the calls that have not begun; abandon: ends those that have.
+        """
+        self.check_process()
+        with self.gate:
+            self.shut, thread = True, self.thread
+            self.inbox += [self.cancel] * cancel + [self.abandon] * abandon
+            self.wake()
+        if wait and thread not in (None, self.threading.current_thread()):
             try:
                 thread.join()
             except KeyboardInterrupt:
@@ -14116,36 +14155,50 @@ class Pool:
     # The thread
 
     def work(self):
-        """Runs in the thread, while there is a call or a lane."""
-        waker, woken, loop = self.waker, self.woken, self.loop
-        loop.on_read(waker, lambda: os.read(waker, 512))
-        self.tick()
+        """Runs in the thread, until nothing is left to do after shutdown()."""
+        self.loop.on_read(self.waker, lambda: os.read(self.waker, 512))
         try:
-            while True:
-                self.sleeping = True            # before dispatch(): a call that comes after it must wake us
-                self.dispatch()
-                with self.lock:
-                    if not self.queue and not self.lanes:
-                        break
-                loop.turn()
+            while self.step():
+                self.loop.turn()
         except BaseException as error:          # a defect of ours: nobody must wait for ever
-            with self.lock:
-                self.shut = True
+            self.shutdown(False, False)
             for lane in self.lanes:
                 lane.child.kill()
                 self.queue.extend(lane.calls.values())
+            self.take_in()
             self.fail_all(error)
             raise
         finally:
-            with self.lock:
-                self.thread, self.sleeping = None, False
-                os.close(waker)
-                os.close(woken)
+            self.stop_thread()
+
+    def step(self):
+        """Does what can be done now.  Returns whether more can come."""
+        self.sleeping = True        # before the inbox is looked at: what comes later must wake us
+        shut = self.shut            # before it too: nothing is put into it later
+        self.take_in()
+        self.dispatch()
+        return self.lanes or self.queue or self.inbox or not shut
+
+    def take_in(self):
+        """Takes what is in the inbox now.  Callbacks may put more into it."""
+        for _ in range(len(self.inbox)):
+            item = self.inbox.popleft()
+            if isinstance(item, Call):
+                self.queue.append(item)
+            else:
+                item()
+
+    def stop_thread(self):
+        with self.gate:
+            self.sleeping, self.loop = False, None      # nobody wakes it any more
+            os.close(self.waker)
+            os.close(self.woken)
+        running.discard(self)
 
     def dispatch(self):
         """Gives calls to lanes, begins one more lane if calls are left, and ends lanes that nobody needs."""
-        if self.abandoned:
-            self.abandon()
+        while self.queue and self.queue[0].future.cancelled():
+            self.queue.popleft().begin()        # it needs no lane
         while self.queue:
             ready = [lane for lane in self.lanes if lane.room()]
             if not ready:
@@ -14157,6 +14210,9 @@ class Pool:
         if self.queue:
             self.grow()
         self.end_idle()
+        if (self.queue or self.lanes) and not self.ticking:
+            self.ticking = True
+            self.loop.after(TICK_SECONDS, self.tick)
 
     def give(self, call, lane):
         if not call.begin():
@@ -14169,10 +14225,14 @@ class Pool:
         lane.take(self.number, call, data)
 
     def done(self, call, error, result=None):
-        if error:
-            call.future.set_exception(error)
-        else:
-            call.future.set_result(result)
+        try:
+            if error:
+                call.future.set_exception(error)
+            else:
+                call.future.set_result(result)
+        except BaseException:       # of a callback, or of a future that is done: not for the other calls
+            import traceback
+            self.show(traceback.format_exc())
 
     def put_back(self, calls):
         """Puts calls at the head of the queue, where they were before."""
@@ -14229,12 +14289,11 @@ class Pool:
     def end_idle(self):
         """Ends lanes that have had no call for a while, or at once if no more calls can come."""
         now = time.monotonic()
-        last = self.shut or not self.threading.main_thread().is_alive()
         for lane in list(self.lanes):
             if self.queue and lane.state is SEARCHING:
                 lane.awaited()
             elif not lane.calls and (lane.leaving or not self.queue) and (
-                    lane.leaving or last or now - lane.idle_since > LANE_IDLE_SECONDS):
+                    lane.leaving or self.shut or now - lane.idle_since > LANE_IDLE_SECONDS):
                 if lane.state is UP:
                     lane.end()
                 elif lane.state is SEARCHING:
@@ -14242,7 +14301,7 @@ class Pool:
 
     def tick(self):
         """Every TICK_SECONDS: recalls calls that wait for a long one, and replaces a lane that is old."""
-        self.loop.after(TICK_SECONDS, self.tick)
+        self.ticking = False        # dispatch() sets the next
         now = time.monotonic()
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
         if not self.queue and any(not lane.calls for lane in up):
@@ -14257,9 +14316,13 @@ class Pool:
                     lane.leave()
                     break
 
+    def cancel(self):
+        """Cancels the calls that have not begun."""
+        self.queue = collections.deque(call for call in self.queue if not call.future.cancel() or call.begin())
+
     def abandon(self):
-        for call in self.queue:
-            call.future.cancel()
+        self.abandoned = True
+        self.cancel()
         self.fail_all(self.broken("the executor was ended"))
         for lane in self.lanes:
             if lane.state is not ENDING:
@@ -14312,6 +14375,8 @@ class ExecutorMethods:
     installed on the workers too.  The output of a function comes to standard error here, after the
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
     Workers are held while there are calls, and for 3 seconds more.
+    The callbacks of futures run in the Executor's thread: while one of them runs, the others wait.
+    A child that os.fork() made has the Executor too, without the calls of its parent.
 
     Raises Failed if the public key cannot be read; ValueError; TypeError; for a name in allow
     ImportError or AttributeError if it does not exist, TypeError if it is no class for data.  A
@@ -14326,7 +14391,9 @@ class ExecutorMethods:
             raise ValueError("max_workers must be greater than 0")
         if retries < 0:
             raise ValueError("retries must not be negative")
+        import weakref
         self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries)
+        weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
 
     def submit(*args, **kwargs):
         """submit(fn, *args, **kwargs): a concurrent.futures.Future of fn(*args, **kwargs), run on a worker.

@@ -22,6 +22,7 @@ import faulthandler
 import fcntl
 import fractions
 import functools
+import gc
 import glob
 import hashlib
 import heapq
@@ -14578,8 +14579,163 @@ def test_an_executor_without_a_thread_leaves_no_descriptor_open(cluster, monkeyp
         without.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(RuntimeError, match="new thread"):
             pool.submit(pow, 2, 3)
-    assert pool._pool.thread is None and not pool._pool.queue
+    assert pool._pool.thread is None and not pool._pool.inbox
     pool.shutdown()
+
+
+def ended_in_time(call, *arguments, **options):
+    """Calls it in a thread, and fails if it does not return."""
+    thread = threading.Thread(target=call, args=arguments, kwargs=options, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "%s does not return" % call.__name__
+
+
+def test_callbacks_run_in_the_pools_thread_and_may_submit_and_shut_down(pooled):
+    pool, done = cexec.Executor(pooled.pub, max_workers=1), []
+
+    def called(future):
+        done.append(threading.current_thread().name)
+        try:
+            done.append(pool.submit(abs, -1))
+        except RuntimeError:
+            done.append("refused")
+
+    gate = pooled.path("gate")
+    running = pool.submit(exec, "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate)
+    until(running.running, "the start of a call")
+    running.add_done_callback(lambda future: pool.shutdown())
+    waiting = [pool.submit(abs, -number) for number in range(3)]
+    waiting[0].add_done_callback(called)
+    assert waiting[0].cancel() and done[0] == threading.current_thread().name      # cancel() itself calls it
+    for future in waiting[1:]:
+        future.add_done_callback(called)
+    until(lambda: len(pool._pool.queue) == 3, "that the calls wait")       # the head, which is cancelled, has left
+    ended_in_time(pool.shutdown, wait=False, cancel_futures=True)
+    touch(gate)
+    ended_in_time(pool.shutdown)
+    assert running.result() is None and all(future.cancelled() for future in waiting + done[1:2])
+    assert done[2:] == ["cexec.Executor", "refused"] * 2
+
+
+def test_a_callback_that_exits_ends_only_itself(pooled, capsys):
+    with cexec.Executor(pooled.pub) as pool:
+        for _ in range(2):
+            pool.submit(time.sleep, 0.1).add_done_callback(lambda future: sys.exit("from a callback"))
+        assert pool.submit(pow, 2, 3).result(PATIENCE) == 8
+    assert capsys.readouterr().err.count("SystemExit: from a callback") == 2
+
+
+@pytest.mark.parametrize("place", ["take_in", "dispatch"])
+def test_a_call_that_comes_while_the_thread_looks_is_not_forgotten(pooled, monkeypatch, place):
+    """Right after its look at the inbox, before it sleeps."""
+    pool, real, late = cexec.Executor(pooled.pub), getattr(cexec.Pool, place), []
+
+    def looked(self):
+        real(self)
+        if not late:
+            ended_in_time(lambda: late.append(pool.submit(pow, 2, 3)))
+    monkeypatch.setattr(cexec, "LANE_IDLE_SECONDS", 0)
+    with pool:
+        state = pool._pool
+        assert pool.submit(abs, -1).result(PATIENCE) == 1
+        until(lambda: not (state.lanes or state.queue or state.ticking), "that only the inbox can wake it")
+        monkeypatch.setattr(cexec.Pool, place, looked)
+        with state.gate:
+            state.wake()
+        until(lambda: late, "the call")
+        assert late[0].result(PATIENCE) == 8
+
+
+def test_a_call_at_the_threads_end_is_refused(pooled, monkeypatch):
+    refused = []
+
+    def stopping(self):
+        ended_in_time(lambda: refused.append(pytest.raises(RuntimeError, pool.submit, abs, 1)))
+        stop(self)
+    stop = cexec.Pool.stop_thread
+    monkeypatch.setattr(cexec.Pool, "stop_thread", stopping)
+    pool = cexec.Executor(pooled.pub)
+    future = pool.submit(abs, -1)
+    ended_in_time(pool.shutdown)
+    assert future.result() == 1 and len(refused) == 1 and not pool._pool.inbox
+
+
+def test_calls_that_are_cancelled_need_no_worker(pooled, monkeypatch):
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "1000")
+    monkeypatch.setenv("GROUP", "127.255.255.255:%d" % free_port())
+    for cancel in True, False:
+        pool = cexec.Executor(pooled.pub)
+        futures = [pool.submit(abs, number) for number in range(3)]
+        until(lambda pool=pool: pool._pool.lanes, "a search")
+        if not cancel:
+            assert all(future.cancel() for future in futures)
+        ended_in_time(pool.shutdown, cancel_futures=cancel)
+        assert concurrent.futures.wait(futures, PATIENCE)[0] == set(futures)
+
+
+def test_an_executor_that_nobody_has_any_more_ends(pooled):
+    """After its calls; nothing is left of it, no thread and no descriptor."""
+    before = os.listdir("/dev/fd")
+    pool = cexec.Executor(pooled.pub)
+    future, thread = pool.submit(time.sleep, 0.3), pool._pool.thread
+    until(future.running, "the start of the call")
+    del pool
+    gc.collect()
+    assert future.result(PATIENCE) is None
+    until(lambda: not thread.is_alive() and not lanes_of(pooled), "the end")
+    with cexec.Executor(pooled.pub) as pool:
+        assert pool.submit(abs, -1).result() == 1
+    assert pool and os.listdir("/dev/fd") == before
+
+
+@pytest.mark.parametrize("python", sorted({PYTHONS[0], PYTHONS[-1], os.path.realpath(PYTHON)}))
+def test_an_executor_and_a_fork(cluster, monkeypatch, python):
+    """The child has calls of its own.  Both end, with an idle pool that nobody has shut down."""
+    live_in(cluster, monkeypatch)
+    cluster.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
+    assert main_program(cluster, """
+        import os, sys, time
+        if __name__ == "__main__":
+            cexec.LANE_IDLE_SECONDS = 0
+            pool = cexec.Executor(POOL)
+            running = pool.submit(time.sleep, 0.5)
+            child = os.fork()
+            if child == 0:
+                print(pool.submit(pow, 2, 3).result(), flush=True)
+                sys.exit(7)
+            print(os.waitpid(child, 0)[1] >> 8, running.result(), pool.submit(pow, 2, 4).result())
+            while pool._pool.lanes:
+                time.sleep(0.01)
+        """, python=python, before=["-W", "ignore", cluster.path("program/main.py")]) == "8\n7 None 16\n"
+
+
+def test_many_threads_submit_cancel_and_shut_down(pooled):
+    """Each call that was taken is done, or was cancelled; none is forgotten."""
+    with cexec.Executor(pooled.pub) as warm:
+        warm.submit(abs, 1).result(PATIENCE)
+    for turn in range(10):
+        pool, taken, refused = cexec.Executor(pooled.pub, max_workers=2), [], []
+
+        def submit(pool=pool, taken=taken, refused=refused):
+            try:
+                for number in range(400):
+                    taken.append(pool.submit(abs, -number))
+                    if number % 3 == 0:
+                        taken[-1].cancel()
+            except RuntimeError:
+                refused.append(True)
+        threads = [threading.Thread(target=submit) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until(lambda taken=taken: len(taken) > 100 * turn, "some calls")
+        enders = [threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": turn % 2 == 0}) for _ in range(3)]
+        for thread in enders:
+            thread.start()
+        for thread in threads + enders:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        assert taken and all(future.done() for future in taken)
 
 
 # ---- The applets: what a user is told --------------------------------------
