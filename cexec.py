@@ -1479,7 +1479,7 @@ def broadcast_address(name):
 
 
 def tells_interfaces(sock):
-    """Asks the system for each datagram's interface, in both directions; whether it can do that."""
+    """Asks the system for each datagram's interface, in both directions.  Returns whether it can do that."""
     try:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     except (OSError, TypeError):    # not Linux, or an emulation of it
@@ -1670,7 +1670,7 @@ class Group:
         yield 0, "::1" if ":" in address else THIS_HOST, port       # listeners here hear us without any network
 
     def send(self, socks, data):
-        """Sends a datagram by all ways, with {family: UDP socket}; the number of ways that worked.  Raises nothing."""
+        """Sends a datagram by all ways, with {family: UDP socket}.  Returns the number of ways that worked."""
         sent, self.error, socks = 0, None, dict(socks)
         self.chooses = socket.AF_INET in socks and tells_interfaces(socks[socket.AF_INET])
         for way in self.ways():
@@ -1804,7 +1804,7 @@ class Listener:
             log.note("does not listen by IPv6: %s", error.strerror)
 
     def join(self):
-        """Joins the multicast groups on their devices, or on every interface; False if there is no such group."""
+        """Joins the multicast groups on their devices, or on every interface.  Returns False if there is none."""
         for target in self.groups:
             try:
                 present = {socket.if_nametoindex(target.device)} if target.device else {i.index for i in interfaces()}
@@ -2216,7 +2216,7 @@ class Tls:
         return self.incoming.pending or self.object.pending() or self.ended
 
     def handshake(self):
-        """One more step; True when it is done.  Raises ProtocolError."""
+        """Takes one more step.  Returns True when all are done.  Raises ProtocolError."""
         try:
             self.object.do_handshake()
             self.ready = True
@@ -3610,7 +3610,7 @@ class TerminalEnd(End):
         return sent
 
     def escape(self, code):
-        """Obeys an escape; False if there is none with this key."""
+        """Obeys an escape.  Returns False if there is none with this key."""
         if code == ord("."):
             self.signalled(signal.SIGHUP)
         elif code == ord("Z") - 64:
@@ -3757,7 +3757,7 @@ def is_running(pid):
 
 
 def signal_all(kill, target, numbers):
-    """Sends these signals to a process or a group; False if there is none."""
+    """Sends these signals to a process or a group.  Returns False if there is none."""
     try:
         for number in numbers:
             kill(target, number)
@@ -3767,7 +3767,7 @@ def signal_all(kill, target, numbers):
 
 
 def signal_sessions(sessions, group, told, late):
-    """Signals every process of the sessions, except the first session's leader; whether there was one.
+    """Signals every process of the sessions, except the first session's leader.  Returns whether there was one.
 
     Each process gets HUP, TERM and CONT once.  told has those that got them: this is called again
     and again, because new processes may have been forked.  When it is late, each whole process group
@@ -4442,7 +4442,7 @@ def open_writable(name, place):
 
 
 def make_readable(name, place):
-    """Gives a directory the mode 0700, and follows no link; whether it is ours."""
+    """Gives a directory the mode 0700, and follows no link.  Returns whether it is ours."""
     try:
         if os.chmod in os.supports_follow_symlinks:
             os.chmod(name, 0o700, dir_fd=place, follow_symlinks=False)
@@ -5128,7 +5128,7 @@ class JobFiles:
             self.changed()
 
     def settled(self, success):
-        """Gives the verdict, after EXIT when all bytes have come; whether all Helpers have ended."""
+        """Gives the verdict, after EXIT when all bytes have come.  Returns whether all Helpers have ended."""
         for channel in self.channels:
             channel.close()         # a Helper that still packs the files of -i must not wait for a reader
         if self.verdict is not None:
@@ -5642,7 +5642,7 @@ class Search:
         self.candidates.append(Candidate(self, sock, address))
 
     def drop_quiet(self, count):
-        """Closes the oldest connections on which no HELLO came, so many at most; how many it has closed."""
+        """Closes the oldest connections on which no HELLO came, so many at most.  Returns their number."""
         quiet = [c for c in self.candidates if c.state is c.CONNECTED][:count]
         for candidate in quiet:
             candidate.close()
@@ -5670,7 +5670,7 @@ class Search:
             candidate.ask(self.pub.secret, job.job_fields())
 
     def take_job(self):
-        """Gives away the job that we asked a worker to do; None if there is none."""
+        """Gives away the job that we asked a worker to do.  Returns None if there is none."""
         job, self.asked, self.job = self.job, None, None
         return job
 
@@ -6204,7 +6204,7 @@ class Run(RemoteRun):
         die_of(number)
 
     def signalled_at_terminal(self, number):
-        """With -t signals are for cexec, except USR1 and USR2; whether this one was.  Keys like Ctrl-C go as bytes."""
+        """With -t signals are for cexec, except USR1 and USR2.  Returns whether this one was.  Keys go as bytes."""
         if number == signal.SIGWINCH:
             self.link.send(RESIZE, **self.job.terminal.size())
         elif number == signal.SIGCONT:
@@ -6335,7 +6335,7 @@ class Client(Patron):
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
 
     def work(self):
-        """Finds a worker and carries the job; its exit code.  Raises Fatal (111) if there is no worker."""
+        """Finds a worker and carries the job.  Returns its exit code.  Raises Fatal (111) if there is no worker."""
         try:
             self.look()
             progress = Progress(self) if self.job.progress else None
@@ -6590,7 +6590,7 @@ class Survey:
 
 
 def list_workers(group, pub, ports, as_json):
-    """Asks for the workers, and shows them; the exit code."""
+    """Asks for the workers, and shows them.  Returns the exit code."""
     survey = Survey(group, pub, ports, Loop(), ServerFilter())
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -6598,7 +6598,7 @@ def list_workers(group, pub, ports, as_json):
 
 
 def show_workers(survey, as_json):
-    """Prints a line for each worker that has answered, and says what is wrong; 0, or 111 if none has answered."""
+    """Prints a line for each worker that has answered, and says what is wrong.  Returns 0, or 111 if none has."""
     rows = survey.rows()
     if as_json:
         lines = map(json_line, rows)
@@ -7267,7 +7267,7 @@ class Batch(Patron):
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
 
     def work(self):
-        """Does all files; the exit code.  Raises Fatal (111) if no worker is found."""
+        """Does all files.  Returns the exit code.  Raises Fatal (111) if no worker is found."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         if self.watched:
             self.show_progress()
@@ -7543,7 +7543,7 @@ def jobs_at_once(each, others=OUTPUTS_MAX + 256):
 
 
 def main_batch(pub, group, words, options):
-    """Does a batch; its exit code."""
+    """Does a batch.  Returns its exit code."""
     pattern = options.output
     if pattern is None:
         pattern = "-" if options.values or options.results else "{}.out"
@@ -7832,7 +7832,7 @@ def parse_size(text):
 
 
 def main_blocks(pub, group, words, options):
-    """Does standard input in blocks; the exit code."""
+    """Does standard input in blocks.  Returns the exit code."""
     size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
     note_names(terms, [], options.joblog, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
@@ -7912,7 +7912,7 @@ class LineWriter:
         self.loop.on_write(self.end.polled, self.writable)
 
     def writable(self):
-        """Writes as much as the reader takes now; how many bytes.  Raises Fatal (111), BrokenPipeError."""
+        """Writes as much as the reader takes now.  Returns how many bytes.  Raises Fatal (111), BrokenPipeError."""
         count = 0
         with self.pending.first() as view:
             try:
@@ -8026,7 +8026,7 @@ class Everywhere(Patron):
                 self.over(job, failure("is draining: it takes no more jobs"))
 
     def work(self):
-        """Does all jobs; the largest exit code.  Raises Fatal (111)."""
+        """Does all jobs.  Returns the largest exit code.  Raises Fatal (111)."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
         started_up()
         while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
@@ -8136,7 +8136,7 @@ def kept_input():
 
 
 def main_everywhere(pub, group, words, options):
-    """Runs a job on every worker; the exit code."""
+    """Runs a job on every worker.  Returns the exit code."""
     need_output()
     terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
     most = jobs_at_once(6, 64)      # a search needs more than a run
@@ -8197,7 +8197,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
 
 
 def main_cexec(argv):
-    """Runs the mode that the options choose; its exit code."""
+    """Runs the mode that the options choose.  Returns its exit code."""
     options = CEXEC.read(argv)
     if options.blocks is not None:
         parse_size(options.blocks)              # or -b APP.pub would miss the key
@@ -8242,7 +8242,7 @@ def listings_of(names, inputs):
 
 
 def main_single(path, words, options):
-    """Runs one job; its exit code."""
+    """Runs one job.  Returns its exit code."""
     if options.terminal and options.progress:
         raise CEXEC.error("-p and -t do not go together: the command has the terminal")
     if options.empty == "all" and words and words[0].endswith(".pub") and not path.endswith(".pub"):
@@ -8445,7 +8445,7 @@ class JobDirectory:
             os.close(pipe)
 
     def stop(self):
-        """Kills the Helper that works in it, which will call over(); whether there is one."""
+        """Kills the Helper that works in it, which will call over().  Returns whether there is one."""
         if self.helper:
             self.helper.kill()
         return self.helper is not None
@@ -8759,8 +8759,8 @@ class Command(Carrier, Stateful):
 
     # Its results
 
-    def is_fetching(self):
-        """Whether results of -g are not sent yet; begins to send them if the command has ended with 0."""
+    def fetch(self):
+        """Begins to send the results of -g, once, if the command has ended with 0."""
         if FILES_OUT in self.far:
             for timer in self.timers:
                 timer.cancel()
@@ -8772,6 +8772,9 @@ class Command(Carrier, Stateful):
                     self.result = HOW_EXITED, 0, error.strerror
             else:
                 os.close(writer)
+
+    def is_fetching(self):
+        """Whether results of -g are still on their way from the disk."""
         results = self.channels.get(FILES_OUT)
         return results is not None and results.is_reading() or self.directory.helper is not None
 
@@ -8856,22 +8859,26 @@ class Command(Carrier, Stateful):
     def stream_ended(self):
         """The job is over when the command has ended, and all its outputs are closed and sent."""
         has_output = any(channel.is_reading() for number, channel in self.channels.items() if number != FILES_OUT)
-        if self.state is LINGERING and not has_output and not (self.directory and self.is_fetching()):
+        if self.state is not LINGERING or has_output:
+            return
+        if self.directory:
+            self.fetch()
+        if not (self.directory and self.is_fetching()):
             self.leave_directory()
             self._set(FINISHED)
             self.supervisor.command_finished(self)
 
-    def has_left_processes(self):
-        """Whether processes of the command's group still run.  Then the batch must not go on here."""
+    def reap_group(self):
+        """Reaps the command.  Returns False if others of its group still run: then the batch must not go on here."""
         self.group = None
         self.process.poll()         # reaps the command: as a zombie it would count
         try:
             os.killpg(self.process.pid, 0)
         except ProcessLookupError:
-            return False
+            return True
         except OSError:
             pass                    # they belong to another user
-        return True
+        return False
 
     def close(self):
         """Closes everything that the job still has open."""
@@ -8950,7 +8957,7 @@ class Supervisor(Stateful):
         return "supervisor"
 
     def work(self):
-        """Runs the job to its end; this process's exit code."""
+        """Runs the job to its end.  Returns this process's exit code."""
         loop = self.loop
         # cservice may have inherited ignored signals, which exec would pass on to the command.  A signal
         # with a handler gets its default from exec: so each ignored one gets a handler here.
@@ -8985,7 +8992,7 @@ class Supervisor(Stateful):
         self.deadline = self.loop.after(seconds, call)
 
     def say(self, words):
-        """Sends a line to cservice; False if that has ended."""
+        """Sends a line to cservice.  Returns False if that has ended."""
         try:
             os.write(self.service, words.encode() + b"\n")
             return True
@@ -9085,7 +9092,7 @@ class Supervisor(Stateful):
     def command_finished(self, command):
         """Sends EXIT; in a batch it first asks cservice whether the batch may go on here."""
         # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
-        if self.client.batch == NO_BATCH or command.process is None or command.has_left_processes():
+        if self.client.batch == NO_BATCH or command.process is None or not command.reap_group():
             self.send_exit()
         else:
             self.ask_for_more()
@@ -9303,8 +9310,8 @@ class SupervisorHandle:
             os.close(self.pipe)
             self.pipe = None
 
-    def has_ended(self):
-        """Whether the process has ended; if so, its last lines are handled first."""
+    def take_end(self):
+        """Returns whether the process has ended; then its last lines were handled."""
         code = ended(self.pid)
         if code is None:
             return False
@@ -9418,7 +9425,7 @@ class Supervisors:
     def reap(self):
         """Removes supervisors that have ended from handles; ends the processes of those that were lost."""
         for handle in list(self.handles.values()):
-            if handle.has_ended():
+            if handle.take_end():
                 del self.handles[handle.pid]
                 if not handle.done or handle.directories:
                     self.end_session(handle)
@@ -9602,7 +9609,7 @@ class KnownClient(Stateful):
         self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
-    def reached(self):
+    def succeeded(self):
         """A connection to it was made."""
         self.failures, self.retry_at = 0, 0.0
 
@@ -9615,16 +9622,18 @@ class KnownClient(Stateful):
         """Whether it has been silent for longer than its patience."""
         return now - self.heard_at > self.patience
 
-    def may_be_told(self, now):
-        """Whether it is time for the next BUSY; if so, that counts as sent."""
-        due = now - self.told_at >= BUSY_SECONDS
-        self.told_at = now if due else self.told_at
-        return due
+    def is_busy_due(self, now):
+        """Whether it is time for the next BUSY."""
+        return now - self.told_at >= BUSY_SECONDS
 
-    def may_complain(self):
-        """Whether a complaint from it counts: one for each offer.  If so, that counts as made."""
-        may, self.complained = self.ours and not self.complained, True
-        return may
+    def told(self, now):
+        """BUSY is sent to it."""
+        self.told_at = now
+
+    def take_complaint(self):
+        """It complains.  Returns whether that counts: one complaint for each offer does."""
+        counts, self.complained = self.ours and not self.complained, True
+        return counts
 
 
 class Line:
@@ -9815,7 +9824,7 @@ class Offer(Stateful):
         (self.lost if unreached else self.end)(reason)
 
     def link_ready(self, link):
-        if not self.worker.reached(self):
+        if not self.worker.seat(self):
             return
         self._set(OPEN)
         link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options,
@@ -9988,7 +9997,7 @@ class Worker:
             return
         if body.worker_id != self.id:
             self.complainers[datagram.name, address] = time.monotonic()
-        elif client and client.may_complain():
+        elif client and client.take_complaint():
             excuse = self.excuse(body, self.complainers.get((datagram.name, address)))
             if not excuse:
                 self.pace.failed()
@@ -10026,22 +10035,22 @@ class Worker:
 
     def deny(self, datagram, address, why):
         """Sends DENY to a client whose QUERY asks for strangers.  It has no valid MAC, so it proves nothing."""
-        if datagram.kind is QUERY and datagram.body.strangers and datagram.port and self.may_deny():
-            self.answer(DENY, datagram, address, serves=self.key.application, why=why)
+        if datagram.kind is QUERY and datagram.body.strangers and datagram.port:
+            self.send_denial(datagram, address, why)
 
-    def may_deny(self):
-        """Whether it is time for another DENY; if so, that counts as sent."""
-        last, now = self.last_denial, time.monotonic()
-        if now - last >= DENY_SECONDS:
+    def send_denial(self, datagram, address, why):
+        """Sends DENY, unless the last one was sent just now."""
+        now = time.monotonic()
+        if now - self.last_denial >= DENY_SECONDS:
             self.last_denial = now
-        return now - last >= DENY_SECONDS
+            self.answer(DENY, datagram, address, serves=self.key.application, why=why)
 
     def hear_stranger(self, address, error):
         """Answers a QUERY of another protocol version with a DENY of ours: so the client learns our version."""
-        if error.asks_at and self.may_deny():
+        if error.asks_at:
             asker = SimpleNamespace(application=self.key.application, name=DEFAULT_NAME, nonce=bytes(16),
                                     port=error.asks_at)
-            self.answer(DENY, asker, address, serves=self.key.application, why=DENY_VERSION)
+            self.send_denial(asker, address, DENY_VERSION)
 
     def answer(self, kind, datagram, to, **fields):
         """Sends a datagram to the address to, as an answer to a client's datagram."""
@@ -10075,7 +10084,9 @@ class Worker:
         """Puts a client in the line, and sends it BUSY with its place, at once and then every ten seconds."""
         if client.state is not QUEUED:
             self.clients.move(client, QUEUED)
-        if client.may_be_told(time.monotonic()):
+        now = time.monotonic()
+        if client.is_busy_due(now):
+            client.told(now)
             self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.clients.line.ahead(client),
                         failures=0)
 
@@ -10097,10 +10108,10 @@ class Worker:
             self.clients.move(offer.client, NEW)
         self.serve_line()
 
-    def reached(self, offer):
-        """TLS is up: whether the offer has a slot.  If not, the client waits in the line."""
+    def seat(self, offer):
+        """TLS is up.  Returns whether the offer has a slot; if not, its client waits in the line."""
         client, free = offer.client, offer.state is CONNECTING or self.free_slots()
-        client.reached()
+        client.succeeded()
         if time.monotonic() - offer.began > HOLD_SECONDS:   # a far or slow host: with less it would never get a slot
             self.holds[client.address] = HOLD_MAX
         elif offer.hold < HOLD_SECONDS:                     # it failed before: trust it again step by step
@@ -10249,7 +10260,7 @@ private key: -u runs COMMAND as another user.
 
 
 def main_cservice(argv):
-    """Serves until a signal ends it; its exit code."""
+    """Serves until a signal ends it.  Returns its exit code."""
     options = CSERVICE.read(argv)
     if not options.words or len(options.words) < 2 and not options.arguments:
         raise CSERVICE.error("no command is named" if options.words else "no private key is named")
@@ -11792,7 +11803,7 @@ cannot be written; 104 -stdin does not match APP; 100 usage; 111 temporary
 
 
 def main_ckeygen(argv):
-    """Makes a keypair, or one more public key; 0."""
+    """Makes a keypair, or one more public key.  Returns 0."""
     options = CKEYGEN.read(argv)
     words = options.words
     if not 1 <= len(words) <= 2:
@@ -11951,7 +11962,7 @@ def ssh_words(several):
 
 
 def key_to_send(path):
-    """(the text of the private key, its Pub); makes both files if they do not exist.  Raises Fatal."""
+    """Makes both key files if they do not exist.  Returns (the text of the private key, its Pub).  Raises Fatal."""
     pub = path + ".pub"
     if not os.path.lexists(path) and os.path.lexists(pub):
         raise Fatal(EXIT_USAGE, "%s exists, but the private key %s does not: copy it, or name another" % (pub, path))
@@ -12083,7 +12094,7 @@ class Host(Stateful):
                 self.process.stdin.close()
 
     def read(self, fd):
-        """Reads and shows what the host says; whether there may be more."""
+        """Reads and shows what the host says.  Returns whether there may be more."""
         try:
             data = os.read(fd, SAID_MAX)
         except BlockingIOError:
@@ -14518,7 +14529,7 @@ def install(words):
 
 
 def run_applet(argv):
-    """Finds the applet by the program's name or the first argument; its exit code."""
+    """Runs the applet that the program's name or the first argument names.  Returns its exit code."""
     words, name = argv[1:], os.path.basename(argv[0])
     if name not in APPLETS:
         name, words = (words[0], words[1:]) if words else ("", [])
