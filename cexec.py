@@ -3921,7 +3921,7 @@ BLOCK = 512                         # tar(5): bytes of a member's head; its data
 PATH_MAX = 4096                     # a name has fewer bytes
 PIECE = 1024 * 1024                 # bytes of a file read or written at a time
 SPARSE_AT = 386                     # where in the head of a file with holes (GNU's type S) the table of its data is
-NAMES_MAX = 256 * 1024 * 1024       # bytes of memory for the names in an archive that is unpacked; else a few bytes
+ARCHIVE_NAMES = 256 * 1024 * 1024   # bytes of memory for the names in an archive that is unpacked; else a few bytes
                                     # from a peer, "a/a/a/a/...", would make any number of directories
 PIECES_MAX = 10000                  # pieces of data in a file with holes; those of one with more are sent as zeros
 
@@ -4116,7 +4116,7 @@ def unpack(reader, top, allowed=lambda name: True, exact=True):
     0700.  exact: files get the archive's times and modes, which the umask does not cut.  Raises OSError,
     ProtocolError.
     """
-    files, directories, room = [], {}, NAMES_MAX
+    files, directories, room = [], {}, ARCHIVE_NAMES
     with open(reader, "rb", PIECE) as file:
         for name, info in members(file):
             if not allowed(name):
@@ -4134,7 +4134,7 @@ def unpack(reader, top, allowed=lambda name: True, exact=True):
                 raise file_error(error, name) from None
             room -= (1 + len(directories) - before) * (100 + len(name))     # 100: of Python's own for each
             if room < 0:
-                raise ProtocolError("too many files for one archive: their names need %d MiB" % (NAMES_MAX >> 20))
+                raise ProtocolError("too many files for one archive: their names need %d MiB" % (ARCHIVE_NAMES >> 20))
     return files, directories
 
 

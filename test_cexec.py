@@ -5892,7 +5892,7 @@ def test_an_archive_that_is_refused(tmp_path, what):
 @pytest.mark.parametrize("name, kind", [(b"a/" * 50, stat.S_IFDIR), (b"n" * 200, stat.S_IFREG)])
 def test_more_names_than_a_reader_keeps_are_refused(tmp_path, monkeypatch, name, kind):
     """A directory within many makes many; memory for the names has an end."""
-    monkeypatch.setattr(cexec, "NAMES_MAX", 100000, raising=False)
+    monkeypatch.setattr(cexec, "ARCHIVE_NAMES", 100000, raising=False)
     data = [cexec.member_head(b"%d%s" % (number, name), kind | 0o700, 0, 0) for number in range(1000)]
     few = sum(map(len, data[:5]))
     unpacked(b"".join(data)[:few] + END, str(tmp_path / "few"))
@@ -15112,6 +15112,15 @@ def test_cexec_uses_nothing_of_what_its_link_leaves_out(monkeypatch):
     there = set(vars(part)) | set(dir(builtins)) | {name for kind, name in words if kind == "STORE"}
     assert {name for kind, name in words if kind == "LOAD"} <= there
     assert not hasattr(part, "Worker")
+
+
+def test_no_name_is_given_twice():
+    """In one long file the second would quietly take the place of the first."""
+    names = []
+    for one in ast.parse(read(cexec.__file__)).body:
+        names += [one.name] if isinstance(one, (ast.FunctionDef, ast.ClassDef)) else [
+            each.id for target in getattr(one, "targets", []) for each in ast.walk(target) if isinstance(each, ast.Name)]
+    assert sorted(set(names)) == sorted(names)
 
 
 @pytest.mark.parametrize("name", ["cexec", "cservice"])
