@@ -12344,6 +12344,7 @@ AHEAD_SECONDS = 0.010               # a lane gets further calls before it has do
 AHEAD_MAX = 32                      # and so many calls, at most
 RECALL_SECONDS = 0.050              # if a call takes longer, idle lanes get the calls that wait for it
 TICK_SECONDS = 0.1
+LET_GO_SECONDS = 1.0                # after a client's end, what it wrote must have been read
 PRINTED_MAX = 64 * 1024             # bytes of a line that a function prints
 NAMES_MAX = 10000                   # modules beside the main program
 
@@ -13800,7 +13801,7 @@ class Lane(Stateful):
         self.imports = 0            # IMPORTs since unsent was last empty: the worker must send one at a time
         self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size     # what has come; its bytes; the bytes needed
         self.line = self.words = self.report = b""
-        self.failure = self.killing = None
+        self.failure = self.killing = self.letting_go = None
         self.start()
         self.send(SETUP, pickled({"protocol": pool.protocol, "names": pool.program.names(), "stub": __name__,
                                   "argv": sys.argv, "trust": pool.readers.trust}))
@@ -13831,11 +13832,12 @@ class Lane(Stateful):
         os.set_blocking(self.target, False)
         enlarge(self.target)
         enlarge(self.child.stdout.fileno())
-        self.files = set()
+        self.files = {}             # a pipe from the client: what its data is for
         for file, call in ((self.child.stdout, self.rcvd), (self.child.stderr, self.rcvd_words),
                            (open(report, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
-            self.files.add(file)
-            self.loop.on_read(file.fileno(), functools.partial(self.read, file, call))
+            os.set_blocking(file.fileno(), False)
+            self.files[file] = call
+            self.loop.on_read(file.fileno(), functools.partial(self.read, file))
 
     def __repr__(self):
         return "lane " + self.host
@@ -13918,15 +13920,33 @@ class Lane(Stateful):
 
     # From the worker
 
-    def read(self, file, call):
+    def read(self, file):
         data = os.read(file.fileno(), FRAME_MAX)
         if data:
-            return call(data)
-        self.loop.forget(file.fileno())
-        file.close()
-        self.files.discard(file)
+            return self.files[file](data)
+        self.close(file)
         if not self.files:
             self.over()
+
+    def close(self, file):
+        self.loop.forget(file.fileno())
+        del self.files[file]
+        file.close()
+
+    def look_at_client(self):
+        """If the client has ended and a pipe is open, somebody else holds it: the lane does not wait for him."""
+        if not self.letting_go and self.child.poll() is not None:
+            self.letting_go = self.loop.after(LET_GO_SECONDS, self.let_go)
+
+    def let_go(self):
+        for file in list(self.files):
+            try:
+                for _ in range(4):              # a pipe's room
+                    self.files[file](os.read(file.fileno(), FRAME_MAX))
+            except BlockingIOError:
+                pass
+            self.close(file)
+        self.over()
 
     def rcvd_words(self, data):
         self.words = (self.words + data)[-4096:]
@@ -13945,6 +13965,8 @@ class Lane(Stateful):
 
     def rcvd(self, data):
         """Handles each whole frame.  The pieces of a long frame are joined only when all have come."""
+        if self.state is ENDING:    # what a worker still sends is not kept
+            return
         self.chunks.append(data)
         self.size += len(data)
         if self.size < self.wanted:
@@ -14039,8 +14061,9 @@ class Lane(Stateful):
             self.rcvd_prints(b"\n")
         self.loop.forget(self.target)
         self.child.stdin.close()
-        if self.killing:
-            self.killing.cancel()
+        for timer in (self.killing, self.letting_go):
+            if timer:
+                timer.cancel()
         try:
             reason = Failed(self.reason_of(returncode_of(self.report, self.child.wait())))
         except Failed as failed:
@@ -14314,6 +14337,8 @@ class Pool:
         """Every TICK_SECONDS: recalls calls that wait for a long one, and replaces a lane that is old."""
         self.ticking = False        # dispatch() sets the next
         now = time.monotonic()
+        for lane in self.lanes:
+            lane.look_at_client()
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
         if not self.queue and any(not lane.calls for lane in up):
             for lane in up:

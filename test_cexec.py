@@ -14583,6 +14583,35 @@ def test_an_executor_without_a_thread_leaves_no_descriptor_open(cluster, monkeyp
     pool.shutdown()
 
 
+@pytest.mark.parametrize("says", ["", "yes from-the-holder"])
+def test_pipes_that_somebody_else_holds_do_not_keep_an_executor(cluster, monkeypatch, says):
+    """A process that the client has left behind holds all of them, and may write."""
+    live_in(cluster, monkeypatch)
+    monkeypatch.chdir(cluster.directory)
+    monkeypatch.setattr(cexec, "LET_GO_SECONDS", 0.1)
+    holders = []
+
+    def holding(*words, **options):
+        reader, writer = os.pipe()
+        standard = {name: options[name] for name in ("bufsize", "stdin", "stdout", "stderr")}
+        child = subprocess.Popen(["sh", "-c", "(%s; exec sleep 1000) & echo $! >holder" % (says or ":")],
+                                 pass_fds=[writer], **standard)
+        os.close(writer)
+        holders.append(int(until(lambda: os.path.exists("holder") and read("holder"), "the holder")))
+        os.unlink("holder")
+        return child, reader
+    monkeypatch.setattr(cexec, "start_client", holding)
+    pool = cexec.Executor(cluster.pub)
+    try:
+        future = pool.submit(pow, 2, 3)
+        ended_in_time(pool.shutdown)
+        assert isinstance(future.exception(), cexec.Failed)
+    finally:
+        for pid in holders:
+            os.kill(pid, signal.SIGKILL)
+        ended_in_time(pool.shutdown)
+
+
 def ended_in_time(call, *arguments, **options):
     """Calls it in a thread, and fails if it does not return."""
     thread = threading.Thread(target=call, args=arguments, kwargs=options, daemon=True)
