@@ -296,6 +296,13 @@ class Log:
             self.say(message % args if args else message)
 
 
+def lack_of_descriptors(error):
+    """What to say of an exception if no descriptor was free; None for another one."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return "%s: this needs more descriptors (see ulimit -n)" % error.strerror
+    return None
+
+
 def write_all(write, data):
     """Calls write() again after each short write, until all of the data is written.  Raises OSError."""
     while data:
@@ -2069,6 +2076,7 @@ class ReturnPort:
 
     def __init__(self, ports, loop, families, address=""):
         self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
+        self.lack = None            # why the last connection could not be taken: lack_of_descriptors()
         for port in ports * 16 if ports == [0] else ports:
             self.port = port
             try:
@@ -2078,7 +2086,8 @@ class ReturnPort:
             except OSError as caught:
                 error = caught
                 self.close()
-        raise Fatal(EXIT_TEMPORARY, "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
+        raise Fatal(EXIT_TEMPORARY, lack_of_descriptors(error) or
+                    "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
                     % (error.strerror, who_has(error, "tu", self.port)))
 
     def open(self, family, address):
@@ -2126,9 +2135,14 @@ class ReturnPort:
                 sock, peer = listener.accept()
                 sock, address = self.loop.above_floor(sock), address_of(peer)
             except OSError as error:
-                if error.errno == errno.EMFILE and spare and spare():
+                lack = lack_of_descriptors(error)
+                if lack and spare and spare():
                     continue
+                if lack:
+                    self.lack = lack
+                    log.once("cannot take a worker's connection: " + lack)
                 return
+            self.lack = None
             accept(sock, address)
 
     def close(self):
@@ -3365,16 +3379,27 @@ def enlarge(pipe):
             pass                    # the user has too many large pipes: pipe(7)
 
 
-def make_room(numbers):
-    """Raises the limit, so that so many descriptors can be open.  Raises Fatal (111)."""
+def is_open(number):
+    try:
+        return fcntl.fcntl(number, fcntl.F_GETFD) >= 0
+    except OSError:
+        return False
+
+
+def make_room(floor, count):
+    """Raises the limit, so that so many more descriptors can be open from floor up.  Raises Fatal (111)."""
+    needed = floor
+    while count:
+        count -= not is_open(needed)            # some may be inherited, even above the limit
+        needed += 1
     soft = os.sysconf("SC_OPEN_MAX")            # -1: no limit
-    if 0 <= soft < numbers:
+    if 0 <= soft < needed:
         import resource             # needs 0.5 ms
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (numbers, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         except (OSError, ValueError):
             raise Fatal(EXIT_TEMPORARY, "no more than %d descriptors are allowed, %d are needed (see ulimit -n)"
-                        % (soft, numbers)) from None
+                        % (soft, needed)) from None
 
 
 def is_controlling(fd):
@@ -5541,6 +5566,8 @@ class Search:
 
     def complaint(self, now):
         """Why no worker was found."""
+        if self.back.lack:
+            return "no worker's connection could be taken in %d s: %s" % (now - self.began, self.back.lack)
         if self.blocked:
             return "no worker reached us in %d s: %s" % (now - self.began, tcp_blocked(self.back.port))
         if self.refusal:
@@ -5603,7 +5630,7 @@ class Search:
     def not_reached(self, address):
         """A worker says that its connections to us fail.  If no connection arrives at all, a firewall blocks them."""
         log.note("connections of %s to us fail", address)
-        if not self.arrived:
+        if not self.arrived and not self.back.lack:
             self.blocked = True
             self.loop.after(1.0, self.say_blocked)      # perhaps we were stopped, and a connection arrives now
 
@@ -5755,7 +5782,7 @@ class Job(Terms):
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
                               "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
         self.channels = inherited_channels(self.limit)
-        make_room(self.limit + len(self.channels) + 16)     # each is opened again; a search needs some too
+        make_room(self.limit, len(self.channels) + 16)      # each is opened again; a search needs some too
         self.terminal = None        # the TerminalEnd of -t
         joined = join_terminal(self.channels) if terminal else None
         if terminal and not joined:
@@ -6526,7 +6553,7 @@ class Survey:
     def troubles(self):
         """Yields the reasons why a job would find no worker: lines with the cause and the remedy."""
         if self.workers:
-            if not self.connected:
+            if not self.connected and not self.back.lack:       # accept_all() has told of that
                 yield tcp_blocked(self.back.port)
             elif all(row["state"] == "draining" for row in self.workers.values()):
                 yield "all of them are draining: they take no more jobs"
@@ -8936,7 +8963,7 @@ class Supervisor(Stateful):
 
     def __init__(self, settings, client, link, job, service):
         floor = max([256] + [number + 1 for number, _, flags in job.descriptors if not flags & FLAG_FILES])
-        make_room(floor + 4 * len(job.descriptors) + 16)
+        make_room(floor, 4 * len(job.descriptors) + 16)
         self.loop, self.link = Loop(floor=floor), link
         self.settings, self.client, self.words = settings, client, Words()
         link.attach(self.loop, self)
@@ -10273,7 +10300,7 @@ def main_cservice(argv):
         return serve_on_hosts(options.hosts, path, argv)
     fill_standard()
     slim_down(argv)
-    make_room(512 + 2 * slots)      # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
+    make_room(0, 512 + 2 * slots)   # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
     user = find_user(options.user) if options.user else None
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
@@ -11656,7 +11683,7 @@ def main_cproxy(argv):
     loop, group = Loop(), Group()
     address = own_address(words[0])
     target = words[1] if len(words) > 1 and words[1] else default_target(address)
-    make_room(2 * (RELAYS_MAX + JOINS_MAX) + 64)
+    make_room(0, 2 * (RELAYS_MAX + JOINS_MAX) + 64)
     proxy = Proxy(loop, open_listeners(group), address, Group(target, group.targets[0].port))
     end_quietly()
     started_up()
@@ -12294,7 +12321,7 @@ def serve_on_hosts(words, path, argv):
     text, pub = key_to_send(path)
     first = functools.lru_cache(None)(functools.partial(first_input, argv, text, group))    # it has the whole program
     fill_standard()
-    make_room(64 + 4 * len(hosts))
+    make_room(0, 64 + 4 * len(hosts))
     loop = Loop()
     starter = Starter(loop, hosts, ssh, first, lambda: Survey(group, pub, ports, loop))
     loop.catch(WORKER_SIGNALS, starter.signalled)
@@ -14599,10 +14626,7 @@ def main(argv):
         if log.verbose:
             import traceback
             traceback.print_exc()
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-            log.say("%s: this needs more descriptors (see ulimit -n)" % error.strerror)
-        else:
-            log.say("internal error: %s: %s" % (type(error).__name__, error))
+        log.say(lack_of_descriptors(error) or "internal error: %s: %s" % (type(error).__name__, error))
         code = EXIT_TEMPORARY
     tidy_up()
     os._exit(code)                  # at once: Python has nothing to clean up

@@ -5066,7 +5066,7 @@ def test_a_stop_under_congestion_with_high_descriptors(monkeypatch):
     """CEXEC_MAXFD=1024 and TSTP: select() ends at 1023."""
     near, far = socket.socketpair()
     loop = cexec.Loop(floor=1024)
-    cexec.make_room(1100)
+    cexec.make_room(0, 1100)
     with contextlib.closing(loop.above_floor(near)) as sock, far:
         sock.setblocking(False)
         flushed, stopped = [], []
@@ -5335,6 +5335,32 @@ def test_too_few_descriptors_are_said(cluster):
     cluster.worker("cat")
     cluster.launch = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"] + launch
     assert cluster.client(input=b"with few").stdout == b"with few"
+
+
+@pytest.mark.parametrize("end", [47, 300])
+def test_inherited_descriptors_above_the_limit_take_no_room(cluster, end):
+    """The soft limit may be low: it is raised by what is open too, from CEXEC_MAXFD up."""
+    cluster.worker("cat")
+    cluster.launch = [sys.executable, "-Sc", textwrap.dedent("""\
+        import os, resource, sys
+        for number in range(32, int(sys.argv[1])):
+            os.dup2(0, number, True)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (29, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        os.execv(sys.argv[2], sys.argv[2:])
+        """), str(end)] + cluster.launch
+    assert output(cluster.client()) == b""
+
+
+def test_a_connection_that_finds_no_descriptor_is_no_firewall(cluster):
+    """For a search, and for -l: it is said, with the remedy."""
+    cluster.worker("cat")
+    cluster.launch = [PYTHON, edited((("sock, address = self.loop.above_floor(sock), address_of(peer)",
+                                       "raise OSError(errno.EMFILE, 'Too many open files')"),))]
+    said = b"cexec: cannot take a worker's connection: Too many open files: this needs more descriptors (see ulimit -n)"
+    done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "3"})
+    assert (done.returncode, done.stderr.count(said)) == (111, 1) and b"arrive" not in done.stderr
+    assert b"\ncexec: no worker's connection could be taken in 3 s: Too many open files: this needs" in done.stderr
+    assert cluster.run("cexec", "-l", cluster.pub).stderr == said + b"\n"
 
 
 def test_who_was_lost_is_said_though_the_command_has_closed_2(one):
