@@ -3956,6 +3956,13 @@ def file_error(error, name):
     return OSError(error.errno, error.strerror, name)
 
 
+def error_text(error):
+    """Returns the text of an OSError, with the name of the file, or of an error of ours."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return "%s: %s" % (os.fsdecode(error.filename), error.strerror) if error.filename else error.strerror
+
+
 def tree(path, name, wanted=lambda name: True):
     """Yields (path, name), both bytes, of a file, or of a directory and everything in it.
 
@@ -4557,10 +4564,8 @@ class Helper:
             return 0
         except BrokenPipeError:
             return 0
-        except OSError as error:
-            text = "%s: %s" % (os.fsdecode(error.filename), error.strerror) if error.filename else error.strerror
-        except (Fatal, ProtocolError) as error:
-            text = str(error)
+        except (OSError, Fatal, ProtocolError) as error:
+            text = error_text(error)
         except BaseException as error:
             text = "%s: %s" % (type(error).__name__, error)
         os.write(writer, cut(text, 400).encode())
@@ -4807,15 +4812,16 @@ class Names:
 
     def note_errors(self, path, count):
         """Notes the files of --errors, 1 to count, after all others.  Raises Fatal (100)."""
-        self.errors, self.count = self.directory(path), count
+        directory, self.count = self.directory(path), count
         option, errors = "--errors " + path, "the errors of job %s"
         for noted in self.read, self.written:
-            for last in filter(self.is_number, noted.get(self.errors, ())):
-                self.refuse(self.errors, last, os.path.join(path, last), errors % last, option)
+            for last in filter(self.is_number, noted.get(directory, ())):
+                self.refuse(directory, last, os.path.join(path, last), errors % last, option)
         for last in filter(self.is_number, list_if_there(path)):
             found = look(os.path.join(path, last))
             if found:
                 self.refuse(found.st_dev, found.st_ino, os.path.join(path, last), errors % last, option)
+        self.errors = directory
 
     def is_number(self, last):
         """Whether this is the name of a file of --errors."""
@@ -4826,7 +4832,7 @@ class Names:
 
         linked: it is one of several names that a file has, and other jobs may replace the others.
         """
-        reader, writer = self.read.get(first, {}).get(second), self.written.get(first, {}).get(second)
+        reader, writer = self.read.get(first, {}).get(second), self.writer(first, second)
         if reader is not None:
             raise Fatal(EXIT_USAGE, "%s: %s would be overwritten" % (option, reader))
         if writer is None or writer is who or {writer, who} <= APPENDED or linked and not isinstance(writer, str):
@@ -4948,12 +4954,52 @@ class Names:
         reader = self.read.get(found.st_dev, {}).get(found.st_ino)
         if reader is not None:
             raise OSError(errno.EEXIST, "%s would be overwritten" % reader, path)
-        maker = self.made.get((found.st_ino, found.st_mtime_ns))
+        self.check_made(path, found.st_ino, found.st_mtime_ns)
+
+    def check_made(self, path, inode, changed):
+        maker = self.made.get((inode, changed))
         if maker is not None:
             raise OSError(errno.EEXIST, "the same file as a result of %s" % called(maker), path)
 
+    # Results whose names are known only when they are there: those that a wildcard matches, or in a directory
 
-def receive(reader, verdict, patterns, durable):
+    def claim(self, arrivals, who):
+        """Notes results that are about to get their names.  Raises Fatal, OSError if one of them must not be written.
+
+        Returns a function that takes this back, if they do not get them.
+        """
+        passed = {""}
+        for name, _, there in arrivals:
+            path = os.fsdecode(name)
+            option = "-g " + path
+            self.refuse(*self.place(path), path, who, option)
+            self.check_above(os.path.dirname(path), who, option, passed)
+            if there:
+                device, inode, changed, links = there
+                self.refuse(device, inode, path, who, option, links > 1)
+                self.check_made(path, inode, changed)
+        new = []
+        for name, made, _ in arrivals:
+            self.made[made] = who
+            directory, last = self.place(os.fsdecode(name))
+            names = self.written.setdefault(directory, {})
+            if last not in names:
+                names[last] = who
+                new.append((names, last))
+        return lambda: [names.pop(last) for names, last in new]
+
+    def check_above(self, path, who, option, passed):
+        """Raises Fatal if the directory, or one above it, is the result of another job; passed: those seen before."""
+        while path not in passed:
+            passed.add(path)
+            for identity in self.place(path), self.directory(path):
+                writer = self.writer(*identity)
+                if writer not in (None, who):
+                    raise Fatal(EXIT_USAGE, "%s: it would be in %s, a result of %s" % (option, path, called(writer)))
+            path = os.path.dirname(path)
+
+
+def receive(reader, verdict, patterns, listings, durable):
     """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
     After a byte it puts the results in their places, else it removes them.  Raises OSError, ProtocolError, Fatal.
@@ -4974,31 +5020,67 @@ def receive(reader, verdict, patterns, durable):
         for pattern in patterns:
             if not any(map(matcher([pattern]), files + list(directories))):
                 raise Fatal(EXIT_TEMPORARY, "-g %s: nothing in the job's directory matches" % os.fsdecode(pattern))
-        put_in_place(part, top, files, directories, durable)
+        again = any(map(os.path.lexists, files))
+        sent = {name: path for path, name in input_entries(listings)} if again else {}
+        files = [name for name in files if not is_unchanged(part, name, sent, durable)]
+        put_in_place(part, top, files, directories, durable, lambda arrivals: ask(verdict, arrivals))
     finally:
         if os.path.lexists(part):
             remove_directory(part)
 
 
-def put_in_place(part, top, files, directories, durable):
+def is_unchanged(part, name, sent, batch):
+    """Whether a result is a file of -i, and still as it was sent.  Raises OSError if a batch has changed it."""
+    import filecmp
+    new, there = os.path.join(os.fsencode(part), name), look(name)
+    if not there or name not in sent or not os.path.samefile(sent[name], name):
+        return False
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if os.stat(new).st_mode == there.st_mode & ~umask and filecmp.cmp(new, name, shallow=False):
+        return True
+    if batch:
+        raise OSError(errno.EEXIST, "-i sends it, and it would be overwritten", name)
+    return False
+
+
+def ask(verdict, arrivals):
+    """Returns whether results may get their names: our parent knows, see Names.claim()."""
+    import marshal
+    with socket.socket(socket.AF_UNIX, fileno=verdict) as question:
+        question.sendall(marshal.dumps(arrivals))
+        question.shutdown(socket.SHUT_WR)
+        return question.recv(1) != b""
+
+
+def arrived(path, name):
+    """Returns what claim() is to know of a result that waits at a path, and of what is there now: numbers and bytes."""
+    new, old = os.stat(path), look(name)
+    return name, (new.st_ino, new.st_mtime_ns), old and (old.st_dev, old.st_ino, old.st_mtime_ns, old.st_nlink)
+
+
+def put_in_place(part, top, files, directories, durable, may_have_names=lambda arrivals: True):
     """Moves results from where they wait to their places: all of them, or none if something fails.  Raises OSError.
 
     Everything that may fail is done before the first rename, and renames are undone if one fails
     all the same.  Only a KILL or a crash between them leaves some of the results, and where
     there are no hard links a file that was replaced does not come back.
     """
-    part, new, undo = os.fsencode(part), {}, []
+    part, undo = os.fsencode(part), []
     stages = {b"": part}            # place: the directory of ours in it
     try:
-        make_places(files, directories, new, undo)
+        new = new_places(files, directories)
         waiting = [brought_beside(name, number, new, stages) for number, name in enumerate(files)]
         for path in waiting if durable else ():
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-        for path, name in zip(waiting, files):
-            replace(path, name, undo)
-        set_modes(new, None)
+        arrivals = list(map(arrived, waiting, files))
+        if may_have_names(arrivals):
+            make_places(new, undo)
+            for path, (name, _, there) in zip(waiting, arrivals):
+                replace(path, name, there, undo)
+            set_modes(new, None)
     except OSError:
         for step in reversed(undo):
             take_back(step)
@@ -5016,18 +5098,24 @@ def take_back(step):
         log.note("%s", error)
 
 
-def make_places(files, directories, new, undo):
-    """Makes the directories that are not there yet.  Raises OSError, also if a result has no place."""
+def new_places(files, directories):
+    """Returns the modes of the directories that are not there yet.  Raises OSError if a result has no place."""
     for name in files:
         if not may_be_replaced(name):
             raise OSError(errno.EEXIST, "there is something that is no regular file", name)
-    for name in sorted(directories):
+    for name in directories:
         if os.path.lexists(name) and not os.path.isdir(name):
             raise OSError(errno.ENOTDIR, "there is something that is no directory", name)
-        if not os.path.isdir(name):
+    return {name: mode for name, mode in directories.items() if not os.path.isdir(name)}
+
+
+def make_places(new, undo):
+    for name in sorted(new):
+        try:
             os.mkdir(name)
-            new[name] = directories[name]
             undo.append(lambda name=name: os.rmdir(name))
+        except FileExistsError:     # another job's results have come first
+            del new[name]
 
 
 def brought_beside(name, number, new, stages):
@@ -5059,8 +5147,11 @@ def move(path, beside):
         shutil.copy(path, beside)   # its directory is a link to another disk
 
 
-def replace(path, name, undo):
-    """Gives a result its name; undo gets how that is taken back.  Raises OSError."""
+def replace(path, name, there, undo):
+    """Gives a result its name; undo gets how that is taken back.  Raises OSError, also if there is another file now."""
+    now = look(name)
+    if (now and (now.st_dev, now.st_ino)) != (there and there[:2]):
+        raise OSError(errno.EEXIST, "the same file as another result, or somebody else has just written it", name)
     old = os.path.join(os.path.dirname(path), os.urandom(8).hex().encode())
     try:
         os.link(name, old)
@@ -5098,13 +5189,16 @@ def check_place(pattern):
 class JobFiles:
     """A job's files at the client: one Helper packs the files of -i, another receives the results of -g.
 
-    changed() is called when a Helper has ended.  Raises OSError.
+    changed() is called when a Helper has ended.  In a batch, claim(arrivals) is called before results get their
+    names: see Names.  Raises OSError.
     """
 
-    def __init__(self, carrier, listings, patterns, changed, durable=False):
-        self.loop, self.changed = carrier.loop, changed
+    def __init__(self, carrier, listings, patterns, changed, claim=None):
+        self.loop, self.changed, self.claim = carrier.loop, changed, claim
         self.trouble = None         # the first error's text
-        self.verdict = None         # a pipe to the Helper that has the results: see receive()
+        self.verdict = None         # a socket to the Helper that has the results: see receive()
+        self.asked = None           # its question, once it has had the verdict
+        self.unclaim = lambda: None             # takes back what claim() has noted
         self.helpers, self.channels = [], []
         self.closed = False         # whether nobody waits for the Helpers any more
         at_end.append(self.end)     # removes unfinished results, no matter why this process ends
@@ -5112,7 +5206,7 @@ class JobFiles:
             if listings:
                 self.send_inputs(carrier, listings)
             if patterns:
-                self.receive_results(carrier, patterns, durable)
+                self.receive_results(carrier, patterns, listings)
         except OSError:             # no process or no descriptor is left
             self.wait()
             raise
@@ -5122,15 +5216,15 @@ class JobFiles:
         self.carry(carrier, FILES_IN, reader, "read")
         self.help(lambda: pack_files(writer, input_entries(listings)), [writer])
 
-    def receive_results(self, carrier, patterns, durable):
-        verdict, self.verdict = files_pipe(self.loop.floor)
+    def receive_results(self, carrier, patterns, listings):
+        verdict, self.verdict = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
         try:
             reader, writer = files_pipe(self.loop.floor)
         except OSError:
             os.close(verdict)
             raise
         self.carry(carrier, FILES_OUT, writer, "write")
-        self.help(lambda: receive(reader, verdict, patterns, durable), [reader, verdict])
+        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None), [reader, verdict])
 
     def help(self, work, kept):
         try:
@@ -5147,6 +5241,8 @@ class JobFiles:
     def ended(self, helper, trouble):
         self.helpers.remove(helper)
         self.trouble = self.trouble or trouble
+        if trouble:
+            self.unclaim()
         if self.closed:
             self.close()
         else:
@@ -5156,27 +5252,57 @@ class JobFiles:
         """Gives the verdict, after EXIT when all bytes have come.  Returns whether all Helpers have ended."""
         for channel in self.channels:
             channel.close()         # a Helper that still packs the files of -i must not wait for a reader
-        if self.verdict is not None:
+        if self.verdict is not None and self.asked is None:
             if success and not self.trouble:
                 self.tell_verdict()
-            os.close(self.verdict)
-            self.verdict = None
+            else:
+                self.close_verdict()
         return not self.helpers
 
     def tell_verdict(self):
+        self.asked = b""
+        os.set_blocking(self.verdict, False)
+        self.loop.on_read(self.verdict, self.read_question)
+        self.answer()
+
+    def answer(self):
         try:
             os.write(self.verdict, b"1")
         except OSError:
             pass                    # the Helper has ended, and says why
+
+    def read_question(self):
+        """Reads which results the Helper has; when all is read, answers, or closes the socket if one is refused."""
+        import marshal
+        try:
+            data = os.read(self.verdict, PIECE)
+        except BlockingIOError:
+            return
+        except OSError:             # it was killed
+            data = b""
+        self.asked += data
+        if data:
+            return
+        try:
+            if self.claim and self.asked:
+                self.unclaim = self.claim(marshal.loads(self.asked))
+            self.answer()
+        except (Fatal, OSError, EOFError, ValueError) as error:
+            self.trouble = self.trouble or error_text(error)
+        self.close_verdict()
+
+    def close_verdict(self):
+        if self.verdict is not None:
+            self.loop.forget(self.verdict)
+            os.close(self.verdict)
+            self.verdict = None
 
     def close(self):
         """Stops.  The Helpers end by themselves, however slow the disk is, and remove results that have no place."""
         self.closed = True
         for channel in self.channels:
             channel.close()
-        if self.verdict is not None:
-            os.close(self.verdict)
-            self.verdict = None
+        self.close_verdict()
         if not self.helpers and self.end in at_end:
             at_end.remove(self.end)
 
@@ -6051,11 +6177,11 @@ class RemoteRun(Carrier):
 
     # Its files
 
-    def begin_files(self, listings, patterns, durable=False):
+    def begin_files(self, listings, patterns, claim=None):
         """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if listings or patterns:
             try:
-                self.files = JobFiles(self, listings, patterns, self.stream_ended, durable)
+                self.files = JobFiles(self, listings, patterns, self.stream_ended, claim)
             except OSError as error:
                 raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
 
@@ -7130,7 +7256,8 @@ class FileRun(RemoteRun):
             self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
         self.over = False           # whether ended() of the batch was called
         try:
-            self.begin_files(task.listings, list(map(os.fsencode, task.results)), durable=True)
+            self.begin_files(task.listings, list(map(os.fsencode, task.results)),
+                             lambda arrivals: task.terms.names.claim(arrivals, task))
         except Fatal:
             self.detach()
             raise

@@ -7078,6 +7078,66 @@ def test_a_batch_whose_results_clash_is_refused(farm):
     assert done.returncode == 100 and b"-g a.out: a and d/a would both be written to a.out" in done.stderr
 
 
+@pytest.mark.parametrize("options, command, said", [
+    (["-g", "*.png"], "echo $1 > plot.png", "-g plot.png: one and two would both be written to plot.png"),
+    (["-g", "d/*"], "mkdir d; echo $1 > d/res; echo > d/$1",
+     "-g d/res: one and two would both be written to d/res"),
+    (["-g", "*/"], "mkdir -p d/e; echo $1 > d/e/res", "-g d/e/res: one and two would both be written to d/e/res"),
+    (["-f", "-g", "old/*"], "mkdir old; echo $1 > old/res", "-g old/res: one and two would both be written to old/res"),
+    (["-g", "l*"], "mkdir link$1; echo $1 > link$1/x", "-g linktwo/x: one and two would both be written to linktwo/x"),
+    (["-o", "o/{}", "-g", "o/*"], "mkdir o; [ $1 = one ] && echo > o/y || echo $1 > o/one",
+     "-g o/one: one and two would both be written to o/one"),
+    (["-o", "o/{}", "-g", "**/.*.part"], "mkdir o; [ $1 = one ] && echo > o/.x.part || echo > o/.one.part",
+     "-g o/.one.part: one and two would both be written to o/.one.part"),
+    (["-g", "{}.d", "-g", "*.d/*"], "mkdir -p one.d $1.d; echo > $1.d/1; echo > one.d/$1",
+     "-g one.d/two: it would be in one.d, a result of one"),
+    (["-g", "*.log", "--log", "x.log"], "[ $1 = one ] && echo > y.log || echo > x.log",
+     "-g x.log: --log and two would both be written to x.log"),
+    (["-g", "e/*", "--errors", "e"], "mkdir e; [ $1 = one ] && echo > e/x || echo > e/1",
+     "-g e/1: --errors and two would both be written to e/1")])
+def test_results_that_a_wildcard_brings_replace_nothing_of_the_batch(farm, options, command, said):
+    """Each job names both, and the first keeps all of its own; what an earlier run has left may be replaced."""
+    farm.serve(env={"CONCURRENCY": "1"})
+    in_desk(farm, "old/res", b"old")
+    os.mkdir(os.path.join(farm.desk, "o"))
+    os.mkdir(os.path.join(farm.desk, "linkone"))
+    os.symlink("linkone", os.path.join(farm.desk, "linktwo"))
+    done = farm.work("-mn", "-j", "1", *options, farm.pub, "sh", "-c", command, "sh", "{}", "--", "one", "two")
+    assert (done.returncode, done.stderr.decode()) == (1, "cexec: two: %s\n" % said)
+    found = contents(farm.desk)
+    for name in "plot.png", "d/res", "d/e/res", "linkone/x":
+        assert found.get(name, "one\n") == "one\n"
+    assert found["old/res"] == ("one\n" if "old/*" in options else "old") and all_gone(farm)
+    assert "two\n" not in found.values() and "d/two" not in found
+
+
+def test_results_that_a_wildcard_brings_replace_no_input(farm):
+    """Neither a FILE nor what -i has sent; what comes back unchanged is no result at all."""
+    farm.serve(env={"CONCURRENCY": "2"})
+    for name in ("a.txt", "b.txt", "d/c"):
+        in_desk(farm, name, name.encode())
+    words = ["-m", "-f", "-i", "{}", "-i", "d", "-g", "*", farm.pub, "sh", "-c"]
+    before = os.stat(os.path.join(farm.desk, "d/c"))
+    done = farm.work(*words, "cp $PEER_FILE $PEER_FILE.new", "--", "a.txt", "b.txt")
+    assert ended(done) == (0, b"", b"")
+    after = os.stat(os.path.join(farm.desk, "d/c"))
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    for command, said in (("echo > a.txt", "a.txt: -i sends it, and it would be overwritten"),
+                          ("echo > b.txt", "-g b.txt: b.txt would be overwritten"),
+                          ("echo > d/c", "d/c: -i sends it, and it would be overwritten")):
+        done = farm.work(*words, "rm *.txt; echo > new; " + command, "--", "a.txt", "b.txt")
+        assert done.returncode == 2 and "cexec: a.txt: %s\n" % said in done.stderr.decode()
+    assert contents(farm.desk) == {name: name[:5] for name in ("a.txt", "b.txt", "a.txt.new", "b.txt.new")} | {
+        "d/c": "d/c"}
+
+
+def test_a_single_job_may_change_its_files_in_place(farm):
+    farm.serve()
+    in_desk(farm, "a", b"1")
+    assert ended(farm.work("-n", "-i", "a", "-g", "a", farm.pub, "sh", "-c", "echo 2 > a")) == (0, b"", b"")
+    assert contents(farm.desk) == {"a": "2\n"}
+
+
 # ---- cexec: how far a job is -----------------------------------------------
 
 @pytest.mark.parametrize("count, said", [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999949, "999.9 kB"),
