@@ -13019,6 +13019,8 @@ KEYS = frozenset([bool, bytes, float, str, type(None)])     # keys whose hash co
 TUPLES_DEEP = 500                   # tuples in tuples: hash() in C has no limit of its own
 WORK_MIN = 100000                   # steps that reading a result may take, and ten more for each of its bytes
 PATTERN_MAX = 4096                  # characters of a result's regular expressions: to compile one may take long
+RANGE_LIKE = 128                    # characters that a range counts for if case is ignored: it is gone through
+LINKS_MAX = 1000                    # deques in deques: C code frees one from inside the other, without a limit
 NO_DATA = frozenset(                # modules whose classes can call, fetch an attribute, import, open or start
     "_ctypes _frozen_importlib _frozen_importlib_external _io _operator _pickle _socket _sqlite3 _thread asyncio bdb "
     "builtins bz2 code codeop concurrent copyreg ctypes dbm fileinput ftplib functools gc gzip imaplib imp importlib "
@@ -13078,7 +13080,7 @@ def make_moment(reader, cls, raw, zone=None):
 def make_counter(reader, cls, counts=None):
     made = cls()
     if type(counts) is dict:
-        dict.update(made, counts)
+        reader.fill(made, counts.items())
     return made
 
 
@@ -13114,7 +13116,10 @@ def make_pattern(reader, compile, text, flags):
     import re
     if type(text) not in (str, bytes) or type(flags) is not int or flags & re.DEBUG:
         raise malformed()
+    words = text if type(text) is str else text.decode("latin-1")
     reader.patterns += len(text)
+    if flags & re.IGNORECASE or re.search("[(][?][aLmsux]*i", words):
+        reader.patterns += RANGE_LIKE * words.count("-")
     if reader.patterns > PATTERN_MAX:
         raise malformed("regular expressions of more than %d characters" % PATTERN_MAX)
     return re.compile(text, flags)
@@ -13180,7 +13185,9 @@ MAKERS = {
     "datetime": {"date": make_moment, "time": make_moment, "datetime": make_moment,
                  "timedelta": exactly(NUMBERS, NUMBERS, NUMBERS), "timezone": lambda reader, cls, *args: cls(*args)},
     "zoneinfo": {"ZoneInfo": make_zone},
-    "decimal": {"Decimal": exactly(TEXTS)},
+    "decimal": dict({name: exactly() for name in (      # what its exceptions have in their args
+        "Clamped ConversionSyntax DivisionByZero DivisionImpossible DivisionUndefined FloatOperation Inexact "
+        "InvalidContext InvalidOperation Overflow Rounded Subnormal Underflow").split()}, Decimal=exactly(TEXTS)),
     "fractions": {"Fraction": make_fraction},
     "uuid": {"UUID": bare(uuid_state)},
     "pathlib": {"PurePosixPath": make_path, "PureWindowsPath": make_path,
@@ -13368,6 +13375,19 @@ def load_trusted(data, place):
     return Trusting(file).load()
 
 
+CHAINS = (collections.deque, collections.defaultdict)      # see LINKS_MAX
+
+
+def module_of(value):
+    """The name of the module that its class is from.  Runs no code of the class."""
+    return str(MODULE_OF.__get__(type(value)))
+
+
+def is_number(value):
+    """Whether it is of a type whose == makes a new object of what it is compared with."""
+    return module_of(value).partition(".")[0] in ("decimal", "numpy")
+
+
 class Name:
     """What a worker named that is no class and only serves as a key: inert."""
 
@@ -13418,30 +13438,37 @@ def may_be_set(cls, name):
     """Whether a result may have this attribute: no code runs by setting it, and no method is hidden."""
     import types
     fields, there = lookup(cls, "__dataclass_fields__"), lookup(cls, name)
-    if issubclass(cls, BaseException) and name in ("name", "name_from", "path", "obj", "__notes__"):
-        return True                 # C code keeps them, and stands anything
-    if type(there) is types.MemberDescriptorType:
-        return MODULE_OF.__get__(there.__objclass__) != "builtins"          # a slot
+    if type(there) is types.MemberDescriptorType:       # a slot, or what C code keeps of an exception
+        return MODULE_OF.__get__(there.__objclass__) != "builtins" or name in ("name", "path")
     active = ["__set__", "__delete__"]
     if not isinstance(fields, dict) or name not in fields:
-        if not name.isidentifier() or name.startswith("__"):
+        notes = name == "__notes__" and issubclass(cls, BaseException)
+        if not notes and (not name.isidentifier() or name.startswith("__")):
             return False
         active.append("__get__")
     return not any(lookup(type(there), method) for method in active)
 
 
-def numpy_dtype(numpy, what, depth=0):
+def numpy_dtype(numpy, what):
     """numpy's dtype of what numpy.lib.format makes of one; no objects, and no name of a class."""
+    check_dtype(what, [])
+    return numpy.lib.format.descr_to_dtype(what) if type(what) is list else numpy.dtype(what)
+
+
+def check_dtype(what, seen, depth=0):
+    """Raises ValueError for what is no dtype's text, or has the same list of fields again and again: 8 ** 8 fields."""
     import re
     if type(what) is str and re.match(r"[<>|=][biufcSUmMV?]\d{1,9}(\[\d*[A-Za-z]+\])?$", what):
-        return numpy.dtype(what)
-    if type(what) is not list or depth > 9:
+        return
+    if type(what) is not list or depth > 9 or len(seen) > 10000:
         raise malformed()
     for field in what:
-        if type(field) is not tuple or not 2 <= len(field) <= 3 or type(field[0]) not in (str, tuple):
+        name, inner, shape = field if type(field) is tuple and len(field) == 3 else field + ((),)
+        seen.append(name)
+        if any(type(part) is not str for part in (name if type(name) is tuple else [name])) or (
+                type(shape) is not tuple or any(type(size) is not int for size in shape)):
             raise malformed()
-        numpy_dtype(numpy, field[1], depth + 1)
-    return numpy.lib.format.descr_to_dtype(what)
+        check_dtype(inner, seen, depth + 1)
 
 
 def numpy_array(what, shape, order, raw):
@@ -13449,7 +13476,8 @@ def numpy_array(what, shape, order, raw):
     import numpy
     import numpy.lib.format
     dtype = numpy_dtype(numpy, what)
-    if type(shape) is not tuple or not all(type(size) is int for size in shape) or type(raw) not in (bytes, bytearray):
+    if type(shape) is not tuple or len(shape) > 64 or not all(type(size) is int for size in shape) or (
+            order not in ("C", "F") or type(raw) not in (bytes, bytearray)):
         raise malformed()
     size = functools.reduce(lambda one, two: one * two, shape, dtype.itemsize)
     if dtype.hasobject or not dtype.itemsize or size != len(raw) or min(shape, default=0) < 0:
@@ -13498,9 +13526,11 @@ class Reader:
         self.makers = {}            # id of a class or a Name on the stack: (its maker, what to give it)
         self.open = {}              # id of an object that may take a state: (it, what checks the state)
         self.theirs = {}            # id: an object of a class in allow
-        self.parts = {}             # id: (an object of the program's own class, the values in it), for hash()
+        self.parts = {}             # id: (an object of the program's own class, {name: value in it}), for hash()
+        self.sets = {}              # id: (a frozenset, the steps that a comparison of it takes)
+        self.links = 0              # deques and the like in deques and the like
         self.deep = {}              # id: (a tuple with more than plain data in it, its depth)
-        self.twins = {}             # (a dictionary or set, a hash): its keys with this hash
+        self.twins = {}             # (a dictionary or set, a hash): list of its keys with this hash
         self.refused = collections.OrderedDict()    # (module, name): why
         self.left = WORK_MIN + 10 * (len(data) - place)
         self.patterns = 0           # characters of regular expressions
@@ -13615,19 +13645,31 @@ class Reader:
         values = self.marked() if many else [self.stack.pop()]
         target = self.stack[-1]
         if type(target) in (list, collections.deque):
+            self.link(target, values)
             target.extend(values)
         elif self.is_theirs(target):
             for value in values:
                 target.append(value)
 
+    def link(self, target, values):
+        """Bounds the depth of deques and defaultdicts in each other: the other types free theirs without recursion."""
+        if type(target) in CHAINS:
+            self.links += sum(type(value) in CHAINS for value in values)
+            if self.links > LINKS_MAX:
+                raise malformed("more than %d deques or default dictionaries in each other" % LINKS_MAX)
+
     def set_items(self, many):
         values = self.marked() if many else [self.stack.pop(-2), self.stack.pop()]
         target = self.stack[-1]
         if type(target) in (dict, collections.OrderedDict, collections.defaultdict) or self.is_theirs(target):
-            for key, value in zip(values[::2], values[1::2]):
-                if type(key) not in KEYS:
-                    self.weigh(key, id(target))
-                target[key] = value
+            self.link(target, values[1::2])
+            self.fill(target, zip(values[::2], values[1::2]))
+
+    def fill(self, target, pairs):
+        for key, value in pairs:
+            if type(key) not in KEYS:
+                self.weigh(key, id(target))
+            target[key] = value
 
     def add_items(self, _):
         values = self.marked()
@@ -13637,37 +13679,71 @@ class Reader:
 
     def frozen(self, _):
         whole = set()
-        self.add(whole, self.marked(), -self.place)
-        self.stack.append(frozenset(whole))
+        steps = self.add(whole, self.marked(), -self.place)
+        whole = frozenset(whole)
+        self.sets[id(whole)] = whole, steps
+        self.stack.append(whole)
 
     def add(self, whole, values, number):
+        """Returns the steps that a comparison of these values takes."""
+        steps = 1
         for value in values:
-            if type(value) not in KEYS:
-                self.weigh(value, number)
+            steps += 1 if type(value) in KEYS else self.weigh(value, number)
             whole.add(value)
+        return steps
 
     def weigh(self, key, number):
-        """Spends what a key will take in the dictionary or set with this number.
+        """Spends what a key will take in the dictionary or set with this number.  Returns the steps to compare it.
 
         That is hash(), which goes into tuples, and into the program's own objects; and a comparison with each
-        other key that has the same hash, which can be made for all but texts.
+        other key that has the same hash, which can be made for all but texts, and goes into frozen sets too.
         """
         if type(key) is int and key.bit_length() < 60:
-            return
-        todo = [key]
+            return 1
+        todo, steps = [key], 0
         while todo:
             part = todo.pop()
-            self.spend(1)
+            count = 1
             if type(part) is int:
-                self.spend(part.bit_length() >> 6)
+                count += part.bit_length() >> 6
+            elif type(part) is range:
+                todo += [part.start, part.stop, part.step]
             elif isinstance(part, tuple):
-                self.spend(tuple.__len__(part))
+                count += tuple.__len__(part)
                 todo.extend(tuple.__iter__(part))
             elif id(part) in self.parts:
-                todo.extend(self.parts[id(part)][1])
-        same = number, hash(key)
-        self.twins[same] = self.twins.get(same, 0) + 1
-        self.spend(self.twins[same])
+                todo.extend(self.parts[id(part)][1].values())
+            elif id(part) in self.sets:
+                steps += self.sets[id(part)][1]         # it keeps its hash
+            elif type(part) not in KEYS and module_of(part) == "fractions":
+                todo += [part.numerator, part.denominator]
+            elif type(part) not in KEYS and module_of(part) == "decimal":
+                count += sys.getsizeof(part) >> 3
+            self.spend(count)
+            steps += count
+        twins = self.twins.setdefault((number, hash(key)), [])
+        for twin in twins:
+            self.spend(steps)
+            self.compare(key, twin)
+        twins.append(key)
+        return steps
+
+    def compare(self, *keys):
+        """Whether Python may compare two keys: a number of another kind can make a new object of the other key."""
+        todo = [keys]
+        while todo:
+            one, other = todo.pop()
+            self.spend(1)
+            if isinstance(one, tuple) and isinstance(other, tuple):
+                todo.extend(zip(tuple.__iter__(one), tuple.__iter__(other)))
+            elif id(one) in self.parts and id(other) in self.parts:
+                there = self.parts[id(other)][1]
+                todo.extend((value, there.get(name)) for name, value in self.parts[id(one)][1].items())
+            elif type(one) is not type(other) and (is_number(one) or is_number(other)):
+                for part in (one, other):
+                    if not is_number(part) and type(part) not in KEYS and (
+                            type(part) is not int or part.bit_length() > 60):
+                        raise malformed("two keys of one hash, and only one is a number")
 
     # Names, objects and their state
 
@@ -13731,7 +13807,7 @@ class Reader:
         _, maker, target = self.makers.get(id(what), (None, None, None))
         if target is None or type(args) is not tuple or type(keywords) is not dict or maker and keywords:
             raise malformed()
-        self.spend(1 + sum(len(arg) for arg in args if type(arg) in SIZED))
+        self.spend(1 + len(args) + len(keywords) + sum(len(arg) for arg in args if type(arg) in SIZED))
         if maker:
             return maker(self, target, *args)
         made = target.__new__(target, *args, **keywords) if new else target(*args, **keywords)
@@ -13828,9 +13904,18 @@ class Reader:
                 type(args[1]) is tuple and all(type(part) in (str, type(None)) or type(part) is int and
                                                abs(part) < 1 << 31 for part in args[1])):
             raise malformed("%s of a place that is none" % base.__name__)
+        if issubclass(base, OSError) and any(isinstance(arg, BaseException) or type(arg) in CHAINS for arg in args[2:]):
+            raise malformed("%s of a file that is none" % base.__name__)        # see LINKS_MAX
         made = base.__new__(cls, *args)
         base.__init__(made, *args)
-        return self.fresh(made, Reader.own_state)
+        return self.fresh(made, Reader.exception_state)
+
+    def exception_state(self, made, state):
+        """Without args, which it has, and without the name that makes traceback import the module it is from."""
+        names = state.get("name"), state.get("path")
+        if any(isinstance(name, BaseException) or type(name) in CHAINS for name in names):
+            raise malformed("%s of a name that is none" % type(made).__name__)  # see LINKS_MAX
+        return self.own_state(made, {name: state[name] for name in state if name not in ("args", "name_from")})
 
     def own_state(self, made, state):
         """The state if each of its names is a field, or hides nothing that the class has under this name."""
@@ -13841,7 +13926,7 @@ class Reader:
             if not self.settable[cls, name]:
                 raise malformed("%s.%s is not data: the class has a descriptor or a method there" % (
                     cls.__name__, printable(name)))
-        self.parts[id(made)] = made, list(state.values())
+        self.parts[id(made)] = made, state
         return state
 
     OPS = {ord(code): (method, detail) for code, method, detail in [

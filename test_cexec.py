@@ -16,6 +16,7 @@ import contextlib
 import copyreg
 import ctypes
 import datetime
+import decimal
 import dis
 import errno
 import faulthandler
@@ -13580,6 +13581,8 @@ class Wrong(Exception):
         return True
 class Missing(FileNotFoundError):
     pass
+class Named(ImportError):
+    path = property(lambda self: 1, lambda self, value: CALLED.append(value))
 @dataclasses.dataclass
 class Point:
     x: int
@@ -13696,7 +13699,7 @@ def made(kind, *rest, state=None, after=b""):
     (made("tuple", "Pair", (1,)), "no named tuple"), (made("tuple", "Pair", [1, 2]), "no named tuple"),
     (made("tuple", "Plain", ()), "no named tuple"), (made("exception", "Plain", ()), "no exception"),
     (made("exception", "Wrong", (), state={"fatal": None}), "fatal is not data"),
-    (made("exception", "Wrong", (), state={"args": ()}), "args is not data"),
+    (made("exception", "Named", (), state={"path": 1}), "path is not data"),
     (made("exception", "Wrong", (), state={"__cause__": None}), "__cause__ is not data"),
     (made("other", "Wrong"), "not write"), (made(("dataclass",) * 3, "Wrong"), "not write"),
     (made("enum", 5), "not write"),
@@ -13745,6 +13748,14 @@ def test_no_result_changes_a_class(ours):
 
 BUILTIN, EVEN_DEEPER = functools.partial(stack_global, "builtins"), 2000000
 TWINS = [(((1 << 61) - 1) * number).to_bytes(12, "little") for number in range(1, 100000)]         # of one hash
+HUGE = b"\x8b" + struct.pack("<i", 1000001) + (1 << 8000000).to_bytes(1000001, "little")
+
+
+def chain(module, name, before, after):
+    """A pickle of objects each in the next, which C code would free one from inside the other."""
+    return (stack_global(module, name)[:-1] + b"\x940" + (b"h\0" + before) * 2000 + b"h\0)R" + after * 2000 + b".")
+
+
 UUID_OF = stack_global("uuid", "UUID")[2:-1] + b")\x81}\x8c\x03int\x8a\x0c%ssb"
 
 
@@ -13777,11 +13788,49 @@ UUID_OF = stack_global("uuid", "UUID")[2:-1] + b")\x81}\x8c\x03int\x8a\x0c%ssb"
     (pickle.dumps(datetime.date(2026, 1, 2), 4).replace(b"\xea\x01\x02", b"\xea\x01\xff"), "day"),
     (pickle.dumps(collections.defaultdict(list), 4).replace(b"list", b"iter"), "iter is not known"),
     (pickle.dumps(slice(1, 2), 4).replace(b"K\x01", b")"), "slice of tuple"),
-], ids=range(29))
+    (chain("collections", "deque", b")R", b"a"), "in each other"),
+    (chain("collections", "defaultdict", b")RN", b"s"), "in each other"),
+    (chain("builtins", "OSError", b"K\2N", b"\x87R"), "of a file that is none"),
+    (chain("builtins", "ImportError", b")R}\x8c\4name", b"sb"), "of a name that is none"),
+    (BUILTIN("ValueError")[:-1] + b"\x94(" + b"N" * 10000 + b"t\x94(" + b"h\0h\1R" * 10000 + b"t.", "too long"),
+    (b"\x80\x04}(" + b"".join(
+        b"(K\1\x91\x94" + b"".join(b"(h%cK\0\x86h%cK\1\x86\x91\x94" % (n, n) for n in range(first, first + 50)) + b"N"
+        for first in (0, 51)) + b"u.", "too long"),
+    (b"\x80\x04\x8f(" + HUGE + stack_global("decimal", "Decimal")[2:-1] + b"\x8c\x14%20d\x85R\x90." % hash(
+        1 << 8000000), "only one is a number"),
+    (stack_global("collections", "Counter")[:-1] + b"\x94}\x94(" + b"".join(
+        b"\x8a\x0c%sN" % twin for twin in TWINS[:500]) + b"u(" + b"h\0h\1\x85R" * 100 + b"t.", "too long"),
+    (pickle.dumps(re.compile("[a-z0-9]" * 20, re.I), 4), "more than 4096 characters"),
+    (pickle.dumps(re.compile("(?i)" + "[a-z0-9]" * 20), 4).replace(b"K\x22", b"K\0"), "more than 4096 characters"),
+    (pickle.dumps(re.compile("(?i)" + "[a-z0-9]" * 20), 4).replace(b"K\x22", b"K\x20"), "more than 4096 characters"),
+], ids=range(40))
 def test_no_result_is_a_bomb_or_a_crash(data, why):
     """Each would take for ever, or all the memory, or kill this process."""
     with pytest.raises(Exception, match=why):
         loaded(data)
+
+
+def test_what_has_the_same_hash_is_read():
+    """-1 and -2 have; and few deques in deques, equal frozen sets and ranges of letters are no bombs."""
+    for value in ({(-1, "a"): 1, (-2, "a"): 2, (-1.0, decimal.Decimal(-2)): 3, (-2, decimal.Decimal(-1)): 4},
+                  {frozenset([(1, 2)]): frozenset([(1, 2)])}, {decimal.Decimal(-1), -2, -1.5}, {0, 2 ** 61 - 1},
+                  collections.deque([collections.deque([1])] * 50), {fractions.Fraction(1, 3): range(3), range(5): 1},
+                  re.compile("[a-z0-9_-]+", re.I)):
+        assert loaded(pickle.dumps(value, 4)) == value
+
+
+def test_what_python_says_of_an_error_imports_and_calls_nothing(ours):
+    """Its traceback imports the module that an ImportError names, for a hint; an AttributeError brings its args."""
+    words = [b"\x8c" + bytes([len(word)]) + word for word in (b"x", b"name", b"antigravity", b"name_from", b"flyy")]
+    found = loaded(BUILTIN("ImportError")[:-1] + words[0] + b"\x85R}(" + b"".join(words[1:]) + b"ub.")
+    assert found.name == "antigravity" and getattr(found, "name_from", None) is None
+    "".join(traceback.format_exception(type(found), found, None))
+    assert "antigravity" not in sys.modules
+    found = loaded(BUILTIN("AttributeError")[:-1] + words[0] + b"\x85R}(" + words[1] + b"N\x8c\4args" + words[0] +
+                   b"\x85ub.")
+    assert found.args == ("x",)
+    for error in (ImportError("x", name="y"), decimal.InvalidOperation([decimal.ConversionSyntax])):
+        assert repr(loaded(ours.dumps(error))) == repr(error)
 
 
 def test_what_a_worker_sends_at_random(ours):
@@ -13860,11 +13909,28 @@ def test_numpys_arrays_are_read(ours):
     ("|S0", (1 << 40,), b""), ("numpy.object_", (1,), b"12345678"), ("f8,O", (1,), b"x" * 16),
     ([("a", "|O")], (1,), b"x" * 8),
     ("<f8", [1], b"12345678"), ("<f8", (1,), "12345678"), (["a"], (1,), b"x"), ([("a", [("b", "O")])], (1,), b"x" * 8),
+    ([("a", "<f8", Harm())], (1,), b"12345678"), ([("a", "<f8", [1])], (1,), b"12345678"),
+    ([(("a", Harm()), "<f8")], (1,), b"12345678"), ([("a", "<f8", (Harm(),))], (1,), b"12345678"),
+    (functools.reduce(lambda one, _: [(name, one) for name in "abcdefgh"], range(6), "|i1"), (), b"x" * 8 ** 6),
     ("<f8", (1,) * 100, b"12345678"), ("|V99999999999", (1,), b""), ({"a": 1}, (1,), b"")])
 def test_what_numpy_would_take_on_trust_is_refused(what, shape, raw):
     with_numpy(sys.executable)
     with pytest.raises(Exception):      # noqa: B017
         cexec.numpy_array(what, shape, "C", raw)
+
+
+def test_no_key_of_numpy_is_compared_with_what_it_would_make_an_array_of(ours):
+    with_numpy(sys.executable)
+    import numpy
+    other = next(key for key in ((range(n, 10 ** 8),) for n in range(1000)) if abs(hash(key)) < 1 << 60)
+    for keys in ([numpy.int64(hash(other)), other], [other, numpy.int64(hash(other))],
+                 [(1, numpy.int64(hash(other))), (1, other)]):
+        parts = [bytes(ours.dumps(key))[2:-1].replace(b"\x94", b"") for key in keys]
+        data = b"\x80\x04}(" + b"".join(part + b"N" for part in parts) + b"u."
+        with pytest.raises(ValueError, match="only one is a number"):
+            loaded(re.sub(b"\x95.{8}", b"", data, flags=re.DOTALL))
+    value = {numpy.int64(-1): 1, -2: 2, (numpy.int64(-1), "a"): 3, (numpy.int64(-2), "a"): 4}
+    assert loaded(ours.dumps(value)) == value
 
 
 def test_only_what_is_plain_is_read_by_pickle():
