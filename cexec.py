@@ -12538,7 +12538,7 @@ cexec(7) with the security model.
 
 # The program that a lane's Python runs.  It uses nothing of this file, which the worker may not have.
 LANE_PROGRAM = r'''
-import copyreg, functools, io, operator, os, pickle, queue, struct, sys, threading, traceback, types
+import copyreg, functools, io, linecache, operator, os, pickle, queue, struct, sys, threading, traceback, types
 from importlib.machinery import ModuleSpec, PathFinder
 
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
@@ -12638,6 +12638,14 @@ class Source:
         import importlib.util
         return importlib.util.decode_source(self.text)
 
+class NoSpawn:
+    """Fails what cannot work: multiprocessing's spawn and forkserver would look for the main program's file here."""
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name in ("multiprocessing.popen_spawn_posix", "multiprocessing.popen_forkserver"):
+            raise RuntimeError("spawn and forkserver do not work in a function on a worker, which has not the main "
+                               "program's file: use multiprocessing.get_context('fork')")
+
 class Ways(dict):
     """{a class: how its objects are pickled}: calls of made() for what the client makes by the name of its class."""
     def __missing__(self, kind):
@@ -12721,6 +12729,10 @@ def set_up(data):
     sys.argv = settings["argv"]
     sys.path[:] = [path for path in sys.path if not path.startswith(("/dev/", "/proc/"))]
     sys.meta_path.insert(2, Source())       # after the finders of built-in and frozen modules
+    sys.meta_path.insert(0, NoSpawn)
+    # A traceback shows no lines of this program: by now /dev/fd/3 is another file, and to read it may block for ever.
+    ours = set_up.__code__.co_filename
+    linecache.cache[ours] = 0, None, [], ours
     stub = types.ModuleType(settings["stub"])
     exec(STUB, stub.__dict__)
     sys.modules[settings["stub"]] = stub

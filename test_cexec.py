@@ -14157,6 +14157,28 @@ def test_a_main_program_that_makes_an_executor_everywhere_is_told(pooled):
     assert out.startswith("RuntimeError(") and "below if __name__ == '__main__':" in out
 
 
+def test_a_function_may_fork_and_is_told_that_it_cannot_spawn(pooled):
+    """With spawn the processes would look for the main program's file, again and again, and the call would never end."""
+    out = pooled.script("""
+        import multiprocessing
+        def square(number):
+            return number ** 2
+        def many(how):
+            with multiprocessing.get_context(how).Pool(2) as pool:
+                return pool.map(square, [2, 3])
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                for how in ("fork", "spawn", "forkserver"):
+                    try:
+                        print(how, pool.submit(many, how).result(20), flush=True)
+                    except RuntimeError as error:
+                        print(how, error, flush=True)
+        """)
+    said = "spawn and forkserver do not work in a function on a worker, which has not the main program's file: "
+    assert out.splitlines() == ["fork [4, 9]"] + [
+        how + " " + said + "use multiprocessing.get_context('fork')" for how in ("spawn", "forkserver")]
+
+
 def test_exceptions_come_with_the_traceback_there(pooled):
     out = pooled.script("""
         import traceback
