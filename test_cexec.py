@@ -14158,7 +14158,7 @@ def test_a_main_program_that_makes_an_executor_everywhere_is_told(pooled):
 
 
 def test_a_function_may_fork_and_is_told_that_it_cannot_spawn(pooled):
-    """With spawn the processes would look for the main program's file, again and again, and the call would never end."""
+    """With spawn the processes would look for the main program's file, for ever."""
     out = pooled.script("""
         import multiprocessing
         def square(number):
