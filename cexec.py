@@ -105,7 +105,8 @@ try:
     import time
     from types import SimpleNamespace
 except ImportError as error:        # fcntl on Windows, or a Python built without a part of its library
-    sys.stderr.write("cexec: this Python is not complete (%s): use another python3\n" % error)
+    sys.stderr.write("cexec: this Python is not complete (%s): use another python3%s\n" % (
+        error, ", or more memory (see ulimit -v)" * ("failed to map" in str(error))))
     sys.exit(111)
 except SystemError:                 # 3.13.0's import of socket, by -c, without a current directory
     sys.stderr.write("cexec: this Python does not work where the current directory was removed: go to another\n")
@@ -202,6 +203,19 @@ class ProtocolError(Exception):
 
 class OtherVersion(ProtocolError):
     """A peer speaks another version of the protocol."""
+
+
+NO_MEMORY = "not enough memory (see ulimit -v)"
+
+
+def memory_hint():
+    """The end of an error's message if memory is limited: libraries without memory report errors of any kind."""
+    try:
+        import resource
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    except ImportError:             # it needs memory too
+        limited = True
+    return "; or there is " + NO_MEMORY if limited else ""
 
     def __init__(self, version, asks_at=0):
         super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
@@ -2163,7 +2177,8 @@ def load_ssl():
         try:
             import ssl as module
         except ImportError as error:
-            raise Fatal(EXIT_TEMPORARY, "this Python has no ssl module (%s): use another python3" % error) from None
+            raise Fatal(EXIT_TEMPORARY, "this Python has no ssl module (%s): use another python3%s" % (
+                error, memory_hint())) from None
         ssl = module
     return ssl
 
@@ -9370,7 +9385,8 @@ def become_supervisor(settings, client, link, job, service):
     except BaseException as error:
         if not isinstance(error, (OSError, Fatal)) or supervisor:
             log.say("supervisor: %s: %s" % (type(error).__name__, error))
-        link.send(REFUSE, reason=str(error))
+        if supervisor is None or supervisor.deadline is None:       # after ACCEPT the client has sent GO
+            link.send(REFUSE, reason=str(error) or type(error).__name__)
         if supervisor is None:
             os.write(service, b"refused %s\nback\n" % str(error).encode())
         elif not supervisor.started:
@@ -14843,14 +14859,15 @@ def main(argv):
     except BrokenPipeError:
         die_of(signal.SIGPIPE)      # the reader of our output has gone
     except ImportError as error:
-        log.say("this Python is not complete (%s): use another python3" % error)
+        log.say("this Python is not complete (%s): use another python3%s" % (error, memory_hint()))
         code = EXIT_TEMPORARY
     except Exception as error:      # a defect of ours: one line, and the traceback only with -v
         tidy_up()
         if log.verbose:
             import traceback
             traceback.print_exc()
-        log.say(lack_of_descriptors(error) or "internal error: %s: %s" % (type(error).__name__, error))
+        about = NO_MEMORY if isinstance(error, MemoryError) else lack_of_descriptors(error)
+        log.say(about or "internal error: %s: %s%s" % (type(error).__name__, error, memory_hint()))
         code = EXIT_TEMPORARY
     tidy_up()
     os._exit(code)                  # at once: Python has nothing to clean up
@@ -15087,4 +15104,8 @@ def enter():
 
 
 if __name__ == "__main__":
-    enter() if sys.argv[0] == "-c" else main(sys.argv)
+    try:
+        enter() if sys.argv[0] == "-c" else main(sys.argv)
+    except MemoryError:             # before main() was there
+        sys.stderr.write("cexec: not enough memory (see ulimit -v)\n")
+        sys.exit(111)

@@ -10774,6 +10774,15 @@ def test_clients_that_never_close_are_bounded(cluster):
     no_defect(read(worker.log))
 
 
+def test_a_supervisor_that_fails_after_go_does_not_refuse_the_job(cluster):
+    """The client would take that for a breach of the protocol."""
+    altered(cluster, ("        self.command.start()\n", "        raise MemoryError\n"))
+    worker = cluster.worker("cat")
+    said = failed(cluster.client()).decode()
+    assert re.fullmatch(lost_with("; the command may have run (cexec -r runs it again)"), said)
+    until(lambda: b"cservice: supervisor: MemoryError: " in read(worker.log), "the worker's message")
+
+
 def test_a_service_ends_though_an_exit_is_queued_to_a_client_that_never_reads(cluster):
     """At the second signal; both hosts' buffers are made so small that EXIT does not go into them."""
     line = "        how, status, reason = self.command.result\n"
@@ -15610,6 +15619,29 @@ def test_modules_that_lie_about_are_not_imported(linked, env):
         assert done.stdout == b"cexec 1.0\n"
     finally:
         os.chdir(before)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_too_little_memory_is_said(cluster, kept):
+    """However little it is, once Python itself can start."""
+    text = 'ulimit -v $0; "$@"'
+    link, env = cluster.path("cexec"), dict(cluster.env, HOME=cluster.directory)
+    os.symlink(PROGRAM, link)
+    if kept:
+        subprocess.run([link, "--version"], env=dict(os.environ, **env), check=True, stdout=subprocess.DEVNULL)
+    told, done = 0, None
+    for size in range(8000, 100000, 1000):
+        here = subprocess.run(["sh", "-c", text, str(size), "python3", "-S", "-c", "import os, stat, signal, hashlib"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if here.returncode == 0:
+            done = cluster.do(["sh", "-c", text, str(size), link, cluster.pub], env=dict(
+                env, CEXEC_TIMEOUT_ACCEPT="1", XDG_CACHE_HOME=None, PYTHONDONTWRITEBYTECODE=None if kept else "1"))
+            assert done.returncode == 111 and re.fullmatch(
+                b"cexec: [^\n]*(memory \\(see ulimit -v|no worker answered)[^\n]*\n", done.stderr), (size, done)
+            if b"memory" not in done.stderr:
+                break
+            told += 1
+    assert told and b"no worker" in done.stderr
 
 
 # ---- Faults: a man in the middle -------------------------------------------
