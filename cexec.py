@@ -4286,6 +4286,16 @@ def bracket_rule(text):
     return b"[%s%s]" % (b"^" * negated, b"".join(map(re.escape, sorted(chosen)))) if chosen else b"(?!)"
 
 
+def plain_name(pattern):
+    """Returns the name that a pattern of -g without wildcards stands for, in bytes; None for one with wildcards."""
+    import re
+    if b"\\" not in pattern:
+        return None if is_pattern(os.fsdecode(pattern)) else pattern
+    if re.search(rb"[*?[]", re.sub(rb"\\.", b"", pattern, flags=re.DOTALL)):
+        return None
+    return re.sub(rb"\\(.)", rb"\1", pattern, flags=re.DOTALL)
+
+
 def is_pattern(text):
     return any(character in text for character in "*?[\\")
 
@@ -5014,10 +5024,11 @@ class Names:
             path = os.path.dirname(path)
 
 
-def receive(reader, verdict, patterns, listings, durable):
+def receive(reader, verdict, patterns, listings, durable, in_use=()):
     """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
-    After a byte it puts the results in their places, else it removes them.  Raises OSError, ProtocolError, Fatal.
+    After a byte it puts the results in their places, else it removes them.  in_use: files to which something is
+    written, as (device, inode).  Raises OSError, ProtocolError, Fatal.
     """
     # An error before the verdict is kept until then: if the command has failed, it does not matter.
     part, error = new_part(), None
@@ -5035,13 +5046,38 @@ def receive(reader, verdict, patterns, listings, durable):
         for pattern in patterns:
             if not any(map(matcher([pattern]), files + list(directories))):
                 raise Fatal(EXIT_TEMPORARY, "-g %s: nothing in the job's directory matches" % os.fsdecode(pattern))
-        again = any(map(os.path.lexists, files))
+        again = any(map(os.path.lexists, files + list(directories)))
         sent = {name: path for path, name in input_entries(listings)} if again else {}
+        old = old_files(patterns, files, directories, sent, in_use)
         files = [name for name in files if not is_unchanged(part, name, sent, durable)]
-        put_in_place(part, top, files, directories, durable, lambda arrivals: ask(verdict, arrivals))
+        put_in_place(part, top, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
     finally:
         if os.path.lexists(part):
             remove_directory(part)
+
+
+def old_files(patterns, files, directories, sent, in_use):
+    """Returns the names of what is in a directory that -g names, and not among the results: what is there is replaced.
+
+    But nothing in a directory of which -i has sent something, and no file that is in use.  Raises OSError.
+    """
+    known, old = {*files, *directories}, []
+    tops = [name for name in map(plain_name, patterns) if name in directories and os.path.isdir(name)]
+    todo = [top for top in tops if not any(name == top or name.startswith(top + b"/") for name in sent)]
+    while todo:
+        place = todo.pop()
+        for name in [os.path.join(place, last) for last in os.listdir(place) if is_wanted(last)]:
+            if os.path.isdir(name) and not os.path.islink(name) and (
+                    name in known or any(is_in_use(path, in_use) for path, _ in tree(name, name))):
+                todo.append(name)
+            elif name not in known and not is_in_use(name, in_use):
+                old.append(name)
+    return old
+
+
+def is_in_use(path, in_use):
+    found = look(path)
+    return found is not None and (found.st_dev, found.st_ino) in in_use
 
 
 def is_unchanged(part, name, sent, batch):
@@ -5074,8 +5110,10 @@ def arrived(path, name):
     return name, (new.st_ino, new.st_mtime_ns), old and (old.st_dev, old.st_ino, old.st_mtime_ns, old.st_nlink)
 
 
-def put_in_place(part, top, files, directories, durable, may_have_names=lambda arrivals: True):
+def put_in_place(part, top, files, directories, durable, may_have_names=lambda arrivals: True, old=()):
     """Moves results from where they wait to their places: all of them, or none if something fails.  Raises OSError.
+
+    Then removes what is old.
 
     Everything that may fail is done before the first rename, and renames are undone if one fails
     all the same.  Only a KILL or a crash between them leaves some of the results, and where
@@ -5095,6 +5133,8 @@ def put_in_place(part, top, files, directories, durable, may_have_names=lambda a
             make_places(new, undo)
             for path, (name, _, there) in zip(waiting, arrivals):
                 replace(path, name, there, undo)
+            for name in old:
+                move_away(name, stages, undo)
             set_modes(new, None)
     except OSError:
         for step in reversed(undo):
@@ -5141,15 +5181,30 @@ def brought_beside(name, number, new, stages):
     if not place:
         return path
     try:
-        if place not in stages:
-            stage = os.path.join(place, os.fsencode(new_part()))
-            os.mkdir(stage, 0o700)
-            stages[place] = stage
-        beside = os.path.join(stages[place], b"%d.new" % number)
+        beside = os.path.join(stage_in(place, stages), b"%d.new" % number)
         move(path, beside)
     except OSError as error:
         raise file_error(error, name) from None
     return beside
+
+
+def stage_in(place, stages):
+    """Returns the path of the directory of ours in a directory.  Raises OSError."""
+    if place not in stages:
+        stage = os.path.join(place, os.fsencode(new_part()))
+        os.mkdir(stage, 0o700)
+        stages[place] = stage
+    return stages[place]
+
+
+def move_away(name, stages, undo):
+    """Moves what is old to where it will be removed; undo gets how that is taken back.  Raises OSError."""
+    away = os.path.join(stage_in(os.path.dirname(name), stages), os.urandom(8).hex().encode())
+    try:
+        os.rename(name, away)
+    except OSError as error:
+        raise file_error(error, name) from None
+    undo.append(functools.partial(os.rename, away, name))
 
 
 def move(path, beside):
@@ -5239,7 +5294,10 @@ class JobFiles:
             os.close(verdict)
             raise
         self.carry(carrier, FILES_OUT, writer, "write")
-        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None), [reader, verdict])
+        found = [os.fstat(fd) for fd in range(3)]
+        in_use = {(one.st_dev, one.st_ino) for one in found}
+        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use),
+                  [reader, verdict])
 
     def help(self, work, kept):
         try:
@@ -7056,8 +7114,8 @@ class Task:
 
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
-        named = [fill_pattern(text, *self.inputs) for text in self.terms.results if not is_pattern(text)]
-        return [os.path.normpath(name) for name in named] + [self.output] * (self.output is not None)
+        named = filter(None, (plain_name(os.fsencode(pattern)) for pattern in self.results))
+        return list(map(os.fsdecode, named)) + [self.output] * (self.output is not None)
 
     def note_inputs(self):
         """Notes what it reads.  Raises Fatal (100) for a private key."""
@@ -7092,9 +7150,12 @@ class Task:
             pass                    # a file is missing, or its name is impossible
         return self.done_before
 
+    def input_paths(self):
+        return [fill_pattern(text, *self.inputs) for text in self.terms.inputs]
+
     def list_inputs(self):
         """Returns the Listings of its -i.  Raises OSError, ValueError."""
-        return [self.terms.names.listing(fill_pattern(text, *self.inputs)) for text in self.terms.inputs]
+        return list(map(self.terms.names.listing, self.input_paths()))
 
     def open(self):
         """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
@@ -7748,12 +7809,18 @@ def make_errors_directory(path):
 def show_tasks(path, tasks):
     """--dry-run: prints for each Task a shell command that does the same; 0."""
     import shlex
+    errors = tasks[0].terms.errors if tasks else None
+    if errors and not os.path.isdir(errors):
+        print_out(os.fsencode("mkdir -p -- %s\n" % shlex.quote(errors)))
     for task in tasks:
         try:
             environment, arguments = task.fill_words()
         except (OSError, ValueError) as error:
             raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_of_task(error, task.name))) from None
-        words = [b"cexec"] + [b"-n"] * task.terms.values + [os.fsencode(path), *environment]
+        words = [b"cexec"] + [b"-n"] * task.terms.values
+        for option, values in (b"-i", task.input_paths()), (b"-g", task.results):
+            words += [word for value in values for word in (option, os.fsencode(value))]
+        words += [os.fsencode(path), *environment]
         words += [b"--"] * bool(arguments) + arguments
         line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
         ends = [("<", task.file), (">", task.output), ("2>", task.errors_kept)]

@@ -6191,17 +6191,17 @@ def contents(directory):
     return found
 
 
-@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("failing", range(6))
 def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
     """What was there is there again, and what was not is not."""
     os.makedirs(str(tmp_path / "here" / "there"))
-    for name in ("old", "there/old"):
+    for name in ("old", "there/old", "there/gone"):
         put(str(tmp_path / "here" / name), "as it was")
     before, back = contents(str(tmp_path / "here")), os.getcwd()
     names, done, rename = ["old", "a", "there/old", "there/b", "n/m/c"], [], os.rename
 
     def some(path, name):
-        if name in map(os.fsencode, names):
+        if b"there/gone" in (path, name) or name in map(os.fsencode, names):
             if len(done) == failing:
                 done.append(None)
                 raise OSError(errno.EIO, "no luck")
@@ -6211,11 +6211,11 @@ def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
         given = results_in(str(tmp_path / "here"), names)
         monkeypatch.setattr(os, "rename", some)
         with pytest.raises(OSError) as raised:
-            cexec.put_in_place(*given)
+            cexec.put_in_place(*given, old=[b"there/gone"])
         monkeypatch.undo()
         os.close(given[1])
         cexec.remove_directory(given[0])
-        assert raised.value.filename == os.fsencode(names[failing])
+        assert raised.value.filename == os.fsencode([*names, "there/gone"][failing])
         assert contents(str(tmp_path / "here")) == before
     finally:
         os.chdir(back)
@@ -7128,8 +7128,69 @@ def test_results_that_a_wildcard_brings_replace_no_input(farm):
                           ("echo > d/c", "d/c: -i sends it, and it would be overwritten")):
         done = farm.work(*words, "rm *.txt; echo > new; " + command, "--", "a.txt", "b.txt")
         assert done.returncode == 2 and "cexec: a.txt: %s\n" % said in done.stderr.decode()
-    assert contents(farm.desk) == {name: name[:5] for name in ("a.txt", "b.txt", "a.txt.new", "b.txt.new")} | {
-        "d/c": "d/c"}
+    assert contents(farm.desk) == {name: name[:5] for name in ("a.txt", "b.txt", "a.txt.new", "b.txt.new", "d/c")}
+
+
+@pytest.mark.parametrize("pattern, name", [
+    (b"a/b", b"a/b"), (b"a*", None), (b"a?/b", None), (b"[a]", None), (rb"a\*\[1]\\", rb"a*[1]" + b"\\"),
+    (rb"a\**", None), (b"a\\\n", b"a\n"), (rb"\a\?", b"a?")])
+def test_names_that_patterns_without_wildcards_stand_for(pattern, name):
+    assert cexec.plain_name(pattern) == name and (name is None or cexec.matcher([pattern])(name))
+
+
+def test_a_directory_that_g_names_is_replaced_as_a_whole(farm):
+    """Not one in which only a wildcard matches something, or of which -i sends something, nor an open log in it."""
+    farm.serve()
+    old = ["out/old", "out/e/old", "out/f/g", "out/new", "else/old", "sent/old"]
+    for name in old:
+        in_desk(farm, name, b"old\n")
+    os.symlink("out/old", os.path.join(farm.desk, "out", "link"))
+    in_desk(farm, "script", b"")
+    command = "mkdir -p out/e else sent; for name in out/new out/e/new else/new sent/new; do echo new > $name; done"
+    words = farm.argv("cexec", "-n", "-i", "sent", "-g", "out", "-g", "else/*", "-g", "sent", farm.pub, "sh", "-c",
+                      command + "; rm sent/old; echo said")
+    with open(os.path.join(farm.desk, "out", "log"), "wb") as log:
+        done = subprocess.run(words, cwd=farm.desk, env=farm.environment(), stdin=subprocess.DEVNULL, stdout=log,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    new = dict.fromkeys(["out/new", "out/e/new", "else/new", "sent/new"], "new\n")
+    assert contents(farm.desk) == {**new, "else/old": "old\n", "sent/old": "old\n", "out/log": "said\n", "script": ""}
+    assert all_gone(farm)
+
+
+def test_a_batch_whose_results_are_directories_is_taken_up_again(farm):
+    """The newest file in a directory counts, however deep it is; one without any file is not done."""
+    farm.serve(env={"CONCURRENCY": "2"})
+    for name in ("a", "b", "b.d/e/old"):
+        in_desk(farm, name)
+    os.mkdir(os.path.join(farm.desk, "a.d"))
+    words = ["-m", "-g", "{}.d", farm.pub, "sh", "-c", "mkdir -p {}.d/e; echo > {}.d/e/f; echo {}", "--", "a", "b"]
+    os.utime(os.path.join(farm.desk, "b.d", "e", "old"), (1, 1))
+    assert ended(farm.work(*words)) == (0, b"a\nb\n", b"")
+    assert set(contents(farm.desk)) == {"a", "b", "a.d/e/f", "b.d/e/f"}
+    for name in ("a.d", "a.d/e", "b.d", "b.d/e"):
+        os.utime(os.path.join(farm.desk, name), (1, 1))
+    assert farm.work(*words).stdout == b""
+    os.utime(os.path.join(farm.desk, "b.d", "e", "f"), (1, 1))
+    assert [farm.work(*words).stdout for _ in range(2)] == [b"b\n", b""]
+
+
+def test_dry_run_shows_files_too_and_works_when_it_is_run(farm):
+    farm.serve()
+    names = ["d/it's *.x", "d/b.x"]
+    for name in [*names, "common 1"]:
+        in_desk(farm, name, name.encode())
+    command = 'cat "$1" common* > "$2.out"; mkdir "$2.more"; echo "$2" > "$2.more/1"; echo oh >&2'
+    words = ["-n", "-i", "{}", "-i", "common 1", "-g", "{/.}.out", "-g", "{/.}.more/*", "--errors", "said 1", farm.pub,
+             "sh", "-c", command, "sh", "{}", "{/.}", "--", *names]
+    done = farm.work("-m", "--dry-run", *words)
+    assert (done.returncode, done.stderr) == (0, b"") and not os.path.exists(os.path.join(farm.desk, "said 1"))
+    script = "cexec() { %s \"$@\"; }\n%s" % (shlex.join(farm.argv("cexec")), done.stdout.decode())
+    done = farm.do(["sh", "-e"], cwd=farm.desk, input=script.encode())
+    assert (done.returncode, done.stderr) == (0, b"")
+    one = contents(farm.desk)
+    assert one["it's *.out"] == names[0] + "common 1" and one["b.more/1"] == "b\n" and one["said 1/2"] == "oh\n"
+    assert farm.work("-m", "-f", *words).returncode == 0 and contents(farm.desk) == one
 
 
 def test_a_single_job_may_change_its_files_in_place(farm):
@@ -8700,13 +8761,12 @@ def test_dry_run_prints_what_would_be_done(cluster):
     words = {"variables": ["X={/}", "-q", "{.}", "a b"]}
     done = batch(cluster, *names, options=["--dry-run", "--errors", "said", "--log", "log"], **words)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode() == "".join(
+    assert done.stdout.decode() == "mkdir -p -- said\n" + "".join(
         "cexec %s %s %s -- -q %s 'a b' < %s > %s 2> said/%d\n" % (cluster.pub, *map(shlex.quote, (
             "X=" + name, "FILE=" + name, os.path.splitext(name)[0], name, name + ".out")), number)
         for number, name in enumerate(names, 1) if name != "f001")
     assert not os.path.exists(cluster.path("said")) and not os.path.exists(cluster.path("log"))
     cluster.worker(*SHOW, options=["-a"])
-    os.mkdir(cluster.path("said"))
     shell = "cexec() { %s \"$@\"; }; . ./script" % shlex.join(cluster.argv("cexec"))
     make_file(cluster, "script", done.stdout)
     subprocess.run(["sh", "-c", shell], check=True, cwd=cluster.directory, env=cluster.environment())
