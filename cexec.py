@@ -5593,6 +5593,7 @@ class Candidate(Stateful):
         if not is_address(hello.address):       # it goes into messages, and programs read some of them
             raise ProtocolError("an impossible address")
         if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
+            self.search.not_asked(self.address, hello.worker_id)
             return self.link.fail("an offer that we do not take")
         if not self.search.terms.servers.allows(self.address, hello.host, hello.worker_id):
             self.search.not_allowed(self.address)
@@ -5657,6 +5658,9 @@ class Avoided:
     def for_good(self, worker_id):
         self.until[worker_id] = float("inf")
 
+    def is_for_good(self, worker_id):
+        return self.until.get(worker_id) == float("inf")
+
     def for_now(self, worker_id):
         self.seconds[worker_id] = 2 * self.seconds.get(worker_id, 0.5)
         self.until[worker_id] = time.monotonic() + self.seconds[worker_id]
@@ -5715,6 +5719,7 @@ class Search:
         self.unfit = self.unfit_timer = None        # why a worker cannot do the job (others may); for insist()
         self.last_busy = 0.0        # when the last BUSY came: its sender may be able to do the job
         self.excluded = set()       # addresses of workers that answered, and that we do not accept
+        self.losers = set()         # the same of those that have lost this job before
         self.arrived = self.blocked = False         # a connection came; a worker says that its connections fail
 
     def start(self):
@@ -5778,6 +5783,9 @@ class Search:
             return ("%d of the workers answered in %d s and were not allowed (CEXEC_ACCEPT_SERVER, "
                     "CEXEC_REJECT_SERVERS): %s" % (len(self.excluded), silence,
                                                    ", ".join(sorted(self.excluded)[:8])))
+        if self.losers:
+            lost_by = ", ".join(sorted(self.losers))
+            return "no other worker answered in %d s: %s lost the job before" % (silence, lost_by)
         if self.group.error and self.attempt and not self.offers:
             hint = "%s; is there a network? see GROUP in cexec(1)" % self.group.error
         else:
@@ -5820,6 +5828,11 @@ class Search:
 
     def may_ask(self, worker_id):
         return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
+
+    def not_asked(self, address, worker_id):
+        """Remembers a worker that has lost this job."""
+        if self.avoid.is_for_good(worker_id):
+            self.losers.add(address)
 
     def not_allowed(self, address):
         """Remembers a worker that CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS exclude."""

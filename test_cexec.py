@@ -5423,6 +5423,16 @@ def test_a_lost_job_from_file_to_file_is_run_again_elsewhere(cluster, where):
     no_defect(*[read(worker.log) for worker in workers])
 
 
+def test_a_worker_that_lost_the_only_job_is_named_if_no_other_answers(cluster):
+    """It answers, so no firewall is asked for."""
+    cluster.shell_workers(1)
+    client = start_job(cluster, HALF, words=("-r", "-n"), env={"CEXEC_TIMEOUT_ACCEPT": "2"})
+    until(lambda: runs(cluster), "the job")
+    lose_worker(cluster)
+    assert client.wait(PATIENCE) == 111
+    assert client.said().endswith(": 127.0.0.1 lost the job before\n") and "is cservice running" not in client.said()
+
+
 @pytest.mark.parametrize("first, more", [(0, 0), (0, 1000), (3000000, 1000000), (cexec.HELD_MAX, 0),
                                          (cexec.HELD_MAX, 2000000)])
 def test_input_from_a_pipe_is_held_and_sent_again(cluster, first, more):
