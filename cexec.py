@@ -4827,7 +4827,9 @@ class Names:
             found = os.fstat(fd)
             if stat.S_ISREG(found.st_mode):
                 if fd:
-                    self.refuse(found.st_dev, found.st_ino, name, name, name)
+                    self.refuse(found.st_dev, found.st_ino, name, self.writer(found.st_dev, found.st_ino), name)
+                    if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+                        name += " (without >>)"         # it would be written over the lines of the log
                 (self.written if fd else self.read).setdefault(found.st_dev, {})[found.st_ino] = name
 
     def note_log(self, path):
@@ -4994,9 +4996,12 @@ class Names:
         Returns a function that takes this back, if they do not get them.
         """
         passed = {""}
+        kept = set() if who.output is None else {self.place(who.output), self.place(who.part)}
         for name, _, there in arrivals:
             path = os.fsdecode(name)
             option = "-g " + path
+            if self.place(path) in kept:        # with it, the job would look done when its output has failed
+                raise Fatal(EXIT_USAGE, "%s: the output of -o is written there" % option)
             self.refuse(*self.place(path), path, who, option)
             self.check_above(os.path.dirname(path), who, option, passed)
             if there:

@@ -7122,6 +7122,17 @@ def test_results_that_a_wildcard_brings_replace_nothing_of_the_batch(farm, optio
     assert "two\n" not in found.values() and "d/two" not in found
 
 
+@pytest.mark.parametrize("name", ["a.o", ".a.o.part"])
+def test_a_wildcard_does_not_bring_the_output_of_its_own_job(farm, name):
+    """Its job would fail when the output gets its name, and be done for the next run, with another content."""
+    farm.serve()
+    for _ in range(2):
+        done = farm.work("-mn", "-o", "{}.o", "-g", "**/*.o", "-g", "**/.*.part", farm.pub, "sh", "-c",
+                         "mkdir d; touch e.o d/.x.part; echo 1 > $1; echo 2", "sh", name, "--", "a")
+        assert ended(done) == (1, b"", b"cexec: a: -g %s: the output of -o is written there\n" % name.encode())
+        assert not os.path.exists(os.path.join(farm.desk, "a.o"))
+
+
 def test_results_that_a_wildcard_brings_replace_no_input(farm):
     """Neither a FILE nor what -i has sent; what comes back unchanged is no result at all."""
     farm.serve(env={"CONCURRENCY": "2"})
@@ -8494,6 +8505,7 @@ REFUSED = """
     -m -o - --log hard P -- l/a                 | --log hard: l/a would be overwritten
     -mn -i a --log b P -- 1                     | --log b: a would be overwritten
     -mn -o {} --log n P -- n                    | -o {}: --log and n would both be written to n
+    -m --log d/x -o - P -- a 1<> d/x            | --log d/x: standard output (without >>) and --log would both be
     -mn -g d --log d/log P -- 1                 | -g d: --log and 1 would both be written to d/log
     -mn --errors d --log d/1 P -- 1             | --errors d: --log and the errors of job 1 would both be written to d/1
     -m -o .{}.part P -- a .a.part               | -o .{}.part: .a.part would be overwritten
@@ -8529,7 +8541,8 @@ def test_one_file_under_two_names_is_refused(cluster, line):
 @pytest.mark.parametrize("line", [
     "-m -o {}.o P -- a b", "-mn -o r/{} P -- 1 2", "-mn -o r/{} --errors r P -- 7 8", "-mn -o one{} P -- 1 2",
     "-m -o - --errors 7 P -- a", "-mn -i d -o d/{} --errors d/e --log d/log P ::: 1 2", "-mn -i a -g b P ::: 1",
-    "-mn -g r -g r/x P ::: 1", "-m --log log -o - P -- a > log 2>&1", "-mn -i . -g {} P -- 1 2", "-mn -i . P -- 1"])
+    "-mn -g r -g r/x P ::: 1", "-m --log log -o - P -- a >> log 2>&1", "-mn -o {} P -- x > log 2>&1",
+    "-mn -i . -g {} P -- 1 2", "-mn -i . P -- 1"])
 def test_names_that_only_look_alike_are_not_refused(cluster, line):
     """Old outputs that were made links to one file are two outputs still."""
     script = ("mkdir -p here/d/e here/r && cd here && for n in a b one1 d/x d/1; do echo $n > $n; done; "
