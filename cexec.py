@@ -5998,6 +5998,7 @@ class Job(Terms):
         self.progress = progress    # cexec -p
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
                               "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
+        self.start_report = setting("CEXEC_FD_FOR_START", -1, self.limit, 2 ** 20)
         self.channels = inherited_channels(self.limit)
         make_room(self.limit, len(self.channels) + 16)      # each is opened again; a search needs some too
         self.terminal = None        # the TerminalEnd of -t
@@ -6015,6 +6016,12 @@ class Job(Terms):
                 os.fstat(self.report)
             except OSError as error:
                 raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
+
+    def tell_start(self, hello):
+        """Tells an Executor, which has started us, what worker has the job."""
+        if self.start_report >= 0:
+            write_all(functools.partial(os.write, self.start_report), b"%s %s\n" % (
+                hello.worker_id.hex().encode(), printable(hello.host).encode()))
 
     def tell(self, code, word, worker="-", seconds=0.0):
         """Writes the line for CEXEC_FD_FOR_ERRORS."""
@@ -6623,6 +6630,7 @@ class Client(Patron):
     def begin(self, search, candidate, job):
         started_up()
         self.search = None
+        job.tell_start(candidate.hello)
         if job.repeat or candidate.hello.options & HELLO_REPEATABLE:
             job.keep_input()
         self.run = Run(self, candidate.link, candidate.hello, job)
@@ -12599,6 +12607,9 @@ AHEAD_SECONDS = 0.010               # a lane gets further calls before it has do
 AHEAD_MAX = 32                      # and so many calls, at most
 RECALL_SECONDS = 0.050              # if a call takes longer, idle lanes get the calls that wait for it
 TICK_SECONDS = 0.1
+READY_SECONDS = 10.0                # from GO until a worker's Python must be ready,
+LATE_SECONDS = 1.0                  # and until others are looked for, if it is not
+REJECT_SECONDS = 10.0               # a worker that cannot do the calls gets none for so long, then twice as long, ...
 LET_GO_SECONDS = 1.0                # after a client's end, what it wrote must have been read
 PRINTED_MAX = 64 * 1024             # bytes of a line that a function prints
 NAMES_MAX = 10000                   # modules beside the main program
@@ -12974,10 +12985,11 @@ def variables(env):
     return ["%s=%s" % (os.fsdecode(key), os.fsdecode(value)) for key, value in (env or {}).items()]
 
 
-def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
+def start_client(pub, words, pass_fds=(), places=(), kept=(), env=None, **options):
     """Starts cexec as a child: (its Popen, the reading end of a pipe with its status line).
 
-    places: (our descriptor, its number there) for descriptors that are carried besides pass_fds.
+    places: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
+    only the child itself needs.
     """
     import subprocess
     numbers = list(pass_fds) + [number for _, number in places]
@@ -12992,7 +13004,7 @@ def start_client(pub, words, pass_fds=(), places=(), env=None, **options):
         try:
             env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
             child = subprocess.Popen(argv + words, env=env, **dict(
-                options, pass_fds=[report] + list(pass_fds) + [old for old, _ in places]))
+                options, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
         finally:
             os.close(report)
     except BaseException:
@@ -14096,7 +14108,7 @@ def load_error(readers, data, place, host):
 
 # Executor: lanes, and their pool
 
-SEARCHING, UP, ENDING = "SEARCHING", "UP", "ENDING"
+SEARCHING, STARTING, UP, ENDING = "SEARCHING", "STARTING", "UP", "ENDING"
 
 
 class Call:
@@ -14135,16 +14147,19 @@ class Call:
 class Lane(Stateful):
     """One job of cexec, with a worker's Python as its command.
 
-    SEARCHING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
-        '---------------'---terminate()-----------^                                A
-        '---------------'---the job has ended: all pipes are closed----------------'
+    SEARCHING --GO--> STARTING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
+        |'---------------|-----READY------^|                       A                                A
+        '----------------'-----------------'---terminate()---------'                                |
+        '----------------'-----------------'---the job has ended: all pipes are closed--------------'
     """
 
-    LAW = {SEARCHING: (UP, ENDING, OVER), UP: (ENDING, OVER), ENDING: (OVER,), OVER: ()}
+    LAW = {SEARCHING: (STARTING, UP, ENDING, OVER), STARTING: (UP, ENDING, OVER), UP: (ENDING, OVER),
+           ENDING: (OVER,), OVER: ()}
 
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
         self.calls = collections.OrderedDict()  # number: a Call that the worker has, until its result comes
+        self.worker_id, self.start_line = "", b""
         self.host, self.protocol, self.main_sent = "?", 0, not pool.program.text
         self.since = self.idle_since = self.head_since = time.monotonic()
         self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds of a call: lately, of the first, the least
@@ -14166,17 +14181,21 @@ class Lane(Stateful):
         try:
             ours += os.pipe()
             ours += os.pipe()
-            program, writer, prints, printer = ours
-            ours.append(lifted(program, 5))
-            ours.append(lifted(printer, 5))
-            places = [(ours[4], 3), (ours[5], 4)]
+            ours += os.pipe()
+            program, writer, prints, printer, started, starter = ours
+            for fd in program, printer, starter:
+                ours.append(lifted(fd, 5))
+            places = [(ours[6], 3), (ours[7], 4)]
             os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
             env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
+            env["CEXEC_FD_FOR_START"] = str(ours[8])
+            env["CEXEC_REJECT_SERVERS"] = " ".join([env.get("CEXEC_REJECT_SERVERS", "")] + self.pool.rejected())
             self.child, report = start_client(
-                self.pool.pub, [], places=places, env=env, bufsize=0, start_new_session=True,
+                self.pool.pub, [], places=places, kept=[ours[8]], env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             ours.remove(prints)
+            ours.remove(started)
         finally:
             for fd in ours:
                 os.close(fd)
@@ -14186,7 +14205,8 @@ class Lane(Stateful):
         enlarge(self.child.stdout.fileno())
         self.files = {}             # a pipe from the client: what its data is for
         for file, call in ((self.child.stdout, self.rcvd), (self.child.stderr, self.rcvd_words),
-                           (open(report, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints)):
+                           (open(report, "rb", 0), self.rcvd_report), (open(prints, "rb", 0), self.rcvd_prints),
+                           (open(started, "rb", 0), self.rcvd_start)):
             os.set_blocking(file.fileno(), False)
             self.files[file] = call
             self.loop.on_read(file.fileno(), functools.partial(self.read, file))
@@ -14300,6 +14320,25 @@ class Lane(Stateful):
             self.close(file)
         self.over()
 
+    def rcvd_start(self, data):
+        """GO was sent to a worker: from now on its Python must start."""
+        self.start_line += data
+        if self.state is SEARCHING and self.start_line.endswith(b"\n"):
+            self.worker_id, _, self.host = self.start_line.decode("utf-8", "replace").strip().partition(" ")
+            self.since = time.monotonic()
+            self._set(STARTING)
+            self.loop.after(READY_SECONDS, self.check_ready)
+
+    def check_ready(self):
+        if self.state is STARTING:
+            self.failure = Failed("%s has not started Python in %g s (is its command python3 /dev/fd/3?)" % (
+                self.host, READY_SECONDS))
+            self.terminate()
+
+    def holds_up(self):
+        """Whether it will soon take a call, so that the pool begins no other lane for it."""
+        return self.state is STARTING and time.monotonic() - self.since < LATE_SECONDS
+
     def rcvd_words(self, data):
         self.words = (self.words + data)[-4096:]
 
@@ -14347,7 +14386,7 @@ class Lane(Stateful):
     def rcvd_ready(self, data, place, end):
         words = data[place:end].decode("utf-8", "replace").split(" ", 4)
         right = words[:2] == ["cexec-lane", "1"] and len(words) == 5 and words[2].isdecimal()
-        if self.state is not SEARCHING or not right:
+        if self.state not in (SEARCHING, STARTING) or not right:
             raise ProtocolError("READY out of place")
         self.protocol, self.host = min(int(words[2]), self.pool.protocol), printable(words[4])
         self.since = self.idle_since = time.monotonic()
@@ -14421,7 +14460,7 @@ class Lane(Stateful):
         except Failed as failed:
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
-        searched = self.state is SEARCHING
+        searched = self.state in (SEARCHING, STARTING)
         self._set(OVER)
         self.pool.lane_over(self, searched, self.failure or reason, hopeless)
 
@@ -14429,7 +14468,7 @@ class Lane(Stateful):
         """The message for a command that has ended with this returncode."""
         worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
         how = "with status %d" % code if code >= 0 else "by signal %d" % -code
-        if self.state is not SEARCHING:
+        if self.state not in (SEARCHING, STARTING):
             return "the Python of worker %s (%s) ended %s" % (worker, self.host, how)
         words = printable((self.words.decode("utf-8", "replace").strip() or "it said nothing").splitlines()[-1])
         return "the command of worker %s ended %s: %s (is it python3 /dev/fd/3?)" % (worker, how, words)
@@ -14479,6 +14518,7 @@ class Pool:
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
         self.number, self.failures, self.pause = 0, 0, 0.0
+        self.bad = {}               # a worker's id: until when it gets no lane; seconds
 
     # For any thread.  With the gate, what is put before shutdown() is done, what comes later is refused, and nobody
     # writes to a pipe that is closed.  In it a signal or a garbage collection can run code of others: so the same
@@ -14625,9 +14665,10 @@ class Pool:
         self.queue.extendleft(reversed(calls))
 
     def grow(self):
-        """Begins one more lane, unless one is searching already."""
+        """Begins one more lane, unless one is searching already, or enough of them will soon be up."""
         there = [lane for lane in self.lanes if lane.state is not ENDING]
-        if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or time.monotonic() < self.pause:
+        if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or (
+                time.monotonic() < self.pause or sum(lane.holds_up() for lane in there) >= len(self.queue)):
             return
         try:
             self.lanes.append(Lane(self))
@@ -14661,12 +14702,26 @@ class Pool:
             else:
                 again.append(call)
         self.put_back(again)
+        if lane.worker_id and (searched or lane.failure):
+            self.reject(lane, error)
         if searched or lane.failure:
             self.failures += 1
             if hopeless or self.failures >= LANE_FAILURES:
                 self.cannot_grow(error)
         elif lane.first:
             self.failures = 0
+
+    def reject(self, lane, error):
+        """Other lanes avoid a worker that cannot do the calls, for a while that gets longer each time."""
+        _, seconds = self.bad.get(lane.worker_id, (0, REJECT_SECONDS / 2))
+        self.bad[lane.worker_id] = time.monotonic() + 2 * seconds, 2 * seconds
+        if lane.worker_id in self.rejected():
+            self.show("%s: gets no calls for %g s: %s\n" % (lane.host, 2 * seconds, printable(str(error))))
+
+    def rejected(self):
+        """The ids of workers to avoid: none while no other worker is known to be better."""
+        now, good = time.monotonic(), any(lane.state is UP for lane in self.lanes)
+        return [worker for worker, (end, _) in sorted(self.bad.items()) if good and now < end]
 
     def broken(self, text):
         import concurrent.futures
@@ -14676,13 +14731,13 @@ class Pool:
         """Ends lanes that have had no call for a while, or at once if no more calls can come."""
         now = time.monotonic()
         for lane in list(self.lanes):
-            if self.queue and lane.state is SEARCHING:
+            if self.queue and lane.state in (SEARCHING, STARTING):
                 lane.awaited()
             elif not lane.calls and (lane.leaving or not self.queue) and (
                     lane.leaving or self.shut or now - lane.idle_since > LANE_IDLE_SECONDS):
                 if lane.state is UP:
                     lane.end()
-                elif lane.state is SEARCHING:
+                elif lane.state in (SEARCHING, STARTING):
                     lane.terminate()
 
     def tick(self):
@@ -14696,8 +14751,7 @@ class Pool:
             for lane in up:
                 if len(lane.calls) > 1 and not lane.recalled and now - lane.head_since > RECALL_SECONDS:
                     lane.recall()
-        elif self.queue and len(up) == sum(lane.state is not ENDING for lane in self.lanes
-                                           if lane.state is not SEARCHING):
+        elif self.queue and len(up) == sum(lane.state is UP for lane in self.lanes):
             for lane in up:
                 warm_up = (lane.first or 0) - lane.fastest      # seconds that a new lane would need again
                 if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
@@ -14763,6 +14817,8 @@ class ExecutorMethods:
     installed on the workers too.  The output of a function comes to standard error here, after the
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
     Workers are held while there are calls, and for 3 seconds more.
+    A worker whose Python has not started after 10 seconds, or that cannot load the program, gets no
+    calls for a while, as long as there is a better one; standard error names it.
     The callbacks of futures run in the Executor's thread: while one of them runs, the others wait.
     A child that os.fork() made has the Executor too, without the calls of its parent.
 

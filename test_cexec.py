@@ -14828,11 +14828,11 @@ def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
     assert not os.path.exists("harm")
 
 
-@pytest.mark.parametrize("room", range(10))
+@pytest.mark.parametrize("room", range(13))
 def test_a_lane_that_cannot_start_leaves_no_descriptor_open(monkeypatch, room):
     monkeypatch.setattr(cexec, "start_client", refusing(errno.EAGAIN))
     lane = cexec.Lane.__new__(cexec.Lane)
-    lane.pool = SimpleNamespace(pub="app.pub")
+    lane.pool = SimpleNamespace(pub="app.pub", rejected=list)
     with few_descriptors(room), pytest.raises(OSError):
         lane.start()
 
@@ -14847,6 +14847,47 @@ def test_an_executor_without_a_thread_leaves_no_descriptor_open(cluster, monkeyp
             pool.submit(pow, 2, 3)
     assert pool._pool.thread is None and not pool._pool.inbox
     pool.shutdown()
+
+
+def test_a_worker_that_is_never_ready_holds_up_nobody(cluster, monkeypatch):
+    """It is asked first; the calls are done elsewhere, and it is named and asked no more."""
+    live_in(cluster, monkeypatch)
+    monkeypatch.setattr(cexec, "LATE_SECONDS", 0.0)
+    silent = cluster.worker("sh", "-c", "echo x >>asked; exec sleep 1000", env={"CONCURRENCY": "1", "BOOST": "0"})
+    said = []
+    with cexec.Executor(cluster.pub) as pool:
+        monkeypatch.setattr(pool._pool, "show", said.append)
+        futures = [pool.submit(abs, -number) for number in range(40)]
+        until(lambda: any(lane.state is cexec.STARTING for lane in pool._pool.lanes), "GO")
+        cluster.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
+        assert [future.result(PATIENCE) for future in futures] == list(range(40)) and not said
+        monkeypatch.setattr(cexec, "READY_SECONDS", 0.0)
+        for lane in list(pool._pool.lanes):
+            lane.loop.after(0, lane.check_ready)
+        gate = cluster.path("gate")
+        wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
+        futures = [pool.submit(exec, wait) for _ in range(4)]
+        until(lambda: said, "the name")
+        touch(gate)
+        assert all(future.result(PATIENCE) is None for future in futures) and silent.poll() is None
+        assert said[0].startswith(os.uname().nodename + ": gets no calls for 10 s: ") and len(pool._pool.bad) == 1
+        assert "has not started Python in " in said[0] and "is its command python3 /dev/fd/3?" in said[0]
+
+
+def test_a_host_that_cannot_load_the_program_is_named(pooled):
+    pooled.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0", "NO_NUMPY": "1"})
+    out = pooled.script("""
+        import os, time
+        if os.environ.get("NO_NUMPY"):
+            raise ImportError("no numpy here")
+        def f(n):
+            time.sleep(0.3)
+            return n
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                print(sum(pool.map(f, range(12))))
+        """)
+    assert out.endswith("66\n") and out.count("no numpy here") == out.count(": gets no calls for ") > 0
 
 
 @pytest.mark.parametrize("says", ["", "yes from-the-holder"])
