@@ -4795,6 +4795,11 @@ class Names:
             self.read.setdefault(found.st_dev, {})[found.st_ino] = name
         return found
 
+    def note_keys(self, path):
+        """Notes the public key, or the private key beside it."""
+        for name in (path, path + ".pub"):
+            self.note_read(name, "the key " + name)
+
     def note_input(self, path, found=None):
         """Notes what -i names, unless it is noted and found already.  Raises Fatal (100) for a private key."""
         found = found or self.note_read(path, path)
@@ -7808,6 +7813,7 @@ def main_batch(pub, group, words, options):
                        results=options.results)
     if options.results:
         check_current_directory()
+    terms.names.note_keys(options.words[0])
     tasks = batch_tasks(terms, inputs, options.joblog)
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
@@ -8096,6 +8102,7 @@ def parse_size(text):
 def main_blocks(pub, group, words, options):
     """Does standard input in blocks.  Returns the exit code."""
     size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
+    terms.names.note_keys(options.words[0])
     note_names(terms, [], options.joblog, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:

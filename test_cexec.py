@@ -8517,6 +8517,9 @@ REFUSED = """
     -m -o b P -- d/x >> a                       | -o b: standard output and d/x would both be written to b
     -m -o - P -- d/x a >> hard                  | standard output: a would be overwritten
     -m --log b P -- - < a                       | --log b: standard input would be overwritten
+    -m -o - --log k P -- a                      | --log k: the key ../app.pub would be overwritten
+    -mn -o {} P -- k                            | -o {}: the key ../app.pub would be overwritten
+    -b 4 --log k P < a                          | --log k: the key ../app.pub would be overwritten
     -mn -i key P -- 1                           | -i key: a private key is not sent
     -mn -i {} P -- d/x lk                       | -i lk: a private key is not sent
     -n -i key P                                 | -i key: a private key is not sent
@@ -8529,7 +8532,7 @@ def test_one_file_under_two_names_is_refused(cluster, line):
     words, _, said = line.partition("|")
     script = ("mkdir -p here/d/e here/h && cd here && for n in a d/x d/1 d/3 d/e/y; do echo $n > $n; done; "
               "ln -s a b; ln a hard; ln a h/1; ln -s . l; ln -s d ld; ln -s d/e le; ln -s key lk; "
-              "cp ../app key; ls -lR > ../before; eval \"cexec $0\"; code=$?; ls -lR > ../after; cat a; exit $code")
+              "cp ../app key; ln -s ../app.pub k; ls -lR > ../before; eval \"cexec $0\"; code=$?; ls -lR > ../after; cat a; exit $code")
     shell = "cexec() { %s \"$@\"; }; %s" % (shlex.join(cluster.argv("cexec")), script)
     done = cluster.do(["sh", "-c", shell, words.replace("{", "'{").replace("}", "}'").replace("P", "../app.pub", 1)])
     told = done.stderr.decode() + read(cluster.path("here/a")).decode()
