@@ -204,6 +204,10 @@ class ProtocolError(Exception):
 class OtherVersion(ProtocolError):
     """A peer speaks another version of the protocol."""
 
+    def __init__(self, version, asks_at=0):
+        super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
+        self.version, self.asks_at = version, asks_at       # asks_at: the return port of a QUERY, or 0
+
 
 NO_MEMORY = "not enough memory (see ulimit -v)"
 
@@ -216,10 +220,6 @@ def memory_hint():
     except ImportError:             # it needs memory too
         limited = True
     return "; or there is " + NO_MEMORY if limited else ""
-
-    def __init__(self, version, asks_at=0):
-        super().__init__("protocol version %d, this is %d" % (version, PROTOCOL))
-        self.version, self.asks_at = version, asks_at       # asks_at: the return port of a QUERY, or 0
 
 
 class Log:
