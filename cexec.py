@@ -4,6 +4,7 @@ exec python3 -S -c 'import sys
 try:
     with open(sys.argv[1], "rb") as file: file.seek(-4096, 2); text = file.read()
     exec(text.rpartition(b"# START")[2])
+except MemoryError: print("cexec: not enough memory (see ulimit -v)", file=sys.stderr); sys.exit(111)
 except KeyboardInterrupt:
     import os, signal
     signal.signal(2, signal.SIG_DFL); os.kill(os.getpid(), 2)' "$0" "$@"
@@ -86,6 +87,17 @@ import sys
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     del sys.path[0]                 # never import a socket.py that lies beside this file
 
+NO_MEMORY = "not enough memory (see ulimit -v)"
+
+
+def lack_of_memory(error):
+    """What to say of an exception if memory was short; None for another one.  A library is then an ImportError."""
+    if (isinstance(error, MemoryError) or getattr(error, "errno", None) == 12       # ENOMEM
+            or any(words in str(error) for words in ("failed to map", "annot allocate memory", "malloc failure"))):
+        return NO_MEMORY
+    return None
+
+
 try:
     import collections
     import errno
@@ -104,9 +116,9 @@ try:
     import struct
     import time
     from types import SimpleNamespace
-except ImportError as error:        # fcntl on Windows, or a Python built without a part of its library
-    sys.stderr.write("cexec: this Python is not complete (%s): use another python3%s\n" % (
-        error, ", or more memory (see ulimit -v)" * ("failed to map" in str(error))))
+except (ImportError, MemoryError) as error:     # fcntl on Windows, or a Python built without a part of its library
+    sys.stderr.write("cexec: %s\n" % (
+        lack_of_memory(error) or "this Python is not complete (%s): use another python3" % error))
     sys.exit(111)
 except SystemError:                 # 3.13.0's import of socket, by -c, without a current directory
     sys.stderr.write("cexec: this Python does not work where the current directory was removed: go to another\n")
@@ -209,19 +221,6 @@ class OtherVersion(ProtocolError):
         self.version, self.asks_at = version, asks_at       # asks_at: the return port of a QUERY, or 0
 
 
-NO_MEMORY = "not enough memory (see ulimit -v)"
-
-
-def memory_hint():
-    """The end of an error's message if memory is limited: libraries without memory report errors of any kind."""
-    try:
-        import resource
-        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-    except ImportError:             # it needs memory too
-        limited = True
-    return "; or there is " + NO_MEMORY if limited else ""
-
-
 class Log:
     """Lines on standard error: say() always, note() with -v.  Never an exception."""
 
@@ -310,11 +309,21 @@ class Log:
             self.say(message % args if args else message)
 
 
-def lack_of_descriptors(error):
-    """What to say of an exception if no descriptor was free; None for another one."""
+def lack_of(error):
+    """What to say of an exception if descriptors or memory were short; None for another one."""
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         return "%s: this needs more descriptors (see ulimit -n)" % error.strerror
-    return None
+    return lack_of_memory(error)
+
+
+def memory_hint():
+    """The end of an error's message if memory is limited: libraries without memory report errors of any kind."""
+    try:
+        import resource
+        limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    except ImportError:             # it needs memory too
+        limited = True
+    return "; or there is " + NO_MEMORY if limited else ""
 
 
 def write_all(write, data):
@@ -2090,7 +2099,7 @@ class ReturnPort:
 
     def __init__(self, ports, loop, families, address=""):
         self.loop, self.udp, self.listeners, self.port, error = loop, {}, [], 0, None
-        self.lack = None            # why the last connection could not be taken: lack_of_descriptors()
+        self.lack = None            # why the last connection could not be taken: lack_of()
         for port in ports * 16 if ports == [0] else ports:
             self.port = port
             try:
@@ -2100,7 +2109,7 @@ class ReturnPort:
             except OSError as caught:
                 error = caught
                 self.close()
-        raise Fatal(EXIT_TEMPORARY, lack_of_descriptors(error) or
+        raise Fatal(EXIT_TEMPORARY, lack_of(error) or
                     "no free port to listen on: %s (see CEXEC_LISTEN_PORTS)%s"
                     % (error.strerror, who_has(error, "tu", self.port)))
 
@@ -2149,7 +2158,7 @@ class ReturnPort:
                 sock, peer = listener.accept()
                 sock, address = self.loop.above_floor(sock), address_of(peer)
             except OSError as error:
-                lack = lack_of_descriptors(error)
+                lack = lack_of(error)
                 if lack and spare and spare():
                     continue
                 if lack:
@@ -2177,8 +2186,8 @@ def load_ssl():
         try:
             import ssl as module
         except ImportError as error:
-            raise Fatal(EXIT_TEMPORARY, "this Python has no ssl module (%s): use another python3%s" % (
-                error, memory_hint())) from None
+            raise Fatal(EXIT_TEMPORARY, lack_of(error) or
+                        "this Python has no ssl module (%s): use another python3%s" % (error, memory_hint())) from None
         ssl = module
     return ssl
 
@@ -15007,15 +15016,14 @@ def main(argv):
     except BrokenPipeError:
         die_of(signal.SIGPIPE)      # the reader of our output has gone
     except ImportError as error:
-        log.say("this Python is not complete (%s): use another python3%s" % (error, memory_hint()))
+        log.say(lack_of(error) or "this Python is not complete (%s): use another python3%s" % (error, memory_hint()))
         code = EXIT_TEMPORARY
     except Exception as error:      # a defect of ours: one line, and the traceback only with -v
         tidy_up()
         if log.verbose:
             import traceback
             traceback.print_exc()
-        about = NO_MEMORY if isinstance(error, MemoryError) else lack_of_descriptors(error)
-        log.say(about or "internal error: %s: %s%s" % (type(error).__name__, error, memory_hint()))
+        log.say(lack_of(error) or "internal error: %s: %s%s" % (type(error).__name__, error, memory_hint()))
         code = EXIT_TEMPORARY
     tidy_up()
     os._exit(code)                  # at once: Python has nothing to clean up
@@ -15252,8 +15260,4 @@ def enter():
 
 
 if __name__ == "__main__":
-    try:
-        enter() if sys.argv[0] == "-c" else main(sys.argv)
-    except MemoryError:             # before main() was there
-        sys.stderr.write("cexec: not enough memory (see ulimit -v)\n")
-        sys.exit(111)
+    enter() if sys.argv[0] == "-c" else main(sys.argv)

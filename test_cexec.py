@@ -71,7 +71,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "cexec.py")
 PYTHON = os.environ.get("CEXEC_TEST_PYTHON", sys.executable)
 with open(PROGRAM) as program:
-    BOOT = shlex.split("".join(program.readlines()[2:9]))[2:-2]        # what sh has Python do: -S -c '...'
+    BOOT = shlex.split("".join(program.readlines()[2:10]))[2:-2]        # what sh has Python do: -S -c '...'
 IN_CI = bool(os.environ.get("CI"))
 FIRST_TRY = {"attempt": 1, "waited": 0, "pause": 62, "batch": bytes(8), "only": bytes(8)}      # ANNOUNCE's fields
 # Each of the processes that share the tests has ports of its own.
@@ -15289,7 +15289,9 @@ def test_install_makes_the_program_executable(cluster):
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("defect, said", [
     ('{}["x"]', "internal error: KeyError: 'x'"),
-    ("raise OSError(24, 'Too many open files')", "Too many open files: this needs more descriptors (see ulimit -n)")])
+    ("raise OSError(24, 'Too many open files')", "Too many open files: this needs more descriptors (see ulimit -n)"),
+    ("raise OSError(12, 'Cannot allocate memory')", cexec.NO_MEMORY), ("raise MemoryError", cexec.NO_MEMORY),
+    ("raise OSError('malloc failure')", cexec.NO_MEMORY)])
 def test_a_defect_is_one_line_and_111(defect, said, verbose, tmp_path):
     broken = put(str(tmp_path / "broken.py"), read(PROGRAM).decode().replace(
         'def main_cexec(argv):\n', 'def main_cexec(argv):\n    log.verbose = %s\n    %s\n' % (verbose, defect)))
@@ -15298,6 +15300,14 @@ def test_a_defect_is_one_line_and_111(defect, said, verbose, tmp_path):
     *before, line = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout, line) == (111, b"", "cexec: " + said)
     assert bool(before) == verbose and (not before or before[0].startswith("Traceback"))
+
+
+@pytest.mark.parametrize("module", ["select", "ssl"])
+def test_a_library_that_cannot_be_mapped_is_a_lack_of_memory(cluster, module):
+    """Python calls that an ImportError; the first is imported at the start, the other one when it is needed."""
+    put(cluster.path(module + ".py"), "raise ImportError('x.so: failed to map segment from shared object')")
+    done = cluster.run("cservice", cluster.key, "cat", env={"PYTHONPATH": cluster.directory})
+    assert failed(done).decode().rpartition(": ")[2] == cexec.NO_MEMORY + "\n" and done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("applet", sorted(cexec.APPLETS))
@@ -15485,7 +15495,7 @@ def test_the_door_fits_into_what_is_read_of_it():
 def door(cluster):
     """The same of a file that has nothing but its version and the door, and is compiled in no time."""
     text = read(PROGRAM).decode()
-    head, place = "".join(text.splitlines(True)[:9]) + '"""\n', text.index("def show_in_ps")
+    head, place = "".join(text.splitlines(True)[:10]) + '"""\n', text.index("def show_in_ps")
     main = 'import os, signal, sys\nVERSION = "1.0"\ndef main(argv):\n    print("cexec " + VERSION)\n'
     return link_of(cluster, head + main + "# MAKE\n".join(["", text.split("\n# MAKE\n")[1], text[place:]]))
 
