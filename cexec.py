@@ -4305,6 +4305,15 @@ def plain_name(pattern):
     return re.sub(rb"\\(.)", rb"\1", pattern, flags=re.DOTALL)
 
 
+def parents(patterns):
+    """Returns the directories above what patterns without wildcards name, the outermost first."""
+    found = set()
+    for name in filter(None, map(plain_name, patterns)):
+        parts = name.split(b"/")
+        found.update(b"/".join(parts[:count]) for count in range(1, len(parts)))
+    return sorted(found)
+
+
 def is_pattern(text):
     return any(character in text for character in "*?[\\")
 
@@ -8692,10 +8701,20 @@ class JobDirectory:
         say("directory " + self.name)
         self.fd = place.make(self.name, loop.floor)
 
-    def fill(self, reader, over):
-        """Unpacks the client's archive from a pipe, and then calls over(None or an error's text)."""
+    def fill(self, reader, places, over):
+        """Unpacks the client's archive from a pipe, or None, and makes directories in which results will be.
+
+        Then calls over(None or an error's text).
+        """
         def work():
-            _, directories = unpack(reader, self.fd)
+            directories = unpack(reader, self.fd)[1] if reader is not None else {}
+            for name in places:
+                try:
+                    os.mkdir(name, dir_fd=self.fd)
+                except FileExistsError:
+                    pass
+                except OSError as error:
+                    raise file_error(error, name) from None
             set_modes(directories, self.fd, exact=True)
         self.begin(work, reader, over)
 
@@ -8718,9 +8737,11 @@ class JobDirectory:
             self.helper = None
             over(trouble)
         try:
-            self.helper = Helper(self.loop, with_rights, [pipe, self.fd], ended, signal.SIG_DFL)
+            pipes = [] if pipe is None else [pipe]
+            self.helper = Helper(self.loop, with_rights, [*pipes, self.fd], ended, signal.SIG_DFL)
         finally:
-            os.close(pipe)
+            if pipe is not None:
+                os.close(pipe)
 
     def stop(self):
         """Kills the Helper that works in it, which will call over().  Returns whether there is one."""
@@ -8894,10 +8915,11 @@ class Command(Carrier, Stateful):
 
     def start(self):
         """Starts the command, first the client's files if there are any; a failure becomes the result."""
-        if FILES_IN not in self.far:
+        places = parents(self.job.patterns)
+        if FILES_IN not in self.far and not places:
             return self.begin()
         try:
-            self.directory.fill(self.far.pop(FILES_IN), self.filled)
+            self.directory.fill(self.far.pop(FILES_IN, None), places, self.filled)
         except OSError as error:
             self.fail_to_start(start_status(error), "the job's directory: " + error.strerror)
 

@@ -6622,7 +6622,7 @@ def test_without_a_process_for_its_files_a_job_fails(farm, words):
         in_desk(farm, name)
     said = b"the files of -i and -g: No such file or directory"
     assert ended(farm.work(*words, farm.pub, "cat")) == (111, b"", b"cexec: %s\n" % said)
-    batch = ["-m", "-o", "{}.out", *words, farm.pub, "sh", "-c", "cat; touch x.r", "--", "a", "b"]
+    batch = ["-m", "-o", "{}.out", *words, farm.pub, "sh", "-c", "cat; touch $PEER_FILE.r", "--", "a", "b"]
     done = farm.work(*batch)
     assert (done.returncode, sorted(done.stderr.splitlines())) == (2, [b"cexec: a: " + said, b"cexec: b: " + said])
     assert sorted(os.listdir(farm.desk)) == ["a", "b", "no-fork"]
@@ -7157,6 +7157,23 @@ def test_results_that_a_wildcard_brings_replace_no_input(farm):
     (rb"a\**", None), (b"a\\\n", b"a\n"), (rb"\a\?", b"a?")])
 def test_names_that_patterns_without_wildcards_stand_for(pattern, name):
     assert cexec.plain_name(pattern) == name and (name is None or cexec.matcher([pattern])(name))
+
+
+@pytest.mark.parametrize("user", [[], ["-u", "nobody"]])
+def test_directories_of_named_results_are_made_for_the_command(farm, user):
+    """As its user, also in a directory that it may only read, and not for what a wildcard matches."""
+    if user:
+        need("root")
+    farm.serve(*user)
+    in_desk(farm, "d/x")
+    os.chmod(os.path.join(farm.desk, "d"), 0o555)
+    words = ["-g", "small/{/}", "-g", "d/e/{/}.\\[1\\]", farm.pub, "sh", "-c",
+             "echo $1 > small/$1; echo $1 > d/e/$1.[1]; test ! -e w", "sh", "{/}", "--", "a/one"]
+    assert ended(farm.work("-mn", "-g", "s*", "-i", "d", *words)) == (0, b"", b"")
+    assert contents(farm.desk) == {"d/x": "x", "small/one": "one\n", "d/e/one.[1]": "one\n"}
+    command = ["sh", "-c", "find . -type d; echo > a/b/c"]
+    assert sorted(farm.work("-n", "-g", "a/b/c", farm.pub, *command).stdout.split()) == [b".", b"./a", b"./a/b"]
+    assert contents(farm.desk)["a/b/c"] == "\n" and all_gone(farm)
 
 
 def test_a_directory_that_g_names_is_replaced_as_a_whole(farm):
