@@ -8549,7 +8549,8 @@ def test_one_file_under_two_names_is_refused(cluster, line):
     words, _, said = line.partition("|")
     script = ("mkdir -p here/d/e here/h && cd here && for n in a d/x d/1 d/3 d/e/y; do echo $n > $n; done; "
               "ln -s a b; ln a hard; ln a h/1; ln -s . l; ln -s d ld; ln -s d/e le; ln -s key lk; "
-              "cp ../app key; ln -s ../app.pub k; ls -lR > ../before; eval \"cexec $0\"; code=$?; ls -lR > ../after; cat a; exit $code")
+              "cp ../app key; ln -s ../app.pub k; ls -lR > ../before; eval \"cexec $0\"; code=$?; "
+              "ls -lR > ../after; cat a; exit $code")
     shell = "cexec() { %s \"$@\"; }; %s" % (shlex.join(cluster.argv("cexec")), script)
     done = cluster.do(["sh", "-c", shell, words.replace("{", "'{").replace("}", "}'").replace("P", "../app.pub", 1)])
     told = done.stderr.decode() + read(cluster.path("here/a")).decode()
