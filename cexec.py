@@ -14361,8 +14361,11 @@ class Lane(Stateful):
     def rcvd_start(self, data):
         """GO was sent to a worker: from now on its Python must start."""
         self.start_line += data
-        if self.state is SEARCHING and self.start_line.endswith(b"\n"):
-            self.worker_id, _, self.host = self.start_line.decode("utf-8", "replace").strip().partition(" ")
+        if not self.start_line.endswith(b"\n"):
+            return
+        self.worker_id, _, host = self.start_line.decode("utf-8", "replace").strip().partition(" ")
+        if self.state is SEARCHING:
+            self.host = host
             self.since = time.monotonic()
             self._set(STARTING)
             self.loop.after(READY_SECONDS, self.check_ready)
@@ -14556,7 +14559,7 @@ class Pool:
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
         self.number, self.failures, self.pause = 0, 0, 0.0
-        self.bad = {}               # a worker's id: until when it gets no lane; seconds
+        self.bad, self.unsaid = {}, []          # a worker's id: until when it gets no lane, seconds; lines about them
 
     # For any thread.  With the gate, what is put before shutdown() is done, what comes later is refused, and nobody
     # writes to a pipe that is closed.  In it a signal or a garbage collection can run code of others: so the same
@@ -14753,13 +14756,22 @@ class Pool:
         """Other lanes avoid a worker that cannot do the calls, for a while that gets longer each time."""
         _, seconds = self.bad.get(lane.worker_id, (0, REJECT_SECONDS / 2))
         self.bad[lane.worker_id] = time.monotonic() + 2 * seconds, 2 * seconds
-        if lane.worker_id in self.rejected():
-            self.show("%s: gets no calls for %g s: %s\n" % (lane.host, 2 * seconds, printable(str(error))))
+        self.unsaid.append("%s: gets no calls for %g s: %s\n" % (lane.host, 2 * seconds, printable(str(error))))
+
+    def has_good(self):
+        """Whether a worker is up of which nothing bad is known."""
+        return any(lane.state is UP and lane.worker_id not in self.bad for lane in self.lanes)
 
     def rejected(self):
         """The ids of workers to avoid: none while no other worker is known to be better."""
-        now, good = time.monotonic(), any(lane.state is UP for lane in self.lanes)
+        now, good = time.monotonic(), self.has_good()
         return [worker for worker, (end, _) in sorted(self.bad.items()) if good and now < end]
+
+    def name_rejected(self):
+        """Says which workers are avoided.  While there is no better one, the calls' exception says it."""
+        if self.unsaid and self.has_good():
+            self.show("".join(self.unsaid))
+            self.unsaid = []
 
     def broken(self, text):
         import concurrent.futures
@@ -14782,6 +14794,7 @@ class Pool:
         """Every TICK_SECONDS: recalls calls that wait for a long one, and replaces a lane that is old."""
         self.ticking = False        # dispatch() sets the next
         now = time.monotonic()
+        self.name_rejected()
         for lane in self.lanes:
             lane.look_at_client()
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]

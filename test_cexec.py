@@ -14895,19 +14895,39 @@ def test_a_worker_that_is_never_ready_holds_up_nobody(cluster, monkeypatch):
         assert "has not started Python in " in said[0] and "is its command python3 /dev/fd/3?" in said[0]
 
 
+def test_a_bad_worker_is_avoided_and_named_once_there_is_a_better_one(pooled, monkeypatch):
+    """Its own next lane is no better one."""
+    pool, said = cexec.Executor(pooled.pub)._pool, []
+    monkeypatch.setattr(pool, "show", said.append)
+
+    def lane(worker_id):
+        return SimpleNamespace(state=cexec.UP, worker_id=worker_id, host="box")
+    pool.reject(lane("bad"), cexec.Failed("no numpy"))
+    for up, rejected in ([], []), ([lane("bad")], []), ([lane("bad"), lane("good")], ["bad"]):
+        pool.lanes = up
+        pool.name_rejected()
+        assert pool.rejected() == rejected and bool(said) == bool(rejected)
+    pool.name_rejected()
+    assert said == ["box: gets no calls for 10 s: no numpy\n"]
+    pool.lanes = []
+
+
 def test_a_host_that_cannot_load_the_program_is_named(pooled):
     pooled.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0", "NO_NUMPY": "1"})
     out = pooled.script("""
         import os, time
         if os.environ.get("NO_NUMPY"):
+            open(%r, "w").close()
             raise ImportError("no numpy here")
         def f(n):
+            while not os.path.exists(%r):
+                time.sleep(0.01)
             time.sleep(0.3)
             return n
         if __name__ == "__main__":
             with cexec.Executor(POOL) as pool:
                 print(sum(pool.map(f, range(12))))
-        """)
+        """ % (pooled.path("asked"), pooled.path("asked")))
     assert out.endswith("66\n") and out.count("no numpy here") == out.count(": gets no calls for ") > 0
 
 
