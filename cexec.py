@@ -14871,7 +14871,7 @@ class ExecutorMethods:
     A worker whose Python has not started after 10 seconds, or that cannot load the program, gets no
     calls for a while, as long as there is a better one; standard error names it.
     The callbacks of futures run in the Executor's thread: while one of them runs, the others wait.
-    A child that os.fork() made has the Executor too, without the calls of its parent.
+    A forked child of the program has the Executor too, without the calls of its parent.
 
     Raises Failed if the public key cannot be read; ValueError; TypeError; for a name in allow
     ImportError or AttributeError if it does not exist, TypeError if it is no class for data.  A
