@@ -48,7 +48,7 @@ demo:
 	@PYTHON="$(PYTHON)" sh .ci/demo
 
 test:
-	@$(WITH_PYTEST); "$$python" -m pytest -q -n $(AT_ONCE) --dist loadgroup test_cexec.py
+	@$(WITH_PYTEST); "$$python" -m pytest -q -n $(AT_ONCE) --dist loadgroup --max-worker-restart=0 test_cexec.py
 
 # Runs the tests under $(PYTHON), and what they test on each of $(PYTHONS), for half an hour or so.
 test-all:
@@ -56,7 +56,7 @@ test-all:
 	for under_test in $(PYTHONS); do \
 		case $$under_test in $(firstword $(PYTHONS))|$(lastword $(PYTHONS))) some=;; *) some="$(SMALL)";; esac; \
 		echo "== $$under_test $${some:+, $$some}"; \
-		CEXEC_TEST_PYTHON=$$under_test "$$python" -m pytest -q -n $(AT_ONCE) --dist loadgroup test_cexec.py -k "$$some" || failed="$$failed $$under_test"; \
+		CEXEC_TEST_PYTHON=$$under_test "$$python" -m pytest -q -n $(AT_ONCE) --dist loadgroup --max-worker-restart=0 test_cexec.py -k "$$some" || failed="$$failed $$under_test"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
