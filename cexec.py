@@ -150,48 +150,16 @@ FRAME_MAX = 256 * 1024              # bytes of DATA in one frame
 CONTROL_MAX = 64 * 1024             # bytes of any other frame's payload
 WORDS_MAX = 6 * 1024 * 1024         # bytes of a job's words, each with its NUL and 8 more for its pointer: what
                                     # Linux's execve(2) takes at most, 3/4 of 8 MiB whatever the stack's limit is
-WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 WINDOW = 4 * 1024 * 1024            # bytes of credit for each channel and direction
 PIPE_SIZE = 1024 * 1024             # bytes asked for in the command's pipes
-MAXFD = 32                          # descriptors below this number are carried
 MAXFD_LIMIT = 1024                  # the most that CEXEC_MAXFD can be
 HELD_MAX = 8 * 1024 * 1024          # bytes of input held for a job that may be run again
-RETRIES = 3                         # times that such a job is run again
 MEMORY = 10000                      # jobs or datagrams that are remembered, in each memory
 
 OFFER_SECONDS = 3.0                 # an offer is open for this long
-HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
-HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
-LATE_MAX = 64                       # LATE offers at a time: they took longer, and hold no slot
-BACKOFF_MAX = 16.0                  # the longest pause before a client that cannot be reached is tried again
-LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
-LINE_PAUSES = 4                     # or after so many pauses between its announcements, if these are longer
-PAUSE_MAX = 15.0                    # seconds: a longer pause between announcements is not believed
-FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
-SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
-OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
-DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
-DELAY_MAX = 1.0
-PENALTY = 2.0                       # seconds that a worker which has failed waits in addition
-COMPLAINT_SECONDS = 600.0           # a client that complains of two workers in this time may have a bad link
-MUCH_MOVED = 1024 * 1024            # bytes of a job: a worker that has moved so many works, so no complaint counts
-SPREAD_MIN = 0.002                  # a smaller random spread counts as none
-SPREAD_MAX = 1.0
-OFFERS_WANTED = 3                   # offers for an announcement: the spread is adapted to get so many
-OFFERS_IN_LINE = 2                  # offers for a client in the line: "few" is adapted to get so many
-FEW_MAX = 64                        # a worker chooses among so many of the oldest in the line at most
-HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
-QUERIES_MAX = 64                    # QUERYs that a worker answers in a second
-PROBES_MAX = 64                     # connections back to clients that sent a QUERY, at a time
-DENY_SECONDS = 0.2                  # between two DENYs
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
-LOOKS = 3                           # looks in turn that must find no process of it
-BURST = 100                         # looks in a row once KILL_SECONDS are over
-CLOSE_SECONDS = 30.0                # after EXIT a worker waits so long for a silent client to close
-OVER_MAX = 256                      # supervisors that wait for clients to close, whether these are silent or not
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
-CHECK_SECONDS = GONE_SECONDS / 6    # between two looks for such hosts
 
 
 class Fatal(Exception):
@@ -1008,6 +976,8 @@ def format_key(master):
 #
 # A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
 # UTF-8), "texts" (16-bit count), "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
+WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
+
 
 class Message:
     """One kind of datagram or frame: code, name, and its fields in wire order."""
@@ -3223,6 +3193,8 @@ PROC_FD = "/proc/self/fd/%d"        # opens the file again; /dev/fd of macOS and
 
 STANDARD = ("standard input", "standard output", "standard error")
 PIPE, FILE, SOCKET, TERMINAL, DEVICE = "pipe", "file", "socket", "terminal", "device"
+LOOKS = 3                           # looks in turn that must find no process of a command that is being ended
+BURST = 100                         # looks in a row once KILL_SECONDS are over
 
 
 class Inherited:
@@ -3435,7 +3407,7 @@ def is_controlling(fd):
 
 
 def join_terminal(channels):
-    """Puts all descriptors of the first terminal into one channel, for both directions: its members, or None."""
+    """Puts the descriptors of the first terminal into one channel, for both ways.  Returns its members, or None."""
     # A shell gives us the same terminal at 0, 1 and 2, but not always as one open file: after 2>/dev/tty
     # the terminal is open twice, by two names.  The command gets one terminal at all these numbers.
     # So which descriptors are the same terminal?  Those with the same device number (st_rdev).  But
@@ -4334,7 +4306,7 @@ OLD_SECONDS = 60.0                  # a younger directory without a lock may hav
 
 
 def make_directory(name, floor=0, place=None):
-    """Makes a directory with mode 0700: a descriptor, from floor up, that locks it.  Raises OSError.
+    """Makes a directory with mode 0700.  Returns a descriptor, from floor up, that locks it.  Raises OSError.
 
     place: a descriptor of the directory to make it in; None: the current one.
     """
@@ -4624,7 +4596,7 @@ class Helper:
             self.over(self.wait())
 
     def wait(self):
-        """Waits for its end: None, or the error's text."""
+        """Waits for its end.  Returns None, or the error's text."""
         self.loop.forget(self.reader)
         os.close(self.reader)
         code = os.waitpid(self.pid, 0)[1]
@@ -5202,7 +5174,7 @@ def make_places(new, undo):
 
 
 def brought_beside(name, number, new, stages):
-    """Brings a result to where rename(2) can't but work: its path, in a directory of ours on the disk of its place."""
+    """Brings a result to where rename(2) must work.  Returns its path, in a directory of ours on its place's disk."""
     path, place = os.path.join(stages[b""], name), os.path.dirname(name)
     while place in new:
         place = os.path.dirname(place)
@@ -5433,6 +5405,12 @@ class JobFiles:
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
 #
 # A job is a Job, a Task or a HostJob.  Its job_fields() are for job_frames().
+RETRIES = 3                         # times that a job is run again whose worker was lost
+FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
+SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
+OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
+HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
+
 
 class Terms:
     """The settings of all jobs of one call of cexec: from its words and options, and from the environment.
@@ -5469,7 +5447,7 @@ class Terms:
         return None
 
     def file_rows(self):
-        """JOB's rows for the channels of files."""
+        """Returns JOB's rows for the channels of files."""
         return ([(FILES_IN, FILES_IN, FLAG_INPUT | FLAG_FILES)] * bool(self.inputs)
                 + [(FILES_OUT, FILES_OUT, FLAG_OUTPUT | FLAG_FILES)] * bool(self.results))
 
@@ -6009,6 +5987,8 @@ class Search:
 #
 #   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
 #                               '-- a text ----------------------> Patron.failed(run, reason, text)
+MAXFD = 32                          # descriptors below this number are carried
+
 
 class Job(Terms):
     """The single job of cexec, with the descriptors of this process."""
@@ -8570,6 +8550,9 @@ def main_single(path, words, options):
 #       | reaps it                                  |  ends when the client has closed
 
 SLOTS_MAX = 10000                   # the most slots that a worker can have
+CLOSE_SECONDS = 30.0                # after EXIT a worker waits so long for a silent client to close
+OVER_MAX = 256                      # supervisors that wait for clients to close, whether these are silent or not
+CHECK_SECONDS = GONE_SECONDS / 6    # between two looks for hosts that have vanished
 WORKER_SIGNALS = [signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
@@ -9778,6 +9761,27 @@ class Supervisors:
 #                          '--no slot is free--> wait --> Line --a slot is free: serve_line--'
 #
 # Pace.delay() makes the least loaded worker the first: its delay grows with the load.
+HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
+HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
+LATE_MAX = 64                       # LATE offers at a time, which hold no slot any more
+BACKOFF_MAX = 16.0                  # the longest pause before a client that cannot be reached is tried again
+LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
+LINE_PAUSES = 4                     # or after so many pauses between its announcements, if these are longer
+PAUSE_MAX = 15.0                    # seconds: a longer pause between announcements is not believed
+DELAY_PER_LOAD = 0.020              # seconds that a worker waits for a load of 1
+DELAY_MAX = 1.0
+PENALTY = 2.0                       # seconds that a worker which has failed waits in addition
+COMPLAINT_SECONDS = 600.0           # a client that complains of two workers in this time may have a bad link
+MUCH_MOVED = 1024 * 1024            # bytes of a job: a worker that has moved so many works, so no complaint counts
+SPREAD_MIN = 0.002                  # a smaller random spread counts as none
+SPREAD_MAX = 1.0
+OFFERS_WANTED = 3                   # offers for an announcement: the spread is adapted to get so many
+OFFERS_IN_LINE = 2                  # offers for a client in the line: "few" is adapted to get so many
+FEW_MAX = 64                        # a worker chooses among so many of the oldest in the line at most
+QUERIES_MAX = 64                    # QUERYs that a worker answers in a second
+PROBES_MAX = 64                     # connections back to clients that sent a QUERY, at a time
+DENY_SECONDS = 0.2                  # between two DENYs
+
 
 def load_delay(busy, slots, average, runnable, cpus):
     """(load, seconds to wait before an offer); the load is 1 if all slots or all CPUs are in use.
@@ -10040,7 +10044,7 @@ class Clients:
         return self.unserved.get(key) or self.ours.get(key) or self.others.get(key)
 
     def add(self, client):
-        """Adds a client after its first ANNOUNCE.  False if there is no room.
+        """Adds a client after its first ANNOUNCE.  Returns whether there was room.
 
         To make room it forgets the oldest idle client; or one in the line, of the name that has most there: so
         nobody keeps other names out.  It never forgets one with an offer or a delay: a replay of its ANNOUNCE
@@ -11311,7 +11315,7 @@ def elapsed(seconds):
 
 
 def pack(entries):
-    """Puts entries, in the order of their beginnings, into rows: each into the first row that is free."""
+    """Returns rows of entries, these in the order of their beginnings: each is in the first row that was free."""
     rows, free, busy = [], [], []           # two heaps: rows; (when it is free, row)
     for entry in entries:
         while busy and busy[0][0] <= entry.began:
@@ -12010,7 +12014,7 @@ def fold(wide):
 
 
 def read_secret(path):
-    """Reads standard input for stretch().  As HMAC does, it replaces more than 64 bytes by their SHA-256."""
+    """Reads standard input.  Returns bytes for stretch(); more than 64 are replaced by their SHA-256, as HMAC does."""
     if sys.stdin is None:
         raise Fatal(EXIT_USAGE, "-stdin: standard input is closed")
     new = not os.path.lexists(path)
@@ -12030,7 +12034,7 @@ def read_secret(path):
 
 
 def ask_secret(new):
-    """Asks for a passphrase, without echo, and twice if new: its bytes, and a newline, as echo(1) adds one."""
+    """Asks for a passphrase, without echo, and twice if new.  Returns its bytes, and a newline, as echo(1) adds one."""
     import getpass
     try:
         secret = getpass.getpass("passphrase (%d characters or more): " % SECRET_MIN if new else "passphrase: ")
@@ -13024,7 +13028,7 @@ def variables(env):
 
 
 def start_client(pub, words, pass_fds=(), places=(), kept=(), env=None, **options):
-    """Starts cexec as a child: (its Popen, the reading end of a pipe with its status line).
+    """Starts cexec as a child.  Returns (its Popen, the reading end of a pipe with its status line).
 
     places: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
     only the child itself needs.
