@@ -976,6 +976,11 @@ def format_key(master):
 #
 # A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
 # UTF-8), "texts" (16-bit count), "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
+#
+# A new frame needs: its declaration, a place in FRAMES, a method rcvd_NAME at each end that takes
+# it, and the states in which that end's link_frame() lets it through (Candidate, Offer, Supervisor,
+# FileRun); a new datagram: DATAGRAMS, and rcvd_NAME in Worker, Search, Survey or Logger.  Both need
+# cexec(7), and another PROTOCOL.
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
 
@@ -1909,6 +1914,9 @@ class Loop:
     """Waits, and calls a function when a descriptor is ready, a time has come or a signal has.
 
     A descriptor is registered only while somebody wants to read or write it: else the loop would spin.
+
+    Every reader must bear to be called when there is nothing to read.  One turn asks the system
+    once, and what is called first can close a descriptor, and open another with the same number.
     """
 
     def __init__(self, floor=0):
@@ -9028,6 +9036,7 @@ class Command(Carrier, Stateful):
         self._set(LINGERING)
         if ours:
             self.supervisor.command_failed()
+        # The result comes before end_sources(): that ends the last stream, and so sends EXIT with it.
         self.result = HOW_NOT_STARTED, status, "%s: %s" % (cut(os.fsdecode(self.words()[0]), 400), reason)
         log.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
         self.end_sources()
@@ -9220,6 +9229,8 @@ class Supervisor(Stateful):
     def __init__(self, settings, client, link, job, service):
         floor = max([256] + [number + 1 for number, _, flags in job.descriptors if not flags & FLAG_FILES])
         make_room(floor, 4 * len(job.descriptors) + 16)
+        # The command has the numbers below floor.  So everything of ours that is to stay is moved above it,
+        # and only then closed below: a copy made later could get one of the command's numbers.
         self.loop, self.link = Loop(floor=floor), link
         self.settings, self.client, self.words = settings, client, Words()
         link.attach(self.loop, self)
@@ -10576,6 +10587,8 @@ def main_cservice(argv):
     boost, refused = setting("BOOST", -1, 0, 10 ** 9), frozenset(map(check_name, options.refused))
     if options.hosts and options.hosts[0] != OVER_SSH:
         return serve_on_hosts(options.hosts, path, argv)
+    # In this order: 0, 1 and 2 are open, so that no file of ours gets such a number.  slim_down() may start this
+    # again from compiled code: so nothing is open or raised yet, and handed_key() has read nothing of standard input.
     fill_standard()
     slim_down(argv)
     make_room(0, 512 + 2 * slots)   # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
