@@ -67,7 +67,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     cexec -l    which workers there are                                        Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
-    cexec -A    a job on every worker                                          HostJob, HostRun, Everywhere
+    cexec -A    a job on every worker                                          HostTask, HostRun, Everywhere
     cexec       the applet: its options and modes
     cservice    the supervisor: the process that runs a client's jobs          Command, Supervisor, Supervisors
     cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
@@ -3003,11 +3003,6 @@ class Sink(Stream):
             self.watch(None)
             self._drained()
 
-    def write_all(self):
-        """Writes what is left at once: to a regular file, where a write waits for nothing."""
-        while self.queue:
-            self.writable()         # after a short write: a disk that is full says so at the next one
-
     def _write(self, view):
         """The number of bytes written now, with credit for them."""
         try:
@@ -3847,10 +3842,10 @@ def end_sessions(loop, sessions, group, over):
 
 
 # A file is written under another name in the same directory, and gets its own name only when it is whole.
-# This is done for keys, and for the outputs of a batch.
+# commit() does that for keys, and for the outputs of a batch; for the results of -g it is commit_all().
 
-def name_part(file, part, path, replace=True):
-    """Renames an open file from part to path, once all of it is on the disk.  Raises OSError.
+def commit(file, part, path, replace=True):
+    """Gives an open file its name: renames it from part to path, once all of it is on the disk.  Raises OSError.
 
     Without replace it raises FileExistsError if there is another file of that name.
     """
@@ -5058,7 +5053,7 @@ def receive(reader, verdict, patterns, listings, durable, in_use=()):
         sent = {name: path for path, name in input_entries(listings)} if again else {}
         old = old_files(patterns, files, directories, sent, in_use)
         files = [name for name in files if not is_unchanged(part, name, sent, durable)]
-        put_in_place(part, top, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
+        commit_all(part, top, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
     finally:
         if os.path.lexists(part):
             remove_directory(part)
@@ -5118,8 +5113,8 @@ def arrived(path, name):
     return name, (new.st_ino, new.st_mtime_ns), old and (old.st_dev, old.st_ino, old.st_mtime_ns, old.st_nlink)
 
 
-def put_in_place(part, top, files, directories, durable, may_have_names=lambda arrivals: True, old=()):
-    """Moves results from where they wait to their places: all of them, or none if something fails.  Raises OSError.
+def commit_all(part, top, files, directories, durable, may_have_names=lambda arrivals: True, old=()):
+    """Gives results their names: all of them, or none if something fails.  Raises OSError.
 
     Then removes what is old.
 
@@ -5267,13 +5262,13 @@ def check_place(pattern):
 class JobFiles:
     """A job's files at the client: one Helper packs the files of -i, another receives the results of -g.
 
-    changed() is called when a Helper has ended.  In a batch, claim(arrivals) is called before results get their
-    names: see Names.  Raises OSError.
+    ended(trouble) is called when a Helper has ended, with an error's text or None.  In a batch, claim(arrivals) is
+    called before results get their names: see Names.  Raises OSError.
     """
 
-    def __init__(self, carrier, listings, patterns, changed, claim=None):
-        self.loop, self.changed, self.claim = carrier.loop, changed, claim
-        self.trouble = None         # the first error's text
+    def __init__(self, carrier, listings, patterns, ended, claim=None):
+        self.loop, self.ended, self.claim = carrier.loop, ended, claim
+        self.refused = None         # why claim() does not let results get their names
         self.verdict = None         # a socket to the Helper that has the results: see receive()
         self.asked = None           # its question, once it has had the verdict
         self.unclaim = lambda: None             # takes back what claim() has noted
@@ -5309,7 +5304,7 @@ class JobFiles:
 
     def help(self, work, kept):
         try:
-            helper = Helper(self.loop, work, kept, lambda trouble: self.ended(helper, trouble))
+            helper = Helper(self.loop, work, kept, lambda trouble: self.helper_ended(helper, trouble))
         finally:
             for fd in kept:
                 os.close(fd)
@@ -5319,32 +5314,32 @@ class JobFiles:
         os.set_blocking(fd, False)
         self.channels.append(carrier.carry(channel, PipeEnd(fd, fd, lambda: os.close(fd), [half])))
 
-    def ended(self, helper, trouble):
+    def helper_ended(self, helper, trouble):
         self.helpers.remove(helper)
-        self.trouble = self.trouble or trouble
         if trouble:
             self.unclaim()
         if self.closed:
             self.close()
         else:
-            self.changed()
+            self.ended(self.refused or trouble)
 
-    def settled(self, success):
-        """Gives the verdict, after EXIT when all bytes have come.  Returns whether all Helpers have ended."""
-        for channel in self.channels:
-            channel.close()         # a Helper that still packs the files of -i must not wait for a reader
+    def commit(self):
+        """Has the results get their names, when all bytes have come: gives the Helper its verdict, see receive()."""
         if self.verdict is not None and self.asked is None:
-            if success and not self.trouble:
-                self.tell_verdict()
-            else:
-                self.close_verdict()
-        return not self.helpers
+            self.asked = b""
+            os.set_blocking(self.verdict, False)
+            self.loop.on_read(self.verdict, self.read_question)
+            self.answer()
 
-    def tell_verdict(self):
-        self.asked = b""
-        os.set_blocking(self.verdict, False)
-        self.loop.on_read(self.verdict, self.read_question)
-        self.answer()
+    def stop(self):
+        """Waits for no more bytes: a Helper that still packs the files of -i must not wait for a reader."""
+        for channel in self.channels:
+            channel.close()
+
+    def drop(self):
+        """Has the results removed, unless commit() was called before."""
+        if self.asked is None:
+            self.close_verdict()
 
     def answer(self):
         try:
@@ -5369,7 +5364,7 @@ class JobFiles:
                 self.unclaim = self.claim(marshal.loads(self.asked))
             self.answer()
         except (Fatal, OSError, EOFError, ValueError) as error:
-            self.trouble = self.trouble or error_text(error)
+            self.refused = error_text(error)
         self.close_verdict()
 
     def close_verdict(self):
@@ -5381,8 +5376,7 @@ class JobFiles:
     def close(self):
         """Stops.  The Helpers end by themselves, however slow the disk is, and remove results that have no place."""
         self.closed = True
-        for channel in self.channels:
-            channel.close()
+        self.stop()
         self.close_verdict()
         if not self.helpers and self.end in at_end:
             at_end.remove(self.end)
@@ -5412,7 +5406,8 @@ class JobFiles:
 #   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
 #
-# A job is a Job, a Task or a HostJob.  Its job_fields() are for job_frames().
+# A job is a Job or a Task.  Its job_fields() are for job_frames().
+
 RETRIES = 3                         # times that a job is run again whose worker was lost
 FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
@@ -5424,15 +5419,16 @@ class Terms:
     """The settings of all jobs of one call of cexec: from its words and options, and from the environment.
 
     environment (KEY=VALUE) and arguments are bytes.  inputs and results are the arguments of -i and -g.
+    wait: the seconds that a search waits by default in the lines of busy workers; 0: for ever.
     """
 
-    def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=()):
+    def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=(), wait=0):
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
         self.names = Names()
         self.batch = batch          # an id, the same in all searches of a batch
         self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
-        self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 0, 0, 10 ** 9)
+        self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", wait, 0, 10 ** 9)
         self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
         linger = setting("CEXEC_TIMEOUT_LINGER", -1, 0, 10 ** 6)
         self.linger = NO_LINGER if linger < 0 else linger * 1000
@@ -5990,7 +5986,7 @@ class Search:
 # cexec: the job
 # ---------------------------------------------------------------------------
 #
-# After GO the job runs at a worker; at the client it is a Run, FileRun or HostRun.  If the
+# After GO the job runs at a worker; at the client it is a Run or a FileRun.  If the
 # connection breaks then, the worker ends the command (Supervisor.abandon), and the client does this:
 #
 #   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
@@ -6211,7 +6207,7 @@ def loss(run, reason):
 
 
 class RemoteRun(Carrier):
-    """A job after GO, at the client: the common part of Run, FileRun and HostRun."""
+    """A job after GO, at the client: the common part of Run and FileRun."""
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron.loop, link)
@@ -6290,22 +6286,26 @@ class RemoteRun(Carrier):
         """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if listings or patterns:
             try:
-                self.files = JobFiles(self, listings, patterns, self.stream_ended, claim)
+                self.files = JobFiles(self, listings, patterns, self.files_ended, claim)
             except OSError as error:
                 raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
 
-    def files_are_over(self):
-        """After EXIT: whether the results are in their places, or have failed; the error's text is in trouble."""
-        if FILES_OUT in self.channels and self.channels[FILES_OUT].is_writing():
-            return False
+    def files_ended(self, trouble):
+        self.trouble = self.trouble or trouble
+        self.stream_ended()
+
+    def commit(self):
+        """After EXIT, when all bytes have come: has the results of -g get their names if the command has succeeded."""
         if self.files:
             success = self.exit.how == HOW_EXITED and self.exit.status == 0
             if success and self.exit.reason:
                 self.trouble = self.trouble or "worker %s cannot send results: %s" % (self.address, self.exit.reason)
-            if not self.files.settled(success and not self.trouble):
-                return False
-            self.trouble = self.trouble or self.files.trouble
-        return True
+            self.files.stop()
+            self.files.commit() if success and not self.trouble else self.files.drop()
+
+    def files_are_over(self):
+        """Whether the results of -g have their names, or will not get them; trouble tells why."""
+        return not self.files or not self.files.helpers
 
     def close_files(self):
         if self.files:
@@ -6421,8 +6421,10 @@ class Run(RemoteRun):
         """After EXIT the job is over when every output has been written here."""
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
-        elif self.exit_code is None and not self.is_writing() and self.files_are_over():
-            self.conclude(self.outcome())
+        elif self.exit_code is None and not self.is_writing():
+            self.commit()
+            if self.files_are_over():
+                self.conclude(self.outcome())
 
     def conclude(self, outcome):
         """The job is over: tells the user and crat how it ended."""
@@ -6905,7 +6907,7 @@ def show_workers(survey, as_json):
 # The way of a Task:
 #
 #   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
-#     --EXIT--> Task.keep: the output gets its name, or waits for its turn on standard output --> Batch.over
+#     --EXIT--> Task.commit: the output gets its name, or waits for its turn on standard output --> Batch.over
 
 PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ...
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
@@ -7052,8 +7054,8 @@ def part_of(output):
 class BatchTerms(Terms):
     """The settings of all jobs of a batch.  In words, inputs and results the places {} {.} ... are not filled in."""
 
-    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, **files):
-        super().__init__(environment, arguments, batch=os.urandom(8), **files)
+    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", **others):
+        super().__init__(environment, arguments, batch or os.urandom(8), **others)
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
@@ -7103,7 +7105,7 @@ class Task:
     Its first input is the file that it reads, or with -n a value like the others.
 
     The output is written under another name (part), and gets its own name when it is whole: in
-    keep().  With -o - it goes to an unnamed file, from which the Printer copies it in its turn.
+    commit().  With -o - it goes to an unnamed file, from which the Printer copies it in its turn.
     """
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
@@ -7202,8 +7204,7 @@ class Task:
             check_place(text)
         try:
             self.open_input()
-            self.result = self.terms.unnamed.take() if self.output is None else self.open_part()
-            self.errors = self.open_errors() if self.errors_kept else self.terms.unnamed.take()
+            self.open_outputs()
         except OSError:
             self.discard()
             raise
@@ -7218,6 +7219,15 @@ class Task:
         if self.stamp and not stat.S_ISREG(self.stamp[0]):
             raise OSError(errno.EINVAL, "not a regular file")
         self.input = open(self.file if self.stamp else os.devnull, "rb", 0)
+
+    def open_outputs(self):
+        self.result = self.terms.unnamed.take() if self.output is None else self.open_part()
+        self.errors = self.open_errors() if self.errors_kept else self.terms.unnamed.take()
+
+    def ends(self):
+        """Returns the Ends of its descriptors, for a run."""
+        return [End(file.fileno(), file.fileno(), lambda: None, [half])
+                for file, half in ((self.input, "read"), (self.result, "write"), (self.errors, "write"))]
 
     def open_part(self):
         """The file for the unfinished output, empty, and locked for us alone.  Raises OSError."""
@@ -7264,7 +7274,7 @@ class Task:
         now = os.stat(self.file)
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
-    def keep(self):
+    def commit(self):
         """Gives the output its name, once it is on the disk.  Raises OSError.
 
         For a later batch a file with this name is done: so it must be whole, and from the present input.
@@ -7273,7 +7283,7 @@ class Task:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
             self.terms.names.check_there(self.output)
-            name_part(self.result, self.part, self.output)
+            commit(self.result, self.part, self.output)
             self.terms.names.note_made(os.fstat(self.result.fileno()), self)
             self.terms.names.forget_part(self.result)
 
@@ -7293,7 +7303,7 @@ class Task:
             try:
                 if file:
                     file.close() if named[name] else self.terms.unnamed.give_back(file)
-            except OSError as error:            # if this matters, keep() has raised it
+            except OSError as error:            # if this matters, commit() has raised it
                 log.note("%s: %s", self.name, error.strerror)
 
 
@@ -7365,8 +7375,8 @@ class FileRun(RemoteRun):
         super().__init__(batch, link, hello, task)
         self.started_at = time.time()           # for the joblog
         self.accepted = accepted    # False for the next Task of a connection, until ACCEPT: its GO was sent at once
-        for number, file, half in ((0, task.input, "read"), (1, task.result, "write"), (2, task.errors, "write")):
-            self.carry(number, End(file.fileno(), file.fileno(), lambda: None, [half]))
+        for number, end in enumerate(task.ends()):
+            self.carry(number, end)
         self.over = False           # whether ended() of the batch was called
         try:
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
@@ -7386,8 +7396,8 @@ class FileRun(RemoteRun):
         self.accepted = True
 
     def exited(self, rows):
-        for number in (1, 2):
-            self.channels[number].sink.write_all()
+        if not self.exit.more:
+            self.link.close()
         self.stream_ended()
 
     def hint(self):
@@ -7403,7 +7413,8 @@ class FileRun(RemoteRun):
     def detach(self):
         self.tick.cancel()
         self.close_files()
-        self.stop_channels()
+        for channel in self.channels.values():
+            channel.close()
 
     def local_error(self, channel, error):
         import tempfile
@@ -7413,10 +7424,12 @@ class FileRun(RemoteRun):
 
     def stream_ended(self):
         """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
-        if self.exit and not self.over and self.files_are_over():
-            self.over = True
-            self.detach()
-            self.patron.ended(self)
+        if self.exit and not self.over and not self.is_writing():
+            self.commit()
+            if self.files_are_over():
+                self.over = True
+                self.detach()
+                self.patron.ended(self)
 
     def rcvd_linger(self, flags, channel, payload):
         pass
@@ -7520,6 +7533,8 @@ class Batch(Patron):
     addition, two searches at a time find more workers, or fewer searches if -j leaves less room.
     """
 
+    RUN = FileRun                   # the class of its runs
+
     def __init__(self, pub, group, terms, tasks, jobs, joblog, force, halt):
         super().__init__(pub, group, terms, Loop())
         self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
@@ -7579,16 +7594,21 @@ class Batch(Patron):
     def fill(self):
         """Begins searches, if there are files for them, and -j leaves room."""
         room = min(IN_LINE, self.jobs - len(self.runs))
-        while len(self.searches) < min(room, self.ready()):
-            try:
-                search = self.new_search(quiet=True)    # the batch shows one line for all of them
-            except Fatal as error:  # CEXEC_LISTEN_PORTS has only one
-                if not self.searches and not self.runs:
-                    raise
-                log.note("%s", error)
-                break
-            self.searches.append(search)
-            search.start()
+        while len(self.searches) < min(room, self.ready()) and self.begin_search():
+            pass
+
+    def begin_search(self, only=ANY_WORKER):
+        """Begins a search.  Returns whether it could: CEXEC_LISTEN_PORTS may have only one.  Raises Fatal."""
+        try:
+            search = self.new_search(True, only)        # quiet: the batch shows one line for all of them
+        except Fatal as error:
+            if not self.searches and not self.runs:
+                raise
+            log.note("%s", error)
+            return False
+        self.searches.append(search)
+        search.start()
+        return True
 
     def ready(self):
         """How many files may be begun; with -o - the number of waiting outputs is a bound."""
@@ -7615,14 +7635,19 @@ class Batch(Patron):
 
     def take(self):
         """The next Task that can be opened; None if there is none."""
-        while self.ready():
-            task = self.queue.popleft()
-            try:
-                task.open()
-                return task
-            except (OSError, ValueError) as error:
-                self.over(task, failure(error_of_task(error, task.name)))
-        return None
+        task = None
+        while self.ready() and not task:
+            task = self.opened(self.queue.popleft())
+        return task
+
+    def opened(self, task):
+        """Opens the files of a Task.  Returns it; None if that failed, and it is over."""
+        try:
+            task.open()
+            return task
+        except (OSError, ValueError) as error:
+            self.over(task, failure(error_of_task(error, task.name)))
+            return None
 
     def put_back(self, task):
         task.discard()
@@ -7636,7 +7661,7 @@ class Batch(Patron):
     def begin_run(self, link, hello, task, accepted):
         """GO was sent for a Task.  It fails if no process is left for the files of -i and -g."""
         try:
-            self.runs.append(FileRun(self, link, hello, task, accepted))
+            self.runs.append(self.RUN(self, link, hello, task, accepted))
         except Fatal as error:
             link.close()
             self.over(task, failure(str(error)))
@@ -7651,18 +7676,18 @@ class Batch(Patron):
             self.end(run, outcome)
             self.go_on(run)         # last: this failure may stop the batch
         else:
-            self.go_on(run)         # first: the worker computes while keep() waits for the disk
-            self.end(run, self.keep(run.job, outcome))
+            self.go_on(run)         # first: the worker computes while commit() waits for the disk
+            self.end(run, self.commit(run.job, outcome))
         self.fill()
 
     def end(self, run, outcome):
         self.alert(run, *outcome.alert())
         self.over(run.job, outcome, run)
 
-    def keep(self, task, outcome):
+    def commit(self, task, outcome):
         """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
         try:
-            task.keep()
+            task.commit()
             if task.output is not None:
                 self.directories.add(os.path.dirname(task.output) or ".")
             return outcome
@@ -8121,41 +8146,13 @@ def main_blocks(pub, group, words, options):
 # cexec -A: a job on every worker
 # ---------------------------------------------------------------------------
 #
-#   Survey (as -l) --a HostJob for each worker--> waiting --Search for that worker only--> runs --> over
+#   Survey (as -l) --a HostTask for each worker--> Batch.queue --Search for that worker only--> runs --> over
 #
-# The search for a busy worker waits in this worker's line, like any other client.
+# The search for a busy worker waits in this worker's line, like any other client.  A task leaves the queue
+# when its worker has offered.
 
 LINE_MAX = 1024 * 1024              # bytes of a line that are kept until its end comes
 EVERY_PAUSE = 0.010                 # seconds between the beginnings of two searches
-
-
-class EveryTerms(Terms):
-    """The settings of all jobs of cexec -A: by default each waits for its busy worker no longer than a minute."""
-
-    def __init__(self, environment, arguments=()):
-        super().__init__(environment, arguments)
-        self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", 60, 0, 10 ** 9)
-
-
-class HostJob:
-    """The job of cexec -A for one worker."""
-
-    ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
-    losses = 0
-
-    def __init__(self, terms, worker_id, label):
-        self.terms, self.worker_id, self.label = terms, worker_id, label
-        self.exit_code = None       # once it is over
-
-    def job_fields(self):
-        return dict(self.terms.job_fields(), descriptors=self.ROWS)
-
-    def objection(self, run):
-        """Why it is not done again if its worker is lost: "", as it was not asked for."""
-        return ""
-
-    def conclude(self, outcome):
-        self.exit_code = outcome.exit_code
 
 
 def labels_of(workers):
@@ -8211,9 +8208,11 @@ class LineWriter:
 
 class LineEnd(End):
     """The End of one output of a job: puts the worker's label before each line, and gives it to a LineWriter."""
+    # All jobs share 1 and 2, but the Loop calls only one function for a descriptor: so each waits for a copy.
 
-    def __init__(self, writer, label, polled):
-        super().__init__(polled, polled, self.finish, ["write"])
+    def __init__(self, writer, label):
+        copy = lifted(writer.number, 3)
+        super().__init__(copy, copy, self.finish, ["write"])
         self.writer, self.label, self.line = writer, label.encode() + b": ", bytearray()
 
     def write(self, view):
@@ -8233,41 +8232,44 @@ class LineEnd(End):
         """Adds the last line, if it has no newline."""
         if self.line:
             self.add(b"\n")
+        os.close(self.polled)
 
 
-class HostRun(RemoteRun):
-    """A HostJob after GO."""
-    # All runs share 0, 1 and 2, but the Loop calls only one function for a descriptor: so each run waits
-    # for its own copies.
+class HostTask(Task):
+    """The job of cexec -A for one worker: its outputs are shown as they come."""
 
-    def __init__(self, patron, link, hello, job):
-        super().__init__(patron, link, hello, job)
-        self.copies = [lifted(patron.input, 3), *(lifted(number, 3) for number in (1, 2))]
-        self.carry(0, FileEnd(self.copies[0], patron.offset))
-        for number in (1, 2):
-            self.carry(number, LineEnd(patron.writers[number], job.label, self.copies[number]))
-        self.refresh()
+    def __init__(self, terms, number, worker_id, label, source, writers):
+        super().__init__(terms, number, (label,), None)
+        self.worker_id, self.label = worker_id, label
+        self.source, self.offset = source       # the descriptor that each job reads, from this offset
+        self.writers = writers
 
-    def exited(self, rows):
-        self.link.close()           # now: else the worker's close would count as a loss while a slow reader reads
-        self.stream_ended()
+    def fill_words(self):
+        return self.terms.environment, self.terms.arguments
 
-    def stream_ended(self):
-        """After EXIT the job is over when each LineEnd has taken its output."""
-        if self.exit and self.copies and not self.is_writing():
-            self.patron.ended(self)
+    def open_input(self):
+        self.input = open(lifted(self.source, 3), "rb", 0)
+
+    def open_outputs(self):
+        """They are LineEnds."""
+
+    def ends(self):
+        return [FileEnd(self.input.fileno(), self.offset), *(LineEnd(writer, self.label) for writer in self.writers)]
+
+    def commit(self):
+        """Its output has no name."""
+
+    def objection(self, run):
+        return ""                   # that it is done again if its worker is lost was not asked for
+
+
+class HostRun(FileRun):
+    """One run of a HostTask."""
 
     def detach(self):
-        self.tick.cancel()
-        self.stop_channels()
-        for number in (1, 2):
-            channel = self.channels[number]
-            channel.end.add(bytes(channel.sink.queue))         # of a lost job, show the output that has come
-            channel.end.finish()
-        for fd in self.copies:
-            os.close(fd)
-        self.copies = []
-        self.link.close()
+        for channel in filter(Channel.is_writing, (self.channels[1], self.channels[2])):
+            channel.end.add(bytes(channel.sink.queue))      # of a lost job, show the output that has come
+        super().detach()
 
     def local_error(self, channel, error):
         self.trouble = self.trouble or "standard input: %s" % error.strerror
@@ -8275,38 +8277,32 @@ class HostRun(RemoteRun):
     def rcvd_linger(self, flags, channel, payload):
         self.patron.say(self.job, "the command has ended, and a process that it left behind holds its output")
 
-    def link_lost(self, link, reason, violation):
-        self.patron.lost(self, reason)
 
-
-class Everywhere(Patron):
+class Everywhere(Batch):
     """cexec -A: one job on each worker, all at the same time if there are descriptors, independent of each other."""
 
-    def __init__(self, pub, group, terms, loop, workers, source, most):
-        super().__init__(pub, group, terms, loop)
-        self.most = most            # searches and runs at a time
-        self.input, self.offset = source        # the descriptor that each job reads, from this offset
-        labels = labels_of(workers)
-        self.jobs = [HostJob(terms, worker_id, labels[worker_id]) for worker_id in sorted(workers, key=labels.get)]
-        self.waiting = collections.deque()      # HostJobs for which no search has begun
-        self.searches, self.runs = {}, []       # a Search: its HostJob
-        self.timer = loop.after(0, self.fill)   # for the next search
-        one = os.path.samestat(os.fstat(1), os.fstat(2))
-        out = LineWriter(loop, 1)
-        self.writers = {1: out, 2: out if one else LineWriter(loop, 2)}
-        for job in self.jobs:
-            if workers[job.worker_id]["state"] == "serving":
-                self.waiting.append(job)
-            else:
-                self.over(job, failure("is draining: it takes no more jobs"))
+    RUN = HostRun
 
-    def work(self):
-        """Does all jobs.  Returns the largest exit code.  Raises Fatal (111)."""
-        self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
-        started_up()
-        while self.waiting or self.searches or self.runs or any(writer.pending for writer in self.writers.values()):
-            self.loop.turn()
-        return max(job.exit_code for job in self.jobs)
+    def __init__(self, pub, group, terms, workers, source, most):
+        super().__init__(pub, group, terms, [], most, None, False, Halt(float("inf")))
+        out = LineWriter(self.loop, 1)
+        self.writers = out, out if os.path.samestat(os.fstat(1), os.fstat(2)) else LineWriter(self.loop, 2)
+        labels = labels_of(workers)
+        self.tasks = [HostTask(terms, number, worker_id, labels[worker_id], source, self.writers)
+                      for number, worker_id in enumerate(sorted(workers, key=labels.get), 1)]
+        self.timer = self.loop.after(0, self.fill)          # for the next search
+        self.watched = False        # the lines show how far it is
+        for task in self.tasks:
+            if workers[task.worker_id]["state"] == "serving":
+                self.queue.append(task)
+            else:
+                self.over(task, failure("is draining: it takes no more jobs"))
+
+    def exit_code(self):
+        return max(task.exit_code for task in self.tasks)
+
+    def is_busy(self):
+        return self.queue or self.searches or self.runs or any(writer.pending for writer in self.writers)
 
     def fill(self):
         """Begins the next search, and sets a timer for the one after it.
@@ -8315,76 +8311,50 @@ class Everywhere(Patron):
         a busy machine.
         """
         self.timer.cancel()
-        if not self.waiting or len(self.searches) + len(self.runs) >= self.most:
-            return
-        try:
-            search = self.new_search(True, self.waiting[0].worker_id)
-        except Fatal:               # no port of CEXEC_LISTEN_PORTS is free until another search ends
-            if not self.searches and not self.runs:
-                raise
-            return
-        self.searches[search] = self.waiting.popleft()
-        search.start()
-        self.timer = self.loop.after(EVERY_PAUSE, self.fill)
-
-    # The patron's methods, which Search calls
+        sought = {search.only for search in self.searches}
+        only = next((task.worker_id for task in self.queue if task.worker_id not in sought), None)
+        if only is not None and len(self.searches) + len(self.runs) < self.jobs and self.begin_search(only):
+            self.timer = self.loop.after(EVERY_PAUSE, self.fill)
 
     def next_job(self, search):
-        return self.searches[search]
+        task = self.opened(self.dequeue(search))
+        if task is None:
+            self.end_search(search)
+        return task
 
-    def put_back(self, job):
-        pass                        # the search goes on, with the same job
-
-    def begin(self, search, candidate, job):
-        del self.searches[search]
-        self.runs.append(HostRun(self, candidate.link, candidate.hello, job))
-        self.fill()
+    def dequeue(self, search):
+        """Takes the Task for the worker of a search from the queue.  Returns it."""
+        task = next(task for task in self.queue if task.worker_id == search.only)
+        self.queue.remove(task)
+        return task
 
     def not_found(self, search, message, code):
-        job = self.searches.pop(search)
-        search.end()
-        self.over(job, failure(message, code))
-        self.fill()
-
-    # The end of a run
-
-    def ended(self, run):
-        self.runs.remove(run)
-        run.detach()
-        outcome = run.outcome()
-        self.alert(run, *outcome.alert())
-        self.over(run.job, outcome)
+        self.end_search(search)
+        self.over(self.dequeue(search), failure(message, code))
         self.fill()
 
     def failed(self, run, reason, objection):
-        self.runs.remove(run)
-        run.detach()
-        self.over(run.job, loss(run, reason + "; the command may have run"))
-        self.fill()
-
-    def over(self, job, outcome):
-        job.conclude(outcome)
-        if outcome.exit_code:
-            self.say(job, outcome.text())
+        super().failed(run, reason + "; the command may have run", objection)
 
     # For the user
 
-    def say(self, job, text):
-        """Adds a message to standard error, after the lines that wait there."""
-        line = "%s: %s: %s\n" % (log.applet, job.label, printable(text))
-        self.writers[2].add(line.encode("utf-8", "backslashreplace"))
+    def tell(self, task, outcome):
+        if outcome.exit_code:
+            self.say(task, outcome.text())
 
-    def interrupted(self, number):
-        """Writes the output that has come, and names the missing workers.  Closed links end their commands."""
-        missing = [job.label for job in self.jobs if job.exit_code is None]
-        for run in self.runs:
-            run.detach()
-        for writer in self.writers.values():
+    def say(self, task, text):
+        """Adds a message to standard error, after the lines that wait there."""
+        line = "%s: %s: %s\n" % (log.applet, task.label, printable(text))
+        self.writers[1].add(line.encode("utf-8", "backslashreplace"))
+
+    def stop(self):
+        """Ends all searches and runs, and writes the output that has come."""
+        super().stop()
+        for writer in self.writers:
             writer.drain()
-        log.say("interrupted: not over on " + ", ".join(missing))
-        for search in self.searches:
-            search.end()
-        die_of(number)
+
+    def summary(self):
+        return "not over on " + ", ".join(task.label for task in self.tasks if task.exit_code is None)
 
 
 def input_for_all(empty):
@@ -8413,7 +8383,8 @@ def kept_input():
 def main_everywhere(pub, group, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
-    terms, source = EveryTerms(*parse_words(words)), input_for_all(options.no_input)
+    terms = BatchTerms(*parse_words(words), pattern=None, values=True, batch=NO_BATCH, wait=60)
+    source = input_for_all(options.no_input)
     most = jobs_at_once(6, 64)      # a search needs more than a run
     survey = Survey(group, pub, terms.ports, Loop(), terms.servers)
     survey.begin(survey.loop.stop)
@@ -8426,7 +8397,7 @@ def main_everywhere(pub, group, words, options):
     silent = survey.silent_hosts()
     for host in silent:
         log.say("%s: no worker answers" % host)
-    code = Everywhere(pub, group, terms, survey.loop, survey.workers, source, most).work()
+    code = Everywhere(pub, group, terms, survey.workers, source, most).work()
     return max(code, EXIT_TEMPORARY) if silent else code
 
 
@@ -12078,7 +12049,7 @@ def write_new(path, text, replace):
     try:
         with os.fdopen(fd, "w") as file:
             file.write(text)
-            name_part(file, part, path, replace)
+            commit(file, part, path, replace)
     finally:
         drop_part(part)
 

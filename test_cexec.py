@@ -6187,7 +6187,7 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path, monkeypatch, change):
 
 
 def results_in(directory, names, part=".cexec.box-0.0123456789abcdef.part"):
-    """What put_in_place() gets: results that wait below a directory, which becomes the current one."""
+    """What commit_all() gets: results that wait below a directory, which becomes the current one."""
     os.chdir(directory)
     os.mkdir(part)
     parents = {os.path.dirname(name) for name in names} - {""}
@@ -6231,7 +6231,7 @@ def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
         given = results_in(str(tmp_path / "here"), names)
         monkeypatch.setattr(os, "rename", some)
         with pytest.raises(OSError) as raised:
-            cexec.put_in_place(*given, old=[b"there/gone"])
+            cexec.commit_all(*given, old=[b"there/gone"])
         monkeypatch.undo()
         os.close(given[1])
         cexec.remove_directory(given[0])
@@ -10930,7 +10930,7 @@ def test_lines_get_their_label_however_they_come():
     """And the beginning of a line is not copied for each of its bytes."""
     for seed in range(20):
         chance, added = random.Random(seed), bytearray()
-        end = cexec.LineEnd(SimpleNamespace(is_full=lambda: False, add=added.extend), "h", 1)
+        end = cexec.LineEnd(SimpleNamespace(is_full=lambda: False, add=added.extend, number=1), "h")
         data = bytes(chance.choice(b"ab\n") for _ in range(300))
         place = 0
         while place < len(data):
