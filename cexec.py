@@ -5411,6 +5411,7 @@ class JobFiles:
 RETRIES = 3                         # times that a job is run again whose worker was lost
 FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
+AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
 OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
 
@@ -5431,6 +5432,7 @@ class Terms:
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", wait, 0, 10 ** 9)
         self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
         linger = setting("CEXEC_TIMEOUT_LINGER", -1, 0, 10 ** 6)
+        self.useless = ServerList("CEXEC_USELESS_SERVERS")      # an Executor knows that they cannot do its calls
         self.linger = NO_LINGER if linger < 0 else linger * 1000
         self.servers = ServerFilter()
         self.ports = listen_ports()
@@ -5448,7 +5450,12 @@ class Terms:
             return "has no command of its own: name one after the public key (cservice -a)"
         if (self.inputs or self.results) and not hello.options & HELLO_DIRECTORIES:
             return "has no directory for the files of -i and -g (cservice -d)"
+        if hello.worker_id in self.useless.ids:
+            return "cannot do the calls"
         return None
+
+    def tell_waiting(self, text):
+        """Tells an Executor, which has started us, what is waited for."""
 
     def file_rows(self):
         """Returns JOB's rows for the channels of files."""
@@ -5659,7 +5666,8 @@ class Candidate(Stateful):
 class Avoided:
     """Workers that are not asked: for ever, or for a time that doubles each time that the worker refuses."""
 
-    def __init__(self):
+    def __init__(self, seconds=1.0):
+        self.first = seconds
         self.until, self.seconds = {}, {}           # worker_id: until when (monotonic); the last length of time
 
     def __contains__(self, worker_id):
@@ -5672,8 +5680,12 @@ class Avoided:
         return self.until.get(worker_id) == float("inf")
 
     def for_now(self, worker_id):
-        self.seconds[worker_id] = 2 * self.seconds.get(worker_id, 0.5)
+        self.seconds[worker_id] = min(AVOID_MAX, 2 * self.seconds.get(worker_id, self.first / 2))
         self.until[worker_id] = time.monotonic() + self.seconds[worker_id]
+
+    def now(self):
+        """Returns those that are not asked now."""
+        return [worker_id for worker_id in self.until if worker_id in self]
 
     def forgive(self, worker_id):
         self.seconds.pop(worker_id, None)
@@ -5724,7 +5736,7 @@ class Search:
         self.began = self.last_answer = time.monotonic()
         self.ahead = None           # how many clients are before us in the line, from the last BUSY
         self.stranger = None        # the address of a worker with another protocol version, and this version
-        self.shown = ""             # our text on the terminal
+        self.shown = self.told = ""             # our text on the terminal; the same for an Executor
         self.refusal = None         # the address of the last worker that refused the job, and its reason
         self.unfit = self.unfit_timer = None        # why a worker cannot do the job (others may); for insist()
         self.last_busy = 0.0        # when the last BUSY came: its sender may be able to do the job
@@ -5774,6 +5786,9 @@ class Search:
         """Shows on a terminal what the search waits for, until the job begins."""
         text = self.waits()
         quiet = log.verbose or self.quiet
+        if text != self.told:
+            self.told = text
+            self.terms.tell_waiting(text)
         if text != self.shown and not quiet and os.isatty(log.fd) and in_foreground(log.fd):
             self.shown = text
             log.status_line(text)
@@ -5858,7 +5873,11 @@ class Search:
 
     def say_blocked(self):
         if self.blocked:
-            log.once(tcp_blocked(self.back.port), tcp_blocked)     # another search has another port
+            self.say_once(tcp_blocked(self.back.port), tcp_blocked)         # another search has another port
+
+    def say_once(self, message, topic=None):
+        log.once(message, topic)
+        self.terms.tell_waiting(message)
 
     # Offers
 
@@ -5876,7 +5895,7 @@ class Search:
         if not self.asked and time.monotonic() - self.last_busy > BUSY_SECONDS + 2:
             return self.patron.not_found(self, self.unfit, EXIT_USAGE)
         if not self.asked:
-            log.once(self.unfit + "; waits for a worker that is busy")
+            self.say_once(self.unfit + "; waits for a worker that is busy")
         self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
     def accept(self, sock, address):
@@ -6026,9 +6045,17 @@ class Job(Terms):
 
     def tell_start(self, hello):
         """Tells an Executor, which has started us, what worker has the job."""
+        self.tell_executor("%s %s" % (hello.worker_id.hex(), hello.host))
+
+    def tell_waiting(self, text):
+        self.tell_executor("- " + text)
+
+    def tell_executor(self, line):
         if self.start_report >= 0:
-            write_all(functools.partial(os.write, self.start_report), b"%s %s\n" % (
-                hello.worker_id.hex().encode(), printable(hello.host).encode()))
+            try:
+                write_all(functools.partial(os.write, self.start_report), printable(line).encode() + b"\n")
+            except OSError:
+                pass                # it has ended
 
     def tell(self, code, word, worker="-", seconds=0.0):
         """Writes the line for CEXEC_FD_FOR_ERRORS."""
@@ -6380,6 +6407,10 @@ class Run(RemoteRun):
                 # buffers on the way count as never read.  We do not believe more than we sent.
                 self.job.positions[number].advance(min(rows[number][1], channel.sent))
         self.stream_ended()
+
+    def check_life(self):
+        super().check_life()
+        self.job.tell_waiting(self.silent_for())
 
     def rcvd_linger(self, flags, channel, payload):
         if os.isatty(2):
@@ -12613,6 +12644,7 @@ def serve_on_hosts(words, path, argv):
 #       | MAIN, once a call needs it; CALL ----------->  |
 #       |  <---------------------- IMPORT name, if any |  for a module beside the main program
 #       | MODULE source ------------------------------>  |
+#       |  <----------------------------------- LOADED |  the main module has run
 #       |  <-------------------------- VALUE or RAISED |  or FAILED: the main module can't be run
 #       | RECALL, if another lane has nothing to do -->  |
 #       |  <-------------- BACK, the calls not begun   |
@@ -12627,7 +12659,8 @@ __version__ = VERSION
 
 LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
 LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers
-LANE_FAILURES = 3                   # after so many lanes in a row that end before they are ready: see cannot_grow()
+LANE_FAILURES = 3                   # so many lanes in a row may end before a worker has them,
+FAULTS_MAX = 256                    # and so many workers may be unable to do the calls: then these fail
 SEARCH_PAUSE = 10.0                 # seconds until the next search for more workers, after one that found none
 AHEAD_SECONDS = 0.010               # a lane gets further calls before it has done the first: for so many seconds,
 AHEAD_MAX = 32                      # and so many calls, at most
@@ -12635,7 +12668,7 @@ RECALL_SECONDS = 0.050              # if a call takes longer, idle lanes get the
 TICK_SECONDS = 0.1
 READY_SECONDS = 10.0                # from GO until a worker's Python must be ready,
 LATE_SECONDS = 1.0                  # and until others are looked for, if it is not
-REJECT_SECONDS = 10.0               # a worker that cannot do the calls gets none for so long, then twice as long, ...
+REJECT_SECONDS = 10.0               # a worker that cannot do the calls gets none for so long, then longer: see Avoided
 LET_GO_SECONDS = 1.0                # after a client's end, what it wrote must have been read
 PRINTED_MAX = 64 * 1024             # bytes of a line that a function prints
 NAMES_MAX = 10000                   # modules beside the main program
@@ -12644,8 +12677,8 @@ LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of its cont
 CALL_NUMBER = struct.Struct("!Q")   # CALL, VALUE and RAISED begin with it; BACK is a list of it
 TEXT_SIZE = struct.Struct("!I")     # RAISED and FAILED: the size of a text, the text, and the exception's pickle
 SETUP, MAIN, CALL, MODULE, RECALL, END = b"S", b"M", b"C", b"O", b"R", b"E"
-READY, IMPORT, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"V", b"X", b"F", b"B"
-SMALL_FRAMES = {READY: 1024, IMPORT: 1024, BACK: 8 * AHEAD_MAX}     # bytes, at most
+READY, IMPORT, LOADED, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"L", b"V", b"X", b"F", b"B"
+SMALL_FRAMES = {READY: 1024, IMPORT: 1024, LOADED: 0, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
 # A child starts as by sh (see The door), but first moves descriptors to their numbers.
 CHILD_BOOT = """import os, sys
@@ -12681,7 +12714,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
-writing, asking = threading.Lock(), threading.Lock()
+writing, asking, mains = threading.Lock(), threading.Lock(), []
 this, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4     # this: kept, or its globals would go
 trusted, made = False, None     # made: the stub's, by whose name the client knows what it makes by itself
 ATOMS = frozenset([int, float, str, bytes, bool, type(None)])
@@ -12730,6 +12763,8 @@ def receive():
         data = source.read(size)
         if kind == b"O":
             answers.put(data)
+        elif kind == b"M":
+            mains.append(data)      # not one of the calls, which RECALL takes back
         elif kind == b"R":
             send(b"B", *take_back())
         else:
@@ -12884,6 +12919,7 @@ def run_main(data):
     module.__file__, module.__package__, module.__loader__ = path, package, Source(text)
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     module.__loader__.exec_module(module)
+    send(b"L")
 
 def report(kind, number, error):
     trace = error.__traceback__ and error.__traceback__.tb_next
@@ -12916,10 +12952,12 @@ while True:
     if kind == b"E":
         break
     try:
-        if kind == b"C":
-            work(data[:NUMBER.size], data)
+        if kind == b"S":
+            set_up(data)
         else:
-            (set_up if kind == b"S" else run_main)(data)
+            while mains:
+                run_main(mains.pop())
+            work(data[:NUMBER.size], data)
     except BaseException as error:
         report(b"F", b"", error)
         os._exit(1)
@@ -14111,6 +14149,24 @@ class RemoteTraceback(Exception):
         return self.tb
 
 
+def remedy_of(error):
+    """What to do on a worker's host about this exception; "" if that is not known."""
+    if isinstance(error, ModuleNotFoundError):
+        return "install it there, or put a module of your own beside the main program"
+    if isinstance(error, (ImportError, SyntaxError, AttributeError)):
+        return "another Python or another version there may do it"
+    return ""
+
+
+def fault_of(host, python, error):
+    """Why this host cannot do calls, and the remedy."""
+    leave_out = "CEXEC_REJECT_SERVERS=%s leaves it out" % host
+    if not isinstance(error.__cause__, RemoteTraceback):
+        return "%s: %s; %s" % (host, error, leave_out)
+    return "%s cannot load the program with Python %s: %s: %s (%s)" % (
+        host, python, type(error).__name__, error, "; ".join(filter(None, [remedy_of(error), leave_out])))
+
+
 def load_error(readers, data, place, host):
     """The exception in a RAISED or FAILED, with the worker's traceback as its cause."""
     size, = TEXT_SIZE.unpack_from(data, place)
@@ -14128,6 +14184,8 @@ def load_error(readers, data, place, host):
     except Exception as reason:
         import pickle
         error = pickle.UnpicklingError("the function raised %s (%s)" % (lines[-1], reason))
+    if isinstance(error, ModuleNotFoundError):
+        lines += ["", "%s; CEXEC_REJECT_SERVERS=%s leaves the host out" % (remedy_of(error), host)]
     error.__cause__ = RemoteTraceback('\n"""\nOn %s:\n%s\n"""' % (host, "\n".join(lines)))
     return error
 
@@ -14149,9 +14207,9 @@ class Call:
         self.begun = self.begun or self.future.set_running_or_notify_cancel()
         return self.begun
 
-    def lost(self, error):
-        """Its lane has ended with this error.  That was a try, except after FAILED: then no call was begun."""
-        self.tries += not isinstance(error.__cause__, RemoteTraceback)
+    def lost(self, begun):
+        """Its lane has ended.  That was a try, if one of its calls may have begun."""
+        self.tries += begun
 
     def pickled(self, protocol, has_main):
         """The bytes for the worker.  Raises any exception."""
@@ -14185,8 +14243,9 @@ class Lane(Stateful):
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
         self.calls = collections.OrderedDict()  # number: a Call that the worker has, until its result comes
-        self.worker_id, self.start_line = "", b""
-        self.host, self.protocol, self.main_sent = "?", 0, not pool.program.text
+        self.worker_id, self.start_lines, self.waits, self.told = "", b"", "", ""
+        self.host, self.python, self.protocol = "?", "", 0
+        self.main_sent, self.loading = not pool.program.text, False
         self.since = self.idle_since = self.head_since = time.monotonic()
         self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds of a call: lately, of the first, the least
         self.recalled = self.leaving = False
@@ -14216,7 +14275,7 @@ class Lane(Stateful):
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
             env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
             env["CEXEC_FD_FOR_START"] = str(ours[8])
-            env["CEXEC_REJECT_SERVERS"] = " ".join([env.get("CEXEC_REJECT_SERVERS", "")] + self.pool.rejected())
+            env["CEXEC_USELESS_SERVERS"] = " ".join(self.pool.useless())
             self.child, report = start_client(
                 self.pool.pub, [], places=places, kept=[ours[8]], env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -14281,7 +14340,7 @@ class Lane(Stateful):
         if not self.main_sent and b"__main__" in data:
             program = self.pool.program
             self.send(MAIN, pickled((program.text, program.path, program.package)))
-            self.main_sent = True
+            self.main_sent, self.loading = True, not self.calls
         if not self.calls:
             self.head_since = time.monotonic()
         self.calls[number] = call
@@ -14294,6 +14353,10 @@ class Lane(Stateful):
     def leave(self):
         """It takes no more calls; the pool ends it when it has none."""
         self.leaving = True
+
+    def may_recall(self):
+        """Whether it has calls that it has not begun."""
+        return not self.recalled and len(self.calls) > (not self.loading)
 
     def recall(self):
         self.recalled = True
@@ -14347,29 +14410,44 @@ class Lane(Stateful):
         self.over()
 
     def rcvd_start(self, data):
-        """GO was sent to a worker: from now on its Python must start."""
-        self.start_line += data
-        if not self.start_line.endswith(b"\n"):
-            return
-        self.worker_id, _, host = self.start_line.decode("utf-8", "replace").strip().partition(" ")
-        if self.state is SEARCHING:
-            self.host = host
-            self.since = time.monotonic()
-            self._set(STARTING)
-            self.loop.after(READY_SECONDS, self.check_ready)
+        """What the client waits for; or GO was sent to a worker: from now on its Python must start."""
+        *lines, self.start_lines = (self.start_lines + data).split(b"\n")
+        for line in lines:
+            word, _, text = line.decode("utf-8", "replace").partition(" ")
+            if word == "-":
+                self.waits = text
+            elif self.state is SEARCHING:
+                self.rcvd_go(word, text)
+
+    def rcvd_go(self, worker_id, host):
+        self.worker_id, self.host, self.waits, self.since = worker_id, host, "", time.monotonic()
+        if worker_id in self.pool.useless():    # since this search has begun
+            return self.terminate()
+        self._set(STARTING)
+        self.loop.after(READY_SECONDS, self.check_ready)
 
     def check_ready(self):
         if self.state is STARTING:
-            self.failure = Failed("%s has not started Python in %g s (is its command python3 /dev/fd/3?)" % (
-                self.host, READY_SECONDS))
+            self.failure = Failed(
+                "it has not started Python in %g s (is its command python3 /dev/fd/3?)" % READY_SECONDS)
             self.terminate()
 
     def holds_up(self):
         """Whether it will soon take a call, so that the pool begins no other lane for it."""
-        return self.state is STARTING and time.monotonic() - self.since < LATE_SECONDS
+        return self.state is STARTING and not self.is_late()
+
+    def is_late(self):
+        return self.state is STARTING and time.monotonic() - self.since >= LATE_SECONDS
 
     def rcvd_words(self, data):
         self.words = (self.words + data)[-4096:]
+
+    def tell_waiting(self, is_needed):
+        """Says what is waited for, if that is new: a worker, if this is needed, or one that is silent."""
+        text = self.host + self.waits if self.state is UP and self.calls else self.waits if is_needed else ""
+        if self.waits and text and text.partition(",")[0] != self.told:         # not each place in the line
+            self.told = text.partition(",")[0]
+            self.pool.tell(text)
 
     def rcvd_report(self, data):
         self.report += data
@@ -14418,8 +14496,13 @@ class Lane(Stateful):
         if self.state not in (SEARCHING, STARTING) or not right:
             raise ProtocolError("READY out of place")
         self.protocol, self.host = min(int(words[2]), self.pool.protocol), printable(words[4])
+        self.python = printable(words[3])
         self.since = self.idle_since = time.monotonic()
         self._set(UP)
+        self.pool.lane_up()
+
+    def rcvd_loaded(self, data, place, end):
+        self.loading = False
 
     def rcvd_import(self, data, place, end):
         self.imports += 1
@@ -14439,6 +14522,8 @@ class Lane(Stateful):
             raise ProtocolError("a result of no call")
         took, self.head_since = now - self.head_since, now
         self.pace = (self.pace + took) / 2 if self.first else took
+        if not self.first:
+            self.pool.useful(self.worker_id)
         self.first, self.fastest = self.first or took, min(self.fastest, took)
         if not self.calls:
             self.idle_since = now
@@ -14472,8 +14557,8 @@ class Lane(Stateful):
             raise ProtocolError("BACK of no call")
         self.pool.put_back([self.calls.pop(number) for number in numbers])
 
-    HANDLERS = {READY: rcvd_ready, IMPORT: rcvd_import, VALUE: rcvd_value, RAISED: rcvd_raised, FAILED: rcvd_failed,
-                BACK: rcvd_back}
+    HANDLERS = {READY: rcvd_ready, IMPORT: rcvd_import, LOADED: rcvd_loaded, VALUE: rcvd_value, RAISED: rcvd_raised,
+                FAILED: rcvd_failed, BACK: rcvd_back}
 
     def over(self):
         """All its pipes are closed: the child has ended."""
@@ -14489,16 +14574,21 @@ class Lane(Stateful):
         except Failed as failed:
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
-        searched = self.state in (SEARCHING, STARTING)
+        useless = bool(self.failure) or self.state in (SEARCHING, STARTING) or self.state is UP and self.loading
         self._set(OVER)
-        self.pool.lane_over(self, searched, self.failure or reason, hopeless)
+        self.pool.lane_over(self, self.failure or reason, useless, hopeless)
+
+    def has_begun(self):
+        """Whether one of its calls may have begun."""
+        return not self.loading and not (self.failure and self.failure.__cause__)
 
     def reason_of(self, code):
         """The message for a command that has ended with this returncode."""
         worker = printable(self.report.decode("utf-8", "replace").partition(" ")[0][len("worker="):])
         how = "with status %d" % code if code >= 0 else "by signal %d" % -code
         if self.state not in (SEARCHING, STARTING):
-            return "the Python of worker %s (%s) ended %s" % (worker, self.host, how)
+            return "the Python of worker %s (%s) ended %s%s" % (
+                worker, self.host, how, " while it loaded the program" if self.loading else "")
         words = printable((self.words.decode("utf-8", "replace").strip() or "it said nothing").splitlines()[-1])
         return "the command of worker %s ended %s: %s (is it python3 /dev/fd/3?)" % (worker, how, words)
 
@@ -14546,8 +14636,9 @@ class Pool:
         self.inbox = collections.deque()        # Calls, and methods for the thread to call
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
-        self.number, self.failures, self.pause = 0, 0, 0.0
-        self.bad, self.unsaid = {}, []          # a worker's id: until when it gets no lane, seconds; lines about them
+        self.number, self.pause = 0, 0.0
+        self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
+        self.bad, self.faults = Avoided(REJECT_SECONDS), {}     # workers that get no lane; {their ids: (why, error)}
 
     # For any thread.  With the gate, what is put before shutdown() is done, what comes later is refused, and nobody
     # writes to a pipe that is closed.  In it a signal or a garbage collection can run code of others: so the same
@@ -14658,7 +14749,7 @@ class Pool:
             ready = [lane for lane in self.lanes if lane.room()]
             if not ready:
                 break
-            self.give(self.queue.popleft(), min(ready, key=lambda lane: len(lane.calls)))
+            self.give(self.queue.popleft(), min(ready, key=lambda lane: (lane.loading, len(lane.calls))))
         for lane in self.lanes:
             if lane.unsent:
                 lane.flush()
@@ -14705,12 +14796,23 @@ class Pool:
             self.cannot_grow(Failed("cannot start cexec: %s" % error))
 
     def cannot_grow(self, error):
-        """No more workers were found: all calls fail, unless a lane is up."""
-        self.failures = 0
-        if any(lane.state is UP for lane in self.lanes):
+        """No more workers were found: all calls fail, unless a lane is up or may soon be."""
+        self.failures = self.faulty = 0
+        if any(lane.state in (STARTING, UP) for lane in self.lanes):
             self.pause = time.monotonic() + SEARCH_PAUSE
         else:
-            self.fail_all(error)
+            self.fail_all(self.no_worker(error))
+
+    def no_worker(self, error):
+        """Returns the exception of calls that no worker can do.  Later calls may try all workers again."""
+        faults = [self.faults[worker_id] for worker_id in self.bad.now()]
+        self.bad, self.faults = Avoided(REJECT_SECONDS), {}
+        if not faults:
+            return error
+        more = ["and %d more" % (len(faults) - 8)] * (len(faults) > 8)
+        failed = Failed("no worker can do the calls: " + "; ".join([text for text, _ in faults[:8]] + more))
+        failed.__cause__ = faults[-1][1]
+        return failed
 
     def fail_all(self, error):
         while self.queue:
@@ -14718,12 +14820,19 @@ class Pool:
             if call.begin():
                 self.done(call, error)
 
-    def lane_over(self, lane, searched, error, hopeless):
-        """Puts the lane's calls back, except those that have had all their tries: they fail."""
+    def lane_up(self):
+        """A lane is ready, perhaps late: its worker is as good as others."""
+        self.pause = 0.0
+
+    def lane_over(self, lane, error, useless, hopeless):
+        """Puts the lane's calls back, except those that have had all their tries: they fail.
+
+        useless: it has done nothing, and why is not our own end; hopeless: another search would end like it.
+        """
         self.lanes.remove(lane)
         again = []
         for call in lane.calls.values():
-            call.lost(error)
+            call.lost(lane.has_begun())
             if self.abandoned or call.tries > self.retries:
                 broken = self.broken("%s (%s)" % (error, "ended here" if self.abandoned else
                                                   "that was try %d of %d" % (call.tries, self.retries + 1)))
@@ -14731,35 +14840,39 @@ class Pool:
             else:
                 again.append(call)
         self.put_back(again)
-        if lane.worker_id and (searched or lane.failure):
-            self.reject(lane, error)
-        if searched or lane.failure:
+        if again and not useless:
+            self.tell("%s; runs its calls again" % error)
+        if not any(other.state in (STARTING, UP) for other in self.lanes):
+            self.pause = 0.0
+        if useless and lane.worker_id:
+            self.found_useless(lane, error)
+        elif useless:
             self.failures += 1
-            if hopeless or self.failures >= LANE_FAILURES:
-                self.cannot_grow(error)
-        elif lane.first:
-            self.failures = 0
+        if useless and (hopeless or self.failures >= LANE_FAILURES or self.faulty >= FAULTS_MAX):
+            self.cannot_grow(error)
 
-    def reject(self, lane, error):
-        """Other lanes avoid a worker that cannot do the calls, for a while that gets longer each time."""
-        _, seconds = self.bad.get(lane.worker_id, (0, REJECT_SECONDS / 2))
-        self.bad[lane.worker_id] = time.monotonic() + 2 * seconds, 2 * seconds
-        self.unsaid.append("%s: gets no calls for %g s: %s\n" % (lane.host, 2 * seconds, printable(str(error))))
+    # A worker may be unable to do the calls: its Python does not start, or cannot load the program.  Lanes that begin
+    # later do not take its offers.  Their client waits for others as for one that takes the job's arguments
+    # (Search.found_unfit): while a busy one has it in line, without limit, else for a second.  So the calls
+    # fail when every worker that answers was tried.  Each is tried once; FAULTS_MAX is for ids that change.
 
-    def has_good(self):
-        """Whether a worker is up of which nothing bad is known."""
-        return any(lane.state is UP and lane.worker_id not in self.bad for lane in self.lanes)
+    def found_useless(self, lane, error):
+        self.bad.for_now(lane.worker_id)
+        self.faulty += 1
+        text = fault_of(lane.host, lane.python, error)
+        self.faults[lane.worker_id] = text, error
+        self.faults = {worker_id: self.faults[worker_id] for worker_id in self.bad.now()}
+        self.tell(text + "; it gets no calls for a while")
 
-    def rejected(self):
-        """The ids of workers to avoid: none while no other worker is known to be better."""
-        now, good = time.monotonic(), self.has_good()
-        return [worker for worker, (end, _) in sorted(self.bad.items()) if good and now < end]
+    def useful(self, worker_id):
+        """A lane's first result has come."""
+        self.bad.forgive(worker_id)
+        self.failures = self.faulty = 0
 
-    def name_rejected(self):
-        """Says which workers are avoided.  While there is no better one, the calls' exception says it."""
-        if self.unsaid and self.has_good():
-            self.show("".join(self.unsaid))
-            self.unsaid = []
+    def useless(self):
+        """The ids of workers that no lane is to use: those that cannot do the calls, and those that may prove so."""
+        up = {lane.worker_id for lane in self.lanes if lane.state is UP}
+        return sorted({lane.worker_id for lane in self.lanes if lane.is_late()}.difference(up).union(self.bad.now()))
 
     def broken(self, text):
         import concurrent.futures
@@ -14782,13 +14895,14 @@ class Pool:
         """Every TICK_SECONDS: recalls calls that wait for a long one, and replaces a lane that is old."""
         self.ticking = False        # dispatch() sets the next
         now = time.monotonic()
-        self.name_rejected()
+        up = any(lane.state is UP for lane in self.lanes)
         for lane in self.lanes:
             lane.look_at_client()
+            lane.tell_waiting(is_needed=self.queue and not up)
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
-        if not self.queue and any(not lane.calls for lane in up):
+        if not self.queue and any(not lane.calls and not lane.loading for lane in up):
             for lane in up:
-                if len(lane.calls) > 1 and not lane.recalled and now - lane.head_since > RECALL_SECONDS:
+                if lane.may_recall() and now - lane.head_since > RECALL_SECONDS:
                     lane.recall()
         elif self.queue and len(up) == sum(lane.state is UP for lane in self.lanes):
             for lane in up:
@@ -14808,6 +14922,23 @@ class Pool:
         for lane in self.lanes:
             if lane.state is not ENDING:
                 lane.terminate()
+
+    def summary(self):
+        """The key, the calls, and the hosts with their numbers of lanes, for people.  Any thread may ask."""
+        lanes = list(self.lanes)
+        hosts = collections.Counter(lane.host for lane in lanes if lane.state is UP)
+        waiting = len(self.queue) + sum(isinstance(item, Call) for item in list(self.inbox))
+        return "%s: %d running, %d waiting  %s" % (
+            os.path.basename(self.pub), sum(len(lane.calls) for lane in lanes), waiting,
+            " ".join("%s*%d" % item for item in sorted(hosts.items())) or "no worker")
+
+    def tell(self, text):
+        """Says on a terminal what the command line would say there."""
+        try:
+            if sys.stderr and sys.stderr.isatty():
+                self.show("cexec: %s\n" % printable(text))
+        except ValueError:
+            pass                    # standard error is closed
 
     def show(self, text):
         """Prints the output of functions."""
@@ -14856,8 +14987,11 @@ class ExecutorMethods:
     installed on the workers too.  The output of a function comes to standard error here, after the
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
     Workers are held while there are calls, and for 3 seconds more.
-    A worker whose Python has not started after 10 seconds, or that cannot load the program, gets no
-    calls for a while, as long as there is a better one; standard error names it.
+    A worker whose Python does not start in 10 seconds, or cannot load the program, gets no calls for
+    a while; that was no try.  While busy workers have the calls in line, these wait.  When no worker
+    that answers can do them, they fail, with the name of each host, the reason and the remedy.
+    On a terminal, standard error says what the calls wait for, which worker is silent or lost, and
+    which cannot do them.  repr() of an Executor has its calls and hosts.
     The callbacks of futures run in the Executor's thread: while one of them runs, the others wait.
     A forked child of the program has the Executor too, without the calls of its parent.
 
@@ -14877,6 +15011,9 @@ class ExecutorMethods:
         import weakref
         self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries)
         weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
+
+    def __repr__(self):
+        return "<cexec.Executor %s>" % self._pool.summary()
 
     def submit(*args, **kwargs):
         """submit(fn, *args, **kwargs): a concurrent.futures.Future of fn(*args, **kwargs), run on a worker.

@@ -14108,13 +14108,21 @@ def pooled(cluster, monkeypatch):
     return cluster
 
 
-def main_program(cluster, text, name="main.py", before=(), python=PYTHON):
-    """What a main program in a file prints, standard error too; POOL in it is the Executor's public key."""
+def main_program(cluster, text, name="main.py", before=(), python=PYTHON, terminal=False, env=()):
+    """What a main program in a file prints, standard error too; POOL in it is the Executor's public key.
+
+    terminal: its output is a terminal.
+    """
     path = cluster.path("program/" + name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     put(path, "import cexec\nPOOL = %r\n%s" % (cluster.pub, textwrap.dedent(text)))
+    master, slave = pty.openpty() if terminal else (None, None)
     done = cluster.do([python, *before, *([path] if not before else [])], stderr=subprocess.STDOUT,
-                      env={"PYTHONPATH": HERE}, cwd=cluster.path("program"))
+                      stdout=slave if terminal else subprocess.PIPE, env=dict(env, PYTHONPATH=HERE),
+                      cwd=cluster.path("program"))
+    if terminal:
+        os.close(slave)
+        return read_all(master).decode().replace("\r\n", "\n")
     return done.stdout.decode()
 
 
@@ -14277,7 +14285,9 @@ def test_a_main_program_that_makes_an_executor_everywhere_is_told(pooled):
         pool = cexec.Executor(POOL)
         print(repr(pool.submit(f).exception()))
         """)
-    assert out.startswith("RuntimeError(") and "below if __name__ == '__main__':" in out
+    assert out.startswith("Failed(")
+    assert "no worker can do the calls: %s cannot load the program" % os.uname().nodename in out
+    assert "RuntimeError: cexec cannot be used on a worker" in out and "below if __name__ == '__main__':" in out
 
 
 def test_a_function_may_fork_and_is_told_that_it_cannot_spawn(pooled):
@@ -14863,7 +14873,7 @@ def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
 def test_a_lane_that_cannot_start_leaves_no_descriptor_open(monkeypatch, room):
     monkeypatch.setattr(cexec, "start_client", refusing(errno.EAGAIN))
     lane = cexec.Lane.__new__(cexec.Lane)
-    lane.pool = SimpleNamespace(pub="app.pub", rejected=list)
+    lane.pool = SimpleNamespace(pub="app.pub", useless=list)
     with few_descriptors(room), pytest.raises(OSError):
         lane.start()
 
@@ -14887,11 +14897,11 @@ def test_a_worker_that_is_never_ready_holds_up_nobody(cluster, monkeypatch):
     silent = cluster.worker("sh", "-c", "echo x >>asked; exec sleep 1000", env={"CONCURRENCY": "1", "BOOST": "0"})
     said = []
     with cexec.Executor(cluster.pub) as pool:
-        monkeypatch.setattr(pool._pool, "show", said.append)
+        monkeypatch.setattr(pool._pool, "tell", said.append)
         futures = [pool.submit(abs, -number) for number in range(40)]
         until(lambda: any(lane.state is cexec.STARTING for lane in pool._pool.lanes), "GO")
         cluster.worker(*LANE, env={"CONCURRENCY": "2", "BOOST": "0"})
-        assert [future.result(PATIENCE) for future in futures] == list(range(40)) and not said
+        assert [future.result(PATIENCE) for future in futures] == list(range(40))
         good = {lane.worker_id for lane in pool._pool.lanes if lane.state is cexec.UP}
         for lane in list(pool._pool.lanes):
             if lane.state is cexec.STARTING and lane.worker_id not in good:
@@ -14900,48 +14910,129 @@ def test_a_worker_that_is_never_ready_holds_up_nobody(cluster, monkeypatch):
         wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
         futures = [pool.submit(exec, wait) for _ in range(4)]
         try:
-            until(lambda: said, "the name")
+            until(lambda: any("Python" in line for line in said), "the name")
         finally:
             touch(gate)             # or the calls would never end
         assert all(future.result(PATIENCE) is None for future in futures) and silent.poll() is None
-        assert said[0].startswith(os.uname().nodename + ": gets no calls for 10 s: ") and len(pool._pool.bad) == 1
-        assert "has not started Python in " in said[0] and "is its command python3 /dev/fd/3?" in said[0]
+        assert [line for line in said if "Python" in line] == [
+            "%s: it has not started Python in 10 s (is its command python3 /dev/fd/3?); "
+            "CEXEC_REJECT_SERVERS=%s leaves it out; it gets no calls for a while" % (2 * (os.uname().nodename,))]
+        assert len(pool._pool.bad.now()) == 1
 
 
-def test_a_bad_worker_is_avoided_and_named_once_there_is_a_better_one(pooled, monkeypatch):
-    """Its own next lane is no better one."""
-    pool, said = cexec.Executor(pooled.pub)._pool, []
-    monkeypatch.setattr(pool, "show", said.append)
-
-    def lane(worker_id):
-        return SimpleNamespace(state=cexec.UP, worker_id=worker_id, host="box")
-    pool.reject(lane("bad"), cexec.Failed("no numpy"))
-    for up, rejected in ([], []), ([lane("bad")], []), ([lane("bad"), lane("good")], ["bad"]):
-        pool.lanes = up
-        pool.name_rejected()
-        assert pool.rejected() == rejected and bool(said) == bool(rejected)
-    pool.name_rejected()
-    assert said == ["box: gets no calls for 10 s: no numpy\n"]
-    pool.lanes = []
+def test_a_refusing_worker_is_avoided_longer_each_time_but_not_for_ever():
+    avoided = cexec.Avoided(10.0)
+    for _ in range(100):
+        avoided.for_now("bad")
+    assert avoided.now() == ["bad"] and avoided.seconds == {"bad": cexec.AVOID_MAX}
+    avoided.forgive("bad")
+    avoided.for_now("bad")
+    assert avoided.seconds == {"bad": 10.0}
 
 
-def test_a_host_that_cannot_load_the_program_is_named(pooled):
-    pooled.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0", "NO_NUMPY": "1"})
+def test_calls_wait_for_a_good_worker_that_is_busy(cluster, monkeypatch):
+    """However many bad ones are free; what they wait for is told.  Then they fail, with all names, when it has gone."""
+    live_in(cluster, monkeypatch)
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "20")
+    gate, said = cluster.path("gate"), []
+    wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
+    good = cluster.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0"})
+    with cexec.Executor(cluster.pub) as holder, cexec.Executor(cluster.pub) as pool:
+        monkeypatch.setattr(pool._pool, "tell", said.append)
+        held = holder.submit(exec, wait)
+        try:
+            until(held.running, "the good worker at work")
+            for number in range(cexec.LANE_FAILURES + 1):
+                cluster.worker("sh", "-c", "echo oops%d >&2; exit 3" % number, env={"CONCURRENCY": "1", "BOOST": "0"})
+            future = pool.submit(abs, -7)
+            until(lambda: any(line.startswith("in line, ") for line in said), "the line")
+            assert not future.done() and repr(pool) == "<cexec.Executor app.pub: 0 running, 1 waiting  no worker>"
+            assert repr(holder) == "<cexec.Executor app.pub: 1 running, 0 waiting  %s*1>" % os.uname().nodename
+        finally:
+            touch(gate)
+        assert future.result(PATIENCE) == 7
+        names = {line.rpartition("oops")[2][0] for line in said if "oops" in line}
+        good.terminate()
+        until(lambda: good.poll() is not None, "the end of the good worker")
+        error = pool.submit(abs, -7).exception(PATIENCE)
+        for number in names | {"0"}:
+            assert "oops%s (is it python3 /dev/fd/3?); CEXEC_REJECT_SERVERS=" % number in str(error)
+        assert names == set("0123") and str(error).startswith("no worker can do the calls: ") and not pool._pool.faults
+
+
+BAD_LOAD = """
+    import os, time
+    if os.environ.get("BAD_HOST"):
+        open(%r, "w").close()
+        %s
+    def f(n):
+        while not os.path.exists(%r):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        return n
+    if __name__ == "__main__":
+        with cexec.Executor(POOL, retries=0) as pool:
+            print(sum(pool.map(f, range(12))))
+"""
+
+
+@pytest.mark.parametrize("does, says", [
+    ("import nowhere_x", "%s cannot load the program with Python %d.%d.%d: ModuleNotFoundError: No module named "
+     "'nowhere_x' (install it there, or put a module of your own beside the main program; "
+     "CEXEC_REJECT_SERVERS=%s leaves it out); it gets no calls for a while" % (
+         (os.uname().nodename,) + sys.version_info[:3] + (os.uname().nodename,))),
+    ("os._exit(3)", "ended with status 3 while it loaded the program; CEXEC_REJECT_SERVERS=")], ids=["import", "exit"])
+def test_a_host_that_cannot_load_the_program_costs_no_try_and_is_named_on_a_terminal(pooled, does, says):
+    pooled.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0", "BAD_HOST": "1"})
+    asked = pooled.path("asked")
+    for terminal in True, False:
+        out = pooled.script(BAD_LOAD % (asked, does, asked), terminal=terminal)
+        assert out.endswith("66\n") and (says in out if terminal else out == "66\n")
+        os.unlink(asked)
+
+
+def test_a_main_program_behind_a_long_call_is_not_taken_back(pooled):
     out = pooled.script("""
         import os, time
-        if os.environ.get("NO_NUMPY"):
-            open(%r, "w").close()
-            raise ImportError("no numpy here")
         def f(n):
-            while not os.path.exists(%r):
-                time.sleep(0.01)
-            time.sleep(0.3)
             return n
         if __name__ == "__main__":
+            wait = "import os, time\\nopen(%r, 'a').write('x')\\nwhile not os.path.exists(%r): time.sleep(0.01)"
             with cexec.Executor(POOL) as pool:
-                print(sum(pool.map(f, range(12))))
-        """ % (pooled.path("asked"), pooled.path("asked")))
-    assert out.endswith("66\n") and out.count("no numpy here") == out.count(": gets no calls for ") > 0
+                list(pool.map(abs, range(3000)))
+                futures = [pool.submit(*call) for call in [(abs, 1)] * 5 + [(exec, wait)] + [(f, 1)] * 60]
+                print(sum(future.result() for future in futures[6:]))
+                open(%r, "w").close()
+        """ % (pooled.path("begun"), pooled.path("gate"), pooled.path("gate")))
+    assert out == "60\n" and read(pooled.path("begun")) == b"x"
+
+
+def test_a_silent_worker_is_told_and_its_loss(pooled, monkeypatch):
+    monkeypatch.setenv("CEXEC_TIMEOUT_PINGPONG", "3")
+    first, said = pooled.path("first"), []
+    once = "import os, time\nif not os.path.exists(%r):\n open(%r, 'w').write(str(os.getppid()))\n time.sleep(1000)"
+    with cexec.Executor(pooled.pub) as pool:
+        monkeypatch.setattr(pool._pool, "tell", said.append)
+        future = pool.submit(exec, once % (first, first))
+        supervisor = int(until(lambda: os.path.exists(first) and read(first), "the start of a call"))
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            assert future.result(PATIENCE) is None
+        finally:
+            os.kill(supervisor, signal.SIGKILL)
+    assert re.match(r"%s \(silent for \d s, lost after 3\)$" % re.escape(os.uname().nodename), said[0])
+    assert said[1].endswith("no sign of life for 3 s; the command may have run; runs its calls again")
+
+
+def test_an_executor_says_on_a_terminal_that_it_looks_for_a_worker(cluster, monkeypatch):
+    live_in(cluster, monkeypatch)
+    for terminal in True, False:
+        out = main_program(cluster, """
+            if __name__ == "__main__":
+                with cexec.Executor(POOL) as pool:
+                    print(type(pool.submit(abs, 1).exception()).__name__)
+            """, terminal=terminal, env={"CEXEC_TIMEOUT_ACCEPT": "4" if terminal else "1"})
+        assert out == "cexec: looking for a worker (cexec -l finds out more)\n" * terminal + "Failed\n"
 
 
 @pytest.mark.parametrize("says", ["", "yes from-the-holder"])
