@@ -12726,7 +12726,10 @@ def refuse(*arguments, **keywords):
     raise RuntimeError("cexec cannot be used on a worker: if the main program makes an Executor or calls run(), it "
                        "must do so below if __name__ == '__main__':")
 
-run = Executor = refuse
+run = refuse
+
+class Executor:                     # a class: the program may have one of its own from it, or name it in annotations
+    __init__ = refuse
 
 def call_each(function, rows):
     return [function(*row) for row in rows]
@@ -12937,7 +12940,13 @@ def report(kind, number, error):
 
 def work(number, data):
     try:
-        function, arguments, keywords = pickle.loads(memoryview(data)[NUMBER.size:])
+        try:
+            function, arguments, keywords = pickle.loads(memoryview(data)[NUMBER.size:])
+        except AttributeError as error:
+            if "'__mp_main__'" not in str(error) and "'__main__'" not in str(error):
+                raise
+            raise AttributeError("%s: what is defined below if __name__ == '__main__': is not there on a worker, so "
+                                 "define it above" % error) from None
         del data
         result = dumps(function(*arguments, **keywords))
     except BaseException as error:
@@ -13008,7 +13017,8 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     piped = subprocess.PIPE if capture_output else None
     child, reader = start_client(
         pub, variables(env) + (["--"] + list(arguments) if arguments else []), pass_fds=pass_fds,
-        stdin=stdin if input is None else subprocess.PIPE, stdout=stdout or piped, stderr=stderr or piped,
+        stdin=stdin if input is None else subprocess.PIPE, stdout=piped if stdout is None else stdout,
+        stderr=piped if stderr is None else stderr,
         universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
     args = [pub] + list(arguments)
     with open(reader, "rb") as file, child:
@@ -13049,6 +13059,15 @@ def variables(env):
     return ["%s=%s" % (os.fsdecode(key), os.fsdecode(value)) for key, value in (env or {}).items()]
 
 
+def checked_path(pub):
+    """The path of a public key, as text.  Raises TypeError."""
+    try:
+        return os.fsdecode(pub)
+    except TypeError:
+        raise TypeError("the path of a public key comes first, as in Executor('py.pub', max_workers=4), and not %r" % (
+            pub,)) from None
+
+
 def start_client(pub, words, pass_fds=(), places=(), kept=(), env=None, **options):
     """Starts cexec as a child.  Returns (its Popen, the reading end of a pipe with its status line).
 
@@ -13058,7 +13077,7 @@ def start_client(pub, words, pass_fds=(), places=(), kept=(), env=None, **option
     import subprocess
     numbers = list(pass_fds) + [number for _, number in places]
     floor = max([2] + numbers) + 1
-    path, pub = os.path.realpath(__file__), os.fsdecode(pub)
+    path, pub = os.path.realpath(__file__), checked_path(pub)
     argv = [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(places),), path]
     argv += ["cexec"] * (os.path.basename(path) != "cexec")     # the name of the file is an applet's
     argv.append("./" + pub if pub.startswith("-") else pub)
@@ -13120,8 +13139,9 @@ class Program:
         self.path = self.text = None
         self.package = getattr(main, "__package__", None)
         # A package's __main__ has no `if __name__ == "__main__"`: like multiprocessing, we do not send it.
+        self.is_package = name == "__main__" or name.endswith(".__main__")
         if path and path.endswith(".py") or path and not spec and os.path.isfile(path) and not path.endswith(".pyc"):
-            if name != "__main__" and not name.endswith(".__main__"):
+            if not self.is_package:
                 self.path = os.path.abspath(path)
                 with open(self.path, "rb") as file:
                     self.text = file.read()
@@ -14211,21 +14231,28 @@ class Call:
         """Its lane has ended.  That was a try, if one of its calls may have begun."""
         self.tries += begun
 
-    def pickled(self, protocol, has_main):
+    def pickled(self, protocol, program):
         """The bytes for the worker.  Raises any exception."""
         import pickle
         function = self.what[0]
         while hasattr(function, "func"):        # functools.partial
             function = function.func
-        if not has_main and getattr(function, "__module__", "") == "__main__":
-            raise pickle.PicklingError("%r is defined in no file (an interactive session, python -c, standard input), "
-                                       "and so cannot be sent to a worker: put it into a module" % (function,))
+        if not program.text and getattr(function, "__module__", "") == "__main__":
+            where = ("a package's __main__.py, which would do its work there" if program.is_package else
+                     "no file (an interactive session, python -c, standard input)")
+            raise pickle.PicklingError(
+                "%r is defined in %s, and so cannot be sent to a worker: put it into a module" % (function, where))
         try:
             return pickle.dumps(self.what, protocol)
         except Exception as error:
             raise pickle.PicklingError(
                 "%s: a call is sent to a worker by pickle, so its function must be one that is found by its name in a "
                 "module (no lambda, no function inside another), and its arguments data" % error) from error
+
+
+def last_shown(line):
+    """What a terminal shows of a line after its carriage returns, as those of a progress bar."""
+    return line.rstrip(b"\r").rpartition(b"\r")[2]
 
 
 class Lane(Stateful):
@@ -14459,7 +14486,7 @@ class Lane(Stateful):
             lines.append(self.line)
             self.line = b""
         self.pool.show("".join("%s: %s\n" % (self.host, "\t".join(map(printable, line.split("\t"))))
-                               for line in [line.decode("utf-8", "replace") for line in lines]))
+                               for line in [last_shown(line).decode("utf-8", "replace") for line in lines]))
 
     def rcvd(self, data):
         """Handles each whole frame.  The pieces of a long frame are joined only when all have come."""
@@ -14621,11 +14648,12 @@ class Pool:
     def __init__(self, pub, limit, readers, retries):
         import pickle
         import threading
+        pub = checked_path(pub)
+        self.pub, self.limit, self.retries = os.path.abspath(pub), limit, retries
         try:
             open_pub(pub)
         except Fatal as error:
             raise Failed(str(error), error.code) from None
-        self.pub, self.limit, self.retries = os.path.abspath(os.fsdecode(pub)), limit, retries
         self.program, self.readers, self.protocol = Program(), readers, pickle.HIGHEST_PROTOCOL
         self.threading, self.shut = threading, False
         self.begin()
@@ -14764,7 +14792,7 @@ class Pool:
         if not call.begin():
             return
         try:
-            data = call.pickled(lane.protocol, self.program.text)
+            data = call.pickled(lane.protocol, self.program)
         except BaseException as error:
             return self.done(call, error)
         self.number += 1
@@ -14875,8 +14903,8 @@ class Pool:
         return sorted({lane.worker_id for lane in self.lanes if lane.is_late()}.difference(up).union(self.bad.now()))
 
     def broken(self, text):
-        import concurrent.futures
-        return getattr(concurrent.futures, "BrokenExecutor", RuntimeError)(text)    # Python 3.6 has none
+        from concurrent.futures.process import BrokenProcessPool         # what programs catch
+        return BrokenProcessPool(text)
 
     def end_idle(self):
         """Ends lanes that have had no call for a while, or at once if no more calls can come."""
@@ -14998,8 +15026,8 @@ class ExecutorMethods:
     Raises Failed if the public key cannot be read; ValueError; TypeError; for a name in allow
     ImportError or AttributeError if it does not exist, TypeError if it is no class for data.  A
     future's exception is the one that the function raised, with the worker's traceback as its
-    __cause__; Failed if there is no worker; concurrent.futures.BrokenExecutor if the worker was lost
-    too often (RuntimeError on Python 3.6); pickle.PicklingError for a call that cannot be sent;
+    __cause__; Failed if there is no worker; concurrent.futures.process.BrokenProcessPool if the
+    worker was lost too often; pickle.PicklingError for a call that cannot be sent;
     pickle.UnpicklingError for a result or an exception with something that is not allowed.
     """
 
@@ -15073,6 +15101,9 @@ def __getattr__(name):
         raise AttributeError("module %r has no attribute %r" % (__name__, name))
     import concurrent.futures
     members = {key: value for key, value in vars(ExecutorMethods).items() if key not in ("__dict__", "__weakref__")}
+    for key, value in members.items():
+        if callable(value):
+            value.__qualname__ = "Executor." + key      # for messages
     return globals().setdefault(name, type("Executor", (concurrent.futures.Executor,), members))
 
 

@@ -11,7 +11,7 @@ import ast
 import atexit
 import builtins
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import copyreg
 import ctypes
@@ -14277,6 +14277,88 @@ def test_what_cannot_be_sent_is_refused_with_advice(pooled):
     assert "is defined in no file (an interactive session, python -c, standard input)" in out
 
 
+def test_a_package_and_what_is_below_the_guard_are_told_apart(pooled):
+    out = pooled.script("""
+        def f():
+            pass
+        print(cexec.Executor(POOL).submit(f).exception())
+        """, name="pack/__main__.py", before=["-m", "pack"])
+    assert "is defined in a package's __main__.py, which would do its work there, and so cannot be sent" in out
+    out = pooled.script("""
+        if __name__ == "__main__":
+            def f():
+                pass
+            with cexec.Executor(POOL) as pool:
+                print(repr(pool.submit(f).exception()))
+        """)
+    assert out.startswith("AttributeError(") and out.endswith(
+        ": what is defined below if __name__ == '__main__': is not there on a worker, so define it above\")\n"), out
+
+
+def test_a_missing_module_is_told_with_its_host_and_the_remedy(pooled):
+    out = pooled.script("""
+        import traceback
+        def f():
+            import nowhere_x
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                try:
+                    pool.submit(f).result()
+                except ModuleNotFoundError:
+                    traceback.print_exc()
+        """)
+    assert ("\nOn %s:\n" % os.uname().nodename in out and
+            "install it there, or put a module of your own beside the main program; CEXEC_REJECT_SERVERS=%s leaves the "
+            "host out\n" % os.uname().nodename in out)
+
+
+def test_a_main_program_may_name_the_executor_in_classes_and_annotations(pooled):
+    assert pooled.script("""
+        import sys
+        class Mine(cexec.Executor):
+            pass
+        if sys.version_info >= (3, 10):
+            kind = cexec.Executor | None
+        def f(pool: cexec.Executor = None):
+            return 42
+        if __name__ == "__main__":
+            with Mine(POOL) as pool:
+                print(pool.submit(f).result())
+        """) == "42\n"
+
+
+def test_wrong_arguments_of_an_executor_are_told_in_its_own_name(pooled):
+    for arguments, options, word in (((4,), {}, "comes first, as in Executor('py.pub', max_workers=4), and not 4"),
+                                     ((None,), {}, "and not None"), ((), {}, "__init__() missing 1 "),
+                                     ((pooled.pub,), {"mad": 1}, "__init__() got an unexpected keyword")):
+        with pytest.raises(TypeError) as caught:
+            cexec.Executor(*arguments, **options)
+        assert word in str(caught.value) and "Methods" not in str(caught.value)
+    with pytest.raises(TypeError, match="and not 4"):
+        cexec.run(4)
+    assert cexec.Executor(os.fsencode(pooled.pub)).submit(abs, -1).result() == 1
+
+
+def test_of_a_progress_bar_the_last_state_is_shown(pooled):
+    assert pooled.script("""
+        def f():
+            for percent in range(0, 101, 50):
+                print("\\r%d%%" % percent, end="", flush=True)
+            print("\\ndos\\r")
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                pool.submit(f).result()
+        """) == "%s: 100%%\n%s: dos\n" % (2 * (os.uname().nodename,))
+
+
+def test_output_to_descriptor_0(cluster):
+    cluster.worker("echo", "hi", env={"BOOST": "0"})
+    with open(cluster.path("both"), "w+") as file:
+        cluster.do([PYTHON, "-c", "import cexec; cexec.run(%r, input=b'', stdout=0)" % cluster.pub], stdin=file,
+                   env={"PYTHONPATH": HERE})
+    assert read(cluster.path("both")) == b"hi\n"
+
+
 def test_a_main_program_that_makes_an_executor_everywhere_is_told(pooled):
     """Without the guard each worker would make one of its own."""
     out = pooled.script("""
@@ -14372,7 +14454,7 @@ def crash(path):
 
 def test_a_lost_worker_is_made_good_or_told(pooled):
     count = pooled.path("count")
-    broken = concurrent.futures.BrokenExecutor
+    broken = concurrent.futures.process.BrokenProcessPool
     with cexec.Executor(pooled.pub) as pool:
         assert pool.submit(exec, crash(count)).result() is None and os.path.getsize(count) == 2
         assert "that was try 4 of 4" in str(pool.submit(os._exit, 3).exception())
@@ -14461,7 +14543,7 @@ def test_ctrl_c_ends_what_runs(pooled):
         future = pool.submit(time.sleep, 1000)
         until(lambda: lanes_of(pooled) and future.running(), "the start of a call")
         raise KeyboardInterrupt
-    assert isinstance(future.exception(), concurrent.futures.BrokenExecutor)
+    assert isinstance(future.exception(), concurrent.futures.process.BrokenProcessPool)
     until(lambda: not lanes_of(pooled), "the end of the call")
 
 
@@ -14515,7 +14597,7 @@ def test_calls_from_many_threads(pooled):
 
 CPYTHON_TESTS = """
 import importlib, sys, unittest
-import concurrent.futures
+import concurrent.futures.process
 import cexec
 try:
     package = "test.test_concurrent_futures."
@@ -14835,18 +14917,18 @@ time.sleep(1000)
      "UnpicklingError", "os.system is not known here"),
     ("ready(); value(call(), b'')", "Failed", "a result that cannot be read: EOFError"),
     ("ready(); value(call(), b'(' * 100000)", "Failed", "a result that cannot be read"),
-    ("ready(); n = call(); send(b'X', n + b'\\xff\\xff\\xff\\xff')", "BrokenExecutor", "longer than its frame"),
-    ("ready(); n = call(); send(b'X', n)", "BrokenExecutor", "requires a buffer"),
-    ("ready(); call(); value(b'\\0' * 8, b'N.')", "BrokenExecutor", "a result of no call"),
-    ("ready(); call(); send(b'V', b'\\0')", "BrokenExecutor", "requires a buffer"),
-    ("ready(); n = call(); send(b'B', n)", "BrokenExecutor", "BACK out of place"),
-    ("ready(); call(); ready()", "BrokenExecutor", "READY out of place"),
-    ("ready(); call(); send(b'Z')", "BrokenExecutor", "a frame of kind b'Z'"),
-    ("ready(); call(); send(b'I', b'', 2 ** 63)", "BrokenExecutor", "length 9223372036854775808"),
+    ("ready(); n = call(); send(b'X', n + b'\\xff\\xff\\xff\\xff')", "BrokenProcessPool", "longer than its frame"),
+    ("ready(); n = call(); send(b'X', n)", "BrokenProcessPool", "requires a buffer"),
+    ("ready(); call(); value(b'\\0' * 8, b'N.')", "BrokenProcessPool", "a result of no call"),
+    ("ready(); call(); send(b'V', b'\\0')", "BrokenProcessPool", "requires a buffer"),
+    ("ready(); n = call(); send(b'B', n)", "BrokenProcessPool", "BACK out of place"),
+    ("ready(); call(); ready()", "BrokenProcessPool", "READY out of place"),
+    ("ready(); call(); send(b'Z')", "BrokenProcessPool", "a frame of kind b'Z'"),
+    ("ready(); call(); send(b'I', b'', 2 ** 63)", "BrokenProcessPool", "length 9223372036854775808"),
     ("send(b'W', b'x' * 5000)", "Failed", "length 5000"),
     ("send(b'W', b'cexec-lane 2 4 3.6.0 evil')", "Failed", "READY out of place"),
     ("send(b'V', b'\\0' * 8 + b'N.')", "Failed", "a result of no call"),
-    ("ready(); call(); os._exit(0)", "BrokenExecutor", "ended with status 0"),
+    ("ready(); call(); os._exit(0)", "BrokenProcessPool", "ended with status 0"),
     ("send(b'I', b'main'); k, d = frame(), frame(); ready(); value(call(), b'C%c' % len(d[1]) + d[1] + b'.')", "value",
      "N."),
     ("[send(b'I', b'../../etc/passwd') for _ in range(3)]; ready(); value(call(), b'N.')", "value", "None"),
