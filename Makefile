@@ -7,6 +7,7 @@ APPLETS = cexec cservice ckeygen crat cproxy
 BINDIR = $(DESTDIR)$(PREFIX)/bin
 MANDIR = $(DESTDIR)$(PREFIX)/share/man
 PAGES = $(APPLETS:=.1)
+PAGES7 = cexec.7 cexec-recipes.7
 VENV = .venv
 # What mandoc finds wrong with pages that refer to others, where these are not installed.
 NOT_INSTALLED = referenced manual not found\|mandoc.db
@@ -78,10 +79,10 @@ install:
 	install -m 755 cexec.py "$(BINDIR)/cexec.py"
 	for applet in $(APPLETS); do ln -sf cexec.py "$(BINDIR)/$$applet" || exit 1; done
 	for page in $(PAGES); do install -m 644 "man/$$page" "$(MANDIR)/man1/$$page" || exit 1; done
-	install -m 644 man/cexec.7 "$(MANDIR)/man7/cexec.7"
+	for page in $(PAGES7); do install -m 644 "man/$$page" "$(MANDIR)/man7/$$page" || exit 1; done
 
 uninstall:
-	rm -f "$(BINDIR)/cexec.py" "$(MANDIR)/man7/cexec.7"
+	rm -f "$(BINDIR)/cexec.py" $(PAGES7:%="$(MANDIR)/man7/%")
 	for applet in $(APPLETS); do rm -f "$(BINDIR)/$$applet" "$(MANDIR)/man1/$$applet.1" || exit 1; done
 
 clean:

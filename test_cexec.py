@@ -1801,7 +1801,7 @@ def recipe(page, beginning):
     """A literal block, a displayed line or a quoted line of a manual page, as man shows it."""
     text = read(os.path.join(os.path.dirname(cexec.__file__), "man", page)).decode()
     for block in (re.findall(r"^\.Bd -literal -offset indent\n(.*?)^\.Ed$", text, re.M | re.S)
-                  + re.findall(r"^\.(?:Dl|Ql) (.*)$", text, re.M)):
+                  + re.findall(r"^\.(?:Dl|Ql|Li) (.*)$", text, re.M)):
         plain = block.replace("\\&", "").replace("\\(dq", '"').replace("\\e", "\\")
         if plain.startswith(beginning):
             return plain
@@ -17436,8 +17436,10 @@ def linked_cluster(cluster):
     return cluster
 
 
-def script(cluster, page, name):
-    put(cluster.path(name), recipe(page, "#!/bin/sh\n# %s:" % name), 0o700)
+def script(cluster, name):
+    """Cuts a script out of the page of recipes, in the page's own words."""
+    cut = recipe("cexec-recipes.7", "sed -n").replace("ccexec", name).replace("man/", os.path.join(HERE, "man/"))
+    failed(cluster.sh(cut), 0)
 
 
 @pytest.fixture
@@ -17445,7 +17447,7 @@ def compiling(linked_cluster):
     """A project in C, a worker that compiles, and the script of the manual."""
     need("gcc", "make", "bash")
     cluster = linked_cluster
-    script(cluster, "cexec.1", "ccexec")
+    script(cluster, "ccexec")
     cluster.env["CCEXEC_PUB"] = cluster.pub
     cluster.env["TMPDIR"] = cluster.path("tmp")
     os.mkdir(cluster.path("tmp"))
@@ -17728,6 +17730,55 @@ def test_blocks_for_gzip_and_a_job_on_every_worker(linked_cluster):
     lines = done.stdout.decode().splitlines()
     assert done.returncode == 0 and len(lines) == 6
     assert sum("load average" in line for line in lines) == sum(line.endswith(": 42") for line in lines) == 2
+
+
+@pytest.fixture
+def in_place_of_ssh(linked_cluster):
+    """A worker that runs everything, the scripts of the recipes in PATH, and a directory "there"."""
+    need("bash", "sed")
+    cluster = linked_cluster
+    cluster.env["PATH"] = cluster.directory + ":" + cluster.env["PATH"]
+    cluster.env["CSSH_PUB"] = cluster.pub
+    cluster.serving = cluster.worker(options=["-a", "-d"])
+    for name in ("cssh", "onexec", "csh1"):
+        script(cluster, name)
+    os.mkdir(cluster.path("there"))
+    os.mkdir(cluster.path("data"))
+    put(cluster.path("data/file"), "data\n")
+
+    def follow(beginning, *words):
+        """A line of the page, with this worker and directory for box1 and /srv."""
+        line = re.sub(r"\bbox1\b", socket.gethostname(), recipe("cexec-recipes.7", beginning))
+        done = cluster.sh(" ".join([line.replace("/srv", cluster.path("there")), *words]))
+        assert done.returncode == 0, (line, done.stdout)
+        return done.stdout
+    cluster.follow = follow
+    return cluster
+
+
+def test_rsync_git_and_sftp_by_cssh(in_place_of_ssh):
+    need("rsync", "git")
+    cluster = in_place_of_ssh
+    cluster.follow("rsync")
+    assert read(cluster.path("there/data/file")) == b"data\n"
+    failed(cluster.sh("rsync -a -e cssh any:$PWD/there/data/ back && cmp back/file data/file"), 0)
+    git = "git -c user.name=me -c user.email=me@localhost"
+    failed(cluster.sh("git init -q there/repo && cd there/repo && %s commit -q --allow-empty -m one" % git), 0)
+    cluster.follow("GIT_SSH_COMMAND")
+    assert b" one\n" in cluster.sh("cd repo && git log --oneline").stdout
+    cluster.follow("sftp", '<<< "get there/data/file" 2>&1 || false')
+    assert jobs_done(cluster.serving) == 4
+
+
+def test_a_program_and_commands_of_make_on_a_worker(in_place_of_ssh):
+    need("make", "gcc")
+    cluster = in_place_of_ssh
+    put(cluster.path("p.c"), "int main(int argc, char **argv) { return argc + 6; }\n")
+    assert cluster.sh("gcc -o p p.c && onexec ./p one two").returncode == 9
+    put(cluster.path("Makefile"), "SHELL = %s\nall: a b\na b:\n\techo made $@ > $@\n" % cluster.path("csh1"))
+    failed(cluster.sh("make -s -j2"), 0)
+    assert read(cluster.path("a")) + read(cluster.path("b")) == b"made a\nmade b\n"
+    assert jobs_done(cluster.serving) == 3
 
 
 def test_readme_has_the_same_recipes():
