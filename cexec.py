@@ -10566,6 +10566,10 @@ CSERVICE = Syntax(
 
 A client that can make COMMAND run code has all rights of this user, and can read the
 private key: -u runs COMMAND as another user.
+
+    cservice -s box1,box2 sort sort     # workers on other hosts, over ssh, until Ctrl-C
+    cservice ogg oggenc -o- -           # a worker here, for one command
+    cservice -a -d -u nobody run        # for whatever command its clients give it
 """,
     Option("-a", "", "arguments",
            "take the client's arguments: where {} is, or at the end; without COMMAND they are the command"),
@@ -11638,6 +11642,10 @@ A public key proves the alerts of its own client, a private key those of all cli
 Alerts that no key proves are printed as unverified.
 
 --svg draws the logs of cexec -m --log, parallel --joblog or crat -j.
+
+    crat ogg.pub                        # each job as it ends, until Ctrl-C
+    crat -t ogg.pub                     # the workers on the whole screen
+    crat --svg run.log > run.svg        # a picture of a batch, for a browser
 """,
     Option("-j --json", "", "json", "print one JSON object on each line", "-"),
     Option("-t", "", "screen", "show the workers and the last lines on the whole screen; q ends it", "-"),
@@ -11965,6 +11973,10 @@ CPROXY = Syntax(
     """Repeat the announcements of clients to the group TARGET, and join the connections of
 workers to the clients.  SELF is the address of this machine in the workers' network.
 TARGET is by default the broadcast of that network.  No key is needed.
+
+    cproxy 10.0.2.1                     # clients of other networks use workers of 10.0.2.x
+    cproxy 10.0.2.1 239.1.2.3           # the workers hear a multicast group
+    cproxy 203.0.113.5 198.51.100.7     # on a NAT gateway: its outer address, and a worker
 """, anywhere=True)
 
 
@@ -12112,6 +12124,10 @@ CKEYGEN = Syntax(
     """Make the private key APP, if it does not exist, and write a public key for it.
 
 Both are secrets: the holder of APP can answer jobs, that of APP.pub can submit them.
+
+    ckeygen ogg ogg.pub                 # a keypair
+    ckeygen -n alice ogg alice.pub      # one more public key, with a name
+    ckeygen -stdin ogg                  # the same key on each worker, from a passphrase
 
 exit status: 0; 101 APP exists and is invalid; 102 APP.pub cannot be written; 103 APP
 cannot be written; 104 -stdin does not match APP; 100 usage; 111 temporary
