@@ -12733,6 +12733,9 @@ calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)
 writing, asking, mains = threading.Lock(), threading.Lock(), []
 this, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4     # this: kept, or its globals would go
 trusted, made = False, None     # made: the stub's, by whose name the client knows what it makes by itself
+blank = types.ModuleType("__main__")    # for a main program that is not sent; the classes of it that came by value
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+           "VECLIB_MAXIMUM_THREADS")
 ATOMS = frozenset([int, float, str, bytes, bool, type(None)])
 STUB = """
 class Failed(OSError):
@@ -12843,9 +12846,13 @@ class Ways(dict):
     def __missing__(self, kind):
         if issubclass(kind, type):
             raise KeyError(kind)    # a class goes by its name
+        if kind.__module__ == "__main__":
+            setattr(blank, kind.__qualname__, kind)     # where pickle looks whether the name is right
         numpy, enum, zones = map(sys.modules.get, ("numpy", "enum", "zoneinfo"))
         way = copyreg.dispatch_table.get(kind) or operator.methodcaller("__reduce_ex__", protocol)
-        if numpy and (kind is numpy.ndarray or issubclass(kind, (numpy.generic, numpy.dtype))):
+        if trusted:
+            pass
+        elif numpy and (kind is numpy.ndarray or issubclass(kind, (numpy.generic, numpy.dtype))):
             way = functools.partial(of_numpy, numpy, way)
         elif zones and kind is zones.ZoneInfo:
             way = lambda value: (kind, (value.key,))
@@ -12903,7 +12910,7 @@ def of_numpy(numpy, way, value):
     return made, ("array", what, value.shape, order, pickle.PickleBuffer(flat) if protocol > 4 else flat.tobytes())
 
 def dumps(value):
-    if trusted or type(value) in ATOMS:
+    if type(value) in ATOMS:
         return pickle.dumps(value, protocol)
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol)
@@ -12917,6 +12924,10 @@ def set_up(data):
     global protocol, trusted, made
     settings = pickle.loads(data)
     names.update(settings["names"])
+    if settings["python"] != sys.version_info[:2]:
+        names.discard("cloudpickle")        # it is sent for calls by value, which this Python does not get
+    for name in THREADS if settings["threads"] else ():     # before a library is loaded that reads it
+        os.environ.setdefault(name, str(settings["threads"]))
     protocol = min(settings["protocol"], pickle.HIGHEST_PROTOCOL)
     sys.argv = settings["argv"]
     sys.path[:] = [path for path in sys.path if not path.startswith(("/dev/", "/proc/"))]
@@ -12927,7 +12938,7 @@ def set_up(data):
     linecache.cache[ours] = 0, None, [], ours
     stub = types.ModuleType(settings["stub"])
     exec(STUB, stub.__dict__)
-    sys.modules[settings["stub"]] = stub
+    sys.modules[settings["stub"]], sys.modules["__main__"] = stub, blank
     trusted, made = settings["trust"], stub.made
     send(b"W", ("cexec-lane 1 %d %d.%d.%d %s" % ((pickle.HIGHEST_PROTOCOL,) + sys.version_info[:3]
                                                 + (os.uname().nodename,))).encode("utf-8", "replace"))
@@ -13144,42 +13155,74 @@ def library_paths():
 class Program:
     """The source of the main program, and of the modules beside it, for workers that ask for them.
 
-    The modules are read only from the directory of the main program and from sys.path[0], because
-    a worker is not trusted.
+    A worker is not trusted.  So it gets modules only from the roots: the directory of the main program, or the current
+    one if that has no file; sys.path[0]; and the directories and zip files in send.  A module comes from where an
+    import finds it here: what lies before a root in sys.path hides the root's modules, as it does here.
+    cloudpickle is sent too, if it is installed here: calls by value need it there.
     """
 
-    def __init__(self):
+    def __init__(self, send=()):
         main = sys.modules["__main__"]
         path, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
         name = spec.name if spec else "main"
         self.path = self.text = None
         self.package = getattr(main, "__package__", None)
+        self.cloudpickle = cloudpickle_directory()
         # A package's __main__ has no `if __name__ == "__main__"`: like multiprocessing, we do not send it.
         self.is_package = name == "__main__" or name.endswith(".__main__")
         if path and path.endswith(".py") or path and not spec and os.path.isfile(path) and not path.endswith(".pyc"):
             if not self.is_package:
                 self.path = os.path.abspath(path)
-                with open(self.path, "rb") as file:
-                    self.text = file.read()
-        roots = [os.path.dirname(os.path.realpath(path))] if self.text else []
-        for _ in range(name.count(".")):        # python -m package.module
-            roots = [os.path.dirname(root) for root in roots]
-        roots += [os.path.realpath(sys.path[0])] if sys.path else []        # "" is this directory
-        self.library, self.sent = library_paths(), {}
-        self.roots = [root for place, root in enumerate(roots) if root not in roots[:place] and
-                      root not in self.library and self.holds(root, os.path.join(root, "any"))]
+        # What is typed at a prompt belongs to the main program too, and is not in its file
+        if self.path and not (self.cloudpickle and (sys.flags.interactive or hasattr(sys, "ps1"))):
+            with open(self.path, "rb") as file:
+                self.text = file.read()
+        here = os.path.dirname(os.path.realpath(path)) if self.path else None
+        for _ in range(name.count(".") if here else 0):     # python -m package.module
+            here = os.path.dirname(here)
+        self.library, self.sent, self.zips = library_paths(), {}, {}
+        places = list(map(os.path.realpath, sys.path))      # "" is this directory
+        roots = [here] if here else [os.getcwd()] if not path or path.startswith("<") else []
+        self.roots = []
+        for root in roots + places[:1] + self.named(send):
+            if root not in self.roots and not is_below(root, self.library) and self.opened(root):
+                self.roots.append(root)
+        self.places = places + self.roots
+
+    def named(self, send):
+        """The real paths of what the program names.  Raises TypeError, or ValueError if modules cannot be sent."""
+        if isinstance(send, (str, bytes)):
+            raise TypeError("send is a list of directories and zip files, not one: send=[%r]" % send)
+        roots = [os.path.realpath(os.fsdecode(root)) for root in send]
+        for root in roots:
+            if is_below(root, self.library):
+                raise ValueError("%s belongs to Python: what is installed here must be installed there too" % root)
+            if not self.opened(root):
+                raise ValueError("%s is no directory and no zip file with modules" % root)
+        return roots
+
+    def opened(self, root):
+        """Whether modules can be in it.  The names in a zip file are noted."""
+        if os.path.isfile(root):
+            import zipfile
+            try:
+                with zipfile.ZipFile(root) as file:
+                    self.zips[root] = frozenset(os.path.join(root, name) for name in file.namelist())
+            except (OSError, zipfile.BadZipFile):
+                return False
+        return root in self.zips or os.path.isdir(root)
 
     def names(self):
         """The names of top-level modules and packages: a worker asks for no others."""
-        names = set()
+        names = {"cloudpickle"} if self.cloudpickle else set()
         for root in self.roots:
             try:
-                found = os.listdir(root)
+                found = {path[len(root) + 1:].partition("/")[0] for path in self.zips.get(root, ())} or os.listdir(root)
             except OSError:         # the directory was removed
                 found = []
             for entry in found:
                 name, dot, suffix = entry.partition(".")
-                if name.isidentifier() and (suffix == "py" or not dot and os.path.isdir(os.path.join(root, name))):
+                if name.isidentifier() and (suffix == "py" or not dot and self.is_directory(os.path.join(root, name))):
                     names.add(name)
         return sorted(names)[:NAMES_MAX]
 
@@ -13193,28 +13236,69 @@ class Program:
             if found is None:
                 return None
             self.sent[name] = found
-        return self.sent[name]
+        return self.sent[name][0]
 
     def find(self, name):
-        """Returns what module() does, from the files.  The source of a directory without __init__.py is None."""
-        if not all(part.isidentifier() for part in name.split(".")):
-            return None
-        bases = [(root, os.path.join(root, *name.split("."))) for root in self.roots]
-        for root, base in bases:
-            for path, is_package in ((os.path.join(base, "__init__.py"), True), (base + ".py", False)):
-                if os.path.isfile(path) and self.holds(root, path):
-                    with open(path, "rb") as file:
-                        return file.read(), path, is_package
-        for root, base in bases:
-            if os.path.isdir(base) and self.holds(root, base):
-                return None, base, True
-        return None
+        """Returns (what module() does, where its own modules are), from the files.  Raises OSError.
 
-    def holds(self, root, path):
-        """Whether a path, after all links are followed, is below this directory and in no library."""
+        The source of a directory without __init__.py is None, and as in Python there may be several of one name.
+        A package must have been sent before what is in it.
+        """
+        parent, _, last = name.rpartition(".")
+        if not last.isidentifier() or parent and parent not in self.sent:
+            return None
+        bare = []
+        for place in self.sent[parent][1] if parent else self.places:
+            base = os.path.join(place, last)
+            for path, is_package in ((os.path.join(base, "__init__.py"), True), (base + ".py", False)):
+                if self.is_file(path):
+                    ours = parent or place in self.roots or base == self.cloudpickle
+                    return ((self.read(path), path, is_package), [base]) if ours and self.holds(path) else None
+            if (parent or place in self.roots) and self.is_directory(base) and self.holds(base):
+                bare.append(base)
+        return ((None, bare[0], True), bare) if bare else None
+
+    def holds(self, path):
+        """Whether a path, after all links are followed, is below a root and in no library."""
         path = os.path.realpath(path)
-        return path.startswith(os.path.join(root, "")) and not any(
-            path.startswith(os.path.join(library, "")) for library in self.library)
+        return is_below(path, [self.cloudpickle] if self.cloudpickle else []) or (
+            is_below(path, self.roots) and not is_below(path, self.library))
+
+    def zip_of(self, path):
+        return next((root for root in self.zips if is_below(path, [root])), None)
+
+    def is_file(self, path):
+        root = self.zip_of(path)
+        return path in self.zips[root] if root else os.path.isfile(path)
+
+    def is_directory(self, path):
+        root = self.zip_of(path)
+        return any(is_below(name, [path]) for name in self.zips[root]) if root else os.path.isdir(path)
+
+    def read(self, path):
+        root = self.zip_of(path)
+        if not root:
+            with open(path, "rb") as file:
+                return file.read()
+        import zipfile
+        with zipfile.ZipFile(root) as file:
+            return file.read(path[len(root) + 1:])
+
+
+def is_below(path, places):
+    """Whether a path is one of these, or below one of them."""
+    return any(path == place or path.startswith(os.path.join(place, "")) for place in places)
+
+
+def cloudpickle_directory():
+    """The directory of the package cloudpickle; None if it is not installed here."""
+    import importlib.util
+    try:
+        spec = importlib.util.find_spec("cloudpickle")
+    except (ImportError, ValueError):
+        spec = None
+    places = spec and spec.submodule_search_locations
+    return os.path.realpath(list(places)[0]) if places else None
 
 
 def call_each(function, rows):
@@ -14188,7 +14272,7 @@ class RemoteTraceback(Exception):
 def remedy_of(error):
     """What to do on a worker's host about this exception; "" if that is not known."""
     if isinstance(error, ModuleNotFoundError):
-        return "install it there, or put a module of your own beside the main program"
+        return "install it there, or put a module of your own beside the main program, or its directory into send"
     if isinstance(error, (ImportError, SyntaxError, AttributeError)):
         return "another Python or another version there may do it"
     return ""
@@ -14228,6 +14312,9 @@ def load_error(readers, data, place, host):
 
 # Executor: lanes, and their pool
 
+OUR_PYTHON = "%d.%d" % sys.version_info[:2]
+SAME_PYTHON = ("a function of a notebook, a lambda or the like needs Python {0} there, as here: start the worker with "
+               "python{0}, or put the function into a module".format(OUR_PYTHON))
 SEARCHING, STARTING, UP, ENDING = "SEARCHING", "STARTING", "UP", "ENDING"
 
 
@@ -14236,7 +14323,7 @@ class Call:
 
     def __init__(self, future, function, arguments, keywords):
         self.future, self.what = future, (function, tuple(arguments), keywords)
-        self.tries, self.begun = 0, False
+        self.tries, self.begun, self.by_value = 0, False, False
 
     def begin(self):
         """Whether it may be sent to a worker: not if it was cancelled before its first try."""
@@ -14248,22 +14335,39 @@ class Call:
         self.tries += begun
 
     def pickled(self, protocol, program):
-        """The bytes for the worker.  Raises any exception."""
+        """The bytes for the worker; notes whether it must have our minor version of Python.  Raises any exception.
+
+        pickle sends functions and classes by their names.  What it cannot name goes by value, as cloudpickle sends
+        it: bytecode, with which another version of Python would crash.
+        """
         import pickle
+        self.by_value = False
         function = self.what[0]
         while hasattr(function, "func"):        # functools.partial
             function = function.func
-        if not program.text and getattr(function, "__module__", "") == "__main__":
-            where = ("a package's __main__.py, which would do its work there" if program.is_package else
-                     "no file (an interactive session, python -c, standard input)")
-            raise pickle.PicklingError(
-                "%r is defined in %s, and so cannot be sent to a worker: put it into a module" % (function, where))
         try:
-            return pickle.dumps(self.what, protocol)
+            data = pickle.dumps(self.what, protocol)
+            if program.text or b"__main__" not in data:
+                return data
+            if not program.cloudpickle:
+                if getattr(function, "__module__", "") != "__main__":
+                    return data
+                raise ValueError("%r is defined in %s" % (
+                    function, "a package's __main__.py, which would do its work there" if program.is_package else
+                    "no file (a notebook, an interactive session, python -c, standard input)"))
         except Exception as error:
-            raise pickle.PicklingError(
-                "%s: a call is sent to a worker by pickle, so its function must be one that is found by its name in a "
-                "module (no lambda, no function inside another), and its arguments data" % error) from error
+            if not program.cloudpickle:
+                raise pickle.PicklingError(
+                    "%s: put it into a module, or pip install cloudpickle here: pickle alone sends functions by their "
+                    "names in modules (no lambda, no function inside another), and data" % error) from error
+        try:
+            import cloudpickle
+            data = cloudpickle.dumps(self.what, protocol)
+        except Exception as error:
+            raise pickle.PicklingError("%s: a function's arguments, and what it uses, must be data or code" % (
+                error)) from error
+        self.by_value = b"cloudpickle" in data
+        return data
 
 
 def last_shown(line):
@@ -14299,7 +14403,8 @@ class Lane(Stateful):
         self.failure = self.killing = self.letting_go = None
         self.start()
         self.send(SETUP, pickled({"protocol": pool.protocol, "names": pool.program.names(), "stub": __name__,
-                                  "argv": sys.argv, "trust": pool.readers.trust}))
+                                  "argv": sys.argv, "trust": pool.readers.trust, "threads": pool.threads,
+                                  "python": sys.version_info[:2]}))
         self.flush()
 
     def start(self):
@@ -14380,7 +14485,7 @@ class Lane(Stateful):
                 and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / self.pace))
 
     def take(self, number, call, data):
-        if not self.main_sent and b"__main__" in data:
+        if not self.main_sent and not call.by_value and b"__main__" in data:
             program = self.pool.program
             self.send(MAIN, pickled((program.text, program.path, program.package)))
             self.main_sent, self.loading = True, not self.calls
@@ -14388,6 +14493,10 @@ class Lane(Stateful):
             self.head_since = time.monotonic()
         self.calls[number] = call
         self.send(CALL, CALL_NUMBER.pack(number), data)
+
+    def suits(self, call):
+        """Whether its Python can read the call."""
+        return not call.by_value or self.python.rpartition(".")[0] == OUR_PYTHON
 
     def awaited(self):
         """Calls wait for it while it searches: it is not idle."""
@@ -14661,7 +14770,7 @@ class Pool:
     wake it.  Futures' callbacks run in it, without a lock, so they may submit calls.
     """
 
-    def __init__(self, pub, limit, readers, retries):
+    def __init__(self, pub, limit, readers, retries, send=(), threads=1):
         import pickle
         import threading
         pub = checked_path(pub)
@@ -14670,7 +14779,8 @@ class Pool:
             open_pub(pub)
         except Fatal as error:
             raise Failed(str(error), error.code) from None
-        self.program, self.readers, self.protocol = Program(), readers, pickle.HIGHEST_PROTOCOL
+        self.program, self.readers, self.protocol = Program(send), readers, pickle.HIGHEST_PROTOCOL
+        self.threads = threads
         self.threading, self.shut = threading, False
         self.begin()
 
@@ -14683,6 +14793,7 @@ class Pool:
         self.number, self.pause = 0, 0.0
         self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
         self.bad, self.faults = Avoided(REJECT_SECONDS), {}     # workers that get no lane; {their ids: (why, error)}
+        self.unlike = {}            # a worker's id: what is said of it, if it has another version of Python
 
     # For any thread.  With the gate, what is put before shutdown() is done, what comes later is refused, and nobody
     # writes to a pipe that is closed.  In it a signal or a garbage collection can run code of others: so the same
@@ -14790,6 +14901,7 @@ class Pool:
         while self.queue and self.queue[0].future.cancelled():
             self.queue.popleft().begin()        # it needs no lane
         while self.queue:
+            self.leave_unlike(self.queue[0])
             ready = [lane for lane in self.lanes if lane.room()]
             if not ready:
                 break
@@ -14811,8 +14923,23 @@ class Pool:
             data = call.pickled(lane.protocol, self.program)
         except BaseException as error:
             return self.done(call, error)
+        if not lane.suits(call):
+            return self.put_back([call])        # now it is known: see leave_unlike()
         self.number += 1
         lane.take(self.number, call, data)
+
+    def leave_unlike(self, call):
+        """Lanes whose Python cannot read the next call take no more, and others are looked for."""
+        for lane in self.lanes:
+            if not lane.suits(call) and lane.room():
+                lane.leave()
+                if lane.worker_id not in self.unlike:
+                    self.unlike[lane.worker_id] = "%s has Python %s" % (lane.host, lane.python.rpartition(".")[0])
+                    self.show("%s: %s\n" % (self.unlike[lane.worker_id], SAME_PYTHON))
+
+    def left_out(self):
+        """What is known of workers whose Python cannot read the next call: {id: text}."""
+        return self.unlike if self.queue and self.queue[0].by_value else {}
 
     def done(self, call, error, result=None):
         try:
@@ -14850,6 +14977,8 @@ class Pool:
     def no_worker(self, error):
         """Returns the exception of calls that no worker can do.  Later calls may try all workers again."""
         faults = [self.faults[worker_id] for worker_id in self.bad.now()]
+        if self.left_out():
+            faults.insert(0, ("%s (%s)" % (", ".join(self.unlike.values()), SAME_PYTHON), None))
         self.bad, self.faults = Avoided(REJECT_SECONDS), {}
         if not faults:
             return error
@@ -14916,7 +15045,8 @@ class Pool:
     def useless(self):
         """The ids of workers that no lane is to use: those that cannot do the calls, and those that may prove so."""
         up = {lane.worker_id for lane in self.lanes if lane.state is UP}
-        return sorted({lane.worker_id for lane in self.lanes if lane.is_late()}.difference(up).union(self.bad.now()))
+        late = {lane.worker_id for lane in self.lanes if lane.is_late()}
+        return sorted(late.difference(up).union(self.bad.now(), self.left_out()))
 
     def broken(self, text):
         from concurrent.futures.process import BrokenProcessPool         # what programs catch
@@ -15003,7 +15133,7 @@ def pickled(value):
 class ExecutorMethods:
     """A concurrent.futures.Executor whose calls run on the workers of an application.
 
-    Executor(pub, max_workers=None, allow=(), retries=3, *, trust=False)
+    Executor(pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1)
 
     pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
@@ -15018,16 +15148,26 @@ class ExecutorMethods:
         runs at most once.
     trust: results may be anything that pickle can carry, as pandas needs it; then a worker, or who
         has stolen its private key, can run any code here.  It is for workers that are your own.
+    send: directories and zip files with modules of yours that the workers need, besides those that are
+        beside the main program: ["/home/me/project/src"].
+    threads: how many threads numpy, and other libraries that use OpenMP, OpenBLAS or MKL, start in each
+        call, unless the worker's environment says it; None: as many as the library likes.
 
     A result may be: Python's own types and exceptions; the standard library's types for data
     (datetime, zoneinfo, decimal, fractions, uuid, pathlib, collections, ipaddress, array, regular
     expressions); numpy's arrays, scalars and dtypes without objects; and dataclasses, named tuples,
     enums and exceptions that a module which is imported here has under their name.
 
-    A function must be found by its name in a module.  The file of the main program is sent, and
-    the first call that needs it runs it on the worker as __mp_main__, as multiprocessing does: so
-    the main program's own work must be below  if __name__ == "__main__":
-    Modules beside the main program are sent when a worker imports them; installed packages must be
+    A function that is found by its name in a module can go to any worker.  The file of the main
+    program is sent, and the first call that needs it runs it on the worker as __mp_main__, as
+    multiprocessing does: so the main program's own work must be below  if __name__ == "__main__":
+    Other functions go by value, if the package cloudpickle is installed here (pip install
+    cloudpickle): those of a notebook, an interactive session, python -c or standard input, lambdas,
+    and functions inside others.  Then the worker must have the same minor version of Python; other
+    workers get no such calls, and standard error names them.  Each call has copies of the globals
+    that such a function uses.
+    Modules beside the main program are sent when a worker imports them, those in the current
+    directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
     Workers are held while there are calls, and for 3 seconds more.
@@ -15047,13 +15187,15 @@ class ExecutorMethods:
     pickle.UnpicklingError for a result or an exception with something that is not allowed.
     """
 
-    def __init__(self, pub, max_workers=None, allow=(), retries=3, *, trust=False):
+    def __init__(self, pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1):
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if retries < 0:
             raise ValueError("retries must not be negative")
+        if threads is not None and threads <= 0:
+            raise ValueError("threads must be greater than 0")
         import weakref
-        self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries)
+        self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries, send, threads)
         weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
 
     def __repr__(self):

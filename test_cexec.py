@@ -59,6 +59,7 @@ import traceback
 import tracemalloc
 import uuid
 import wave
+import zipfile
 import zlib
 from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
@@ -14000,16 +14001,16 @@ VALUES = [
 """
 
 
-def with_numpy(python):
-    """Skips the test if this Python has no numpy, which the suite's own always has in CI."""
-    if subprocess.call([python, "-c", "import numpy"], stderr=subprocess.DEVNULL):
+def with_package(name, python=PYTHON):
+    """Skips the test if this Python lacks the package, which the suite's own always has in CI."""
+    if subprocess.call([python, "-c", "import " + name], stderr=subprocess.DEVNULL):
         if IN_CI and python == sys.executable:
-            pytest.fail("the tests' Python has no numpy")
-        pytest.skip("%s has no numpy" % python)
+            pytest.fail("the tests' Python has no " + name)
+        pytest.skip("%s has no %s" % (python, name))
 
 
 def test_numpys_arrays_are_read(ours):
-    with_numpy(sys.executable)
+    with_package("numpy", sys.executable)
     scope = {}
     exec(NUMPY_VALUES, scope)
     for value in scope["VALUES"]:
@@ -14037,13 +14038,13 @@ def test_numpys_arrays_are_read(ours):
     (functools.reduce(lambda one, _: [(name, one) for name in "abcdefgh"], range(6), "|i1"), (), b"x" * 8 ** 6),
     ("<f8", (1,) * 100, b"12345678"), ("|V99999999999", (1,), b""), ({"a": 1}, (1,), b"")])
 def test_what_numpy_would_take_on_trust_is_refused(what, shape, raw):
-    with_numpy(sys.executable)
+    with_package("numpy", sys.executable)
     with pytest.raises(Exception):      # noqa: B017
         cexec.numpy_array(what, shape, "C", raw)
 
 
 def test_no_key_of_numpy_is_compared_with_what_it_would_make_an_array_of(ours):
-    with_numpy(sys.executable)
+    with_package("numpy", sys.executable)
     import numpy
     other = next(key for key in ((range(n, 10 ** 8),) for n in range(1000)) if abs(hash(key)) < 1 << 60)
     for keys in ([numpy.int64(hash(other)), other], [other, numpy.int64(hash(other))],
@@ -14257,24 +14258,263 @@ def test_what_a_worker_may_read(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_sent_is_refused_with_advice(pooled):
+    """Without cloudpickle, it is the remedy; with it, some things are not data."""
     out = pooled.script("""
+        import threading
+        lock = threading.Lock()
         def outer():
             def inner():
-                pass
+                return lock
             return inner
         if __name__ == "__main__":
+            cexec.cloudpickle_directory = lambda: None
             with cexec.Executor(POOL) as pool:
                 for function in (lambda: 1, outer()):
-                    error = pool.submit(function).exception()
-                    print(type(error).__name__, str(error).split(": ", 1)[1])
+                    print(repr(pool.submit(function).exception()))
                 print(pool.submit(pow, 2, 3).result())
         """)
-    advice = ("a call is sent to a worker by pickle, so its function must be one that is found by its name in a module "
-              "(no lambda, no function inside another), and its arguments data\n")
-    assert out.count("PicklingError ") == out.count(advice) == 2 and out.endswith("\n8\n")
+    assert out.count("PicklingError(") == out.count("pip install cloudpickle") == 2 and out.endswith("\n8\n"), out
     out = pooled.script("", before=["-c", "if 1:\n def f(): pass\n import cexec\n"
-                                          " print(cexec.Executor(%r).submit(f).exception())" % pooled.pub])
-    assert "is defined in no file (an interactive session, python -c, standard input)" in out
+                                          " cexec.cloudpickle_directory = lambda: None\n"
+                                          " pool = cexec.Executor(%r)\n print(repr(pool.submit(f).exception()))\n"
+                                          " print(pool.submit(len, '__main__').result())" % pooled.pub])
+    assert "is defined in no file (a notebook, an interactive session, python -c, standard input)" in out
+    assert "pip install cloudpickle" in out and out.endswith("\n8\n"), out
+    with_package("cloudpickle")
+    out = pooled.script("", before=["-c", "if 1:\n import threading\n lock = threading.Lock()\n def f(): return lock\n"
+                                          " import cexec\n print(repr(cexec.Executor(%r).submit(f).exception()))"
+                                          % pooled.pub])
+    assert "PicklingError(" in out and "must be data or code" in out, out
+
+
+# A program as it is typed into a notebook or a prompt: {0} is the public key
+CELLS = ["""
+import dataclasses, enum
+import cexec
+import helper
+factor = 3
+""", """
+@dataclasses.dataclass
+class Point:
+    x: int
+""", """
+class Color(enum.Enum):
+    RED = 1
+""", """
+class Wrong(Exception):
+    pass
+""", """
+class Plain:
+    pass
+""", """
+def scaled(point):
+    if point.x < 0:
+        raise Wrong("negative")
+    return [Point(point.x * factor), Color.RED, helper.VALUE]
+""", """
+def adder(more):
+    return lambda number: number + more
+""", """
+with cexec.Executor({0!r}, 1, allow=["__main__.Plain"]) as pool:
+    made = pool.submit(scaled, Point(2)).result()
+    added = list(pool.map(adder(5), range(3))) + list(pool.map(adder(5), range(3), chunksize=2))
+    wrong = pool.submit(scaled, Point(-1)).exception()
+    plain = pool.submit(lambda: Plain()).result()
+""", """
+print("it", "made", made, type(made[0]) is Point, added, [wrong], type(wrong) is Wrong, type(plain) is Plain)
+"""]
+MADE = "it made [Point(x=6), <Color.RED: 1>, 42] True [5, 6, 7, 5, 6, 7] [Wrong('negative')] True True\n"
+
+
+@pytest.fixture
+def prompted(pooled):
+    """What is pooled, with a module beside a program that has no file; run() returns all that a command prints."""
+    with_package("cloudpickle")
+    pooled.cells = [cell.strip("\n").format(pooled.pub) + "\n" for cell in CELLS]
+    os.makedirs(pooled.path("program"), exist_ok=True)
+    put(pooled.path("program/helper.py"), "VALUE = 42\n")
+
+    def run(*words, env=None, **options):
+        done = pooled.do([PYTHON, *words], stderr=subprocess.STDOUT, cwd=pooled.path("program"),
+                         env=dict(homes(pooled), **(env or {})), **options)
+        return done.stdout.decode()
+    pooled.python = run
+    return pooled
+
+
+def homes(cluster):
+    """Variables by which nothing is written or read in the user's home."""
+    names = "HOME IPYTHONDIR JUPYTER_CONFIG_DIR JUPYTER_DATA_DIR JUPYTER_RUNTIME_DIR"
+    return dict({name: cluster.path("home") for name in names.split()}, PYTHONPATH=HERE, TERM="dumb")
+
+
+def test_functions_typed_at_a_prompt_or_read_from_standard_input(prompted):
+    text = "\n".join(prompted.cells)
+    assert prompted.python("-c", text) == MADE
+    assert prompted.python("-", input=text.encode()) == MADE
+    put(prompted.path("program/script.py"), text)      # without the guard: -i makes a prompt of it
+    assert prompted.python("-i", "script.py", stdin=subprocess.DEVNULL).startswith(MADE)
+    master, slave = pty.openpty()
+    try:
+        prompt = prompted.popen([PYTHON, "-i", "-q"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                             cwd=prompted.path("program"), env=homes(prompted))
+        said = b""
+        for cell in prompted.cells + ["exit()\n"]:
+            os.write(master, (cell + "\n").encode())
+        while b"\nit made " not in said:
+            assert select.select([master], [], [], PATIENCE)[0], said
+            said += os.read(master, 4096)
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert MADE.strip() in said.decode().replace("\r", ""), said
+    prompt.wait(PATIENCE)
+
+
+def test_functions_in_cells_of_a_notebook_and_in_ipython(prompted):
+    for name in ("nbconvert", "ipykernel", "IPython"):
+        with_package(name)
+    cells = [{"cell_type": "code", "source": cell, "metadata": {}, "outputs": [], "execution_count": None}
+             for cell in prompted.cells]
+    notebook = {"cells": cells, "nbformat": 4, "nbformat_minor": 4, "metadata": {
+        "kernelspec": {"name": "python3", "display_name": "", "language": "python"}}}
+    put(prompted.path("program/book.ipynb"), json.dumps(notebook))
+    said = prompted.python("-m", "nbconvert", "--to", "notebook", "--execute", "--output", "done", "book.ipynb")
+    assert os.path.exists(prompted.path("program/done.ipynb")), said
+    outputs = json.loads(read(prompted.path("program/done.ipynb")).decode())["cells"][-1]["outputs"]
+    assert ["".join(output.get("text", output)) for output in outputs] == [MADE]
+    put(prompted.path("program/script.py"), "\n".join(prompted.cells))
+    assert prompted.python("-m", "IPython", "--colors=NoColor", "script.py").endswith(MADE)
+
+
+def test_functions_of_exec_doctest_and_pytest(prompted):
+    """The module of a doctest and of a test is beside the program; its functions inside others go by value."""
+    put(prompted.path("program/told.py"), textwrap.dedent('''
+        """
+        >>> import cexec
+        >>> def triple(number):
+        ...     return 3 * number + helper.VALUE
+        >>> import helper
+        >>> with cexec.Executor(%r) as pool:
+        ...     print(pool.submit(triple, 2).result(), pool.submit(double, 2).result())
+        48 4
+        """
+        def double(number):
+            return 2 * number
+        def test_it():
+            import cexec
+            with cexec.Executor(%r) as pool:
+                assert pool.submit(lambda: double(21)).result() == pool.submit(double, 21).result() == 42
+        ''' % (prompted.pub, prompted.pub)))
+    assert prompted.python("-m", "doctest", "told.py") == ""
+    assert "\n1 passed" in prompted.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "told.py")
+    assert prompted.python("-c", "import cexec\nspace = {}\nexec('def f(): return 42', space)\nwith cexec.Executor(%r) "
+                                 "as pool: print(pool.submit(space['f']).result())" % prompted.pub) == "42\n"
+
+
+def test_modules_of_a_zipapp(prompted):
+    """And functions of its __main__, which cannot be imported."""
+    with zipfile.ZipFile(prompted.path("program/app.pyz"), "w") as file:
+        file.writestr("__main__.py", "import cexec\nfrom inside import leaf\ndef both():\n    return leaf.double(21)\n"
+                                     "with cexec.Executor(%r) as pool:\n"
+                                     "    print(pool.submit(leaf.double, 2).result(), pool.submit(both).result())\n"
+                      % prompted.pub)
+        file.writestr("inside/__init__.py", "")
+        file.writestr("inside/leaf.py", "from bare.twig import TWO\ndef double(number):\n    return TWO * number\n")
+        file.writestr("bare/", "")
+        file.writestr("bare/twig.py", "TWO = 2\n")
+    assert prompted.python("app.pyz") == "4 42\n"
+
+
+def test_modules_of_other_roots_are_sent_where_send_names_them(pooled):
+    """A directory of PYTHONPATH, a zip, an editable install.  No directory of data hides one."""
+    for name, text in (("path/common/one.py", "VALUE = 1\n"), ("path/data/table.csv", ""),
+                       ("path/twice.py", "VALUE = 3\n"), ("src/common/two.py", "VALUE = 2\n"),
+                       ("src/data/__init__.py", "VALUE = 4\n"),
+                       ("src/data/leaf.py", "VALUE = 5\n"), ("path/data/leaf.py", "VALUE = 'not of this package'\n"),
+                       ("site/src.pth", pooled.path("src") + "\n")):
+        os.makedirs(os.path.dirname(pooled.path(name)), exist_ok=True)
+        put(pooled.path(name), text)
+    with zipfile.ZipFile(pooled.path("some.zip"), "w") as file:
+        file.writestr("zipped.py", "VALUE = 6\n")
+        file.writestr("twice.py", "VALUE = 'hidden'\n")
+    out = pooled.script("""
+        import os, site, sys
+        path, src, some = (os.path.join(os.path.dirname(POOL), name) for name in ("path", "src", "some.zip"))
+        def values():
+            import common.one, common.two, data.leaf, twice, zipped
+            return common.one.VALUE, common.two.VALUE, twice.VALUE, data.VALUE, data.leaf.VALUE, zipped.VALUE
+        if __name__ == "__main__":
+            sys.path += [path, some]
+            site.addsitedir(os.path.join(os.path.dirname(POOL), "site"))
+            values()
+            with cexec.Executor(POOL) as pool:
+                print(type(pool.submit(values).exception()).__name__)
+            with cexec.Executor(POOL, send=[some, src, path]) as pool:
+                print(pool.submit(values).result())
+            for send in (path, [path + "/twice.py"], [os.path.dirname(os.__file__)]):
+                try:
+                    cexec.Executor(POOL, send=send)
+                except (TypeError, ValueError) as error:
+                    print(error)
+        """)
+    lines = out.splitlines()
+    assert lines[:2] == ["ModuleNotFoundError", "(1, 2, 3, 4, 5, 6)"]
+    assert lines[2].startswith("send is a list") and "no zip file" in lines[3] and "belongs to Python" in lines[4]
+
+
+def test_what_an_import_finds_elsewhere_is_not_sent(tmp_path, monkeypatch):
+    """As in IPython, where the current directory comes after the library: there statistics.py hides nothing."""
+    put(tmp_path / "statistics.py", "")
+    put(tmp_path / "mine.py", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [os.path.dirname(os.__file__), ""])
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    program = cexec.Program()
+    assert program.roots == [str(tmp_path)] and {"mine", "statistics"} <= set(program.names())
+    assert program.module("statistics") is None and program.module("mine")[1] == str(tmp_path / "mine.py")
+
+
+def test_functions_by_value_go_to_the_same_python_only(cluster, monkeypatch):
+    """Another one would crash.  It is named, with the remedy; ordinary functions run there."""
+    with_package("cloudpickle")
+    there = [python for python in PYTHONS if python_version(python) != python_version(PYTHON)]
+    if not there:
+        pytest.skip("there is only one Python")
+    live_in(cluster, monkeypatch)
+    cluster.worker(there[-1], "/dev/fd/3", env={"BOOST": "0"})
+    text = """
+        import math, platform, sys, time
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                for function in (platform.python_version, lambda: platform.python_version()):
+                    call = pool.submit(function)
+                    print(call.exception() or call.result())
+        """
+    here, other = python_version(PYTHON), python_version(there[-1])
+    named = "%s has Python %s" % (os.uname().nodename, other)
+    why = ("a function of a notebook, a lambda or the like needs Python %s there, as here: start the worker with "
+           "python%s, or put the function into a module" % (here, here))
+    lines = main_program(cluster, text).splitlines()
+    assert [line.startswith(other + ".") for line in lines] == [True, False, False]
+    assert lines[1:] == [named + ": " + why, "no worker can do the calls: %s (%s)" % (named, why)]
+    cluster.worker(*LANE, env={"BOOST": "1"})
+    lines = main_program(cluster, text).splitlines()
+    assert lines[1] == named + ": " + why and lines[0].startswith(other + ".") and lines[2].startswith(here + ".")
+
+
+def test_one_thread_for_each_slot(pooled):
+    """Unless the worker's environment or the program says otherwise."""
+    pooled.serving.terminate()
+    pooled.serving.wait(PATIENCE)
+    pooled.worker(*LANE, env={"BOOST": "0", "MKL_NUM_THREADS": "7"})
+    names = ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
+    for options, right in (({}, ["1", "1", "7"]), ({"threads": 3}, ["3", "3", "7"]),
+                           ({"threads": None}, [None, None, "7"])):
+        with cexec.Executor(pooled.pub, **options) as pool:
+            assert list(pool.map(os.getenv, names)) == right
+    with pytest.raises(ValueError, match="threads must be greater"):
+        cexec.Executor(pooled.pub, threads=0)
 
 
 def test_a_package_and_what_is_below_the_guard_are_told_apart(pooled):
@@ -14308,8 +14548,8 @@ def test_a_missing_module_is_told_with_its_host_and_the_remedy(pooled):
                     traceback.print_exc()
         """)
     assert ("\nOn %s:\n" % os.uname().nodename in out and
-            "install it there, or put a module of your own beside the main program; CEXEC_REJECT_SERVERS=%s leaves the "
-            "host out\n" % os.uname().nodename in out)
+            "install it there, or put a module of your own beside the main program, or its directory into send; "
+            "CEXEC_REJECT_SERVERS=%s leaves the host out\n" % os.uname().nodename in out)
 
 
 def test_a_main_program_may_name_the_executor_in_classes_and_annotations(pooled):
@@ -14682,6 +14922,11 @@ PYTHONS = sorted({os.path.realpath(path) for path in glob.glob(os.path.expanduse
                  key=lambda path: [int(number) for number in re.findall(r"\d+", path)])
 
 
+def python_version(python):
+    """Its minor version, as in 3.11."""
+    return subprocess.check_output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2], end='')"]).decode()
+
+
 @pytest.mark.parametrize("there", sorted({PYTHONS[0], PYTHONS[-1]}))
 def test_another_python_there(cluster, monkeypatch, there):
     """The older of both says what pickle's protocol is."""
@@ -14797,7 +15042,7 @@ def test_values_between_the_oldest_and_the_newest_python(cluster, monkeypatch):
 
 def test_numpys_arrays_come_and_go(cluster, monkeypatch):
     """And what needs trust."""
-    with_numpy(PYTHON)
+    with_package("numpy")
     live_in(cluster, monkeypatch)
     cluster.worker(*LANE, env={"BOOST": "0"})
     out = main_program(cluster, """
@@ -15060,7 +15305,7 @@ BAD_LOAD = """
 
 @pytest.mark.parametrize("does, says", [
     ("import nowhere_x", "%s cannot load the program with Python %d.%d.%d: ModuleNotFoundError: No module named "
-     "'nowhere_x' (install it there, or put a module of your own beside the main program; "
+     "'nowhere_x' (install it there, or put a module of your own beside the main program, or its directory into send; "
      "CEXEC_REJECT_SERVERS=%s leaves it out); it gets no calls for a while" % (
          (os.uname().nodename,) + sys.version_info[:3] + (os.uname().nodename,))),
     ("os._exit(3)", "ended with status 3 while it loaded the program; CEXEC_REJECT_SERVERS=")], ids=["import", "exit"])
