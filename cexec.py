@@ -170,6 +170,20 @@ class Fatal(Exception):
         self.code = code
 
 
+class or_fatal:
+    """with or_fatal(what, code): an OSError in the block ends the applet: Fatal, with what failed and the reason."""
+
+    def __init__(self, what, code=EXIT_TEMPORARY):
+        self.what, self.code = what, code
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, OSError):
+            raise Fatal(self.code, "%s: %s" % (self.what, error.strerror)) from None
+
+
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
 
@@ -1522,10 +1536,8 @@ def read_list(path):
 
 def parse_group_file(path, default_port):
     """The Targets of a file: a list on each line; a comment begins with #."""
-    try:
+    with or_fatal("group @%s" % path, EXIT_USAGE):
         lines = read_list(path)
-    except OSError as error:
-        raise Fatal(EXIT_USAGE, "group @%s: %s" % (path, error.strerror)) from None
     if any("@" in line for line in lines):
         raise Fatal(EXIT_USAGE, "group @%s: names another file: write addresses in it" % path)
     targets = [target for line in lines for target in parse_group(line, default_port)]
@@ -6038,10 +6050,8 @@ class Job(Terms):
         self.replay = None          # the ReplayBuffer, if the job may be run again
         self.losses, self.told_to_end = 0, False
         if self.report >= 0:
-            try:
+            with or_fatal("CEXEC_FD_FOR_ERRORS=%d" % self.report, EXIT_USAGE):
                 os.fstat(self.report)
-            except OSError as error:
-                raise Fatal(EXIT_USAGE, "CEXEC_FD_FOR_ERRORS=%d: %s" % (self.report, error.strerror)) from None
 
     def tell_start(self, hello):
         """Tells an Executor, which has started us, what worker has the job."""
@@ -6312,10 +6322,8 @@ class RemoteRun(Carrier):
     def begin_files(self, listings, patterns, claim=None):
         """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if listings or patterns:
-            try:
+            with or_fatal("the files of -i and -g"):
                 self.files = JobFiles(self, listings, patterns, self.files_ended, claim)
-            except OSError as error:
-                raise Fatal(EXIT_TEMPORARY, "the files of -i and -g: %s" % error.strerror) from None
 
     def files_ended(self, trouble):
         self.trouble = self.trouble or trouble
@@ -7022,11 +7030,9 @@ def batch_names(words, zero):
         raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
     if words != ["-"] and words:
         return words
-    try:
+    with or_fatal("standard input"):
         with open(0, "rb", closefd=False) as file:
             names = file.read().split(b"\0" if zero else b"\n")
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
     return [os.fsdecode(name) for name in names if name]
 
 
@@ -7372,14 +7378,12 @@ def open_joblog(path, prints):
         need_output()
         if prints:
             raise Fatal(EXIT_USAGE, "--log -: standard output has the outputs: name a file, or -o for the outputs")
-    try:
+    with or_fatal("--log %s" % path):
         # Without a buffer: else a line for which the disk had no room could be written later.
         # Not mode "ab": with it Python 3.6 refuses a pipe.
         file = open(path, "wb", 0, opener=lambda name, _: os.dup(1) if name == "-" else os.open(
             name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
         size_before = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (path, error.strerror)) from None
     if not size_before:
         write_joblog(file, "\t".join(JOBLOG).encode())
     return file
@@ -7393,10 +7397,8 @@ def in_a_line(name):
 
 def write_joblog(file, line):
     """Adds a line, of bytes.  Raises Fatal (111)."""
-    try:
+    with or_fatal("--log %s" % file.name):
         write_all(file.write, line + b"\n")
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "--log %s: %s" % (file.name, error.strerror)) from None
 
 
 class FileRun(RemoteRun):
@@ -7615,10 +7617,8 @@ class Batch(Patron):
         If a crash before this loses a name, the next batch does this file again: no harm.
         """
         for directory in self.directories:
-            try:
+            with or_fatal(directory):
                 make_durable(directory)
-            except OSError as error:
-                raise Fatal(EXIT_TEMPORARY, "%s: %s" % (directory, error.strerror)) from None
 
     # Searches, and the files for the workers that they find
 
@@ -7894,10 +7894,8 @@ def main_batch(pub, group, words, options):
 
 def make_errors_directory(path):
     """Makes the directory of --errors.  Raises Fatal (111)."""
-    try:
+    with or_fatal("--errors %s" % path):
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "--errors %s: %s" % (path, error.strerror)) from None
 
 
 def show_tasks(path, tasks):
@@ -10696,10 +10694,8 @@ def what_is_run(command, options):
 def place_for_directories(user):
     """Returns the Place of the jobs' directories, TMPDIR or /tmp, for the commands' user.  Raises Fatal."""
     import tempfile
-    try:
+    with or_fatal("-d: no directory for the jobs' directories"):
         return Place(os.path.realpath(tempfile.gettempdir()), user)
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "-d: no directory for the jobs' directories: %s" % error.strerror) from None
 
 
 def warn_of_command(settings):
@@ -11015,10 +11011,8 @@ class Screen:
 
     def take(self):
         """Begins to draw.  In the background it stops this process instead, until CONT."""
-        try:
+        with or_fatal("-t: the terminal"):
             self.draws = self.end.take(raw=False)   # no echo, and a key comes without Enter
-        except OSError as error:
-            raise Fatal(EXIT_TEMPORARY, "-t: the terminal: %s" % error.strerror) from None
         if not self.draws:
             return
         self.loop.on_read(self.end.fd, self.typed)
@@ -11224,7 +11218,7 @@ def read_entries(path):
     """(a log's Entries, a message about wrong lines or "", whether the log has alerts).  Raises Fatal."""
     entries, bad, alerts = [], [], False
     label = "standard input" if path == "-" else path
-    try:
+    with or_fatal(label):
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             for number, line in enumerate(iter(lambda: file.readline(LOG_LINE_MAX), b""), 1):
                 if len(line) == LOG_LINE_MAX:
@@ -11236,8 +11230,6 @@ def read_entries(path):
                 except ValueError as error:
                     bad = bad or [number, 0, error]
                     bad[1] += 1
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "%s: %s" % (label, error.strerror)) from None
     if bad and not entries:
         raise Fatal(EXIT_USAGE, "%s:%d: %s: is it a log?" % (label, bad[0], bad[2]))
     return entries, bad and "%s: %d lines left out, the first is line %d: %s" % (label, bad[1], bad[0], bad[2]), alerts
@@ -12147,10 +12139,8 @@ def main_ckeygen(argv):
     path = words[0]
     name = check_name(options.name) if options.name is not None else DEFAULT_NAME
     pub = "".join(words[1:]) or path + ("-" + name if options.name else "") + ".pub"
-    try:
+    with or_fatal("the current directory", EXIT_NO_KEY):     # it was removed
         same = os.path.abspath(pub) == os.path.abspath(path)
-    except OSError as error:        # the current directory was removed
-        raise Fatal(EXIT_NO_KEY, "the current directory: %s" % error.strerror) from None
     if same:
         raise Fatal(EXIT_USAGE, "%s: the public and the private key need two names" % pub)
     make_pub(pub, make_key(path, stretch(read_secret(path)) if options.stdin else None), name)
@@ -12159,12 +12149,10 @@ def main_ckeygen(argv):
 
 def make_pub(path, master, name):
     """Writes the public key of a client; replaces another public key."""
-    try:
+    with or_fatal("cannot write %s" % path, EXIT_NO_PUB):
         if os.path.exists(path) and not read_text(path).startswith(PUB_MAGIC):
             raise Fatal(EXIT_NO_PUB, "%s: exists and is not a public key: not overwritten" % path)
         write_new(path, format_pub(master, name, format_key(master)[1]), replace=True)
-    except OSError as error:
-        raise Fatal(EXIT_NO_PUB, "cannot write %s: %s" % (path, error.strerror)) from None
 
 
 def make_key(path, derived):
@@ -12271,10 +12259,8 @@ def parse_hosts(words):
 
 def hosts_in(item):
     """The hosts of @FILE, one on each line.  Raises Fatal (100)."""
-    try:
+    with or_fatal("-s %s" % item, EXIT_USAGE):
         names = read_list(item[1:])
-    except OSError as error:
-        raise Fatal(EXIT_USAGE, "-s %s: %s" % (item, error.strerror)) from None
     for name in names:
         if "," in name or len(name.split()) > 1:
             raise Fatal(EXIT_USAGE, "-s %s: %s: write one host on each line" % (item, name))
@@ -15302,19 +15288,15 @@ def install(words):
     here = os.path.abspath(__file__)
     if not os.path.isfile(here):
         raise Fatal(EXIT_USAGE, "--install makes links to a file, and this program was read from standard input")
-    try:
+    with or_fatal(words[0]):
         os.makedirs(words[0], exist_ok=True)
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "%s: %s" % (words[0], error.strerror)) from None
     target = os.path.relpath(here, os.path.realpath(words[0]))
     for applet in APPLETS:
         path = os.path.join(words[0], applet)
-        try:
+        with or_fatal(path):
             if os.path.islink(path):
                 os.unlink(path)
             os.symlink(target, path)
-        except OSError as error:
-            raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
     try:
         if not os.access(here, os.X_OK):
             os.chmod(here, 0o755)
