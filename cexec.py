@@ -6636,6 +6636,13 @@ class Client(Patron):
         job.open_ends(self.loop.floor, self.signalled)
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # restore the terminal first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
+        if job.start_report >= 0:
+            self.loop.on_read(job.start_report, self.executor_ended)
+
+    def executor_ended(self):
+        """Nobody wants the job any more.  If it runs, the worker ends it when our connection closes."""
+        self.end_search()
+        die_of(signal.SIGTERM)
 
     def work(self):
         """Finds a worker and carries the job.  Returns its exit code.  Raises Fatal (111) if there is no worker."""
@@ -14400,7 +14407,7 @@ class Lane(Stateful):
         try:
             ours += os.pipe()
             ours += os.pipe()
-            ours += os.pipe()
+            ours += [end.detach() for end in socket.socketpair()]       # the client reads that we have ended
             program, writer, prints, printer, started, starter = ours
             for fd in program, printer, starter:
                 ours.append(lifted(fd, 5))

@@ -14787,14 +14787,28 @@ def test_ctrl_c_ends_what_runs(pooled):
     until(lambda: not lanes_of(pooled), "the end of the call")
 
 
-def test_a_main_program_that_is_killed_ends_its_calls(pooled):
-    os.makedirs(pooled.path("program"))
-    with open(pooled.path("program/main.py"), "w") as file:
-        file.write("import cexec, time\npool = cexec.Executor(%r)\npool.submit(time.sleep, 1000)\n" % pooled.pub)
-    program = pooled.popen([PYTHON, file.name], env={"PYTHONPATH": HERE})
-    until(lambda: lanes_of(pooled), "the start of a call")
-    program.kill()
-    until(lambda: pooled.alive() == [pooled.serving.pid], "the end of all")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("step", ["search", "start", "call", "result"])
+def test_a_main_program_that_is_ended_leaves_nothing(cluster, step, number):
+    """Here and there: in the search, before Python has started, in a call, and while a result comes."""
+    commands = {"search": [], "start": [["sleep", "1000"]]}.get(step, [LANE])
+    workers = [cluster.worker(*command, env={"CONCURRENCY": "1", "BOOST": "0"}) for command in commands]
+    put(cluster.path("main.py"), textwrap.dedent("""
+        import cexec, time
+        if __name__ == "__main__":
+            with cexec.Executor(%r) as pool:
+                pool.submit(bytes, 10 ** 8 if %r == "result" else 1).result()
+                if %r == "call":
+                    pool.submit(time.sleep, 1000).result()
+                print("over")
+                time.sleep(1000)
+        """ % (cluster.pub, step, step)))
+    program = cluster.popen([PYTHON, cluster.path("main.py")], env={"PYTHONPATH": HERE}, stdout=subprocess.PIPE)
+    first = [program.pid] + [worker.pid for worker in workers]
+    until(lambda: len(cluster.alive()) > len(first) + 1 if workers else len(cluster.alive()) > len(first), "a job")
+    program.send_signal(number)
+    assert program.wait(PATIENCE) in (-number, 1)
+    until(lambda: cluster.alive() == first[1:], "the end of all")
 
 
 def test_the_interpreters_exit_waits_for_calls(pooled):
