@@ -14521,9 +14521,10 @@ def test_a_package_and_what_is_below_the_guard_are_told_apart(pooled):
     out = pooled.script("""
         def f():
             pass
+        cexec.cloudpickle_directory = lambda: None
         print(cexec.Executor(POOL).submit(f).exception())
         """, name="pack/__main__.py", before=["-m", "pack"])
-    assert "is defined in a package's __main__.py, which would do its work there, and so cannot be sent" in out
+    assert "is defined in a package's __main__.py, which would do its work there: put it into a module" in out, out
     out = pooled.script("""
         if __name__ == "__main__":
             def f():
