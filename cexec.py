@@ -5039,18 +5039,19 @@ class Names:
             path = os.path.dirname(path)
 
 
-def receive(reader, verdict, patterns, listings, durable, in_use=()):
+def receive(reader, verdict, patterns, listings, durable, in_use=(), place=b""):
     """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
     After a byte it puts the results in their places, else it removes them.  in_use: files to which something is
-    written, as (device, inode).  Raises OSError, ProtocolError, Fatal.
+    written, as (device, inode).  place: the directory for the results.  Raises OSError, ProtocolError, Fatal.
     """
     # An error before the verdict is kept until then: if the command has failed, it does not matter.
     part, error = new_part(), None
     try:
         try:
             top = make_directory(part)
-            files, directories = unpack(reader, top, matcher(patterns), exact=False)
+            inner = make_directory(place, place=top) if place else top
+            files, directories = unpack(reader, inner, matcher(patterns), exact=False)
         except (OSError, ProtocolError) as trouble:
             error = trouble
             os.closerange(reader, reader + 1)   # the writer must not wait for us
@@ -5061,23 +5062,27 @@ def receive(reader, verdict, patterns, listings, durable, in_use=()):
         for pattern in patterns:
             if not any(map(matcher([pattern]), files + list(directories))):
                 raise Fatal(EXIT_TEMPORARY, "-g %s: nothing in the job's directory matches" % os.fsdecode(pattern))
+        if place:
+            files = [os.path.join(place, name) for name in files]
+            directories = {place: None, **{os.path.join(place, name): mode for name, mode in directories.items()}}
         again = any(map(os.path.lexists, files + list(directories)))
-        sent = {name: path for path, name in input_entries(listings)} if again else {}
-        old = old_files(patterns, files, directories, sent, in_use)
+        sent = {os.path.join(place, name): path for path, name in input_entries(listings)} if again else {}
+        named = [os.path.join(place, name) for name in map(plain_name, patterns) if name]
+        old = old_files(named, files, directories, sent, in_use)
         files = [name for name in files if not is_unchanged(part, name, sent, durable)]
-        commit_all(part, top, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
+        commit_all(part, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
     finally:
         if os.path.lexists(part):
             remove_directory(part)
 
 
-def old_files(patterns, files, directories, sent, in_use):
+def old_files(named, files, directories, sent, in_use):
     """Returns the names of what is in a directory that -g names, and not among the results: what is there is replaced.
 
     But nothing in a directory of which -i has sent something, and no file that is in use.  Raises OSError.
     """
     known, old = {*files, *directories}, []
-    tops = [name for name in map(plain_name, patterns) if name in directories and os.path.isdir(name)]
+    tops = [name for name in named if name in directories and os.path.isdir(name)]
     todo = [top for top in tops if not any(name == top or name.startswith(top + b"/") for name in sent)]
     while todo:
         place = todo.pop()
@@ -5125,7 +5130,7 @@ def arrived(path, name):
     return name, (new.st_ino, new.st_mtime_ns), old and (old.st_dev, old.st_ino, old.st_mtime_ns, old.st_nlink)
 
 
-def commit_all(part, top, files, directories, durable, may_have_names=lambda arrivals: True, old=()):
+def commit_all(part, files, directories, durable, may_have_names=lambda arrivals: True, old=()):
     """Gives results their names: all of them, or none if something fails.  Raises OSError.
 
     Then removes what is old.
@@ -5253,14 +5258,15 @@ def replace(path, name, there, undo):
         undo.append(back)
 
 
-def check_place(pattern):
-    """Raises OSError if it is known before that what matches can't get its place here."""
-    place, parts = "", pattern.split("/")
+def check_place(pattern, *above):
+    """Raises OSError if it is known before that what matches can't get its place here, in the directory above."""
+    place, parts = "", [*above, *pattern.split("/")]
     for number, part in enumerate(parts):
         path, last = os.path.join(place, part), number == len(parts) - 1
-        if is_pattern(part) and not last:
+        wild = is_pattern(part) and number >= len(above)
+        if wild and not last:
             return
-        if is_pattern(part) or not os.path.lexists(path):
+        if wild or not os.path.lexists(path):
             if not os.access(place or ".", os.W_OK | os.X_OK):
                 raise OSError(errno.EACCES, "cannot be written", place or ".")
             return
@@ -5275,11 +5281,11 @@ class JobFiles:
     """A job's files at the client: one Helper packs the files of -i, another receives the results of -g.
 
     ended(trouble) is called when a Helper has ended, with an error's text or None.  In a batch, claim(arrivals) is
-    called before results get their names: see Names.  Raises OSError.
+    called before results get their names: see Names.  place: the directory for the results.  Raises OSError.
     """
 
-    def __init__(self, carrier, listings, patterns, ended, claim=None):
-        self.loop, self.ended, self.claim = carrier.loop, ended, claim
+    def __init__(self, carrier, listings, patterns, ended, claim=None, place=""):
+        self.loop, self.ended, self.claim, self.place = carrier.loop, ended, claim, os.fsencode(place)
         self.refused = None         # why claim() does not let results get their names
         self.verdict = None         # a socket to the Helper that has the results: see receive()
         self.asked = None           # its question, once it has had the verdict
@@ -5311,7 +5317,7 @@ class JobFiles:
         self.carry(carrier, FILES_OUT, writer, "write")
         found = [os.fstat(fd) for fd in range(3)]
         in_use = {(one.st_dev, one.st_ino) for one in found}
-        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use),
+        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use, self.place),
                   [reader, verdict])
 
     def help(self, work, kept):
@@ -6319,11 +6325,11 @@ class RemoteRun(Carrier):
 
     # Its files
 
-    def begin_files(self, listings, patterns, claim=None):
+    def begin_files(self, listings, patterns, claim=None, place=""):
         """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if listings or patterns:
             with or_fatal("the files of -i and -g"):
-                self.files = JobFiles(self, listings, patterns, self.files_ended, claim)
+                self.files = JobFiles(self, listings, patterns, self.files_ended, claim, place)
 
     def files_ended(self, trouble):
         self.trouble = self.trouble or trouble
@@ -6963,7 +6969,7 @@ NOT_THERE_MAX = 10                  # a batch stops if its first so many files a
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
-def fill_pattern(pattern, *inputs, between=" "):
+def fill_pattern(pattern, inputs, between=" "):
     """The pattern with its places filled in from the inputs.  between stands between several inputs.
 
     {} is the input, {.} without its extension, {/} its last part, {//} its directory, {/.} the last
@@ -7046,7 +7052,7 @@ def batch_names(words, zero):
 def batch_tasks(terms, inputs, joblog=None):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written."""
     pattern = terms.pattern
-    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, *given))
+    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, given))
              for number, given in enumerate(inputs, 1)]
     note_names(terms, tasks, joblog, len(tasks))
     if pattern != "-":
@@ -7116,10 +7122,10 @@ class BatchTerms(Terms):
         """
         if "\0" in "".join(inputs):
             raise ValueError("a null character is in it")
-        environment = [os.fsencode(fill_pattern(os.fsdecode(word), *inputs)) for word in self.environment]
+        environment = [os.fsencode(fill_pattern(os.fsdecode(word), inputs)) for word in self.environment]
         environment.append(b"FILE=" + os.fsencode(inputs[0]))
         arguments = [part for word in self.arguments
-                     for part in os.fsencode(fill_pattern(os.fsdecode(word), *inputs, between="\0")).split(b"\0")]
+                     for part in os.fsencode(fill_pattern(os.fsdecode(word), inputs, between="\0")).split(b"\0")]
         if words_size(environment + arguments) > WORDS_MAX:
             raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
         return environment, arguments
@@ -7153,6 +7159,7 @@ class Task:
     """
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
+    place = ""                      # the directory for its results
 
     def __init__(self, terms, number, inputs, output):
         self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
@@ -7163,7 +7170,7 @@ class Task:
         self.listings = []          # the files of -i
         self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
         self.oldest = None          # and the oldest of its outputs; None if one is not there
-        self.results = [result_pattern(fill_pattern(text, *map(quoted, inputs))) for text in terms.results]
+        self.results = [result_pattern(self.fill(text, quoted)) for text in terms.results]
         self.exit_code = None       # once it is over; 0 is a success
         self.signal = 0             # the signal that has killed the command
         self.done_before = False    # an earlier batch has done it
@@ -7177,6 +7184,10 @@ class Task:
     def part(self):
         """The name under which the output is written."""
         return part_of(self.output)
+
+    def fill(self, text, form=str):
+        """Returns a pattern with its places filled in; form: what is done with each input first."""
+        return fill_pattern(text, list(map(form, self.inputs)))
 
     def job_fields(self):
         environment, arguments = self.words
@@ -7198,7 +7209,8 @@ class Task:
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
         named = filter(None, (plain_name(os.fsencode(pattern)) for pattern in self.results))
-        return list(map(os.fsdecode, named)) + [self.output] * (self.output is not None)
+        return [os.path.join(self.place, os.fsdecode(name)) for name in named] + [self.output] * (
+            self.output is not None)
 
     def note_inputs(self):
         """Notes what it reads.  Raises Fatal (100) for a private key."""
@@ -7208,14 +7220,14 @@ class Task:
             self.newest = found.st_mtime_ns if found else float("inf")
         for text in self.terms.inputs:
             if has_places(text):
-                path = fill_pattern(text, *self.inputs)
+                path = self.fill(text)
                 names.note_input(path, found if path == self.file else None)
 
     def note_outputs(self):
         """Notes what it writes.  Raises Fatal (100) if this must not be written."""
         names, times = self.terms.names, []
         for name in self.outputs():
-            is_result, option = name is not self.output, "-o " + self.terms.pattern
+            is_result, option = name is not self.output, "-o %s" % self.terms.pattern
             found = names.note_written(name, self, "-g " + name if is_result else option)
             times.append(names.newest(name, found))
             if not is_result:
@@ -7234,7 +7246,7 @@ class Task:
         return self.done_before
 
     def input_paths(self):
-        return [fill_pattern(text, *self.inputs) for text in self.terms.inputs]
+        return list(map(self.fill, self.terms.inputs))
 
     def list_inputs(self):
         """Returns the Listings of its -i.  Raises OSError, ValueError."""
@@ -7245,7 +7257,7 @@ class Task:
         self.words = self.fill_words()
         self.listings = self.list_inputs()
         for text in self.results:
-            check_place(text)
+            check_place(text, *[self.place] * bool(self.place))
         try:
             self.open_input()
             self.open_outputs()
@@ -7420,7 +7432,7 @@ class FileRun(RemoteRun):
         self.over = False           # whether ended() of the batch was called
         try:
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
-                             lambda arrivals: task.terms.names.claim(arrivals, task))
+                             lambda arrivals: task.terms.names.claim(arrivals, task), task.place)
         except Fatal:
             self.detach()
             raise
@@ -8192,14 +8204,19 @@ EVERY_PAUSE = 0.010                 # seconds between the beginnings of two sear
 
 
 def labels_of(workers):
-    """{worker_id: label}: the host's name; if several workers have it, with the address, and a number if needed."""
-    names = {worker_id: printable(row["host"] or row["address"]) for worker_id, row in workers.items()}
+    """Returns {worker_id: label}: the host's name; if several have it, with the address, and a number if needed.
+
+    A label is the name of a directory too, so "." and ".." get the address as well.
+    """
+    names = {worker_id: printable(row["host"] or row["address"]).replace("/", "\\x2f")
+             for worker_id, row in workers.items()}
     long_names = {worker_id: "%s[%s]" % (name, printable(workers[worker_id]["address"]))
                   for worker_id, name in names.items()}
     short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
     labels, numbers = {}, collections.Counter()
     for worker_id in sorted(names):
-        label = names[worker_id] if short[names[worker_id]] == 1 else long_names[worker_id]
+        alone = short[names[worker_id]] == 1 and names[worker_id].strip(".")
+        label = names[worker_id] if alone else long_names[worker_id]
         numbers[label] += 1
         labels[worker_id] = label if long[label] < 2 else "%s#%d" % (label, numbers[label])
     return labels
@@ -8279,6 +8296,10 @@ class HostTask(Task):
         self.worker_id, self.label = worker_id, label
         self.source, self.offset = source       # the descriptor that each job reads, from this offset
         self.writers = writers
+        self.place = label
+
+    def fill(self, text, form=str):
+        return text                 # nothing is filled in: the jobs differ in their hosts only
 
     def fill_words(self):
         return self.terms.environment, self.terms.arguments
@@ -8419,9 +8440,12 @@ def kept_input():
 def main_everywhere(pub, group, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
-    terms = BatchTerms(*parse_words(words), pattern=None, values=True, batch=NO_BATCH, wait=60)
+    terms = BatchTerms(*parse_words(words), pattern=None, values=True, batch=NO_BATCH, wait=60, inputs=options.inputs,
+                       results=list(map(result_pattern, options.results)))
+    if options.results:
+        check_current_directory()
     source = input_for_all(options.no_input)
-    most = jobs_at_once(6, 64)      # a search needs more than a run
+    most = jobs_at_once(11 if options.inputs or options.results else 6, 64)     # a search needs more than a run
     survey = Survey(group, pub, terms.ports, Loop(), terms.servers)
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -8433,7 +8457,11 @@ def main_everywhere(pub, group, words, options):
     silent = survey.silent_hosts()
     for host in silent:
         log.say("%s: no worker answers" % host)
-    code = Everywhere(pub, group, terms, survey.workers, source, most).work()
+    everywhere = Everywhere(pub, group, terms, survey.workers, source, most)
+    terms.names.note_keys(options.words[0])
+    note_names(terms, everywhere.tasks, None, 0)
+    listings_of(terms.names, terms.inputs)
+    code = everywhere.work()
     return max(code, EXIT_TEMPORARY) if silent else code
 
 
@@ -8458,8 +8486,8 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-b", "SIZE", "blocks", "cut standard input into blocks of whole lines, and run one job for each"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
     Option("-g", "PATTERN+", "results",
-           "bring what matches in the job's directory here when the command has ended with 0", "- -m"),
-    Option("-i", "PATH+", "inputs", "put the file or directory into the job's directory (may be repeated)", "- -m"),
+           "bring what matches in the job's directory here when the command has ended with 0", "- -m -A"),
+    Option("-i", "PATH+", "inputs", "put the file or directory into the job's directory (may be repeated)", "- -m -A"),
     Option("-p", "", "progress", "show the progress of the job", "-"),
     Option("-r", "", "repeat", "run the job again if its worker is lost", "-"),
     Option("-t", "", "terminal", "give the command a terminal, as ssh -t does", "-"),
@@ -8506,10 +8534,7 @@ def main_cexec(argv):
 
 
 def listings_of(names, inputs):
-    """Returns the Listing of each argument of -i.  Raises Fatal (100) for one that does not exist."""
-    for text in inputs:
-        names.note_input(text)
-    names.list_inputs()
+    """Returns the Listing of each argument of -i, which are noted.  Raises Fatal (100) for one that does not exist."""
     try:
         listings = [names.listing(text) for text in inputs]
     except (OSError, ValueError) as error:
@@ -8529,8 +8554,12 @@ def main_single(path, words, options):
         raise CEXEC.error("-p and -t do not go together: the command has the terminal")
     if options.empty == "all" and words and words[0].endswith(".pub") and not path.endswith(".pub"):
         raise CEXEC.error("-n %s: not a descriptor's number" % path)
+    names = Names()
+    for text in options.inputs:
+        names.note_input(text)
+    names.list_inputs()
     job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress,
-              listings_of(Names(), options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
+              listings_of(names, options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
     try:
         if job.results:
             check_current_directory(map(os.fsdecode, job.results))

@@ -6197,8 +6197,7 @@ def results_in(directory, names, part=".cexec.box-0.0123456789abcdef.part"):
         os.mkdir(os.path.join(part, name))
     for name in names:
         put(os.path.join(part, name), "new " + name)
-    top = os.open(part, os.O_RDONLY)
-    return part, top, [os.fsencode(name) for name in names], {os.fsencode(name): 0o755 for name in parents}, True
+    return part, [os.fsencode(name) for name in names], {os.fsencode(name): 0o755 for name in parents}, True
 
 
 def contents(directory):
@@ -6234,7 +6233,6 @@ def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
         with pytest.raises(OSError) as raised:
             cexec.commit_all(*given, old=[b"there/gone"])
         monkeypatch.undo()
-        os.close(given[1])
         cexec.remove_directory(given[0])
         assert raised.value.filename == os.fsencode([*names, "there/gone"][failing])
         assert contents(str(tmp_path / "here")) == before
@@ -8266,11 +8264,11 @@ def test_outputs_are_named_as_parallel_names_them():
         .stdout.decode()
         .split("\0")[:-1]
     )
-    ours = [cexec.fill_pattern(pattern, name) for name in names for pattern in patterns]
+    ours = [cexec.fill_pattern(pattern, [name]) for name in names for pattern in patterns]
     assert len(told) == len(ours)
-    different = [(name, pattern, cexec.fill_pattern(pattern, name), theirs) for (name, pattern), theirs in
+    different = [(name, pattern, cexec.fill_pattern(pattern, [name]), theirs) for (name, pattern), theirs in
                  zip(((name, pattern) for name in names for pattern in patterns), told)
-                 if cexec.fill_pattern(pattern, name) != theirs]
+                 if cexec.fill_pattern(pattern, [name]) != theirs]
     assert not different
 
 
@@ -10952,10 +10950,12 @@ def test_lines_get_their_label_however_they_come():
 def test_names_of_workers():
     rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
         "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
-        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1"), "h": ("bin", "\x1b[2J")}.items()}
+        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1"), "h": ("bin", "\x1b[2J"),
+        "i": ("..", "10.0.0.6"), "j": (".", "10.0.0.7"), "k": ("../up", "10.0.0.8")}.items()}
     assert cexec.labels_of(rows) == {
         b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
-        b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]"}
+        b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]",
+        b"i": "..[10.0.0.6]", b"j": ".[10.0.0.7]", b"k": "..\\x2fup"}
 
 
 def test_jobs_on_every_worker_wait_for_descriptors(cluster):
@@ -11159,6 +11159,69 @@ def test_every_worker_of_a_network(hosts):
     assert (done.returncode, done.stderr) == (0, b"")
     assert sorted(done.stdout.decode().splitlines()) == [
         "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
+
+
+def test_files_go_to_every_worker_and_results_come_from_each(farm):
+    """Into a directory for each; nothing of those that fail.  What is there of an earlier run is replaced."""
+    for _ in range(3):
+        farm.serve()
+    in_desk(farm, "conf/a", b"1\n")
+    in_desk(farm, "tool", b"#!/bin/sh\ncat conf/a $1; echo $1 > out; mkdir d; echo $$ > d/$1; touch w.txt\n", 0o755)
+    in_desk(farm, "one", b"one\n")
+    in_desk(farm, "two", b"two\n")
+    first, second, third = labels(3)
+    command = "./tool", "one"
+    inputs = [word for name in ("conf", "tool", "one") for word in ("-i", name)]
+    results = ["-g", "out", "-g", "d", "-g", "*.txt"]
+    done = farm.work("-A", "-n", *inputs, *results, farm.pub, *command)
+    assert sorted(output(done).decode().splitlines()) == sorted(
+        "%s: %s" % (name, word) for name in labels(3) for word in ("1", "one"))
+    there = contents(farm.desk)
+    for name in labels(3):
+        assert there.pop(name + "/out") == "one\n" and there.pop(name + "/d/one") and there.pop(name + "/w.txt") == ""
+    assert sorted(there) == ["conf/a", "one", "tool", "two"]
+
+    # one of them fails, and only the others have a second file, which takes the place of the first
+    inputs += ["-i", "two"]
+    done = farm.work("-A", "-n", *inputs, *results, farm.pub, "sh", "-c",
+                     'mkdir "$0" 2> /dev/null && exit 3; ./tool two', farm.path("failed"))
+    assert done.returncode == 3 and done.stderr.count(b"\n") == 1 and done.stderr.endswith(b": exit status 3\n")
+    failed = done.stderr.decode().split(": ")[1]
+    there = contents(farm.desk)
+    for name in labels(3):
+        word = "one" if name == failed else "two"
+        assert there[name + "/out"] == word + "\n"
+        assert [path for path in there if path.startswith(name + "/d")] == ["%s/d/%s" % (name, word)]
+    assert all_gone(farm)
+
+
+def test_results_of_every_worker_overwrite_nothing_that_is_read(farm):
+    """And a job without results, or with wrong ones, leaves no directory behind."""
+    farm.serve()
+    label = socket.gethostname()
+    in_desk(farm, label + "/out", b"mine")
+    command = "-g", "out", farm.pub, "sh", "-c", "echo new > out"
+    said = "-g %s/out: %s/out would be overwritten" % (label, label)
+    refusal(farm.work("-A", "-i", label + "/out", *command), 100, said)
+    refusal(farm.work("-A", "-i", "gone", *command), 100, "-i: gone: No such file or directory")
+    refusal(farm.work("-A", "-g", "../out", farm.pub, "true"), 100, "-g ../out: ")
+    assert contents(farm.desk) == {label + "/out": "mine"}
+    shutil.rmtree(os.path.join(farm.desk, label))
+    done = farm.work("-A", "-g", "gone", farm.pub, "true")
+    assert ended(done) == (111, b"", b"cexec: %s: -g gone: nothing in the job's directory matches\n" % label.encode())
+    in_desk(farm, label, b"a file")
+    done = farm.work("-A", *command)
+    assert done.returncode == 111 and b": there is something that is no directory\n" in done.stderr
+    assert contents(farm.desk) == {label: "a file"} and all_gone(farm)
+
+
+@pytest.mark.parametrize("host", ["..", "../up", ".cexec"])
+def test_results_of_no_host_lead_out_of_the_current_directory(farm, host):
+    altered(farm, ("socket.gethostname()[:64]", repr(host)))            # in REPLY
+    farm.serve()
+    label = farm.work("-A", "-g", "out", farm.pub, "sh", "-c", "echo new | tee out").stdout.decode().split(": ")[0]
+    assert contents(farm.desk) == {label + "/out": "new\n"}
+    assert not os.path.exists(farm.path("out")) and not os.path.exists(farm.path("up"))
 
 
 def test_silent_hosts_of_a_list_are_named(hosts):
