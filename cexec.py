@@ -106,6 +106,7 @@ try:
     import hashlib
     import heapq
     import hmac
+    import io
     import itertools
     import os
     import select
@@ -12679,7 +12680,9 @@ def serve_on_hosts(words, path, argv):
 #     client (Pool, Lane)                            worker (LANE_PROGRAM)
 #       | SETUP ------------------------------------>  |
 #       |  <------------------------------------ READY |  takes calls
-#       | MAIN, once a call needs it; CALL ----------->  |
+#       | MAIN, once a call needs it ----------------->  |
+#       | FUNCTION, if map() has it for many calls --->  |
+#       | CALL --------------------------------------->  |
 #       |  <---------------------- IMPORT name, if any |  for a module beside the main program
 #       | MODULE source ------------------------------>  |
 #       |  <----------------------------------- LOADED |  the main module has run
@@ -12687,6 +12690,9 @@ def serve_on_hosts(words, path, argv):
 #       | RECALL, if another lane has nothing to do -->  |
 #       |  <-------------- BACK, the calls not begun   |
 #       | END --------------------------------------->  |  exits
+#
+# With pickle's protocol 5 (Python 3.8), large bytes, memoryviews and numpy arrays travel outside of the pickle,
+# each as a frame FIXED, or WRITABLE if the receiver may change it, before the frame with the pickle.
 #
 # The worker trusts the client, because its command runs what it reads.  The client does not
 # trust the worker: results are only data (see Reader), and a frame out of place ends the lane.
@@ -12713,9 +12719,13 @@ NAMES_MAX = 10000                   # modules beside the main program
 
 LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of its contents
 CALL_NUMBER = struct.Struct("!Q")   # CALL, VALUE and RAISED begin with it; BACK is a list of it
+FUNCTION_NUMBER = struct.Struct("!Q")           # FUNCTION begins with it; it is next in CALL, or 0
+FUNCTIONS_KEPT = 4                  # by a lane: the last of them.  LANE_PROGRAM has the same number
+LARGE = 64 * 1024                   # bytes from which a buffer is no part of the pickle
 TEXT_SIZE = struct.Struct("!I")     # RAISED and FAILED: the size of a text, the text, and the exception's pickle
-SETUP, MAIN, CALL, MODULE, RECALL, END = b"S", b"M", b"C", b"O", b"R", b"E"
+SETUP, MAIN, FUNCTION, CALL, MODULE, RECALL, END = b"S", b"M", b"P", b"C", b"O", b"R", b"E"
 READY, IMPORT, LOADED, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"L", b"V", b"X", b"F", b"B"
+FIXED, WRITABLE = b"D", b"A"        # both ways
 SMALL_FRAMES = {READY: 1024, IMPORT: 1024, LOADED: 0, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
 # A child starts as by sh (see The door), but first moves descriptors to their numbers.
@@ -12754,6 +12764,7 @@ HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
 writing, asking, mains = threading.Lock(), threading.Lock(), []
 this, pid, names, protocol = sys.modules["__main__"], os.getpid(), set(), 4     # this: kept, or its globals would go
+functions, KEPT, LARGE = {}, 4, 1 << 16
 trusted, made = False, None     # made: the stub's, by whose name the client knows what it makes by itself
 blank = types.ModuleType("__main__")    # for a main program that is not sent; the classes of it that came by value
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
@@ -12792,27 +12803,44 @@ def move_away():
     return os.fdopen(source, "rb", 1 << 18), target
 
 def send(kind, *parts):
-    data = memoryview(b"".join((HEAD.pack(kind, sum(map(len, parts))),) + parts))
+    parts = (HEAD.pack(kind, sum(map(len, parts))),) + parts
     with writing:
-        while data:
-            data = data[os.write(target, data):]
+        for part in parts if len(parts[-1]) >= LARGE else [b"".join(parts)]:
+            data = memoryview(part)
+            while data:
+                data = data[os.write(target, data):]
 
 def receive():
     """Reads frames in its own thread, so that the end of the client ends us, whatever the function does."""
+    buffers = []                # for the next function or call
     while True:
         head = source.read(HEAD.size)
         if len(head) < HEAD.size:
             os._exit(1)
         kind, size = HEAD.unpack(head)
-        data = source.read(size)
-        if kind == b"O":
+        if kind == b"A":
+            data = bytearray(size)
+            source.readinto(data)
+        else:
+            data = source.read(size)
+        if kind in (b"A", b"D"):
+            buffers.append(data)
+        elif kind == b"P":
+            functions[data[:NUMBER.size]] = data, buffers
+            buffers = []
+            if len(functions) > KEPT:
+                del functions[next(iter(functions))]            # the first; the client does the same
+        elif kind == b"C":          # with its function: this may be forgotten before the call begins
+            calls.put((kind, data, functions.get(data[NUMBER.size:2 * NUMBER.size]), buffers))
+            buffers = []
+        elif kind == b"O":
             answers.put(data)
         elif kind == b"M":
             mains.append(data)      # not one of the calls, which RECALL takes back
         elif kind == b"R":
             send(b"B", *take_back())
         else:
-            calls.put((kind, data))
+            calls.put((kind, data, None, None))
             if kind == b"E":
                 return
 
@@ -12822,6 +12850,10 @@ def take_back():
             yield calls.get_nowait()[1][:NUMBER.size]
     except queue.Empty:
         pass
+
+def loads(data, place, buffers):
+    data = memoryview(data)[place:]
+    return pickle.loads(data, buffers=buffers) if buffers else pickle.loads(data)
 
 class Source:
     """Finds and loads modules that the client has beside its main program."""
@@ -12931,11 +12963,20 @@ def of_numpy(numpy, way, value):
     flat = numpy.ascontiguousarray(value.T if order == "F" else value).reshape(-1).view("u1")
     return made, ("array", what, value.shape, order, pickle.PickleBuffer(flat) if protocol > 4 else flat.tobytes())
 
-def dumps(value):
+def dumps(value, buffers=None):
+    """Returns the pickle; what travels outside of it is appended to buffers, if that is a list."""
+    options = {}
+    if type(value) is memoryview or type(value) is bytes and len(value) >= LARGE:
+        whole = protocol < 5 or buffers is None or type(value) is memoryview and not value.contiguous
+        value = bytes(value) if whole else pickle.PickleBuffer(value)
     if type(value) in ATOMS:
         return pickle.dumps(value, protocol)
+    if protocol > 4 and buffers is not None:
+        options["buffer_callback"] = lambda buffer: buffer.raw().nbytes < LARGE or buffers.append(buffer.raw())
+    if trusted:
+        return pickle.dumps(value, protocol, **options)
     file = io.BytesIO()
-    pickler = pickle.Pickler(file, protocol)
+    pickler = pickle.Pickler(file, protocol, **options)
     pickler.dispatch_table = ways
     pickler.dump(value)
     return file.getbuffer()
@@ -12987,26 +13028,35 @@ def report(kind, number, error):
         data = b""
     send(kind, number, SIZE.pack(len(text)), text, data)
 
-def work(number, data):
+def work(number, data, shared, buffers):
+    """Does a call.  A function of many calls is unpickled for each: what one changes in it, no other sees."""
+    result = []
     try:
         try:
-            function, arguments, keywords = pickle.loads(memoryview(data)[NUMBER.size:])
+            if shared:
+                own = [bytearray(buffer) if type(buffer) is bytearray else buffer for buffer in shared[1]]
+                function, keywords = loads(shared[0], NUMBER.size, own), {}
+                arguments = loads(data, 2 * NUMBER.size, buffers)
+            else:
+                function, arguments, keywords = loads(data, 2 * NUMBER.size, buffers)
         except AttributeError as error:
             if "'__mp_main__'" not in str(error) and "'__main__'" not in str(error):
                 raise
             raise AttributeError("%s: what is defined below if __name__ == '__main__': is not there on a worker, so "
                                  "define it above" % error) from None
         del data
-        result = dumps(function(*arguments, **keywords))
+        value = dumps(function(*arguments, **keywords), result)
     except BaseException as error:
         report(b"X", number, error)
     else:
-        send(b"V", number, result)
+        for buffer in result:
+            send(b"D" if buffer.readonly else b"A", buffer)
+        send(b"V", number, value)
 
 source, target = move_away()
 threading.Thread(target=receive, daemon=True).start()
 while True:
-    kind, data = calls.get()
+    kind, data, shared, buffers = calls.get()
     if kind == b"E":
         break
     try:
@@ -13015,11 +13065,11 @@ while True:
         else:
             while mains:
                 run_main(mains.pop())
-            work(data[:NUMBER.size], data)
+            work(data[:NUMBER.size], data, shared, buffers)
     except BaseException as error:
         report(b"F", b"", error)
         os._exit(1)
-    del data
+    del data, shared, buffers
 '''
 
 
@@ -13638,14 +13688,14 @@ def result_readers(allow, trust=False):
     return Allowed(allow, trust)
 
 
-def load_result(readers, data, place):
-    """The object of the pickle that begins at this place.  Raises any exception."""
+def load_result(readers, data, place, buffers=()):
+    """The object of the pickle that begins at this place, with what came before it.  Raises any exception."""
     import pickle
     if readers.trust:
-        return load_trusted(data, place)
+        return load_trusted(data, place, buffers)
     if len(data) - place > SHORT and any(is_plain(data, place, keyed) for keyed in (True, False)):
         return pickle.loads(memoryview(data)[place:])
-    reader = Reader(readers, data, place)
+    reader = Reader(readers, data, place, buffers)
     try:
         result = reader.load()
     except Exception:
@@ -13693,9 +13743,8 @@ def is_plain(data, place, keyed):
     return False
 
 
-def load_trusted(data, place):
+def load_trusted(data, place, buffers):
     """As pickle does: a worker can run anything here."""
-    import io
     import pickle
 
     class Trusting(pickle.Unpickler):
@@ -13703,7 +13752,7 @@ def load_trusted(data, place):
             return super().find_class("__main__" if module == "__mp_main__" else module, name)
     file = io.BytesIO(data)         # without a copy, as data is bytes
     file.seek(place)
-    return Trusting(file).load()
+    return Trusting(file, **{"buffers": buffers} if buffers else {}).load()
 
 
 CHAINS = (collections.deque, collections.defaultdict)      # see LINKS_MAX
@@ -13851,8 +13900,8 @@ class Reader:
     tuple twice in a tuple, and this twice in another, would need 2 ** 64 steps after 64 opcodes.
     """
 
-    def __init__(self, allowed, data, place):
-        self.allowed, self.data, self.place = allowed, data, place
+    def __init__(self, allowed, data, place, buffers=()):
+        self.allowed, self.data, self.place, self.buffers = allowed, data, place, iter(buffers)
         self.stack, self.marks, self.memo = [], [], []
         self.makers = {}            # id of a class or a Name on the stack: (its maker, what to give it)
         self.open = {}              # id of an object that may take a state: (it, what checks the state)
@@ -13863,7 +13912,7 @@ class Reader:
         self.deep = {}              # id: (a tuple with more than plain data in it, its depth)
         self.twins = {}             # (a dictionary or set, a hash): list of its keys with this hash
         self.refused = collections.OrderedDict()    # (module, name): why
-        self.left = WORK_MIN + 10 * (len(data) - place)
+        self.left = WORK_MIN + 10 * (len(data) - place + sum(map(len, buffers)))
         self.patterns = 0           # characters of regular expressions
         self.classes, self.settable = {}, {}        # what was looked up: see own(), own_state()
 
@@ -13929,6 +13978,17 @@ class Reader:
             raise EOFError("it ends too early")
         self.stack.append(bytearray(memoryview(self.data)[self.place:self.place + size]))
         self.place += size
+
+    def next_buffer(self, _):
+        """Bytes or a bytearray that came before the pickle, each once."""
+        try:
+            self.stack.append(next(self.buffers))
+        except StopIteration:
+            raise malformed() from None
+
+    def read_only(self, _):
+        if type(self.stack[-1]) is not bytes:
+            raise malformed()
 
     def mark(self, _):
         self.marks.append(len(self.stack))
@@ -14269,7 +14329,8 @@ class Reader:
         ("\x8a", counted, (BYTE, integer)), ("\x8b", counted, (SIGNED, integer)), ("\x8c", counted, (BYTE, text)),
         ("X", counted, (INT, text)), ("\x8d", counted, (LONG, text)), ("C", counted, (BYTE, bytes)),
         ("B", counted, (INT, bytes)), ("\x8e", counted, (LONG, bytes)),
-        ("\x96", byte_array, None), ("\x94", memoize, None), ("h", recall, BYTE), ("j", recall, INT),
+        ("\x96", byte_array, None), ("\x97", next_buffer, None), ("\x98", read_only, None),
+        ("\x94", memoize, None), ("h", recall, BYTE), ("j", recall, INT),
         ("\x85", tuple_of, 1), ("\x86", tuple_of, 2), ("\x87", tuple_of, 3),
         ("t", tuple_of, None), ("a", append, False), ("e", append, True), ("s", set_items, False),
         ("u", set_items, True), ("\x90", add_items, None), ("\x91", frozen, None), ("\x93", find, None),
@@ -14340,11 +14401,94 @@ SAME_PYTHON = ("a function of a notebook, a lambda or the like needs Python {0} 
 SEARCHING, STARTING, UP, ENDING = "SEARCHING", "STARTING", "UP", "ENDING"
 
 
+# by_value: with code, so that it needs our minor version of Python; buffers: memoryviews, which are not in the data
+Pickled = collections.namedtuple("Pickled", "data buffers by_value")
+BULKY = frozenset([bytes, functools.partial, memoryview])       # what in_buffers() looks at
+
+
+def in_buffers(value, protocol):
+    """The value, or what stands for it in a pickle that has its bytes or memoryview outside."""
+    import pickle
+    if type(value) is memoryview and (protocol < 5 or not value.contiguous):
+        return bytes(value)
+    if type(value) is functools.partial:
+        return functools.partial(in_buffers(value.func, protocol), *in_buffers(value.args, protocol),
+                                 **in_buffers(value.keywords, protocol))
+    if type(value) is tuple:
+        return tuple([in_buffers(one, protocol) for one in value])
+    if type(value) is dict:
+        return {key: in_buffers(one, protocol) for key, one in value.items()}
+    large = type(value) is memoryview or type(value) is bytes and len(value) >= LARGE and protocol > 4
+    return pickle.PickleBuffer(value) if large else value
+
+
+def dumps(value, protocol, by_value=False):
+    """Returns Pickled.  Raises any exception."""
+    if by_value:
+        from cloudpickle import dumps
+    else:
+        from pickle import dumps
+    buffers = []
+    outside = {} if protocol < 5 else {"buffer_callback": lambda buffer: (
+        buffer.raw().nbytes < LARGE or buffers.append(buffer.raw()))}
+    data = dumps(value, protocol, **outside)
+    return Pickled(data, buffers, by_value and b"cloudpickle" in data)
+
+
+def for_worker(value, protocol, program):
+    """Returns Pickled, for a call or its function.  Raises any exception.
+
+    pickle sends functions and classes by their names.  What it cannot name goes by value, as cloudpickle sends
+    it: bytecode, with which another version of Python would crash.
+    """
+    import pickle
+    try:
+        made = dumps(value, protocol)
+        if program.text or b"__main__" not in made.data:
+            return made
+        if not program.cloudpickle:
+            function = value[0] if type(value) is tuple and value else value
+            while hasattr(function, "func"):        # functools.partial
+                function = function.func
+            if getattr(function, "__module__", "") != "__main__":
+                return made
+            raise ValueError("%r is defined in %s" % (
+                function, "a package's __main__.py, which would do its work there" if program.is_package else
+                "no file (a notebook, an interactive session, python -c, standard input)"))
+    except Exception as error:
+        if not program.cloudpickle:
+            raise pickle.PicklingError(
+                "%s: put it into a module, or pip install cloudpickle here: pickle alone sends functions by their "
+                "names in modules (no lambda, no function inside another), and data" % error) from error
+    try:
+        return dumps(value, protocol, by_value=True)
+    except Exception as error:
+        raise pickle.PicklingError("%s: a function's arguments, and what it uses, must be data or code" % (
+            error)) from error
+
+
+class Shared:
+    """A function of many calls: its bytes go to each lane once."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, function):
+        self.function, self.number, self.made = function, next(self.numbers), {}
+
+    def pickled(self, protocol, program):
+        """Returns Pickled, made only once.  Raises any exception."""
+        if protocol not in self.made:
+            self.made[protocol] = for_worker(in_buffers(self.function, protocol), protocol, program)
+        return self.made[protocol]
+
+
 class Call:
     """A function with its arguments that was submitted, until it is done."""
 
     def __init__(self, future, function, arguments, keywords):
-        self.future, self.what = future, (function, tuple(arguments), keywords)
+        self.future, self.function = future, function
+        self.what = arguments if isinstance(function, Shared) else (function, arguments, keywords)
+        self.is_bulky = not BULKY.isdisjoint(map(type, (function, *arguments, *keywords.values())))
         self.tries, self.begun, self.by_value = 0, False, False
 
     def begin(self):
@@ -14357,39 +14501,11 @@ class Call:
         self.tries += begun
 
     def pickled(self, protocol, program):
-        """The bytes for the worker; notes whether it must have our minor version of Python.  Raises any exception.
-
-        pickle sends functions and classes by their names.  What it cannot name goes by value, as cloudpickle sends
-        it: bytecode, with which another version of Python would crash.
-        """
-        import pickle
-        self.by_value = False
-        function = self.what[0]
-        while hasattr(function, "func"):        # functools.partial
-            function = function.func
-        try:
-            data = pickle.dumps(self.what, protocol)
-            if program.text or b"__main__" not in data:
-                return data
-            if not program.cloudpickle:
-                if getattr(function, "__module__", "") != "__main__":
-                    return data
-                raise ValueError("%r is defined in %s" % (
-                    function, "a package's __main__.py, which would do its work there" if program.is_package else
-                    "no file (a notebook, an interactive session, python -c, standard input)"))
-        except Exception as error:
-            if not program.cloudpickle:
-                raise pickle.PicklingError(
-                    "%s: put it into a module, or pip install cloudpickle here: pickle alone sends functions by their "
-                    "names in modules (no lambda, no function inside another), and data" % error) from error
-        try:
-            import cloudpickle
-            data = cloudpickle.dumps(self.what, protocol)
-        except Exception as error:
-            raise pickle.PicklingError("%s: a function's arguments, and what it uses, must be data or code" % (
-                error)) from error
-        self.by_value = b"cloudpickle" in data
-        return data
+        """Returns Pickled, and that of a function which is Shared, or None; notes by_value.  Raises any exception."""
+        shared = self.function.pickled(protocol, program) if isinstance(self.function, Shared) else None
+        made = for_worker(in_buffers(self.what, protocol) if self.is_bulky else self.what, protocol, program)
+        self.by_value = made.by_value or bool(shared and shared.by_value)
+        return made, shared
 
 
 def last_shown(line):
@@ -14418,9 +14534,12 @@ class Lane(Stateful):
         self.since = self.idle_since = self.head_since = time.monotonic()
         self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds of a call: lately, of the first, the least
         self.recalled = self.leaving = False
+        self.functions = collections.deque(maxlen=FUNCTIONS_KEPT)   # numbers of those that the worker has
         self.unsent, self.backlog = collections.deque(), 0      # parts of frames; their bytes
         self.imports = 0            # IMPORTs since unsent was last empty: the worker must send one at a time
-        self.chunks, self.size, self.wanted = [], 0, LANE_HEAD.size     # what has come; its bytes; the bytes needed
+        self.rest = b""             # of what came: the beginning of a frame's head
+        self.kind, self.body, self.missing = b"", None, 0   # of a frame that has not come whole; its missing bytes
+        self.buffers = []           # FIXED and WRITABLE for the next result
         self.line = self.words = self.report = b""
         self.failure = self.killing = self.letting_go = None
         self.start()
@@ -14474,7 +14593,7 @@ class Lane(Stateful):
     def send(self, kind, *parts):
         """Queues a frame; the pool calls flush() when it has queued everything."""
         parts = [LANE_HEAD.pack(kind, sum(map(len, parts)))] + list(parts)
-        if len(parts[-1]) < PRINTED_MAX:
+        if len(parts[-1]) < LARGE:
             parts = [b"".join(parts)]
         for part in parts:
             self.unsent.append(memoryview(part))
@@ -14506,15 +14625,25 @@ class Lane(Stateful):
         return (self.pool.retries > 0 and not self.recalled and self.backlog < PRINTED_MAX
                 and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / self.pace))
 
-    def take(self, number, call, data):
-        if not self.main_sent and not call.by_value and b"__main__" in data:
-            program = self.pool.program
-            self.send(MAIN, pickled((program.text, program.path, program.package)))
-            self.main_sent, self.loading = True, not self.calls
+    def take(self, number, call, made, function):
+        """Sends a call: Pickled, and that of its function, if this is Shared."""
+        shared = call.function.number if function else 0
+        if function and shared not in self.functions:
+            self.send_pickled(FUNCTION, FUNCTION_NUMBER.pack(shared), function)
+            self.functions.append(shared)
+        self.send_pickled(CALL, CALL_NUMBER.pack(number) + FUNCTION_NUMBER.pack(shared), made)
         if not self.calls:
             self.head_since = time.monotonic()
         self.calls[number] = call
-        self.send(CALL, CALL_NUMBER.pack(number), data)
+
+    def send_pickled(self, kind, head, made):
+        if not self.main_sent and not made.by_value and b"__main__" in made.data:
+            program = self.pool.program
+            self.send(MAIN, pickled((program.text, program.path, program.package)))
+            self.main_sent, self.loading = True, not self.calls
+        for buffer in made.buffers:
+            self.send(FIXED if buffer.readonly else WRITABLE, buffer)
+        self.send(kind, head, made.data)
 
     def suits(self, call):
         """Whether its Python can read the call."""
@@ -14636,33 +14765,46 @@ class Lane(Stateful):
                                for line in [last_shown(line).decode("utf-8", "replace") for line in lines]))
 
     def rcvd(self, data):
-        """Handles each whole frame.  The pieces of a long frame are joined only when all have come."""
+        """Handles each whole frame, and keeps the beginning of the next."""
         if self.state is ENDING:    # what a worker still sends is not kept
             return
-        self.chunks.append(data)
-        self.size += len(data)
-        if self.size < self.wanted:
-            return
-        data, place, self.chunks = b"".join(self.chunks), 0, []
         try:
-            while self.state is not ENDING:
-                self.wanted = LANE_HEAD.size
-                if len(data) - place < self.wanted:
-                    break
+            if self.body is not None:
+                data = self.rcvd_more(data)
+            place, data = 0, self.rest + data
+            while self.body is None and len(data) - place >= LANE_HEAD.size and self.state is not ENDING:
                 kind, size = LANE_HEAD.unpack_from(data, place)
                 if size > SMALL_FRAMES.get(kind, size) or kind not in self.HANDLERS:
                     raise ProtocolError("a frame of kind %r and length %d" % (kind, size))
-                self.wanted += size
-                if len(data) - place < self.wanted:
-                    break
-                place += self.wanted
-                self.HANDLERS[kind](self, data, place - size, place)
+                place += LANE_HEAD.size + size
+                if place > len(data):
+                    self.kind, self.missing = kind, size
+                    self.body = bytearray() if kind == WRITABLE else io.BytesIO()
+                    self.rcvd_more(data[place - size:])
+                else:
+                    self.HANDLERS[kind](self, data, place - size, place)
+            self.rest = data[place:]
         except (ProtocolError, struct.error) as error:
             self.failure = Failed("a worker's Python does not speak cexec's protocol (%s): is its command python3 "
                                   "/dev/fd/3, with at least Python 3.6?" % printable(str(error)))
             self.terminate()
-        self.chunks = [data[place:]]
-        self.size = len(self.chunks[0])
+
+    def rcvd_more(self, data):
+        """More of a long frame.  It grows as it comes: it may not be as long as it says.  Returns what is after it."""
+        after, data = data[self.missing:], data[:self.missing]
+        self.missing -= len(data)
+        (self.body.extend if self.kind == WRITABLE else self.body.write)(data)
+        if not self.missing and self.state is not ENDING:
+            whole, self.body = self.body if self.kind == WRITABLE else self.body.getvalue(), None
+            self.HANDLERS[self.kind](self, whole, 0, len(whole))
+        return after
+
+    def rcvd_buffer(self, data, place, end):
+        """Bytes that a result has outside of its pickle.  The slice is no copy if it is the whole."""
+        self.buffers.append(data[place:end])
+
+    def rcvd_writable(self, data, place, end):
+        self.buffers.append(data if type(data) is bytearray else bytearray(data[place:end]))
 
     def rcvd_ready(self, data, place, end):
         words = data[place:end].decode("utf-8", "replace").split(" ", 4)
@@ -14705,8 +14847,9 @@ class Lane(Stateful):
 
     def rcvd_value(self, data, place, end):
         call, place = self.rcvd_result(data, place, end)
+        buffers, self.buffers = self.buffers, []
         try:
-            result = load_result(self.pool.readers, data, place)
+            result = load_result(self.pool.readers, data, place, buffers)
         except Exception as error:  # a worker can send anything
             self.pool.done(call, error if type(error).__name__ == "UnpicklingError" else
                            Failed("a result that cannot be read: %s: %s" % (type(error).__name__, error)))
@@ -14732,7 +14875,7 @@ class Lane(Stateful):
         self.pool.put_back([self.calls.pop(number) for number in numbers])
 
     HANDLERS = {READY: rcvd_ready, IMPORT: rcvd_import, LOADED: rcvd_loaded, VALUE: rcvd_value, RAISED: rcvd_raised,
-                FAILED: rcvd_failed, BACK: rcvd_back}
+                FAILED: rcvd_failed, BACK: rcvd_back, FIXED: rcvd_buffer, WRITABLE: rcvd_writable}
 
     def over(self):
         """All its pipes are closed: the child has ended."""
@@ -14833,6 +14976,13 @@ class Pool:
                 self.start_thread()
             self.inbox.append(call)
             self.wake()
+
+    def submit(self, function, arguments, keywords):
+        """Returns the future of this call.  Raises RuntimeError after shutdown()."""
+        from concurrent.futures import Future
+        future = Future()
+        self.put(Call(future, function, arguments, keywords))
+        return future
 
     def check_process(self):
         if self.process != os.getpid():
@@ -14942,13 +15092,13 @@ class Pool:
         if not call.begin():
             return
         try:
-            data = call.pickled(lane.protocol, self.program)
+            made, function = call.pickled(lane.protocol, self.program)
         except BaseException as error:
             return self.done(call, error)
         if not lane.suits(call):
             return self.put_back([call])        # now it is known: see leave_unlike()
         self.number += 1
-        lane.take(self.number, call, data)
+        lane.take(self.number, call, made, function)
 
     def leave_unlike(self, call):
         """Lanes whose Python cannot read the next call take no more, and others are looked for."""
@@ -15180,6 +15330,9 @@ class ExecutorMethods:
     expressions); numpy's arrays, scalars and dtypes without objects; and dataclasses, named tuples,
     enums and exceptions that a module which is imported here has under their name.
 
+    Large bytes, memoryviews and numpy arrays are not copied into a pickle, with Python 3.8 or newer on
+    both sides.  A memoryview arrives as bytes, or as a bytearray if it can be written to.
+
     A function that is found by its name in a module can go to any worker.  The file of the main
     program is sent, and the first call that needs it runs it on the worker as __mp_main__, as
     multiprocessing does: so the main program's own work must be below  if __name__ == "__main__":
@@ -15228,30 +15381,36 @@ class ExecutorMethods:
 
         Raises RuntimeError after shutdown().
         """
-        from concurrent.futures import Future
         if len(args) < 2:
             raise TypeError("submit() needs a function")
-        self, function, *arguments = args
-        future = Future()
-        self._pool.put(Call(future, function, arguments, kwargs))
-        return future
+        return args[0]._pool.submit(args[1], args[2:], kwargs)
 
-    def map(self, fn, *iterables, timeout=None, chunksize=1):
+    def map(self, fn, *iterables, timeout=None, chunksize=1, buffersize=None):
         """The results of fn for each of the iterables' items, in their order, as the builtin map() gives them.
 
-        All calls are submitted at once.  With a chunksize, so many items are one call: that is faster
-        if an item takes less than a millisecond.  Raises the function's exception, and
-        concurrent.futures.TimeoutError for a result that has not come timeout seconds from now.
+        fn is sent once to each worker, so it may hold much: functools.partial(f, table).
+
+        chunksize: so many items are one call: faster if an item takes less than a millisecond.
+        buffersize: so many calls, at most, are submitted before their results are asked for; None: all at once.
+        With a buffersize the iterables may be endless.
+
+        Raises the function's exception, and concurrent.futures.TimeoutError for a result that has not come
+        timeout seconds from now.
         """
-        import itertools
-        from concurrent.futures import Executor
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1")
-        if chunksize == 1:
-            return Executor.map(self, fn, *iterables, timeout=timeout)
-        rows = zip(*iterables)
-        chunks = iter(lambda: list(itertools.islice(rows, chunksize)), [])
-        return flattened(Executor.map(self, functools.partial(call_each, fn), chunks, timeout=timeout))
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline, rows = None if timeout is None else time.monotonic() + timeout, zip(*iterables)
+        if chunksize > 1:
+            fn, items = functools.partial(call_each, fn), rows
+            rows = ((chunk,) for chunk in iter(lambda: list(itertools.islice(items, chunksize)), []))
+        shared = Shared(fn)
+        more = (self._pool.submit(shared, row, {}) for row in rows)
+        results = results_of(collections.deque(itertools.islice(more, buffersize)), more, deadline)
+        return flattened(results) if chunksize > 1 else results
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         """Take no more calls; wait until all are done, unless wait is false.
@@ -15265,6 +15424,26 @@ class ExecutorMethods:
         stopped = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         self._pool.shutdown(True, stopped, stopped)
         return False
+
+
+def result_of(future, deadline):
+    """Its result.  It is cancelled if this does not come in time, and no reference to it is left."""
+    try:
+        return future.result(None if deadline is None else deadline - time.monotonic())
+    finally:
+        future.cancel()
+        del future
+
+
+def results_of(futures, more, deadline):
+    """The results of futures in their order; for each that is taken, one more is begun."""
+    try:
+        while futures:
+            futures.extend(itertools.islice(more, 1))
+            yield result_of(futures.popleft(), deadline)
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def flattened(chunks):

@@ -13,6 +13,7 @@ import builtins
 import collections
 import concurrent.futures.process
 import contextlib
+import copy
 import copyreg
 import ctypes
 import datetime
@@ -32,6 +33,7 @@ import itertools
 import json
 import marshal
 import math
+import operator
 import os
 import pathlib
 import pickle
@@ -13829,12 +13831,12 @@ def ours(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     module = __import__("ours_x")
     program = cexec.LANE_PROGRAM
-    scope = {"made": lambda: None, "ATOMS": (), "trusted": False, "protocol": 5}
+    scope = {"made": lambda: None, "ATOMS": (), "trusted": False, "protocol": 5, "LARGE": 1 << 16}
     scope["made"].__module__, scope["made"].__qualname__ = "cexec", "made"
     monkeypatch.setattr(cexec, "made", scope["made"], raising=False)
     exec("import copyreg, functools, io, operator, pickle, sys\n"
          + program[program.index("class Ways"):program.index("def set_up")], scope)
-    module.dumps = lambda value: bytes(scope["dumps"](value))
+    module.scope, module.dumps = scope, lambda value: bytes(scope["dumps"](value))
     yield module
     del sys.modules["ours_x"]
 
@@ -14727,6 +14729,91 @@ def test_ten_thousand_calls_and_large_ones(pooled):
         assert found[5:] == [len(data) for data in found[:5]] == [0, 1, 65535, 10 ** 6, 3 * 10 ** 7]
 
 
+class Once:
+    """A list [0] where it is unpickled; counts how often it is pickled."""
+
+    count = 0
+
+    def __reduce__(self):
+        Once.count += 1
+        return list, ([0],)
+
+
+def test_map_sends_its_function_once_to_a_lane(pooled, monkeypatch):
+    """It is made anew for each call; more functions than a worker keeps may be in use."""
+    send, sent = cexec.Lane.send, []
+    monkeypatch.setattr(cexec.Lane, "send", lambda lane, kind, *parts: (sent.append(kind), send(lane, kind, *parts)))
+    Once.count, data = 0, bytes(range(256)) * 1000
+    with cexec.Executor(pooled.pub, max_workers=1) as pool:
+        function = functools.partial(operator.iadd, Once())
+        assert list(pool.map(function, [[n] for n in range(50)])) == [[0, n] for n in range(50)]
+        assert Once.count == sent.count(cexec.FUNCTION) == 1
+        function = functools.partial(operator.add, Once())
+        assert list(pool.map(function, [[n] for n in range(50)], chunksize=9)) == [[0, n] for n in range(50)]
+        assert Once.count == 2
+        many = [pool.map(functools.partial(operator.getitem, data[n:]), range(9), buffersize=1) for n in range(9)]
+        assert list(zip(*many)) == [tuple(data[n:n + 9]) for n in range(9)]
+        function = functools.partial(operator.iadd, memoryview(bytearray(cexec.LARGE)))
+        assert list(map(len, pool.map(function, [b"y"] * 3))) == [cexec.LARGE + 1] * 3
+        assert all(len(lane.functions) == cexec.FUNCTIONS_KEPT for lane in pool._pool.lanes)
+
+
+def test_map_submits_no_more_than_its_buffer(pooled):
+    """And so takes an endless iterable; the rest is cancelled when nobody wants it."""
+    taken = []
+
+    def endless():
+        for number in itertools.count():
+            taken.append(number)
+            yield -number
+
+    with cexec.Executor(pooled.pub) as pool:
+        results = pool.map(abs, endless(), buffersize=3)
+        assert taken == [0, 1, 2] and next(results) == 0 and taken == [0, 1, 2, 3]
+        assert list(itertools.islice(results, 20)) == list(range(1, 21)) and len(taken) == 24
+        results.close()
+        chunks = pool.map(abs, endless(), chunksize=4, buffersize=2)
+        assert list(itertools.islice(chunks, 9)) == list(range(9)) and len(taken) == 24 + 20
+        with pytest.raises(ZeroDivisionError):
+            list(pool.map(divmod, [1, 1], [1, 0], buffersize=1))
+        for wrong, kind in ((0, ValueError), ("1", TypeError)):
+            with pytest.raises(kind, match="buffersize must be"):
+                pool.map(abs, [], buffersize=wrong)
+
+
+@pytest.mark.parametrize("size", [100, cexec.LARGE, 3 * 10 ** 6])
+def test_bytes_and_memoryviews_there_and_back(pooled, size):
+    data = bytes(range(100)) * (size // 100 + 1)
+    with cexec.Executor(pooled.pub) as pool:
+        for value in (data, bytearray(data), memoryview(data), memoryview(bytearray(data)), memoryview(data)[::2]):
+            made = pool.submit(copy.copy, value).result()
+            assert made == value and type(made) in (type(value), bytes, bytearray)
+        assert pool.submit(memoryview, bytearray(data)).result() == data
+        assert pool.submit(len, memoryview(data)).result() == pool.submit(bytes.__len__, data).result() == len(data)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 8), reason="pickle has no buffers")
+def test_what_is_large_is_not_copied_into_a_pickle(ours):
+    with_package("numpy", sys.executable)
+    import numpy
+    data, array = bytes(cexec.LARGE), numpy.arange(10 ** 5)
+    value = cexec.in_buffers((functools.partial(len, data), (memoryview(data), array)), 5)
+    pickle_, buffers, _ = cexec.dumps(value, 5)
+    assert len(pickle_) < 1000 and [bytes(one) for one in buffers] == [data, data, array.tobytes()]
+    assert buffers[0].obj is data and [one.readonly for one in buffers] == [True, True, False]
+    for value in (data, memoryview(data), array, [array, {"a": array + 1}]):
+        buffers = []
+        made = bytes(ours.scope["dumps"](value, buffers))
+        assert len(made) < 1000 and len(buffers) == (2 if type(value) is list else 1)
+        found = cexec.load_result(cexec.result_readers(()), made, 0, [bytearray(one) if type(value) in (
+            numpy.ndarray, list) else bytes(one) for one in buffers])
+        assert repr(found) == repr(data if type(value) is memoryview else value)
+    given = bytearray(array.tobytes())
+    found = cexec.load_result(cexec.result_readers(()), bytes(ours.scope["dumps"](array, [])), 0, [given])
+    given[0] = 7
+    assert found[0] == 7                # it is the memory that came
+
+
 def lanes_of(cluster):
     """The processes of workers' Pythons."""
     found = []
@@ -15244,6 +15331,11 @@ time.sleep(1000)
     ("ready(); n = call(); send(b'X', n)", "BrokenProcessPool", "requires a buffer"),
     ("ready(); call(); value(b'\\0' * 8, b'N.')", "BrokenProcessPool", "a result of no call"),
     ("ready(); call(); send(b'V', b'\\0')", "BrokenProcessPool", "requires a buffer"),
+    ("ready(); n = call(); send(b'D', b'x'); send(b'A', b'y'); value(n, b'\\x80\\x05\\x97\\x98\\x97\\x86.')", "value",
+     "(b'x', bytearray(b'y'))"),
+    ("ready(); n = call(); send(b'D', b'x'); value(n, b'\\x80\\x05\\x97\\x97\\x86.')", "Failed", "cannot be read"),
+    ("ready(); n = call(); send(b'A', b'x'); value(n, b'\\x80\\x05\\x97\\x98.')", "Failed", "cannot be read"),
+    ("ready(); call(); send(b'A', b'x', 2 ** 62); os._exit(0)", "BrokenProcessPool", "ended with status 0"),
     ("ready(); n = call(); send(b'B', n)", "BrokenProcessPool", "BACK out of place"),
     ("ready(); call(); ready()", "BrokenProcessPool", "READY out of place"),
     ("ready(); call(); send(b'Z')", "BrokenProcessPool", "a frame of kind b'Z'"),
@@ -15255,7 +15347,7 @@ time.sleep(1000)
     ("send(b'I', b'main'); k, d = frame(), frame(); ready(); value(call(), b'C%c' % len(d[1]) + d[1] + b'.')", "value",
      "N."),
     ("[send(b'I', b'../../etc/passwd') for _ in range(3)]; ready(); value(call(), b'N.')", "value", "None"),
-], ids=range(17))
+], ids=range(21))
 def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
     live_in(cluster, monkeypatch)
     monkeypatch.setattr(cexec, "KILL_SECONDS", 0.5)
