@@ -13757,6 +13757,12 @@ class Strange(enum.Flag):
     @classmethod
     def _missing_(cls, value):
         CALLED.append(value)
+class Making(enum.IntFlag):
+    A, B = 1, 2
+    def __new__(cls, value):
+        made = int.__new__(cls, value)
+        made._value_ = value
+        return made
 Pair = collections.namedtuple("Pair", "x y")
 class Wrong(Exception):
     level = 0
@@ -13884,6 +13890,7 @@ def made(kind, *rest, state=None, after=b""):
     (made("enum", "Color", "RED", 1, state={"_value_": 2}), "does not write"),
     (made("enum", "Color", "GREEN", 1), "no such member"), (made("enum", "Mode", None, 64), "no such member"),
     (made("enum", "Mode", None, -64), "no such member"), (made("enum", "Strange", None, 3), "no such member"),
+    (made("enum", "Making", None, 3), "no such member"),
     (made("enum", "Plain", "x", 1), "no Enum"), (made("enum", "Color", ["x"], 1), "no such member"),
     (made("tuple", "Pair", (1,)), "no named tuple"), (made("tuple", "Pair", [1, 2]), "no named tuple"),
     (made("tuple", "Plain", ()), "no named tuple"), (made("exception", "Plain", ()), "no exception"),
@@ -14106,6 +14113,23 @@ def test_what_numpy_would_take_on_trust_is_refused(what, shape, raw):
     with_package("numpy", sys.executable)
     with pytest.raises(Exception):      # noqa: B017
         cexec.numpy_array(what, shape, "C", raw)
+
+
+@pytest.mark.parametrize("order", ["A", "K", "c", "", None, b"C", 1, ["C"]])
+def test_an_array_has_one_of_two_orders(order):
+    with_package("numpy", sys.executable)
+    assert cexec.numpy_array("|u1", (2, 3), "F", b"abcdef").tolist() == [[97, 99, 101], [98, 100, 102]]
+    with pytest.raises(ValueError, match="does not write"):
+        cexec.numpy_array("|u1", (2, 3), order, b"abcdef")
+
+
+@pytest.mark.parametrize("what", ["|O", [("a", "|O")], [("a", "<f8"), ("b", [("c", "|O")])]])
+def test_an_array_of_objects_is_refused_even_if_its_dtype_was_let_through(monkeypatch, what):
+    """Its bytes would be addresses."""
+    with_package("numpy", sys.executable)
+    monkeypatch.setattr(cexec, "check_dtype", lambda what, seen: None)
+    with pytest.raises(ValueError, match="a numpy array of "):
+        cexec.numpy_array(what, (), "C", bytes(16 if len(what) == 2 and what != "|O" else 8))
 
 
 def test_no_key_of_numpy_is_compared_with_what_it_would_make_an_array_of(ours):
