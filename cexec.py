@@ -133,7 +133,7 @@ ssl = None                          # imported by load_ssl: clients announce the
 # ---------------------------------------------------------------------------
 
 VERSION = "1.0"
-PROTOCOL = 2                        # the version in every datagram and in HELLO
+PROTOCOL = 3                        # the version in every datagram and in HELLO
 
 EXIT_USAGE = 100                    # a bad option or argument: permanent
 EXIT_BAD_KEY = 101                  # ckeygen: the private key is there and invalid
@@ -240,11 +240,11 @@ class Log:
         """Ends lines with CR LF while the terminal is raw: there LF alone does not go back to the left."""
         self.newline = "\r\n" if raw and os.isatty(self.fd) else "\n"
 
-    def once(self, message, topic=None):
-        """Says a message only the first time, or the first one of its topic."""
+    def once(self, message, topic=None, say=None):
+        """Says a message only the first time, or the first one of its topic, by say(message) if it is given."""
         if (topic or message) not in self.said:
             self.said.append(topic or message)
-            self.say(message)
+            (say or self.say)(message)
 
     def say(self, message):
         shown = self.shown
@@ -1086,7 +1086,8 @@ ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s"
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
-BUSY = Message(4, "BUSY", attempt="I", ahead="I", failures="H")     # failures: connections that did not get through
+BUSY = Message(4, "BUSY", worker_id="8s", attempt="I", ahead="I",
+               failures="H")                                        # connections that did not get through
 QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer is longer
 REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
                 slots="H", waiting="I", uptime="I", draining="B", options="B")      # load: 1/1000, uptime: s
@@ -1103,7 +1104,7 @@ AUTH = Message(2, "AUTH", proof="32s")
 JOB = Message(3, "JOB", descriptors="rows:HHB", variables="I", arguments="I", patterns="I", linger="I",   # ms
               term="text", lines="H", columns="H", modes="texts")   # of the client's terminal, with -t
 ACCEPT = Message(4, "ACCEPT")
-REFUSE = Message(5, "REFUSE", reason="text")
+REFUSE = Message(5, "REFUSE", status="B", reason="text")             # status: 127 or 126 of the command; else 0
 GO = Message(6, "GO")
 DATA = Message(7, "DATA")                                           # the payload is the bytes
 EOF = Message(8, "EOF")
@@ -1119,7 +1120,9 @@ WORDS = Message(17, "WORDS", bytes="rest")                          # before JOB
 FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT,
                  RESIZE, WORDS)
 
-HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED = 1, 2, 3                # EXIT's how
+HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED, HOW_HOST_FAILED = 1, 2, 3, 4   # EXIT's how; 4: not started, for a reason
+                                                                    # that lies in the worker's host
+NOT_STARTED = HOW_NOT_STARTED, HOW_HOST_FAILED
 NO_LINGER = 0xffffffff                                              # JOB's linger: wait for ever
 NO_BATCH = bytes(8)                                                 # ANNOUNCE's batch: a job of its own
 ANY_WORKER = bytes(8)                                               # ANNOUNCE's only: else a worker's id
@@ -4562,6 +4565,9 @@ def check_current_directory(patterns=()):
 ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 
 
+NO_ERRNO = 255                      # a Helper's exit code for an error without a number
+
+
 class Helper:
     """A child process that does some work with files.  When it has ended, over(None or an error's text) is called.
 
@@ -4571,6 +4577,7 @@ class Helper:
 
     def __init__(self, loop, work, kept, over, handling=signal.SIG_IGN):
         self.loop, self.over, self.said = loop, over, b""
+        self.error = 0              # the number of the OSError that has ended it; 0 also if it was killed
         self.reader, writer = lifted_pair(*os.pipe(), loop.floor)
         try:
             self.pid = forked(lambda: self.run(work, writer, handling), [writer, *kept])
@@ -4584,7 +4591,7 @@ class Helper:
 
     @staticmethod
     def run(work, writer, handling):
-        """In the child: does the work, or writes the error's text.  Returns the exit code."""
+        """In the child: does the work, or writes the error's text.  Returns the exit code: 0, or the error's number."""
         try:
             for number in (*ENDING_SIGNALS, signal.SIGTSTP):
                 signal.signal(number, handling)
@@ -4596,11 +4603,11 @@ class Helper:
         except BrokenPipeError:
             return 0
         except (OSError, Fatal, ProtocolError) as error:
-            text = error_text(error)
+            text, code = error_text(error), getattr(error, "errno", None)
         except BaseException as error:
-            text = "%s: %s" % (type(error).__name__, error)
+            text, code = "%s: %s" % (type(error).__name__, error), None
         os.write(writer, cut(text, 400).encode())
-        return 1
+        return code or NO_ERRNO
 
     def read(self):
         try:
@@ -4616,6 +4623,7 @@ class Helper:
         self.loop.forget(self.reader)
         os.close(self.reader)
         code = os.waitpid(self.pid, 0)[1]
+        self.error = os.WEXITSTATUS(code)
         return (self.said.decode() or "it was killed") if code else None
 
     def kill(self):
@@ -5473,6 +5481,10 @@ class Terms:
             return "cannot do the calls"
         return None
 
+    def has_own_command(self):
+        """Whether the client's word for the command is not the same in all jobs."""
+        return False
+
     def tell_waiting(self, text):
         """Tells an Executor, which has started us, what is waited for."""
 
@@ -5636,7 +5648,7 @@ class Candidate(Stateful):
             return self.link.fail("not allowed")
         unfit = self.search.terms.unfit(hello)
         if unfit:
-            self.search.found_unfit("worker %s %s" % (hello.address, unfit))
+            self.search.cannot(hello, unfit, EXIT_USAGE)
             return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
@@ -5668,7 +5680,9 @@ class Candidate(Stateful):
         self.search.won(self)
 
     def rcvd_refuse(self, payload):
-        self.search.refused(self, payload.reason)
+        if payload.status not in (0, EXIT_CANNOT_RUN, EXIT_NOT_FOUND):
+            raise ProtocolError("an impossible REFUSE: status %d" % payload.status)
+        self.search.refused(self, payload.status, cut(payload.reason, 400))
         self.link.fail("refused: " + payload.reason)
 
     def link_writable(self, link):
@@ -5683,11 +5697,17 @@ class Candidate(Stateful):
 
 
 class Avoided:
-    """Workers that are not asked: for ever, or for a time that doubles each time that the worker refuses."""
+    """Workers that are not asked: for ever, or for a time that doubles each time that the worker refuses.
+
+    refusals has what they have said: the exit code is 127 or 126 if the command is not there or cannot be run,
+    100 if the worker takes no such jobs, and 111 if it may take the job later.
+    """
 
     def __init__(self, seconds=1.0):
         self.first = seconds
         self.until, self.seconds = {}, {}           # worker_id: until when (monotonic); the last length of time
+        self.refusals = {}          # worker_id: (its address, why, the exit code)
+        self.has_worked = False     # whether a command has run anywhere: then a refusal is no reason to give up
 
     def __contains__(self, worker_id):
         return time.monotonic() < self.until.get(worker_id, 0.0)
@@ -5706,8 +5726,59 @@ class Avoided:
         """Returns those that are not asked now."""
         return [worker_id for worker_id in self.until if worker_id in self]
 
+    def refused(self, hello, why, code):
+        self.refusals[hello.worker_id] = hello.address, why, code
+
+    def refusal(self, only, codes):
+        """Returns (what workers, or only this one, have said with such codes, the first code); ("", 0) if none."""
+        found = {}
+        for worker_id, (address, why, code) in self.refusals.items():
+            if only in (ANY_WORKER, worker_id) and code in codes:
+                found.setdefault(why, []).append(address)
+        texts = ["worker %s %s%s" % (first, why, "; the same on " + ", ".join(others) if others else "")
+                 for why, (first, *others) in found.items()]
+        said = {code for worker_id, (_, _, code) in self.refusals.items() if only in (ANY_WORKER, worker_id)}
+        return "; ".join(texts), next((code for code in codes if code in said), 0)
+
+    def unable(self):
+        """Returns the ids of workers that cannot do the job."""
+        return [worker_id for worker_id, (_, _, code) in self.refusals.items() if code in CANNOT]
+
+    def name_refusals(self):
+        """Tells the user once which workers cannot do the job, when another one does it."""
+        for address, why, code in self.refusals.values():
+            if code in CANNOT:
+                log.once("worker %s %s" % (address, why), say=log.tell_user)
+
+    def worked(self, worker_id):
+        """A command has run there."""
+        self.has_worked = True
+        self.forgive(worker_id)
+
     def forgive(self, worker_id):
         self.seconds.pop(worker_id, None)
+        self.refusals.pop(worker_id, None)
+
+    def forgive_refusals(self):
+        """The next job is another one."""
+        for worker_id in self.refusals:
+            self.until.pop(worker_id, None)
+            self.seconds.pop(worker_id, None)
+        self.refusals = {}
+
+
+# The exit codes for workers that cannot do a job.  As with exec, "cannot be run" counts more than "is not there".
+CANNOT = EXIT_CANNOT_RUN, EXIT_NOT_FOUND, EXIT_USAGE
+
+
+def not_found_hint(reason, options):
+    """Returns what the user may have meant, if the command that is not there is the client's word; else ""."""
+    name = reason.rpartition(": ")[0]
+    if not options & HELLO_NO_COMMAND:
+        return ""
+    if name.startswith("-"):
+        return " (options come before the public key)"
+    return " (no shell reads this: write the arguments as words of their own, or use sh -c)" if " " in name else ""
 
 
 def ports_here(port):
@@ -5756,9 +5827,9 @@ class Search:
         self.ahead = None           # how many clients are before us in the line, from the last BUSY
         self.stranger = None        # the address of a worker with another protocol version, and this version
         self.shown = self.told = ""             # our text on the terminal; the same for an Executor
-        self.refusal = None         # the address of the last worker that refused the job, and its reason
-        self.unfit = self.unfit_timer = None        # why a worker cannot do the job (others may); for insist()
-        self.last_busy = 0.0        # when the last BUSY came: its sender may be able to do the job
+        self.unfit_timer = None     # for insist()
+        self.own_job = None         # a job that was refused, and whose command is not that of the patron's other jobs
+        self.busy = {}              # a worker_id: when its last BUSY came; it may be able to do the job
         self.excluded = set()       # addresses of workers that answered, and that we do not accept
         self.losers = set()         # the same of those that have lost this job before
         self.arrived = self.blocked = False         # a connection came; a worker says that its connections fail
@@ -5769,6 +5840,8 @@ class Search:
         ssl takes long to import, so this comes after the announcement: workers connect at the same time.
         """
         self.announce()
+        if self.unfit()[0]:
+            self.await_others()
         self.context = client_context()
         self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
@@ -5784,7 +5857,9 @@ class Search:
         if accept and self.ahead is not None:           # BUSY comes only every BUSY_SECONDS: wait longer than that
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.last_answer > accept or wait and now - self.began > wait:
-            message, code = (self.unfit, EXIT_USAGE) if self.unfit else (self.complaint(now), EXIT_TEMPORARY)
+            message, code = self.unfit()
+            if not message or self.is_patient():
+                message, code = self.complaint(now), EXIT_TEMPORARY
             return self.patron.not_found(self, message, code)
         self.attempt += 1
         self.tell()
@@ -5818,8 +5893,9 @@ class Search:
             return "no worker's connection could be taken in %d s: %s" % (now - self.began, self.back.lack)
         if self.blocked:
             return "no worker reached us in %d s: %s" % (now - self.began, tcp_blocked(self.back.port))
-        if self.refusal:
-            return "no worker took the job in %d s: %s" % (now - self.began, self.refusal)
+        refusal, _ = self.avoid.refusal(self.only, (*CANNOT, EXIT_TEMPORARY))
+        if refusal:
+            return "no worker took the job in %d s: %s" % (now - self.began, refusal)
         if self.ahead is not None:
             return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
         silence = now - self.last_answer
@@ -5866,9 +5942,14 @@ class Search:
         if datagram.body.failures:
             return self.not_reached(address)
         self.worker_answered()
-        self.last_busy, self.ahead = time.monotonic(), datagram.body.ahead
+        self.busy[datagram.body.worker_id], self.ahead = time.monotonic(), datagram.body.ahead
         log.note("every slot of a worker is busy, %d ahead of us", self.ahead)
         self.tell()
+
+    def is_in_line(self, but=()):
+        """Whether a worker has us in its line that is none of these."""
+        since = time.monotonic() - BUSY_SECONDS - 2
+        return any(when >= since for worker_id, when in self.busy.items() if worker_id not in but)
 
     def may_ask(self, worker_id):
         return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
@@ -5900,21 +5981,35 @@ class Search:
 
     # Offers
 
-    def found_unfit(self, why):
-        """This worker can never do the job.  Others may: they have a second more to offer."""
-        if not self.unfit:
-            self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
-        self.unfit = why
+    def unfit(self):
+        """Returns (what the workers have said that cannot do the job, the exit code); ("", 0) if none has."""
+        return self.avoid.refusal(self.only, CANNOT)
+
+    def cannot(self, hello, why, code):
+        """This worker cannot do the job.  Others may: they have a second more to offer."""
+        self.avoid.refused(hello, why, code)
+        self.await_others()
+
+    def await_others(self):
+        if not self.unfit_timer:
+            seconds = OBJECTION_SECONDS if self.only == ANY_WORKER else 0
+            self.unfit_timer = self.loop.after(seconds, self.insist)
+
+    def is_patient(self):
+        """Whether a worker that has done such jobs may come back, although others cannot do them."""
+        return self.avoid.has_worked and not self.own_job
 
     def insist(self):
-        """Gives up, unless we have asked a worker, or one has us in its line.
+        """Gives up, unless we have asked a worker, or one has us in its line, or has done such a job.
 
         Only the offer of a busy worker will tell whether it can do the job.
         """
-        if not self.asked and time.monotonic() - self.last_busy > BUSY_SECONDS + 2:
-            return self.patron.not_found(self, self.unfit, EXIT_USAGE)
-        if not self.asked:
-            self.say_once(self.unfit + "; waits for a worker that is busy")
+        (message, code), patient = self.unfit(), self.is_patient()
+        busy = self.asked or self.is_in_line(self.avoid.unable())
+        if message and (self.only != ANY_WORKER or not busy and not patient):
+            return self.patron.not_found(self, message, code)
+        if message and not self.asked and not patient and not self.own_job:
+            self.say_once(message + "; waits for a worker that is busy")
         self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
     def accept(self, sock, address):
@@ -5961,11 +6056,17 @@ class Search:
         job, self.asked, self.job = self.job, None, None
         return job
 
-    def refused(self, candidate, reason):
-        """This worker cannot take the job now: it is not asked for some seconds."""
-        self.avoid.for_now(candidate.hello.worker_id)
-        self.refusal = "%s refused it: %s" % (candidate.address, cut(reason, 400))
+    def refused(self, candidate, status, reason):
+        """This worker has not the command, or cannot take the job now: it is not asked for some seconds."""
+        hello = candidate.hello
+        self.avoid.for_now(hello.worker_id)
         self.worker_answered()
+        if not status:
+            return self.avoid.refused(hello, "refused it: " + reason, EXIT_TEMPORARY)
+        if hello.options & HELLO_NO_COMMAND and self.job.has_own_command():
+            self.own_job = self.job
+        hint = not_found_hint(reason, hello.options) if status == EXIT_NOT_FOUND else ""
+        self.cannot(hello, "cannot run its command: " + reason + hint, status)
 
     def dropped(self, candidate, reason, violation):
         """An offer's connection has ended before GO."""
@@ -5998,7 +6099,7 @@ class Search:
         # the winner and its job leave the search first.  CLAIM, which end() sends, comes after GO: it ends the
         # other workers' offers, and if GO had not been sent, nobody would do the job.
         self.candidates.remove(candidate)
-        self.avoid.forgive(candidate.hello.worker_id)
+        self.avoid.name_refusals()
         job = self.take_job()
         self.end()
         self.patron.begin(self, candidate, job)
@@ -6221,17 +6322,18 @@ class Outcome:
 
     exit_code: 0 is a success; signal: the number of the one that has killed the command, or 0;
     reason: what the exit code does not say, for people; word: for CEXEC_FD_FOR_ERRORS;
-    hint: what the user may have meant.
+    lead and hint are for people too: who says the reason, and what the user may have meant.
     """
 
-    def __init__(self, exit_code, word, reason="", signal=0, hint=""):
-        self.exit_code, self.word, self.reason, self.signal, self.hint = exit_code, word, reason, signal, hint
+    def __init__(self, exit_code, word, reason="", signal=0, lead="", hint=""):
+        self.exit_code, self.word, self.reason, self.signal = exit_code, word, reason, signal
+        self.lead, self.hint = lead, hint
 
     def text(self):
         """Returns why it is no success, in a few words, and perhaps what to do."""
         if self.signal:
             return "killed by signal %d" % self.signal
-        return (self.reason or "exit status %d" % self.exit_code) + self.hint
+        return self.lead + (self.reason or "exit status %d" % self.exit_code) + self.hint
 
     def alert(self):
         """Returns ALERT's event, status and reason."""
@@ -6284,7 +6386,7 @@ class RemoteRun(Carrier):
         elif how == HOW_SIGNALLED:
             possible = 0 < status < EXIT_SIGNAL and not reason
         else:
-            possible = (how == HOW_NOT_STARTED and not result.more
+            possible = (how in NOT_STARTED and not result.more
                         and status in (EXIT_TEMPORARY, EXIT_CANNOT_RUN, EXIT_NOT_FOUND))
         if not possible or result.more > 1:
             raise ProtocolError("an impossible EXIT: how %d, status %d, more %d" % (how, status, result.more))
@@ -6299,17 +6401,14 @@ class RemoteRun(Carrier):
             how, status = HOW_SIGNALLED, int(signal.SIGPIPE)        # as if it had written to the pipe here
         if how == HOW_SIGNALLED:
             return Outcome(EXIT_SIGNAL + status, "signalled=%d" % status, signal=status)
-        word = "notstarted=%d" if how == HOW_NOT_STARTED else "exited=%d"
-        return Outcome(status, word % status, self.exit.reason, hint=self.hint())
+        if how in NOT_STARTED:
+            lead = "worker %s cannot run its command: " % self.address
+            return Outcome(status, "notstarted=%d" % status, self.exit.reason, lead=lead, hint=self.hint())
+        return Outcome(status, "exited=%d" % status, self.exit.reason, hint=self.hint())
 
     def hint(self):
-        """Returns what the user may have meant, if the command that the client has named is not there."""
-        name = self.exit.reason.rpartition(": ")[0]
-        if self.exit.status != EXIT_NOT_FOUND or not self.hello.options & HELLO_NO_COMMAND:
-            return ""
-        if name.startswith("-"):
-            return " (options come before the public key)"
-        return " (no shell reads this: write the arguments as words of their own, or use sh -c)" if " " in name else ""
+        """Returns what the user may have meant, if the command is not there."""
+        return not_found_hint(self.exit.reason, self.hello.options) if self.exit.status == EXIT_NOT_FOUND else ""
 
     def send_no_more(self):
         """Sends no more input and no more PING: the command has ended."""
@@ -6476,8 +6575,8 @@ class Run(RemoteRun):
         """The job is over: tells the user and crat how it ended."""
         if self.trouble:
             log.say(self.trouble)
-        elif self.exit.how == HOW_NOT_STARTED:
-            log.say("worker %s cannot run its command: %s" % (self.address, outcome.text()))
+        elif self.exit.how in NOT_STARTED:
+            log.say(outcome.text())
         self.patron.alert(self, *outcome.alert())
         self.finish(outcome)
 
@@ -6615,6 +6714,7 @@ class Patron:
     def lost(self, run, reason):
         """The connection broke after GO: runs the job again, or fails, as objection() says."""
         objection = self.objection(run)
+        self.avoid.worked(run.hello.worker_id)
         if objection is None:
             log.tell_user("worker %s lost: %s; runs the job again" % (run.address, reason))
             self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
@@ -6966,7 +7066,6 @@ PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
-NOT_THERE_MAX = 10                  # a batch stops if its first so many files all fail with 126 or 127
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
@@ -7195,6 +7294,9 @@ class Task:
         return dict(self.terms.job_fields(), descriptors=self.ROWS + self.terms.file_rows(), environment=environment,
                     arguments=arguments, patterns=list(map(os.fsencode, self.results)))
 
+    def has_own_command(self):
+        return has_places(os.fsdecode(self.terms.arguments[0]))
+
     def objection(self, run):
         """Why it is not done again after this run.  None: it always can, because no output was shown."""
         return None
@@ -7269,6 +7371,13 @@ class Task:
     def fill_words(self):
         """Its (variables, arguments).  Raises OSError, ValueError."""
         return self.terms.words_for(self.inputs)
+
+    def hint(self):
+        """Returns that an argument names an input which is a file here, if the command may have looked for it there."""
+        for name in self.inputs if self.words and not self.terms.inputs else ():
+            if os.fsencode(name) in self.words[1] and os.path.isfile(name):
+                return " (%s is here: -i {} takes it there, if the workers have directories for jobs)" % name
+        return ""
 
     def open_input(self):
         """Opens the file that it reads; with -n it reads nothing.  Raises OSError."""
@@ -7454,14 +7563,7 @@ class FileRun(RemoteRun):
         self.stream_ended()
 
     def hint(self):
-        """Returns that an argument names an input which is a file here, if the command may have looked for it there."""
-        task = self.job
-        if self.exit.status and not task.terms.inputs:
-            for name in task.inputs:
-                if os.fsencode(name) in task.words[1] and os.path.isfile(name):
-                    return "%s (%s is here: -i {} takes it there, if the workers have directories for jobs)" % (
-                        super().hint(), name)
-        return super().hint()
+        return super().hint() + (self.job.hint() if self.exit.status else "")
 
     def detach(self):
         self.tick.cancel()
@@ -7560,25 +7662,6 @@ class Printer:
         self.batch.fill()
 
 
-class Halt:
-    """Decides when a batch stops early: after so many failures (--halt), or if its command is not there."""
-
-    def __init__(self, limit):
-        self.limit = limit          # failures; without --halt None: only a missing command stops the batch
-        self.over = self.failures = self.not_there = 0
-
-    def reason(self, exit_code):
-        """Counts a file that is over.  Returns why the batch stops now, or None."""
-        self.over += 1
-        self.failures += exit_code != 0
-        self.not_there += exit_code in (EXIT_CANNOT_RUN, EXIT_NOT_FOUND)
-        if self.limit:
-            return "stopped after %d failures (--halt)" % self.limit if self.failures == self.limit else None
-        if self.not_there == self.over == NOT_THERE_MAX:
-            return "stopped: the first %d failed with 126 or 127, the command is not there (--halt N)" % self.over
-        return None
-
-
 class Batch(Patron):
     """cexec -m: does as many files at a time as the workers take, each on the least loaded worker.
 
@@ -7596,7 +7679,7 @@ class Batch(Patron):
         self.searches, self.runs = [], []
         self.began, self.failures, self.done = time.monotonic(), 0, 0
         self.done_before = len(tasks) - len(self.queue)         # files that earlier batches have done
-        self.halt, self.halted = halt, None         # a Halt; its reason, if no more files are begun
+        self.halt, self.halted = halt, False        # the number of --halt or None; whether no more files are begun
         self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
@@ -7620,7 +7703,7 @@ class Batch(Patron):
             log.say("%d done, %d failed, after %s"
                     % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
         if self.halted:
-            log.say("%s; %s" % (self.halted, self.summary()))
+            log.say("stopped after %d failures (--halt); %s" % (self.halt, self.summary()))
         return self.exit_code()
 
     def exit_code(self):
@@ -7673,9 +7756,16 @@ class Batch(Patron):
             search.end()
 
     def not_found(self, search, message, code):
-        """A search has given up.  The batch goes on if there is another search or a run."""
+        """A search has given up.  The batch goes on if there is another search or a run, or another command."""
         self.end_search(search)
-        if not self.runs and not self.searches:
+        task = search.own_job
+        if task in self.queue:
+            self.queue.remove(task)
+            self.avoid.forgive_refusals()
+            self.over(task, Outcome(code, "notstarted=%d" % code, message, hint=task.hint()))
+        if task:
+            self.fill()
+        elif not self.runs and not self.searches:
             raise Fatal(code, "%s; %s" % (message, self.summary()))
 
     def next_job(self, search):
@@ -7723,12 +7813,25 @@ class Batch(Patron):
         """EXIT: the file is done, or has failed; its worker may take the next file."""
         self.runs.remove(run)
         outcome = run.outcome()
+        if run.exit.how == HOW_HOST_FAILED and not run.trouble:
+            return self.host_failed(run, outcome)
+        self.avoid.worked(run.hello.worker_id)
         if outcome.exit_code:
             self.end(run, outcome)
             self.go_on(run)         # last: this failure may stop the batch
         else:
             self.go_on(run)         # first: the worker computes while commit() waits for the disk
             self.end(run, self.commit(run.job, outcome))
+        self.fill()
+
+    def host_failed(self, run, outcome):
+        """Nothing has run, for a reason that lies in the worker's host: others do the job, and it is left alone."""
+        log.once(outcome.text(), say=log.tell_user)
+        self.alert(run, *outcome.alert())
+        self.avoid.refused(run.hello, "cannot run its command: " + outcome.reason, outcome.exit_code)
+        self.avoid.for_now(run.hello.worker_id)
+        run.link.close()
+        self.put_back(run.job)
         self.fill()
 
     def end(self, run, outcome):
@@ -7786,12 +7889,13 @@ class Batch(Patron):
             task.close("input", "errors")
         if self.printer:
             self.printer.refresh()
-        self.stop_early(self.halt.reason(outcome.exit_code))
+        if outcome.exit_code and self.failures == self.halt:
+            self.stop_early()
 
-    def stop_early(self, reason):
-        """If there is a reason, begins no more files; those that run go on to their end."""
-        if reason and self.queue and not self.halted:
-            self.halted = reason
+    def stop_early(self):
+        """Begins no more files; those that run go on to their end."""
+        if self.queue:
+            self.halted = True
             for search in list(self.searches):
                 self.end_search(search)
 
@@ -7909,7 +8013,7 @@ def main_batch(pub, group, words, options):
             len(tasks), terms.unit()) if tasks else "no input is named"))
         return 0
     jobs = min(options.jobs or MEMORY, jobs_at_once(9 if options.inputs or options.results else 4))
-    return Batch(pub, group, terms, tasks, jobs, joblog, options.force, Halt(options.halt)).work()
+    return Batch(pub, group, terms, tasks, jobs, joblog, options.force, options.halt).work()
 
 
 def make_errors_directory(path):
@@ -7965,6 +8069,9 @@ class Block(Task):
         self.size = self.whole = 0                  # bytes; bytes in whole lines, both without the header
         self.begin = len(header)
         write_all(self.data.write, header)
+
+    def has_own_command(self):
+        return False
 
     def fill_words(self):
         return self.terms.environment, self.terms.arguments
@@ -8110,7 +8217,7 @@ class BlockBatch(Batch):
     """cexec -b.  The output ends before the first block that fails: only the blocks before it are still done."""
 
     def __init__(self, pub, group, terms, size, header_lines, jobs, joblog):
-        super().__init__(pub, group, terms, [], jobs, joblog, False, Halt(float("inf")))
+        super().__init__(pub, group, terms, [], jobs, joblog, False, None)
         self.most = 0               # the largest number of blocks that workers had at a time
         self.broken = None          # the first Block that has failed
         self.splitter = Splitter(self.loop, terms, size, header_lines, self.may_read, self.add)
@@ -8342,7 +8449,7 @@ class Everywhere(Batch):
     RUN = HostRun
 
     def __init__(self, pub, group, terms, workers, source, most):
-        super().__init__(pub, group, terms, [], most, None, False, Halt(float("inf")))
+        super().__init__(pub, group, terms, [], most, None, False, None)
         out = LineWriter(self.loop, 1)
         self.writers = out, out if os.path.samestat(os.fstat(1), os.fstat(2)) else LineWriter(self.loop, 2)
         labels = labels_of(workers)
@@ -8389,6 +8496,11 @@ class Everywhere(Batch):
     def not_found(self, search, message, code):
         self.end_search(search)
         self.over(self.dequeue(search), failure(message, code))
+        self.fill()
+
+    def host_failed(self, run, outcome):
+        self.end(run, outcome)      # this is its host's result
+        run.link.close()
         self.fill()
 
     def failed(self, run, reason, objection):
@@ -8583,7 +8695,8 @@ def main_single(path, words, options):
 #
 #     cservice (Supervisors, SupervisorHandle)     supervisor (Supervisor, Command)
 #       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
-#       |  <---------------- refused REASON, back   |  or cannot make them: sends REFUSE
+#       |  <--------------- missing COMMAND, back   |  or the command is not there: sends REFUSE
+#       |  <---------------- refused REASON, back   |  or it cannot make them: sends REFUSE
 #       |  <--------------------------------- back  |  the client left before GO: it may ask again
 #       |  <---------------------- directory NAME   |  with -d: a directory is made for the job
 #       |  <---------------- group PID|session PID  |  GO came: the command has started
@@ -8724,6 +8837,7 @@ class JobDirectory:
 
     def __init__(self, loop, place, say):
         self.loop, self.user, self.helper = loop, place.user, None
+        self.how = None             # EXIT's, if the last Helper has failed
         self.name = DIRECTORY_NAME + os.urandom(8).hex()
         self.path = os.path.join(place.path, self.name)
         say("directory " + self.name)
@@ -8762,6 +8876,7 @@ class JobDirectory:
             work()
 
         def ended(trouble):
+            self.how = HOW_HOST_FAILED if self.helper.error in (0, *HOSTS_ERRORS) else HOW_NOT_STARTED
             self.helper = None
             over(trouble)
         try:
@@ -8782,11 +8897,36 @@ class JobDirectory:
 
 
 SHORT_OF = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE       # processes, memory or descriptors, for now
+HOSTS_ERRORS = SHORT_OF + (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+                                    # with these another host may do the job; the client's job has other ones
 
 
 def command_places(name):
     """The paths at which exec looks for a command."""
     return [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
+
+
+def missing_command(name, settings):
+    """Returns the OSError that exec would raise because no command of this name can be run here; None if one may be.
+
+    Only exec can tell what the user of -u may run.  A relative name may come into the job's directory with -i.
+    """
+    errors = []
+    for place in command_places(name):
+        if settings.place and not os.path.isabs(place):
+            return None
+        try:
+            mode = os.stat(place).st_mode
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            errors.append(error.errno)
+        else:
+            if settings.user or stat.S_ISREG(mode) and os.access(place, os.X_OK):
+                return None
+            errors.append(errno.EACCES)
+    number = errno.EACCES if errno.EACCES in errors else errors[-1]
+    return OSError(number, os.strerror(number))
 
 
 def start_error(error, name):
@@ -8949,7 +9089,7 @@ class Command(Carrier, Stateful):
         try:
             self.directory.fill(self.far.pop(FILES_IN, None), places, self.filled)
         except OSError as error:
-            self.fail_to_start(start_status(error), "the job's directory: " + error.strerror)
+            self.fail_to_start(start_status(error), "the job's directory: " + error.strerror, HOW_HOST_FAILED)
 
     def filled(self, trouble):
         if self.state is ABANDONED:
@@ -8958,7 +9098,7 @@ class Command(Carrier, Stateful):
             self._set(LINGERING)
             self.end_sources()
         elif trouble:
-            self.fail_to_start(EXIT_CANNOT_RUN, "the job's directory: " + trouble, ours=False)
+            self.fail_to_start(EXIT_CANNOT_RUN, "the job's directory: " + trouble, self.directory.how)
         else:
             self.begin()
 
@@ -8966,11 +9106,12 @@ class Command(Carrier, Stateful):
         try:
             self.spawn()
         except Fatal as error:
-            self.fail_to_start(error.code, str(error))
+            self.fail_to_start(error.code, str(error), HOW_HOST_FAILED)
         except OSError as caught:
-            error = start_error(caught, os.fsdecode(self.words()[0]))
+            error = start_error(caught, self.name())
+            theirs = error.errno not in HOSTS_ERRORS or error.errno == errno.EACCES and self.is_brought()
             self.fail_to_start(start_status(error), os.strerror(error.errno),
-                               ours=error.errno != errno.E2BIG and not self.settings.options & HELLO_NO_COMMAND)
+                               HOW_NOT_STARTED if theirs else HOW_HOST_FAILED)
         else:
             self._set(RUNNING)
             self.group = self.process.pid
@@ -9068,13 +9209,25 @@ class Command(Carrier, Stateful):
                       SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
         return values
 
-    def fail_to_start(self, status, reason, ours=True):
-        """The command cannot be started.  ours: the reason lies in this host, and not in the client's job."""
+    def name(self):
+        return os.fsdecode(self.words()[0])
+
+    def is_brought(self):
+        """Whether the command may have come with the client's files."""
+        return self.directory is not None and not all(map(os.path.isabs, command_places(self.name())))
+
+    def missing(self):
+        """Returns (126 or 127, why) if the command is not there, or cannot be run; else None."""
+        error = missing_command(self.name(), self.settings)
+        return error and (start_status(error), "%s: %s" % (cut(self.name(), 400), error.strerror))
+
+    def fail_to_start(self, status, reason, how):
+        """The command cannot be started.  how is EXIT's: it says whether the reason lies in this host."""
         self._set(LINGERING)
-        if ours:
+        if how == HOW_HOST_FAILED:
             self.supervisor.command_failed()
         # The result comes before end_sources(): that ends the last stream, and so sends EXIT with it.
-        self.result = HOW_NOT_STARTED, status, "%s: %s" % (cut(os.fsdecode(self.words()[0]), 400), reason)
+        self.result = how, status, "%s: %s" % (cut(self.name(), 400), reason)
         log.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
         self.end_sources()
 
@@ -9297,19 +9450,25 @@ class Supervisor(Stateful):
                 signal.signal(number, lambda number, frame: None)
         loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        missing = self.command.missing()
+        if missing:
+            return self.refuse("missing", *missing)
         try:
             self.command.make_ends()
         except OSError as error:
-            reason = "cannot make pipes, a terminal or a directory: %s" % error.strerror
             self.command.leave_directory()
-            self.link.send(REFUSE, reason=reason)
-            self.say("refused %s\nback" % reason)
-            return 1
+            return self.refuse("refused", 0, "cannot make pipes, a terminal or a directory: %s" % error.strerror)
         self.accept()
         loop.after(CHECK_SECONDS, self.check_client)
         loop.run()
         self.remove_left()
         return 0
+
+    def refuse(self, word, status, reason):
+        """Sends REFUSE, and the word to cservice.  Returns this process's exit code."""
+        self.link.send(REFUSE, status=status, reason=reason)
+        self.say("%s %s\nback" % (word, printable(reason)))
+        return 1
 
     def accept(self):
         """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
@@ -9393,6 +9552,9 @@ class Supervisor(Stateful):
         if any(number >= self.loop.floor and not flags & FLAG_FILES for number, _, flags in job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         self.command = Command(self, job)
+        missing = self.command.missing()
+        if missing:                 # GO is on the way: so it is too late for REFUSE
+            return self.link.fail(missing[1])
         try:
             self.command.make_ends()
         except OSError as error:
@@ -9548,7 +9710,7 @@ def become_supervisor(settings, client, link, job, service):
         if not isinstance(error, (OSError, Fatal)) or supervisor:
             log.say("supervisor: %s: %s" % (type(error).__name__, error))
         if supervisor is None or supervisor.deadline is None:       # after ACCEPT the client has sent GO
-            link.send(REFUSE, reason=str(error) or type(error).__name__)
+            link.send(REFUSE, status=0, reason=str(error) or type(error).__name__)
         if supervisor is None:
             os.write(service, b"refused %s\nback\n" % str(error).encode())
         elif not supervisor.started:
@@ -9560,8 +9722,8 @@ class SupervisorHandle:
     """A supervisor process, at cservice.
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
-    job_started(), job_failed(), job_refused(reason), job_returned(client), job_over(handle),
-    may_go_on(client) and slots_changed().  remover is the Removals.
+    job_started(), job_failed(), command_missing(reason), job_refused(reason), job_returned(client),
+    job_over(handle), may_go_on(client) and slots_changed().  remover is the Removals.
     """
 
     def __init__(self, loop, patron, remover, client, pid, pipe, slot):
@@ -9618,6 +9780,9 @@ class SupervisorHandle:
 
     def rcvd_failed(self, value):
         self.patron.job_failed()
+
+    def rcvd_missing(self, value):
+        self.patron.command_missing(value)
 
     def rcvd_refused(self, value):
         self.patron.job_refused(value)
@@ -10440,8 +10605,8 @@ class Worker:
         now = time.monotonic()
         if client.is_busy_due(now):
             client.told(now)
-            self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=self.clients.line.ahead(client),
-                        failures=0)
+            self.answer(BUSY, client, client.address, worker_id=self.id, attempt=client.attempt,
+                        ahead=self.clients.line.ahead(client), failures=0)
 
     def delay_offer(self, client, delay):
         self.clients.move(client, DELAYED, timer=self.loop.after(delay, lambda: self.offer(client, delay)))
@@ -10484,7 +10649,7 @@ class Worker:
         client = offer.client
         client.failed(time.monotonic())
         self.clients.move(client, BACKING_OFF)
-        self.answer(BUSY, client, client.address, attempt=client.attempt, ahead=0,
+        self.answer(BUSY, client, client.address, worker_id=self.id, attempt=client.attempt, ahead=0,
                     failures=min(client.failures, 0xffff))
 
     def serve_line(self):
@@ -10516,7 +10681,7 @@ class Worker:
             self.supervisors.fork(self.settings, offer.client, offer.link, job)
         except OSError as error:
             self.job_refused("cannot fork: %s" % error.strerror)
-            offer.link.send(REFUSE, reason=self.trouble)
+            offer.link.send(REFUSE, status=0, reason=self.trouble)
             return offer.end(error.strerror)
         # From here on the slot is counted for the supervisor: so the offer must leave Clients.offers first.
         # Then our copy of the connection is closed.  We send nothing: the supervisor talks to the client.
@@ -10530,6 +10695,10 @@ class Worker:
     def job_failed(self):
         """A command cannot be started here: the penalty lets other workers be first."""
         self.pace.failed()
+
+    def command_missing(self, reason):
+        """A client was refused.  This gets no penalty: perhaps the client's word is wrong, or others lack it too."""
+        log.once("refuses jobs: " + reason)
 
     def job_refused(self, reason):
         """This host cannot take a job now; this is said once, until a job is started again."""
@@ -10746,10 +10915,10 @@ def warn_of_command(settings):
     files = list(filter(os.path.isfile, command_places(name)))
     if not files:
         where = "" if name.startswith("/") else " in " + os.getcwd() if "/" in name else " in PATH"
-        log.say("warning: %s: no such command%s: until there is one, clients get exit status 127%s"
+        log.say("warning: %s: no such command%s: until there is one, jobs are refused%s"
                 % (name, where, " (give its arguments as words of their own)" if " " in name else ""))
     elif not any(os.access(file, os.X_OK) for file in files):
-        log.say("warning: %s: not executable: until it is (chmod +x), clients get exit status 126" % files[0])
+        log.say("warning: %s: not executable: until it is (chmod +x), jobs are refused" % files[0])
 
 
 def slim_down(words):
@@ -15198,7 +15367,7 @@ class Pool:
 
     # A worker may be unable to do the calls: its Python does not start, or cannot load the program.  Lanes that begin
     # later do not take its offers.  Their client waits for others as for one that takes the job's arguments
-    # (Search.found_unfit): while a busy one has it in line, without limit, else for a second.  So the calls
+    # (Search.cannot): while a busy one has it in line, without limit, else for a second.  So the calls
     # fail when every worker that answers was tried.  Each is tried once; FAULTS_MAX is for ids that change.
 
     def found_useless(self, lane, error):

@@ -2355,10 +2355,11 @@ def test_codes_and_names_are_unique():
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
     (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8), only=b"worker 1"),
      "00000002" + "00000003" + "00000004" + "00" * 8 + "776f726b65722031"),
-    (lambda: cexec.BUSY.pack(attempt=2, ahead=3, failures=4), "00000002" + "00000003" + "0004"),
+    (lambda: cexec.BUSY.pack(worker_id=b"abcdefgh", attempt=2, ahead=3, failures=4),
+     "6162636465666768" + "00000002" + "00000003" + "0004"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
-     "43455843" + "02" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
+     "43455843" + "03" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
      + NONCE.hex() + TOKEN.hex() + "0001"),
 ])
 def test_bytes_on_the_wire(made, wire):
@@ -2407,7 +2408,7 @@ NAMED = made_pub()._replace
     (b"XEXC" + ANNOUNCEMENT[4:], "not a cexec datagram"),
     (ANNOUNCEMENT + bytes(1201 - len(ANNOUNCEMENT)), "not a cexec datagram"),
     (with_byte(ANNOUNCEMENT, 4, 0), "protocol version 0"),
-    (with_byte(ANNOUNCEMENT, 4, 3), "protocol version 3"),
+    (with_byte(ANNOUNCEMENT, 4, 4), "protocol version 4"),
     (with_byte(ANNOUNCEMENT, 5, 0), "unknown datagram 0"),
     (with_byte(ANNOUNCEMENT, 5, 255), "unknown datagram 255"),
     (with_byte(ANNOUNCEMENT, 33, 255), "cut short"),
@@ -2451,10 +2452,10 @@ def test_token_is_proved_by_the_nonce():
 @pytest.mark.parametrize("rest", [b"", b"\0", bytes(20), bytes(1195), b"\xff" * 60])
 def test_magic_and_version_are_read_whatever_follows(rest):
     with pytest.raises(cexec.OtherVersion) as caught:
-        cexec.Datagram(b"CEXC\3" + rest)
-    assert (caught.value.version, str(caught.value)) == (3, "protocol version 3, this is 2")
+        cexec.Datagram(b"CEXC\4" + rest)
+    assert (caught.value.version, str(caught.value)) == (4, "protocol version 4, this is 3")
     with pytest.raises(cexec.ProtocolError, match="not a cexec datagram"):
-        cexec.Datagram(b"CEXD\3" + rest)
+        cexec.Datagram(b"CEXD\4" + rest)
 
 
 @pytest.mark.parametrize("size, asks_at", [(25, 0), (308, 0), (309, 9)])
@@ -3244,7 +3245,7 @@ TOO_MUCH = [data_frame(1, bytes(cexec.FRAME_MAX))] * (cexec.WINDOW // cexec.FRAM
     ([cexec.make_frame(cexec.AUTH, **filled(cexec.AUTH))], "AUTH out of place"),
     ([cexec.make_frame(cexec.JOB, **filled(cexec.JOB))], "JOB out of place"),
     ([cexec.make_frame(cexec.ACCEPT)], "ACCEPT out of place"),
-    ([cexec.make_frame(cexec.REFUSE, reason="no")], "REFUSE out of place"),
+    ([cexec.make_frame(cexec.REFUSE, status=0, reason="no")], "REFUSE out of place"),
     ([cexec.FRAME_HEAD.pack(cexec.DATA.code, 0, 1, cexec.FRAME_MAX + 1)], "frame of kind 7"),
     ([cexec.FRAME_HEAD.pack(cexec.DATA.code, 0, 1, 2 ** 32 - 1) + bytes(1000)], "frame of kind 7"),
     ([cexec.FRAME_HEAD.pack(cexec.EXIT.code, 0, 0, cexec.CONTROL_MAX + 1)], "frame of kind 15"),
@@ -3842,13 +3843,14 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             return max(heard.body.attempt for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE)
 
         def said(words, attempt):
-            data = make_datagram(cexec.BUSY, pub, client_of.nonce, 0, attempt=attempt, ahead=7, failures=0)
+            data = make_datagram(cexec.BUSY, pub, client_of.nonce, 0, worker_id=bytes(8), attempt=attempt,
+                                 ahead=7, failures=0)
             ear.mouth.sendto(data, (address, client_of.port))
             return words in read(client.log)
         for forged, nonce in ((pub._replace(secret=bytes(32)), client_of.nonce), (pub, os.urandom(16))):
             before = read(client.log).count(b"dropped BUSY")
-            ear.mouth.sendto(make_datagram(cexec.BUSY, forged, nonce, 0, attempt=tries(), ahead=7, failures=0),
-                             (address, client_of.port))
+            ear.mouth.sendto(make_datagram(cexec.BUSY, forged, nonce, 0, worker_id=bytes(8), attempt=tries(), ahead=7,
+                                           failures=0), (address, client_of.port))
             until(lambda: read(client.log).count(b"dropped BUSY") > before, "a forged one")
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
         until(lambda: said(b": it is old", 1), "a word on it")
@@ -3870,7 +3872,7 @@ def test_a_worker_that_refuses_is_avoided_for_seconds_and_its_reason_told(cluste
             asked = peer.next()
             if asked:
                 peer.expect(cexec.JOB)
-                peer.send(cexec.REFUSE, reason="cannot fork: Resource temporarily unavailable")
+                peer.send(cexec.REFUSE, status=0, reason="cannot fork: Resource temporarily unavailable")
             peer.sock.close()
             return asked
         assert offer() and not offer()
@@ -3878,7 +3880,7 @@ def test_a_worker_that_refuses_is_avoided_for_seconds_and_its_reason_told(cluste
         assert not offer()
         assert client.wait(PATIENCE) == 111
     last = read(client.log).decode().splitlines()[-1]
-    assert re.fullmatch(r"cexec: no worker took the job in \d+ s: 127\.0\.0\.1 refused it: cannot fork: "
+    assert re.fullmatch(r"cexec: no worker took the job in \d+ s: worker 127\.0\.0\.1 refused it: cannot fork: "
                         "Resource temporarily unavailable", last), last
 
 
@@ -3898,7 +3900,7 @@ def test_how_long_a_worker_is_avoided():
 
 
 REFUSALS = [
-    ("REFUSE", lambda peer: peer.send(cexec.REFUSE, reason="not now")),
+    ("REFUSE", lambda peer: peer.send(cexec.REFUSE, status=0, reason="not now")),
     ("a close", lambda peer: None),
     ("EXIT before GO", lambda peer: peer.send(cexec.EXIT, how=cexec.HOW_EXITED)),
     ("DATA before GO", lambda peer: peer.raw(data_frame(1, b"forged output"))),
@@ -4077,7 +4079,7 @@ def refuse_for_ever(client, announced, key, chance):
     while client.poll() is None:
         with contextlib.suppress(OSError), play_worker(*announced, key) as peer:
             if peer.next() and peer.next():
-                peer.send(cexec.REFUSE, reason="not now\x1b[2J")
+                peer.send(cexec.REFUSE, status=0, reason="not now\x1b[2J")
 
 
 def say_before_accept(client, announced, key, chance):
@@ -4158,7 +4160,7 @@ LIES = [
     ("no channel 7", data_frame(7, b"x")),
     ("HELLO out of place", cexec.make_frame(cexec.HELLO, **filled(cexec.HELLO))),
     ("SIGNAL out of place", cexec.make_frame(cexec.SIGNAL, signal="KILL")),
-    ("REFUSE out of place", cexec.make_frame(cexec.REFUSE, reason="too late")),
+    ("REFUSE out of place", cexec.make_frame(cexec.REFUSE, status=0, reason="too late")),
     ("frame of kind 7", cexec.FRAME_HEAD.pack(7, 0, 1, 2 ** 32 - 1)),
     ("no sign of life for 1 s", b""),
     ("no sign of life for 1 s", data_frame(1, b"12345") + BOTH_EOF),
@@ -4624,12 +4626,90 @@ def test_terminal_is_told_of_lingering(one):
     ("/etc/passwd", 126, "Permission denied"),
     ("/", 126, "Permission denied")])
 def test_command_that_cannot_run(cluster, command, status, reason):
+    """It is refused before anything is sent or read, and the worker gets no penalty."""
     worker = cluster.worker(command)
-    said = failed(cluster.client(input=bytes(9000000)), status)
+    make_file(cluster, "in", b"abc")
+    with open(cluster.path("in"), "rb") as file:
+        said = failed(cluster.client(stdin=file), status)
+        assert file.read() == b"abc"
     assert said.decode() == (
         "cexec: worker 127.0.0.1 cannot run its command: %s: %s\n" % (command, reason))
-    until(lambda: b": failed" in read(worker.log), "the worker's note of it")
-    until(lambda: "cservice: %s: %s (127.0.0.1 gets %d)\n" % (command, reason, status) in read(worker.log).decode())
+    assert cluster.client(input=b"").returncode == status
+    until(lambda: read(worker.log).count(b": missing ") == 2, "the supervisor's line")
+    assert read(worker.log).decode().count("cservice: refuses jobs: %s: %s\n" % (command, reason)) == 1
+    assert b": failed" not in read(worker.log) and b"-> ACCEPT" not in read(worker.log)
+
+
+def without_interpreter(cluster, name="script"):
+    """A script of which only exec can tell that it cannot be started."""
+    put(cluster.path(name), "#!/no/such/interpreter\n", 0o755)
+    return cluster.path(name)
+
+
+def test_a_command_that_only_exec_cannot_start(cluster):
+    """The reason is not the host's: no penalty."""
+    command = without_interpreter(cluster)
+    worker = cluster.worker(command)
+    said = failed(cluster.client(input=bytes(9000000)), 127).decode()
+    assert said == "cexec: worker 127.0.0.1 cannot run its command: %s: No such file or directory\n" % command
+    until(lambda: "cservice: %s: No such file or directory (127.0.0.1 gets 127)\n" % command
+          in read(worker.log).decode(), "the worker's message")
+    assert b": failed" not in read(worker.log)
+
+
+class Toolbox:
+    """Two workers, of which only the good one can run `tool`; the bad one is always faster to offer."""
+
+    def __init__(self, cluster, bad="missing", options=(), **rest):
+        for place in ("none", "tools"):
+            os.mkdir(cluster.path(place))
+        put(cluster.path("tools/tool"), '#!/bin/sh\necho "$@"; cat\n', 0o755)
+        if bad == "not executable":
+            put(cluster.path("none/tool"), "", 0o644)
+        self.cluster, self.command = cluster, [] if options else ["tool"]
+        self.bad = cluster.worker(*self.command, options=options,
+                                  env=dict(self.path("none"), BOOST="0", CONCURRENCY="2"), **rest)
+        self.good = cluster.worker(*self.command, options=options,
+                                   env=dict(self.path("tools"), BOOST="100000", CONCURRENCY="2"), **rest)
+
+    def path(self, place):
+        return {"PATH": "%s:/usr/bin:/bin" % self.cluster.path(place)}
+
+
+MODES = {"one": [], "-r": ["-r"], "-m -o": ["-m", "-o", "{}.out"], "-m -g": ["-m", "-i", "{}", "-g", "{}.r"],
+         ":::": ["-mn"], "-b": ["-b", "20"]}
+
+
+@pytest.mark.parametrize("bad", ["missing", "not executable"])
+@pytest.mark.parametrize("mode", [*MODES, "-A"])
+def test_a_job_goes_where_its_command_is(cluster, mode, bad):
+    """In every mode, whoever offers first; all outputs are there once."""
+    names = made_files(cluster, 6)
+    tools = Toolbox(cluster, bad, ["-ad"] if mode == "-m -g" else ["-a"])
+    why = {"missing": "No such file or directory", "not executable": "Permission denied"}[bad]
+    said = "worker 127.0.0.1 cannot run its command: tool: " + why
+    if mode == "-A":
+        done = cluster.run("cexec", "-A", "-n", cluster.pub, "tool", "x")
+        assert done.returncode == {"missing": 127, "not executable": 126}[bad] and done.stdout.count(b": x\n") == 1
+        assert done.stderr.decode().endswith(": %s\n" % said) and done.stderr.count(b"\n") == 1
+        return
+    work = 'cat "$1" > "$1.r"' if mode == "-m -g" else "cat; echo $1"
+    put(cluster.path("tools/tool"), "#!/bin/sh\n%s\n" % work, 0o755)
+    words = [*MODES[mode], cluster.pub, "tool", *{"-b": [], "one": ["x"], "-r": ["x"]}.get(mode, ["{}"])]
+    words += {"-m -o": ["--", *names], "-m -g": ["--", *names], ":::": [":::", *names]}.get(mode, [])
+    data = b"".join(b"line %d\n" % number for number in range(30)) if mode == "-b" else b"in\n"
+    done = cluster.run("cexec", "-v", *words, input=data)
+    assert done.returncode == 0, done
+    whole = {"one": b"in\nx\n", "-r": b"in\nx\n", ":::": b"".join(name.encode() + b"\n" for name in names)}
+    if mode == "-b":
+        assert b"".join(done.stdout.split(b"\n\n")).replace(b"\n", b"") == data.replace(b"\n", b"")
+    else:
+        assert done.stdout == whole.get(mode, b"")
+    for name in names if mode.startswith("-m") else []:
+        more = name.encode() + b"\n" if mode == "-m -o" else b""
+        assert read(cluster.path(name + {"-m -o": ".out", "-m -g": ".r"}[mode])) == read(cluster.path(name)) + more
+    assert done.stderr.decode().count("cexec: %s\n" % said) == 1
+    assert b"-> ACCEPT" not in read(tools.bad.log) and b": failed" not in read(tools.bad.log)
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
@@ -5330,8 +5410,13 @@ def test_status_line_when_nobody_answers(one):
 
 
 def test_status_line_of_a_command_that_cannot_run(cluster):
-    cluster.worker("/nowhere/no-such-command")
+    """As one worker that tried can tell, or all that were asked."""
+    worker = cluster.worker(without_interpreter(cluster))
     assert status_line(cluster, "", expected=127)[2:] == ["status=127", "notstarted=127\n"]
+    signalled(worker)
+    cluster.worker("/no/such")
+    assert status_line(cluster, "", expected=127)[2:] == [
+        "status=127", "failed=worker 127.0.0.1 cannot run its command: /no/such: No such file or directory\n"]
 
 
 def test_status_line_that_cannot_be_written_is_said_and_changes_nothing(one):
@@ -6440,7 +6525,7 @@ def test_a_command_that_is_not_there_gets_a_hint(farm):
                         ["no-such"], "No such file or directory")):
         for mode, more in (([], []), (["-A"], []), (["-mn"], [":::", "1"])):
             done = farm.work(*mode, farm.pub, *words, *more)
-            assert done.returncode in (127, 1) and done.stderr.decode().endswith(hint + "\n"), done
+            assert done.returncode == 127 and hint in done.stderr.decode(), done
     done = farm.work("-mn", farm.pub, "test", "-e", "{}", ":::", "a.in", "b.in")
     assert sorted(done.stderr.decode().splitlines()) == [
         "cexec: a.in: exit status 1 (a.in is here: -i {} takes it there, if the workers have directories for jobs)",
@@ -8071,7 +8156,7 @@ def misconfigured(hosts, spaces, what):
     ("wrong secret", False, "10.77.0.2: a worker of this application cannot verify wrong.pub: make the public key"),
     ("no network", False, "no network is up: only this machine was asked"),
     ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
-    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 3, this is 2: copy one cexec.py to both"),
+    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 4, this is 3: copy one cexec.py to both"),
     ("another port", False, "do those of the workers let UDP to port 3011 in"),
     ("firewall there", False, "no other cexec was heard: is cservice running, in the same network, with the same"),
     ("udp firewall here", False, "workers connect to us, but their datagrams do not arrive: let UDP"),
@@ -8080,7 +8165,7 @@ def misconfigured(hosts, spaces, what):
 def test_list_says_what_is_wrong(hosts, spaces, what, answered, said):
     usual = hosts.launch
     if what == "another version there":
-        altered(hosts, PROTOCOL=3)
+        altered(hosts, PROTOCOL=cexec.PROTOCOL + 1)
     hosts.worker("cat", options=("-x", "bob"), space=spaces["worker"])
     hosts.launch = usual
     pub, env = misconfigured(hosts, spaces, what)
@@ -8789,25 +8874,6 @@ def test_halt_counts_files_that_can_not_be_read(cluster):
     refusal(cluster.run("cexec", "--halt", "1", cluster.pub), 100, "--halt is for -m")
 
 
-@pytest.mark.parametrize("status", [126, 127])
-def test_batch_whose_command_is_not_there_stops(cluster, status):
-    """After the first ten; not if one of them was another failure, and not with --halt."""
-    names = made_files(cluster, 40)
-    cluster.worker("sh", "-c", NOTED + 'exit "$PEER_X"', env={"CONCURRENCY": "1"})
-    done = batch(cluster, *names, variables=["X=%d" % status])
-    assert done.returncode == len(begun(cluster)) == 10
-    assert b"cexec: stopped: the first 10 failed with 126 or 127, the command is not there (--halt N); 0 of 40 files " \
-        in done.stderr
-    os.unlink(cluster.path("runs"))
-    assert batch(cluster, *names, variables=["X=%d" % status], options=["--halt", "15"]).returncode == 15
-
-
-def test_batch_with_a_command_that_is_not_there_now_and_then_goes_on(cluster):
-    names = made_files(cluster, 20)
-    cluster.worker("sh", "-c", '[ "$PEER_FILE" = f009 ] && exit 3; exit 127', env={"CONCURRENCY": "1"})
-    assert batch(cluster, *names).returncode == 20
-
-
 def test_dry_run_prints_what_would_be_done(cluster):
     """Without a worker: commands that do just that, for what is not done yet."""
     names = [*made_files(cluster, 3), "it's odd\n.x"]
@@ -8876,20 +8942,78 @@ def supervisors(*workers):
     return sum(len(re.findall(rb"supervisor \d+ forked", read(worker.log))) for worker in workers)
 
 
-@pytest.mark.parametrize("command, status, why", [
-    ("/no/such/command", 127, "No such file or directory"), ("/etc/passwd", 126, "Permission denied")])
-def test_worker_that_cannot_run_its_command_does_not_fail_all(cluster, command, status, why):
-    """It gets one file, and backs off: another does the rest."""
-    altered(cluster, PENALTY=2.0)           # another has it meanwhile
-    names = made_files(cluster, 40)
-    broken = cluster.worker(command, env={"CONCURRENCY": "1"})
-    until_failed = start_batch(cluster, *names, options=["--log", "log"])
-    until(lambda: supervisors(broken) >= 1, "the first failure")
-    cluster.worker("cat")
-    failed = until_failed.wait(PATIENCE * 2)
-    said = until_failed.said()
-    assert 1 <= failed <= 5 and said.count("%s: %s" % (command, why)) == failed == supervisors(broken), said
-    assert [row["Exitval"] for row in rows_of_log(cluster.path("log"))].count(str(status)) == failed
+def test_a_batch_whose_command_is_nowhere_stops_at_once(cluster):
+    """With each host."""
+    names = made_files(cluster, 5)
+    for place in ("one", "two"):
+        os.mkdir(cluster.path(place))
+        cluster.worker(options=["-a"], env={"PATH": cluster.path(place), "CONCURRENCY": "1"})
+    put(cluster.path("two/tool"), "", 0o644)
+    done = batch(cluster, *names, variables=["tool", "{}"])
+    cannot = "worker 127.0.0.1 cannot run its command: "
+    assert done.returncode == 126 and sorted(done.stderr.decode().replace("cexec: ", "").strip().split("; ")[:2]) == [
+        cannot + "tool: No such file or directory", cannot + "tool: Permission denied"]
+    assert done.stderr.endswith(b"; 0 of 5 files are done; the same command again does the rest\n")
+
+
+def test_a_batch_waits_for_the_worker_that_has_its_command(cluster):
+    """It was there before, so a worker without it does not decide: not while a job is on its way, and not later."""
+    altered(cluster, OBJECTION_SECONDS=0.1)
+    names = made_files(cluster, 4)
+    tools = Toolbox(cluster)
+    command = "#!/bin/sh\n[ $PEER_FILE = f000 ] && exec cat; echo $$ >> pids; exec sleep 100\n"
+    put(cluster.path("tools/tool"), command, 0o755)
+    client = start_batch(cluster, *names, options=["-v", "-j", "1"])
+    until(lambda: size_of(cluster, "pids") > 0, "a job")
+    for _ in range(2):
+        tools.good.terminate()
+        time.sleep(0.1)
+    assert tools.good.wait(PATIENCE) == 0
+    put(cluster.path("tools/tool"), "#!/bin/sh\nexec cat\n", 0o755)
+    until(lambda: client.said().count(": refused: tool: ") >= 3, "refusals, with a second between them")
+    cluster.worker("tool", env=tools.path("tools"))
+    assert client.wait(PATIENCE) == 0
+    assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
+
+
+def test_a_command_that_goes_during_a_batch(cluster):
+    """The next job on a connection has had GO: the worker closes, and the job is done where the command is."""
+    names = made_files(cluster, 6)
+    for place in ("one", "two"):
+        os.mkdir(cluster.path(place))
+    once = '#!/bin/sh\nrm -f %s; exec cat\n' % cluster.path("one/tool")
+    put(cluster.path("one/tool"), once, 0o755)
+    put(cluster.path("two/tool"), "#!/bin/sh\nexec cat\n", 0o755)
+    first, second = (
+        cluster.worker("tool", env={"PATH": cluster.path(place) + ":/usr/bin:/bin", "CONCURRENCY": "1", "BOOST": boost})
+        for place, boost in (("one", "0"), ("two", "99999")))
+    done = batch(cluster, *names, options=["-v", "-j", "1"])
+    assert done.returncode == 0 and done.stderr.count(b" lost: connection closed before it began") == 1, done
+    assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
+    assert read(first.log).count(b": group ") == 1 and read(second.log).count(b": group ") == 5
+
+
+@pytest.mark.parametrize("mode", ["one", "-m -o"])
+def test_a_full_disk_at_a_worker(farm, mode):
+    """The message names the worker; a batch does the job elsewhere, and leaves this worker alone."""
+    need("root", "unshare")
+    names, usual = ["f%d" % number for number in range(6)], farm.launch
+    for name in names:
+        in_desk(farm, name, name.encode() * 100000)
+    farm.launch = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', farm.place, *usual]
+    full = farm.serve(env={"BOOST": "0", "CONCURRENCY": "2"})
+    farm.launch = usual
+    said = "worker 127.0.0.1 cannot run its command: cat: the job's directory: f0: No space left on device"
+    if mode == "one":
+        assert failed(farm.work("-n", "-i", "f0", farm.pub, "cat", "f0"), 126).decode() == "cexec: %s\n" % said
+        return
+    farm.serve(env={"BOOST": "99999", "CONCURRENCY": "2"})
+    if mode == "-m -o":
+        done = farm.work("-v", "-mn", "-o", "{}.out", "-i", "{}", farm.pub, "cat", "{}", ":::", *names)
+        assert done.returncode == 0, done
+        assert all(read(os.path.join(farm.desk, name + ".out")) == name.encode() * 100000 for name in names)
+        assert 1 <= read(full.log).count(b": failed") <= 4 and b"cexec: worker 127.0.0.1 cannot run its" in done.stderr
+    assert all_gone(farm)
 
 
 def without_power():
@@ -10065,7 +10189,7 @@ def test_a_failed_connection_costs_the_client_its_place(desk):
     hanging = desk.announce(BAD, "127.0.0.2")
     hanging.late()
     hanging.lost("no answer")
-    assert desk.said == [(cexec.BUSY, BAD, {"attempt": 1, "ahead": 0, "failures": 1})]
+    assert desk.said == [(cexec.BUSY, BAD, {"worker_id": desk.id, "attempt": 1, "ahead": 0, "failures": 1})]
     assert desk.announce(BAD, "127.0.0.2", attempt=2) is None and len(desk.clients.line) == 0     # not yet
     another = desk.announce(THIRD, "127.0.0.2")
     assert another and desk.free_slots() == 1
@@ -10076,7 +10200,7 @@ def test_a_failed_connection_costs_the_client_its_place(desk):
     again = desk.announce(BAD, "127.0.0.2", attempt=3)          # though no slot is free
     assert again and desk.free_slots() == 0
     again.lost("no answer")
-    assert desk.said[-1] == (cexec.BUSY, BAD, {"attempt": 3, "ahead": 0, "failures": 2})
+    assert desk.said[-1] == (cexec.BUSY, BAD, {"worker_id": desk.id, "attempt": 3, "ahead": 0, "failures": 2})
 
 
 def test_a_client_that_is_slow_to_connect_finds_its_place_in_the_line(desk):
@@ -10492,7 +10616,7 @@ def test_variables_of_a_client_are_always_prefixed(cluster):
 
 def test_connection_stays_after_a_command_that_cannot_be_started(cluster):
     """Until the client closes it: what is under way to the worker would reset the connection otherwise."""
-    worker = cluster.worker("/no/such/command")
+    worker = cluster.worker(without_interpreter(cluster))
     with Asker(cluster) as asker, asker.offer() as peer:
         peer.send(cexec.AUTH, proof=asker.proof(peer))
         peer.send(cexec.JOB, descriptors=[(0, 0, 1), (1, 1, 2)], linger=cexec.NO_LINGER, environment=[])
@@ -10853,20 +10977,22 @@ def test_a_worker_ends_with_its_line_full_and_another_takes_over(cluster, how):
     no_defect(read(old.log), read(new.log))
 
 
-def test_a_worker_whose_command_cannot_run_waits_until_it_can(cluster):
+def test_a_worker_whose_host_fails_waits_until_a_command_runs(cluster):
     """Two seconds longer, as its HELLO says; the first success is the end of that."""
-    altered(cluster, PENALTY=cexec.PENALTY)
-    worker = cluster.worker(cluster.path("tool"))
+    line = "\n            self.process = killing_stopped(lambda: subprocess.Popen("
+    altered(cluster, (line, "\n            if os.path.exists(%r): raise OSError(errno.EAGAIN, 'no process')%s" % (
+        cluster.path("short"), line)), PENALTY=cexec.PENALTY)
+    worker = cluster.worker("sh", "-c", "exit 6")
+    touch(cluster.path("short"))
 
     def one_job():
         done = cluster.run("cexec", "-v", cluster.pub)
         waited = re.search(rb"it waited ([\d.]+) ms", done.stderr)
         return done.returncode, float(waited.group(1)) >= cexec.PENALTY * 1000
 
-    assert one_job() == (127, False)
-    assert one_job() == (127, True)
-    make_file(cluster, "tool", b"#!/bin/sh\nexit 6\n")
-    os.chmod(cluster.path("tool"), 0o755)
+    assert one_job() == (111, False)
+    assert one_job() == (111, True)
+    os.unlink(cluster.path("short"))
     assert one_job() == (6, True)
     assert one_job() == (6, False)
     no_defect(read(worker.log))
@@ -14912,7 +15038,8 @@ def test_no_worker_is_said(pooled, monkeypatch):
 @pytest.mark.parametrize("command, word", [
     (["cat"], "frame of kind b'S'"),
     (["sh", "-c", "echo oops >&2; exit 3"], "ended with status 3: oops (is it python3"),
-    (["/no/such"], "it is not there (exit status 127)"), ([PYTHON, "-c", "print('x' * 99)"], "frame of kind b'x'")])
+    (["/no/such"], "cannot run its command: /no/such: No such file or directory"),
+    ([PYTHON, "-c", "print('x' * 99)"], "frame of kind b'x'")])
 def test_a_command_that_is_no_python_is_said(cluster, monkeypatch, command, word):
     live_in(cluster, monkeypatch)
     cluster.worker(*command, env={"BOOST": "0"})
@@ -17715,12 +17842,12 @@ def test_a_peer_of_another_version_is_named(cluster):
     plain, as_json = cluster.logger(), cluster.logger("-j")
     proxy = cluster.proxy("127.0.0.2", other)
     usual = cluster.launch
-    altered(cluster, *NEXT_VERSION, PROTOCOL=3)
+    altered(cluster, *NEXT_VERSION, PROTOCOL=cexec.PROTOCOL + 1)
     done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
     assert " s on %s (is cservice running" % group in refusal(done, 111, "no worker answered in ")
-    said = "127.0.0.1 speaks protocol version 3, this is 2 (cexec %s)" % cexec.VERSION
+    said = "127.0.0.1 speaks protocol version 4, this is 3 (cexec %s)" % cexec.VERSION
     until(lambda: plain.lines() and as_json.lines(), "crat's lines")
-    dropped = b"dropped a datagram from 127.0.0.1: protocol version 3, this is 2"
+    dropped = b"dropped a datagram from 127.0.0.1: protocol version 4, this is 3"
     for log in (worker.log, proxy.log):
         until(lambda: dropped in read(log), "a line in %s" % log)
     cluster.launch = usual
@@ -17729,7 +17856,7 @@ def test_a_peer_of_another_version_is_named(cluster):
     assert plain.lines()[0] == said and "completed" in plain.lines()[1] and len(plain.lines()) == 2
     record = json.loads(as_json.lines()[0])
     assert record.pop("time") > 1e9
-    assert record == {"client": "127.0.0.1", "event": "version", "version": 3, "ours": 2}
+    assert record == {"client": "127.0.0.1", "event": "version", "version": 4, "ours": 3}
 
 
 @pytest.mark.parametrize("how", ["BUSY", "HELLO", "a longer HELLO"])
@@ -17748,11 +17875,11 @@ def test_a_client_names_a_worker_of_another_version(cluster, how, worker_key):
                 body = cexec.HELLO.pack(**filled(cexec.HELLO, version=7)) + bytes(99) * (how != "HELLO")
                 peer.raw(cexec.FRAME_HEAD.pack(cexec.HELLO.code, 0, 0, len(body)) + body)
                 assert peer.next() is None
-            assert ear.wait_for(cexec.ALERT)[0].body.reason == "protocol version 7, this is 2"
+            assert ear.wait_for(cexec.ALERT)[0].body.reason == "protocol version 7, this is 3"
         assert client.wait(PATIENCE) == 111
     last = read(client.log).decode().splitlines()
-    assert any("(127.0.0.1 speaks protocol version 7, this is 2)" in line for line in last), last
-    assert any("127.0.0.1: protocol version 7, this is 2" in line for line in last), last
+    assert any("(127.0.0.1 speaks protocol version 7, this is 3)" in line for line in last), last
+    assert any("127.0.0.1: protocol version 7, this is 3" in line for line in last), last
 
 
 def bare(cluster, **variables):
