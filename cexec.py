@@ -14636,13 +14636,31 @@ def for_worker(value, protocol, program):
             error)) from error
 
 
+def goes_by_value(function, program):
+    """Whether pickle cannot send this function by its name."""
+    from types import FunctionType
+    while hasattr(function, "func"):            # functools.partial
+        function = function.func
+    if not isinstance(function, FunctionType):
+        return False
+    there = getattr(sys.modules.get(function.__module__), function.__qualname__, None)
+    return there is not function or function.__module__ == "__main__" and not program.text
+
+
 class Shared:
-    """A function of many calls: its bytes go to each lane once."""
+    """A function of many calls: its bytes go to each lane once.  keep() is that of Call."""
 
     numbers = itertools.count(1)
 
     def __init__(self, function):
         self.function, self.number, self.made = function, next(self.numbers), {}
+
+    def keep(self, program):
+        import pickle
+        try:
+            self.pickled(pickle.HIGHEST_PROTOCOL, program)
+        except Exception:
+            pass
 
     def pickled(self, protocol, program):
         """Returns Pickled, made only once.  Raises any exception."""
@@ -14658,7 +14676,17 @@ class Call:
         self.future, self.function = future, function
         self.what = arguments if isinstance(function, Shared) else (function, arguments, keywords)
         self.is_bulky = not BULKY.isdisjoint(map(type, (function, *arguments, *keywords.values())))
-        self.tries, self.begun, self.by_value = 0, False, False
+        self.tries, self.begun, self.by_value, self.made = 0, False, False, None
+
+    def keep(self, program):
+        """Pickles a call by value when it is submitted: the globals that it uses may change while it waits."""
+        import pickle
+        try:
+            made = self.pickled(pickle.HIGHEST_PROTOCOL, program)       # that of each worker with our version of Python
+        except Exception:
+            return                  # give() will say it
+        if self.by_value:
+            self.made, self.what = made, None
 
     def begin(self):
         """Whether it may be sent to a worker: not if it was cancelled before its first try."""
@@ -14671,6 +14699,8 @@ class Call:
 
     def pickled(self, protocol, program):
         """Returns Pickled, and that of a function which is Shared, or None; notes by_value.  Raises any exception."""
+        if self.made:
+            return self.made
         shared = self.function.pickled(protocol, program) if isinstance(self.function, Shared) else None
         made = for_worker(in_buffers(self.what, protocol) if self.is_bulky else self.what, protocol, program)
         self.by_value = made.by_value or bool(shared and shared.by_value)
@@ -15150,7 +15180,10 @@ class Pool:
         """Returns the future of this call.  Raises RuntimeError after shutdown()."""
         from concurrent.futures import Future
         future = Future()
-        self.put(Call(future, function, arguments, keywords))
+        call = Call(future, function, arguments, keywords)
+        if goes_by_value(function, self.program):
+            call.keep(self.program)
+        self.put(call)
         return future
 
     def check_process(self):
@@ -15509,7 +15542,7 @@ class ExecutorMethods:
     cloudpickle): those of a notebook, an interactive session, python -c or standard input, lambdas,
     and functions inside others.  Then the worker must have the same minor version of Python; other
     workers get no such calls, and standard error names them.  Each call has copies of the globals
-    that such a function uses.
+    that such a function uses, as they are when it is submitted.
     Modules beside the main program are sent when a worker imports them, those in the current
     directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the
@@ -15573,10 +15606,13 @@ class ExecutorMethods:
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         deadline, rows = None if timeout is None else time.monotonic() + timeout, zip(*iterables)
+        by_value = goes_by_value(fn, self._pool.program)
         if chunksize > 1:
             fn, items = functools.partial(call_each, fn), rows
             rows = ((chunk,) for chunk in iter(lambda: list(itertools.islice(items, chunksize)), []))
         shared = Shared(fn)
+        if by_value:
+            shared.keep(self._pool.program)
         more = (self._pool.submit(shared, row, {}) for row in rows)
         results = results_of(collections.deque(itertools.islice(more, buffersize)), more, deadline)
         return flattened(results) if chunksize > 1 else results

@@ -14586,6 +14586,23 @@ def test_functions_typed_at_a_prompt_or_read_from_standard_input(prompted):
     prompt.wait(PATIENCE)
 
 
+def test_a_function_by_value_is_as_it_was_when_it_was_submitted(prompted):
+    """A notebook's next cell may change what calls use that still wait."""
+    assert prompted.python("-c", textwrap.dedent("""
+        import time
+        import cexec
+        factor = 0
+        def scaled(number):
+            return number * factor
+        with cexec.Executor(%r, 1) as pool:
+            first = pool.submit(time.sleep, 1)
+            for factor in 2, 3, 4:
+                if factor == 2:
+                    calls = pool.submit(scaled, 1), pool.map(scaled, [1]), pool.map(scaled, [1, 1], chunksize=2)
+            print(first.result(), calls[0].result(), list(calls[1]), list(calls[2]))
+        """ % prompted.pub)) == "None 2 [2] [2, 2]\n"
+
+
 def test_functions_in_cells_of_a_notebook_and_in_ipython(prompted):
     for name in ("nbconvert", "ipykernel", "IPython"):
         with_package(name)
