@@ -5755,6 +5755,10 @@ class Avoided:
         self.has_worked = True
         self.forgive(worker_id)
 
+    def ask_again(self, worker_id):
+        """It may be asked at once; if it refuses again, it is avoided for longer."""
+        self.until.pop(worker_id, None)
+
     def forgive(self, worker_id):
         self.seconds.pop(worker_id, None)
         self.refusals.pop(worker_id, None)
@@ -14817,6 +14821,15 @@ class Lane(Stateful):
         if not self.child.stdin.closed:
             self.loop.on_write(self.target, self.flush if self.unsent else None)
 
+    # The law of calls ahead.  A lane has one call, or none.  If its calls are short, the way there and back would cost
+    # more than the work: then it gets further calls before it has done the first, as many as take AHEAD_SECONDS at its
+    # pace (half the last call's time, half the pace before), and AHEAD_MAX at most.  It gets none ahead
+    #   - before its first result, as its pace is not known;
+    #   - without retries, because a call that only waits there is lost with the lane, and that would be its one try;
+    #   - while so many bytes wait to be sent: large calls fill the way by themselves.
+    # Calls ahead may wait for a long one.  So if another lane has nothing to do, and no call waits here, those that it
+    # has not begun for RECALL_SECONDS are recalled.  They go to the head of the queue, for the lane with the fewest.
+
     def room(self):
         """Whether it takes another call: its only one, or one of several that are short."""
         if self.state is not UP or self.leaving or not self.calls:
@@ -15156,6 +15169,7 @@ class Pool:
         self.abandoned = self.sleeping = False
         self.number, self.pause = 0, 0.0
         self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
+        self.rounds = 0             # in a row in which every worker that answers was tried: see next_round()
         self.bad, self.faults = Avoided(REJECT_SECONDS), {}     # workers that get no lane; {their ids: (why, error)}
         self.unlike = {}            # a worker's id: what is said of it, if it has another version of Python
 
@@ -15345,15 +15359,29 @@ class Pool:
         self.failures = self.faulty = 0
         if any(lane.state in (STARTING, UP) for lane in self.lanes):
             self.pause = time.monotonic() + SEARCH_PAUSE
-        else:
+        elif not self.next_round():
             self.fail_all(self.no_worker(error))
+
+    def next_round(self):
+        """Asks the workers again that ended for no reason that must stay, LANE_FAILURES times in all.
+
+        Returns whether there are any.
+        """
+        again = [worker_id for worker_id, (_, error) in self.faults.items()
+                 if not isinstance(error.__cause__, RemoteTraceback)]
+        self.rounds += 1
+        if not again or self.rounds >= LANE_FAILURES:
+            return False
+        for worker_id in again:
+            self.bad.ask_again(worker_id)
+        return True
 
     def no_worker(self, error):
         """Returns the exception of calls that no worker can do.  Later calls may try all workers again."""
-        faults = [self.faults[worker_id] for worker_id in self.bad.now()]
+        faults = list(self.faults.values())
         if self.left_out():
             faults.insert(0, ("%s (%s)" % (", ".join(self.unlike.values()), SAME_PYTHON), None))
-        self.bad, self.faults = Avoided(REJECT_SECONDS), {}
+        self.bad, self.faults, self.rounds = Avoided(REJECT_SECONDS), {}, 0
         if not faults:
             return error
         more = ["and %d more" % (len(faults) - 8)] * (len(faults) > 8)
@@ -15401,20 +15429,24 @@ class Pool:
     # A worker may be unable to do the calls: its Python does not start, or cannot load the program.  Lanes that begin
     # later do not take its offers.  Their client waits for others as for one that takes the job's arguments
     # (Search.cannot): while a busy one has it in line, without limit, else for a second.  So the calls
-    # fail when every worker that answers was tried.  Each is tried once; FAULTS_MAX is for ids that change.
+    # fail when every worker that answers was tried: once if it cannot load the program, else LANE_FAILURES times,
+    # because a Python may be killed for want of memory.  FAULTS_MAX is for workers that come with ever new ids.
 
     def found_useless(self, lane, error):
         self.bad.for_now(lane.worker_id)
         self.faulty += 1
         text = fault_of(lane.host, lane.python, error)
-        self.faults[lane.worker_id] = text, error
-        self.faults = {worker_id: self.faults[worker_id] for worker_id in self.bad.now()}
+        self.faults.pop(lane.worker_id, None)
+        self.faults[lane.worker_id] = text, error       # the newest is the last
+        while len(self.faults) > FAULTS_MAX:
+            del self.faults[next(iter(self.faults))]
         self.tell(text + "; it gets no calls for a while")
 
     def useful(self, worker_id):
         """A lane's first result has come."""
         self.bad.forgive(worker_id)
-        self.failures = self.faulty = 0
+        self.faults.pop(worker_id, None)
+        self.failures = self.faulty = self.rounds = 0
 
     def useless(self):
         """The ids of workers that no lane is to use: those that cannot do the calls, and those that may prove so."""

@@ -15059,6 +15059,7 @@ def test_no_worker_is_said(pooled, monkeypatch):
     ([PYTHON, "-c", "print('x' * 99)"], "frame of kind b'x'")])
 def test_a_command_that_is_no_python_is_said(cluster, monkeypatch, command, word):
     live_in(cluster, monkeypatch)
+    monkeypatch.setattr(cexec, "LANE_FAILURES", 1)
     cluster.worker(*command, env={"BOOST": "0"})
     with cexec.Executor(cluster.pub) as pool:
         error = pool.submit(pow, 2, 3).exception()
@@ -15519,6 +15520,7 @@ time.sleep(1000)
 def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
     live_in(cluster, monkeypatch)
     monkeypatch.setattr(cexec, "KILL_SECONDS", 0.5)
+    monkeypatch.setattr(cexec, "LANE_FAILURES", 1)
     monkeypatch.chdir(cluster.directory)
     put(cluster.path("evil.py"), EVIL_WORKER % does)
     cluster.worker(PYTHON, cluster.path("evil.py"), env={"BOOST": "0"})
@@ -15599,6 +15601,8 @@ def test_calls_wait_for_a_good_worker_that_is_busy(cluster, monkeypatch):
     """However many bad ones are free; what they wait for is told.  Then they fail, with all names, when it has gone."""
     live_in(cluster, monkeypatch)
     monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "20")
+    monkeypatch.setattr(cexec, "LANE_FAILURES", 1)
+    monkeypatch.setattr(cexec, "REJECT_SECONDS", 100.0)
     gate, said = cluster.path("gate"), []
     wait = "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
     good = cluster.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0"})
@@ -15607,7 +15611,7 @@ def test_calls_wait_for_a_good_worker_that_is_busy(cluster, monkeypatch):
         held = holder.submit(exec, wait)
         try:
             until(held.running, "the good worker at work")
-            for number in range(cexec.LANE_FAILURES + 1):
+            for number in range(4):
                 cluster.worker("sh", "-c", "echo oops%d >&2; exit 3" % number, env={"CONCURRENCY": "1", "BOOST": "0"})
             future = pool.submit(abs, -7)
             until(lambda: any(line.startswith("in line, ") for line in said), "the line")
@@ -15623,6 +15627,14 @@ def test_calls_wait_for_a_good_worker_that_is_busy(cluster, monkeypatch):
         for number in names | {"0"}:
             assert "oops%s (is it python3 /dev/fd/3?); CEXEC_REJECT_SERVERS=" % number in str(error)
         assert names == set("0123") and str(error).startswith("no worker can do the calls: ") and not pool._pool.faults
+
+
+def test_the_only_worker_is_asked_again_if_its_python_has_died(cluster, monkeypatch):
+    live_in(cluster, monkeypatch)
+    cluster.worker("sh", "-c", "[ -e died ] || { touch died; kill -9 $$; }; exec %s /dev/fd/3" % PYTHON,
+                   env={"BOOST": "0"})
+    with cexec.Executor(cluster.pub, retries=0) as pool:
+        assert pool.submit(abs, -7).result(PATIENCE) == 7 and os.path.exists(cluster.path("died"))
 
 
 BAD_LOAD = """
