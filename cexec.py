@@ -7066,22 +7066,29 @@ def show_workers(survey, as_json):
 #   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
 #     --EXIT--> Task.commit: the output gets its name, or waits for its turn on standard output --> Batch.over
 
-PLACES = r"\{(-?\d+)?(//|/\.|/|\.|)\}"      # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ...
+PLACES = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"        # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 IN_LINE = 2                         # searches at a time
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
-def fill_pattern(pattern, inputs, between=" "):
-    """The pattern with its places filled in from the inputs.  between stands between several inputs.
+def fill_pattern(pattern, inputs, number="", slot="", between=" "):
+    """Returns the pattern with its places filled in from the inputs.  between stands between several inputs.
 
     {} is the input, {.} without its extension, {/} its last part, {//} its directory, {/.} the last
     part without the extension.  {2}, {2.} and so on are the same for the second input, {-1} for the
-    last one; without such an input they are empty.
+    last one; without such an input they are empty.  {#} is the job's number, {%} its slot.  Without
+    inputs (None) only these two are filled in.
     """
     import re
-    return re.sub(PLACES, lambda match: fill_place(inputs, int(match.group(1) or 0), match.group(2), between), pattern)
+
+    def filled(match):
+        which, form, mark = match.groups()
+        if mark:
+            return str(number if mark == "#" else slot)
+        return match.group() if inputs is None else fill_place(inputs, int(which or 0), form, between)
+    return re.sub(PLACES, filled, pattern)
 
 
 def has_places(pattern):
@@ -7156,7 +7163,7 @@ def batch_names(words, zero):
 def batch_tasks(terms, inputs, joblog=None):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written."""
     pattern = terms.pattern
-    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, given))
+    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, given, number))
              for number, given in enumerate(inputs, 1)]
     note_names(terms, tasks, joblog, len(tasks))
     if pattern != "-":
@@ -7213,23 +7220,21 @@ class BatchTerms(Terms):
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
+        self.has_slots = any(b"{%}" in word for word in [*self.environment, *self.arguments])
         self.unnamed = UnnamedFiles()
 
     def unit(self):
         """What messages call its jobs."""
         return "jobs" if self.values else "files"
 
-    def words_for(self, inputs):
-        """(variables, arguments) of a job, with {} {.} ... filled in.  Raises OSError, ValueError.
+    def words_for(self, fill, *variables):
+        """Returns (variables, arguments), filled in by fill(text, between=).  Raises OSError.
 
         If one {} in an argument stands for several inputs, it makes several arguments, as with parallel.
         """
-        if "\0" in "".join(inputs):
-            raise ValueError("a null character is in it")
-        environment = [os.fsencode(fill_pattern(os.fsdecode(word), inputs)) for word in self.environment]
-        environment.append(b"FILE=" + os.fsencode(inputs[0]))
+        environment = [*(os.fsencode(fill(os.fsdecode(word))) for word in self.environment), *variables]
         arguments = [part for word in self.arguments
-                     for part in os.fsencode(fill_pattern(os.fsdecode(word), inputs, between="\0")).split(b"\0")]
+                     for part in os.fsencode(fill(os.fsdecode(word), between="\0")).split(b"\0")]
         if words_size(environment + arguments) > WORDS_MAX:
             raise OSError(errno.E2BIG, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
         return environment, arguments
@@ -7264,6 +7269,7 @@ class Task:
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     place = ""                      # the directory for its results
+    slot = 1                        # the number for {%}, of the present run
 
     def __init__(self, terms, number, inputs, output):
         self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
@@ -7289,9 +7295,9 @@ class Task:
         """The name under which the output is written."""
         return part_of(self.output)
 
-    def fill(self, text, form=str):
+    def fill(self, text, form=str, between=" "):
         """Returns a pattern with its places filled in; form: what is done with each input first."""
-        return fill_pattern(text, list(map(form, self.inputs)))
+        return fill_pattern(text, list(map(form, self.inputs)), self.number, self.slot, between)
 
     def job_fields(self):
         environment, arguments = self.words
@@ -7359,8 +7365,9 @@ class Task:
         """Returns the Listings of its -i.  Raises OSError, ValueError."""
         return list(map(self.terms.names.listing, self.input_paths()))
 
-    def open(self):
+    def open(self, slot=1):
         """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
+        self.slot = slot
         self.words = self.fill_words()
         self.listings = self.list_inputs()
         for text in self.results:
@@ -7373,8 +7380,10 @@ class Task:
             raise
 
     def fill_words(self):
-        """Its (variables, arguments).  Raises OSError, ValueError."""
-        return self.terms.words_for(self.inputs)
+        """Returns its (variables, arguments).  Raises OSError, ValueError."""
+        if "\0" in self.name:
+            raise ValueError("a null character is in it")
+        return self.terms.words_for(self.fill, b"FILE=" + os.fsencode(self.inputs[0]))
 
     def hint(self):
         """Returns that an argument names an input which is a file here, if the command may have looked for it there."""
@@ -7788,11 +7797,16 @@ class Batch(Patron):
     def opened(self, task):
         """Opens the files of a Task.  Returns it; None if that failed, and it is over."""
         try:
-            task.open()
+            task.open(self.free_slot() if self.terms.has_slots else 1)
             return task
         except (OSError, ValueError) as error:
             self.over(task, failure(error_of_task(error, task.name)))
             return None
+
+    def free_slot(self):
+        """Returns the smallest number from 1 up that no other job has now."""
+        used = {run.job.slot for run in self.runs} | {search.job.slot for search in self.searches if search.job}
+        return next(number for number in itertools.count(1) if number not in used)
 
     def put_back(self, task):
         task.discard()
@@ -7998,8 +8012,15 @@ def main_batch(pub, group, words, options):
     pattern = options.output
     if pattern is None:
         pattern = "-" if options.values or options.results else "{}.out"
+    for text in [pattern, *options.inputs, *options.results]:
+        if "{%}" in text:
+            raise Fatal(EXIT_USAGE, "%s: {%%} is for arguments and variables: no job has a slot yet" % text)
+    appends = options.values and ":::" in words
     words, inputs = batch_inputs(words, options.zero)
-    terms = BatchTerms(*parse_words(words), pattern, options.values, options.errors, inputs=options.inputs,
+    environment, arguments = parse_words(words)
+    if appends and arguments and not any(has_places(os.fsdecode(word)) for word in environment + arguments):
+        arguments.append(b"{}")     # as parallel does
+    terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, inputs=options.inputs,
                        results=options.results)
     if options.results:
         check_current_directory()
@@ -8077,8 +8098,11 @@ class Block(Task):
     def has_own_command(self):
         return False
 
+    def fill(self, text, form=str, between=" "):
+        return fill_pattern(text, None, self.number, self.slot)
+
     def fill_words(self):
-        return self.terms.environment, self.terms.arguments
+        return self.terms.words_for(self.fill)
 
     def open_input(self):
         self.stamp = None
@@ -8410,7 +8434,7 @@ class HostTask(Task):
         self.writers = writers
         self.place = label
 
-    def fill(self, text, form=str):
+    def fill(self, text, form=str, between=" "):
         return text                 # nothing is filled in: the jobs differ in their hosts only
 
     def fill_words(self):
@@ -8615,7 +8639,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-j", "N", "jobs", "run at most N jobs at a time", "-m -b"),
     Option("-n", "", "values", "the inputs are values, and not files to be read", "-m"),
     Option("-o", "PATTERN", "output",
-           "write outputs to files named with {} {.} {/} {//} {/.} {1} {2.} ...; - is standard output, in order", "-m"),
+           "write outputs to files named with {} {.} {/} {//} {/.} {#} {1} ...; - is standard output, in order", "-m"),
     Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
     Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m -b"),
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),

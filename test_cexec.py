@@ -8405,7 +8405,7 @@ LISTS = [
     [["a b", "{1}", "$x", "-"], ["--", "\n"], ["ä", ".h", "a.tar.gz"]],
 ]
 LIST_PATTERNS = ["{}", "{.}", "{/}", "{//}", "{/.}", "{1}", "{2}", "{1.}", "{2/}", "{2//}", "{1/.}", "{3}", "{-1}",
-                 "{-1/.}", "{01}", "x{2}-{1}.{}", "{a}", "{1"]
+                 "{-1/.}", "{01}", "x{2}-{1}.{}", "{#}", "{a}", "{1", "x{#}y{#}{"]
 
 
 def behind_colons(lists):
@@ -8421,12 +8421,59 @@ def test_crossed_lists_as_parallel_has_them(cluster, lists):
     head, inputs = cexec.batch_inputs([*LIST_PATTERNS, *behind_colons(lists)], False)
     assert head == LIST_PATTERNS
     terms = cexec.BatchTerms([], [os.fsencode(word) for word in head])
-    assert [word for given in inputs for word in terms.words_for(given)[1]] == told.split(b"\0")[:-1]
+    assert [word for number, given in enumerate(inputs, 1)
+            for word in cexec.Task(terms, number, given, None).fill_words()[1]] == told.split(b"\0")[:-1]
     cluster.worker(*SHOW[:2], "import os, sys; sys.stdout.buffer.write(b''.join(os.fsencode(word) + b'\\0' "
                    "for word in [*sys.argv[1:], os.environ['PEER_X']]))", options=["-a"], env={"CONCURRENCY": "3"})
     done = cluster.run("cexec", "-mn", cluster.pub, "X=" + LIST_PATTERNS[-1], *LIST_PATTERNS[:-1],
                        *behind_colons(lists))
     assert (done.returncode, done.stderr, done.stdout) == (0, b"", told)
+
+
+@pytest.mark.parametrize("words", [["x"], ["{#}"], ["{2}", "x"], ["{ }", "#"], ["x{.}"], ["-n"]])
+def test_inputs_are_appended_as_parallel_does(cluster, words):
+    """Not where an argument, or a variable, has a place, nor where there are no arguments."""
+    need("parallel")
+    lists = behind_colons([["a b", "c'd", ""], ["{}", "e"]])
+    told = subprocess.run(["parallel", "--will-cite", "-k", "-q", "printf", "[%s]\\0", *words, *lists], check=True,
+                          stdout=subprocess.PIPE).stdout
+    cluster.worker(options=["-a"])
+    assert output(cluster.run("cexec", "-mn", cluster.pub, "printf", "[%s]\\0", *words, *lists)) == told
+    done = cluster.run("cexec", "-mn", "--dry-run", cluster.pub, "printf", *words, ":::", "a b")
+    assert (b" 'a b'\n" in output(done)) == (words[0] in ("x", "{ }", "-n"))
+    assert output(cluster.run("cexec", "-mn", cluster.pub, "X={}", "echo", "x", ":::", "a")) == b"x\n"
+    assert output(cluster.run("cexec", "-mn", cluster.pub, "echo", "x", "--", "a")) == b"x\n"
+
+
+def test_each_job_has_a_number_and_a_slot(cluster):
+    """The slots as with parallel: none is used twice at a time, and no higher one than is needed."""
+    need("parallel")
+    cluster.worker(options=["-a"], env={"CONCURRENCY": "4"})
+    script = "mkdir slot{%} && sleep 0.0{}; rmdir slot{%}; echo {#} {%} $PEER_S$S"
+    values = list(map(str, range(1, 10)))
+    told = subprocess.run(["parallel", "--will-cite", "-k", "-j3", "S={#}.{%};" + script, ":::", *values], check=True,
+                          cwd=cluster.directory, stdout=subprocess.PIPE).stdout
+    ours = output(cluster.run("cexec", "-mn", "-j", "3", cluster.pub, "S={#}.{%}", "sh", "-c", script, ":::", *values))
+    for text in (told, ours):
+        rows = [line.split() for line in text.decode().splitlines()]
+        assert [row[0] for row in rows] == values and {row[1] for row in rows} == {"1", "2", "3"}
+        assert all(row[2] == ".".join(row[:2]) for row in rows)
+    for option in ("-o", "-i", "-g"):
+        refusal(cluster.run("cexec", "-mn", option, "x{%}", cluster.pub, "x", ":::", "1"), 100, "x{%}: {%} is for arg")
+    done = cluster.run("cexec", "-mn", "-o", "o{#}", cluster.pub, "echo", ":::", "a", "b")
+    assert output(done) == b"" and [read(cluster.path(name)) for name in ("o1", "o2")] == [b"a\n", b"b\n"]
+
+
+def test_each_block_has_a_number_and_a_slot_as_with_parallel(cluster):
+    need("parallel")
+    data = b"".join(b"%d\n" % number for number in range(200))
+    script = "mkdir slot{%} && sleep 0.01; rmdir slot{%}; echo {#} {} {2} $(wc -l)"
+    words = "parallel", "--will-cite", "--pipe", "-k", "-j3", "--block", "100", script
+    told = subprocess.run(words, input=data, check=True, cwd=cluster.directory, stdout=subprocess.PIPE).stdout
+    cluster.worker(options=["-a"], env={"CONCURRENCY": "4"})
+    ours = output(cluster.run("cexec", "-b", "100", "-j", "3", cluster.pub, "sh", "-c", script, input=data))
+    first = [[line.split()[0] for line in text.splitlines()] for text in (told, ours)]
+    assert first[0] == first[1] and b"1 {} {2} " in ours
 
 
 def test_what_stands_before_the_lists(cluster):
