@@ -12983,6 +12983,10 @@ class Executor:                     # a class: the program may have one of its o
 def call_each(function, rows):
     return [function(*row) for row in rows]
 
+def cached(function, *options):
+    from functools import lru_cache
+    return lru_cache(*options)(function)
+
 def made():
     pass
 """
@@ -13170,12 +13174,16 @@ def dumps(value, buffers=None):
         return pickle.dumps(value, protocol)
     if protocol > 4 and buffers is not None:
         options["buffer_callback"] = lambda buffer: buffer.raw().nbytes < LARGE or buffers.append(buffer.raw())
-    if trusted:
-        return pickle.dumps(value, protocol, **options)
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol, **options)
     pickler.dispatch_table = ways
-    pickler.dump(value)
+    try:
+        pickler.dump(value)
+    except Exception:
+        if not trusted or "cloudpickle" not in sys.modules:
+            raise
+        del (buffers or [])[:]
+        return sys.modules["cloudpickle"].dumps(value, protocol)
     return file.getbuffer()
 
 ways = Ways()
@@ -13237,7 +13245,8 @@ def work(number, data, shared, buffers):
             else:
                 function, arguments, keywords = loads(data, 2 * NUMBER.size, buffers)
         except AttributeError as error:
-            if "'__mp_main__'" not in str(error) and "'__main__'" not in str(error):
+            if sys.modules["__main__"] is blank or not (
+                    "'__mp_main__'" in str(error) or "'__main__'" in str(error)):
                 raise
             raise AttributeError("%s: what is defined below if __name__ == '__main__': is not there on a worker, so "
                                  "define it above" % error) from None
@@ -13573,6 +13582,11 @@ def cloudpickle_directory():
 def call_each(function, rows):
     """The function that map() with a chunksize submits; LANE_PROGRAM has a copy for the worker."""
     return [function(*row) for row in rows]
+
+
+def cached(function, *options):
+    """What functools.lru_cache makes of a function; LANE_PROGRAM has a copy for the worker."""
+    return functools.lru_cache(*options)(function)
 
 
 # Executor: the results, from a worker that is not trusted
@@ -14434,7 +14448,9 @@ class Reader:
         module = "__main__" if module == "__mp_main__" else module
         if (kind, module, name) not in self.classes:
             cls = class_of(module, name)
-            why = hazard(cls, kind) if cls else "it is not found by its name in a module that is imported here"
+            why = hazard(cls, kind) if cls else (
+                "it is defined inside a function" if "<locals>" in name else
+                "it is not found by its name in a module that is imported here")
             if why and (not cls or self.allowed.find(module, name) is not cls):
                 return self.refuse(module, name, why)
             self.classes[kind, module, name] = cls
@@ -14621,15 +14637,33 @@ def in_buffers(value, protocol):
 
 def dumps(value, protocol, by_value=False):
     """Returns Pickled.  Raises any exception."""
-    if by_value:
-        from cloudpickle import dumps
-    else:
-        from pickle import dumps
-    buffers = []
+    import pickle
+    buffers, file = [], io.BytesIO()
     outside = {} if protocol < 5 else {"buffer_callback": lambda buffer: (
         buffer.raw().nbytes < LARGE or buffers.append(buffer.raw()))}
-    data = dumps(value, protocol, **outside)
-    return Pickled(data, buffers, by_value and b"cloudpickle" in data)
+    if not by_value:
+        return Pickled(pickle.dumps(value, protocol, **outside), buffers, False)
+    by_value_pickler()(file, protocol, **outside).dump(value)
+    data = file.getvalue()
+    return Pickled(data, buffers, b"cloudpickle" in data)
+
+
+@functools.lru_cache(None)
+def by_value_pickler():
+    """Returns cloudpickle's Pickler, which knows functions of functools.lru_cache too: it would send their names."""
+    import cloudpickle
+
+    def reduce_cached(function):
+        there = getattr(sys.modules.get(function.__module__), function.__qualname__, None)
+        if there is function and function.__module__ != "__main__":
+            return function.__qualname__
+        options = getattr(function, "cache_parameters", dict)()         # Python 3.9
+        return cached, (function.__wrapped__, function.cache_info().maxsize, options.get("typed", False))
+
+    class Pickler(cloudpickle.Pickler):
+        dispatch_table = collections.ChainMap(
+            {type(by_value_pickler): reduce_cached}, cloudpickle.Pickler.dispatch_table)
+    return Pickler
 
 
 def for_worker(value, protocol, program):
@@ -15633,6 +15667,9 @@ class ExecutorMethods:
 
     def __repr__(self):
         return "<cexec.Executor %s>" % self._pool.summary()
+
+    def __reduce__(self):
+        raise TypeError("a function that runs on a worker cannot use the Executor")
 
     def submit(*args, **kwargs):
         """submit(fn, *args, **kwargs): a concurrent.futures.Future of fn(*args, **kwargs), run on a worker.

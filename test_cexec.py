@@ -14553,8 +14553,12 @@ def test_what_cannot_be_sent_is_refused_with_advice(pooled):
 CELLS = ["""
 import dataclasses, enum
 import cexec
-import helper
+import functools, helper
 factor = 3
+""", """
+@functools.lru_cache()
+def choices(number):
+    return number if number < 2 else choices(number - 1) + choices(number - 2)
 """, """
 @dataclasses.dataclass
 class Point:
@@ -14575,7 +14579,7 @@ def scaled(point):
     return [Point(point.x * factor), Color.RED, helper.VALUE]
 """, """
 def adder(more):
-    return lambda number: number + more
+    return lambda number: number + more - choices(1) + choices(2)
 """, """
 with cexec.Executor({0!r}, 1, allow=["__main__.Plain"]) as pool:
     made = pool.submit(scaled, Point(2)).result()
@@ -14648,6 +14652,27 @@ def test_a_function_by_value_is_as_it_was_when_it_was_submitted(prompted):
                     calls = pool.submit(scaled, 1), pool.map(scaled, [1]), pool.map(scaled, [1, 1], chunksize=2)
             print(first.result(), calls[0].result(), list(calls[1]), list(calls[2]))
         """ % prompted.pub)) == "None 2 [2] [2, 2]\n"
+
+
+def test_trust_brings_back_what_came_by_value(prompted):
+    """Objects of its classes, also of one that is defined inside a function, and functions."""
+    text = """
+        import cexec
+        class Plain:
+            pass
+        def local():
+            class Local:
+                pass
+            return Local
+        Local = local()
+        def use():
+            return pool
+        with cexec.Executor(%r, 1, trust=True) as pool:
+            made = pool.submit(lambda: [Plain(), Local(), lambda: 42]).result()
+            print([type(made[0]) is Plain, type(made[1]) is Local, made[2]()], pool.submit(use).exception())
+        """ % prompted.pub
+    out = prompted.python("-c", textwrap.dedent(text))
+    assert out.startswith("[True, True, 42] a function that runs on a worker cannot use the Executor: "), out
 
 
 def test_functions_in_cells_of_a_notebook_and_in_ipython(prompted):
