@@ -12955,7 +12955,7 @@ cexec(7) with the security model.
 # The program that a lane's Python runs.  It uses nothing of this file, which the worker may not have.
 LANE_PROGRAM = r'''
 import copyreg, functools, io, linecache, operator, os, pickle, queue, struct, sys, threading, traceback, types
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 
 HEAD, NUMBER, SIZE = struct.Struct("!cQ"), struct.Struct("!Q"), struct.Struct("!I")
 calls, answers = [getattr(queue, "SimpleQueue", queue.Queue)() for _ in range(2)]
@@ -13071,9 +13071,11 @@ class Source:
             return None
         text, filename, is_package = found
         if text is None:            # a directory without __init__.py: a module comes first, as Python has it
-            own = PathFinder.find_spec(name, path)
-            if own and own.loader:
-                return None
+            for finder in sys.meta_path:
+                find = getattr(finder, "find_spec", None)
+                own = find and not isinstance(finder, Source) and find(name, path)
+                if own and own.loader:
+                    return None
         spec = ModuleSpec(name, Source(text or b""), origin=filename, is_package=is_package)
         spec.has_location = True
         return spec
@@ -13461,6 +13463,8 @@ class Program:
         self.library, self.sent, self.zips = library_paths(), {}, {}
         places = list(map(os.path.realpath, sys.path))      # "" is this directory
         roots = [here] if here else [os.getcwd()] if not path or path.startswith("<") else []
+        if not may_import_beside_main():
+            roots = [root for root in roots if root in places]
         self.roots = []
         for root in roots + places[:1] + self.named(send):
             if root not in self.roots and not is_below(root, self.library) and self.opened(root):
@@ -13492,7 +13496,7 @@ class Program:
 
     def names(self):
         """The names of top-level modules and packages: a worker asks for no others."""
-        names = {"cloudpickle"} if self.cloudpickle else set()
+        names = {name.partition(".")[0] for name in self.sent}.union(["cloudpickle"] if self.cloudpickle else [])
         for root in self.roots:
             try:
                 found = {path[len(root) + 1:].partition("/")[0] for path in self.zips.get(root, ())} or os.listdir(root)
@@ -13534,7 +13538,7 @@ class Program:
                     return ((self.read(path), path, is_package), [base]) if ours and self.holds(path) else None
             if (parent or place in self.roots) and self.is_directory(base) and self.holds(base):
                 bare.append(base)
-        return ((None, bare[0], True), bare) if bare else None
+        return ((None, bare[0], True), bare) if bare and (parent or not is_module(name)) else None
 
     def holds(self, path):
         """Whether a path, after all links are followed, is below a root and in no library."""
@@ -13561,6 +13565,21 @@ class Program:
         import zipfile
         with zipfile.ZipFile(root) as file:
             return file.read(path[len(root) + 1:])
+
+
+def may_import_beside_main():
+    """Whether an import looks in the main program's directory: not with python3 -P or -I."""
+    return not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))
+
+
+def is_module(name):
+    """Whether an import here would find a module, perhaps by a finder of its own, and not only directories."""
+    import importlib.util
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    return bool(spec and spec.loader and spec.origin not in (None, "namespace"))
 
 
 def is_below(path, places):
