@@ -12877,6 +12877,8 @@ def serve_on_hosts(words, path, argv):
 #     client (Pool, Lane)                            worker (LANE_PROGRAM)
 #       | SETUP ------------------------------------>  |
 #       |  <------------------------------------ READY |  takes calls
+#       | CALL 0: the initializer, if there is one --->  |
+#       |  <---------------------- VALUE 0 or RAISED 0 |  then the lane is up, or ends
 #       | MAIN, once a call needs it ----------------->  |
 #       | FUNCTION, if map() has it for many calls --->  |
 #       | CALL --------------------------------------->  |
@@ -13253,7 +13255,8 @@ def work(number, data, shared, buffers):
             raise AttributeError("%s: what is defined below if __name__ == '__main__': is not there on a worker, so "
                                  "define it above" % error) from None
         del data
-        value = dumps(function(*arguments, **keywords), result)
+        value = function(*arguments, **keywords)
+        value = dumps(value if number.strip(b"\0") else None, result)       # not what an initializer returns
     except BaseException as error:
         report(b"X", number, error)
     else:
@@ -14593,13 +14596,13 @@ def remedy_of(error):
     return ""
 
 
-def fault_of(host, python, error):
+def fault_of(host, python, error, what="load the program"):
     """Why this host cannot do calls, and the remedy."""
     leave_out = "CEXEC_REJECT_SERVERS=%s leaves it out" % host
     if not isinstance(error.__cause__, RemoteTraceback):
         return "%s: %s; %s" % (host, error, leave_out)
-    return "%s cannot load the program with Python %s: %s: %s (%s)" % (
-        host, python, type(error).__name__, error, "; ".join(filter(None, [remedy_of(error), leave_out])))
+    return "%s cannot %s with Python %s: %s: %s (%s)" % (
+        host, what, python, type(error).__name__, error, "; ".join(filter(None, [remedy_of(error), leave_out])))
 
 
 def load_error(readers, data, place, host):
@@ -14630,7 +14633,7 @@ def load_error(readers, data, place, host):
 OUR_PYTHON = "%d.%d" % sys.version_info[:2]
 SAME_PYTHON = ("a function of a notebook, a lambda or the like needs Python {0} there, as here: start the worker with "
                "python{0}, or put the function into a module".format(OUR_PYTHON))
-SEARCHING, STARTING, UP, ENDING = "SEARCHING", "STARTING", "UP", "ENDING"
+SEARCHING, STARTING, PREPARING, UP, ENDING = "SEARCHING", "STARTING", "PREPARING", "UP", "ENDING"
 
 
 # by_value: with code, so that it needs our minor version of Python; buffers: memoryviews, which are not in the data
@@ -14796,14 +14799,14 @@ def last_shown(line):
 class Lane(Stateful):
     """One job of cexec, with a worker's Python as its command.
 
-    SEARCHING --GO--> STARTING --READY--> UP --end(): send END--> ENDING --all pipes are closed--> OVER
-        |'---------------|-----READY------^|                       A                                A
-        '----------------'-----------------'---terminate()---------'                                |
-        '----------------'-----------------'---the job has ended: all pipes are closed--------------'
+    SEARCHING --GO--> STARTING --READY--> PREPARING --VALUE 0--> UP --end(): send END--> ENDING --all pipes are--> OVER
+        |'---------------|-----READY--------^|'-no initializer---^|                       A         closed         A
+        '----------------'-------------------'--------------------'----terminate()--------'                        |
+        '----------------'-------------------'--------------------'----the job has ended: all pipes are closed-----'
     """
 
-    LAW = {SEARCHING: (STARTING, UP, ENDING, OVER), STARTING: (UP, ENDING, OVER), UP: (ENDING, OVER),
-           ENDING: (OVER,), OVER: ()}
+    LAW = {SEARCHING: (STARTING, PREPARING, ENDING, OVER), STARTING: (PREPARING, ENDING, OVER),
+           PREPARING: (UP, ENDING, OVER), UP: (ENDING, OVER), ENDING: (OVER,), OVER: ()}
 
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
@@ -14813,7 +14816,8 @@ class Lane(Stateful):
         self.main_sent, self.loading = not pool.program.text, False
         self.since = self.idle_since = self.head_since = time.monotonic()
         self.pace, self.first, self.fastest = 1.0, None, 1e9    # seconds of a call: lately, of the first, the least
-        self.recalled = self.leaving = False
+        self.preparation, self.unprepared = 0.0, False      # seconds of the initializer; whether it failed
+        self.taken, self.recalled, self.leaving = 0, False, False
         self.functions = collections.deque(maxlen=FUNCTIONS_KEPT)   # numbers of those that the worker has
         self.unsent, self.backlog = collections.deque(), 0      # parts of frames; their bytes
         self.imports = 0            # IMPORTs since unsent was last empty: the worker must send one at a time
@@ -14924,6 +14928,9 @@ class Lane(Stateful):
         if not self.calls:
             self.head_since = time.monotonic()
         self.calls[number] = call
+        self.taken += 1
+        if self.taken == self.pool.calls_max:
+            self.leave()
 
     def send_pickled(self, kind, head, made):
         if not self.main_sent and not made.by_value and b"__main__" in made.data:
@@ -15026,7 +15033,7 @@ class Lane(Stateful):
 
     def holds_up(self):
         """Whether it will soon take a call, so that the pool begins no other lane for it."""
-        return self.state is STARTING and not self.is_late()
+        return self.state is PREPARING or self.state is STARTING and not self.is_late()
 
     def is_late(self):
         return self.state is STARTING and time.monotonic() - self.since >= LATE_SECONDS
@@ -15102,9 +15109,34 @@ class Lane(Stateful):
             raise ProtocolError("READY out of place")
         self.protocol, self.host = min(int(words[2]), self.pool.protocol), printable(words[4])
         self.python = printable(words[3])
+        self._set(PREPARING)
+        if self.pool.initializer:
+            self.prepare(self.pool.initializer)
+        else:
+            self.up()
+
+    def prepare(self, initializer):
+        """Sends the initializer."""
+        self.since = time.monotonic()
+        try:
+            made, _ = initializer.pickled(self.protocol, self.pool.program)
+        except BaseException as error:
+            return self.pool.give_up(error)
+        if not self.suits(initializer):
+            self.failure = Failed("it has Python %s; %s" % (self.python, SAME_PYTHON))
+            return self.terminate()
+        self.send_pickled(CALL, CALL_NUMBER.pack(0) + FUNCTION_NUMBER.pack(0), made)
+        self.flush()
+
+    def up(self):
+        """It takes calls from now on."""
         self.since = self.idle_since = time.monotonic()
         self._set(UP)
         self.pool.lane_up()
+
+    def is_prepared_by(self, data, place):
+        """Whether this is the result of the initializer."""
+        return self.state is PREPARING and CALL_NUMBER.unpack_from(data, place) == (0,)
 
     def rcvd_loaded(self, data, place, end):
         self.loading = False
@@ -15135,6 +15167,9 @@ class Lane(Stateful):
         return call, place + CALL_NUMBER.size
 
     def rcvd_value(self, data, place, end):
+        if self.is_prepared_by(data, place):
+            self.preparation = time.monotonic() - self.since
+            return self.up()
         call, place = self.rcvd_result(data, place, end)
         buffers, self.buffers = self.buffers, []
         try:
@@ -15147,6 +15182,9 @@ class Lane(Stateful):
 
     def rcvd_raised(self, data, place, end):
         error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # first: may raise
+        if self.is_prepared_by(data, place):
+            self.failure, self.unprepared = error, True
+            return self.terminate()
         call, _ = self.rcvd_result(data, place, end)
         self.pool.done(call, error)
 
@@ -15180,7 +15218,9 @@ class Lane(Stateful):
         except Failed as failed:
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
-        useless = bool(self.failure) or self.state in (SEARCHING, STARTING) or self.state is UP and self.loading
+        self.unprepared |= self.state is PREPARING
+        useless = bool(self.failure) or self.state in (SEARCHING, STARTING, PREPARING) or (
+            self.state is UP and self.loading)
         self._set(OVER)
         self.pool.lane_over(self, self.failure or reason, useless, hopeless)
 
@@ -15194,7 +15234,8 @@ class Lane(Stateful):
         how = "with status %d" % code if code >= 0 else "by signal %d" % -code
         if self.state not in (SEARCHING, STARTING):
             return "the Python of worker %s (%s) ended %s%s" % (
-                worker, self.host, how, " while it loaded the program" if self.loading else "")
+                worker, self.host, how, " in the initializer" if self.state is PREPARING else
+                " while it loaded the program" if self.loading else "")
         words = printable((self.words.decode("utf-8", "replace").strip() or "it said nothing").splitlines()[-1])
         return "the command of worker %s ended %s: %s (is it python3 /dev/fd/3?)" % (worker, how, words)
 
@@ -15224,7 +15265,7 @@ class Pool:
     wake it.  Futures' callbacks run in it, without a lock, so they may submit calls.
     """
 
-    def __init__(self, pub, limit, readers, retries, send=(), threads=1):
+    def __init__(self, pub, limit, readers, retries, send=(), threads=1, initializer=None, calls_max=None):
         import pickle
         import threading
         pub = checked_path(pub)
@@ -15234,7 +15275,8 @@ class Pool:
         except Fatal as error:
             raise Failed(str(error), error.code) from None
         self.program, self.readers, self.protocol = Program(send), readers, pickle.HIGHEST_PROTOCOL
-        self.threads = threads
+        self.threads, self.calls_max = threads, calls_max       # of a lane; None: any number
+        self.initializer = initializer          # a Call without a future, or None
         self.threading, self.shut = threading, False
         self.begin()
 
@@ -15245,9 +15287,11 @@ class Pool:
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
         self.number, self.pause = 0, 0.0
+        self.unprepared = set()                 # ids of workers whose initializer has failed
         self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
         self.rounds = 0             # in a row in which every worker that answers was tried: see next_round()
         self.bad, self.faults = Avoided(REJECT_SECONDS), {}     # workers that get no lane; {their ids: (why, error)}
+        self.prepared, self.cause = not self.initializer, None  # whether it has succeeded; what has broken the pool
         self.unlike = {}            # a worker's id: what is said of it, if it has another version of Python
 
     # For any thread.  With the gate, what is put before shutdown() is done, what comes later is refused, and nobody
@@ -15260,6 +15304,8 @@ class Pool:
         with self.gate:
             if not self.threading.main_thread().is_alive():
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self.cause:
+                raise self.given_up()
             if self.shut:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self.thread is None:
@@ -15342,6 +15388,8 @@ class Pool:
         self.sleeping = True        # before the inbox is looked at: what comes later must wake us
         shut = self.shut            # before it too: nothing is put into it later
         self.take_in()
+        if self.cause:
+            self.fail_all(self.given_up())
         self.dispatch()
         return self.lanes or self.queue or self.inbox or not shut
 
@@ -15434,10 +15482,10 @@ class Pool:
     def cannot_grow(self, error):
         """No more workers were found: all calls fail, unless a lane is up or may soon be."""
         self.failures = self.faulty = 0
-        if any(lane.state in (STARTING, UP) for lane in self.lanes):
+        if any(lane.state in (STARTING, PREPARING, UP) for lane in self.lanes):
             self.pause = time.monotonic() + SEARCH_PAUSE
         elif not self.next_round():
-            self.fail_all(self.no_worker(error))
+            (self.give_up if self.unprepared and not self.prepared else self.fail_all)(self.no_worker(error))
 
     def next_round(self):
         """Asks the workers again that ended for no reason that must stay, LANE_FAILURES times in all.
@@ -15466,6 +15514,22 @@ class Pool:
         failed.__cause__ = faults[-1][1]
         return failed
 
+    def give_up(self, error):
+        """The initializer cannot be run: all calls fail, and so does submit()."""
+        self.cause = error
+        self.end_lanes()
+
+    def given_up(self):
+        """Returns the exception of calls after give_up()."""
+        error = self.broken(str(self.cause))
+        error.__cause__ = self.cause
+        return error
+
+    def end_lanes(self):
+        for lane in self.lanes:
+            if lane.state is not ENDING:
+                lane.terminate()
+
     def fail_all(self, error):
         while self.queue:
             call = self.queue.popleft()
@@ -15474,7 +15538,7 @@ class Pool:
 
     def lane_up(self):
         """A lane is ready, perhaps late: its worker is as good as others."""
-        self.pause = 0.0
+        self.pause, self.prepared = 0.0, True
 
     def lane_over(self, lane, error, useless, hopeless):
         """Puts the lane's calls back, except those that have had all their tries: they fail.
@@ -15494,13 +15558,16 @@ class Pool:
         self.put_back(again)
         if again and not useless:
             self.tell("%s; runs its calls again" % error)
-        if not any(other.state in (STARTING, UP) for other in self.lanes):
+        if not any(other.state in (STARTING, PREPARING, UP) for other in self.lanes):
             self.pause = 0.0
         if useless and lane.worker_id:
             self.found_useless(lane, error)
         elif useless:
             self.failures += 1
-        if useless and (hopeless or self.failures >= LANE_FAILURES or self.faulty >= FAULTS_MAX):
+        self.unprepared |= {lane.worker_id} if lane.unprepared else set()
+        if len(self.unprepared) >= LANE_FAILURES and not self.prepared:
+            self.give_up(self.no_worker(error))
+        elif useless and (hopeless or self.failures >= LANE_FAILURES or self.faulty >= FAULTS_MAX):
             self.cannot_grow(error)
 
     # A worker may be unable to do the calls: its Python does not start, or cannot load the program.  Lanes that begin
@@ -15512,7 +15579,7 @@ class Pool:
     def found_useless(self, lane, error):
         self.bad.for_now(lane.worker_id)
         self.faulty += 1
-        text = fault_of(lane.host, lane.python, error)
+        text = fault_of(lane.host, lane.python, error, *["run the initializer"] * lane.unprepared)
         self.faults.pop(lane.worker_id, None)
         self.faults[lane.worker_id] = text, error       # the newest is the last
         while len(self.faults) > FAULTS_MAX:
@@ -15539,13 +15606,13 @@ class Pool:
         """Ends lanes that have had no call for a while, or at once if no more calls can come."""
         now = time.monotonic()
         for lane in list(self.lanes):
-            if self.queue and lane.state in (SEARCHING, STARTING):
+            if lane.state is not UP and self.queue or lane.state is PREPARING and not self.shut:
                 lane.awaited()
             elif not lane.calls and (lane.leaving or not self.queue) and (
-                    lane.leaving or self.shut or now - lane.idle_since > LANE_IDLE_SECONDS):
+                    lane.leaving or self.shut or now - lane.idle_since > max(LANE_IDLE_SECONDS, lane.preparation)):
                 if lane.state is UP:
                     lane.end()
-                elif lane.state in (SEARCHING, STARTING):
+                elif lane.state is not ENDING:
                     lane.terminate()
 
     def tick(self):
@@ -15563,7 +15630,7 @@ class Pool:
                     lane.recall()
         elif self.queue and len(up) == sum(lane.state is UP for lane in self.lanes):
             for lane in up:
-                warm_up = (lane.first or 0) - lane.fastest      # seconds that a new lane would need again
+                warm_up = lane.preparation + (lane.first or 0) - lane.fastest       # seconds that a new one needs again
                 if now - lane.since > max(LANE_SECONDS, 20 * warm_up):
                     lane.leave()
                     break
@@ -15576,9 +15643,7 @@ class Pool:
         self.abandoned = True
         self.cancel()
         self.fail_all(self.broken("the executor was ended"))
-        for lane in self.lanes:
-            if lane.state is not ENDING:
-                lane.terminate()
+        self.end_lanes()
 
     def summary(self):
         """The key, the calls, and the hosts with their numbers of lanes, for people.  Any thread may ask."""
@@ -15607,6 +15672,18 @@ class Pool:
                 pass                # standard error is closed
 
 
+def count_slots(pub):
+    """Returns how many jobs the workers that answer take at a time.  Asks for a second or more.  Raises Failed."""
+    try:
+        survey = Survey(Group(), open_pub(pub), listen_ports(), Loop(), ServerFilter())
+    except Fatal as error:
+        raise Failed(str(error), error.code) from None
+    survey.begin(survey.loop.stop)
+    survey.loop.run()
+    survey.close()
+    return sum(row["slots"] for row in survey.rows() if row["state"] == "serving")
+
+
 def pickled(value):
     """A pickle that any worker's Python can read."""
     import pickle
@@ -15616,7 +15693,8 @@ def pickled(value):
 class ExecutorMethods:
     """A concurrent.futures.Executor whose calls run on the workers of an application.
 
-    Executor(pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1)
+    Executor(pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1,
+             mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None)
 
     pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
@@ -15635,6 +15713,11 @@ class ExecutorMethods:
         beside the main program: ["/home/me/project/src"].
     threads: how many threads numpy, and other libraries that use OpenMP, OpenBLAS or MKL, start in each
         call, unless the worker's environment says it; None: as many as the library likes.
+    initializer, initargs: each worker's Python calls initializer(*initargs) before its calls, to load
+        data into globals, for example.  If it fails, the worker gets no calls.  If it fails on three
+        workers, or on all that answer, and has succeeded on none, the Executor is broken.
+    max_tasks_per_child: a worker's Python ends after so many calls, and is started anew.
+    mp_context: only None, for programs that give it.
 
     A result may be: Python's own types and exceptions; the standard library's types for data
     (datetime, zoneinfo, decimal, fractions, uuid, pathlib, collections, ipaddress, array, regular
@@ -15656,7 +15739,8 @@ class ExecutorMethods:
     directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
-    Workers are held while there are calls, and for 3 seconds more.
+    Workers are held while there are calls, and for 3 seconds more, or for as long as the initializer
+    took.
     A worker whose Python does not start in 10 seconds, or cannot load the program, gets no calls for
     a while; that was no try.  While busy workers have the calls in line, these wait.  When no worker
     that answers can do them, they fail, with the name of each host, the reason and the remedy.
@@ -15669,20 +15753,38 @@ class ExecutorMethods:
     ImportError or AttributeError if it does not exist, TypeError if it is no class for data.  A
     future's exception is the one that the function raised, with the worker's traceback as its
     __cause__; Failed if there is no worker; concurrent.futures.process.BrokenProcessPool if the
-    worker was lost too often; pickle.PicklingError for a call that cannot be sent;
-    pickle.UnpicklingError for a result or an exception with something that is not allowed.
+    worker was lost too often, or if the initializer has failed: then submit() raises it too;
+    pickle.PicklingError for a call that cannot be sent; pickle.UnpicklingError for a result or an
+    exception with something that is not allowed.
     """
 
-    def __init__(self, pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1):
+    def __init__(self, pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1, mp_context=None,
+                 initializer=None, initargs=(), max_tasks_per_child=None):
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if retries < 0:
             raise ValueError("retries must not be negative")
         if threads is not None and threads <= 0:
             raise ValueError("threads must be greater than 0")
+        if mp_context is not None:
+            raise ValueError("mp_context must be None: a worker's Python is started by its cservice")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None and not isinstance(max_tasks_per_child, int):
+            raise TypeError("max_tasks_per_child must be an integer")
+        if max_tasks_per_child is not None and max_tasks_per_child <= 0:
+            raise ValueError("max_tasks_per_child must be >= 1")
         import weakref
-        self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries, send, threads)
+        self._given = max_workers
+        self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries, send, threads,
+                          initializer and Call(None, initializer, tuple(initargs), {}), max_tasks_per_child)
         weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
+
+    @property
+    def _max_workers(self):
+        """What dask and joblib read: max_workers, or else the slots of the workers that answer now, asked once."""
+        self._given = self._given or count_slots(self._pool.pub)
+        return self._given or 1
 
     def __repr__(self):
         return "<cexec.Executor %s>" % self._pool.summary()

@@ -15094,6 +15094,98 @@ def test_what_is_large_is_not_copied_into_a_pickle(ours):
     assert found[0] == 7                # it is the memory that came
 
 
+def test_an_initializer_runs_once_for_each_lane_before_its_calls(pooled):
+    """What it returns need not be data."""
+    assert pooled.script("""
+        import os, sys, threading
+        def begin(*words):
+            global begun
+            begun = globals().get("begun", ()) + words
+            return threading.Lock()
+        def look(number):
+            return begun
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, initializer=begin, initargs=("a", b"b")) as pool:
+                print(set(pool.map(look, range(200))))
+        """) == "{('a', b'b')}\n"
+
+
+def test_the_initializers_time_is_no_work_of_a_lane(pooled, monkeypatch):
+    """A lane ends after a while; not sooner than it takes to be worth its start.  Nor does it count as idle."""
+    monkeypatch.setattr(cexec, "LANE_SECONDS", 0.1)
+    monkeypatch.setattr(cexec, "LANE_IDLE_SECONDS", 0.0)
+    count = pooled.path("count")
+    text = "import time\nopen(%r, 'a').write('x')\ntime.sleep(1)" % count
+    with cexec.Executor(pooled.pub, 1, initializer=exec, initargs=(text,)) as pool:
+        waiting = pool.submit(abs, -1)
+        until(lambda: any(lane.state is cexec.PREPARING for lane in pool._pool.lanes), "the initializer")
+        assert waiting.result(PATIENCE) == 1
+        lane, = pool._pool.lanes
+        assert lane.preparation >= 1 and lane.since - lane.idle_since <= 0
+        pool.submit(time.sleep, 0.1).result()           # now none is sent ahead
+        list(pool.map(time.sleep, [0.05] * 10))
+        assert lane in pool._pool.lanes and read(count) == b"x" and not lane.leaving
+
+
+def test_an_initializer_that_fails_breaks_the_pool(pooled):
+    with cexec.Executor(pooled.pub, initializer=divmod, initargs=(1, 0)) as pool:
+        error = pool.submit(abs, -1).exception(PATIENCE)
+        assert type(error) is concurrent.futures.process.BrokenProcessPool
+        assert "cannot run the initializer" in str(error) and "ZeroDivisionError" in str(error)
+        with pytest.raises(concurrent.futures.process.BrokenProcessPool, match="ZeroDivisionError"):
+            pool.submit(abs, -1)
+    with cexec.Executor(pooled.pub, initializer=os._exit, initargs=(3,)) as pool:
+        error = pool.submit(abs, -1).exception(PATIENCE)
+        assert type(error) is concurrent.futures.process.BrokenProcessPool and "in the initializer" in str(error)
+    with cexec.Executor(pooled.pub, initializer=abs, initargs=(threading.Lock(),)) as pool:
+        error = pool.submit(abs, -1).exception(PATIENCE)
+        assert type(error.__cause__) is pickle.PicklingError
+
+
+def test_a_host_whose_initializer_fails_gets_no_calls(cluster, monkeypatch):
+    """They wait for another one."""
+    live_in(cluster, monkeypatch)
+    gate, good = cluster.path("gate"), {"CONCURRENCY": "1", "BOOST": "0"}
+    begin = "import os\nif os.environ.get('BAD'): raise OSError('no licence')"
+    wait = "import os, time\nassert not os.environ.get('BAD')\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate
+    cluster.worker(*LANE, env=good)
+    cluster.worker(*LANE, env=dict(good, BAD="1"))
+    with cexec.Executor(cluster.pub, initializer=exec, initargs=(begin,)) as pool:
+        futures = [pool.submit(exec, wait) for _ in range(3)]
+        try:
+            until(lambda: pool._pool.unprepared and pool._pool.prepared, "a failure and a success")
+        finally:
+            touch(gate)
+        assert [future.result(PATIENCE) for future in futures] == [None] * 3
+        text, = [text for text, _ in pool._pool.faults.values()]
+        assert "cannot run the initializer" in text and "no licence" in text
+
+
+def test_max_tasks_per_child(pooled):
+    with cexec.Executor(pooled.pub, 1, max_tasks_per_child=3) as pool:
+        pids = list(pool.map(eval, ["__import__('os').getpid()"] * 9))
+    assert [pids.count(pid) for pid in pids] == [3] * 9
+
+
+def test_the_number_of_workers_is_asked_when_it_is_read(pooled, monkeypatch):
+    pooled.worker(*LANE, env={"CONCURRENCY": "3", "BOOST": "0"})
+    count, asked = cexec.count_slots, []
+    monkeypatch.setattr(cexec, "count_slots", lambda pub: asked.append(pub) or count(pub))
+    with cexec.Executor(pooled.pub) as pool:
+        assert pool.submit(abs, -1).result() == 1 and not asked
+        assert pool._max_workers == 5 and pool._max_workers == 5 and asked == [pooled.pub]
+    with cexec.Executor(pooled.pub, 7, mp_context=None) as pool:
+        assert pool._max_workers == 7 and asked == [pooled.pub]
+
+
+@pytest.mark.parametrize("options, kind, word", [
+    ({"mp_context": 1}, ValueError, "mp_context must be None"), ({"initializer": 1}, TypeError, "callable"),
+    ({"max_tasks_per_child": 0}, ValueError, ">= 1"), ({"max_tasks_per_child": "1"}, TypeError, "an integer")])
+def test_wrong_options_of_an_executor(cluster, options, kind, word):
+    with pytest.raises(kind, match=word):
+        cexec.Executor(cluster.pub, **options)
+
+
 def lanes_of(cluster):
     """The processes of workers' Pythons."""
     found = []
@@ -15289,7 +15381,8 @@ import cexec
 try:
     package = "test.test_concurrent_futures."
     modules = [importlib.import_module(package + name)
-               for name in ("executor", "test_shutdown", "test_as_completed", "test_wait", "test_process_pool")]
+               for name in ("executor", "test_init", "test_shutdown", "test_as_completed", "test_wait",
+                            "test_process_pool")]
     util = importlib.import_module(package + "util")
     base = util.BaseTestCase
 except ImportError:                     # before Python 3.13, and 3.12, it is one file
@@ -15298,8 +15391,8 @@ except ImportError:                     # before Python 3.13, and 3.12, it is on
 
 class Ours(concurrent.futures.Executor):
     "What their mixins make, with our arguments."
-    def __new__(cls, max_workers=None):
-        return cexec.Executor(POOL, max_workers, allow=ALLOW)
+    def __new__(cls, max_workers=None, **options):
+        return cexec.Executor(POOL, max_workers, allow=ALLOW, **options)
 
 ALLOW = [modules[0].__name__]
 
@@ -15326,10 +15419,9 @@ LEFT_OUT = {
     "test_interpreter_shutdown", "test_submit_after_interpreter_shutdown", "test_hang_gh83386", "test_hang_issue83386",
     # the pool's processes, by name: executor._processes, and a call that kills one breaks the whole pool, not a call
     "test_killed_child", "test_saturation", "test_idle_process_reuse_one", "test_idle_process_reuse_multiple",
-    # options of multiprocessing that we don't have: a context, semaphores and managers of it, max_tasks_per_child
-    "test_ressources_gced_in_workers", "test_max_tasks_per_child", "test_max_tasks_early_shutdown",
-    "test_max_tasks_per_child_defaults_to_spawn_context", "test_python_finalization_error",
-    "test_max_workers_too_large",
+    # and for max_tasks_per_child, together with a context of multiprocessing; and its semaphores and managers
+    "test_max_tasks_per_child", "test_max_tasks_early_shutdown", "test_max_tasks_per_child_defaults_to_spawn_context",
+    "test_ressources_gced_in_workers", "test_python_finalization_error", "test_max_workers_too_large",
     # it wants one call to have begun at once: here a worker is looked for first
     "test_cancel_futures",
     # the cause is of another type than concurrent.futures' own, private one, which takes multiprocessing to import
@@ -15350,7 +15442,8 @@ def python_with_tests():
 
 
 @pytest.mark.parametrize("classes, least", [
-    (("ExecutorTest", "ProcessPoolExecutorTest"), 9), (("ExecutorShutdownTest", "AsCompletedTests"), 5),
+    (("ExecutorTest", "ProcessPoolExecutorTest"), 9),
+    (("ExecutorShutdownTest", "AsCompletedTests", "InitializerMixin"), 6),
     (("WaitTests",), 7)])
 def test_cpythons_own_tests_of_executors(cluster, classes, least):
     python = python_with_tests()
