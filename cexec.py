@@ -5428,7 +5428,9 @@ class JobFiles:
 #
 # A Search finds a worker for a patron: a Client, which has one job, or a Batch, which has many.
 #
-#   patron.next_job(search)              returns a job for the worker that offers, or None if none is left
+#   patron.has_job_for(worker_id)        whether this worker may be asked
+#   patron.next_job(search, worker_id)   returns a job for the worker that offers, or None if none is left for it
+#   patron.lacks(hello, job, why, code)  this worker has no such command as this job has, but perhaps that of others
 #   patron.put_back(job)                 this worker was lost before GO: nothing has run
 #   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
@@ -5697,16 +5699,12 @@ class Candidate(Stateful):
 
 
 class Avoided:
-    """Workers that are not asked: for ever, or for a time that doubles each time that the worker refuses.
-
-    refusals has what they have said: the exit code is 127 or 126 if the command is not there or cannot be run,
-    100 if the worker takes no such jobs, and 111 if it may take the job later.
-    """
+    """Workers that are not asked: for ever, or for a time that doubles each time."""
 
     def __init__(self, seconds=1.0):
         self.first = seconds
         self.until, self.seconds = {}, {}           # worker_id: until when (monotonic); the last length of time
-        self.refusals = {}          # worker_id: (its address, why, the exit code)
+        self.refusals = Refusals()  # what they have said
         self.has_worked = False     # whether a command has run anywhere: then a refusal is no reason to give up
 
     def __contains__(self, worker_id):
@@ -5718,42 +5716,20 @@ class Avoided:
     def is_for_good(self, worker_id):
         return self.until.get(worker_id) == float("inf")
 
-    def for_now(self, worker_id):
-        self.seconds[worker_id] = min(AVOID_MAX, 2 * self.seconds.get(worker_id, self.first / 2))
-        self.until[worker_id] = time.monotonic() + self.seconds[worker_id]
+    def for_now(self, worker_id, least=0.0):
+        """Returns for how many seconds, least at least."""
+        seconds = max(least, min(AVOID_MAX, 2 * self.seconds.get(worker_id, self.first / 2)))
+        self.seconds[worker_id], self.until[worker_id] = seconds, time.monotonic() + seconds
+        return seconds
 
     def now(self):
         """Returns those that are not asked now."""
         return [worker_id for worker_id in self.until if worker_id in self]
 
-    def refused(self, hello, why, code):
-        self.refusals[hello.worker_id] = hello.address, why, code
-
-    def refusal(self, only, codes):
-        """Returns (what workers, or only this one, have said with such codes, the first code); ("", 0) if none."""
-        found = {}
-        for worker_id, (address, why, code) in self.refusals.items():
-            if only in (ANY_WORKER, worker_id) and code in codes:
-                found.setdefault(why, []).append(address)
-        texts = ["worker %s %s%s" % (first, why, "; the same on " + ", ".join(others) if others else "")
-                 for why, (first, *others) in found.items()]
-        said = {code for worker_id, (_, _, code) in self.refusals.items() if only in (ANY_WORKER, worker_id)}
-        return "; ".join(texts), next((code for code in codes if code in said), 0)
-
-    def unable(self):
-        """Returns the ids of workers that cannot do the job."""
-        return [worker_id for worker_id, (_, _, code) in self.refusals.items() if code in CANNOT]
-
-    def name_refusals(self):
-        """Tells the user once which workers cannot do the job, when another one does it."""
-        for address, why, code in self.refusals.values():
-            if code in CANNOT:
-                log.once("worker %s %s" % (address, why), say=log.tell_user)
-
     def worked(self, worker_id):
         """A command has run there."""
         self.has_worked = True
-        self.forgive(worker_id)
+        self.refusals.forget(worker_id)
 
     def ask_again(self, worker_id):
         """It may be asked at once; if it refuses again, it is avoided for longer."""
@@ -5761,14 +5737,43 @@ class Avoided:
 
     def forgive(self, worker_id):
         self.seconds.pop(worker_id, None)
-        self.refusals.pop(worker_id, None)
 
-    def forgive_refusals(self):
-        """The next job is another one."""
-        for worker_id in self.refusals:
-            self.until.pop(worker_id, None)
-            self.seconds.pop(worker_id, None)
-        self.refusals = {}
+
+class Refusals:
+    """What workers have said that do not do a job.
+
+    The exit code is 127 or 126 if the command is not there or cannot be run, 100 if the worker takes no such jobs,
+    and 111 if it may take the job later.
+    """
+
+    def __init__(self):
+        self.said = {}              # worker_id: (its address, why, the exit code)
+
+    def add(self, hello, why, code):
+        self.said[hello.worker_id] = hello.address, why, code
+
+    def forget(self, worker_id):
+        self.said.pop(worker_id, None)
+
+    def text(self, only, codes):
+        """Returns (what workers, or only this one, have said with such codes, the first code); ("", 0) if none."""
+        said = [row for worker_id, row in self.said.items() if only in (ANY_WORKER, worker_id) and row[2] in codes]
+        found = {}
+        for address, why, _ in said:
+            found.setdefault(why, []).append(address)
+        texts = ["worker %s %s%s" % (first, why, "; the same on " + ", ".join(others) if others else "")
+                 for why, (first, *others) in found.items()]
+        return "; ".join(texts), min((code for _, _, code in said), key=codes.index, default=0)
+
+    def unable(self):
+        """Returns the ids of workers that cannot do the job."""
+        return [worker_id for worker_id, (_, _, code) in self.said.items() if code in CANNOT]
+
+    def tell_user(self):
+        """Tells the user once which workers cannot do the job, when another one does it."""
+        for address, why, code in self.said.values():
+            if code in CANNOT:
+                log.once("worker %s %s" % (address, why), say=log.tell_user)
 
 
 # The exit codes for workers that cannot do a job.  As with exec, "cannot be run" counts more than "is not there".
@@ -5832,7 +5837,6 @@ class Search:
         self.stranger = None        # the address of a worker with another protocol version, and this version
         self.shown = self.told = ""             # our text on the terminal; the same for an Executor
         self.unfit_timer = None     # for insist()
-        self.own_job = None         # a job that was refused, and whose command is not that of the patron's other jobs
         self.busy = {}              # a worker_id: when its last BUSY came; it may be able to do the job
         self.excluded = set()       # addresses of workers that answered, and that we do not accept
         self.losers = set()         # the same of those that have lost this job before
@@ -5862,7 +5866,7 @@ class Search:
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.last_answer > accept or wait and now - self.began > wait:
             message, code = self.unfit()
-            if not message or self.is_patient():
+            if not message or self.avoid.has_worked:
                 message, code = self.complaint(now), EXIT_TEMPORARY
             return self.patron.not_found(self, message, code)
         self.attempt += 1
@@ -5897,7 +5901,7 @@ class Search:
             return "no worker's connection could be taken in %d s: %s" % (now - self.began, self.back.lack)
         if self.blocked:
             return "no worker reached us in %d s: %s" % (now - self.began, tcp_blocked(self.back.port))
-        refusal, _ = self.avoid.refusal(self.only, (*CANNOT, EXIT_TEMPORARY))
+        refusal, _ = self.avoid.refusals.text(self.only, (*CANNOT, EXIT_TEMPORARY))
         if refusal:
             return "no worker took the job in %d s: %s" % (now - self.began, refusal)
         if self.ahead is not None:
@@ -5956,7 +5960,8 @@ class Search:
         return any(when >= since for worker_id, when in self.busy.items() if worker_id not in but)
 
     def may_ask(self, worker_id):
-        return worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
+        return (worker_id not in self.avoid and self.only in (ANY_WORKER, worker_id)
+                and self.patron.has_job_for(worker_id))
 
     def not_asked(self, address, worker_id):
         """Remembers a worker that has lost this job."""
@@ -5987,11 +5992,11 @@ class Search:
 
     def unfit(self):
         """Returns (what the workers have said that cannot do the job, the exit code); ("", 0) if none has."""
-        return self.avoid.refusal(self.only, CANNOT)
+        return self.avoid.refusals.text(self.only, CANNOT)
 
     def cannot(self, hello, why, code):
         """This worker cannot do the job.  Others may: they have a second more to offer."""
-        self.avoid.refused(hello, why, code)
+        self.avoid.refusals.add(hello, why, code)
         self.await_others()
 
     def await_others(self):
@@ -5999,20 +6004,16 @@ class Search:
             seconds = OBJECTION_SECONDS if self.only == ANY_WORKER else 0
             self.unfit_timer = self.loop.after(seconds, self.insist)
 
-    def is_patient(self):
-        """Whether a worker that has done such jobs may come back, although others cannot do them."""
-        return self.avoid.has_worked and not self.own_job
-
     def insist(self):
         """Gives up, unless we have asked a worker, or one has us in its line, or has done such a job.
 
         Only the offer of a busy worker will tell whether it can do the job.
         """
-        (message, code), patient = self.unfit(), self.is_patient()
-        busy = self.asked or self.is_in_line(self.avoid.unable())
-        if message and (self.only != ANY_WORKER or not busy and not patient):
+        message, code = self.unfit()
+        busy = self.asked or self.is_in_line(self.avoid.refusals.unable())
+        if message and (self.only != ANY_WORKER or not busy and not self.avoid.has_worked):
             return self.patron.not_found(self, message, code)
-        if message and not self.asked and not patient and not self.own_job:
+        if message and not self.asked and not self.avoid.has_worked:
             self.say_once(message + "; waits for a worker that is busy")
         self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
@@ -6050,10 +6051,12 @@ class Search:
             self.loop.after(wait, self.choose)
 
     def ask(self, candidate):
-        job = self.patron.next_job(self)
+        job = self.patron.next_job(self, candidate.hello.worker_id)
         if job:
             self.asked, self.job = candidate, job
             candidate.ask(self.pub.secret, job.job_fields())
+        elif candidate in self.candidates:
+            candidate.link.fail("no job is left for this worker")
 
     def take_job(self):
         """Gives away the job that we asked a worker to do.  Returns None if there is none."""
@@ -6063,14 +6066,16 @@ class Search:
     def refused(self, candidate, status, reason):
         """This worker has not the command, or cannot take the job now: it is not asked for some seconds."""
         hello = candidate.hello
-        self.avoid.for_now(hello.worker_id)
         self.worker_answered()
-        if not status:
-            return self.avoid.refused(hello, "refused it: " + reason, EXIT_TEMPORARY)
-        if hello.options & HELLO_NO_COMMAND and self.job.has_own_command():
-            self.own_job = self.job
         hint = not_found_hint(reason, hello.options) if status == EXIT_NOT_FOUND else ""
-        self.cannot(hello, "cannot run its command: " + reason + hint, status)
+        why = "cannot run its command: " + reason + hint
+        if status and hello.options & HELLO_NO_COMMAND and self.job.has_own_command():
+            return self.patron.lacks(hello, self.job, why, status)
+        self.avoid.for_now(hello.worker_id)
+        if status:
+            self.cannot(hello, why, status)
+        else:
+            self.avoid.refusals.add(hello, "refused it: " + reason, EXIT_TEMPORARY)
 
     def dropped(self, candidate, reason, violation):
         """An offer's connection has ended before GO."""
@@ -6103,7 +6108,7 @@ class Search:
         # the winner and its job leave the search first.  CLAIM, which end() sends, comes after GO: it ends the
         # other workers' offers, and if GO had not been sent, nobody would do the job.
         self.candidates.remove(candidate)
-        self.avoid.name_refusals()
+        self.avoid.refusals.tell_user()
         job = self.take_job()
         self.end()
         self.patron.begin(self, candidate, job)
@@ -6709,6 +6714,9 @@ class Patron:
         """A Search; the caller starts it."""
         return Search(self.loop, self.group, self.pub, self.terms, self, self.avoid, quiet, only)
 
+    def has_job_for(self, worker_id):
+        return True
+
     def alert(self, run, event, status, reason):
         """Tells crat how a run has ended."""
         self.group.send(self.speakers, make_datagram(
@@ -6791,7 +6799,7 @@ class Client(Patron):
 
     # The patron's methods, which Search calls
 
-    def next_job(self, search):
+    def next_job(self, search, worker_id):
         return self.job
 
     def put_back(self, job):
@@ -7069,6 +7077,8 @@ def show_workers(survey, as_json):
 PLACES = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"        # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 IN_LINE = 2                         # searches at a time
+ROW_MIN, ACCIDENT = 3, 0.001        # so many failures in a row, if they are less probable elsewhere, show a bad worker
+REST_SECONDS = 30.0                 # it gets no jobs for so long; the next time for twice as long
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
@@ -7215,12 +7225,13 @@ def part_of(output):
 class BatchTerms(Terms):
     """The settings of all jobs of a batch.  In words, inputs and results the places {} {.} ... are not filled in."""
 
-    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", **others):
+    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", again=0, **others):
         super().__init__(environment, arguments, batch or os.urandom(8), **others)
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
         self.has_slots = any(b"{%}" in word for word in [*self.environment, *self.arguments])
+        self.again = again or 0     # --retries: how often a job runs again whose command has failed
         self.unnamed = UnnamedFiles()
 
     def unit(self):
@@ -7281,8 +7292,10 @@ class Task:
         self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
         self.oldest = None          # and the oldest of its outputs; None if one is not there
         self.results = [result_pattern(self.fill(text, quoted)) for text in terms.results]
+        self.again = terms.again    # how often it runs again after a failure of its command
+        self.avoids, self.since = frozenset(), 0.0      # the workers of avoid(); since when
+        self.refusals = None        # the Refusals of workers that have not its own command
         self.exit_code = None       # once it is over; 0 is a success
-        self.signal = 0             # the signal that has killed the command
         self.done_before = False    # an earlier batch has done it
 
     @property
@@ -7307,6 +7320,10 @@ class Task:
     def has_own_command(self):
         return has_places(os.fsdecode(self.terms.arguments[0]))
 
+    def avoid(self, worker_id):
+        """It is not for this worker, as long as there is another one."""
+        self.avoids, self.since = self.avoids | {worker_id}, time.monotonic()
+
     def objection(self, run):
         """Why it is not done again after this run.  None: it always can, because no output was shown."""
         return None
@@ -7317,7 +7334,7 @@ class Task:
         self.discard()
 
     def conclude(self, outcome):
-        self.exit_code, self.signal, self.words = outcome.exit_code, outcome.signal, None
+        self.exit_code, self.words = outcome.exit_code, None
 
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
@@ -7675,6 +7692,30 @@ class Printer:
         self.batch.fill()
 
 
+class Record:
+    """How the jobs of a batch have ended at each worker."""
+
+    def __init__(self):
+        self.ended, self.failed, self.in_a_row = (collections.Counter() for _ in range(3))
+
+    def add(self, worker_id, has_failed):
+        self.ended[worker_id] += 1
+        self.failed[worker_id] += has_failed
+        self.in_a_row[worker_id] = (self.in_a_row[worker_id] + 1) * has_failed
+
+    def is_bad(self, worker_id, running):
+        """Whether so many failures in a row as its last ones are no accident, at the rate of failures elsewhere.
+
+        running: the workers that have jobs now.  Two more jobs are assumed elsewhere, of which one has failed: so a
+        worker that fails at once does not get all jobs before the first one elsewhere has ended.
+        """
+        ended = sum(self.ended.values()) - self.ended[worker_id]
+        rate = (sum(self.failed.values()) - self.failed[worker_id] + 1) / (ended + 2)
+        row = self.in_a_row[worker_id]
+        return (row >= ROW_MIN and (ended > 0 or bool(running - {worker_id}))
+                and rate ** row * self.ended[worker_id] < ACCIDENT)     # the row could have begun at each of its jobs
+
+
 class Batch(Patron):
     """cexec -m: does as many files at a time as the workers take, each on the least loaded worker.
 
@@ -7695,6 +7736,7 @@ class Batch(Patron):
         self.halt, self.halted = halt, False        # the number of --halt or None; whether no more files are begun
         self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
+        self.record = Record()
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
 
     def work(self):
@@ -7769,30 +7811,65 @@ class Batch(Patron):
             search.end()
 
     def not_found(self, search, message, code):
-        """A search has given up.  The batch goes on if there is another search or a run, or another command."""
+        """A search has given up.  The batch goes on if there is another search or a run."""
         self.end_search(search)
-        task = search.own_job
-        if task in self.queue:
-            self.queue.remove(task)
-            self.avoid.forgive_refusals()
-            self.over(task, Outcome(code, "notstarted=%d" % code, message, hint=task.hint()))
-        if task:
-            self.fill()
-        elif not self.runs and not self.searches:
+        if not self.runs and not self.searches:
             raise Fatal(code, "%s; %s" % (message, self.summary()))
 
-    def next_job(self, search):
-        task = self.take()
-        if task is None:
+    def tasks_for(self, worker_id):
+        """Yields the Tasks that wait, and that this worker may have now."""
+        bounded = itertools.takewhile(self.printer.has_room, self.queue) if self.printer else self.queue
+        return (task for task in bounded if self.may_take(task, worker_id))
+
+    def has_job_for(self, worker_id):
+        return not self.queue or any(self.tasks_for(worker_id))
+
+    def next_job(self, search, worker_id):
+        task = self.take(worker_id)
+        if task is None and not self.ready():
             self.end_search(search)
         return task
 
-    def take(self):
-        """The next Task that can be opened; None if there is none."""
+    def take(self, worker_id):
+        """Returns the next Task for this worker that can be opened; None if there is none."""
         task = None
         while self.ready() and not task:
-            task = self.opened(self.queue.popleft())
+            task = next(self.tasks_for(worker_id), None)
+            if task is None:
+                return None
+            self.queue.remove(task)
+            task = self.opened(task)
         return task
+
+    # A task may have workers that it avoids: there its command has failed (--retries), or is not there, if it is the
+    # task's own.  It waits for another worker as long as there may be one: for a second, and while one is busy with
+    # this batch or has it in its line.
+
+    def may_take(self, task, worker_id):
+        return worker_id not in task.avoids or not task.refusals and not self.has_elsewhere(task)
+
+    def has_elsewhere(self, task):
+        return (time.monotonic() - task.since < OBJECTION_SECONDS
+                or any(run.hello.worker_id not in task.avoids for run in self.runs)
+                or any(search.is_in_line(task.avoids) for search in self.searches))
+
+    def lacks(self, hello, task, why, code):
+        task.refusals = task.refusals or Refusals()
+        task.refusals.add(hello, why, code)
+        task.avoid(hello.worker_id)
+        self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
+
+    def settle(self, task):
+        """A task fails whose own command is not there, if no other worker may have it."""
+        if task not in self.queue:
+            return
+        if self.has_elsewhere(task):
+            self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
+        else:
+            self.queue.remove(task)
+            message, code = task.refusals.text(ANY_WORKER, CANNOT)
+            self.over(task, Outcome(code, "notstarted=%d" % code, message, hint=task.hint()))
+            self.fill()
 
     def opened(self, task):
         """Opens the files of a Task.  Returns it; None if that failed, and it is over."""
@@ -7833,8 +7910,11 @@ class Batch(Patron):
         outcome = run.outcome()
         if run.exit.how == HOW_HOST_FAILED and not run.trouble:
             return self.host_failed(run, outcome)
-        self.avoid.worked(run.hello.worker_id)
-        if outcome.exit_code:
+        self.note_result(run, outcome)
+        if outcome.exit_code and not run.trouble and run.job.again and not self.halted:
+            self.try_again(run, outcome)
+            self.go_on(run)
+        elif outcome.exit_code:
             self.end(run, outcome)
             self.go_on(run)         # last: this failure may stop the batch
         else:
@@ -7846,11 +7926,36 @@ class Batch(Patron):
         """Nothing has run, for a reason that lies in the worker's host: others do the job, and it is left alone."""
         log.once(outcome.text(), say=log.tell_user)
         self.alert(run, *outcome.alert())
-        self.avoid.refused(run.hello, "cannot run its command: " + outcome.reason, outcome.exit_code)
+        self.avoid.refusals.add(run.hello, "cannot run its command: " + outcome.reason, outcome.exit_code)
         self.avoid.for_now(run.hello.worker_id)
         run.link.close()
         self.put_back(run.job)
         self.fill()
+
+    def note_result(self, run, outcome):
+        """A command has ended.  A worker where jobs fail that succeed elsewhere gets no more for a while."""
+        worker_id = run.hello.worker_id
+        self.avoid.worked(worker_id)
+        if run.trouble:
+            return
+        self.record.add(worker_id, bool(outcome.exit_code))
+        if not outcome.exit_code:
+            self.avoid.forgive(worker_id)
+        elif worker_id not in self.avoid and self.record.is_bad(worker_id, {one.hello.worker_id for one in self.runs}):
+            seconds = self.avoid.for_now(worker_id, REST_SECONDS)
+            log.once("worker %s gets no more jobs for %d s: its last %d have failed, and elsewhere they do not"
+                     % (run.address, seconds, self.record.in_a_row[worker_id]), worker_id, log.tell_user)
+
+    def try_again(self, run, outcome):
+        """Does a Task whose command has failed again (--retries)."""
+        task = run.job
+        log.tell_user("%s: %s; runs it again" % (task.name, outcome.text()))
+        self.alert(run, *outcome.alert())
+        if self.joblog:
+            self.log_run(task, outcome, run)
+        task.again -= 1
+        task.avoid(run.hello.worker_id)
+        self.put_back(task)
 
     def end(self, run, outcome):
         self.alert(run, *outcome.alert())
@@ -7867,8 +7972,10 @@ class Batch(Patron):
             return failure(error_of_task(error, task.name))
 
     def go_on(self, run):
-        """Gives the run's worker the next file, if there is one and the worker takes it."""
-        following = self.take() if run.exit.more and not run.link.closed else None
+        """Gives the run's worker the next file, if there is one for it and the worker takes it."""
+        worker_id = run.hello.worker_id
+        may_go_on = run.exit.more and not run.link.closed and worker_id not in self.avoid
+        following = self.take(worker_id) if may_go_on else None
         if following:
             run.link.send_frames([*job_frames(**following.job_fields()), make_frame(GO)])
             self.begin_run(run.link, run.hello, following, accepted=False)
@@ -7898,7 +8005,7 @@ class Batch(Patron):
         self.done, self.failures = self.done + (not outcome.exit_code), self.failures + bool(outcome.exit_code)
         self.tell(task, outcome)
         if self.joblog:
-            self.log_job(task, run)
+            self.log_run(task, outcome, run)
         if outcome.exit_code:
             task.discard()
         elif task.output is not None:
@@ -7932,14 +8039,14 @@ class Batch(Patron):
             if log.midline:
                 log.write("\n")
 
-    def log_job(self, task, run):
+    def log_run(self, task, outcome, run):
         """Writes a line in the format of parallel's --joblog."""
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
         address, started_at = (run.address, run.started_at) if run else ("-", time.time())
         line = "\t".join(map(str, [
             task.number, address, "%.3f" % started_at, "%10.3f" % seconds,
-            sent, received, 0 if task.signal else task.exit_code, task.signal, ""]))
+            sent, received, 0 if outcome.signal else outcome.exit_code, outcome.signal, ""]))
         write_joblog(self.joblog, line.encode() + in_a_line(os.fsencode(task.name)))
 
     # For the user
@@ -8020,8 +8127,8 @@ def main_batch(pub, group, words, options):
     environment, arguments = parse_words(words)
     if appends and arguments and not any(has_places(os.fsdecode(word)) for word in environment + arguments):
         arguments.append(b"{}")     # as parallel does
-    terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, inputs=options.inputs,
-                       results=options.results)
+    terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, again=options.again,
+                       inputs=options.inputs, results=options.results)
     if options.results:
         check_current_directory()
     terms.names.note_keys(options.words[0])
@@ -8316,7 +8423,8 @@ def parse_size(text):
 
 def main_blocks(pub, group, words, options):
     """Does standard input in blocks.  Returns the exit code."""
-    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors)
+    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors,
+                                                               again=options.again)
     terms.names.note_keys(options.words[0])
     note_names(terms, [], options.joblog, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
@@ -8446,6 +8554,9 @@ class HostTask(Task):
     def open_outputs(self):
         """They are LineEnds."""
 
+    def has_own_command(self):
+        return False
+
     def ends(self):
         return [FileEnd(self.input.fileno(), self.offset), *(LineEnd(writer, self.label) for writer in self.writers)]
 
@@ -8509,7 +8620,13 @@ class Everywhere(Batch):
         if only is not None and len(self.searches) + len(self.runs) < self.jobs and self.begin_search(only):
             self.timer = self.loop.after(EVERY_PAUSE, self.fill)
 
-    def next_job(self, search):
+    def may_take(self, task, worker_id):
+        return True                 # a search is for the worker of its task
+
+    def note_result(self, run, outcome):
+        """A worker has only one job."""
+
+    def next_job(self, search, worker_id):
         task = self.opened(self.dequeue(search))
         if task is None:
             self.end_search(search)
@@ -8644,7 +8761,8 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m -b"),
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
     Option("--header", "N", "header", "begin each block with the first N lines of the input", "-b"),
-    Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"))
+    Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"),
+    Option("--retries", "N", "again", "run a job whose command has failed up to N times again", "-m -b"))
 
 
 def main_cexec(argv):

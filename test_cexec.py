@@ -6904,7 +6904,7 @@ def test_the_command_enters_its_directory_and_nothing_else(farm, options, change
                 kind, payload = peer.next()
     if change == "chmod 0" and options:
         assert (payload.how, payload.status, payload.reason) == (
-            cexec.HOW_NOT_STARTED, 126, "touch: the job's directory: Permission denied")
+            cexec.HOW_HOST_FAILED, 126, "touch: the job's directory: Permission denied")
     else:
         assert (payload.how, payload.status) == (cexec.HOW_EXITED, 0)
     assert os.listdir(private) == []
@@ -9004,6 +9004,22 @@ def test_a_batch_whose_command_is_nowhere_stops_at_once(cluster):
     assert done.stderr.endswith(b"; 0 of 5 files are done; the same command again does the rest\n")
 
 
+def test_a_command_of_a_files_own_fails_alone(cluster):
+    """Where it is not there; each file goes to the worker that has its command."""
+    names = made_files(cluster, 6)
+    for place, number in (("one", 1), ("two", 3)):
+        os.mkdir(cluster.path(place))
+        cluster.worker(options=["-a"], env={"PATH": cluster.path(place), "CONCURRENCY": "1"})
+        put(cluster.path("%s/f%03d" % (place, number)), "#!/bin/sh\n", 0o755)
+        put(cluster.path("%s/f005" % place), "#!/bin/sh\n", 0o755)
+    done = cluster.run("cexec", "-mn", "--log", "log", cluster.pub, "{}", ":::", *names)
+    why = "cexec: %s: worker 127.0.0.1 cannot run its command: %s: No such file or directory; the same on 127.0.0.1" \
+        " (%s is here: -i {} takes it there, if the workers have directories for jobs)"
+    assert done.returncode == 3 and sorted(done.stderr.decode().splitlines()) == [
+        why % (name, name, name) for name in ("f000", "f002", "f004")]
+    assert sorted(row["Exitval"] for row in rows_of_log(cluster.path("log"))) == ["0", "0", "0", "127", "127", "127"]
+
+
 def test_a_batch_waits_for_the_worker_that_has_its_command(cluster):
     """It was there before, so a worker without it does not decide: not while a job is on its way, and not later."""
     altered(cluster, OBJECTION_SECONDS=0.1)
@@ -9029,14 +9045,14 @@ def test_a_command_that_goes_during_a_batch(cluster):
     names = made_files(cluster, 6)
     for place in ("one", "two"):
         os.mkdir(cluster.path(place))
-    once = '#!/bin/sh\nrm -f %s; exec cat\n' % cluster.path("one/tool")
-    put(cluster.path("one/tool"), once, 0o755)
+    put(cluster.path("one/tool"), '#!/bin/sh\nrm -f "%s"; exec cat\n' % cluster.path("one/tool"), 0o755)
     put(cluster.path("two/tool"), "#!/bin/sh\nexec cat\n", 0o755)
-    first, second = (
-        cluster.worker("tool", env={"PATH": cluster.path(place) + ":/usr/bin:/bin", "CONCURRENCY": "1", "BOOST": boost})
-        for place, boost in (("one", "0"), ("two", "99999")))
-    done = batch(cluster, *names, options=["-v", "-j", "1"])
-    assert done.returncode == 0 and done.stderr.count(b" lost: connection closed before it began") == 1, done
+    one, two = ({"PATH": cluster.path(place) + ":/usr/bin:/bin", "CONCURRENCY": "1"} for place in ("one", "two"))
+    first = cluster.worker("tool", env=one)
+    client = start_batch(cluster, *names, options=["-v", "-j", "1"])
+    until(lambda: " before it began" in client.said(), "the next job")
+    second = cluster.worker("tool", env=two)
+    assert client.wait(PATIENCE) == 0
     assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
     assert read(first.log).count(b": group ") == 1 and read(second.log).count(b": group ") == 5
 
@@ -9062,6 +9078,94 @@ def test_a_full_disk_at_a_worker(farm, mode):
         assert all(read(os.path.join(farm.desk, name + ".out")) == name.encode() * 100000 for name in names)
         assert 1 <= read(full.log).count(b": failed") <= 4 and b"cexec: worker 127.0.0.1 cannot run its" in done.stderr
     assert all_gone(farm)
+
+
+def bad_and_good(cluster, bad="exit 1", good="cat", slots="1"):
+    """Two workers; the bad one is always faster to offer."""
+    return [cluster.worker("sh", "-c", command, env={"BOOST": boost, "CONCURRENCY": slots})
+            for command, boost in ((bad, "0"), (good, "50000"))]
+
+
+@pytest.mark.parametrize("mode", ["-m", "-b"])
+def test_a_command_that_failed_runs_again_elsewhere(cluster, mode):
+    """Once, on the other worker; the log has each try, and the last one of a number is the job's."""
+    names = made_files(cluster, 4)
+    bad, good = bad_and_good(cluster, "echo half; exit 3")
+    if mode == "-m":
+        done = batch(cluster, *names, options=["-v", "--retries", "1", "--log", "log"])
+        assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
+    else:
+        data = b"".join(b"%d\n" % number for number in range(30))
+        done = cluster.run("cexec", "-b", "20", "-v", "--retries", "1", "--log", "log", cluster.pub, input=data)
+        assert done.stdout == data
+    rows = rows_of_log(cluster.path("log"))
+    last = {row["Seq"].strip(): row["Exitval"] for row in rows}
+    assert done.returncode == 0 and set(last.values()) == {"0"}
+    failures = [row["Seq"].strip() for row in rows if row["Exitval"] == "3"]
+    assert failures and len(set(failures)) == len(failures) == done.stderr.count(b": exit status 3; runs it again\n")
+    assert len(failures) == read(bad.log).count(b": group ")
+    assert len(rows) - len(failures) == read(good.log).count(b": group ")
+
+
+def test_failures_count_when_the_last_try_is_over(cluster):
+    """Where there is no other worker the same one gets the job again; without --retries there is one try."""
+    altered(cluster, OBJECTION_SECONDS=0.1)
+    names = made_files(cluster, 2)
+    cluster.worker("sh", "-c", NOTED + "exit 3", env={"CONCURRENCY": "1"})
+    done = batch(cluster, *names, options=["--retries", "2", "-j", "1", "--halt", "2", "--log", "log"])
+    assert done.returncode == 2 and sorted(begun(cluster)) == [b"f000"] * 3 + [b"f001"] * 3
+    assert done.stderr.decode().splitlines() == ["cexec: %s: exit status 3" % name for name in names]
+    assert [row["Exitval"] for row in rows_of_log(cluster.path("log"))] == ["3"] * 6
+    assert batch(cluster, *names).returncode == 2 and len(begun(cluster)) == 8
+    refusal(batch(cluster, "f", options=["--retries", "x"]), 100, "--retries needs a number from 1")
+    refusal(cluster.run("cexec", "--retries", "1", cluster.pub), 100, "--retries is for -m")
+
+
+def test_a_try_fails_and_the_next_does_not(cluster):
+    """Of the same worker: the output is that of the last try alone."""
+    altered(cluster, OBJECTION_SECONDS=0.1)
+    make_file(cluster, "f", b"whole")
+    cluster.worker("sh", "-c", "[ -e there ] && exec cat; echo half; echo oh >&2; touch there; kill -9 $$")
+    done = batch(cluster, "f", options=["-o", "-", "--retries", "5"])
+    assert ended(done) == (0, b"whole", b"")
+
+
+@pytest.mark.parametrize("elsewhere, fails, row", [
+    (0, 0, 14), (2, 0, 7), (20, 0, 3), (1000, 0, 3), (2, 2, 37), (100, 50, 14), (100, 100, None)])
+def test_failures_in_a_row_that_are_no_accident(elsewhere, fails, row):
+    """How many, by what has happened elsewhere; and never if there is no elsewhere."""
+    record, good, bad = cexec.Record(), b"good", b"bad"
+    for number in range(elsewhere):
+        record.add(good, number < fails)
+    for number in range(1, 60):
+        record.add(bad, True)
+        assert record.is_bad(bad, {bad, good}) == (row is not None and number >= row), number
+        assert elsewhere or not record.is_bad(bad, {bad})
+    record.add(bad, False)
+    record.add(bad, True)
+    assert not record.is_bad(bad, {bad, good})
+
+
+def test_where_half_of_the_jobs_fail_nobody_rests():
+    chance, record = random.Random(1), cexec.Record()
+    for _ in range(5000):
+        worker, fails = chance.randrange(4), chance.random() < 0.5
+        record.add(worker, fails)
+        assert not fails or not record.is_bad(worker, {0, 1, 2, 3})
+
+
+def test_a_worker_where_jobs_fail_that_succeed_elsewhere_rests(cluster):
+    """It is named once, and gets some more after its rest: all are done, and few have failed first."""
+    altered(cluster, REST_SECONDS=0.5)
+    names = made_files(cluster, 60)
+    bad, good = bad_and_good(cluster, "[ -e well ] && exec cat; exit 1", "sleep 0.1; exec cat", "2")
+    client = start_batch(cluster, *names, options=["-v", "--retries", "1", "--log", "log"])
+    until(lambda: "worker 127.0.0.1 gets no more jobs for " in client.said(), "the rest")
+    make_file(cluster, "well")
+    assert client.wait(PATIENCE) == 0 and client.said().count(" gets no more jobs for ") == 1
+    assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
+    exits = [row["Exitval"] for row in rows_of_log(cluster.path("log"))]
+    assert exits.count("0") == 60 and 3 <= exits.count("1") <= 16
 
 
 def without_power():
