@@ -15566,7 +15566,7 @@ class Pool:
                 lane.leave()
                 if lane.worker_id not in self.unlike:
                     self.unlike[lane.worker_id] = "%s has Python %s" % (lane.host, lane.python.rpartition(".")[0])
-                    self.show("%s: %s\n" % (self.unlike[lane.worker_id], SAME_PYTHON))
+                    self.tell("%s: %s" % (self.unlike[lane.worker_id], SAME_PYTHON))
 
     def left_out(self):
         """What is known of workers whose Python cannot read the next call: {id: text}."""
