@@ -27,7 +27,7 @@ USE_TOOL = python=$$($(PYTHON) -c 'import sys; print(sys.executable)') || exit 1
 		python=$(VENV)/bin/python; \
 	fi
 
-WITH_PYTEST = tool="xdist, numpy, cloudpickle, nbconvert, ipykernel" packages="pytest pytest-xdist numpy cloudpickle nbconvert ipykernel"; $(USE_TOOL)
+WITH_PYTEST = tool="xdist, numpy, cloudpickle, joblib, nbconvert, ipykernel" packages="pytest pytest-xdist numpy cloudpickle joblib nbconvert ipykernel"; $(USE_TOOL)
 # Tests at a time: they mostly wait.
 AT_ONCE = 4
 

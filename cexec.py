@@ -13015,7 +13015,7 @@ def serve_on_hosts(words, path, argv):
 # trust the worker: results are only data (see Reader), and a frame out of place ends the lane.
 # One thread does all the work of a pool; other threads only call submit() and shutdown().
 
-__all__ = ["Executor", "Failed", "run"]         # noqa: F822
+__all__ = ["Executor", "Failed", "joblib", "run"]         # noqa: F822
 __version__ = VERSION
 
 LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
@@ -13421,11 +13421,14 @@ class Failed(OSError):
 
 
 def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None, timeout=None,
-        check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=()):
+        check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=(), put=(), get=()):
     """Run the application's command on a worker, as subprocess.run() runs one here.
 
     pub is the path of the public key.  arguments are for the command, if the worker takes any
     (cservice -a).  env has variables for the command, which sees KEY as PEER_KEY.
+
+    put is a list of files and directories for the job's directory, get a list of patterns of files to
+    bring from there into the current directory, as by cexec -i and -g (the worker needs cservice -d).
 
     input, stdin, stdout, stderr, capture_output, check, text, encoding, errors and pass_fds are
     those of subprocess.run(), on every Python.  The descriptors in pass_fds have the same numbers
@@ -13443,8 +13446,13 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     if input is not None and stdin is not None or capture_output and (stdout is not None or stderr is not None):
         raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
     piped = subprocess.PIPE if capture_output else None
+    for paths in put, get:
+        if isinstance(paths, (str, bytes, os.PathLike)):
+            raise TypeError("put and get are lists of paths, not one: [%r]" % paths)
+    files = [word for option, paths in (("-i", put), ("-g", get)) for path in paths
+             for word in (option, os.fsdecode(path))]
     child, reader = start_client(
-        pub, variables(env) + (["--"] + list(arguments) if arguments else []), pass_fds=pass_fds,
+        pub, variables(env) + (["--"] + list(arguments) if arguments else []), files, pass_fds=pass_fds,
         stdin=stdin if input is None else subprocess.PIPE, stdout=piped if stdout is None else stdout,
         stderr=piped if stderr is None else stderr,
         universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
@@ -13496,9 +13504,10 @@ def checked_path(pub):
             pub,)) from None
 
 
-def start_client(pub, words, pass_fds=(), places=(), kept=(), env=None, **options):
+def start_client(pub, words, files=(), pass_fds=(), places=(), kept=(), env=None, **options):
     """Starts cexec as a child.  Returns (its Popen, the reading end of a pipe with its status line).
 
+    files: words of options -i and -g.
     places: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
     only the child itself needs.
     """
@@ -13508,7 +13517,7 @@ def start_client(pub, words, pass_fds=(), places=(), kept=(), env=None, **option
     path, pub = os.path.realpath(__file__), checked_path(pub)
     argv = [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(places),), path]
     argv += ["cexec"] * (os.path.basename(path) != "cexec")     # the name of the file is an applet's
-    argv.append("./" + pub if pub.startswith("-") else pub)
+    argv += [*files, "./" + pub if pub.startswith("-") else pub]
     reader, writer = os.pipe()
     try:
         report = lifted_away(writer, floor)     # from the floor up cexec carries nothing
@@ -15989,6 +15998,56 @@ def flattened(chunks):
         chunk.reverse()
         while chunk:
             yield chunk.pop()
+
+
+def joblib(pub, *arguments, **options):
+    """A context in which joblib, and so the n_jobs of scikit-learn, uses the workers.
+
+        with cexec.joblib("py.pub"):
+            GridSearchCV(SVC(), grid).fit(X, y)
+
+    The arguments are an Executor's, which is what as gives.  joblib 1.3 or newer, and what the functions use, must
+    be installed here and on the workers.  Other results than numpy's arrays and plain data, as the fitted models of a
+    random forest are, need trust=True.  n_jobs is all slots of the workers, unless the program says a number.
+    """
+    import contextlib
+
+    from joblib import parallel_config
+    from joblib.parallel import AutoBatchingMixin, ParallelBackendBase, SequentialBackend
+    futures = set()
+
+    class Backend(AutoBatchingMixin, ParallelBackendBase):
+        supports_retrieve_callback = True
+
+        def effective_n_jobs(self, n_jobs):
+            return n_jobs if n_jobs and n_jobs > 0 else pool._max_workers
+
+        def submit(self, func, callback=None):
+            future = pool.submit(func)
+            futures.add(future)
+            future.add_done_callback(futures.discard)
+            future.add_done_callback(callback)
+            return future
+
+        apply_async = submit            # its name before joblib 1.5
+
+        def retrieve_result_callback(self, out):
+            return out.result()
+
+        def abort_everything(self, ensure_ready=True):
+            for future in list(futures):
+                future.cancel()
+
+        def get_nested_backend(self):
+            return SequentialBackend(nesting_level=1), 1        # a call has one slot
+
+    @contextlib.contextmanager
+    def context():
+        with pool, parallel_config(Backend(), n_jobs=-1):
+            yield pool
+
+    pool = __getattr__("Executor")(pub, *arguments, **options)
+    return context()
 
 
 def __getattr__(name):

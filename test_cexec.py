@@ -13765,6 +13765,25 @@ def test_run_gives_the_command_its_arguments(cluster, monkeypatch):
             assert done.args == [cluster.pub, *words]
 
 
+def test_run_puts_and_gets_files(farm, monkeypatch):
+    farm.serve()
+    live_in(farm, monkeypatch)
+    monkeypatch.chdir(farm.desk)
+    in_desk(farm, "in.txt", b"hello")
+    in_desk(farm, "-x", b"dash")
+    done = cexec.run(farm.pub, "sh", "-c", "tr a-z A-Z <in.txt >out.txt; cat -- -x; exit 3",
+                     put=[pathlib.Path("in.txt"), b"-x"], get=["*.txt"], stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (3, b"dash") and not os.path.exists("out.txt")
+    cexec.run(farm.pub, "sh", "-c", "tr a-z A-Z <in.txt >out.txt", put=["in.txt"], get=["out.*"], check=True)
+    assert read("out.txt") == b"HELLO"
+    for option, code in (({"put": ["nowhere"]}, 100), ({"get": ["nothing"]}, 111)):
+        with pytest.raises(cexec.Failed) as caught:
+            cexec.run(farm.pub, "true", stderr=subprocess.PIPE, **option)
+        assert caught.value.code == code and re.search("nowhere|nothing in", caught.value.stderr.decode())
+    with pytest.raises(TypeError, match="lists of paths"):
+        cexec.run(farm.pub, "true", put="in.txt")
+
+
 def test_run_takes_files_and_pipes(here, tmp_path):
     """A file's offset is where the command stopped to read; a pipe of pass_fds is at its number there."""
     reader, writer = os.pipe()
@@ -15289,6 +15308,29 @@ def test_the_number_of_workers_is_asked_when_it_is_read(pooled, monkeypatch):
 def test_wrong_options_of_an_executor(cluster, options, kind, word):
     with pytest.raises(kind, match=word):
         cexec.Executor(cluster.pub, **options)
+
+
+def test_joblibs_parallel_uses_the_workers(pooled):
+    with_package("joblib")
+    out = pooled.script("""
+        import math, os, joblib
+        def inner(number):
+            return joblib.Parallel()(joblib.delayed(math.sqrt)(n) for n in [number]), os.getppid()
+        if __name__ == "__main__":
+            with cexec.joblib(POOL, 2) as pool:
+                assert joblib.effective_n_jobs() == 2 and isinstance(pool, cexec.Executor)
+                parallel = joblib.Parallel()
+                found = parallel(joblib.delayed(inner)(n) for n in range(300))
+                print([value for value, _ in found] == [[math.sqrt(n)] for n in range(300)])
+                print(os.getpid() not in {parent for _, parent in found})
+                try:
+                    parallel(joblib.delayed(math.sqrt)(n) for n in range(50, -50, -1))
+                except ValueError as error:
+                    print(error)
+                print(list(joblib.Parallel(return_as="generator")(joblib.delayed(abs)(n) for n in [-1, 2])))
+            print(joblib.effective_n_jobs(1))
+        """)
+    assert out == "True\nTrue\nmath domain error\n[1, 2]\n1\n"
 
 
 def lanes_of(cluster):
