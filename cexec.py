@@ -160,6 +160,7 @@ MEMORY = 10000                      # jobs or datagrams that are remembered, in 
 OFFER_SECONDS = 3.0                 # an offer is open for this long
 BUSY_SECONDS = 10.0                 # a waiting client is told of its place this often
 KILL_SECONDS = 5.0                  # between TERM and KILL for an abandoned command
+PING_SECONDS = 3.0                  # between two PINGs, at most
 GONE_SECONDS = 120.0                # a host that has acknowledged nothing for so long has vanished
 
 
@@ -6145,6 +6146,8 @@ MAXFD = 32                          # descriptors below this number are carried
 class Job(Terms):
     """The single job of cexec, with the descriptors of this process."""
 
+    name = ""                       # for messages
+
     def __init__(self, environment, arguments=(), empty=None, repeat=False, terminal=False, progress=False,
                  inputs=(), results=()):
         super().__init__(environment, arguments, inputs=inputs, results=results)
@@ -6332,17 +6335,20 @@ class Outcome:
     exit_code: 0 is a success; signal: the number of the one that has killed the command, or 0;
     reason: what the exit code does not say, for people; word: for CEXEC_FD_FOR_ERRORS;
     lead and hint are for people too: who says the reason, and what the user may have meant.
+    kind: how the word begins: "failed" is here, "lost" is the worker.
     """
 
     def __init__(self, exit_code, word, reason="", signal=0, lead="", hint=""):
         self.exit_code, self.word, self.reason, self.signal = exit_code, word, reason, signal
-        self.lead, self.hint = lead, hint
+        self.lead, self.hint, self.kind = lead, hint, word.partition("=")[0]
+
+    def cause(self):
+        """Returns why it is no success, in a few words."""
+        return "killed by signal %d" % self.signal if self.signal else self.reason or "exit status %d" % self.exit_code
 
     def text(self):
-        """Returns why it is no success, in a few words, and perhaps what to do."""
-        if self.signal:
-            return "killed by signal %d" % self.signal
-        return self.lead + (self.reason or "exit status %d" % self.exit_code) + self.hint
+        """Returns the cause, and perhaps what to do."""
+        return self.lead + self.cause() + self.hint
 
     def alert(self):
         """Returns ALERT's event, status and reason."""
@@ -6356,9 +6362,9 @@ def failure(reason, exit_code=EXIT_TEMPORARY):
     return Outcome(exit_code, "failed=%s" % reason, reason)
 
 
-def loss(run, reason):
+def loss(reason):
     """Returns the Outcome of a job whose worker was lost."""
-    return Outcome(EXIT_TEMPORARY, "lost=%s" % reason, "worker %s lost: %s" % (run.address, reason))
+    return Outcome(EXIT_TEMPORARY, "lost=%s" % reason, "worker lost: " + reason)
 
 
 class RemoteRun(Carrier):
@@ -6368,6 +6374,7 @@ class RemoteRun(Carrier):
         super().__init__(patron.loop, link)
         self.patron, self.hello, self.job = patron, hello, job
         self.address = hello.address            # the worker's
+        self.worker = patron.called(hello)      # its name for messages
         self.silence_seconds = patron.terms.silence_seconds
         self.exit = None            # EXIT's fields, once it has come
         self.trouble = None         # the text of the first error with a descriptor or a file here
@@ -6449,7 +6456,7 @@ class RemoteRun(Carrier):
         if self.files:
             success = self.exit.how == HOW_EXITED and self.exit.status == 0
             if success and self.exit.reason:
-                self.trouble = self.trouble or "worker %s cannot send results: %s" % (self.address, self.exit.reason)
+                self.trouble = self.trouble or "worker %s cannot send results: %s" % (self.worker, self.exit.reason)
             self.files.stop()
             self.files.commit() if success and not self.trouble else self.files.drop()
 
@@ -6482,13 +6489,14 @@ class RemoteRun(Carrier):
     # Signs of life
 
     def tick_seconds(self):
-        return min(20.0, self.silence_seconds / 3)
+        return min(PING_SECONDS, self.silence_seconds / 3)
 
     def silent_for(self):
-        """" (silent for 40 s, lost after 60)" once a PING has not been answered in time, else ""."""
-        silence, tick = self.link.silence(), self.tick_seconds()
-        late = silence > tick + min(5, tick)
-        return " (silent for %d s, lost after %d)" % (silence, self.silence_seconds) if late else ""
+        """Returns "silent for 40 s, lost after 60" once a PING has not been answered in time, else ""."""
+        silence = self.link.silence()
+        if self.exit or silence < 1.5 * self.tick_seconds():
+            return ""
+        return "silent for %d s, lost after %d" % (silence, self.silence_seconds)
 
     def check_life(self):
         """Sends PING; a worker that has been silent for too long is lost."""
@@ -6497,11 +6505,12 @@ class RemoteRun(Carrier):
             self.link.excuse_silence()          # this process was stopped, and read nothing
         self.last_tick = now
         self.link.check_delivery()
-        if self.link.silence() > self.silence_seconds:
-            self.link.fail("no sign of life for %d s" % self.silence_seconds)
-        else:
-            self.link.send(PING)
-            self.tick = self.loop.after(interval, self.check_life)
+        left = self.silence_seconds - self.link.silence()
+        if left <= 0:
+            return self.link.fail("no sign of life for %d s" % self.silence_seconds)
+        self.link.send(PING)
+        self.tick = self.loop.after(min(interval, left + 0.01), self.check_life)
+        self.patron.watch(self)
 
 
 class Run(RemoteRun):
@@ -6531,10 +6540,6 @@ class Run(RemoteRun):
                 self.job.positions[number].advance(min(rows[number][1], channel.sent))
         self.stream_ended()
 
-    def check_life(self):
-        super().check_life()
-        self.job.tell_waiting(self.silent_for())
-
     def rcvd_linger(self, flags, channel, payload):
         if os.isatty(2):
             log.say("the command has ended with status %d; a process that it left behind holds its output "
@@ -6562,6 +6567,7 @@ class Run(RemoteRun):
         self.tick.cancel()
         if self.job.terminal:
             self.job.terminal.restore()
+        log.status_line("")
         log.release()
         self.close_files()
         self.stop_channels()
@@ -6592,6 +6598,7 @@ class Run(RemoteRun):
     def finish(self, outcome):
         self.exit_code = outcome.exit_code
         self.tick.cancel()
+        log.status_line("")
         self.link.close()
         self.close_files()
         self.job.tell(outcome.exit_code, outcome.word, self.address, time.monotonic() - self.began)
@@ -6685,8 +6692,9 @@ class Progress:
 
     def line(self, run, lasted, count, seconds):
         sent, received = run.moved()
-        return "%s, %s, %s in%s, %s out, %s/s" % (run.address, lasted, size(sent), self.share(run), size(received),
+        text = "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, size(sent), self.share(run), size(received),
                                                   size(count / seconds if seconds else 0))
+        return ", ".join(filter(None, [text, run.silent_for()]))
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
@@ -6708,6 +6716,7 @@ class Patron:
     def __init__(self, pub, group, terms, loop):
         self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
         self.avoid = Avoided()
+        self.hosts = {}             # a worker's name: the first address that had it
         self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
 
     def new_search(self, quiet, only=ANY_WORKER):
@@ -6723,12 +6732,21 @@ class Patron:
             ALERT, self.pub.application, self.pub.name, self.pub.secret, run.alert_nonce(event), 0,
             **run.alert_fields(event, status, reason)))
 
+    def called(self, hello):
+        """Returns a worker's name for messages: its host's, with the address if it is not the first of this name."""
+        host = printable(hello.host).replace(" ", "_") or hello.address
+        return host if self.hosts.setdefault(host, hello.address) == hello.address else "%s[%s]" % (host, hello.address)
+
+    def watch(self, run):
+        """The time of the worker's last sign of life was looked at."""
+
     def lost(self, run, reason):
         """The connection broke after GO: runs the job again, or fails, as objection() says."""
         objection = self.objection(run)
         self.avoid.worked(run.hello.worker_id)
         if objection is None:
-            log.tell_user("worker %s lost: %s; runs the job again" % (run.address, reason))
+            log.tell_user("%sworker %s lost: %s; runs the job again" % (
+                run.job.name + ": " if run.job.name else "", run.worker, reason))
             self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
             run.detach()
             run.job.rewind(run)
@@ -6752,6 +6770,7 @@ class Client(Patron):
         super().__init__(pub, group, job, Loop(floor=job.limit))
         self.job = job
         self.search = self.run = None           # only one of them at a time
+        self.silent = False         # whether an Executor knows that the worker is silent
         job.open_ends(self.loop.floor, self.signalled)
         deadly = ["ALRM", "VTALRM", "PROF", "XCPU", "IO"] if job.terminal else []      # restore the terminal first
         self.loop.catch([getattr(signal, "SIG" + name) for name in list(SIGNALS) + deadly], self.signalled)
@@ -6819,16 +6838,25 @@ class Client(Patron):
 
     # When the worker is lost
 
+    def watch(self, run):
+        """Shows on a terminal how long the worker has been silent.  With -p Progress does, and with -t it is raw."""
+        silent = run.silent_for()
+        if bool(silent) != self.silent:
+            self.silent = bool(silent)
+            self.job.tell_waiting(silent and " (%s)" % silent)
+        if os.isatty(log.fd) and in_foreground(log.fd) and not (log.verbose or self.job.progress or self.job.terminal):
+            log.status_line(silent and "worker %s %s" % (run.worker, silent))
+
     def run_again(self, run):
         self.avoid.for_good(run.hello.worker_id)
         self.run = None
         self.look()
 
     def failed(self, run, reason, objection):
-        message = "worker %s lost after %.1f s: %s" % (run.address, time.monotonic() - run.began, reason)
+        message = "worker %s lost after %.1f s: %s" % (run.worker, time.monotonic() - run.began, reason)
         log.say(message + ("; not run again: " + objection if objection else
                            "; the command may have run (cexec -r runs it again)"))
-        run.finish(loss(run, reason))
+        run.finish(loss(reason))
 
 
 # ---------------------------------------------------------------------------
@@ -7080,6 +7108,9 @@ IN_LINE = 2                         # searches at a time
 ROW_MIN, ACCIDENT = 3, 0.001        # so many failures in a row, if they are less probable elsewhere, show a bad worker
 REST_SECONDS = 30.0                 # it gets no jobs for so long; the next time for twice as long
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
+SILENCE_MIN = 10.0                  # a run whose worker has been silent for so many seconds,
+SILENCE_SHARE = 5                   # and for 1/5 of the run's time, goes to a worker that has nothing else to do
+LOST = -1                           # Exitval of a run whose worker was lost
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
@@ -7587,6 +7618,10 @@ class FileRun(RemoteRun):
     def rcvd_accept(self, flags, channel, payload):
         self.accepted = True
 
+    def patience(self):
+        """Returns the silence, in seconds, after which the job may go to a worker that has nothing else to do."""
+        return min(max(SILENCE_MIN, (time.monotonic() - self.began) / SILENCE_SHARE), self.silence_seconds)
+
     def exited(self, rows):
         if not self.exit.more:
             self.link.close()
@@ -7730,9 +7765,10 @@ class Batch(Patron):
         self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
         self.force = force          # -f: files that are done already are done again
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
-        self.searches, self.runs = [], []
+        self.searches, self.runs, self.late = [], [], []        # late: runs whose workers may be silent
         self.began, self.failures, self.done = time.monotonic(), 0, 0
         self.done_before = len(tasks) - len(self.queue)         # files that earlier batches have done
+        self.where, self.causes = collections.Counter(), collections.Counter()      # of the failures
         self.halt, self.halted = halt, False        # the number of --halt or None; whether no more files are begun
         self.printer = Printer(self, tasks) if terms.pattern == "-" else None
         self.watched = os.isatty(2) and not log.verbose
@@ -7757,6 +7793,8 @@ class Batch(Patron):
         if self.watched:
             log.say("%d done, %d failed, after %s"
                     % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
+        if self.failures > 1:
+            log.say(self.failures_text())
         if self.halted:
             log.say("stopped after %d failures (--halt); %s" % (self.halt, self.summary()))
         return self.exit_code()
@@ -7782,8 +7820,9 @@ class Batch(Patron):
 
     def fill(self):
         """Begins searches, if there are files for them, and -j leaves room."""
-        room = min(IN_LINE, self.jobs - len(self.runs))
-        while len(self.searches) < min(room, self.ready()) and self.begin_search():
+        silent = len(self.overdue())
+        room = min(IN_LINE, self.jobs - len(self.runs) + silent)
+        while len(self.searches) < min(room, self.ready() or silent) and self.begin_search():
             pass
 
     def begin_search(self, only=ANY_WORKER):
@@ -7822,23 +7861,25 @@ class Batch(Patron):
         return (task for task in bounded if self.may_take(task, worker_id))
 
     def has_job_for(self, worker_id):
-        return not self.queue or any(self.tasks_for(worker_id))
+        return not self.queue or any(self.tasks_for(worker_id)) or any(self.overdue(worker_id))
 
     def next_job(self, search, worker_id):
-        task = self.take(worker_id)
-        if task is None and not self.ready():
+        has_room = len(self.runs) + sum(search.asked is not None for search in self.searches) < self.jobs
+        task = self.take(worker_id) if has_room or self.give_up_silent(worker_id) else None
+        if task is None and not (has_room and self.ready()):
             self.end_search(search)
         return task
 
     def take(self, worker_id):
-        """Returns the next Task for this worker that can be opened; None if there is none."""
+        """Returns the next Task for this worker, which is idle, that can be opened; None if there is none."""
         task = None
-        while self.ready() and not task:
-            task = next(self.tasks_for(worker_id), None)
-            if task is None:
+        while not task:
+            task = next(self.tasks_for(worker_id), None) if self.ready() else None
+            if task:
+                self.queue.remove(task)
+                task = self.opened(task)
+            elif not self.give_up_silent(worker_id):
                 return None
-            self.queue.remove(task)
-            task = self.opened(task)
         return task
 
     # A task may have workers that it avoids: there its command has failed (--retries), or is not there, if it is the
@@ -7884,6 +7925,38 @@ class Batch(Patron):
         """Returns the smallest number from 1 up that no other job has now."""
         used = {run.job.slot for run in self.runs} | {search.job.slot for search in self.searches if search.job}
         return next(number for number in itertools.count(1) if number not in used)
+
+    # A silent worker.  While a worker has been silent for longer than a run's patience(), the batch searches as if
+    # one more job waited.  A worker that makes an offer then, or has just ended a job, and for which no job waits, is
+    # an idle slot: only then the silent one is given up, and its job goes there.
+
+    def watch(self, run):
+        if not run.exit and run.link.silence() > run.patience() and run not in self.late:
+            self.late.append(run)
+        if self.late:
+            self.fill()
+
+    def overdue(self, worker_id=None):
+        """Returns the runs that are given up if a slot of this worker is idle.  After --halt nothing is begun any more.
+
+        Any byte of a worker counts for all its runs: on a slow link one may wait long behind the others.
+        """
+        if self.late:
+            silence = {}
+            for run in self.runs:
+                worker = run.hello.worker_id
+                silence[worker] = min(run.link.silence(), silence.get(worker, float("inf")))
+            self.late = [run for run in self.late if run in self.runs and not run.exit
+                         and silence[run.hello.worker_id] > run.patience()]
+        return [run for run in self.late if not self.halted and worker_id not in run.job.avoids]
+
+    def give_up_silent(self, worker_id):
+        """Gives up the run that has waited longest, so that this worker may do its job.  Returns whether there was one.
+        """
+        run = max(self.overdue(worker_id), key=lambda run: run.link.silence(), default=None)
+        if run:
+            run.link.fail("no sign of life for %d s, and another worker is idle" % run.link.silence())
+        return run is not None
 
     def put_back(self, task):
         task.discard()
@@ -7944,12 +8017,12 @@ class Batch(Patron):
         elif worker_id not in self.avoid and self.record.is_bad(worker_id, {one.hello.worker_id for one in self.runs}):
             seconds = self.avoid.for_now(worker_id, REST_SECONDS)
             log.once("worker %s gets no more jobs for %d s: its last %d have failed, and elsewhere they do not"
-                     % (run.address, seconds, self.record.in_a_row[worker_id]), worker_id, log.tell_user)
+                     % (run.worker, seconds, self.record.in_a_row[worker_id]), worker_id, log.tell_user)
 
     def try_again(self, run, outcome):
         """Does a Task whose command has failed again (--retries)."""
         task = run.job
-        log.tell_user("%s: %s; runs it again" % (task.name, outcome.text()))
+        log.tell_user("%s at %s: %s; runs it again" % (task.name, run.worker, outcome.text()))
         self.alert(run, *outcome.alert())
         if self.joblog:
             self.log_run(task, outcome, run)
@@ -7985,25 +8058,32 @@ class Batch(Patron):
     def came_too_late(self, run, reason):
         """The connection has ended before the worker accepted the next file: nothing has run."""
         self.runs.remove(run)
-        log.note("%s: worker %s lost: %s before it began", run.job.name, run.address, reason)
+        log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
         self.put_back(run.job)
         self.fill()
 
     def run_again(self, run):
+        if self.joblog:
+            self.log_run(run.job, loss("run again"), run)
         self.runs.remove(run)
         self.put_back(run.job)
         self.fill()
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
-        self.over(run.job, loss(run, reason), run)
+        self.over(run.job, loss(reason), run)
         self.fill()
 
     def over(self, task, outcome, run=None):
         """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
         task.conclude(outcome)
-        self.done, self.failures = self.done + (not outcome.exit_code), self.failures + bool(outcome.exit_code)
-        self.tell(task, outcome)
+        if outcome.exit_code:
+            self.failures += 1
+            self.where[self.place_of(task, outcome, run)] += 1
+            self.causes[outcome.cause()] += 1
+        else:
+            self.done += 1
+        self.tell(task, outcome, run)
         if self.joblog:
             self.log_run(task, outcome, run)
         if outcome.exit_code:
@@ -8024,14 +8104,20 @@ class Batch(Patron):
             for search in list(self.searches):
                 self.end_search(search)
 
-    def tell(self, task, outcome):
+    def place_of(self, task, outcome, run):
+        """Returns the name of the worker where a job has ended so; "" if the reason is here."""
+        return run.worker if run and outcome.kind != "failed" else ""
+
+    def tell(self, task, outcome, run):
         """Says why a file failed, and shows what its command wrote on standard error, also after a success."""
         said = task.errors and os.fstat(task.errors.fileno()).st_size
         if not task.exit_code and (task.errors_kept or not said):
             return
         text = outcome.text() if task.exit_code else "done, and said:"
         log.status_line("")
-        log.say("%s: %s%s" % (task.name, text, " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
+        place = self.place_of(task, outcome, run)
+        log.say("%s%s: %s%s" % (task.name, " at " + place if place else "", text,
+                                " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
         if said and not task.errors_kept:
             task.errors.seek(0)
             for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
@@ -8040,16 +8126,29 @@ class Batch(Patron):
                 log.write("\n")
 
     def log_run(self, task, outcome, run):
-        """Writes a line in the format of parallel's --joblog."""
+        """Writes a line in the format of parallel's --joblog, for a job that is over or a run that was lost.
+
+        For parallel --resume a job has run whose number begins a line: so a blank comes before the number of a job
+        that runs again.
+        """
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
-        address, started_at = (run.address, run.started_at) if run else ("-", time.time())
+        worker, started_at = (run.worker, run.started_at) if run else ("-", time.time())
+        status = LOST if outcome.kind == "lost" else 0 if outcome.signal else outcome.exit_code
         line = "\t".join(map(str, [
-            task.number, address, "%.3f" % started_at, "%10.3f" % seconds,
-            sent, received, 0 if outcome.signal else outcome.exit_code, outcome.signal, ""]))
+            task.number if task.exit_code is not None else " %d" % task.number, worker, "%.3f" % started_at,
+            "%10.3f" % seconds, sent, received, status, outcome.signal, ""]))
         write_joblog(self.joblog, line.encode() + in_a_line(os.fsencode(task.name)))
 
     # For the user
+
+    def failures_text(self):
+        """Returns how many jobs have failed, where, and the commonest causes."""
+        places, causes = self.where.most_common(), self.causes.most_common()
+        where = ["%d %s" % (count, "at " + worker if worker else "here") for worker, count in places[:8]]
+        where += ["%d elsewhere" % sum(count for _, count in places[8:])] * (len(places) > 8)
+        why = ["%s (%d)" % item for item in causes[:3]] + ["..."] * (len(causes) > 3)
+        return "%d failed, %s: %s" % (self.failures, ", ".join(where), ", ".join(why))
 
     def summary(self):
         """How much is done, and how to do the rest."""
@@ -8093,10 +8192,10 @@ class Batch(Patron):
             text += ", %.1f/s, %s left" % (rate, duration(int(to_do / rate)))
         if not self.runs:
             text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
-        workers = collections.Counter(run.address for run in self.runs)
-        silent = {run.address: run.silent_for() for run in self.runs if run.silent_for()}
-        return "  ".join([text] + ["%s*%d%s" % (address, count, silent.get(address, ""))
-                                   for address, count in sorted(workers.items())])
+        workers = collections.Counter(run.worker for run in self.runs)
+        silent = {run.worker: " (%s: %s)" % (run.job.name, run.silent_for()) for run in self.runs if run.silent_for()}
+        return "  ".join([text] + ["%s*%d%s" % (worker, count, silent.get(worker, ""))
+                                   for worker, count in sorted(workers.items())])
 
 
 def jobs_at_once(each, others=OUTPUTS_MAX + 256):
@@ -8648,12 +8747,19 @@ class Everywhere(Batch):
         run.link.close()
         self.fill()
 
+    def watch(self, run):
+        """No other worker can do its job."""
+
+
     def failed(self, run, reason, objection):
         super().failed(run, reason + "; the command may have run", objection)
 
     # For the user
 
-    def tell(self, task, outcome):
+    def place_of(self, task, outcome, run):
+        return task.label
+
+    def tell(self, task, outcome, run):
         if outcome.exit_code:
             self.say(task, outcome.text())
 
@@ -11527,11 +11633,14 @@ def entry_of_joblog(number, host, began, seconds, sent, received, status, signal
     began, seconds = quantity(began, JOBLOG[2], TIME_MAX), quantity(seconds, JOBLOG[3], TIME_MAX)
     if signal_number not in ("", "0"):
         outcome, result = "killed", "killed by signal " + signal_number
+    elif status == str(LOST):
+        outcome, result = "lost", "worker lost"
     else:
         outcome, result = "done" if status == "0" else "failed", "exit status " + status
     worker = {":": "this host", "-": "no worker"}.get(host, host)
-    return Entry(worker[:NAME_SHOWN], began, began + seconds, outcome, "%s: %s" % (number, command[:NAME_SHOWN]),
-                 result, quantity(sent, JOBLOG[4]), quantity(received, JOBLOG[5]))
+    name = "%s: %s" % (number.strip(), command[:NAME_SHOWN])
+    return Entry(worker[:NAME_SHOWN], began, began + seconds, outcome, name, result,
+                 quantity(sent, JOBLOG[4]), quantity(received, JOBLOG[5]))
 
 
 def entry_of_alert(record):

@@ -98,6 +98,7 @@ INPUT_AND_OUTPUTS = [(0, 0, cexec.FLAG_INPUT), (1, 1, cexec.FLAG_OUTPUT), (2, 2,
 SHELL = 'eval "$PEER_CMD"'          # what the worker's sh is given, and ours
 NUMBERS = "import os\nprint(*[number for number in range(64) if os.path.lexists('/proc/self/fd/%d' % number)])"
 FOREVER = "while :; do sleep 0.02; done"
+NODE = socket.gethostname()             # what messages call a worker here
 CLONE_NEWNET = 0x40000000               # setns(2)
 ETH_P_ALL, SO_RCVBUFFORCE = 3, 33       # packet(7), socket(7)
 GROUP_PORT = cexec.PORT
@@ -1511,12 +1512,11 @@ def outcome(process, *, status=0):
     return out, err
 
 
-def lost(job, worker):
+def lost(job):
     """Waits until a held job ends, its stdin still open: with 111 and one line; the reason that it gives."""
     assert job.wait(PATIENCE) == 111
     out, err = outcome(job, status=111)
-    found = re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: ([^\n]+)%s\n" % (re.escape(worker), MAY_HAVE_RUN),
-                         err.decode())
+    found = re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: ([^\n]+)%s\n" % (NODE, MAY_HAVE_RUN), err.decode())
     assert out == b"" and found, (out, err)
     return found.group(1)
 
@@ -1583,10 +1583,10 @@ def outcomes(*processes):
         outcome(process)
 
 
-def slow_down(space, interface="lan"):
-    """Lets a host send 64 kbit/s and no more, and queue what it likes to."""
+def slow_down(space, interface="lan", rate="64kbit"):
+    """Lets a host send so much and no more, and queue what it likes to."""
     need("tc")
-    ip("netns", "exec", space, "tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", "64kbit", "burst", "2kb",
+    ip("netns", "exec", space, "tc", "qdisc", "add", "dev", interface, "root", "tbf", "rate", rate, "burst", "2kb",
        "limit", "1mb")
 
 
@@ -4063,7 +4063,7 @@ def test_success_is_only_what_a_worker_has_said_in_full(cluster):
             if status == 0:
                 assert (out, errors) == (b"hello", b""), name
             else:
-                assert errors.startswith(b"cexec: worker 127.0.0.1 lost") and errors.count(b"\n") == 1, (name, errors)
+                assert errors.startswith(b"cexec: worker test lost") and errors.count(b"\n") == 1, (name, errors)
 
 
 def abused_client(cluster, meddler, **env):
@@ -5212,7 +5212,7 @@ def test_a_killed_supervisor_is_a_lost_job(one):
         os.kill(supervisor, signal.SIGKILL)
         status, errors = finish(process, 2)
         assert status == 111
-        assert errors.startswith(b"cexec: worker 127.0.0.1 lost after ") and errors.count(b"\n") == 1
+        assert errors.startswith(b"cexec: worker %s lost after " % NODE.encode()) and errors.count(b"\n") == 1
         until(lambda: not marked(mark), "the command's end")
 
 
@@ -5474,7 +5474,7 @@ def test_who_was_lost_is_said_though_the_command_has_closed_2(one):
         os.write(writer, b"go\n")
         assert finish(process) == (111, b"")
     os.close(terminal)
-    assert read_all(master).startswith(b"cexec: worker 127.0.0.1 lost after")
+    assert read_all(master).startswith(b"cexec: worker %s lost after" % NODE.encode())
     close_all(reader, writer)
 
 
@@ -5560,7 +5560,7 @@ def test_input_from_a_pipe_is_held_and_sent_again(cluster, first, more):
 
 def lost_with(reason):
     """What cexec says; what a killed supervisor had not read yet makes the close a reset."""
-    return r"cexec: worker 127\.0\.0\.1 lost after \d+\.\d s: (connection closed|Connection reset by peer)%s\n" % (
+    return r"cexec: worker \S+ lost after \d+\.\d s: (connection closed|Connection reset by peer)%s\n" % (
         re.escape(reason))
 
 
@@ -6529,8 +6529,9 @@ def test_a_command_that_is_not_there_gets_a_hint(farm):
             assert done.returncode == 127 and hint in done.stderr.decode(), done
     done = farm.work("-mn", farm.pub, "test", "-e", "{}", ":::", "a.in", "b.in")
     assert sorted(done.stderr.decode().splitlines()) == [
-        "cexec: a.in: exit status 1 (a.in is here: -i {} takes it there, if the workers have directories for jobs)",
-        "cexec: b.in: exit status 1"]
+        line % NODE for line in (
+            "cexec: 2 failed, 2 at %s: exit status 1 (2)", "cexec: a.in at %s: exit status 1 (a.in is here: "
+            "-i {} takes it there, if the workers have directories for jobs)", "cexec: b.in at %s: exit status 1")]
     assert farm.work("-mn", "-i", "{}", farm.pub, "test", "!", "-e", "{}", ":::", "a.in").stderr.endswith(b"status 1\n")
 
 
@@ -6558,7 +6559,8 @@ def test_names_that_are_no_text(farm, here, there):
     names, shown = [b"\xff\xfe", "gr\xf6\xdfe".encode(), b"a\tb\nc"], [r"\xff\xfe", "gr\xf6\xdfe", r"a\tb\nc"]
     done = farm.work("-mn", "--log", "log", farm.pub, "false", ":::", *names, env=here)
     assert done.returncode == 3
-    assert sorted(done.stderr.decode().splitlines()) == sorted("cexec: %s: exit status 1" % name for name in shown)
+    assert sorted(done.stderr.decode().splitlines()[:-1]) == sorted(
+        "cexec: %s at %s: exit status 1" % (name, NODE) for name in shown)
     rows = read(os.path.join(farm.desk, "log")).split(b"\n")[1:-1]
     assert {row.split(b"\t", 8)[8] for row in rows} == {*names[:2], rb"a\tb\nc"}
     for name, its in zip(names, shown):
@@ -6593,7 +6595,7 @@ def test_a_directory_is_the_users(farm):
     in_desk(farm, "a", b"1")
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub, "sh", "-c", "stat -c %U . a; cp a b; chmod 0 .")
     assert (done.returncode, done.stdout, done.stderr[:48]) == (
-        111, b"nobody\nnobody\n", b"cexec: worker 127.0.0.1 cannot send results: Per")
+        111, b"nobody\nnobody\n", b"cexec: worker %s cannot send results: Per" % NODE.encode())
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub,
                      "sh", "-c", "cp a b; chmod 4711 b; mkdir r; touch r/x; chmod 0 r")
     assert (done.returncode, done.stderr) == (0, b"") and all_gone(farm)
@@ -6637,8 +6639,8 @@ def test_a_worker_without_directories(farm):
     ("echo 1 > a; kill -9 $$", 137, b""),
     ("echo 1 > a", 111, b"cexec: -g b: nothing in the job's directory matches\n"),
     ("echo 1 > a; mkfifo b", 111,
-     b"cexec: worker 127.0.0.1 cannot send results: b: neither a regular file nor a directory\n"),
-    ("echo 1 > a; ln -s / b", 111, b"cexec: worker 127.0.0.1 cannot send results: b: a link to a directory\n"),
+     b"cexec: worker %s cannot send results: b: neither a regular file nor a directory\n" % NODE.encode()),
+    ("echo 1 > a; ln -s / b", 111, b"cexec: worker %s cannot send results: b: a link to a directory\n" % NODE.encode()),
     ("echo 1 > a; echo 2 > b; echo 3 > there", 111, b"cexec: there: there is something that is no regular file\n")])
 def test_all_results_come_or_none(farm, command, status, said):
     farm.serve()
@@ -7362,7 +7364,7 @@ def test_progress_ends_with_the_sums(cluster):
     cluster.worker("sh", "-c", "head -c 1000000; cat >/dev/null; echo said >&2; exit 3")
     done = cluster.run("cexec", "-p", cluster.pub, stdin=open(make_file(cluster, "in", bytes(4000000))))
     assert (done.returncode, len(done.stdout)) == (3, 1000000)
-    sums = rb"said\ncexec: 127\.0\.0\.1, \d+\.\d s, 4\.0 MB in \(100%\), 1\.0 MB out, [0-9.]+ [kMG]?B/s\n"
+    sums = rb"said\ncexec: \S+, \d+\.\d s, 4\.0 MB in \(100%\), 1\.0 MB out, [0-9.]+ [kMG]?B/s\n"
     assert re.fullmatch(sums, done.stderr), done.stderr
 
 
@@ -7377,8 +7379,8 @@ def test_progress_in_a_file_is_a_line_every_ten_seconds(cluster):
     assert client.wait(PATIENCE) == 0
     *lines, last = read(cluster.path("said")).decode().splitlines()
     for line in lines:
-        assert re.fullmatch(r"cexec: 127\.0\.0\.1, \d+s, 12 B in \(100%\), 12 B out, [0-9.]+ k?B/s", line), line
-    assert lines and re.match(r"cexec: 127\.0\.0\.1, \d+\.\d s, 12 B in \(100%\), 12 B out, ", last), last
+        assert re.fullmatch(r"cexec: %s, \d+s, 12 B in \(100%%\), 12 B out, [0-9.]+ k?B/s" % NODE, line), line
+    assert lines and re.match(r"cexec: \S+, \d+\.\d s, 12 B in \(100%\), 12 B out, ", last), last
 
 
 def test_progress_on_a_terminal(cluster):
@@ -7406,10 +7408,10 @@ def test_progress_on_a_terminal(cluster):
     until(lambda: seen(rb"\r\x1b\[Kin line, 0 ahead, \d+s"), "a place in the line")
     first.stdin.close()
     until(lambda: seen(rb"half\r\n"), "the command's own line")
-    until(lambda: seen(rb"\r\x1b\[K127\.0\.0\.1, \d+s, [78]\.\d MB in \((9\d|100)%\), 5 B out, "), "the share")
+    until(lambda: seen(rb"\r\x1b\[K\S+, \d+s, [78]\.\d MB in \((9\d|100)%\), 5 B out, "), "the share")
     opened.close()
     assert process.wait(30) == 0
-    sums = rb"\r\x1b\[Kcexec: 127\.0\.0\.1, [0-9.]+ s, 8\.0 MB in \(100%\), 5 B out, [^\n]*\r\n"
+    sums = rb"\r\x1b\[Kcexec: \S+, [0-9.]+ s, 8\.0 MB in \(100%\), 5 B out, [^\n]*\r\n"
     until(lambda: seen(sums), "the sums")
     os.close(near)
 
@@ -7419,7 +7421,7 @@ def test_progress_makes_way_for_what_is_written_to_the_terminal(one):
     go = one.path(new_mark())
     command = "echo first; %s; printf 'Really? '; sleep 1; echo yes" % wait_for(go)
     terminal = Terminal(one, one.argv("cexec", "-p", "-n", one.pub, "CMD=" + command))
-    terminal.shows("first\r\n\r\x1b[K127.0.0.1, ")
+    terminal.shows("first\r\n\r\x1b[K%s, " % NODE)
     touch(go)
     terminal.shows("\r\x1b[KReally? yes\r\n")
     terminal.close()
@@ -7566,7 +7568,7 @@ def test_terminal_is_put_back_when_the_worker_is_lost(tmux):
     mark, before = new_mark(), tmux.modes()
     tmux.line("$RUN -t $PUB MARK=%s %s; echo sta'tus'=$?" % (mark, THERE), "^there>$")
     os.kill(parent_of(marked(mark)[0]), signal.SIGKILL)
-    tmux.shows("cexec: worker 127.0.0.1 lost after .*: connection closed; the command may have run")
+    tmux.shows(r"cexec: worker \S+ lost after .*: connection closed; the command may have run")
     tmux.shows("^status=111$")
     until(lambda: tmux.modes() == before, "the modes of before")
     until(lambda: not marked(mark), "the end of the command")
@@ -8385,7 +8387,8 @@ def test_names_that_can_not_be(cluster):
     said = done.stderr.decode().splitlines()
     for name, line in zip(("a\\x00b", "a\\x00/b"), said):
         assert line.startswith("cexec: %s: " % name) and re.search("null (byte|character)", line), said
-    assert said[2:] == ["cexec: %s: File name too long" % ("n" * 300)]
+    assert said[2:] == ["cexec: %s: File name too long" % ("n" * 300), "cexec: 3 failed, 3 here: "
+                        "a null character is in it (2), File name too long (1)"]
 
 
 def test_no_names_are_no_work(cluster):
@@ -8553,7 +8556,8 @@ def test_values_are_resumed_by_their_outputs(cluster):
     refusal(cluster.run("cexec", *words), 100, "there is no directory r (mkdir -p makes one)")
     os.mkdir(cluster.path("r"))
     done = cluster.run("cexec", *words)
-    assert (done.returncode, done.stderr) == (1, b"cexec: 2 b: exit status 1\n") and len(begun(cluster)) == 6
+    assert (done.returncode, done.stderr.decode()) == (1, "cexec: 2 b at %s: exit status 1\n" % NODE)
+    assert len(begun(cluster)) == 6
     make_file(cluster, "go")
     done = cluster.run("cexec", "--dry-run", *words)
     assert done.stdout.decode() == "cexec -n %s X=2-b FILE=2 > r/2-b\n" % cluster.pub
@@ -8797,11 +8801,11 @@ def test_a_batch_on_a_terminal(cluster):
             make_file(cluster, "go." + name)
     with contextlib.closing(Tmux(cluster)) as tmux:
         tmux.line("cd %s; clear; $RUN -m -j 2 $PUB -- f00?; echo sta'tus'=$?" % shlex.quote(cluster.directory))
-        tmux.shows(r"^0/5 done, 2 running, 0 failed  127\.0\.0\.1\*2$")
+        tmux.shows(r"^0/5 done, 2 running, 0 failed  %s\*2$" % NODE)
         go("f000")
-        tmux.shows(r"^1/5 done, 2 running, 0 failed, \d+\.\d/s, \S+ left  127\.0\.0\.1\*2$")
+        tmux.shows(r"^1/5 done, 2 running, 0 failed, \d+\.\d/s, \S+ left  %s\*2$" % NODE)
         go("f001")
-        tmux.shows(r"^cexec: f001: exit status 3\noops\n1/5 done, 2 running, 1 failed, ")
+        tmux.shows(r"^cexec: f001 at %s: exit status 3\noops\n1/5 done, 2 running, 1 failed, " % NODE)
         tmux.keys("C-c")
         tmux.shows(r"oops\ncexec: interrupted: 1 of 5 files are done; the same command again does the rest\n+here> *$")
         assert "running" not in tmux.screen()
@@ -8822,17 +8826,35 @@ def test_a_silent_worker_of_a_batch_is_shown(cluster):
     silent = cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
     with contextlib.closing(Tmux(cluster)) as tmux:
         tmux.line("cd %s; clear; CEXEC_TIMEOUT_PINGPONG=6 $RUN -m $PUB -- f000; echo sta'tus'=$?"
-                  % shlex.quote(cluster.directory), r"^0/1 done, 1 running, 0 failed  127\.0\.0\.1\*1$")
+                  % shlex.quote(cluster.directory), r"^0/1 done, 1 running, 0 failed  %s\*1$" % NODE)
         supervisor, = until(lambda: children_of(silent.pid), "a job")
         os.kill(supervisor, signal.SIGSTOP)
         try:
-            tmux.shows(r"127\.0\.0\.1\*1 \(silent for \d s, lost after 6\)$")
+            tmux.shows(r"%s\*1 \(f000: silent for \d s, lost after 6\)$" % NODE)
             make_file(cluster, "go")
             cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
-            tmux.shows(r"^cexec: worker 127\.0\.0\.1 lost: no sign of life for 6 s; runs the job again\n")
+            tmux.shows(r"^cexec: f000: worker %s lost: no sign of life for 6 s; runs the job again\n" % NODE)
             tmux.shows("^status=0$")
         finally:
             os.kill(supervisor, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("words", ["-n", "-np"])
+def test_a_silent_worker_of_a_job_is_shown(cluster, words):
+    """On a terminal, and the line is away when it is heard again; with -p on the line of the progress."""
+    need("tmux", "bash")
+    worker = cluster.worker("sh", "-c", "touch begun; until [ -e go ]; do sleep 0.05; done; echo here")
+    with contextlib.closing(Tmux(cluster)) as tmux:
+        tmux.line("cd %s; clear; CEXEC_TIMEOUT_PINGPONG=9 $RUN %s $PUB; echo sta'tus'=$?"
+                  % (shlex.quote(cluster.directory), words))
+        until(lambda: os.path.exists(cluster.path("begun")), "the job")
+        supervisor, = children_of(worker.pid)
+        os.kill(supervisor, signal.SIGSTOP)
+        tmux.shows(r"^(worker )?%s.* silent for \d s, lost after 9$" % NODE)
+        make_file(cluster, "go")
+        os.kill(supervisor, signal.SIGCONT)
+        tmux.shows("^status=0$")
+        assert "silent" not in tmux.screen() and re.search("(?m)^here$", tmux.screen())
 
 
 def test_failures_are_counted_and_told(cluster):
@@ -8848,11 +8870,14 @@ def test_failures_are_counted_and_told(cluster):
     done = batch(cluster, *names, options=["--log", "log"])
     assert done.returncode == 7
     assert sorted(re.split(r"(?=cexec: )", done.stderr.decode())[1:]) == sorted([
-        "cexec: exit: exit status 3\nsaid exit\n", "cexec: killed: killed by signal 9\nsaid killed\n",
-        "cexec: term: killed by signal 15\nsaid term\n", "cexec: missing: No such file or directory\n",
+        "cexec: exit at %s: exit status 3\nsaid exit\n" % NODE,
+        "cexec: killed at %s: killed by signal 9\nsaid killed\n" % NODE,
+        "cexec: term at %s: killed by signal 15\nsaid term\n" % NODE, "cexec: missing: No such file or directory\n",
         "cexec: directory: not a regular file\n", "cexec: fifo: not a regular file\n",
-        "cexec: good: done, and said:\nsaid good\n", "cexec: fine: done, and said:\nsaid fine\n",
-        "cexec: none/x: No such file or directory\n"])
+        "cexec: good at %s: done, and said:\nsaid good\n" % NODE,
+        "cexec: fine at %s: done, and said:\nsaid fine\n" % NODE, "cexec: none/x: No such file or directory\n",
+        "cexec: 7 failed, 4 here, 3 at %s: No such file or directory (2), not a regular file (2), "
+        "exit status 3 (1), ...\n" % NODE])
     left = sorted(name for name in os.listdir(cluster.directory) if ".out" in name or ".part" in name)
     assert left == ["fine.out", "good.out"] and read(cluster.path("fine.out")) == b"half\nin\n"
     ends = {row["Command"]: (row["Exitval"], row["Signal"]) for row in rows_of_log(cluster.path("log"))}
@@ -8864,7 +8889,7 @@ def test_failures_are_counted_and_told(cluster):
 def test_what_is_said_ends_with_a_newline_and_nothing_is_nothing(cluster):
     names = made_files(cluster, 2)
     cluster.worker("sh", "-c", 'cat; if [ "$PEER_FILE" = f001 ]; then printf "no newline" >&2; fi')
-    output(batch(cluster, *names), errors=b"cexec: f001: done, and said:\nno newline\n")
+    output(batch(cluster, *names), errors=b"cexec: f001 at %s: done, and said:\nno newline\n" % NODE.encode())
 
 
 def test_errors_are_kept(cluster):
@@ -8874,7 +8899,8 @@ def test_errors_are_kept(cluster):
                    'f002) exit 4;; esac')
     done = batch(cluster, *names, options=["--errors", "new/said", "--log", "log"])
     assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
-        "cexec: f000: exit status 3 (see new/said/1)", "cexec: f002: exit status 4"]
+        "cexec: 2 failed, 2 at %s: exit status 3 (1), exit status 4 (1)" % NODE,
+        "cexec: f000 at %s: exit status 3 (see new/said/1)" % NODE, "cexec: f002 at %s: exit status 4" % NODE]
     assert [read(cluster.path("new/said/%d" % number)) for number in (1, 2, 3, 4)] == [b"why\n", b"hm\n", b"", b""]
     assert {row["Seq"]: row["Command"] for row in rows_of_log(cluster.path("log"))} == {
         str(number): name for number, name in enumerate(names, 1)}
@@ -9160,7 +9186,7 @@ def test_a_worker_where_jobs_fail_that_succeed_elsewhere_rests(cluster):
     names = made_files(cluster, 60)
     bad, good = bad_and_good(cluster, "[ -e well ] && exec cat; exit 1", "sleep 0.1; exec cat", "2")
     client = start_batch(cluster, *names, options=["-v", "--retries", "1", "--log", "log"])
-    until(lambda: "worker 127.0.0.1 gets no more jobs for " in client.said(), "the rest")
+    until(lambda: " gets no more jobs for " in client.said(), "the rest")
     make_file(cluster, "well")
     assert client.wait(PATIENCE) == 0 and client.said().count(" gets no more jobs for ") == 1
     assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
@@ -9433,12 +9459,40 @@ def test_file_that_kills_its_worker_is_given_up(cluster):
     )
     done = batch(cluster, *names, options=["--log", "log"], env={"CEXEC_RETRIES": "2"})
     assert done.returncode == 1
-    assert re.fullmatch(rb"cexec: f004: worker 127\.0\.0\.1 lost: [^\n]+\n", done.stderr)
+    assert re.fullmatch(rb"cexec: f004 at %s: worker lost: [^\n]+\n" % NODE.encode(), done.stderr)
     assert collections.Counter(begun(cluster)) == {name.encode(): 3 if name == "f004" else 1 for name in names}
     ends = {row["Command"]: row["Exitval"] for row in rows_of_log(cluster.path("log"))}
-    assert ends == {name: "111" if name == "f004" else "0" for name in names}
+    assert ends == {name: "-1" if name == "f004" else "0" for name in names}
     assert not parts(cluster.directory) and not os.path.exists(cluster.path("f004.out"))
     no_defect(read(worker.log))
+
+
+def test_lost_runs_are_in_the_log_and_parallel_reads_it(cluster):
+    """The last line that begins with a job's number is the job's, also for its --resume and the like."""
+    need("parallel")
+    cluster.worker("sh", "-c", "read name; [ $name = good ] || { [ $name = once ] && ! mkdir once 2>&-; } || "
+                   "kill -KILL $PPID; echo done", env={"CONCURRENCY": "1"})
+    names = ["good", "once", "never"]
+    for name in names:
+        put(cluster.path(name + ".in"), name + "\n")
+    done = batch(cluster, *(name + ".in" for name in names), options=["--log", "log"], env={"CEXEC_RETRIES": "1"})
+    assert done.returncode == 1
+    rows = [(row["Seq"], row["Host"], row["Exitval"], row["Signal"]) for row in rows_of_log(cluster.path("log"))]
+    assert sorted(rows) == [(" 2", NODE, "-1", "0"), (" 3", NODE, "-1", "0"), ("1", NODE, "0", "0"),
+                            ("2", NODE, "0", "0"), ("3", NODE, "-1", "0")]
+
+    def parallel(option, log):
+        make_file(cluster, "copy", log)
+        done = cluster.do(["parallel", option, "--joblog", "copy", *["echo again {}"] * (option != "--retry-failed"),
+                           *([":::", *names] if option != "--retry-failed" else [])],
+                          env={"HOME": cluster.path(".")})
+        return done.stdout.split()
+    log = read(cluster.path("log"))
+    begun_only = b"".join(line for line in log.splitlines(True) if not re.match(b"[23]", line))
+    assert parallel("--resume-failed", log) == [b"again", b"never"] and parallel("--resume", log) == []
+    assert parallel("--resume", begun_only) == [b"again", b"once", b"again", b"never"]
+    put(cluster.path("never.in"), "echo repaired\n", 0o755)
+    assert parallel("--retry-failed", log.replace(b"never.in", b"./never.in")) == [b"repaired"]
 
 
 def test_no_worker_at_all(cluster):
@@ -9512,7 +9566,7 @@ def test_two_batches_for_the_same_outputs(cluster):
     first = start_batch(cluster, *names)
     until(lambda: len(begun(cluster)) == 2, "the start")
     second = batch(cluster, *names)
-    assert second.returncode == 2 and sorted(second.stderr.decode().splitlines()) == [
+    assert second.returncode == 2 and sorted(second.stderr.decode().splitlines()[:2]) == [
         "cexec: %s: .%s.out.part: another cexec is writing it" % (name, name) for name in names]
     make_file(cluster, "go")
     assert first.wait(PATIENCE) == 0 and not parts(cluster.directory)
@@ -9671,7 +9725,7 @@ def test_first_block_that_fails_ends_the_output(cluster, what, status, text):
     done = blocks(cluster, 20, "--", input=data)
     assert (done.returncode, done.stdout) == (status, data[:100])
     said = done.stderr.decode()
-    assert "cexec: block 6 (from byte 100): " + text.partition("\n")[0] in said
+    assert "cexec: block 6 (from byte 100) at %s: " % NODE + text.partition("\n")[0] in said
     assert said.endswith("cexec: the output ends before block 6 (from byte 100)\n")
 
 
@@ -9863,7 +9917,7 @@ def test_worker_that_goes_wrong_after_an_exit(cluster, counts, after):
     assert client.wait(PATIENCE) == int(counts), client.said()
     assert read(cluster.path("f000.out")) == b"done" and not parts(cluster.directory)
     assert os.path.exists(cluster.path("f001.out")) != counts
-    assert client.said() == "" or re.fullmatch(r"cexec: f001: worker 127\.0\.0\.1 lost: [^\n]+\n", client.said())
+    assert client.said() == "" or re.fullmatch(r"cexec: f001 at \S+: worker lost: [^\n]+\n", client.said())
 
 
 class BatchPeer(Closing):
@@ -11359,7 +11413,7 @@ def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
     for part in (b"is draining: it takes no more jobs", b"lost: ", b"; the command may have run", b"takes no arguments",
                  b"127.0.0.1 refused it: no more than 100 descriptors"):
         assert part in reasons, reasons
-    assert reasons.count(b"\n") == 4
+    assert reasons.count(b"\n") == 5 and done.stderr.splitlines()[-1].startswith(b"cexec: 4 failed, 1 at ")
     make_file(cluster, "go")
     assert holder.wait(PATIENCE) == 0
 
@@ -11873,6 +11927,7 @@ def alert_record(**fields):
         "node1", NOON, NOON + 1, "failed", "1: a\tb\tc", "exit status 3", 1000, 500)),
     (joblog_line(host=":", status=-1, killer=15), (
         "this host", NOON, NOON + 1, "killed", "1: in", "killed by signal 15", 1000, 500)),
+    (" " + joblog_line(status=-1), ("node1", NOON, NOON + 1, "lost", "1: in", "worker lost", 1000, 500)),
     (joblog_line(host="-", seconds=0, status=111), (
         "no worker", NOON, NOON, "failed", "1: in", "exit status 111", 1000, 500)),
     ("\t".join(cexec.JOBLOG), None),
@@ -12113,7 +12168,7 @@ def test_logs_that_were_really_written(cluster):
         put(cluster.path(name), name + "\n")
     cluster.run("cexec", "-m", "--log", "ours", cluster.pub, "--", "0", "4")
     put(cluster.path("alerts"), "\n".join(until(lambda: len(crat.lines()) == 2 and crat.lines(), "both alerts")))
-    for name, words in (("theirs", "exit 3\nexit status 3\nthis host, "), ("ours", "4\nexit status 4\n127.0.0.1, "),
+    for name, words in (("theirs", "exit 3\nexit status 3\nthis host, "), ("ours", "4\nexit status 4\n%s, " % NODE),
                         ("alerts", "app.pub for anyone at 127.0.0.1\nexit status 4\n127.0.0.1, ")):
         picture, said = drawn(cluster, name)
         assert said == "" and picture.texts[1].startswith("1 done, 1 failed; 1 worker;")
@@ -12541,7 +12596,7 @@ def test_a_reset_in_mid_job_is_no_success(hosts, crossing):
     job = held_job(hosts, "CMD=exec cat", mark, space=crossing.client)
     subprocess.run(["ip", "netns", "exec", crossing.worker, "ss", "-tK", "dst", "10.78.0.1"], check=True,
                    stdout=subprocess.DEVNULL)
-    if "Connection reset" not in lost(job, "10.78.0.2"):
+    if "Connection reset" not in lost(job):
         skip("the kernel has no SOCK_DESTROY")
     until(lambda: not processes_with("PEER_" + mark), "the end of the command")
 
@@ -12722,7 +12777,7 @@ def test_a_proxy_killed_in_mid_job(hosts, crossing):
     proxy = crossing.proxy()
     job = held_job(hosts, mark[5:], space=crossing.client)
     proxy.kill()
-    assert "no sign of life" not in lost(job, "10.78.0.2")      # long before CEXEC_TIMEOUT_PINGPONG
+    assert "no sign of life" not in lost(job)      # long before CEXEC_TIMEOUT_PINGPONG
     until(lambda: not processes_with(mark), "the end of the command")
 
 
@@ -12733,7 +12788,7 @@ def test_a_worker_killed_behind_a_proxy(hosts, crossing):
     for _ in range(2):
         worker.terminate()
         until(lambda: b"draining" in read(worker.log), "draining")
-    lost(job, "10.78.0.2")
+    lost(job)
 
 
 def test_a_client_killed_behind_a_proxy(hosts, crossing):
@@ -17892,11 +17947,141 @@ def test_a_worker_cut_off_in_mid_job(hosts, spaces):
     job = held_job(hosts, mark[5:], space=spaces["client"], env={"CEXEC_TIMEOUT_PINGPONG": "3"})
     assert len(processes_with(mark)) == 1
     ip("-n", spaces["worker"], "link", "set", "dev", "lan", "down")
-    assert lost(job, "10.77.0.2") == "no sign of life for 3 s"
+    assert lost(job) == "no sign of life for 3 s"
     worker.terminate()                  # nobody there to tell the supervisor: so the second signal ends it
     until(lambda: b"draining: 1 jobs" in read(worker.log), "draining")
     assert signalled(worker) == 0
     until(lambda: not processes_with(mark), "the end of the command")
+
+
+# A worker of a batch that falls silent.  Each of "good" and "bad" has two slots, and a job on "bad" waits for a file.
+
+BATCHES = {                             # options, and what comes after the public key; jobs 1 to 8
+    "-m": (["-m", "-o", "{}.o"], ["--", *"12345678"]), "-j": (["-m", "-j2", "-o", "{}.o"], ["--", *"12345678"]),
+    "-g": (["-mn", "-g", "{}.o"], [":::", *"12345678"]), ":::": (["-mn"], [":::", *"12345678"]), "-b": (["-b2"], [])}
+
+
+def signal_host(space, number):
+    """Sends a signal to all processes of a host, as if it slept or was switched off."""
+    for pid in subprocess.run(["ip", "netns", "pids", space], stdout=subprocess.PIPE, check=True).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), number)
+
+
+class Silent:
+    """A batch whose first two jobs are on a worker that can be silenced.
+
+    rest: bytes in each file, after its name; rate: of the link to this worker, both ways.
+    """
+
+    def __init__(self, hosts, mode, options=(), rest=b"", rate=None, retries="3"):
+        altered(hosts, PING_SECONDS=0.2, SILENCE_MIN=1.0)
+        self.hosts, self.mode, self.spaces = hosts, mode, hosts.lan("lan", ["client", "good", "bad"], "10.77.0")
+        if rate:
+            slow_down(self.spaces["bad"], rate=rate)
+            slow_down(hosts.spaces[0], "p3", rate)
+        self.bad = self.worker("bad", "echo >>%s; %s;" % (hosts.path("held"), wait_for(hosts.path("go"))))
+        self.wanted = [b"%d\n" % number + rest for number in range(1, 9)]
+        for name, text in zip("12345678", self.wanted):
+            make_file(hosts, name, text)
+        with open(make_file(hosts, "in", b"".join(self.wanted))) as source, open(hosts.path("out"), "wb") as out:
+            self.client = hosts.follow("cexec", *options, *BATCHES[mode][0], "--log", "log", hosts.pub,
+                                       *BATCHES[mode][1], stdin=source, stdout=out, space=self.spaces["client"],
+                                       env={"CEXEC_TIMEOUT_PINGPONG": "600", "CEXEC_RETRIES": retries})
+        until(lambda: size_of(hosts, "held") == 2, "two jobs on the worker")
+
+    def worker(self, space, command=""):
+        return self.hosts.worker(
+            "sh", "-c", command + "read name || name=$PEER_FILE; cat >rest; (echo $name; cat rest) | tee $name.o",
+            space=self.spaces[space], options=["-d"], env={"CONCURRENCY": "2", "BOOST": "0"})
+
+    def rows(self):
+        return rows_of_log(self.hosts.path("log"))
+
+    def lost_rows(self):
+        return [row for row in self.rows() if row["Exitval"] == "-1"]
+
+    def check(self):
+        """All is there, once and whole."""
+        assert self.client.wait(PATIENCE) == 0, self.client.said()
+        if self.mode in (":::", "-b"):
+            assert read(self.hosts.path("out")) == b"".join(self.wanted)
+        else:
+            assert [read(self.hosts.path(name + ".o")) for name in "12345678"] == self.wanted
+        assert not parts(self.hosts.directory)
+        assert sorted(row["Seq"] for row in self.rows() if row["Exitval"] == "0") == list("12345678")
+
+
+@pytest.mark.parametrize("mode", BATCHES)
+@pytest.mark.parametrize("way", ["off", "stopped"])
+def test_a_silent_worker_holds_up_no_batch_that_has_an_idle_slot(hosts, way, mode):
+    batch = Silent(hosts, mode)
+    if way == "off":
+        ip("-n", batch.spaces["bad"], "link", "set", "dev", "lan", "down")
+    else:
+        signal_host(batch.spaces["bad"], signal.SIGSTOP)
+    batch.worker("good")
+    batch.check()
+    assert batch.client.said() == ""
+    make_file(hosts, "go")
+    signal_host(batch.spaces["bad"], signal.SIGCONT if way == "stopped" else signal.SIGKILL)
+    first, second = batch.lost_rows()
+    assert first["Host"] == second["Host"] == NODE and {first["Seq"], second["Seq"]} == {" 1", " 2"}
+    assert {row["Host"] for row in batch.rows() if row["Exitval"] == "0"} == {NODE + "[10.77.0.2]"}
+
+
+def test_the_job_of_a_silent_worker_that_has_no_more_tries_fails(hosts):
+    batch = Silent(hosts, "-m", retries="0")
+    ip("-n", batch.spaces["bad"], "link", "set", "dev", "lan", "down")
+    batch.worker("good")
+    assert batch.client.wait(PATIENCE) == 2
+    *failures, sums = batch.client.said().splitlines()
+    assert sorted(line.partition(" lost: no sign")[0] for line in failures) == [
+        "cexec: %s at %s: worker" % (name, NODE) for name in "12"]
+    assert sums.startswith("cexec: 2 failed, 2 at %s: worker lost: no sign of life for " % NODE)
+    assert sorted((row["Seq"], row["Exitval"]) for row in batch.rows()) == [
+        (name, "-1" if name in "12" else "0") for name in "12345678"]
+    signal_host(batch.spaces["bad"], signal.SIGKILL)
+
+
+def test_a_worker_that_was_silent_goes_on_where_no_other_is_idle(hosts):
+    """The batch looks for another one meanwhile."""
+    batch = Silent(hosts, "-m", ["-v"])
+    announced = batch.client.said().count("ANNOUNCE")
+    signal_host(batch.spaces["bad"], signal.SIGSTOP)
+    until(lambda: batch.client.said().count("ANNOUNCE") > announced + 2, "a search")
+    make_file(hosts, "go")
+    signal_host(batch.spaces["bad"], signal.SIGCONT)
+    batch.check()
+    assert not batch.lost_rows()
+
+
+def test_a_worker_on_a_slow_link_is_not_given_up(hosts):
+    """Though another one is idle: any byte is a sign of life, and so is one that its host takes."""
+    batch = Silent(hosts, "-m", rest=os.urandom(40000), rate="200kbit")
+    batch.worker("good")
+    make_file(hosts, "go")
+    batch.check()
+    assert not batch.lost_rows()
+    assert {row["Host"] for row in batch.rows() if row["Seq"] in "12"} == {NODE}
+
+
+def test_a_silent_host_of_many_is_named(hosts):
+    """The others' output is there, and theirs alone is waited for no longer than for a single job."""
+    spaces = hosts.lan("lan", ["client", "good", "bad"], "10.77.0")
+    for space in "good", "bad":
+        hosts.worker("sh", "-c", "echo %s; until [ -e %s ]; do sleep 0.05; done" % (space, hosts.path(space)),
+                     space=spaces[space])
+    with open(hosts.path("out"), "wb") as out:
+        client = hosts.follow("cexec", "-A", hosts.pub, stdout=out, space=spaces["client"],
+                              env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: read(hosts.path("out")).count(b"\n") == 2, "both jobs")
+    ip("-n", spaces["bad"], "link", "set", "dev", "lan", "down")
+    make_file(hosts, "good")
+    assert client.wait(PATIENCE) == 111
+    assert client.said() == ("cexec: %s[10.77.0.3]: worker lost: no sign of life for 2 s; "
+                             "the command may have run\n" % NODE)
+    signal_host(spaces["bad"], signal.SIGKILL)
 
 
 def test_a_client_killed_in_mid_job(hosts, spaces):
@@ -18011,7 +18196,7 @@ def test_a_second_sigterm_ends_the_jobs(hosts, spaces):
     until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
     assert job.poll() is None
     worker.terminate()
-    lost(job, "10.77.0.2")
+    lost(job)
     assert worker.wait(30) == 0
     until(lambda: not processes_with(mark), "the end of the command")
 
