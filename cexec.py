@@ -71,12 +71,12 @@ main_cservice calls cservice -s, which needs ckeygen.
     cexec       the applet: its options and modes
     cservice    the supervisor: the process that runs a client's jobs          Command, Supervisor, Supervisors
     cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
-    cservice    the applet, and its lifeline to cservice -s                    Lifeline
+    cservice    the applet, and its lifeline to cservice -s                    Lifeline, WorkerLifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
     crat --svg  a log as a picture                                             TimeAxis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
-    cservice -s workers on other hosts, over ssh                               Starter, Host
+    cservice -s workers on other hosts, over ssh, and clients through it       Starter, Host, HostLifeline
     Python      what a program imports: cexec.run and cexec.Executor           Executor, Pool, Lane, Known
     Applets     the program's name or first word, and its exit code
     The door    how this file is started, and where its compiled code is kept
@@ -1088,17 +1088,21 @@ CLAIM = Message(2, "CLAIM", token="32s", offers="H")
 ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
 BUSY = Message(4, "BUSY", worker_id="8s", attempt="I", ahead="I",
-               failures="H")                                        # connections that did not get through
+               failures="H",                                        # connections that did not get through
+               address="text")                                      # the worker's, if this comes through ssh; else ""
 QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer is longer
 REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
                 slots="H", waiting="I", uptime="I", draining="B", options="B")      # load: 1/1000, uptime: s
 DENY = Message(7, "DENY", serves="8s", why="B")                     # proves nothing; serves: an application id
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
 
+RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)                           # what is passed on to workers elsewhere,
+ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}               # and their datagrams: what each answers
+
 ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
 DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's why
 
-# Frames: on the connection of a worker and a client.
+# Frames: on the connection of a worker and a client, and the last ones on that of a worker and `cservice -s`.
 HELLO = Message(1, "HELLO", version="B", options="B", nonce="16s", worker_id="8s", challenge="32s",
                 address="text", host="text", load="I", delay="I")   # load: 1/1000, delay: us
 AUTH = Message(2, "AUTH", proof="32s")
@@ -1118,8 +1122,12 @@ LINGER = Message(14, "LINGER", status="B")
 EXIT = Message(15, "EXIT", how="B", status="B", more="B", reason="text", channels="rows:HQQ")
 RESIZE = Message(16, "RESIZE", lines="H", columns="H")
 WORDS = Message(17, "WORDS", bytes="rest")                          # before JOB: its words, each ended by a NUL
+PASS = Message(32, "PASS", address="text", port="H", datagram="rest")       # a client's datagram, or an answer to it
+CONNECT = Message(33, "CONNECT", address="text", port="H")          # a new channel: a connection to that client
+DRAIN = Message(34, "DRAIN")
+END_JOBS = Message(35, "END_JOBS")
 FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT,
-                 RESIZE, WORDS)
+                 RESIZE, WORDS, PASS, CONNECT, DRAIN, END_JOBS)
 
 HOW_EXITED, HOW_SIGNALLED, HOW_NOT_STARTED, HOW_HOST_FAILED = 1, 2, 3, 4   # EXIT's how; 4: not started, for a reason
                                                                     # that lies in the worker's host
@@ -1141,7 +1149,8 @@ POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT, FLAG_INPUT
 HELLO_REPEATABLE = 1                # HELLO's and REPLY's options: the application may be run again,
 HELLO_ARGUMENTS = 2                 # the client may give arguments,
 HELLO_DIRECTORIES = 4               # each job has a directory, and files may come into it and out of it,
-HELLO_NO_COMMAND = 8                # the arguments are the command: there is no other
+HELLO_NO_COMMAND = 8                # the arguments are the command: there is no other,
+HELLO_BY_SSH = 16                   # it comes through ssh: the worker's address is the one that it tells
 OPTION_LETTERS = {HELLO_ARGUMENTS: "a", HELLO_DIRECTORIES: "d", HELLO_REPEATABLE: "i"}      # of cservice
 
 # A frame's flags: on EOF and SHUT.
@@ -2296,6 +2305,61 @@ class Tls:
             pass                    # the peer's own farewell has not come yet, or never will
 
 
+class Plain:
+    """In the place of a Tls, on a connection that ssh protects: the bytes as they are."""
+
+    ready = True
+
+    def __init__(self):
+        self.incoming, self.outgoing = memoryview(b""), bytearray()
+
+    def feed(self, data):
+        self.incoming = data        # the link reads all of it before it feeds more
+
+    def take(self):
+        data, self.outgoing = self.outgoing, bytearray()
+        return data
+
+    def has_more(self):
+        return len(self.incoming)
+
+    def read_into(self, view):
+        count = min(len(view), len(self.incoming))
+        view[:count], self.incoming = self.incoming[:count], self.incoming[count:]
+        return count
+
+    def write(self, data):
+        self.outgoing += data
+
+    def close(self):
+        pass
+
+
+def begins_tls(head):
+    """Whether a connection's first six bytes, or as many as have come, may begin a TLS ClientHello: RFC 8446, 5.1."""
+    return head[:1] in (b"", b"\x16") and head[1:2] in (b"", b"\x03") and head[5:6] in (b"", b"\x01")
+
+
+class TwoPipes:
+    """A descriptor to read and one to write, where a Link expects a socket.  close() closes both."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def fileno(self):
+        return self.reader
+
+    def recv_into(self, view):
+        return os.readv(self.reader, [view])
+
+    def send(self, data):
+        return os.write(self.writer, data)
+
+    def close(self):
+        os.close(self.reader)
+        os.close(self.writer)
+
+
 class Delivery:
     """What the peer's host has acknowledged, as Linux tells it: tcp(7), TCP_INFO, and linux/tcp.h.
 
@@ -2340,7 +2404,7 @@ class Delivery:
 
 
 class Link:
-    """Frames over TLS over one non-blocking socket.
+    """Frames over TLS, or a Plain, over one non-blocking socket, or over TwoPipes.
 
     The owner is told by link_ready(link), link_frame(link, kind, flags, channel,
     payload), link_writable(link) and, once, link_lost(link, reason, violation).
@@ -2349,24 +2413,33 @@ class Link:
 
     received = memoryview(bytearray(FRAME_MAX))     # between recv and TLS: shared by all
 
-    def __init__(self, loop, sock, context, owner, server_side=False):
-        self.sock = sock
-        self.tls = Tls(context, server_side)
+    def __init__(self, loop, sock, tls, owner, stands_for=None):
+        self.sock, self.tls = sock, tls
+        self.stands_for = stands_for                # our (address, port) where the socket has none
         self.reader = FrameReader()
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.write_closed = False
         self.last_activity = time.monotonic()       # the last sign of life
         self.delivery = Delivery()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(sock)
+        if isinstance(sock, socket.socket):
+            sock.setblocking(False)
+            tune(sock)
         self.attach(loop, owner)
 
     def attach(self, loop, owner):
         """Has this loop drive it, for this owner."""
         self.loop, self.owner, self.sock = loop, owner, loop.above_floor(self.sock)
+        self.writer = getattr(self.sock, "writer", self.sock.fileno())
         loop.on_read(self.sock.fileno(), self.readable)
-        loop.on_write(self.sock.fileno(), self.flush if self.sending else None)
+        loop.on_write(self.writer, self.flush if self.sending else None)
+
+    @property
+    def here(self):
+        """(the address, the port) of this end."""
+        if self.stands_for:
+            return self.stands_for
+        name = self.sock.getsockname()
+        return address_of(name), name[1]
 
     @property
     def congested(self):
@@ -2465,7 +2538,7 @@ class Link:
         if self.closed:
             return
         if was_congested != self.congested:
-            self.loop.on_write(self.sock.fileno(), self.flush if self.congested else None)
+            self.loop.on_write(self.writer, self.flush if self.congested else None)
             if was_congested:
                 self.owner.link_writable(self)
 
@@ -2499,6 +2572,7 @@ class Link:
             self.closed, self.sending = True, memoryview(b"")
             self.owner = None       # no cycle: what a connection held goes at once
             self.loop.forget(self.sock.fileno())
+            self.loop.forget(self.writer)
             self.sock.close()
 
     def finish(self):
@@ -2579,8 +2653,14 @@ def unacknowledged(sock):
         return 0
 
 
-def keep_alive(sock):
-    """Finds a host that vanished while nothing is under way.  TCP_USER_TIMEOUT would end stopped clients too."""
+def tune(sock):
+    """Sends without delay, and finds a host that vanished while nothing is under way.
+
+    TCP_USER_TIMEOUT would end stopped clients too.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):   # macOS calls the first TCP_KEEPALIVE; its default will do
@@ -2848,7 +2928,7 @@ class Source(Stream):
 
     def __init__(self, carrier, number, end, replay=None):
         super().__init__(carrier, number, end)
-        self.credit, self.sent = WINDOW, 0
+        self.credit, self.sent = carrier.window, 0
         self.replay = replay        # the ReplayBuffer of a job that may be run again
         self.drain_budget = None    # while DRAINING: the most bytes that are still to be read
         self.paused = False         # while its terminal is in the background
@@ -2962,7 +3042,7 @@ class Source(Stream):
 
     def rcvd_credit(self, count):
         self.credit += count
-        if self.credit > WINDOW:
+        if self.credit > self.carrier.window:
             raise ProtocolError("more credit than a window")
         self.refresh()
 
@@ -2988,7 +3068,7 @@ class Sink(Stream):
         super().__init__(carrier, number, end)
         self.queue = Backlog()      # what the End has not taken: at most a window, in however many frames
         self.received = self.written = self.owed = 0
-        self.allowed = WINDOW       # bytes that the peer may still send
+        self.allowed = carrier.window           # bytes that the peer may still send
         self.ended = False          # whether the peer has sent EOF
         self.whole = False          # whether the peer has closed both halves
         if self.end.watched:
@@ -3033,7 +3113,7 @@ class Sink(Stream):
             return 0
         self.written += count
         self.owed += count
-        if self.owed >= WINDOW // 4 and self.state is OPEN:
+        if self.owed >= self.carrier.window // 4 and self.state is OPEN:
             self.link.send(CREDIT, self.number, bytes=self.owed)
             self.allowed += self.owed
             self.owed = 0
@@ -3134,6 +3214,7 @@ class Carrier:
     """
 
     buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))     # between a read and TLS: shared by all
+    window = WINDOW                 # bytes of credit for each channel and direction
 
     def __init__(self, loop, link):
         self.loop, self.link = loop, link
@@ -5617,7 +5698,7 @@ class Candidate(Stateful):
         self.search, self.address = search, address
         self.state, self.hello, self.ready_at = self.CONNECTED, None, 0.0
         self.unconfirmed = 0        # WORDS that the worker has not answered with PONG
-        self.link = Link(search.loop, sock, search.context, self)
+        self.link = Link(search.loop, sock, Tls(search.context, server_side=False), self)
         self.timer = search.loop.after(OFFER_SECONDS, self.silent)
         self.link.start()
 
@@ -5646,6 +5727,8 @@ class Candidate(Stateful):
         if hello.nonce != self.search.nonce or not self.search.may_ask(hello.worker_id):
             self.search.not_asked(self.address, hello.worker_id)
             return self.link.fail("an offer that we do not take")
+        if hello.options & HELLO_BY_SSH:        # the connection comes from the host of `cservice -s`
+            self.address = hello.address
         if not self.search.terms.servers.allows(self.address, hello.host, hello.worker_id):
             self.search.not_allowed(self.address)
             return self.link.fail("not allowed")
@@ -5946,6 +6029,8 @@ class Search:
         """A worker has us in its line, or its connections to us fail."""
         if datagram.body.attempt < self.attempt - FRESH_TRIES:
             return log.note("dropped %r: it is old", datagram)
+        if is_address(datagram.body.address):
+            address = datagram.body.address         # it came through ssh
         if address in self.excluded or not self.terms.servers.may_allow(address):
             return self.not_allowed(address)
         if datagram.body.failures:
@@ -6021,9 +6106,6 @@ class Search:
     def accept(self, sock, address):
         """A worker has connected."""
         self.arrived, self.blocked = True, False
-        if not self.terms.servers.may_allow(address):
-            self.not_allowed(address)
-            return sock.close()
         self.offers += 1
         if len(self.candidates) >= 128 and not self.drop_quiet(1):      # a flood
             return sock.close()
@@ -6928,6 +7010,8 @@ class Survey:
         body, seconds = datagram.body, time.monotonic() - self.questions[datagram.nonce]
         if not datagram.proved_by(self.pub.secret):
             return
+        if body.options & HELLO_BY_SSH and is_address(body.address):
+            address = body.address
         self.answered |= {address.partition("%")[0], body.address}
         if self.servers and not self.servers.allows(address, body.host, body.worker_id):
             self.excluded.add(address)          # this peer has a key: there are not many of them
@@ -9445,7 +9529,7 @@ class Command(Carrier, Stateful):
 
     def environment(self):
         """cservice's own variables, the client's with PEER_ before the name, and the addresses of both."""
-        sock, values = self.link.sock, dict(os.environ)
+        values = dict(os.environ)
         user = self.settings.user
         if user:
             values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
@@ -9456,9 +9540,9 @@ class Command(Carrier, Stateful):
             values["TERM"] = self.job.term
         if self.directory:
             values["PWD"] = self.directory.path
-        client, here = self.client, sock.getsockname()
+        client, (address, port) = self.client, self.link.here
         values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
-                      SERVER_ADDR=address_of(here), SERVER_PORT=str(here[1]))
+                      SERVER_ADDR=address, SERVER_PORT=str(port))
         return values
 
     def name(self):
@@ -10228,6 +10312,7 @@ class Supervisors:
 # Pace.delay() makes the least loaded worker the first: its delay grows with the load.
 HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
 HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
+BY_SSH_SECONDS = 600.0              # a client's address that was reached only through ssh is tried directly again
 LATE_MAX = 64                       # LATE offers at a time, which hold no slot any more
 BACKOFF_MAX = 16.0                  # the longest pause before a client that cannot be reached is tried again
 LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
@@ -10347,13 +10432,16 @@ class KnownClient(Stateful):
 
     # There may be 30,000 of them.
     __slots__ = ("application", "name", "nonce", "key", "address", "port", "attempt", "batch", "only", "state",
-                 "timer", "since", "heard_at", "patience", "told_at", "failures", "retry_at", "ours", "complained")
+                 "timer", "since", "heard_at", "patience", "told_at", "failures", "retry_at", "ours", "complained",
+                 "handle", "direct")
 
     def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
         self.state, self.timer = NEW, None          # the timer of the state DELAYED
         self.address, self.port, self.attempt, self.batch, self.only = "", 0, 0, NO_BATCH, ANY_WORKER
+        self.handle = None              # (address, port) by which `cservice -s` reaches it, if that has heard it
+        self.direct = False             # whether we have heard it ourselves: then address and port are its own
         self.since = since              # when it began to wait, by our clock
         self.heard_at = self.told_at = 0.0          # when it last announced itself; when we last sent it BUSY
         self.patience = LINE_SECONDS    # seconds that it may be silent in the line
@@ -10372,11 +10460,21 @@ class KnownClient(Stateful):
         if state is OFFERED:
             self.ours, self.complained = True, False
 
-    def announced(self, datagram, address, now):
-        """An ANNOUNCE came; its address may be another than before."""
+    def heard(self, datagram, address, handle):
+        """An ANNOUNCE came, directly or, with a handle, through ssh; perhaps a copy, by another way than the first.
+
+        The address may be another than before, but not by a copy: that may be a replay from elsewhere.
+        """
+        if handle and not self.handle:
+            self.told_at = 0.0      # it may not have heard what we told it directly
+        self.handle = handle or self.handle
+        if not self.direct or not handle and datagram.body.attempt > self.attempt:
+            self.address, self.port, self.direct = address, datagram.port, not handle
+
+    def announced(self, datagram, now):
+        """This ANNOUNCE is no copy."""
         self.heard_at, self.attempt, self.batch = now, datagram.body.attempt, datagram.body.batch
         self.only = datagram.body.only
-        self.address, self.port = address, datagram.port
         self.patience = max(LINE_SECONDS, LINE_PAUSES * min(PAUSE_MAX, datagram.body.pause / 1000))
 
     def succeeded(self):
@@ -10555,6 +10653,9 @@ class Clients:
 #
 #   CONNECTING (holds a slot) --TLS is up--------------------------------> OPEN (holds a slot)
 #        '--hold seconds are over--> LATE (holds none) --TLS is up, a slot is free--^
+#
+#   If `cservice -s` reaches the client too, an offer that is not OPEN after its hold seconds, or fails before that,
+#   begins once more through ssh.  In CONNECTING it has HOLD_MAX for that.
 
 CONNECTING, LATE = "CONNECTING", "LATE"
 
@@ -10569,8 +10670,12 @@ class Offer(Stateful):
         self.state, self.began = CONNECTING if hold else LATE, time.monotonic()
         self.challenge, self.proved, self.link = os.urandom(32), False, None
         self.words, self.timer = Words(), None      # timer: the deadline for JOB
+        self.by_ssh = False         # whether this connection goes through ssh
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
-        self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected, self.not_connected)
+        self.dial = None
+        if not worker.prefers_ssh(client) or not self.turn_to_ssh():
+            self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected,
+                             self.not_connected)
 
     def __repr__(self):
         return "offer for %s" % self.client.nonce.hex()[:8]
@@ -10582,13 +10687,24 @@ class Offer(Stateful):
 
     def late(self):
         """TLS is not up yet: a connection that is slow or is never made must not hold a slot for long."""
-        if self.state is CONNECTING:
+        if self.state is not OPEN and not self.turn_to_ssh() and self.state is CONNECTING:
             self._set(LATE)
             self.worker.slow(self)
 
+    def turn_to_ssh(self):
+        """Leaves the direct way for the one through ssh.  Returns False if there is none, or this is it already."""
+        sock = None if self.by_ssh else self.worker.connect_by_ssh(self.client)
+        if sock is None:
+            return False
+        self.close()
+        self.by_ssh, self.holding = True, self.worker.loop.after(HOLD_MAX, self.late)
+        self.connected(sock, OFFER_SECONDS)
+        return True
+
     def connected(self, sock, seconds):
         self.await_job(seconds)
-        self.link = Link(self.worker.loop, sock, self.worker.context, self, server_side=True)
+        self.link = Link(self.worker.loop, sock, Tls(self.worker.context, server_side=True), self,
+                         self.worker.lifeline.here(self.client.address) if self.by_ssh else None)
 
     def not_connected(self, reason, unreached):
         (self.lost if unreached else self.end)(reason)
@@ -10597,9 +10713,9 @@ class Offer(Stateful):
         if not self.worker.seat(self):
             return
         self._set(OPEN)
-        link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options,
+        link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options | HELLO_BY_SSH * self.by_ssh,
                   nonce=self.client.nonce, worker_id=self.worker.id,
-                  challenge=self.challenge, address=link.sock.getsockname()[0].partition("%")[0],
+                  challenge=self.challenge, address=link.here[0].partition("%")[0],
                   host=socket.gethostname(), load=u32(self.load * 1000), delay=u32(self.delay * 1e6))
 
     def link_frame(self, link, kind, flags, channel, payload):
@@ -10632,6 +10748,8 @@ class Offer(Stateful):
     def lost(self, reason):
         """The connection could not be made, or has ended."""
         if self.state is not OPEN:
+            if self.turn_to_ssh():
+                return
             self.worker.not_reached(self)
         self.end(reason)
 
@@ -10642,7 +10760,8 @@ class Offer(Stateful):
         self.worker.offer_ended(self)
 
     def close(self):
-        self.dial.close()
+        if self.dial:
+            self.dial.close()
         self.holding.cancel()
         if self.link:
             self.timer.cancel()
@@ -10664,6 +10783,21 @@ class Probe:
         self.worker.probe_over(self)
 
 
+class ProbeBySsh:
+    """The same through ssh.  The client closes it."""
+
+    def __init__(self, worker, sock):
+        self.worker, self.sock = worker, sock
+        self.timer = worker.loop.after(OFFER_SECONDS, self.over)
+        worker.loop.on_read(sock.fileno(), self.over)
+
+    def over(self):
+        self.timer.cancel()
+        self.worker.loop.forget(self.sock.fileno())
+        self.sock.close()
+        self.worker.probe_over(self)
+
+
 def local_address(address):
     """The address of this host from which it sends to that address; "" if there is no route."""
     try:
@@ -10677,7 +10811,8 @@ def local_address(address):
 class Worker:
     """cservice: hears clients, makes offers, has a supervisor for each job.
 
-    The method rcvd_NAME(datagram, address) handles a datagram; kinds without a method are not for a worker.
+    The method rcvd_NAME(datagram, address, handle) handles a datagram; kinds without a method are not for a worker.
+    The handle is None, or (address, port) by which `cservice -s` reaches the sender: then it came through ssh.
     """
 
     def __init__(self, loop, key, context, listeners, settings):
@@ -10687,14 +10822,20 @@ class Worker:
         self.pace = Pace(settings.slots, settings.boost)
         self.clients, self.supervisors = Clients(), Supervisors(loop, self, settings.place)
         self.complainers = Memory()                 # (name, address): when it last complained of another worker
+        self.lifeline = None        # a WorkerLifeline, if `cservice -s` has started us
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
-        self.queried = Memory()     # (name, nonce) of each QUERY that was answered
+        self.ssh_until = Memory()   # address: until when offers to it go through ssh at once
+        self.queried = Memory()     # (name, nonce, handle) of each QUERY that was answered
         self.replies = 0            # how many of these in this second
         self.probes, self.last_denial = set(), 0.0  # the Probes under way; when we last sent DENY
         self.draining, self.began = False, time.monotonic()
         self.trouble = None         # why we refuse jobs; None after a job was started
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
+
+    def has_lifeline(self, lifeline):
+        """`cservice -s` has started us, and hears clients for us too."""
+        self.lifeline = lifeline
 
     def sweep(self):
         """Runs every second."""
@@ -10706,23 +10847,23 @@ class Worker:
 
     # Datagrams
 
-    def hear(self, datagram, address, index):
+    def hear(self, datagram, address, index, handle=None):
         method = handler_of(self, datagram.kind)
         if method is None:
             return
         if datagram.application != self.key.application:
-            return self.deny(datagram, address, DENY_APPLICATION)
+            return self.deny(datagram, address, handle, DENY_APPLICATION)
         if datagram.name in self.settings.refused:
             log.note("dropped %r: the name is refused (-x)", datagram)
-            return self.deny(datagram, address, DENY_NAME)
+            return self.deny(datagram, address, handle, DENY_NAME)
         if not datagram.proved_by(client_secret(self.key.master, datagram.name)):
             log.note("dropped %r: wrong MAC", datagram)
-            return self.deny(datagram, address, DENY_SECRET)
-        log.note("<- %r from %s", datagram, address)
+            return self.deny(datagram, address, handle, DENY_SECRET)
+        log.note("<- %r from %s%s", datagram, address, ", through ssh" if handle else "")
         if datagram.kind is QUERY or not self.draining:
-            method(datagram, address)
+            method(datagram, address, handle)
 
-    def rcvd_announce(self, datagram, address):
+    def rcvd_announce(self, datagram, address, handle):
         client, now = self.clients.find(datagram), time.monotonic()
         if not datagram.port or datagram.body.only not in (ANY_WORKER, self.id):
             return                  # no answer can reach the client; or it wants only another worker
@@ -10730,9 +10871,12 @@ class Worker:
             client = KnownClient(datagram, now - datagram.body.waited / 1000)
             if not self.clients.add(client):
                 return
-        elif client.state in (SERVED, CLAIMED) or datagram.body.attempt <= client.attempt:
-            return                  # the job is served; or this is a copy or a replay
-        client.announced(datagram, address, now)
+        elif client.state in (SERVED, CLAIMED):
+            return                  # the job is served
+        client.heard(datagram, address, handle)
+        if datagram.body.attempt <= client.attempt:     # this is a copy or a replay
+            return self.wait(client) if handle and client.state is QUEUED else None
+        client.announced(datagram, now)
         if client.state in (DELAYED, OFFERED) or now < client.retry_at:
             return
         # If the last connection to a client failed, its next offer holds no slot before TLS is up:
@@ -10742,7 +10886,7 @@ class Worker:
         else:
             self.wait(client)
 
-    def rcvd_claim(self, datagram, address):
+    def rcvd_claim(self, datagram, address, handle):
         """The job is served, here or by another worker, or its client has given it up."""
         # 1. The nonce is a hash of the token, so only the job's client can send this.  A repeated claim
         #    does nothing.
@@ -10760,7 +10904,7 @@ class Worker:
                 self.pace.claimed(datagram.body.offers)
             self.withdraw(client, CLAIMED, "the job is served")
 
-    def rcvd_alert(self, datagram, address):
+    def rcvd_alert(self, datagram, address, handle):
         """A complaint about us counts once for each offer, and not if the reason may be the client's own link."""
         body, client = datagram.body, self.clients.find(datagram)
         if body.event != ALERT_COMPLAINT:
@@ -10784,50 +10928,55 @@ class Worker:
             return "much was moved before"
         return None
 
-    def rcvd_query(self, datagram, address):
-        """Answers REPLY, once, and connects to the client: this shows it whether offers would reach it."""
-        key = (datagram.name, datagram.nonce)
+    def rcvd_query(self, datagram, address, handle):
+        """Answers REPLY, once by each way, and connects to the client: so it sees whether offers would reach it."""
+        key = (datagram.name, datagram.nonce, handle)
         if key in self.queried or not datagram.port or self.replies >= QUERIES_MAX:
             return
         self.queried[key] = True
         self.replies += 1
         jobs = self.supervisors.slots_in_use()
-        self.answer(REPLY, datagram, address, worker_id=self.id, address=local_address(address),
+        here = self.lifeline.here(address)[0] if handle else local_address(address)
+        self.answer(REPLY, datagram, address, handle, worker_id=self.id, address=here,
                     host=socket.gethostname()[:64], version=VERSION, load=u32(self.load() * 1000),
                     running=min(jobs, 0xffff), slots=self.settings.slots, waiting=self.clients.line.clients(),
                     uptime=u32(time.monotonic() - self.began), draining=self.draining,
-                    options=self.settings.options)
+                    options=self.settings.options | HELLO_BY_SSH * bool(handle))
         if len(self.probes) < PROBES_MAX:
-            self.probes.add(Probe(self, address, datagram.port))
+            sock = self.lifeline.connect(handle) if handle else None
+            if sock or not handle:
+                self.probes.add(ProbeBySsh(self, sock) if sock else Probe(self, address, datagram.port))
 
     def probe_over(self, probe):
         self.probes.discard(probe)
 
-    def deny(self, datagram, address, why):
+    def deny(self, datagram, address, handle, why):
         """Sends DENY to a client whose QUERY asks for strangers.  It has no valid MAC, so it proves nothing."""
         if datagram.kind is QUERY and datagram.body.strangers and datagram.port:
-            self.send_denial(datagram, address, why)
+            self.send_denial(datagram, address, handle, why)
 
-    def send_denial(self, datagram, address, why):
+    def send_denial(self, datagram, address, handle, why):
         """Sends DENY, unless the last one was sent just now."""
         now = time.monotonic()
         if now - self.last_denial >= DENY_SECONDS:
             self.last_denial = now
-            self.answer(DENY, datagram, address, serves=self.key.application, why=why)
+            self.answer(DENY, datagram, address, handle, serves=self.key.application, why=why)
 
     def hear_stranger(self, address, error):
         """Answers a QUERY of another protocol version with a DENY of ours: so the client learns our version."""
         if error.asks_at:
             asker = SimpleNamespace(application=self.key.application, name=DEFAULT_NAME, nonce=bytes(16),
                                     port=error.asks_at)
-            self.send_denial(asker, address, DENY_VERSION)
+            self.send_denial(asker, address, None, DENY_VERSION)
 
-    def answer(self, kind, datagram, to, **fields):
-        """Sends a datagram to the address to, as an answer to a client's datagram."""
+    def answer(self, kind, datagram, to, handle, **fields):
+        """Sends a datagram to the address to, or through ssh, as an answer to a client's datagram."""
         secret = bytes(32) if kind is DENY else client_secret(self.key.master, datagram.name)
+        data = make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0, **fields)
+        if handle:
+            return self.lifeline.pass_on(handle, data)
         try:
-            self.listeners[0].send(make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0,
-                                                 **fields), to, datagram.port)
+            self.listeners[0].send(data, to, datagram.port)
         except OSError as error:
             log.note("cannot send %s to %s: %s", kind, to, error.strerror)
 
@@ -10850,6 +10999,19 @@ class Worker:
         """
         return 0.0 if client.failures else self.holds.get(client.address, HOLD_SECONDS)
 
+    def tell_busy(self, client, ahead, failures=0):
+        here = self.lifeline.here(client.address)[0] if client.handle else ""
+        self.answer(BUSY, client, client.address, client.handle, worker_id=self.id, attempt=client.attempt,
+                    ahead=ahead, failures=min(failures, 0xffff), address=here)
+
+    def prefers_ssh(self, client):
+        """Whether the direct way to this client's address has failed, and the one through ssh worked."""
+        return time.monotonic() < self.ssh_until.get(client.address, 0.0)
+
+    def connect_by_ssh(self, client):
+        """Returns a socket that leads to the client through ssh; None if there is no such way."""
+        return self.lifeline.connect(client.handle) if client.handle else None
+
     def wait(self, client):
         """Puts a client in the line, and sends it BUSY with its place, at once and then every ten seconds."""
         if client.state is not QUEUED:
@@ -10857,8 +11019,7 @@ class Worker:
         now = time.monotonic()
         if client.is_busy_due(now):
             client.told(now)
-            self.answer(BUSY, client, client.address, worker_id=self.id, attempt=client.attempt,
-                        ahead=self.clients.line.ahead(client), failures=0)
+            self.tell_busy(client, self.clients.line.ahead(client))
 
     def delay_offer(self, client, delay):
         self.clients.move(client, DELAYED, timer=self.loop.after(delay, lambda: self.offer(client, delay)))
@@ -10882,9 +11043,12 @@ class Worker:
         """TLS is up.  Returns whether the offer has a slot; if not, its client waits in the line."""
         client, free = offer.client, offer.state is CONNECTING or self.free_slots()
         client.succeeded()
-        if time.monotonic() - offer.began > HOLD_SECONDS:   # a far or slow host: with less it would never get a slot
+        if offer.by_ssh:
+            if not self.prefers_ssh(client):
+                self.ssh_until[client.address] = time.monotonic() + BY_SSH_SECONDS
+        elif time.monotonic() - offer.began > HOLD_SECONDS:     # far or slow: with less it would never get a slot
             self.holds[client.address] = HOLD_MAX
-        elif offer.hold < HOLD_SECONDS:                     # it failed before: trust it again step by step
+        elif offer.hold < HOLD_SECONDS:                         # it failed before: trust it again step by step
             self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
         if not free:
             self.withdraw(client, QUEUED, "no slot is free any more")
@@ -10901,8 +11065,7 @@ class Worker:
         client = offer.client
         client.failed(time.monotonic())
         self.clients.move(client, BACKING_OFF)
-        self.answer(BUSY, client, client.address, worker_id=self.id, attempt=client.attempt, ahead=0,
-                    failures=min(client.failures, 0xffff))
+        self.tell_busy(client, 0, client.failures)
 
     def serve_line(self):
         """Offers every free slot to the next client in the line.
@@ -11012,9 +11175,11 @@ Settings = collections.namedtuple("Settings", "command slots boost refused user 
 # The messages between cservice -s and a worker that it has started, over ssh
 OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
 SERVES = b"cexec: serves "          # the worker's output: a line with this and its id, when it serves
-ALIVE, DRAIN, END_JOBS = b".", b"D", b"E"       # the worker's input
-ALIVE_SECONDS = 10.0                # seconds between two ALIVE
+ALIVE_SECONDS = 10.0                # seconds between two PING
 SILENCE_SECONDS = 60.0              # a worker drains if it has read nothing for so long
+SSH_WINDOW = 1024 * 1024            # bytes of credit for each connection and direction
+SSH_STREAMS = 64                    # connections for each host at most
+SSH_QUEUE = 2 * SSH_STREAMS * FRAME_MAX         # bytes that may wait for a host: each of these sends a frame at a time
 
 CSERVICE = Syntax(
     "cservice", {"-": "APP [COMMAND [ARGUMENT ...]]"},
@@ -11053,7 +11218,8 @@ def main_cservice(argv):
     # again from compiled code: so nothing is open or raised yet, and handed_key() has read nothing of standard input.
     fill_standard()
     slim_down(argv)
-    make_room(0, 512 + 2 * slots)   # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
+    make_room(0, 512 + 2 * slots + 2 * SSH_STREAMS * bool(options.hosts))
+                                    # two for each slot: a connection, a supervisor's pipe; the rest for a supervisor
     user = find_user(options.user) if options.user else None
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
@@ -11062,11 +11228,12 @@ def main_cservice(argv):
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, path) if text else open_key(path), Group()
     warn_of_command(settings)
-    context, listeners = tls_context(key, text), open_listeners(group)
+    context = tls_context(key, text)
+    listeners = [] if options.hosts and group.is_here() else open_listeners(group)      # ssh brings all that it hears
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
     loop.catch(WORKER_SIGNALS, worker.signalled)
-    starter = Lifeline(loop, worker) if options.hosts else None
+    starter = WorkerLifeline(loop, worker) if options.hosts else None
     started_up()
     tell_service(key, group, settings)
     worker.clear_up()
@@ -11083,48 +11250,128 @@ def handed_key():
         raise Fatal(EXIT_USAGE, "-s %s is only for workers of cservice -s itself: name a host" % OVER_SSH) from None
 
 
-class Lifeline:
-    """The worker's end of its connection over ssh to the `cservice -s` that has started it (the starter).
+class Lifeline(Carrier):
+    """An end of the connection over ssh between `cservice -s` (the starter) and its worker on a host.
+
+    Once the worker serves it carries frames.  Each channel is a connection of the worker to a client, which the
+    starter makes; the worker gives it its number.  The owner of a lifeline is told lifeline_lost(reason, violation).
+    """
+
+    window = SSH_WINDOW
+
+    def __init__(self, loop, owner, reader, writer):
+        self.owner = owner
+        pipes = TwoPipes(os.dup(reader), os.dup(writer))
+        for pipe in (pipes.reader, pipes.writer):
+            os.set_blocking(pipe, False)
+            enlarge(pipe)
+        super().__init__(loop, Link(loop, pipes, Plain(), self))
+
+    def pass_on(self, handle, data):
+        """Sends a datagram of a client, or one to it.  As any datagram, it is lost if there is no room."""
+        if not self.link.congested:
+            self.link.send(PASS, address=handle[0], port=handle[1], datagram=data)
+
+    def join(self, number, sock):
+        """Carries a connection, as the channel with this number.  Raises OSError; then the socket is the caller's."""
+        fd = sock.fileno()
+        end = SocketEnd(fd, fd, lambda: os.close(fd), ["read", "write"])
+        sock.detach()
+        self.carry(number, end).source.refresh()
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if kind in (DATA, EOF, SHUT, CREDIT) and channel not in self.channels:
+            return                  # it is over here, and the peer could not know that yet
+        super().link_frame(link, kind, flags, channel, payload)
+
+    def link_lost(self, link, reason, violation):
+        for channel in self.channels.values():
+            channel.close()
+        self.channels = {}
+        self.owner.lifeline_lost(reason, violation)
+
+    def local_error(self, channel, error):
+        log.note("channel %d: %s", channel, error.strerror)
+
+    def stream_ended(self):
+        self.loop.after(0, self.forget_ended)       # not now: somebody may be going through the channels
+
+    def forget_ended(self):
+        self.channels = {number: channel for number, channel in self.channels.items()
+                         if channel.is_reading() or channel.is_writing()}
+
+
+class WorkerLifeline(Lifeline):
+    """The worker's end.
 
     At the end of its input the worker drains.  It also drains after SILENCE_SECONDS without a byte:
     a connection can break without an end, and a stopped starter sends nothing.
     """
 
     def __init__(self, loop, worker):
-        self.loop, self.worker = loop, worker
+        self.worker = worker
         self.lost = False           # whether it drains because its starter is lost
-        self.timer = loop.after(SILENCE_SECONDS, self.lose)
-        for number in (1, 2):
-            os.set_blocking(number, False)      # the worker must be able to drain if the starter does not read
+        self.last_number = 0        # of a channel
+        # The client that asked for our login, and we, as sshd sees both; nothing where no sshd has started us.
+        words = [word.partition("%")[0] for word in os.environ.get("SSH_CONNECTION", "").split()]
+        self.starter, self.ours = (words[0], (words[2], int(words[3]))) if len(words) == 4 else ("", None)
+        os.set_blocking(2, False)   # the worker must be able to drain if the starter does not read
+        super().__init__(loop, self, 0, 1)
         try:                        # \n: the login may have written the beginning of a line
             os.write(1, b"\n%s%s\n" % (SERVES, worker.id.hex().encode()))
         except OSError:
-            pass                    # the starter has gone: read() will see it
-        loop.on_read(0, self.read)
+            pass                    # the starter has gone: the link will see it
+        replace_with_null([0, 1])   # only frames go there from now on
+        self.watch_silence()
+        worker.has_lifeline(self)
 
-    def read(self):
+    def watch_silence(self):
+        if not self.link.closed and self.link.silence() > SILENCE_SECONDS:
+            self.link.fail("silent for %d s" % SILENCE_SECONDS)
+        self.loop.after(ALIVE_SECONDS, self.watch_silence)
+
+    def here(self, address):
+        """Returns (our address, the port) to which the starter has connected, for a client at that address."""
+        return self.ours or (local_address(address) or THIS_HOST, 0)
+
+    def connect(self, handle):
+        """Returns a socket that leads to a client; None if there are too many, or the starter is lost."""
+        if self.link.closed or len(self.channels) >= SSH_STREAMS:
+            return None
+        # A number is not used again soon: frames for the channel that had it last may be on their way.
+        self.last_number = next(number for number in itertools.count(self.last_number + 1)
+                                if number & 0xffff not in self.channels) & 0xffff
         try:
-            data = os.read(0, 4096)
-        except BlockingIOError:     # sshd may give us one socket as 0 and 1, which is now ready for writing only
-            return
-        except OSError:
-            data = b""
-        self.timer.cancel()
-        if not data:
-            self.loop.forget(0)
-            return self.lose()
-        self.timer = self.loop.after(SILENCE_SECONDS, self.lose)
-        if DRAIN in data or END_JOBS in data:
-            self.drain()
-        if END_JOBS in data:
-            self.drain(True)
+            near, far = socket.socketpair()
+            self.join(self.last_number, far)
+        except OSError as error:    # no descriptor is left
+            return log.note("no connection through ssh: %s", error.strerror)
+        self.link.send(CONNECT, self.last_number, address=handle[0], port=handle[1])
+        return near
+
+    def rcvd_pass(self, flags, channel, payload):
+        """A client's datagram, which the starter has heard."""
+        # Some addresses have a meaning only on the starter's host: the one from which it came to us may do instead.
+        away = "%" in payload.address or payload.address.startswith(("127.", "::1"))
+        address = away and self.starter or payload.address.partition("%")[0]
+        self.worker.hear(Datagram(payload.datagram), address, 0, (payload.address, payload.port))
+
+    def rcvd_ping(self, flags, channel, payload):
+        pass                        # any byte is a sign of life
+
+    def rcvd_drain(self, flags, channel, payload):
+        self.drain()
+
+    def rcvd_end_jobs(self, flags, channel, payload):
+        self.drain()
+        self.drain(True)
 
     def drain(self, again=False):
         if again or not self.worker.draining:
             self.worker.signalled(signal.SIGTERM)
 
-    def lose(self):
-        log.note("the starter is lost")
+    def lifeline_lost(self, reason, violation):
+        log.note("the starter is lost: %s", reason)
         self.lost = not self.worker.draining
         self.drain()
 
@@ -12170,10 +12417,6 @@ RELAY_SECONDS = 70.0                # a Relay is given up after so long without 
 HELLO_SECONDS = 10.0                # the time in which the client's side must begin TLS
 RESET = struct.pack("ii", 1, 0)     # SO_LINGER: close() resets the connection
 
-RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)       # datagrams that go to TARGET
-ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}       # a worker's datagram: the client's that it answers
-
-
 class Pump:
     """One direction of a Join: reads from the socket source and writes to the socket target.
 
@@ -12252,7 +12495,7 @@ class Join:
         self.up, self.down = Pump(self, self.worker_side, client, held=True), Pump(self, client, self.worker_side)
         for sock in (client, self.worker_side):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_alive(sock)
+            tune(sock)
         self.down.refresh()
 
     def not_connected(self, reason, unreached):
@@ -12263,12 +12506,11 @@ class Join:
         if pump is self.up or not self.up.held:
             return
         self.first = (self.first + bytes(pump.waiting[:6]))[:6]
-        head = self.first
         if not pump.waiting:
             self.close("the client's side closed")
-        elif head[:1] != b"\x16" or head[1:2] not in (b"", b"\x03") or head[5:6] not in (b"", b"\x01"):
-            self.close("the client's side does not begin TLS")  # RFC 8446, 5.1: handshake, ClientHello
-        elif len(head) == 6:
+        elif not begins_tls(self.first):
+            self.close("the client's side does not begin TLS")
+        elif len(self.first) == 6:
             self.timer.cancel()
             self.up.let_go()
 
@@ -12642,18 +12884,24 @@ def make_key(path, derived):
 # cservice -s: workers on other hosts, over ssh
 # ---------------------------------------------------------------------------
 
-#     the starter (Starter, Host)               the worker (Lifeline) on a host
-#       | ssh HOST REMOTE  -------------------->  |   the login shell (sh, csh, fish) runs python3
-#       | a line of Python (FIRST) ------------>  |   runs it
-#       | this file, in so many bytes --------->  |   compiles it, starts it: cservice -s - ...
-#       | the private key in hexadecimal ------>  |   serves
-#       |  <---------- anything that a login says |
-#       |  <--------------------- SERVES, its id  |
-#       | ALIVE, every ten seconds ------------>  |   drains after a minute without a byte
-#       | DRAIN --------------------------------> |   drains
-#       | END_JOBS -----------------------------> |   drains, and ends its jobs
-#       | end of file --------------------------> |   drains
-#       |  <------------- ssh's exit status       |   0 it has drained, 111 it has lost the starter, 100 permanent
+#     client    the starter (Starter, Host)               the worker (WorkerLifeline) on a host
+#                 | ssh HOST REMOTE  -------------------->  |   the login shell (sh, csh, fish) runs python3
+#                 | a line of Python (FIRST) ------------>  |   runs it
+#                 | this file, in so many bytes --------->  |   compiles it, starts it: cservice -s - ...
+#                 | the private key in hexadecimal ------>  |   serves
+#                 |  <---------- anything that a login says |
+#                 |  <--------------------- SERVES, its id  |   from now on frames go both ways
+#                 | PING, every ten seconds ------------->  |   drains after a minute without a byte
+#       | ANNOUNCE |                                        |
+#       |--------->| PASS: any datagram of our clients -->  |   offers directly, and after 0.25 s so:
+#       |          |  <-------- CONNECT to who sent ANNOUNCE |
+#       |<-connects|   waits for a ClientHello              |
+#       | TLS ---->| DATA EOF SHUT CREDIT  <------------->  |   the offer and the job, as on a socket
+#       |<---------|  <------------------- PASS: BUSY, REPLY |
+#                 | DRAIN --------------------------------> |   drains
+#                 | END_JOBS -----------------------------> |   drains, and ends its jobs
+#                 | end of file --------------------------> |   drains, and ends the connections through ssh
+#                 |  <------------- ssh's exit status       |   0 it has drained, 111 the starter is lost, 100 permanent
 
 # All comes through standard input, and the program is never a file on the host.  Each reader must leave the next
 # one's bytes there: so the first one opens 0 without a buffer.  The quotes and words of REMOTE mean the same to
@@ -12792,6 +13040,127 @@ def first_input(argv, key, group, slots=None):
 LOGIN, SERVING = "LOGIN", "SERVING"
 
 
+class Guest:
+    """A client that the starter has heard: workers may answer its questions, and connect to it."""
+
+    def __init__(self):
+        self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY: the kind
+        self.heard_at = 0.0
+
+    def asked(self, datagram):
+        self.questions[datagram.nonce], self.heard_at = datagram.kind, time.monotonic()
+
+    def is_there(self):
+        """Whether it was heard just now: later its port may be another program's."""
+        return time.monotonic() - self.heard_at < RELAY_SECONDS
+
+    def wants(self, datagram):
+        """Whether this answers a question of its own."""
+        kind = ANSWERS.get(datagram.kind)
+        return kind is not None and self.questions.get(datagram.nonce) is kind
+
+
+class Visit:
+    """A connection to a client, for the worker of a host, until the client begins TLS: until then it gets no byte."""
+
+    def __init__(self, lifeline, number, address, port):
+        self.lifeline, self.loop, self.number = lifeline, lifeline.loop, number
+        self.sock = self.timer = None
+        self.dial = Dial(self.loop, address, port, HELLO_SECONDS, self.connected, self.refuse)
+
+    def connected(self, sock, seconds):
+        self.sock, self.timer = sock, self.loop.after(seconds, self.refuse)
+        sock.setblocking(False)
+        tune(sock)
+        self.loop.on_read(sock.fileno(), self.look)
+
+    def look(self):
+        try:
+            head = self.sock.recv(6, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            head = b""
+        if not head or not begins_tls(head):
+            self.refuse("it does not begin TLS")
+        elif len(head) == 6:
+            self.timer.cancel()
+            self.loop.forget(self.sock.fileno())
+            self.lifeline.begins(self.number, self.sock)
+
+    def refuse(self, reason="it does not begin TLS", unreached=True):
+        log.note("no connection through ssh: %s", reason)
+        self.close()
+        self.lifeline.refused(self.number)
+
+    def close(self):
+        self.dial.close()
+        if self.sock:
+            self.timer.cancel()
+            self.loop.forget(self.sock.fileno())
+            self.sock.close()
+
+
+class HostLifeline(Lifeline):
+    """The starter's end: what a host can have us do is to connect to clients, and to send them answers."""
+
+    def __init__(self, loop, host, reader, writer):
+        self.starter = host.starter
+        self.visits, self.deliveries = {}, {}       # by the channel's number; of the channels: a Delivery
+        super().__init__(loop, host, reader, writer)
+
+    def link_frame(self, link, kind, flags, channel, payload):
+        if len(link.tls.outgoing) > SSH_QUEUE:
+            raise ProtocolError("it asks for much and reads nothing")
+        if kind is EOF and channel in self.visits:
+            return self.visits.pop(channel).close()     # the worker has changed its mind
+        super().link_frame(link, kind, flags, channel, payload)
+
+    def rcvd_pass(self, flags, channel, payload):
+        """A worker's datagram."""
+        guest, datagram = self.starter.guests.get((payload.address, payload.port)), Datagram(payload.datagram)
+        if guest and guest.is_there() and guest.wants(datagram):
+            self.starter.send(datagram, payload.address, payload.port)
+
+    def rcvd_connect(self, flags, channel, payload):
+        """The worker wants a channel to a client."""
+        guest = self.starter.guests.get((payload.address, payload.port))
+        if channel in self.channels or channel in self.visits:
+            raise ProtocolError("CONNECT for a channel that is there")
+        if not guest or not guest.is_there() or len(self.channels) + len(self.visits) >= SSH_STREAMS:
+            return self.refused(channel)
+        self.visits[channel] = Visit(self, channel, payload.address, payload.port)
+
+    def begins(self, number, sock):
+        self.deliveries[number] = Delivery()
+        try:
+            self.join(number, sock)
+            del self.visits[number]
+        except OSError as error:    # no descriptor is left
+            self.visits[number].refuse(error.strerror)
+
+    def refused(self, number):
+        """There is no connection: tells it as the end of one."""
+        self.visits.pop(number, None)
+        self.link.send_frames([make_frame(EOF, number, FLAG_WHOLE), make_frame(SHUT, number, FLAG_WHOLE)])
+
+    def check(self):
+        """Ends connections to clients whose hosts have vanished."""
+        for number, channel in self.channels.items():
+            if channel.end.halves and self.deliveries[number].unanswered(channel.end.sock) > GONE_SECONDS:
+                channel.end.sock.shutdown(socket.SHUT_RDWR)     # its streams see that, and tell the worker
+
+    def forget_ended(self):
+        super().forget_ended()
+        self.deliveries = {number: self.deliveries[number] for number in self.channels}
+
+    def link_lost(self, link, reason, violation):
+        for visit in self.visits.values():
+            visit.close()
+        self.visits = {}
+        super().link_lost(link, reason, violation)
+
+
 class Host(Stateful):
     """A host of -s: the ssh to it, and the worker there."""
 
@@ -12806,7 +13175,8 @@ class Host(Stateful):
         self.known_lines = ()       # and what the one before has
         self.timer = None           # for the next try, or the deadline of a login
         self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
-        self.input_ends = False     # whether its input ends after unsent
+        self.lifeline = None        # while its worker serves
+        self.violation = None       # how the host has broken the protocol
 
     def __repr__(self):
         return self.name
@@ -12836,13 +13206,13 @@ class Host(Stateful):
         except OSError as error:
             return self.failed("cannot start ssh: %s" % error.strerror)
         self.timer = self.loop.after(LOGIN_SECONDS, self.hurry)
-        self.input_ends = False
         self.unsaid = {self.process.stdout.fileno(): b"", self.process.stderr.fileno(): b""}
         for fd in self.unsaid:
             os.set_blocking(fd, False)
             self.loop.on_read(fd, functools.partial(self.read, fd))
         os.set_blocking(self.process.stdin.fileno(), False)
-        self.send(self.starter.first(self.slots))
+        self.unsent = self.starter.first(self.slots)
+        self.loop.on_write(self.process.stdin.fileno(), self.write)
 
     def hurry(self):
         self.say("no worker after %d s (does a file such as ~/.bashrc there read standard input?)", LOGIN_SECONDS)
@@ -12856,12 +13226,9 @@ class Host(Stateful):
         except ProcessLookupError:
             pass                    # reap() will see it
 
-    def send(self, data, ends=False):
-        if self.process.stdin.closed:
-            return
-        self.unsent += data
-        self.input_ends = ends
-        self.loop.on_write(self.process.stdin.fileno(), self.write)
+    def send(self, kind):
+        """Sends a frame to its worker."""
+        self.lifeline.link.send(kind)
 
     def write(self):
         fd = self.process.stdin.fileno()
@@ -12873,8 +13240,6 @@ class Host(Stateful):
             self.unsent = b""
         if not self.unsent:
             self.loop.forget(fd)
-            if self.input_ends:
-                self.process.stdin.close()
 
     def read(self, fd):
         """Reads and shows what the host says.  Returns whether there may be more."""
@@ -12889,18 +13254,22 @@ class Host(Stateful):
         if not data:
             self.loop.forget(fd)
         for line in lines:
-            self.rcvd_line(line)
+            if self.rcvd_line(line):
+                return False        # no frame follows yet: the worker sends one only when it has got one
         return bool(data)
 
     def rcvd_line(self, line):
+        """Shows a line, or handles SERVES; returns whether it was that."""
         if line.startswith(SERVES) and self.state is LOGIN:
             self.rcvd_up(line[len(SERVES):])
-        elif line.strip():
+            return True
+        if line.strip():
             text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
             if self.state is LOGIN:             # an unreachable host says the same at each try: once is enough
                 self.lines[text] = True
             if self.state is not LOGIN or text not in self.known_lines:
                 log.write("%s: %s\n" % (self.name, text))
+        return False
 
     def rcvd_up(self, worker_id):
         self._set(SERVING)
@@ -12908,7 +13277,20 @@ class Host(Stateful):
         if self.failures:
             self.say("serves now")
         self.failures, self.known_lines = 0, ()
+        out, into = self.process.stdout, self.process.stdin
+        for pipe in (out, into):
+            self.loop.forget(pipe.fileno())
+        del self.unsaid[out.fileno()]
+        self.lifeline = HostLifeline(self.loop, self, out.fileno(), into.fileno())
+        out.close()
+        into.close()
         self.starter.changed()
+
+    def lifeline_lost(self, reason, violation):
+        """ssh has ended, or will."""
+        if violation:
+            self.violation = reason
+            self.kill()
 
     # Its end
 
@@ -12916,14 +13298,17 @@ class Host(Stateful):
         """If ssh has ended, handles its last output and its exit status."""
         if self.process is None or self.process.poll() is None:
             return
-        for fd in self.unsaid:
+        for fd in list(self.unsaid):
             for _ in range(PIPE_SIZE // SAID_MAX):      # more is not ssh's: a child of it goes on
                 if not self.read(fd):
                     break
-            if self.unsaid[fd]:     # no end of file came: a child of ssh still has the pipe open
+            if self.unsaid.get(fd):     # no end of file came: a child of ssh still has the pipe open
                 self.rcvd_line(self.unsaid[fd])
             self.loop.forget(fd)
-        if not self.process.stdin.closed:
+        if self.lifeline:
+            self.lifeline.link.fail("ssh has ended")
+            self.lifeline = None
+        else:
             self.loop.forget(self.process.stdin.fileno())
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             pipe.close()
@@ -12933,7 +13318,10 @@ class Host(Stateful):
     def judge(self, status):
         """Decides by ssh's exit status, which is the worker's if that was started."""
         self.status = status
-        if self.starter.draining:
+        if self.violation:
+            self.say("has sent what no worker sends (%s), and is not started again", self.violation)
+            self.end()
+        elif self.starter.draining:
             if status and self.state is SERVING:
                 self.say("ended with exit status %d", status)
             self.end()
@@ -12975,8 +13363,11 @@ def ignore_keyboard():
 class Starter:
     """cservice -s: keeps a worker running on each host, until a signal ends it."""
 
-    def __init__(self, loop, hosts, ssh, first, survey):
+    def __init__(self, loop, hosts, ssh, first, key, listeners, survey):
         self.loop, self.ssh, self.first = loop, ssh, first
+        self.key, self.listeners = key, listeners
+        self.passed = Memory()      # identities of the datagrams that were passed on
+        self.guests = Memory()      # a client's (address, port): Guest
         self.make_survey = survey   # makes a Survey; None once that was done
         self.alone = len(hosts) == 1
         self.hosts = [Host(self, name, slots) for name, slots in hosts.items()]
@@ -12986,16 +13377,40 @@ class Starter:
         self.draining = False
 
     def begin(self):
+        hear_all(self.loop, self.listeners, self.hear)
         self.changed()
         self.keep_alive()
 
     def keep_alive(self):
-        self.tell(ALIVE)
+        self.tell(PING)
+        for host in self.in_state(SERVING):
+            host.lifeline.check()
         self.loop.after(ALIVE_SECONDS, self.keep_alive)
 
-    def tell(self, data, ends=False):
+    def tell(self, kind):
         for host in self.in_state(SERVING):
-            host.send(data, ends)
+            host.send(kind)
+
+    def hear(self, datagram, address, index):
+        """Passes a client's datagram on to the workers, if it is genuine, and once, by however many ways it came."""
+        if (datagram.kind not in RELAYED or datagram.application != self.key.application
+                or datagram.identity in self.passed
+                or not datagram.proved_by(client_secret(self.key.master, datagram.name))):
+            return
+        self.passed[datagram.identity] = True
+        handle = address, datagram.port
+        if datagram.kind in ANSWERS.values() and datagram.port:
+            self.guests[handle] = self.guests.get(handle) or Guest()
+            self.guests[handle].asked(datagram)
+        for host in self.in_state(SERVING):
+            host.lifeline.pass_on(handle, datagram.data)
+
+    def send(self, datagram, address, port):
+        """Sends a worker's answer to a client."""
+        try:
+            self.listeners[0].send(datagram.data, address, port)
+        except OSError as error:
+            log.note("cannot send %s to %s: %s", datagram.kind, address, error.strerror)
 
     def in_state(self, *states):
         return [host for host in self.hosts if host.state in states]
@@ -13034,8 +13449,8 @@ class Starter:
         heard = {worker_id.hex() for worker_id in survey.workers}
         for host in self.in_state(SERVING):
             if host.worker_id not in heard:
-                host.say("serves, but is not heard on %s: let UDP port %s in through its firewall, or set GROUP here "
-                         "to its address (cexec(1), The group)", survey.group.text,
+                host.say("serves, but is not heard on %s: let UDP port %s in through its firewall, or add "
+                         "127.0.0.1 to GROUP (cexec(1), The group): then it is reached through ssh", survey.group.text,
                          ", ".join(sorted({str(target.port) for target in survey.group.targets})))
 
     def signalled(self, number):
@@ -13048,7 +13463,7 @@ class Starter:
             self.drain()
         elif self.signals == 2:
             log.say("ends the jobs")
-            self.tell(END_JOBS, True)
+            self.tell(END_JOBS)
         else:
             for host in self.in_state(LOGIN, SERVING):
                 host.kill(signal.SIGKILL)
@@ -13077,9 +13492,10 @@ def serve_on_hosts(words, path, argv):
     text, pub = key_to_send(path)
     first = functools.lru_cache(None)(functools.partial(first_input, argv, text, group))    # it has the whole program
     fill_standard()
-    make_room(0, 64 + 4 * len(hosts))
+    make_room(0, 64 + 4 * len(hosts) + 2 * SSH_STREAMS * min(8, len(hosts)))    # of more connections some will fail
     loop = Loop()
-    starter = Starter(loop, hosts, ssh, first, lambda: Survey(group, pub, ports, loop))
+    starter = Starter(loop, hosts, ssh, first, parse_key(text, path), open_listeners(group),
+                      lambda: Survey(group, pub, ports, loop))
     loop.catch(WORKER_SIGNALS, starter.signalled)
     starter.begin()
     started_up()

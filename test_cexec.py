@@ -712,8 +712,8 @@ class Wire:
         self.loop = cexec.Loop()
         self.here, self.there = Holder(self.loop), Holder(self.loop)
         near, far = tcp_pair()
-        self.here.link = cexec.Link(self.loop, near, cexec.tls_context(), self.here)
-        self.there.link = cexec.Link(self.loop, far, cexec.tls_context(key), self.there, server_side=True)
+        self.here.link = cexec.Link(self.loop, near, cexec.Tls(cexec.tls_context(), False), self.here)
+        self.there.link = cexec.Link(self.loop, far, cexec.Tls(cexec.tls_context(key), True), self.there)
         self.here.link.start()
         self.fds = []
         self.spin(lambda: self.here.ready and self.there.ready, "the handshake")
@@ -2356,8 +2356,8 @@ def test_codes_and_names_are_unique():
      "6170706c69636174" + "0003626f62" + NONCE.hex()),
     (lambda: cexec.ANNOUNCE.pack(attempt=2, waited=3, pause=4, batch=bytes(8), only=b"worker 1"),
      "00000002" + "00000003" + "00000004" + "00" * 8 + "776f726b65722031"),
-    (lambda: cexec.BUSY.pack(worker_id=b"abcdefgh", attempt=2, ahead=3, failures=4),
-     "6162636465666768" + "00000002" + "00000003" + "0004"),
+    (lambda: cexec.BUSY.pack(worker_id=b"abcdefgh", attempt=2, ahead=3, failures=4, address="::2"),
+     "6162636465666768" + "00000002" + "00000003" + "0004" + "0003" + "3a3a32"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
      "43455843" + "03" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
@@ -3333,7 +3333,7 @@ def test_no_handshake_with_what_is_not_tls(worker_key):
         near, far = tcp_pair()
         with far:
             owner.lost = []
-            link = cexec.Link(loop, near, context, owner, server_side=server_side)
+            link = cexec.Link(loop, near, cexec.Tls(context, server_side), owner)
             link.start()
             far.send(noise(3000))
             spin(loop, lambda: owner.lost)
@@ -3844,14 +3844,14 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             return max(heard.body.attempt for heard, _ in ear.hear() if heard.kind is cexec.ANNOUNCE)
 
         def said(words, attempt):
-            data = make_datagram(cexec.BUSY, pub, client_of.nonce, 0, worker_id=bytes(8), attempt=attempt,
-                                 ahead=7, failures=0)
+            data = make_datagram(cexec.BUSY, pub, client_of.nonce, 0, **filled(cexec.BUSY, attempt=attempt, ahead=7))
             ear.mouth.sendto(data, (address, client_of.port))
             return words in read(client.log)
         for forged, nonce in ((pub._replace(secret=bytes(32)), client_of.nonce), (pub, os.urandom(16))):
             before = read(client.log).count(b"dropped BUSY")
-            ear.mouth.sendto(make_datagram(cexec.BUSY, forged, nonce, 0, worker_id=bytes(8), attempt=tries(), ahead=7,
-                                           failures=0), (address, client_of.port))
+            ear.mouth.sendto(make_datagram(cexec.BUSY, forged, nonce, 0,
+                                               **filled(cexec.BUSY, attempt=tries(), ahead=7)),
+                             (address, client_of.port))
             until(lambda: read(client.log).count(b"dropped BUSY") > before, "a forged one")
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
         until(lambda: said(b": it is old", 1), "a word on it")
@@ -10139,7 +10139,7 @@ def waiting(name, number, since, heard=0.0):
     pub, nonce = made_pub()._replace(name=name), bytes([number]) * 16
     data = make_datagram(cexec.ANNOUNCE, pub, nonce, 9, **FIRST_TRY)
     client = cexec.KnownClient(cexec.Datagram(data), since)
-    client.announced(cexec.Datagram(data), "127.0.0.1", heard)
+    client.announced(cexec.Datagram(data), heard)
     return client
 
 
@@ -10245,7 +10245,7 @@ def test_line_is_as_patient_as_an_announcement_says(pause, patience):
     """A group of thousands of addresses is announced to every ten seconds."""
     client = waiting("a", 1, 0.0)
     data = make_datagram(cexec.ANNOUNCE, made_pub(), NONCE, 9, **dict(FIRST_TRY, pause=pause))
-    client.announced(cexec.Datagram(data), "127.0.0.1", 100.0)
+    client.announced(cexec.Datagram(data), 100.0)
     clients = queued(client)
     clients.expire(100.0 + patience - 0.1)
     assert client in clients.line
@@ -10267,7 +10267,7 @@ def desk():
     key = SimpleNamespace(master=MASTER, application=made_pub().application)
     made = cexec.Worker(StillLoop(), key, None, [], settings)
     made.said = []
-    made.answer = lambda kind, client, to, **fields: made.said.append((kind, client.nonce, fields))
+    made.answer = lambda kind, client, to, handle, **fields: made.said.append((kind, client.nonce, fields))
     made.say = lambda kind, nonce, address, name="anyone", **fields: made.hear(
         cexec.Datagram(make_datagram(kind, made_pub(name=name), nonce, 9, **fields)), address, 0)
 
@@ -10395,7 +10395,8 @@ def test_a_failed_connection_costs_the_client_its_place(desk):
     hanging = desk.announce(BAD, "127.0.0.2")
     hanging.late()
     hanging.lost("no answer")
-    assert desk.said == [(cexec.BUSY, BAD, {"worker_id": desk.id, "attempt": 1, "ahead": 0, "failures": 1})]
+    assert desk.said == [(cexec.BUSY, BAD, {"worker_id": desk.id, "attempt": 1, "ahead": 0, "failures": 1,
+                                            "address": ""})]
     assert desk.announce(BAD, "127.0.0.2", attempt=2) is None and len(desk.clients.line) == 0     # not yet
     another = desk.announce(THIRD, "127.0.0.2")
     assert another and desk.free_slots() == 1
@@ -10406,7 +10407,8 @@ def test_a_failed_connection_costs_the_client_its_place(desk):
     again = desk.announce(BAD, "127.0.0.2", attempt=3)          # though no slot is free
     assert again and desk.free_slots() == 0
     again.lost("no answer")
-    assert desk.said[-1] == (cexec.BUSY, BAD, {"worker_id": desk.id, "attempt": 3, "ahead": 0, "failures": 2})
+    assert desk.said[-1] == (cexec.BUSY, BAD, {"worker_id": desk.id, "attempt": 3, "ahead": 0, "failures": 2,
+                                               "address": ""})
 
 
 def test_a_client_that_is_slow_to_connect_finds_its_place_in_the_line(desk):
@@ -13176,7 +13178,7 @@ class Boxes:
         put(cluster.path("known"), known)
         self.ssh = "ssh -F " + cluster.path("config")
 
-    def open(self, name, read_only=False):
+    def open(self, name, read_only=False, forwarding="no"):
         """Starts a host's sshd."""
         home, path = self.cluster.path("home-" + name), self.cluster.path
         shells = {"sh": "/bin/sh", "bash": "/bin/bash", "csh": "/bin/csh", "fish": "/usr/bin/fish"}
@@ -13185,8 +13187,10 @@ class Boxes:
         rows = ["%s:%s:0:0::%s:%s" % (login, password.decode().strip(), home, shell) for login, shell in shells.items()]
         put(path("passwd-" + name), read("/etc/passwd").decode() + "\n".join(rows) + "\n", 0o644)
         put(path("sshd-" + name), "HostKey %s\nAuthorizedKeysFile %s\nPidFile none\nStrictModes no\nUsePAM no\n"
-            "PermitRootLogin yes\nPasswordAuthentication yes\nMaxStartups 100\nSetEnv %s PYTHONDONTWRITEBYTECODE=1 "
-            "PATH=%s:/usr/bin:/bin\n" % (path("hostkey"), path("user.pub"), self.cluster.marker, path("bin")))
+            "PermitRootLogin yes\nPasswordAuthentication yes\nMaxStartups 100\n"
+            "AllowTcpForwarding %s\nSetEnv %s PYTHONDONTWRITEBYTECODE=1 "
+            "PATH=%s:/usr/bin:/bin\n" % (path("hostkey"), path("user.pub"), forwarding,
+                                                        self.cluster.marker, path("bin")))
         setup = ("mount --bind %s /etc/passwd && mount -t tmpfs tmpfs /run && mkdir /run/sshd || exit 9\n"
                  % path("passwd-" + name))
         if read_only:
@@ -13381,12 +13385,12 @@ def test_two_applications_on_the_same_hosts(boxes):
 def test_a_host_that_is_not_heard(boxes):
     farm = boxes("a", "b")
     block(farm.spaces["b"], "-p", "udp")
-    process = farm.start("a,b", "true")
+    process = farm.start("a,b", "true", GROUP="10.0.9.2,10.0.9.3")      # without this host, so not through ssh either
     assert [row.split("\t")[1] for row in farm.up(process, 1)] == ["10.0.9.2"]
     until(lambda: "\n" in process.said(), "the line about b")
     assert farm.said(process) == (
-        "cservice: b: serves, but is not heard on 255.255.255.255: let UDP port 3010 in through its firewall, or set "
-        "GROUP here to its address (cexec(1), The group)\n")
+        "cservice: b: serves, but is not heard on 10.0.9.2,10.0.9.3: let UDP port 3010 in through its firewall, or add "
+        "127.0.0.1 to GROUP (cexec(1), The group): then it is reached through ssh\n")
 
 
 def test_hosts_that_fail_stop_nothing(boxes):
@@ -13778,6 +13782,300 @@ def test_what_stops_s_before_any_login(local):
             "-s - is only for workers of cservice -s itself")
     local.launch = [PYTHON, "-"]
     refusal(local.run("cservice", "-s", "box", local.key, "cat", input=read(PROGRAM)), 100, "from standard input")
+
+
+# ---- cservice -s: clients through ssh --------------------------------------
+
+WAY = 'cat; echo $SERVER_ADDR $REMOTE_ADDR $([ $SERVER_PORT = 22 ] && echo ssh || echo direct) >&2; exit 5'
+
+
+def let_in_ssh_only(space):
+    """A host to which connections to sshd get, and answers, and nothing else."""
+    block(space, "-p", "udp")
+    block(space, "-p", "tcp", "--syn", "!", "--dport", "22")
+
+
+@pytest.mark.parametrize("closed, way", [((), "direct"), (("a",), "direct"), (("here",), "ssh"),
+                                         (("here", "a"), "ssh")], ids="open worker client both".split())
+def test_the_way_of_a_job(boxes, closed, way):
+    """It is direct wherever that works, and nobody need know which it is."""
+    farm = boxes("a")
+    for name in closed:
+        (let_in_answers_only if name == "here" else let_in_ssh_only)(farm.spaces[name])
+    process = farm.start("a", "sh", "-c", SHELL, up=1)
+    assert farm.said(process) == ""
+    for _ in range(2):                          # the second time the worker knows the way
+        done = farm.client("CMD=" + WAY, input=BODY)
+        assert (done.returncode, done.stderr.decode()) == (5, "10.0.9.2 10.0.9.1 %s\n" % way) and done.stdout == BODY
+    for rule, found in (({"CEXEC_ACCEPT_SERVER": "10.0.9.2"}, True), ({"CEXEC_REJECT_SERVERS": "10.0.9.2"}, False),
+                        ({"CEXEC_REJECT_SERVERS": "10.0.9.1,127.0.0.1"}, True)):
+        env = dict(rule, CEXEC_TIMEOUT_ACCEPT="1")
+        listed = survey(farm.cluster, pub=farm.pub, space=farm.spaces["here"], env=env)
+        assert (listed.returncode, listed.stdout.split("\t")[1:2]) == ((0, ["10.0.9.2"]) if found else (111, []))
+        done = farm.client("CMD=exit 3", env=env)
+        assert done.returncode == (3 if found else 111)
+        for said in (done.stderr.decode(), listed.stderr):
+            assert found and said == "" or re.search(r"not allowed .*10\.0\.9\.2$|10\.0\.9\.2: not allowed", said, re.M)
+
+
+def test_a_line_behind_a_firewall(boxes):
+    """BUSY comes through ssh too, and counts for the worker's address."""
+    farm = boxes("a")
+    let_in_answers_only(farm.spaces["here"])
+    farm.start("a", "sh", "-c", SHELL, CONCURRENCY="1", up=1)
+    options = {"pub": farm.pub, "space": farm.spaces["here"]}
+    first = held_job(farm.cluster, "CMD=cat", **options)
+    env = {"CEXEC_ACCEPT_SERVER": "10.0.9.2", "CEXEC_TIMEOUT_ACCEPT": "3"}
+    second = farm.cluster.follow("cexec", "-v", farm.pub, "CMD=echo second", space=options["space"], env=env,
+                                 stdout=subprocess.PIPE)
+    until(lambda: b"a worker is busy" in read(second.log), "its place")
+    third = farm.client("CMD=true", env={"CEXEC_REJECT_SERVERS": "10.0.9.2", "CEXEC_TIMEOUT_ACCEPT": "1"})
+    assert third.returncode == 111 and b"not allowed" in third.stderr and b"10.0.9.2" in third.stderr
+    outcome(first)
+    assert second.wait(PATIENCE) == 0 and second.stdout.read() == b"second\n"
+
+
+def test_one_host_directly_and_one_through_ssh(boxes):
+    farm = boxes("a", "b")
+    let_in_ssh_only(farm.spaces["b"])
+    block(farm.spaces["here"], "-s", "10.0.9.3", "-p", "tcp", "--syn")
+    block(farm.spaces["here"], "-s", "10.0.9.3", "-p", "udp")
+    process = farm.start("a,b", "sh", "-c", SHELL, CONCURRENCY="1")
+    assert sorted(row.split("\t")[1] for row in farm.up(process, 2)) == ["10.0.9.2", "10.0.9.3"]
+    assert "2 of 2 hosts serve" in process.said()
+    jobs = [held_job(farm.cluster, "CMD=" + WAY, pub=farm.pub, space=farm.spaces["here"]) for _ in range(2)]
+    assert sorted(outcome(job, status=5)[1] for job in jobs) == [b"10.0.9.2 10.0.9.1 direct\n",
+                                                                 b"10.0.9.3 10.0.9.1 ssh\n"]
+
+
+def test_a_client_behind_nat_is_served_through_ssh(boxes):
+    farm = boxes("a", "gate")
+    client, gate = farm.cluster.lan("home", ["client", farm.spaces["gate"]], "192.168.7").values()
+    need("nft")
+    ip("-n", client, "route", "add", "default", "via", "192.168.7.2")
+    subprocess.run(["ip", "netns", "exec", gate, "sh", "-ec", "echo 1 >/proc/sys/net/ipv4/ip_forward; nft -f -"],
+                   check=True, input=b"table ip nat { chain out { type nat hook postrouting priority 100;"
+                   b" policy accept; oifname lan masquerade; }; }")
+    farm.spaces["here"] = client
+    farm.start("a", "sh", "-c", SHELL, up=1)
+    done = farm.client("CMD=" + WAY, input=BODY)
+    assert done.returncode == 5 and done.stdout == BODY     # its address: its own, or the one that sshd sees
+    assert done.stderr in (b"10.0.9.2 192.168.7.1 ssh\n", b"10.0.9.2 10.0.9.3 ssh\n")
+
+
+def test_a_host_behind_another(boxes):
+    """ProxyJump, as in the user's own configuration; no packet gets to the host from here."""
+    farm = boxes("a", "b", opened=False)
+    farm.open("a", forwarding="yes")
+    farm.open("b")
+    with open(farm.cluster.path("config"), "a") as file:
+        file.write("Host b\nProxyJump a\n")
+    block(farm.spaces["b"], "-s", "10.0.9.1")
+    block(farm.spaces["here"], "-s", "10.0.9.3")
+    farm.start("b", "sh", "-c", SHELL, up=1)
+    done = farm.client("CMD=" + WAY, input=BODY)
+    assert done.returncode == 5 and done.stdout == BODY
+    assert done.stderr in (b"10.0.9.3 10.0.9.1 ssh\n", b"10.0.9.3 10.0.9.2 ssh\n")
+
+
+@pytest.mark.parametrize("login", ["csh", "fish", "banner"])
+def test_through_every_shell(boxes, login):
+    need(*{"csh", "fish"} & {login})
+    farm = boxes("a")
+    let_in_answers_only(farm.spaces["here"])
+    farm.start(login + "@a", "sh", "-c", SHELL, up=1)
+    done = farm.client("CMD=" + WAY, input=BODY)
+    assert (done.returncode, done.stderr) == (5, b"10.0.9.2 10.0.9.1 ssh\n") and done.stdout == BODY
+
+
+@pytest.mark.parametrize("what", ["client", "starter", "ssh", "sshd", "worker", "supervisor"])
+def test_what_is_killed_amid_a_job_through_ssh(boxes, what):
+    """Nothing is left, here or there; only the client itself has no word to say."""
+    farm = boxes("a")
+    let_in_answers_only(farm.spaces["here"])
+    process = farm.start("a", "sh", "-c", SHELL, up=1)
+    worker, = farm.workers("a")
+    job = held_job(farm.cluster, "CMD=cat; sleep 1000", pub=farm.pub, space=farm.spaces["here"])
+    supervisor = max(set(farm.workers("a")) - {worker})
+    ssh, = [pid for pid in processes_with(farm.cluster.marker) if words_of(pid)[0] == b"ssh"]
+    if what == "sshd":
+        farm.cut("a")
+    else:
+        os.kill({"client": job.pid, "starter": process.pid, "ssh": ssh, "worker": worker,
+                 "supervisor": supervisor}[what], signal.SIGKILL)
+    if what == "client":
+        assert job.wait(PATIENCE) == -signal.SIGKILL
+    else:
+        assert outcome(job, status=111)[1].startswith(b"cexec: worker 10.0.9.2 lost after ")
+    until(lambda: supervisor not in farm.there("a") and not any(b"sleep" in words_of(pid) for pid in farm.there("a")),
+          "the end of the command", 20)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    process.wait(PATIENCE)
+    farm.empty()
+
+
+def test_the_first_signal_lets_jobs_through_ssh_end(boxes):
+    farm = boxes("a")
+    let_in_answers_only(farm.spaces["here"])
+    process = farm.start("a", *JOB, CONCURRENCY="2", up=1)
+    (one, go), (two, _) = started_job(farm), started_job(farm)
+    process.send_signal(signal.SIGINT)
+    until(lambda: "cservice: drains" in process.said(), "the drain")
+    touch(go)
+    assert outcome(one)[0] == b"done\n" and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert b"lost" in outcome(two, status=111)[1]
+    assert process.wait(PATIENCE) == 0
+    farm.empty()
+
+
+# For the local ssh: no direct connection to a client is possible, to such an address.
+NO_DIRECT_WAY = "export SSH_CONNECTION='224.0.0.1 9 10.9.9.9 22'; "
+
+
+@pytest.fixture
+def tunnelled(local):
+    """A worker on this host that reaches clients only through ssh."""
+    local.env["CONCURRENCY"] = "16"
+    local.serving = local.serve(NO_DIRECT_WAY + 'exec sh -c "$2"', "box", local.key, "sh", "-c", SHELL)
+    until(lambda: "hosts serve" in local.said(), "the worker")
+    return local
+
+
+def test_jobs_through_ssh_are_as_jobs_here(tunnelled, tmp_path):
+    tunnelled.data = tunnelled.path("data")
+    os.mkdir(tunnelled.data)
+    with open(tunnelled.path("data/big"), "wb") as file:
+        file.write(BODY * 5)
+    put(tunnelled.path("data/words"), "alpha\nbeta\ngamma\ndelta\n")
+    cases = {param.id: param.values for param in ORACLE}
+    for name in ("48_MB_from_a_pipe", "yes_into_head", "true_with_a_large_pipe", "head_of_yes", "closed_stdin",
+                 "two_share_an_input_head", "three_in_a_pipeline"):
+        command, script, stdout = cases[name]
+        os.mkdir(str(tmp_path / name))
+        _, seen, _, _ = both(tunnelled, tmp_path / name, Here.script, script, command)
+        assert seen == os.fsencode(stdout)
+    done = tunnelled.client("CMD=echo $SERVER_ADDR $SERVER_PORT $REMOTE_ADDR; kill -9 $$")
+    assert (done.returncode, done.stdout) == (137, b"10.9.9.9 22 224.0.0.1\n")
+
+
+def test_a_stopped_reader_holds_up_nobody_else(tunnelled):
+    """Of the job that nobody reads only a window waits, here or there."""
+    stopped = [tunnelled.start_client("CMD=exec cat /dev/zero", stdout=subprocess.PIPE) for _ in range(3)]
+    for client in stopped:
+        assert client.stdout.read(100) == bytes(100)
+    done = tunnelled.client("CMD=cat", input=BODY * 3)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == BODY * 3
+    assert rss(tunnelled.serving.pid) < 80 << 20
+    for client in stopped:
+        client.kill()
+    until(lambda: not processes_with("PEER_CMD=exec cat /dev/zero"), "the end of the commands")
+
+
+# A host that is not what it seems: it plays a worker with the script's words.
+EVIL = """
+import os, socket, struct, sys, time
+def frame(code, channel=0, payload=b"", flags=0, size=None):
+    return struct.pack("!BBHI", code, flags, channel, len(payload) if size is None else size) + payload
+def address(port):
+    return b"\\0\\x09127.0.0.1" + struct.pack("!H", port)
+def send(data):
+    while data:
+        data = data[os.write(1, data):]
+def take(count):
+    data = b""
+    while len(data) < count:
+        data += os.read(0, count - len(data)) or sys.exit()
+    return data
+def hear():
+    code, flags, channel, size = struct.unpack("!BBHI", take(8))
+    return code, flags, channel, take(size)
+os.read(0, 65536)
+time.sleep(0.2)
+os.set_blocking(0, False)
+try:
+    while os.read(0, 1 << 20):
+        time.sleep(0.05)
+except BlockingIOError:
+    pass
+os.set_blocking(0, True)
+send(b"\\ncexec: serves 0123456789abcdef\\n")
+hear()
+%s
+while True:
+    hear()
+"""
+
+def with_evil(local, does):
+    """A starter with a worker, and with a host, evil, that does what the script says."""
+    put(local.path("evil"), EVIL % does)
+    return local.serve('[ $1 = evil ] && exec python3 evil; ' + NO_DIRECT_WAY + 'exec sh -c "$2"', "evil,box",
+                       local.key, "cat")
+
+
+@pytest.mark.parametrize("does", [
+    "send(b'\\xfe' * 1000)", "send(frame(7, 1, size=2 ** 31))", "send(frame(1, 0, b'x' * 100))", "send(frame(12))",
+    "send(frame(34))", "send(frame(35))", "send(frame(32, 0, b'\\0'))", "send(frame(32, 0, address(9) + b'CEXC'))",
+    "send(frame(33, 1, address(9) + b'x'))", "send(frame(99))", "send(frame(3, 0, b'\\0' * 60000))",
+    "send(frame(7, 1, b'') * 10 + frame(10, 1, b'\\xff' * 4) * 10 + frame(8, 1) + frame(9, 1) + frame(2, 0, b'y'))",
+    "while True: send(frame(33, 1, address(9)))"])
+def test_a_hostile_hosts_frames_get_it_dropped(local, does):
+    """Nothing else happens: the other host serves on."""
+    altered(local, SSH_QUEUE=100000)
+    process = with_evil(local, does)
+    until(lambda: re.search(r"(?m)^cservice: evil: has sent what no worker sends \(.*\), and is not started again$",
+                            local.said()), "the drop")
+    assert not re.search("(?m)^Traceback", local.said())
+    assert local.client(input=b"x").stdout == b"x"
+    assert signalled(process) == 0
+
+
+def test_a_hostile_host_gets_no_byte_to_what_is_no_client(local):
+    """Not before TLS begins there; and no more than 64 connections."""
+    with_evil(local, """
+while not os.path.exists("port"):
+    hear()
+port = int(open("port").read())
+for number in range(70):
+    send(frame(33, number, address(port)) + frame(7, number, b"early"))
+refused = set()
+while len(refused) < 6:
+    code, flags, channel, _ = hear()
+    refused |= {channel} * (code == 8)
+open("refused", "w").close()
+while True:
+    code, _, channel, body = hear()
+    if code == 7:
+        send(frame(7, channel, b"answer"))
+""".replace("{channel} * (code == 8)", "{channel} if code == 8 else set()"))
+    until(lambda: os.path.exists(local.pub), "the keys")
+    pub = cexec.open_pub(local.pub)
+    with socket.socket() as listener, Ear(group_port(local)) as ear:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(100)
+        listener.settimeout(PATIENCE)
+        port = listener.getsockname()[1]
+        put(local.path("port"), str(port))
+        attempts = itertools.count(1)
+
+        def announced():
+            ear.say(make_datagram(cexec.ANNOUNCE, pub, NONCE, port, **dict(FIRST_TRY, attempt=next(attempts))))
+            return os.path.exists(local.path("refused"))
+        until(announced, "the refusals")
+        with contextlib.ExitStack() as stack:
+            accepted = [stack.enter_context(listener.accept()[0]) for _ in range(64)]
+            for sock in accepted:
+                sock.settimeout(PATIENCE)
+            accepted[0].sendall(b"SSH-2.0-OpenSSH\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert accepted[0].recv(100) == b""
+            hello = b"\x16\x03\x01\x00\x05\x01hello"
+            asked = []
+            for sock in accepted[1:]:
+                sock.sendall(hello)
+                asked += [sock.recv(100)]
+            assert set(asked) <= {b"answer", b""} and b"answer" in asked       # the other worker's probes are here too
 
 
 # ---- Python: cexec.run -----------------------------------------------------
