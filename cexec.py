@@ -16137,7 +16137,11 @@ class Pool:
         if any(lane.state in (STARTING, PREPARING, UP) for lane in self.lanes):
             self.pause = time.monotonic() + SEARCH_PAUSE
         elif not self.next_round():
-            (self.give_up if self.unprepared and not self.prepared else self.fail_all)(self.no_worker(error))
+            error, by_value = self.no_worker(error), bool(self.left_out())
+            if self.unprepared and not self.prepared:
+                self.give_up(error)
+            else:
+                self.fail_all(error, by_value)      # other workers may do the rest
 
     def next_round(self):
         """Asks the workers again that ended for no reason that must stay, LANE_FAILURES times in all.
@@ -16157,7 +16161,7 @@ class Pool:
         """Returns the exception of calls that no worker can do.  Later calls may try all workers again."""
         faults = list(self.faults.values())
         if self.left_out():
-            faults.insert(0, ("%s (%s)" % (", ".join(self.unlike.values()), SAME_PYTHON), None))
+            faults.insert(0, ("%s (%s)" % (", ".join(sorted(set(self.unlike.values()))), SAME_PYTHON), None))
         self.bad, self.faults, self.rounds = Avoided(REJECT_SECONDS), {}, 0
         if not faults:
             return error
@@ -16182,10 +16186,13 @@ class Pool:
             if lane.state is not ENDING:
                 lane.terminate()
 
-    def fail_all(self, error):
-        while self.queue:
-            call = self.queue.popleft()
-            if call.begin():
+    def fail_all(self, error, by_value=False):
+        """Fails the calls that wait, or only those by value."""
+        calls, self.queue = self.queue, collections.deque()
+        for call in calls:
+            if by_value and not call.by_value:
+                self.queue.append(call)
+            elif call.begin():
                 self.done(call, error)
 
     def lane_up(self):
