@@ -13730,10 +13730,22 @@ class Source:
 
     def exec_module(self, module):
         exec(compile(self.text, module.__file__, "exec", dont_inherit=True), module.__dict__)
+        if module.__name__ == make_function.__module__:
+            module._make_function = make_function
 
     def get_source(self, name):
         import importlib.util
         return importlib.util.decode_source(self.text)
+
+def make_function(code, names, *more):
+    """As cloudpickle's; but functions of the main program share their globals, so what an initializer sets lasts."""
+    names["__builtins__"] = __builtins__
+    if names.get("__name__") == "__main__":
+        vars(blank).update(names)
+        names = vars(blank)
+    return types.FunctionType(code, names, *more)
+
+make_function.__module__, make_function.__qualname__ = "cloudpickle.cloudpickle", "_make_function"
 
 class NoSpawn:
     """Fails what cannot work: multiprocessing's spawn and forkserver would look for the main program's file here."""
@@ -16392,8 +16404,8 @@ class ExecutorMethods:
     Other functions go by value, if the package cloudpickle is installed here (pip install
     cloudpickle): those of a notebook, an interactive session, python -c or standard input, lambdas,
     and functions inside others.  Then the worker must have the same minor version of Python; other
-    workers get no such calls, and standard error names them.  Each call has copies of the globals
-    that such a function uses, as they are when it is submitted.
+    workers get no such calls, and standard error names them.  The globals that such a function uses
+    come with each call, as they are when it is submitted; others that it sets last.
     Modules beside the main program are sent when a worker imports them, those in the current
     directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the

@@ -15172,6 +15172,21 @@ def test_a_function_by_value_is_as_it_was_when_it_was_submitted(prompted):
         """ % prompted.pub)) == "None 2 [2] [2, 2]\n"
 
 
+def test_functions_by_value_share_what_one_of_them_sets(prompted):
+    """As an initializer does, or a function that loads its data once."""
+    assert prompted.python("-c", textwrap.dedent("""
+        import cexec
+        def load():
+            global table
+            table = [40]
+        def look(number):
+            table[0] += 1
+            return table[0] * number
+        with cexec.Executor(%r, 1, initializer=load) as pool:
+            print(list(pool.map(look, [1, 2])), pool.submit(lambda: table).result())
+        """ % prompted.pub)) == "[41, 84] [42]\n"
+
+
 def test_trust_brings_back_what_came_by_value(prompted):
     """Objects of its classes, also of one that is defined inside a function, and functions."""
     text = """
