@@ -16326,9 +16326,9 @@ class Pool:
             " ".join("%s*%d" % item for item in sorted(hosts.items())) or "no worker")
 
     def tell(self, text):
-        """Says on a terminal what the command line would say there."""
+        """Says on a terminal, or in a notebook, what the command line would say on a terminal."""
         try:
-            if sys.stderr and sys.stderr.isatty():
+            if sys.stderr and (sys.stderr.isatty() or hasattr(sys, "ps1")):
                 self.show("cexec: %s\n" % printable(text))
         except ValueError:
             pass                    # standard error is closed
@@ -16415,7 +16415,7 @@ class ExecutorMethods:
     A worker whose Python does not start in 10 seconds, or cannot load the program, gets no calls for
     a while; that was no try.  While busy workers have the calls in line, these wait.  When no worker
     that answers can do them, they fail, with the name of each host, the reason and the remedy.
-    On a terminal, standard error says what the calls wait for, which worker is silent or lost, and
+    On a terminal or in a notebook, standard error says what calls wait for, which worker is silent or lost, and
     which cannot do them.  repr() of an Executor has its calls and hosts.
     The callbacks of futures run in the Executor's thread: while one of them runs, the others wait.
     A forked child of the program has the Executor too, without the calls of its parent.

@@ -15334,13 +15334,13 @@ def test_functions_by_value_go_to_the_same_python_only(cluster, monkeypatch):
            "python%s, or put the function into a module" % (here, here))
     refused = "no worker can do the calls: %s (%s)" % (named, why)
 
-    def told():
-        lines = main_program(cluster, text, terminal=True).splitlines()
+    def told(text, **how):
+        lines = main_program(cluster, text, **how).splitlines()
         lines.remove("cexec: " + named + ": " + why)
         return [line if line == refused else line.rpartition(".")[0] for line in lines]
-    assert told() == [other, refused, other]
+    assert told(text, terminal=True) == [other, refused, other]
     cluster.worker(*LANE, env={"BOOST": "1"})
-    assert told()[:2] == [other, here]
+    assert told("import sys\nsys.ps1 = 'as in a notebook'\n" + textwrap.dedent(text))[:2] == [other, here]
 
 
 def test_one_thread_for_each_slot(pooled):
