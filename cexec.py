@@ -1085,7 +1085,7 @@ def handler_of(owner, kind):
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
-ALERT = Message(3, "ALERT", event="B", worker="text", worker_id="8s", status="H",
+ALERT = Message(3, "ALERT", event="B", worker="text", host="text", worker_id="8s", status="H",
                 milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
 BUSY = Message(4, "BUSY", worker_id="8s", attempt="I", ahead="I",
                failures="H",                                        # connections that did not get through
@@ -6181,7 +6181,7 @@ class Search:
         """Sends ALERT: the sender of an offer has broken the protocol."""
         hello = candidate.hello
         self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
-                  worker_id=hello.worker_id if hello else bytes(8), status=0,
+                  host=cut(hello.host, 64) if hello else "", worker_id=hello.worker_id if hello else bytes(8), status=0,
                   milliseconds=u32((time.monotonic() - self.began) * 1000), bytes_in=0, bytes_out=0,
                   reason=cut(reason, 400))
 
@@ -6564,7 +6564,8 @@ class RemoteRun(Carrier):
 
     def alert_fields(self, event, status, reason):
         sent, received = self.moved()
-        return {"event": event, "worker": cut(self.address, 64), "worker_id": self.hello.worker_id, "status": status,
+        return {"event": event, "worker": cut(self.address, 64), "host": cut(self.hello.host, 64),
+                "worker_id": self.hello.worker_id, "status": status,
                 "milliseconds": u32((time.monotonic() - self.began) * 1000),
                 "bytes_in": sent, "bytes_out": received, "reason": cut(reason, 400)}
 
@@ -11491,7 +11492,7 @@ class Logger:
         event = {ALERT_EXITED: "exited", ALERT_SIGNALLED: "signalled", ALERT_COMPLAINT: "complaint"}.get(body.event)
         if event is None:
             raise ProtocolError("alert of an unknown event %d" % body.event)
-        return {"time": time.time(), "client": address, "worker": body.worker, "event": event,
+        return {"time": time.time(), "client": address, "worker": body.worker, "host": body.host, "event": event,
                 "status": body.status, "application": label or datagram.application.hex(),
                 "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
                 "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
@@ -11511,6 +11512,7 @@ def alert_line(record):
             "signalled": "{client} completed by {worker} for {application} signal {status}",
             "complaint": "{client} rats out {worker} for {application}"}[record["event"]]
     detail = "{seconds:.3f} s, {bytes_in} bytes in, {bytes_out} out, client {name}"
+    detail += ", worker {host}" if record["host"] else ""
     reason = ", {reason}" if record["reason"] else ""
     unverified = "" if record["verified"] else UNVERIFIED
     return (form + unverified + ": " + detail + reason).format(**record)
@@ -11905,7 +11907,8 @@ def entry_of_alert(record):
     else:
         outcome, result = "failed" if record["status"] else "done", "exit status %s" % record["status"]
     began = ended if outcome == "complaint" else max(0.0, ended - seconds)      # a complaint counts the search's time
-    return Entry(str(record["worker"])[:NAME_SHOWN] + ("" if record["verified"] else UNVERIFIED),
+    worker = "%s[%s]" % (record["host"], record["worker"]) if record.get("host") else str(record["worker"])
+    return Entry(worker[:NAME_SHOWN] + ("" if record["verified"] else UNVERIFIED),
                  began, ended, outcome, "%s for %s at %s" % (record["application"], record["name"], record["client"]),
                  "%s%s%s" % (result, ", " if result and reason else "", reason),
                  quantity(record["bytes_in"], "bytes_in"), quantity(record["bytes_out"], "bytes_out"))

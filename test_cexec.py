@@ -11591,8 +11591,8 @@ class Alerts:
         fields = dict({"milliseconds": 1500, "bytes_in": 2000, "bytes_out": 1000}, **fields)
         for _ in range(count):
             self.group.send(self.socks, make_datagram(
-                cexec.ALERT, pub or self.pub, os.urandom(16), 0, event=event, worker=worker, worker_id=bytes(8),
-                status=status, reason=reason, **fields))
+                cexec.ALERT, pub or self.pub, os.urandom(16), 0, event=event, worker=worker, host="box",
+                worker_id=bytes(8), status=status, reason=reason, **fields))
 
     def forge(self, worker="10.0.0.66", **fields):
         self.say(worker, pub=self.pub._replace(secret=bytes(32)), **fields)
@@ -11940,6 +11940,8 @@ def alert_record(**fields):
         1000, 500)),
     (json.dumps(alert_record(event="complaint", reason="lost, run again: silent")), (
         "10.0.0.3", NOON, NOON + 1, "lost", "ogg.pub for anyone at 10.0.0.9", "lost, run again: silent", 1000, 500)),
+    (json.dumps(alert_record(host="box")), (
+        "box[10.0.0.3]", NOON, NOON + 1, "done", "ogg.pub for anyone at 10.0.0.9", "exit status 0", 1000, 500)),
     (json.dumps(alert_record(event="complaint", reason="wrong certificate")), (
         "10.0.0.3", NOON + 1, NOON + 1, "complaint", "ogg.pub for anyone at 10.0.0.9", "wrong certificate", 1000, 500)),
     (json.dumps({"time": NOON, "client": "10.0.0.9", "event": "version", "version": 7, "ours": 1}), None)])
@@ -12171,7 +12173,7 @@ def test_logs_that_were_really_written(cluster):
     cluster.run("cexec", "-m", "--log", "ours", cluster.pub, "--", "0", "4")
     put(cluster.path("alerts"), "\n".join(until(lambda: len(crat.lines()) == 2 and crat.lines(), "both alerts")))
     for name, words in (("theirs", "exit 3\nexit status 3\nthis host, "), ("ours", "4\nexit status 4\n%s, " % NODE),
-                        ("alerts", "app.pub for anyone at 127.0.0.1\nexit status 4\n127.0.0.1, ")):
+                        ("alerts", "app.pub for anyone at 127.0.0.1\nexit status 4\n%s[127.0.0.1], " % NODE)):
         picture, said = drawn(cluster, name)
         assert said == "" and picture.texts[1].startswith("1 done, 1 failed; 1 worker;")
         assert any(words in tip for tip in picture.tips)
@@ -17840,6 +17842,7 @@ def test_a_host_with_only_loopback_serves_itself(hosts):
     assert (done.returncode, done.stdout, done.stderr) == (3, b"in\n127.0.0.1\n", b"")
     until(logger.lines, "the alert")
     assert logger.lines()[0].startswith("127.0.0.1 completed by 127.0.0.1 for app.pub exit code 3")
+    assert logger.lines()[0].endswith(", client anyone, worker %s" % NODE)
 
 
 @pytest.mark.parametrize("left_over", ["down", "unplugged", "no address", "no loopback"])
