@@ -13532,6 +13532,7 @@ def serve_on_hosts(words, path, argv):
 #       | MODULE source ------------------------------>  |
 #       |  <----------------------------------- LOADED |  the main module has run
 #       |  <-------------------------- VALUE or RAISED |  or FAILED: the main module can't be run
+#       |                                              |  or UNREAD: a module that the call needs cannot be loaded
 #       | RECALL, if another lane has nothing to do -->  |
 #       |  <-------------- BACK, the calls not begun   |
 #       | END --------------------------------------->  |  exits
@@ -13569,7 +13570,7 @@ FUNCTIONS_KEPT = 4                  # by a lane: the last of them.  LANE_PROGRAM
 LARGE = 64 * 1024                   # bytes from which a buffer is no part of the pickle
 TEXT_SIZE = struct.Struct("!I")     # RAISED and FAILED: the size of a text, the text, and the exception's pickle
 SETUP, MAIN, FUNCTION, CALL, MODULE, RECALL, END = b"S", b"M", b"P", b"C", b"O", b"R", b"E"
-READY, IMPORT, LOADED, VALUE, RAISED, FAILED, BACK = b"W", b"I", b"L", b"V", b"X", b"F", b"B"
+READY, IMPORT, LOADED, VALUE, RAISED, UNREAD, FAILED, BACK = b"W", b"I", b"L", b"V", b"X", b"U", b"F", b"B"
 FIXED, WRITABLE = b"D", b"A"        # both ways
 SMALL_FRAMES = {READY: 1024, IMPORT: 1024, LOADED: 0, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
@@ -13897,7 +13898,7 @@ def report(kind, number, error):
 
 def work(number, data, shared, buffers):
     """Does a call.  A function of many calls is unpickled for each: what one changes in it, no other sees."""
-    result = []
+    result, kind = [], b"U"
     try:
         try:
             if shared:
@@ -13913,10 +13914,11 @@ def work(number, data, shared, buffers):
             raise AttributeError("%s: what is defined below if __name__ == '__main__': is not there on a worker, so "
                                  "define it above" % error) from None
         del data
+        kind = b"X"
         value = function(*arguments, **keywords)
         value = dumps(value if number.strip(b"\0") else None, result)       # not what an initializer returns
     except BaseException as error:
-        report(b"X", number, error)
+        report(kind if isinstance(error, (ImportError, SyntaxError)) else b"X", number, error)
     else:
         for buffer in result:
             send(b"D" if buffer.readonly else b"A", buffer)
@@ -15428,6 +15430,7 @@ class Call:
         self.what = arguments if isinstance(function, Shared) else (function, arguments, keywords)
         self.is_bulky = not BULKY.isdisjoint(map(type, (function, *arguments, *keywords.values())))
         self.tries, self.begun, self.by_value, self.made = 0, False, False, None
+        self.unread = {}            # a worker's id: why it cannot load what the call needs
 
     def keep(self, program):
         """Pickles a call by value when it is submitted: the globals that it uses may change while it waits."""
@@ -15855,6 +15858,15 @@ class Lane(Stateful):
         call, _ = self.rcvd_result(data, place, end)
         self.pool.done(call, error)
 
+    def rcvd_unread(self, data, place, end):
+        """The call has not begun: the worker cannot load what it needs."""
+        number, = CALL_NUMBER.unpack_from(data, place)
+        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)
+        if number not in self.calls or not self.pool.may_try_elsewhere(self.calls[number], error):
+            return self.rcvd_raised(data, place, end)
+        self.head_since = time.monotonic()
+        self.pool.try_elsewhere(self, self.calls.pop(number), error)
+
     def rcvd_failed(self, data, place, end):
         self.failure = load_error(self.pool.readers, data, place, self.host)
         self.terminate()
@@ -15869,7 +15881,7 @@ class Lane(Stateful):
         self.pool.put_back([self.calls.pop(number) for number in numbers])
 
     HANDLERS = {READY: rcvd_ready, IMPORT: rcvd_import, LOADED: rcvd_loaded, VALUE: rcvd_value, RAISED: rcvd_raised,
-                FAILED: rcvd_failed, BACK: rcvd_back, FIXED: rcvd_buffer, WRITABLE: rcvd_writable}
+                UNREAD: rcvd_unread, FAILED: rcvd_failed, BACK: rcvd_back, FIXED: rcvd_buffer, WRITABLE: rcvd_writable}
 
     def over(self):
         """All its pipes are closed: the child has ended."""
@@ -15956,6 +15968,7 @@ class Pool:
         self.number, self.pause = 0, 0.0
         self.unprepared = set()                 # ids of workers whose initializer has failed
         self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
+        self.nowhere = set()        # texts of exceptions: no worker can load what some call needs
         self.rounds = 0             # in a row in which every worker that answers was tried: see next_round()
         self.bad, self.faults = Avoided(REJECT_SECONDS), {}     # workers that get no lane; {their ids: (why, error)}
         self.prepared, self.cause = not self.initializer, None  # whether it has succeeded; what has broken the pool
@@ -16149,7 +16162,10 @@ class Pool:
     def cannot_grow(self, error):
         """No more workers were found: all calls fail, unless a lane is up or may soon be."""
         self.failures = self.faulty = 0
-        if any(lane.state in (STARTING, PREPARING, UP) for lane in self.lanes):
+        there = [lane for lane in self.lanes if lane.state in (STARTING, PREPARING, UP)]
+        if all(lane.leaving for lane in there) and self.fail_unread():
+            pass                    # the others may be done by the same workers
+        elif there:
             self.pause = time.monotonic() + SEARCH_PAUSE
         elif not self.next_round():
             error, by_value = self.no_worker(error), bool(self.left_out())
@@ -16157,6 +16173,33 @@ class Pool:
                 self.give_up(error)
             else:
                 self.fail_all(error, by_value)      # other workers may do the rest
+
+    # A worker that cannot load what a call needs, as a module for its function, would fail one call after the other
+    # at once, and so get them all.  So its lanes leave, and the call is tried on other workers.  If none can load it,
+    # or LANE_FAILURES cannot, it is the call's fault: it fails, and the same error fails later ones at once.
+
+    def may_try_elsewhere(self, call, error):
+        return str(error) not in self.nowhere and len(call.unread) < LANE_FAILURES - 1
+
+    def try_elsewhere(self, lane, call, error):
+        call.unread[lane.worker_id] = error
+        for other in self.lanes:
+            if other.worker_id == lane.worker_id:
+                other.leave()
+        self.put_back([call])
+        self.found_useless(lane, error)
+
+    def fail_unread(self):
+        """Fails the calls that no worker can load.  Returns whether there are any."""
+        unread = [call for call in self.queue if call.unread]
+        self.queue = collections.deque(call for call in self.queue if not call.unread)
+        for call in unread:
+            self.nowhere.update(map(str, call.unread.values()))
+            for worker_id in call.unread:
+                self.bad.ask_again(worker_id)
+                self.faults.pop(worker_id, None)
+            self.done(call, list(call.unread.values())[-1])
+        return bool(unread)
 
     def next_round(self):
         """Asks the workers again that ended for no reason that must stay, LANE_FAILURES times in all.

@@ -16394,6 +16394,39 @@ def test_a_host_that_cannot_load_the_program_costs_no_try_and_is_named_on_a_term
         os.unlink(asked)
 
 
+@pytest.mark.parametrize("guard", ["if os.environ.get('BAD_HOST'): ", ""], ids=["on one host", "everywhere"])
+def test_a_host_that_cannot_load_a_functions_module_does_not_get_all_calls(cluster, monkeypatch, guard):
+    """It would fail each at once.  If no host can, the calls fail with their own exception, and others are done."""
+    live_in(cluster, monkeypatch)
+    monkeypatch.setenv("CEXEC_TIMEOUT_ACCEPT", "20")
+    cluster.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0"})
+    gate = cluster.path("gate")
+    os.makedirs(cluster.path("program"))
+    put(cluster.path("program/beside.py"), "import os\n%simport nowhere_x\ndef f(n):\n    return n\n" % guard)
+    with cexec.Executor(cluster.pub) as holder:
+        if guard:                   # the good worker is busy until the bad one has failed
+            held = holder.submit(exec, "import os, time\nwhile not os.path.exists(%r): time.sleep(0.01)" % gate)
+            until(held.running, "the good worker at work")
+            cluster.worker(*LANE, env={"CONCURRENCY": "1", "BOOST": "0", "BAD_HOST": "1"})
+        try:
+            out = main_program(cluster, """
+                import sys, time, types
+                if __name__ == "__main__":
+                    sys.modules["nowhere_x"] = types.ModuleType("nowhere_x")
+                    import beside
+                    with cexec.Executor(POOL, retries=0) as pool:
+                        futures = [pool.submit(beside.f, n) for n in range(12)]
+                        other = pool.submit(abs, -7)
+                        while not (futures[0].done() or pool._pool.faults):
+                            time.sleep(0.01)
+                        open(%r, "w").close()
+                        print(other.result(), [str(future.exception() or future.result()) for future in futures])
+                """ % gate)
+        finally:
+            touch(gate)
+    assert out == "7 %s\n" % (list(map(str, range(12))) if guard else ["No module named 'nowhere_x'"] * 12)
+
+
 def test_a_main_program_behind_a_long_call_is_not_taken_back(pooled):
     out = pooled.script("""
         import os, time
