@@ -81,6 +81,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     Applets     the program's name or first word, and its exit code
     The door    how this file is started, and where its compiled code is kept
 """
+# mypy: ignore-errors
 import gc
 import sys
 
@@ -13544,8 +13545,35 @@ def serve_on_hosts(words, path, argv):
 # trust the worker: results are only data (see Reader), and a frame out of place ends the lane.
 # One thread does all the work of a pool; other threads only call submit() and shutdown().
 
-__all__ = ["Executor", "Failed", "joblib", "run"]         # noqa: F822
+__all__ = ["Executor", "Failed", "joblib", "run"]
 __version__ = VERSION
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:                   # what mypy and editors know of the public names; the applets import no typing
+    import concurrent.futures
+    import subprocess
+    from typing import IO, Any, Callable, ContextManager, Iterable, Iterator, Mapping, Optional, TypeVar, Union
+    AnyPath = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+    AnyStream = Union[None, int, IO[Any]]
+    Result = TypeVar("Result")
+
+    def run(pub: AnyPath, *arguments: Union[str, bytes], input: Union[None, str, bytes] = None,
+            stdin: AnyStream = None, stdout: AnyStream = None, stderr: AnyStream = None, capture_output: bool = False,
+            env: Optional[Mapping[str, str]] = None, timeout: Optional[float] = None, check: bool = False,
+            text: Optional[bool] = None, encoding: Optional[str] = None, errors: Optional[str] = None,
+            universal_newlines: Optional[bool] = None, pass_fds: Iterable[int] = (), put: Iterable[AnyPath] = (),
+            get: Iterable[Union[str, bytes]] = ()) -> "subprocess.CompletedProcess[Any]": ...
+
+    class Executor(concurrent.futures.Executor):
+        def __init__(self, pub: AnyPath, max_workers: Optional[int] = None, allow: Iterable[str] = (), retries: int = 3,
+                     *, trust: bool = False, send: Iterable[str] = (), threads: Optional[int] = 1,
+                     mp_context: None = None, initializer: Optional[Callable[..., Any]] = None,
+                     initargs: Iterable[Any] = (), max_tasks_per_child: Optional[int] = None) -> None: ...
+
+        def map(self, fn: Callable[..., Result], *iterables: Iterable[Any], timeout: Optional[float] = None,
+                chunksize: int = 1, buffersize: Optional[int] = None) -> Iterator[Result]: ...
+
+    def joblib(pub: AnyPath, *arguments: Any, **options: Any) -> ContextManager[Executor]: ...
 
 LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
 LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers

@@ -29,6 +29,7 @@ import glob
 import hashlib
 import heapq
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -15681,6 +15682,22 @@ def test_the_number_of_workers_is_asked_when_it_is_read(pooled, monkeypatch):
 def test_wrong_options_of_an_executor(cluster, options, kind, word):
     with pytest.raises(kind, match=word):
         cexec.Executor(cluster.pub, **options)
+
+
+def test_the_types_are_those_of_the_functions():
+    """What type checkers read has the parameters and defaults that are there."""
+    block = re.search(r"^if TYPE_CHECKING:.*\n((?:    .*\n|\n)+)", read(os.path.join(HERE, "cexec.py")).decode(), re.M)
+    typed = {"os": os}
+    exec(textwrap.dedent(block.group(1)), typed)
+
+    def parameters(function):
+        return [(one.name, one.kind, one.default) for one in inspect.signature(function).parameters.values()]
+
+    assert parameters(typed["run"]) == parameters(cexec.run)
+    assert parameters(typed["Executor"].map) == parameters(cexec.Executor.map)
+    assert parameters(typed["Executor"].__init__) == parameters(cexec.Executor.__init__)
+    assert parameters(typed["joblib"]) == parameters(cexec.joblib)
+    assert set(cexec.__all__) - {"Failed"} <= set(typed) and not cexec.TYPE_CHECKING
 
 
 def test_joblibs_parallel_uses_the_workers(pooled):
