@@ -4861,6 +4861,7 @@ class Names:
         self.errors, self.count = None, 0       # the identity of the directory of --errors; how many files it gets
         self.inputs = {}            # a directory that -i names: its Listing
         self.keys = []              # private keys that are left out
+        self.above = set()          # the identities of directories above what is noted, for check_nested()
 
     def directory(self, path):
         """Returns the identity of a directory."""
@@ -4885,8 +4886,11 @@ class Names:
     # What will be read and written
 
     def note_read(self, path, name):
-        """Returns what is there."""
+        """Returns what is there.  Raises Fatal (100) if a job writes it, which was noted before."""
         found, (directory, last) = look(path), self.place(path)
+        writer = self.writer(directory, last) or found and self.writer(found.st_dev, found.st_ino)
+        if writer:
+            raise Fatal(EXIT_USAGE, "%s: it is written by %s" % (name, called(writer)))
         self.read.setdefault(directory, {})[last] = name
         if found:
             self.read.setdefault(found.st_dev, {})[found.st_ino] = name
@@ -4915,7 +4919,15 @@ class Names:
             linked = found.st_nlink > 1 and not isinstance(who, str)
             self.refuse(found.st_dev, found.st_ino, path, who, option, linked)
             self.written.setdefault(found.st_dev, {})[found.st_ino] = who
+            self.leave_out(path)
         return found
+
+    def leave_out(self, path):
+        """Has a directory listed again that -i names, if it was listed before it was known that this is written."""
+        path = os.fsencode(os.path.realpath(path)) if any(self.inputs.values()) else b""
+        for top, listing in self.inputs.items():
+            if listing and path.startswith(os.path.join(listing.path, b"")):
+                self.inputs[top] = None
 
     def note_part(self, path, who, option):
         """Notes the name of an unfinished output.  Raises Fatal (100)."""
@@ -4994,18 +5006,40 @@ class Names:
                 for last in noted.get(directory, ()):
                     self.refuse(directory, last, os.path.join(path, last), top[1], "-g " + top[0])
 
+    def check_nested(self, task):
+        """Raises Fatal (100) if a result of a task is above what others read or write, or it uses what is in theirs.
+
+        For a task that comes when others are noted; then notes it for this check too.
+        """
+        results, passed = task.outputs(), {""}
+        paths = results + task.input_paths() + [task.file] * (task.file is not None)
+        for path in paths:
+            self.check_above(os.path.dirname(path), task, path, passed)
+        for path in results:
+            if not self.above.isdisjoint({self.place(path), self.directory(path)}):
+                raise Fatal(EXIT_USAGE, "-g %s: other jobs read or write files in it" % path)
+        self.note_above(paths)
+
+    def note_above(self, paths):
+        """Notes the directories above."""
+        for path in map(os.path.dirname, map(os.path.realpath, paths)):
+            while self.directory(path) not in self.above:
+                self.above.add(self.directory(path))
+                path = os.path.dirname(path)
+
     # What -i sends
 
     def list_inputs(self):
         """Lists what is in the directories, once for all jobs, when all that will be written is noted."""
         for path in self.inputs:
             try:
-                self.inputs[path] = self.listing(path)
+                self.listing(path)
             except OSError:         # it cannot be read, which its job will say
                 pass
         if self.keys:
             more = len(self.keys) - 1
-            log.say("-i: %s%s: private keys are not sent" % (self.keys[0], " and %d more" % more if more else ""))
+            log.once("-i: %s%s: private keys are not sent" % (self.keys[0], " and %d more" % more if more else ""))
+            self.keys = []
 
     def listing(self, path):
         """Returns the Listing of a file or directory.  Raises OSError."""
@@ -5029,7 +5063,10 @@ class Names:
                 newest = float("inf")
             elif not stat.S_ISDIR(found.st_mode):
                 newest = max(newest, found.st_mtime_ns)
-        return Listing(top, name, b"".join(inside), newest)
+        listing = Listing(top, name, b"".join(inside), newest)
+        if path in self.inputs:
+            self.inputs[path] = listing
+        return listing
 
     def is_written(self, path, found):
         """Whether a job writes what is there, or will be where a link leads, so that -i does not send it."""
@@ -7262,39 +7299,43 @@ def split_words(words):
 
 
 def batch_inputs(words, zero):
-    """(the words for the command, the inputs of each job, as tuples).  Raises Fatal."""
-    head, lists = split_words(words)
-    if ":::" not in words:
-        return head, [(name,) for name in batch_names(lists[0] if lists else [], zero)]
-    if zero:
-        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those after :::")
-    import itertools
-    return head, list(itertools.product(*lists))
+    """Returns (the words for the command, the inputs of each job, as tuples).  Raises Fatal (100).
 
-
-def batch_names(words, zero):
-    """The names of a batch's files: the words, or for "-" and no words the lines of standard input.  Raises Fatal.
-
-    zero: on standard input a NUL ends each name.
+    The inputs are None if their names are on standard input.
     """
-    if zero and words not in ([], ["-"]):
-        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % words[0])
-    if words != ["-"] and words:
-        return words
+    head, lists = split_words(words)
+    names = lists[0] if lists else []
+    if ":::" in words and zero:
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for those after :::")
+    if ":::" in words:
+        return head, list(itertools.product(*lists))
+    if names in ([], ["-"]):
+        return head, None
+    if zero:
+        raise Fatal(EXIT_USAGE, "-0 is for names on standard input, not for %s" % names[0])
+    return head, [(name,) for name in names]
+
+
+def all_names(separator):
+    """Returns the inputs of each job, from the names on standard input.  Raises Fatal (111)."""
     with or_fatal("standard input"):
         with open(0, "rb", closefd=False) as file:
-            names = file.read().split(b"\0" if zero else b"\n")
-    return [os.fsdecode(name) for name in names if name]
+            return [(os.fsdecode(name),) for name in file.read().split(separator) if name]
+
+
+def new_task(terms, number, inputs):
+    pattern = terms.pattern
+    return Task(terms, number, inputs, None if pattern == "-" else fill_pattern(pattern, inputs, number))
 
 
 def batch_tasks(terms, inputs, joblog=None):
-    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written."""
-    pattern = terms.pattern
-    tasks = [Task(terms, number, given, None if pattern == "-" else fill_pattern(pattern, given, number))
-             for number, given in enumerate(inputs, 1)]
-    note_names(terms, tasks, joblog, len(tasks))
-    if pattern != "-":
-        check_directories(pattern, tasks)
+    """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
+
+    inputs: None if they will come, see QueueBatch.
+    """
+    tasks = [new_task(terms, number, given) for number, given in enumerate(inputs or [], 1)]
+    note_names(terms, tasks, joblog, float("inf") if inputs is None else len(tasks))
+    check_directories(terms.pattern, tasks)
     return tasks
 
 
@@ -7321,7 +7362,7 @@ def note_names(terms, tasks, joblog, count):
 def check_directories(pattern, tasks):
     """Raises Fatal (100) if an output has no directory, unless its input is missing: then the Task itself fails."""
     known = {"": True}
-    for task in tasks:
+    for task in tasks if pattern != "-" else ():
         directory = os.path.dirname(task.output)
         try:
             if directory not in known:
@@ -7408,7 +7449,7 @@ class Task:
         self.listings = []          # the files of -i
         self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
         self.oldest = None          # and the oldest of its outputs; None if one is not there
-        self.results = [result_pattern(self.fill(text, quoted)) for text in terms.results]
+        self.results = []           # the patterns of -g
         self.again = terms.again    # how often it runs again after a failure of its command
         self.avoids, self.since = frozenset(), 0.0      # the workers of avoid(); since when
         self.refusals = None        # the Refusals of workers that have not its own command
@@ -7473,6 +7514,7 @@ class Task:
     def note_outputs(self):
         """Notes what it writes.  Raises Fatal (100) if this must not be written."""
         names, times = self.terms.names, []
+        self.results = [result_pattern(self.fill(text, quoted)) for text in self.terms.results]
         for name in self.outputs():
             is_result, option = name is not self.output, "-o %s" % self.terms.pattern
             found = names.note_written(name, self, "-g " + name if is_result else option)
@@ -7754,6 +7796,80 @@ class FileRun(RemoteRun):
         return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
+class Input:
+    """Reads standard input, whenever may_read() allows it, and feeds what comes to itself; empty: the end of it."""
+
+    def __init__(self, loop, may_read):
+        self.loop, self.may_read = loop, may_read
+        item = Inherited(0)
+        # A regular file is read at its common offset, where the next process that reads it goes on.
+        self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
+        self.buffer = memoryview(bytearray(PIPE_SIZE))
+        self.ended = False
+        self.paused = False         # true while another job has the terminal
+
+    def refresh(self):
+        """Waits for input if there is room for it, else not."""
+        wanted = not self.ended and not self.paused and self.may_read()
+        self.loop.on_read(self.end.polled, self.readable if wanted else None)
+
+    def resume(self):
+        self.paused = False
+        self.refresh()
+
+    def stop(self):
+        """Reads nothing more."""
+        self.ended = True
+        self.loop.on_read(self.end.polled, None)
+
+    def readable(self):
+        """Raises Fatal (111)."""
+        if not self.end.may_read():
+            self.paused = True
+            self.loop.after(1.0, self.resume)
+            return self.refresh()
+        try:
+            count = self.end.read_into(self.buffer[:self.room()])
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
+        self.feed(self.buffer[:count])
+        self.refresh()
+
+    def room(self):
+        """Returns how many bytes to read at a time."""
+        raise NotImplementedError
+
+    def feed(self, view):
+        raise NotImplementedError
+
+
+class NameInput(Input):
+    """Standard input as a list of names, with a separator behind each.  give(names) is called when some have come."""
+
+    def __init__(self, loop, separator, give):
+        super().__init__(loop, lambda: True)
+        self.separator, self.give = separator, give
+        self.begun = b""            # a name whose end has not come
+        self.is_whole = False       # whether all names have come
+
+    def room(self):
+        return 16 * 1024            # more names at a time would keep the runs waiting
+
+    def feed(self, view):
+        """Raises Fatal (100)."""
+        *names, self.begun = (self.begun + bytes(view)).split(self.separator)
+        if len(self.begun) > WORDS_MAX:
+            raise Fatal(EXIT_USAGE, "standard input: a name of more than %d MiB; is it a list of names?"
+                        % (WORDS_MAX >> 20))
+        if not view:
+            names.append(self.begun)
+            self.is_whole = True
+            self.stop()
+        self.give([os.fsdecode(name) for name in names if name])
+
+
 class Printer:
     """cexec -m -o -, cexec -b: prints the outputs on standard output, in the order of the jobs."""
 
@@ -7877,13 +7993,17 @@ class Batch(Patron):
         finally:
             self.stop()
         if self.watched:
-            log.say("%d done, %d failed, after %s"
-                    % (self.done, self.failures, duration(int(time.monotonic() - self.began))))
+            log.say(self.farewell())
         if self.failures > 1:
             log.say(self.failures_text())
         if self.halted:
             log.say("stopped after %d failures (--halt); %s" % (self.halt, self.summary()))
         return self.exit_code()
+
+    def farewell(self):
+        """Returns the last message for a terminal."""
+        return "%d done, %d failed, after %s" % (
+            self.done, self.failures, duration(int(time.monotonic() - self.began)))
 
     def exit_code(self):
         return self.failures if self.failures < EXIT_USAGE else FAILURES_MAX
@@ -7923,6 +8043,10 @@ class Batch(Patron):
         self.searches.append(search)
         search.start()
         return True
+
+    def has_more(self):
+        """Whether there are files that were not begun."""
+        return bool(self.queue)
 
     def ready(self):
         """How many files may be begun; with -o - the number of waiting outputs is a bound."""
@@ -8185,7 +8309,7 @@ class Batch(Patron):
 
     def stop_early(self):
         """Begins no more files; those that run go on to their end."""
-        if self.queue:
+        if self.has_more():
             self.halted = True
             for search in list(self.searches):
                 self.end_search(search)
@@ -8241,8 +8365,16 @@ class Batch(Patron):
         again = "; the same command again does the rest" if any(task.outputs() for task in self.tasks[:1]) else ""
         if again and self.force:
             again = "; the same command again does all of them once more (-f)"
-        return "%d of %d %s are done%s" % (
-            self.done + self.done_before, len(self.tasks), self.terms.unit(), again)
+        return "%d of %s %s are done%s" % (
+            self.done + self.done_before, self.total(), self.terms.unit(), again)
+
+    def total(self):
+        """Returns how many files there are, as a text."""
+        return str(len(self.tasks))
+
+    def waits(self):
+        """Returns what the batch waits for, in texts."""
+        return list(filter(None, (search.waits() for search in self.searches)))
 
     def stop(self):
         """Ends all searches and runs, and removes unfinished outputs."""
@@ -8272,16 +8404,83 @@ class Batch(Patron):
         seconds, to_do = time.monotonic() - self.began, len(self.queue) + len(self.runs)
         over = self.done + self.failures
         rate = over / seconds if seconds else 0.0
-        text = "%d/%d done, %d running, %d failed" % (
-            self.done + self.done_before, len(self.tasks), len(self.runs), self.failures)
+        text = "%d/%s done, %d running, %d failed" % (
+            self.done + self.done_before, self.total(), len(self.runs), self.failures)
         if over:
-            text += ", %.1f/s, %s left" % (rate, duration(int(to_do / rate)))
+            text += ", %.1f/s" % rate
+        if over and self.total().isdecimal():
+            text += ", %s left" % duration(int(to_do / rate))
         if not self.runs:
-            text = ", ".join([text] + [search.waits() for search in self.searches if search.waits()][:1])
+            text = ", ".join([text] + self.waits()[:1])
         workers = collections.Counter(run.worker for run in self.runs)
         silent = {run.worker: " (%s: %s)" % (run.job.name, run.silent_for()) for run in self.runs if run.silent_for()}
         return "  ".join([text] + ["%s*%d%s" % (worker, count, silent.get(worker, ""))
                                    for worker, count in sorted(workers.items())])
+
+
+class QueueBatch(Batch):
+    """cexec -m with names from standard input: each begins as it comes.
+
+    A job whose names collide with those of earlier ones fails, because these have begun already.
+    """
+
+    def __init__(self, pub, group, terms, separator, jobs, joblog, force, halt):
+        super().__init__(pub, group, terms, [], jobs, joblog, force, halt)
+        self.input = NameInput(self.loop, separator, self.add)
+        self.input.refresh()
+        used = [joblog and joblog.name, terms.errors and os.path.join(terms.errors, "1")]
+        terms.names.note_above(filter(None, used + [text for text in terms.inputs if not has_places(text)]))
+
+    def add(self, names):
+        """These names have come."""
+        for name in names:
+            if not self.halted:
+                self.add_task(new_task(self.terms, len(self.tasks) + 1, (name,)))
+        self.terms.names.list_inputs()          # those that an output was in
+        if self.printer:
+            self.printer.refresh()
+        self.fill()
+
+    def add_task(self, task):
+        self.tasks.append(task)
+        if self.printer:
+            self.printer.add(task)
+        try:
+            task.note_inputs()
+            task.note_outputs()
+            if task.results:
+                self.terms.names.check_nested(task)
+            check_directories(self.terms.pattern, [task])
+        except (Fatal, ValueError) as error:        # ValueError: a NUL in the name
+            return self.over(task, failure(str(error)))
+        if not self.force and task.is_done():
+            self.done_before += 1
+        else:
+            self.queue.append(task)
+
+    def is_busy(self):
+        return not self.input.ended or super().is_busy()
+
+    def has_more(self):
+        return super().has_more() or not self.input.ended
+
+    def stop_early(self):
+        super().stop_early()
+        self.input.stop()
+
+    def farewell(self):
+        return super().farewell() if self.done or self.failures else nothing_to_do(self.tasks, self.terms.unit())
+
+    def total(self):
+        return "%d%s" % (len(self.tasks), "" if self.input.is_whole else "+")
+
+    def waits(self):
+        return super().waits() or ["waits for names"] * (not self.queue)
+
+
+def nothing_to_do(tasks, unit):
+    return "nothing to do: %s" % ("all %d %s are done already (-f does them again)" % (
+        len(tasks), unit) if tasks else "no input is named")
 
 
 def jobs_at_once(each, others=OUTPUTS_MAX + 256):
@@ -8309,6 +8508,9 @@ def main_batch(pub, group, words, options):
             raise Fatal(EXIT_USAGE, "%s: {%%} is for arguments and variables: no job has a slot yet" % text)
     appends = options.values and ":::" in words
     words, inputs = batch_inputs(words, options.zero)
+    separator = b"\0" if options.zero else b"\n"
+    if inputs is None and options.dry_run:
+        inputs = all_names(separator)
     environment, arguments = parse_words(words)
     if appends and arguments and not any(has_places(os.fsdecode(word)) for word in environment + arguments):
         arguments.append(b"{}")     # as parallel does
@@ -8325,11 +8527,12 @@ def main_batch(pub, group, words, options):
     joblog = open_joblog(options.joblog, pattern == "-") if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
-    if not todo:
-        log.tell_user("nothing to do: %s" % ("all %d %s are done already (-f does them again)" % (
-            len(tasks), terms.unit()) if tasks else "no input is named"))
-        return 0
     jobs = min(options.jobs or MEMORY, jobs_at_once(9 if options.inputs or options.results else 4))
+    if inputs is None:
+        return QueueBatch(pub, group, terms, separator, jobs, joblog, options.force, options.halt).work()
+    if not todo:
+        log.tell_user(nothing_to_do(tasks, terms.unit()))
+        return 0
     return Batch(pub, group, terms, tasks, jobs, joblog, options.force, options.halt).work()
 
 
@@ -8421,7 +8624,7 @@ class Block(Task):
         self.size = self.whole
 
 
-class Splitter:
+class Splitter(Input):
     """Cuts standard input into Blocks, as GNU parallel's --pipe --block does: as many whole lines as fit the size.
 
     A longer line is a block of its own.  Each Block begins with the header, the first lines of the
@@ -8430,48 +8633,24 @@ class Splitter:
     """
 
     def __init__(self, loop, terms, size, header_lines, may_read, give):
-        self.loop, self.terms, self.size, self.may_read, self.give = loop, terms, size, may_read, give
-        item = Inherited(0)
-        # A regular file is read at its common offset, where the next process that reads it goes on.
-        self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
-        self.buffer = memoryview(bytearray(PIPE_SIZE))
-        self.block, self.count, self.ended = None, 0, False
+        super().__init__(loop, may_read)
+        self.terms, self.size, self.give = terms, size, give
+        self.block, self.count = None, 0
         self.header, self.missing = b"", header_lines           # the header so far; the lines of it to come
         self.offset = 0             # where the next block begins in the input
-        self.paused = False         # true while another job has the terminal
-
-    def refresh(self):
-        """Waits for input if there is room for it, else not."""
-        wanted = not self.ended and not self.paused and self.may_read()
-        self.loop.on_read(self.end.polled, self.readable if wanted else None)
-
-    def resume(self):
-        self.paused = False
-        self.refresh()
 
     def stop(self):
         """Reads nothing more, and drops the block that is being filled."""
-        self.ended, self.block = True, None
-        self.loop.on_read(self.end.polled, None)
+        super().stop()
+        self.block = None
 
-    def readable(self):
+    def feed(self, view):
         """Raises Fatal (111)."""
-        if not self.end.may_read():
-            self.paused = True
-            self.loop.after(1.0, self.resume)
-            return self.refresh()
         try:
-            count = self.end.read_into(self.buffer[:self.room()])
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
-        try:
-            self.take(self.take_header(self.buffer[:count])) if count else self.finish()
+            self.take(self.take_header(view)) if view else self.finish()
         except OSError as error:
             import tempfile
             raise Fatal(EXIT_TEMPORARY, "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror)) from None
-        self.refresh()
 
     def room(self):
         """How many bytes to read: what the block has room for, or a block's size while one line is longer."""

@@ -6514,7 +6514,9 @@ def test_what_a_batch_says_that_is_done_or_interrupted():
     for files, again in (({"results": ["{}.r"]}, True), ({"results": ["*.r"]}, False), ({}, False)):
         terms = cexec.BatchTerms([], (), "-", True, **files)
         tasks = [cexec.Task(terms, 1, ("a",), None)]
-        batch = SimpleNamespace(terms=terms, tasks=tasks, force=False, done=0, done_before=0, printer=True)
+        tasks[0].note_outputs()
+        batch = SimpleNamespace(terms=terms, tasks=tasks, force=False, done=0, done_before=0, printer=True,
+                                total=lambda: "1")
         assert cexec.Batch.summary(batch) == "0 of 1 jobs are done" + "; the same command again does the rest" * again
 
 
@@ -8373,6 +8375,106 @@ def test_names_on_standard_input(cluster, options, text):
     assert os.path.exists(cluster.path("f001.out"))
 
 
+@pytest.mark.parametrize("options, end", [((), b"\n"), (("-0",), b"\0"), (("-n", "-o", "{}.out"), b"\n")])
+def test_names_begin_as_they_come(cluster, options, end):
+    """Each is done while the pipe stays open; the last needs no end of its own."""
+    made_files(cluster, 3)
+    cluster.worker("sh", "-c", "cat; echo $PEER_FILE")
+    client = start_batch(cluster, "-", options=options, stdin=subprocess.PIPE)
+    for number in range(3):
+        client.stdin.write(b"f%03d" % number + end * (number < 2))
+        client.stdin.flush()
+        if number == 2:
+            client.stdin.close()
+        until(lambda: os.path.exists(cluster.path("f%03d.out" % number)), "the output")
+        assert read(cluster.path("f%03d.out" % number)).endswith(b"f%03d\n" % number)
+    assert client.wait(PATIENCE) == 0 and client.said() == ""
+
+
+def test_a_list_that_grows_is_a_queue(cluster):
+    """With tail -f, as the manual has it; the outputs are printed as they come, in the order of the names."""
+    need("tail")
+    cluster.worker("sh", "-c", "sleep 0.$((3 - PEER_FILE)); echo did $PEER_FILE")
+    make_file(cluster, "list", b"0\n")
+    with subprocess.Popen(["tail", "-n", "+1", "-f", cluster.path("list")], stdout=subprocess.PIPE) as tail:
+        client = cluster.start("cexec", "-mn", cluster.pub, "--", "-", stdin=tail.stdout, stdout=subprocess.PIPE)
+        said = b""
+        for numbers in ([], [1, 2], [3]):
+            with open(cluster.path("list"), "ab") as file:
+                file.write(b"".join(b"%d\n" % number for number in numbers))
+            for number in numbers or [0]:
+                said = client.stdout.readline()
+                assert said == b"did %d\n" % number
+        tail.terminate()
+        assert client.wait(PATIENCE) == 0 and client.stdout.read() == b""
+
+
+@pytest.mark.parametrize("options, names, said", [
+    ((), ["a", "./a", "b"], ["./a: -o {}.out: a and ./a would both be written to ./a.out"]),
+    ((), ["a", "a.out", "b"], ["a.out: a.out: it is written by a"]),
+    ((), ["d/a", "none/a", "b"], ["none/a: No such file or directory"]),
+    (("-n", "-o", "{}.out"), ["d/a", "none/a", "b"],
+     ["none/a: -o {}.out: there is no directory none (mkdir -p makes one)"]),
+    (("-n", "-o", "{/}"), ["1/x", "2/x", "b"], ["2/x: -o {/}: 1/x and 2/x would both be written to x"])])
+def test_names_that_collide_fail_when_they_come(cluster, options, names, said):
+    """The earlier ones have begun already, and what they have made stays."""
+    os.mkdir(cluster.path("d"))
+    for name in ("a", "b", "d/a"):
+        make_file(cluster, name, name.encode())
+    cluster.worker("sh", "-c", "cat; echo $PEER_FILE")
+    client = start_batch(cluster, "-", options=options, stdin=subprocess.PIPE)
+    first, last = (os.path.basename(name) if "{/}" in options else name + ".out" for name in (names[0], names[-1]))
+    client.stdin.write(names[0].encode() + b"\n")
+    client.stdin.flush()
+    until(lambda: os.path.exists(cluster.path(first)), "the first output")
+    made = read(cluster.path(first))
+    client.communicate("\n".join(names[1:]).encode(), timeout=PATIENCE)
+    assert client.returncode == len(said) and client.said().splitlines() == ["cexec: " + line for line in said]
+    assert read(cluster.path(first)) == made and os.path.exists(cluster.path(last))
+
+
+@pytest.mark.parametrize("first, second", [("d/x", "d"), ("d", "d/x"), ("d/e/x", "d"), ("d", "d/e/x"), ("d", "./d")])
+def test_results_in_those_of_a_job_that_came_before(farm, first, second):
+    """A directory of -g is replaced as a whole: so nothing of another job may be in it."""
+    farm.serve()
+    client = farm.start("cexec", "-m", "-n", "-g", "{}", farm.pub, "sh", "-c",
+                        'case {} in */x) mkdir -p "$(dirname {})"; echo > {};; *) mkdir {}; echo > {}/y;; esac', "--",
+                        "-", cwd=farm.desk, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    client.stdin.write(first.encode() + b"\n")
+    client.stdin.flush()
+    made = first if first.endswith("x") else first + "/y"
+    until(lambda: os.path.exists(os.path.join(farm.desk, made)), "the first result")
+    errors = client.communicate(second.encode() + b"\nfree/x\n", timeout=PATIENCE)[1].decode()
+    assert client.returncode == 1 and errors.startswith("cexec: %s: " % second) and errors.count("\n") == 1
+    assert sorted(contents(farm.desk)) == sorted([made, "free/x"]) and all_gone(farm)
+
+
+def test_an_output_whose_name_comes_later_is_no_input(farm):
+    """Although -i has listed it before."""
+    farm.serve()
+    for name in ("d/in", "d/1.out", "d/2.out"):
+        in_desk(farm, name)
+    done = farm.work("-m", "-n", "-f", "-i", "d", "-o", "d/{}.out", farm.pub, "ls", "d", "--", "-", input=b"1\n2\n")
+    assert ended(done) == (0, b"", b"")
+    assert contents(farm.desk) == {"d/in": "x", "d/1.out": "in\n", "d/2.out": "in\n"}
+
+
+def test_an_open_list_ends_at_halt(cluster):
+    cluster.worker("false")
+    client = start_batch(cluster, "-", options=["-n", "--halt", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    client.stdin.write(b"a\n")
+    client.stdin.flush()
+    assert client.wait(PATIENCE) == 1
+    assert client.said() == ("cexec: a at %s: exit status 1\ncexec: stopped after 1 failures (--halt); "
+                             "0 of 1+ jobs are done\n" % socket.gethostname())
+    client.stdin.close()
+
+
+def test_a_list_that_is_no_list_is_refused(cluster):
+    done = batch(cluster, "-", stdin=open("/dev/zero", "rb"))
+    refusal(done, 100, "standard input: a name of more than 6 MiB")
+
+
 def test_names_with_zeros_need_no_dash(cluster):
     make_file(cluster, "two\nlines", b"1")
     cluster.worker("cat")
@@ -8815,6 +8917,12 @@ def test_a_batch_on_a_terminal(cluster):
         assert "running" not in tmux.screen()
         tmux.line("clear; $RUN -m $PUB -- f000 f002; echo sta'tus'=$?",
                   r"\Acexec: nothing to do: all 2 files are done already \(-f does them again\)\nstatus=0$")
+        tmux.line("clear; printf 'f000\\nf002' | $RUN -m $PUB -- -; echo sta'tus'=$?",
+                  r"\Acexec: nothing to do: all 2 files are done already \(-f does them again\)\nstatus=0$")
+        tmux.line("clear; { echo f000; cat; } | $RUN -mn $PUB -- -; echo sta'tus'=$?",
+                  r"^1/1\+ done, 0 running, 0 failed, \d+\.\d/s, waits for names$")
+        tmux.keys("C-d")
+        tmux.shows(r"^cexec: 1 done, 0 failed, after \S+\nstatus=0$")
     assert sorted(name for name in os.listdir(cluster.directory) if name.endswith(".out")) == [
         name + ".out" for name in names if name != "f001"]
 
