@@ -12,8 +12,7 @@ except KeyboardInterrupt:
 
 cexec: run a command on the least loaded machine of the network.
 
-    cservice -s box1,box2 sort sort          # starts a worker on each host, over ssh, until Ctrl-C
-    cexec sort.pub < file                    # in another window: sorts it on the least loaded of them
+    cexec -s box1,box2 sort < file           # sorts it on the least loaded of these hosts, over ssh
 
 And where workers stay:
 
@@ -68,6 +67,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
     cexec -A    a job on every worker                                          HostTask, HostRun, Everywhere
+    cexec -s    workers on other hosts for one call                            RunGroup
     cexec       the applet: its options and modes
     cservice    the supervisor: the process that runs a client's jobs          Command, Supervisor, Supervisors
     cservice    the offers, their delay, and the line of waiting clients       Pace, Clients, Offer, Worker
@@ -76,7 +76,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     crat --svg  a log as a picture                                             TimeAxis, Band, Bar
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
-    cservice -s workers on other hosts, over ssh, and clients through it       Starter, Host, HostLifeline
+    cservice -s workers on other hosts, over ssh, and clients through it       Starter, RunStarter, Host, HostLifeline
     Python      what a program imports: cexec.run and cexec.Executor           Executor, Pool, Lane, Known
     Applets     the program's name or first word, and its exit code
     The door    how this file is started, and where its compiled code is kept
@@ -738,6 +738,7 @@ class Syntax:
 DEFAULT_NAME = "anyone"             # the client's name in a pub made without -n
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._@+-")
 NAME_MAX = 64
+RUN_KEY = "-"                       # the name of a key that is in no file: of cexec -s
 PUB_MAGIC = "cexec-public-key"
 PUB_VERSION = "1"
 
@@ -1645,6 +1646,9 @@ class Group:
         self.error = None           # why a way of the last send() failed
         self.chooses = bool(IP_PKTINFO)         # whether we can choose a datagram's interface
 
+    def attend(self, loop):
+        """Has a loop hear what its workers' starter says; only a RunGroup has one."""
+
     def families(self):
         """The address families of the targets, IPv4 first."""
         return sorted({family_of(target.address) for target in self.targets})
@@ -1660,6 +1664,10 @@ class Group:
             if target.host:
                 hosts.setdefault(target.host, set()).add(target.address.partition("%")[0])
         return hosts
+
+    def failed_hosts(self):
+        """Returns the hosts of -s that do not serve."""
+        return []
 
     def ways(self):
         """Yields (interface index or 0, address, port) for every way."""
@@ -5616,8 +5624,8 @@ class Terms:
                 + [(FILES_OUT, FILES_OUT, FLAG_OUTPUT | FLAG_FILES)] * bool(self.results))
 
 
-def parse_words(words):
-    """(variables, arguments) from the words after a public key, as bytes.  Raises Fatal (100).
+def parse_words(words, need_command=False):
+    """(variables, arguments) from the words after a public key, or after -s, as bytes.  Raises Fatal (100).
 
     As with env(1), the first word that is no KEY=VALUE is the first argument; a "--" before it is left out.
     """
@@ -5627,6 +5635,8 @@ def parse_words(words):
     arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
     if words_size(variables + arguments) > WORDS_MAX:
         raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
+    if need_command and not arguments:
+        raise Fatal(EXIT_USAGE, "no command is named (with -s its words come after the options)")
     return variables, arguments
 
 
@@ -6838,6 +6848,7 @@ class Patron:
         self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
         self.avoid = Avoided()
         self.hosts = {}             # a worker's name: the first address that had it
+        group.attend(loop)
         self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
 
     def new_search(self, quiet, only=ANY_WORKER):
@@ -7170,7 +7181,7 @@ class Survey:
         return "a worker of this application cannot verify %s: make the public key again (ckeygen)" % self.pub.label
 
 
-def list_workers(group, pub, ports, as_json):
+def list_workers(pub, group, ports, as_json):
     """Asks for the workers, and shows them.  Returns the exit code."""
     survey = Survey(group, pub, ports, Loop(), ServerFilter())
     survey.begin(survey.loop.stop)
@@ -8498,7 +8509,7 @@ def jobs_at_once(each, others=OUTPUTS_MAX + 256):
     return max(1, (soft - others) // each)
 
 
-def main_batch(pub, group, words, options):
+def main_batch(place, words, options):
     """Does a batch.  Returns its exit code."""
     pattern = options.output
     if pattern is None:
@@ -8511,29 +8522,30 @@ def main_batch(pub, group, words, options):
     separator = b"\0" if options.zero else b"\n"
     if inputs is None and options.dry_run:
         inputs = all_names(separator)
-    environment, arguments = parse_words(words)
+    environment, arguments = parse_words(words, options.hosts)
     if appends and arguments and not any(has_places(os.fsdecode(word)) for word in environment + arguments):
         arguments.append(b"{}")     # as parallel does
     terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, again=options.again,
                        inputs=options.inputs, results=options.results)
     if options.results:
         check_current_directory()
-    terms.names.note_keys(options.words[0])
+    if not options.hosts:
+        terms.names.note_keys(options.words[0])
     tasks = batch_tasks(terms, inputs, options.joblog)
     todo = [task for task in tasks if options.force or not task.is_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
-        return show_tasks(options.words[0], todo)
+        return show_tasks(options, todo)
     joblog = open_joblog(options.joblog, pattern == "-") if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
     jobs = min(options.jobs or MEMORY, jobs_at_once(9 if options.inputs or options.results else 4))
     if inputs is None:
-        return QueueBatch(pub, group, terms, separator, jobs, joblog, options.force, options.halt).work()
+        return QueueBatch(*place(), terms, separator, jobs, joblog, options.force, options.halt).work()
     if not todo:
         log.tell_user(nothing_to_do(tasks, terms.unit()))
         return 0
-    return Batch(pub, group, terms, tasks, jobs, joblog, options.force, options.halt).work()
+    return Batch(*place(), terms, tasks, jobs, joblog, options.force, options.halt).work()
 
 
 def make_errors_directory(path):
@@ -8542,7 +8554,7 @@ def make_errors_directory(path):
         os.makedirs(path, exist_ok=True)
 
 
-def show_tasks(path, tasks):
+def show_tasks(options, tasks):
     """--dry-run: prints for each Task a shell command that does the same; 0."""
     import shlex
     errors = tasks[0].terms.errors if tasks else None
@@ -8556,7 +8568,8 @@ def show_tasks(path, tasks):
         words = [b"cexec"] + [b"-n"] * task.terms.values
         for option, values in (b"-i", task.input_paths()), (b"-g", task.results):
             words += [word for value in values for word in (option, os.fsencode(value))]
-        words += [os.fsencode(path), *environment]
+        place = [word for hosts in options.hosts for word in ("-s", hosts)] or options.words[:1]
+        words += [*map(os.fsencode, place), *environment]
         words += [b"--"] * bool(arguments) + arguments
         line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
         ends = [("<", task.file), (">", task.output), ("2>", task.errors_kept)]
@@ -8785,17 +8798,18 @@ def parse_size(text):
     return size
 
 
-def main_blocks(pub, group, words, options):
+def main_blocks(place, words, options):
     """Does standard input in blocks.  Returns the exit code."""
-    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words), errors=options.errors,
+    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words, options.hosts), errors=options.errors,
                                                                again=options.again)
-    terms.names.note_keys(options.words[0])
+    if not options.hosts:
+        terms.names.note_keys(options.words[0])
     note_names(terms, [], options.joblog, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
     jobs = min(options.jobs or MEMORY, jobs_at_once(4))
-    return BlockBatch(pub, group, terms, size, options.header or 0, jobs, joblog).work()
+    return BlockBatch(*place(), terms, size, options.header or 0, jobs, joblog).work()
 
 
 # ---------------------------------------------------------------------------
@@ -9066,15 +9080,16 @@ def kept_input():
             tempfile.gettempdir(), error.strerror)) from None
 
 
-def main_everywhere(pub, group, words, options):
+def main_everywhere(place, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
-    terms = BatchTerms(*parse_words(words), pattern=None, values=True, batch=NO_BATCH, wait=60, inputs=options.inputs,
-                       results=list(map(result_pattern, options.results)))
+    terms = BatchTerms(*parse_words(words, options.hosts), pattern=None, values=True, batch=NO_BATCH, wait=60,
+                       inputs=options.inputs, results=list(map(result_pattern, options.results)))
     if options.results:
         check_current_directory()
     source = input_for_all(options.no_input)
     most = jobs_at_once(11 if options.inputs or options.results else 6, 64)     # a search needs more than a run
+    pub, group = place()
     survey = Survey(group, pub, terms.ports, Loop(), terms.servers)
     survey.begin(survey.loop.stop)
     survey.loop.run()
@@ -9086,8 +9101,10 @@ def main_everywhere(pub, group, words, options):
     silent = survey.silent_hosts()
     for host in silent:
         log.say("%s: no worker answers" % host)
+    silent += group.failed_hosts()  # it has said why
     everywhere = Everywhere(pub, group, terms, survey.workers, source, most)
-    terms.names.note_keys(options.words[0])
+    if not options.hosts:
+        terms.names.note_keys(options.words[0])
     note_names(terms, everywhere.tasks, None, 0)
     listings_of(terms.names, terms.inputs)
     code = everywhere.work()
@@ -9095,16 +9112,158 @@ def main_everywhere(pub, group, words, options):
 
 
 # ---------------------------------------------------------------------------
+# cexec -s: workers for one call
+# ---------------------------------------------------------------------------
+#
+#     cexec -s (RunGroup)                         its child, `cservice -s ... -` (RunStarter)
+#       |  <------------------ PUB group, the pub   |  makes the keys, in memory
+#       |  <--------- HOST name, state, ssh's pid   |  at each change; the pid of a group is negative
+#       |  <---------------------- lines of text    |  messages
+#       |  end of file, in any case ------------->  |  ends the workers and their jobs
+#       |  <-------------------------- end of file  |  when all of them have ended
+#
+# Both ends are one socket, which is 0, 1 and 2 of the child.  PUB and HOST are lines too, which begin with a NUL.
+
+PUB_LINE, HOST_LINE = "\0pub", "\0host"
+WAITS, SERVES_NOW, FAILED_NOW = "waits", "serves", "failed"     # states of a host
+END_SECONDS = 2.0                   # cexec -s waits so long for the end of its workers
+
+# A child starts as by sh (see The door).  The slash hides a file's name, which might be an applet's.
+CHILD_BOOT = """import sys
+sys.path[:] = filter(None, sys.path)
+import os
+for old, new in %r: os.dup2(old, new)
+with open(sys.argv[1][:-1], "rb") as file: file.seek(-4096, 2); text = file.read()
+exec(text.rpartition(b"# START")[2])"""
+
+
+def child_words(applet, places=()):
+    """The words that start an applet of this file as a child; places: see CHILD_BOOT."""
+    return [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(places),),
+            os.path.realpath(__file__) + "/", applet]
+
+
+class RunGroup(Group):
+    """The group of the workers that a child, `cservice -s`, starts for this call alone, and that child.
+
+    pub is their public key.  Raises Fatal: 100 for a wrong host, else 111.
+    """
+
+    def __init__(self, hosts, floor):
+        import subprocess
+        if not os.path.isfile(__file__):
+            raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
+        words = [word for text in hosts for word in ("-s", text)] + ["-v"] * log.verbose
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.sock = socket.socket(ours.family, ours.type, fileno=lifted_away(ours.detach(), floor))
+            self.child = subprocess.Popen(child_words("cservice") + [*words, "-ad", RUN_KEY],
+                                          stdin=theirs, stdout=theirs, stderr=theirs)
+        self.unread, self.said, self.pub = b"", "", None
+        self.states, self.pids = {}, {}         # of each host, and of its ssh
+        while not self.pub:
+            self.read()
+
+    # What the child says
+
+    def attend(self, loop):
+        self.sock.setblocking(False)
+        loop.on_read(self.sock.fileno(), self.read)
+
+    def read(self):
+        """Handles what has come.  Raises Fatal at the end of file: the child has ended."""
+        try:
+            data = self.sock.recv(CONTROL_MAX)
+        except BlockingIOError:
+            return
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in lines:
+            self.rcvd_line(line.decode("utf-8", "replace"))
+        if not data:
+            code = self.reap()
+            if not self.pub:
+                raise Fatal(EXIT_USAGE if code == EXIT_USAGE else EXIT_TEMPORARY, self.said or "-s: cannot start")
+            raise Fatal(EXIT_TEMPORARY, "no host serves any more" if code >= 0 else
+                        "the process that keeps the workers was killed by signal %d" % -code)
+
+    def rcvd_line(self, line):
+        kind, *words = line.split("\t")
+        if kind == PUB_LINE:
+            super().__init__(words[0])
+            self.pub = parse_pub(words[1], "-s")
+        elif kind == HOST_LINE:
+            self.states[words[0]], self.pids[words[0]] = words[1], int(words[2])
+        else:
+            self.said = line.partition("cservice: ")[2] if line.startswith("cservice: ") else line
+            if self.pub:
+                log.say(self.said)
+
+    def reap(self):
+        """Returns the child's returncode.  If it was killed, ends what it has started: an ssh might wait for ever."""
+        code = self.child.wait()
+        for pid in filter(None, self.pids.values() if code < 0 else ()):
+            try:
+                os.kill(pid, signal.SIGALRM if pid > 0 else signal.SIGTERM)         # see Host.kill()
+            except OSError:
+                pass                # it has ended
+        return code
+
+    # The hosts
+
+    def wait(self, for_all):
+        """Waits for the first host that serves, or until no host is left to wait for.  Raises Fatal (111)."""
+        self.sock.settimeout(SILENT_SECONDS)
+        while not self.states or WAITS in self.states.values() and (
+                for_all or SERVES_NOW not in self.states.values()):
+            try:
+                self.read()
+            except socket.timeout:
+                self.tell_user()
+        log.status_line("")
+        if SERVES_NOW not in self.states.values():
+            raise Fatal(EXIT_TEMPORARY, "no host serves")
+
+    def tell_user(self):
+        """Shows on a terminal what we wait for; not with one host, whose ssh may ask something there."""
+        late = [host for host, state in self.states.items() if state == WAITS]
+        if os.isatty(log.fd) and len(self.states) > 1 and not log.verbose and in_foreground(log.fd):
+            log.status_line("waits for ssh: %s" % ", ".join(late))
+
+    def failed_hosts(self):
+        return [host for host, state in self.states.items() if state == FAILED_NOW]
+
+    def end(self):
+        """Has the child end all workers and jobs, and waits for END_SECONDS at most: it goes on without us."""
+        deadline = time.monotonic() + END_SECONDS
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            while time.monotonic() < deadline:
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+                if not self.sock.recv(CONTROL_MAX):
+                    self.reap()
+                    break
+        except OSError:             # the time is over, or the child was killed
+            pass
+
+
+# ---------------------------------------------------------------------------
 # cexec, the applet
 # ---------------------------------------------------------------------------
 
 CEXEC = Syntax(
-    "cexec", {"-": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-l": "APP.pub",
-              "-A": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]", "-b": "APP.pub [KEY=VALUE ...] [ARGUMENT ...]",
-              "-m": "APP.pub [KEY=VALUE ...] [ARGUMENT ...] {-- FILE ... | ::: INPUT ... [::: INPUT ...]}"},
-    """Run an application's command on the least loaded worker, with the descriptors of
-this process.  KEY=VALUE is PEER_KEY=VALUE in the command's environment.  ARGUMENTs are
-arguments of the command, if its worker takes any (cservice -a).
+    "cexec", {"-": "[APP.pub] [KEY=VALUE ...] [ARGUMENT ...]", "-l": "[APP.pub]",
+              "-A": "[APP.pub] [KEY=VALUE ...] [ARGUMENT ...]", "-b": "[APP.pub] [KEY=VALUE ...] [ARGUMENT ...]",
+              "-m": "[APP.pub] [KEY=VALUE ...] [ARGUMENT ...] {-- FILE ... | ::: INPUT ... [::: INPUT ...]}"},
+    """Run a command on the least loaded worker, with the descriptors of this process.
+
+With -s, workers are started for this call alone, over ssh, and there is no APP.pub: the
+ARGUMENTs are the command.  Else APP.pub names an application; its workers have the
+command, and ARGUMENTs are arguments of it, if they take any (cservice -a).  KEY=VALUE
+is PEER_KEY=VALUE in the command's environment.
+
+    cexec -s box1,box2 sort < file                      # on the least loaded of two hosts
+    cexec -s @boxes -mo '{.}.ogg' oggenc -o- - -- *.wav # one job for each file
+    cexec ogg.pub < input.wav > output.ogg              # on a worker that stays
 
 exit status: the command's; 128+S if signal S killed it; 126 or 127 if it could not
 be run; 111 if cexec failed (try again); 100 for a usage error
@@ -9113,6 +9272,8 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-m", "", "batch", "run one job for each FILE, which is its standard input, or each set of INPUTs"),
     Option("-A", "", "everywhere", "run one job on every worker; each line of output begins with HOST:"),
     Option("-b", "SIZE", "blocks", "cut standard input into blocks of whole lines, and run one job for each"),
+    Option("-s", "[N/]HOST,...+", "hosts",
+           "start workers on these hosts for this call, over ssh (may be repeated); @FILE lists hosts"),
     Option("-n", "[N]", "empty", "give the command an empty input, or an empty descriptor N", "-"),
     Option("-g", "PATTERN+", "results",
            "bring what matches in the job's directory here when the command has ended with 0", "- -m -A"),
@@ -9141,26 +9302,22 @@ def main_cexec(argv):
     options = CEXEC.read(argv)
     if options.blocks is not None:
         parse_size(options.blocks)              # or -b APP.pub would miss the key
-    if not options.words:
-        raise CEXEC.error("no public key is named")
-    path, words = options.words[0], options.words[1:]
+    words = options.words if options.hosts else options.words[1:]
+    if not options.words and not options.hosts:
+        raise CEXEC.error("no public key is named (or hosts, with -s)")
+    if options.mode == "-":
+        return main_single(words, options)
+    if options.list and words:
+        raise CEXEC.error("%s is one word too many" % words[0])
+    if options.batch and not {"--", ":::"} & set(words) and not options.zero:
+        raise CEXEC.error("no files are named: -- FILE ..., or -- - for a list on standard input")
+    fill_standard()
+    place = functools.lru_cache(None)(functools.partial(open_place, options))
+    if not options.hosts:
+        place()                     # a wrong key is said first; workers are started last
     if options.list:
-        if words:
-            raise CEXEC.error("%s is one word too many" % words[0])
-        fill_standard()
-        return list_workers(Group(), open_pub(path), listen_ports(), options.json)
-    if options.batch:
-        if not {"--", ":::"} & set(words) and not options.zero:
-            raise CEXEC.error("no files are named: -- FILE ..., or -- - for a list on standard input")
-        fill_standard()
-        return main_batch(open_pub(path), Group(), words, options)
-    if options.everywhere:
-        fill_standard()
-        return main_everywhere(open_pub(path), Group(), words, options)
-    if options.blocks is not None:
-        fill_standard()
-        return main_blocks(open_pub(path), Group(), words, options)
-    return main_single(path, words, options)
+        return list_workers(*place(), listen_ports(), options.json)
+    return {"-m": main_batch, "-A": main_everywhere, "-b": main_blocks}[options.mode](place, words, options)
 
 
 def listings_of(names, inputs):
@@ -9178,24 +9335,37 @@ def listings_of(names, inputs):
     return listings
 
 
-def main_single(path, words, options):
+def open_place(options, floor=3):
+    """Returns the Pub and the Group: those of the application, or with -s of workers that it starts.  Raises Fatal.
+
+    With -A and -l it waits until each host serves or has failed, else for the first that serves.  Descriptors of its
+    own get numbers from floor up.
+    """
+    if not options.hosts:
+        return open_pub(options.words[0]), Group()
+    group = RunGroup(options.hosts, floor)
+    at_end.append(group.end)
+    group.wait(options.everywhere or options.list)
+    return group.pub, group
+
+
+def main_single(words, options):
     """Runs one job.  Returns its exit code."""
     if options.terminal and options.progress:
         raise CEXEC.error("-p and -t do not go together: the command has the terminal")
-    if options.empty == "all" and words and words[0].endswith(".pub") and not path.endswith(".pub"):
-        raise CEXEC.error("-n %s: not a descriptor's number" % path)
+    if options.empty == "all" and words and words[0].endswith(".pub") and not options.words[0].endswith(".pub"):
+        raise CEXEC.error("-n %s: not a descriptor's number" % options.words[0])
     names = Names()
     for text in options.inputs:
         names.note_input(text)
     names.list_inputs()
-    job = Job(*parse_words(words), options.empty, options.repeat, options.terminal, options.progress,
+    job = Job(*parse_words(words, options.hosts), options.empty, options.repeat, options.terminal, options.progress,
               listings_of(names, options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
     try:
         if job.results:
             check_current_directory(map(os.fsdecode, job.results))
-        pub, group = open_pub(path), Group()
         fill_standard()
-        return Client(pub, group, job).work()
+        return Client(*open_place(options, job.limit), job).work()
     except Fatal as error:
         job.tell(error.code, "failed=%s" % error)
         raise
@@ -11350,8 +11520,8 @@ class Worker:
 # cservice, the applet
 # ---------------------------------------------------------------------------
 
-Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place")
-                                    # options: those of HELLO; place: a Place (-d)
+Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place for_run")
+                                    # options: those of HELLO; place: a Place (-d); for_run: serves one cexec -s
 
 # The messages between cservice -s and a worker that it has started, over ssh
 OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
@@ -11405,7 +11575,8 @@ def main_cservice(argv):
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
                         keyring_joiner() if user else None,
-                        place_for_directories(user) if options.directories else None)
+                        place_for_directories(user) if options.directories else None,
+                        bool(options.hosts) and path == RUN_KEY)
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, path) if text else open_key(path), Group()
     warn_of_command(settings)
@@ -11555,6 +11726,8 @@ class WorkerLifeline(Lifeline):
         log.note("the starter is lost: %s", reason)
         self.lost = not self.worker.draining
         self.drain()
+        if self.worker.settings.for_run:
+            self.drain(True)
 
 
 def tell_service(key, group, settings):
@@ -11587,7 +11760,7 @@ def place_for_directories(user):
 def warn_of_command(settings):
     """Warns if the command is not there, as it may be installed later, and if clients can make root run anything."""
     name = settings.command[0]
-    if settings.options & HELLO_ARGUMENTS and not os.geteuid() and not settings.user:
+    if settings.options & HELLO_ARGUMENTS and not os.geteuid() and not settings.user and not settings.for_run:
         log.say("warning: -a as root: a client can make the command do anything as root that its arguments "
                 "allow (-u USER runs it as another user)")
     if settings.options & HELLO_NO_COMMAND:
@@ -13069,10 +13242,12 @@ def make_key(path, derived):
 
 #     client    the starter (Starter, Host)               the worker (WorkerLifeline) on a host
 #                 | ssh HOST REMOTE  -------------------->  |   the login shell (sh, csh, fish) runs python3
-#                 | a line of Python (FIRST) ------------>  |   runs it
-#                 | this file, in so many bytes --------->  |   compiles it, starts it: cservice -s - ...
-#                 | the private key in hexadecimal ------>  |   serves
+#                 | a line of Python (ASK) -------------->  |   runs it
 #                 |  <---------- anything that a login says |
+#                 |  <--------------- RUNS, which bytecode  |
+#                 | a line of Python (FIRST) ------------>  |   runs it
+#                 | this file, compiled or as it is ----->  |   compiles it if need be, starts it: cservice -s - ...
+#                 | the private key in hexadecimal ------>  |   serves
 #                 |  <--------------------- SERVES, its id  |   from now on frames go both ways
 #                 | PING, every ten seconds ------------->  |   drains after a minute without a byte
 #       | ANNOUNCE |                                        |
@@ -13090,11 +13265,27 @@ def make_key(path, derived):
 # one's bytes there: so the first one opens 0 without a buffer.  The quotes and words of REMOTE mean the same to
 # sh, csh and fish; its last word is only for ps(1).
 REMOTE = "exec python3 -Sc 'f=open(0,\"rb\",0,closefd=0);exec(f.readline())' cservice"
-FIRST = """
-import os, sys
+RUNS = b"cexec: runs "              # the host's output: a line with this and what own_bytecode() is there
+OWN_BYTECODE = """
+import _frozen_importlib_external
+try:
+    import zlib
+    bytecode = sys.implementation.cache_tag + _frozen_importlib_external.MAGIC_NUMBER.hex()
+except (AttributeError, ImportError, TypeError):
+    bytecode = ""
+"""
+ASK = """
+import sys
+sys.path[:] = [place for place in sys.path if place[:1] == "/"]
+import os
 if sys.version_info < (3, 6):
     sys.stderr.write("Python %d.%d is too old: cexec needs 3.6 or newer\\n" % sys.version_info[:2])
     os._exit(100)
+""" + OWN_BYTECODE + """
+os.write(1, ("\\n{}" + bytecode + "\\n").encode())
+exec(f.readline())
+""".format(RUNS.decode())
+FIRST = """
 program = b""
 while len(program) < count:
     piece = f.read(count - len(program))
@@ -13103,6 +13294,17 @@ while len(program) < count:
     program += piece
 sys.argv, __file__ = ["cservice"] + [os.fsdecode(word) for word in words], "<ssh>"
 os.environb.update(variables)
+"""
+START_COMPILED = """
+import gc, marshal
+gc.disable()
+module = sys.modules["cexec"] = type(sys)("cexec")
+module.__file__ = __file__
+for code in marshal.loads(zlib.decompress(program)):
+    exec(code, module.__dict__)
+module.main(sys.argv)
+"""
+START_SOURCE = """
 code = compile(program, "cexec.py", "exec")
 try:
     import importlib.util, marshal
@@ -13114,6 +13316,8 @@ except (AttributeError, OSError):
     pass
 exec(code)
 """
+NOT_THERE = (b"# cexec", b"# crat", b"# cproxy", b"# ckeygen", b"# cservice -s", b"# Python")   # the sections that
+                                    # a worker does not need begin so
 
 LOGINS = 8                          # logins at a time, because sshd refuses some if there are many (MaxStartups)
 LOGIN_SECONDS = 60.0                # a login that takes longer is ended, so that others get their turn
@@ -13194,8 +13398,39 @@ def key_to_send(path):
     return read_text(path), public
 
 
-def first_input(argv, key, group, slots=None):
-    """Returns the bytes that a host gets at standard input before it serves; slots: None for those of CONCURRENCY."""
+def own_bytecode():
+    """The kind of compiled code that this Python runs; "" if there is no zlib to pack it."""
+    names = {"sys": sys}
+    exec(OWN_BYTECODE, names)
+    return names["bytecode"]
+
+
+@functools.lru_cache(None)
+def program_for(bytecode):
+    """Returns this program for a worker: (START_COMPILED or START_SOURCE, the bytes that it needs).
+
+    It is sent compiled if the host's Python runs what ours does: to compile it takes longer than all the rest there.
+    """
+    with open(__file__, "rb") as file:
+        source = file.read()
+    try:
+        codes, titles = code_of(os.path.realpath(__file__)), source.split(SECTION_LINE)
+    except OSError:
+        codes, titles = (), ()
+    if not bytecode or bytecode != own_bytecode() or len(codes) != len(titles):
+        return START_SOURCE, source
+    import marshal
+    import zlib
+    titles = [b""] + titles         # a section's title is the piece before it
+    needed = [code for title, code in zip(titles, codes) if not title.lstrip().startswith(NOT_THERE)]
+    return START_COMPILED, zlib.compress(marshal.dumps(needed), 1)
+
+
+def first_input(argv, key, group, slots=None, bytecode=""):
+    """Returns the bytes that a host gets at standard input when it has said RUNS, up to the private key.
+
+    slots: None for those of CONCURRENCY.
+    """
     # The group goes as plain addresses: the host does not have our @FILE, and its devices have other names.
     # It goes in CEXEC_GROUP, because csh sets GROUP to the user's group.
     text = group.text
@@ -13206,11 +13441,15 @@ def first_input(argv, key, group, slots=None):
     variables[b"CEXEC_GROUP"] = os.fsencode(text)
     if slots is not None:
         variables[b"CONCURRENCY"] = b"%d" % slots
-    with open(__file__, "rb") as file:
-        program = file.read()
+    start, program = program_for(bytecode)
     words = [os.fsencode(word) for word in ["-s", OVER_SSH, *argv]]
-    first = "count, words, variables = %a, %a, %a" % (len(program), words, variables) + FIRST
-    return b"exec(%s)\n%s%s\n" % (ascii(first).encode(), program, key.encode().hex().encode())
+    first = "count, words, variables = %a, %a, %a" % (len(program), words, variables) + FIRST + start
+    return one_line(first) + program + b"%s\n" % key.encode().hex().encode()
+
+
+def one_line(text):
+    """Lines of Python as one."""
+    return b"exec(%s)\n" % ascii(text).encode()
 
 
 # A host's states, which only _set() changes:
@@ -13357,6 +13596,7 @@ class Host(Stateful):
         self.lines = Memory(SAID_LINES)         # what this login has said last,
         self.known_lines = ()       # and what the one before has
         self.timer = None           # for the next try, or the deadline of a login
+        self.asked = False          # whether the host has not said RUNS yet
         self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
         self.lifeline = None        # while its worker serves
         self.violation = None       # how the host has broken the protocol
@@ -13371,7 +13611,7 @@ class Host(Stateful):
             self.timer = None
 
     def say(self, text, *args):
-        log.say("%s: %s" % (self.name, text % args))
+        self.starter.say(self, text % args)
 
     # The ssh
 
@@ -13385,7 +13625,7 @@ class Host(Stateful):
             self.process = subprocess.Popen(
                 [*self.starter.ssh, self.name.encode(), REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, bufsize=0, start_new_session=not alone,
-                preexec_fn=ignore_keyboard if alone else None)
+                preexec_fn=ignore_signals if alone else None)
         except OSError as error:
             return self.failed("cannot start ssh: %s" % error.strerror)
         self.timer = self.loop.after(LOGIN_SECONDS, self.hurry)
@@ -13394,8 +13634,8 @@ class Host(Stateful):
             os.set_blocking(fd, False)
             self.loop.on_read(fd, functools.partial(self.read, fd))
         os.set_blocking(self.process.stdin.fileno(), False)
-        self.unsent = self.starter.first(self.slots)
-        self.loop.on_write(self.process.stdin.fileno(), self.write)
+        self.asked = True
+        self.write_more(one_line(ASK))
 
     def hurry(self):
         self.say("no worker after %d s (does a file such as ~/.bashrc there read standard input?)", LOGIN_SECONDS)
@@ -13405,9 +13645,17 @@ class Host(Stateful):
     def kill(self, number=signal.SIGTERM):
         """Ends ssh; the worker then sees the end of its input."""
         try:
-            (os.kill if self.starter.alone else os.killpg)(self.process.pid, number)
+            if self.starter.alone:  # at ALRM, too, it shows again what is typed, if it asks for a password
+                os.kill(self.process.pid, signal.SIGALRM if number == signal.SIGTERM else number)
+            else:
+                os.killpg(self.process.pid, number)
         except ProcessLookupError:
             pass                    # reap() will see it
+
+    def write_more(self, data):
+        """Writes to the login's input."""
+        self.unsent += data
+        self.loop.on_write(self.process.stdin.fileno(), self.write)
 
     def send(self, kind):
         """Sends a frame to its worker."""
@@ -13446,12 +13694,15 @@ class Host(Stateful):
         if line.startswith(SERVES) and self.state is LOGIN:
             self.rcvd_up(line[len(SERVES):])
             return True
-        if line.strip():
+        if line.startswith(RUNS) and self.asked:
+            self.asked = False
+            self.write_more(self.starter.first(self.slots, line[len(RUNS):].decode("ascii", "replace")))
+        elif line.strip():
             text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
             if self.state is LOGIN:             # an unreachable host says the same at each try: once is enough
                 self.lines[text] = True
             if self.state is not LOGIN or text not in self.known_lines:
-                log.write("%s: %s\n" % (self.name, text))
+                self.starter.show_line(self, text)
         return False
 
     def rcvd_up(self, worker_id):
@@ -13523,9 +13774,7 @@ class Host(Stateful):
         delay = min(2 ** self.failures, RETRY_MAX)
         self.failures += 1
         if self.failures == 1:
-            asks = any(word in line for line in self.lines for word in ("Host key verif", "Permission denied"))
-            self.say("%s; tries again in %d s, then less often%s", why, delay,
-                     " (ssh %s true must work without a question)" % self.name if asks else "")
+            self.say("%s%s%s", why, self.starter.next_try(delay), self.hint())
         else:
             log.note("%s: %s; tries again in %d s", self.name, why, delay)
         self.lines, self.known_lines = Memory(SAID_LINES), self.lines
@@ -13533,13 +13782,23 @@ class Host(Stateful):
         self.timer = self.loop.after(delay, lambda: self.starter.take_turn(self))
         self.starter.changed()
 
+    def hint(self):
+        """What to do if ssh would have asked something."""
+        lines = "\n".join(self.lines)
+        if "Host key verification failed" in lines:
+            return " (run this once, it asks: %s %s true)" % (os.environ.get("CEXEC_SSH") or "ssh", self.name)
+        if "Permission denied" in lines:
+            return " (ssh %s true must work without a question)" % self.name
+        return ""
+
     def end(self):
         self._set(ENDED)
         self.starter.changed()
 
 
-def ignore_keyboard():
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+def ignore_signals():
+    """The keyboard's signals, and those that timeout(1) and shells send to the whole process group, are for us."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -13563,6 +13822,7 @@ class Starter:
         hear_all(self.loop, self.listeners, self.hear)
         self.changed()
         self.keep_alive()
+        self.loop.after(0, lambda: program_for(own_bytecode()))         # while the hosts log in
 
     def keep_alive(self):
         self.tell(PING)
@@ -13594,6 +13854,16 @@ class Starter:
             self.listeners[0].send(datagram.data, address, port)
         except OSError as error:
             log.note("cannot send %s to %s: %s", datagram.kind, address, error.strerror)
+
+    def say(self, host, text):
+        log.say("%s: %s" % (host, text))
+
+    def next_try(self, seconds):
+        return "; tries again in %d s, then less often" % seconds
+
+    def show_line(self, host, text):
+        """Shows a line that a host has said."""
+        log.write("%s: %s\n" % (host, text))
 
     def in_state(self, *states):
         return [host for host in self.hosts if host.state in states]
@@ -13671,9 +13941,11 @@ def serve_on_hosts(words, path, argv):
     if not os.path.isfile(__file__):
         raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
     hosts = parse_hosts(words)
+    if path == RUN_KEY:
+        return serve_run(hosts, argv)
     ssh, group, ports = ssh_words(len(hosts) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
-    first = functools.lru_cache(None)(functools.partial(first_input, argv, text, group))    # it has the whole program
+    first = functools.partial(first_input, argv, text, group)
     fill_standard()
     make_room(0, 64 + 4 * len(hosts) + 2 * SSH_STREAMS * min(8, len(hosts)))    # of more connections some will fail
     loop = Loop()
@@ -13686,6 +13958,105 @@ def serve_on_hosts(words, path, argv):
     if starter.served:
         return 0
     return EXIT_USAGE if all(host.status == EXIT_USAGE for host in starter.hosts) else EXIT_TEMPORARY
+
+
+class RunStarter(Starter):
+    """cservice -s for one call of cexec -s, its parent: tells it what the hosts do, and ends all when it has ended."""
+
+    def __init__(self, loop, hosts, ssh, first, key, listeners):
+        super().__init__(loop, hosts, ssh, first, key, listeners, None)
+        self.told = {}              # a Host: the state that the parent knows
+        self.alone = self.alone and is_openable("/dev/tty")     # else ssh cannot ask anything
+
+    def begin(self):
+        for number in range(3):
+            os.set_blocking(number, False)      # the parent may be stopped: we must not stop with it
+        self.loop.on_read(0, self.read)
+        super().begin()
+
+    def read(self):
+        """The parent says nothing: the end of file is its end."""
+        try:
+            if not os.read(0, 1):
+                self.leave()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.leave()
+
+    def signalled(self, number):
+        """Other signals are for the parent: the keyboard sends them to both, and so do timeout(1) and shells."""
+        if number == signal.SIGCHLD:
+            super().signalled(number)
+
+    def leave(self):
+        """Ends the workers, with their jobs."""
+        self.loop.forget(0)
+        self.drain()
+        self.tell(END_JOBS)
+        self.loop.after(KILL_SECONDS + END_SECONDS, self.cut_off)
+
+    def cut_off(self):
+        """A host that has not ended until now cannot be reached: its worker will notice that."""
+        for host in self.in_state(LOGIN, SERVING):
+            host.kill(signal.SIGKILL)
+
+    # For the parent
+
+    def changed(self):
+        super().changed()
+        for host in self.hosts:
+            failed = host.failures or host.state is ENDED
+            state = SERVES_NOW if host.state is SERVING else FAILED_NOW if failed else WAITS
+            news = state, (host.process.pid if self.alone else -host.process.pid) if host.process else 0
+            if self.told.get(host) != news:
+                self.told[host] = news
+                self.report(HOST_LINE, str(host), *map(str, news))
+
+    @staticmethod
+    def report(*words):
+        log.copy("\t".join(words).encode() + b"\n")
+
+    def say(self, host, text):
+        """A login that fails has often said why in its last line."""
+        reason = next(reversed(host.lines), None) if host.state is LOGIN and not self.alone else None
+        if not self.draining:
+            super().say(host, "%s; %s" % (reason, text) if reason else text)
+
+    def next_try(self, seconds):
+        return ""                   # perhaps nobody waits for it
+
+    def show_line(self, host, text):
+        """What a login says is only shown where it may be a part of ssh's questions."""
+        if host.state is not LOGIN or self.alone or log.verbose:
+            super().show_line(host, text)
+
+
+def is_openable(path):
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
+
+
+def serve_run(hosts, argv):
+    """Keeps a worker on each host for one call of cexec -s.  Returns 0."""
+    master = fold(os.urandom(48))   # the key: it is never in a file
+    text, fingerprint = format_key(master)
+    with open_udp(socket.AF_INET) as probe:     # a port that is free here
+        group = Group(spelled(THIS_HOST, probe.getsockname()[1]))
+    ssh = ssh_words(len(hosts) > 1)
+    first = functools.partial(first_input, argv, text, group)
+    make_room(0, 64 + 4 * len(hosts) + 2 * SSH_STREAMS * min(8, len(hosts)))
+    loop = Loop()
+    starter = RunStarter(loop, hosts, ssh, first, parse_key(text, RUN_KEY), open_listeners(group))
+    loop.catch(WORKER_SIGNALS + [signal.SIGQUIT, signal.SIGTSTP], starter.signalled)
+    starter.report(PUB_LINE, group.text, format_pub(master, DEFAULT_NAME, fingerprint).strip())
+    starter.begin()
+    started_up()
+    loop.run()
+    return 0
 
 
 # ---------------------------------------------------------------------------
@@ -13736,7 +14107,7 @@ if TYPE_CHECKING:                   # what mypy and editors know of the public n
     AnyStream = Union[None, int, IO[Any]]
     Result = TypeVar("Result")
 
-    def run(pub: AnyPath, *arguments: Union[str, bytes], input: Union[None, str, bytes] = None,
+    def run(*words: AnyPath, hosts: Union[None, str, Iterable[str]] = None, input: Union[None, str, bytes] = None,
             stdin: AnyStream = None, stdout: AnyStream = None, stderr: AnyStream = None, capture_output: bool = False,
             env: Optional[Mapping[str, str]] = None, timeout: Optional[float] = None, check: bool = False,
             text: Optional[bool] = None, encoding: Optional[str] = None, errors: Optional[str] = None,
@@ -13781,18 +14152,14 @@ READY, IMPORT, LOADED, VALUE, RAISED, UNREAD, FAILED, BACK = b"W", b"I", b"L", b
 FIXED, WRITABLE = b"D", b"A"        # both ways
 SMALL_FRAMES = {READY: 1024, IMPORT: 1024, LOADED: 0, BACK: 8 * AHEAD_MAX}     # bytes, at most
 
-# A child starts as by sh (see The door), but first moves descriptors to their numbers.
-CHILD_BOOT = """import os, sys
-for old, new in %r: os.dup2(old, new)
-with open(sys.argv[1], "rb") as file: file.seek(-4096, 2); text = file.read()
-exec(text.rpartition(b"# START")[2])"""
-
 MODULE_DOC = """Run commands and Python functions on the least loaded machine of the network.
 
     import cexec
 
     done = cexec.run("sort.pub", input=b"b\\na\\n", stdout=subprocess.PIPE)
     done.stdout                                     # b"a\\nb\\n", sorted by a worker
+
+    cexec.run("sort", hosts=["box1", "box2"], input=b"b\\na\\n")       # the same on any hosts, over ssh
 
     with cexec.Executor("py.pub") as pool:          # a concurrent.futures.Executor
         for score in pool.map(simulate, seeds):     # as many at a time as the workers take
@@ -14169,12 +14536,15 @@ class Failed(OSError):
         return self
 
 
-def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None, timeout=None,
-        check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=(), put=(), get=()):
-    """Run the application's command on a worker, as subprocess.run() runs one here.
+def run(*words, hosts=None, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None,
+        timeout=None, check=False, text=None, encoding=None, errors=None, universal_newlines=None, pass_fds=(), put=(),
+        get=()):
+    """Run a command on a worker, as subprocess.run() runs one here: run(pub, *arguments), or run(*command, hosts=...).
 
-    pub is the path of the public key.  arguments are for the command, if the worker takes any
-    (cservice -a).  env has variables for the command, which sees KEY as PEER_KEY.
+    pub is the path of an application's public key.  The arguments are for its command, if the
+    worker takes any (cservice -a).  With hosts, a list of names for ssh, the words are the command;
+    workers are started for this call alone, as by cexec -s.  env has variables for the command,
+    which sees KEY as PEER_KEY.
 
     put is a list of files and directories for the job's directory, get a list of patterns of files to
     bring from there into the current directory, as by cexec -i and -g (the worker needs cservice -d).
@@ -14184,7 +14554,7 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     in the command.  After timeout seconds the command gets TERM, a second later HUP, and five
     seconds later KILL.
 
-    Returns a subprocess.CompletedProcess: its args are [pub, *arguments], its returncode is
+    Returns a subprocess.CompletedProcess: its args are [*words], its returncode is
     the command's exit status, or -N if signal N killed it.
 
     Raises Failed if cexec failed, so a returncode is always the command's;
@@ -14194,18 +14564,23 @@ def run(pub, *arguments, input=None, stdin=None, stdout=None, stderr=None, captu
     import subprocess
     if input is not None and stdin is not None or capture_output and (stdout is not None or stderr is not None):
         raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
+    if not words or hosts is not None and not hosts:
+        raise TypeError("run() needs a public key, or hosts and a command")
     piped = subprocess.PIPE if capture_output else None
     for paths in put, get:
         if isinstance(paths, (str, bytes, os.PathLike)):
             raise TypeError("put and get are lists of paths, not one: [%r]" % paths)
-    files = [word for option, paths in (("-i", put), ("-g", get)) for path in paths
-             for word in (option, os.fsdecode(path))]
+    options = [word for option, paths in (("-i", put), ("-g", get)) for path in paths
+               for word in (option, os.fsdecode(path))]
+    pub, *arguments = words if hosts is None else (None, *words)
+    if hosts is not None:
+        options += [word for host in ([hosts] if isinstance(hosts, str) else hosts) for word in ("-s", host)]
     child, reader = start_client(
-        pub, variables(env) + (["--"] + list(arguments) if arguments else []), files, pass_fds=pass_fds,
+        pub, variables(env) + (["--"] + list(arguments) if arguments else []), options, pass_fds=pass_fds,
         stdin=stdin if input is None else subprocess.PIPE, stdout=piped if stdout is None else stdout,
         stderr=piped if stderr is None else stderr,
         universal_newlines=bool(text or universal_newlines), encoding=encoding, errors=errors)
-    args = [pub] + list(arguments)
+    args = list(words)
     with open(reader, "rb") as file, child:
         out, err = communicate(child, args, input, timeout)
         report = file.read()
@@ -14253,27 +14628,27 @@ def checked_path(pub):
             pub,)) from None
 
 
-def start_client(pub, words, files=(), pass_fds=(), places=(), kept=(), env=None, **options):
+def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=None, **others):
     """Starts cexec as a child.  Returns (its Popen, the reading end of a pipe with its status line).
 
-    files: words of options -i and -g.
+    pub: the path of a public key; None if the options have -s.
     places: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
     only the child itself needs.
     """
     import subprocess
     numbers = list(pass_fds) + [number for _, number in places]
     floor = max([2] + numbers) + 1
-    path, pub = os.path.realpath(__file__), checked_path(pub)
-    argv = [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(places),), path]
-    argv += ["cexec"] * (os.path.basename(path) != "cexec")     # the name of the file is an applet's
-    argv += [*files, "./" + pub if pub.startswith("-") else pub]
+    argv = child_words("cexec", places) + list(options)
+    if pub is not None:
+        pub = checked_path(pub)
+        argv.append("./" + pub if pub.startswith("-") else pub)
     reader, writer = os.pipe()
     try:
         report = lifted_away(writer, floor)     # from the floor up cexec carries nothing
         try:
             env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
             child = subprocess.Popen(argv + words, env=env, **dict(
-                options, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
+                others, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
         finally:
             os.close(report)
     except BaseException:
@@ -17010,6 +17385,7 @@ def show_in_ps():
 
 
 # MAKE
+SECTION_LINE = b"\n# %s\n" % (b"-" * 75)
 KEPT_MAX = 8                        # files in the cache: two for each path of this file and each version of Python
 KEPT_NAME = r"(?s)%.*\.[\w-]+\.(cexec|all)(\.[0-9]+\.part)?\Z"     # what kept_path() and write_kept() make
 
@@ -17028,7 +17404,7 @@ def compiled(path):
         left_out, _, after = rest.rpartition(b"\n# FOR ALL\n")
         source = before + b"\n" * (left_out.count(b"\n") + 4) + after
     sections, line = [], 0
-    for section in source.split(b"\n# %s\n" % (b"-" * 75)):
+    for section in source.split(SECTION_LINE):
         sections.append(compile(b"\n" * line + section, path, "exec", optimize=2))      # lines keep their numbers
         line += section.count(b"\n") + 2
     return marshal.dumps(sections)
@@ -17191,8 +17567,8 @@ def enter():
     import os
     del sys.argv[0]
     module = sys.modules["cexec"] = type(sys)("cexec")
-    module.__file__ = sys.argv[0]
-    for code in code_of(os.path.realpath(sys.argv[0])):
+    module.__file__ = os.path.realpath(sys.argv[0])
+    for code in code_of(module.__file__):
         exec(code, module.__dict__)
     module.show_in_ps()
     module.main(sys.argv)

@@ -13853,10 +13853,11 @@ def test_a_worker_whose_words_nobody_reads_still_drains(local, monkeypatch):
     os.set_blocking(writer, True)
     worker = local.popen(["sh", "-c", cexec.REMOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writer)
     os.close(writer)
-    worker.stdin.write(cexec.first_input(["-v", local.key, "cat"], read(local.key).decode(), cexec.Group()))
+    worker.stdin.write(cexec.one_line(cexec.ASK)
+                       + cexec.first_input(["-v", local.key, "cat"], read(local.key).decode(), cexec.Group()))
     worker.stdin.close()
     assert worker.wait(PATIENCE) == 111
-    assert worker.stdout.read().startswith(b"\n" + cexec.SERVES)
+    assert re.match(rb"\n%s.*\n\n%s" % (cexec.RUNS, cexec.SERVES), worker.stdout.read())
     os.close(reader)
 
 
@@ -14187,6 +14188,390 @@ while True:
                 sock.sendall(hello)
                 asked += [sock.recv(100)]
             assert set(asked) <= {b"answer", b""} and b"answer" in asked       # the other worker's probes are here too
+
+
+# ---- cexec -s: workers on other hosts for one call -------------------------
+
+
+@pytest.fixture
+def away(local):
+    """local, where cexec -s runs a script for each host $1 and the command $2; away.tmp() is what is in TMPDIR."""
+    os.mkdir(local.path("tmp"))
+
+    def login(script='sh -c "$2"'):
+        put(local.path("login"), "#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(local.directory), script), 0o700)
+        local.env["CEXEC_SSH"] = shlex.quote(local.path("login"))
+    local.login, local.tmp = login, lambda: os.listdir(local.path("tmp"))
+    local.env["TMPDIR"] = local.path("tmp")
+    login()
+    return local
+
+
+def starter_of(client):
+    """The pid of the `cservice -s` that a cexec -s has started."""
+    return until(lambda: [pid for pid in children_of(client.pid) if b"-ad" in words_of(pid)], "the starter")[0]
+
+
+def workers_of(starter):
+    """The pids of the workers: below each script that stands for ssh."""
+    return [worker for ssh in children_of(starter) for worker in children_of(ssh)]
+
+
+@pytest.mark.parametrize("words, input, status, out, err", [
+    (["-s", "a", "cat"], b"x\xff\0", 0, b"x\xff\0", b""),
+    (["-s", "a,b", "sh", "-c", "cat; echo e >&2; exit 7"], b"x", 7, b"x", b"e\n"),
+    (["-s", "a", "-s", "2/b", "sh", "-c", "kill -9 $$"], b"", 137, b"", b""),
+    (["-s", "a,b", "no-such-command"], b"", 127, b"", None),
+    (["-s", "a", "A=1 2", "B=", "sh", "-c", 'echo "$PEER_A,$PEER_B,$0,$*"', "x", "-s", "--", "a=b"], b"", 0,
+     b"1 2,,x,-s -- a=b\n", b""),
+    (["-rs", "a", "--", "printf", "%s.", "-n"], b"", 0, b"-n.", b""),
+    (["-s", "a,b", "-n", "cat"], b"unread", 0, b"", b""),
+    (["-s", "a", "-i", "in", "-g", "o*", "sh", "-c", "tr a-z A-Z < in > out"], b"", 0, b"", b""),
+    (["-ps", "a", "true"], b"", 0, b"", None),
+    (["-s", "a,b", "-b", "4", "-j", "2", "tr", "a-z", "A-Z"], b"one\ntwo\nthree\n", 0, b"ONE\nTWO\nTHREE\n", b""),
+    (["-s", "a,b", "-mn", "echo", "{}", ":::", "1", "2", "3"], b"", 0, b"1\n2\n3\n", b""),
+    (["-s", "a,b", "-m", "-o", "-", "cat", "--", "in", "in2"], b"", 0, b"textmore", b""),
+    (["-s", "a,b", "-A", "echo", "hello"], b"", 0, None, b""),
+    (["-ls", "a,b"], b"", 0, None, b""),
+], ids=range(14))
+def test_every_mode_with_hosts(away, words, input, status, out, err):
+    put(away.path("in"), "text")
+    put(away.path("in2"), "more")
+    done = away.run("cexec", *words, input=input)
+    assert done.returncode == status, done
+    assert out is None or done.stdout == out
+    assert err is None or done.stderr == err
+    if out is None:
+        assert done.stdout.count(b"\n") == 2
+    if "-g" in words:
+        assert read(away.path("out")) == b"TEXT"
+    assert not away.tmp() and not away.alive()          # at once
+
+
+def test_a_terminal_on_another_host(away):
+    """It is the command's when the login is over: what the login says comes before that, where it could be asked."""
+    away.login('echo password: >&2; read answer < /dev/tty; echo "got $answer" >&2; exec sh -c "$2"')
+    terminal = Terminal(away, away.argv("cexec", "-ts", "a", "sh", "-c", "tty; stty size; read x; echo $x; exit 3"))
+    fcntl.ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 44, 0, 0))
+    terminal.shows("password:")
+    terminal.type("secret\n", "got secret")
+    terminal.shows("/dev/pts/")
+    terminal.shows("33 44")
+    terminal.type("line\r", "line\r\nline\r\n")
+    assert terminal.process.wait(PATIENCE) == 3
+    terminal.close()
+
+
+def test_hosts_that_fail_are_named_with_their_reasons(away):
+    away.login('case $1 in\na) echo hi; echo "Permission denied (publickey)." >&2; exit 255;;\n'
+               'b) echo hello; exit 127;;\n'
+               'c) echo "Host key verification failed." >&2; exit 255;;\n'
+               'd) kill -9 $$;; e) sleep 0.5; exec sh -c "$2";; esac')
+    reasons = {
+        "a: Permission denied (publickey).; ssh failed (ssh a true must work without a question)",
+        "b: hello; exit status 127 instead of a worker: is python3 in the PATH of `ssh b`? " + BASHRC,
+        "c: Host key verification failed.; ssh failed (run this once, it asks: %s c true)" % away.env["CEXEC_SSH"],
+        "d: ssh was killed"}
+    for words in (["echo", "x"], ["-A", "true"], ["-l"]):
+        done = away.run("cexec", *words[:1] * (words[0] < "a"), "-s", "a,b,c,d", *words[words[0] < "a":])
+        lines = done.stderr.decode().splitlines()
+        assert (done.returncode, done.stdout, lines[-1]) == (111, b"", "cexec: no host serves")
+        assert set(lines[:-1]) == {"cexec: " + reason for reason in reasons}
+    done = away.run("cexec", "-s", "a,b,c,d,e", "echo", "x")
+    assert (done.returncode, done.stdout) == (0, b"x\n")
+    done = away.run("cexec", "-As", "a,e", "echo", "x")
+    assert done.returncode == 111 and done.stdout.endswith(b": x\n") and b"cexec: a: Permission denied" in done.stderr
+
+
+def test_what_stops_s_of_cexec_before_any_login(away):
+    away.login("echo >> logins; exit 1")
+    put(away.path("in"), "text")
+    for words, word in ((["-s", "a"], "no command is named"), (["-s", "a", "A=1"], "no command is named"),
+                        (["-ms", "a", "cat"], "no files are named"), (["-s", "a,", "true"], "a host is missing"),
+                        (["-ls", "a", "true"], "one word too many"), (["-s", "a b", "true"], "not a host"),
+                        (["-s", "a", "-b", "1x", "cat"], "not a size"), (["-s", "@none", "true"], "No such file"),
+                        (["-Ans", "a"], "no command is named"), (["-s", "a", "-i", "none", "true"], "none: No such"),
+                        (["-mns", "a", "-o", "x", "echo", ":::", "1", "2"], "x")):
+        assert refusal(away.run("cexec", *words), 100, word).startswith("cexec: ")
+    away.env["CEXEC_SSH"] = "no-such-ssh"
+    refusal(away.run("cexec", "-s", "a", "true"), 100, "no-such-ssh: no such command")
+    away.login("echo >> logins; exit 1")
+    away.launch = [PYTHON, "-"]
+    refusal(away.run("cexec", "-s", "a", "true", input=read(PROGRAM)), 100, "from standard input")
+    away.launch = [PYTHON, PROGRAM]
+    done = away.run("cexec", "-mns", "2/a,b", "-s", "c", "--dry-run", "A={}", "echo", "{}", ":::", "1 2")
+    assert done.stdout == b"cexec -n -s 2/a,b -s c 'A=1 2' 'FILE=1 2' -- echo '1 2'\n"
+    put(away.path("in.out"), "done")
+    assert away.run("cexec", "-ms", "a", "cat", "--", "in").returncode == 0
+    assert not os.path.exists(away.path("logins"))
+
+
+def test_the_keys_of_a_call_are_in_no_file_and_no_environment(away):
+    away.login('tee -a sent | sh -c "$2"')
+    client = away.start("cexec", "-s", "a", *JOB, "GO=x", stdout=subprocess.PIPE, env={"PEER_GO": away.path("go")})
+    assert client.stdout.readline() == b"ready\n"
+    key = bytes.fromhex(re.search(rb"([0-9a-f]{400,})\n", read(away.path("sent"))).group(1).decode())
+    os.unlink(away.path("sent"))
+    master = cexec.parse_key(key.decode(), "").master
+    secrets = [master, cexec.client_secret(master, "anyone")]
+    secrets += [secret.hex().encode() for secret in secrets] + [key.split()[5]]
+    for pid in away.alive():
+        for file in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):
+                text = read("/proc/%d/%s" % (pid, file))
+                assert not any(secret in text for secret in secrets), words_of(pid)
+    for top, _, files in os.walk(away.directory):
+        for file in files:
+            text = read(os.path.join(top, file))
+            assert not any(secret in text for secret in secrets), file
+    client.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("who", ["client", "starter", "ssh", "worker"])
+def test_nothing_is_left_whoever_is_killed(away, who, number):
+    """While a job runs that does not want to end: 111 or a status of the job, and no process and no file."""
+    away.login('trap "" HUP; [ $1 = slow ] && exec sleep 1000; sh -c "$2"')
+    client = away.start("cexec", "-s", "a,slow", "-i", PROGRAM, "sh", "-c",
+                        "trap '' TERM HUP; echo ready; sleep 1000 & wait; sleep 1000", stdout=subprocess.PIPE)
+    assert client.stdout.readline() == b"ready\n" and away.tmp()
+    starter = starter_of(client)
+    worker, = workers_of(starter)
+    ssh = parent_of(worker)
+    os.kill({"client": client.pid, "starter": starter, "ssh": ssh, "worker": worker}[who], number)
+    if number == signal.SIGTERM and who in ("client", "starter", "worker"):
+        client.kill()               # it ignores TERM, and so does the starter; a worker drains
+    elif who == "worker":           # its supervisor carries the job on
+        client.kill()
+    client.wait(PATIENCE)
+    until(lambda: not away.alive(), "the end of everything", 20)
+    assert not away.tmp()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("hosts", ["a", "a,b"])
+def test_a_signal_during_the_logins_leaves_nothing(away, hosts, number):
+    away.login("echo >> begun; sleep 1000")
+    client = away.start("cexec", "-s", hosts, "true", stderr=subprocess.PIPE)
+    until(lambda: os.path.exists(away.path("begun")) and read(away.path("begun")).count(b"\n") == len(hosts.split(",")),
+          "the logins")
+    assert signalled(client, number) == -number and client.stderr.read() == b""
+    until(lambda: not away.alive(), "the end of everything")
+
+
+def test_two_interrupts_end_a_job_and_its_workers(away):
+    client = away.start("cexec", "-s", "a,b", "sh", "-c", "trap 'echo int' INT; echo ready; "
+                        "while :; do sleep 0.1; done", stdout=subprocess.PIPE)
+    assert client.stdout.readline() == b"ready\n"
+    client.send_signal(signal.SIGINT)
+    assert client.stdout.readline() == b"int\n"
+    client.send_signal(signal.SIGINT)
+    assert client.wait(PATIENCE) == -signal.SIGINT
+    until(lambda: not away.alive(), "the end of everything")
+
+
+def test_a_signal_for_the_whole_group_reaches_the_command_alone(away):
+    """As timeout(1) and a keyboard send it: neither the starter nor a lone ssh takes it for its own."""
+    away.login('exec sh -c "$2"')
+    argv = away.argv("cexec", "-s", "a", "sh", "-c", "trap 'sleep 0.5; echo over; exit 5' TERM INT; echo ready; "
+                     "while :; do sleep 0.1; done")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        terminal = Terminal(away, argv)
+        terminal.shows("ready")
+        os.killpg(terminal.process.pid, number)
+        terminal.shows("over")
+        assert terminal.process.wait(PATIENCE) == 5
+        terminal.close()
+
+
+def test_a_stopped_client_keeps_its_workers(away):
+    altered(away, **SILENCE)
+    client = away.start("cexec", "-s", "a,b", *JOB, "x", stdout=subprocess.PIPE, env={"PEER_GO": away.path("go")})
+    assert client.stdout.readline() == b"ready\n"
+    client.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    client.send_signal(signal.SIGCONT)
+    touch(away.path("go"))
+    assert outcome(client)[0] == b"done\n"
+
+
+def test_a_host_that_comes_back_serves_a_batch_again(away):
+    put(away.path("die"), "")
+    away.login('sh -c "$2"')
+    client = away.start("cexec", "-s", "1/a", "-mn", "sh", "-c", 'if rm "$0" 2>&-; then echo > began; sleep 1000; fi; '
+                        "echo {}", away.path("die"), ":::", "1", "2", stdout=subprocess.PIPE)
+    starter = starter_of(client)
+    until(lambda: not os.path.exists(away.path("die")), "the job")
+    os.kill(children_of(starter)[0], signal.SIGKILL)
+    assert outcome(client)[0] == b"1\n2\n"
+
+
+def test_descriptors_with_hosts_are_those_of_a_local_command(away):
+    """Also where 0, 1 or 2 is closed, and the reader of an output sees its end when the command closes it."""
+    script = "%s cexec -s a sh -c 'ls /dev/fd; echo out; echo err >&2 || :' 4</dev/null %s" % (
+        " ".join(map(shlex.quote, away.launch)), "%s")
+    for closed in ("", "<&-", "2>&-", "<&- 2>&-"):
+        assert away.do(["sh", "-c", script % closed]).returncode == 0
+    client = away.start("cexec", "-s", "a", "sh", "-c", "echo x; exec >&- 2>&-; until [ -e go ]; do sleep 0.05; done",
+                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert client.stdout.read() == b"x\n" and client.stderr.read() == b""
+    client.kill()
+
+
+def test_a_worker_needs_no_section_that_is_not_sent():
+    """What program_for() leaves out defines nothing that the rest uses, but for what only other modes call."""
+    pieces = read(PROGRAM).split(cexec.SECTION_LINE)
+    names, gone, used = set(), set(), set()
+
+    def walk(code):
+        for row in dis.get_instructions(code):
+            if row.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                used.add(row.argval)
+        for one in code.co_consts:
+            if isinstance(one, type(code)):
+                walk(one)
+    for title, body in zip([b""] + pieces[1::2], pieces[::2]):
+        code = compile(body, "section", "exec")
+        made = {row.argval for row in dis.get_instructions(code) if row.opname == "STORE_NAME"}
+        if title.startswith(cexec.NOT_THERE):
+            gone |= made
+        else:
+            names |= made
+            walk(code)
+    assert used & (gone - names) == {"serve_on_hosts"} and len(gone) > 300
+
+
+def test_the_program_goes_compiled_to_the_same_python_alone(monkeypatch):
+    monkeypatch.setattr(cexec, "__file__", PROGRAM)
+    start, program = cexec.program_for.__wrapped__(cexec.own_bytecode())
+    assert start is cexec.START_COMPILED and len(program) < len(read(PROGRAM)) / 2
+    for other in ("", "cpython-3550a0a0d0a"):
+        assert cexec.program_for.__wrapped__(other) == (cexec.START_SOURCE, read(PROGRAM))
+
+
+def test_run_on_hosts(away, monkeypatch):
+    live_in(away, monkeypatch)
+    monkeypatch.chdir(away.directory)
+    put("in", "text")
+    cexec.run("mv", "in", "out", hosts="a", put=["in"], get=["out"], check=True)
+    assert read("out") == b"text"
+    done = cexec.run("sh", "-c", "cat; echo $PEER_A; exit 3", hosts=["a", "2/b"], input=b"x", env={"A": "1"},
+                     capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr, done.args[0]) == (3, b"x1\n", b"", "sh")
+    away.login("exit 255")
+    with pytest.raises(cexec.Failed) as failed:
+        cexec.run("true", hosts=["a"], stderr=subprocess.PIPE)
+    assert failed.value.code == 111 and "no host serves" in str(failed.value)
+    assert b"a: ssh failed" in failed.value.stderr
+    for words, hosts in (((), ["a"]), (("true",), [])):
+        with pytest.raises(TypeError):
+            cexec.run(*words, hosts=hosts)
+
+
+def hire(farm, hosts, *words, start=False, ssh="", **options):
+    """Runs cexec -s from the machine `here`, which no host can reach but through ssh."""
+    options["env"] = dict(options.get("env", {}), CEXEC_SSH=farm.ssh + ssh)
+    return (farm.cluster.start if start else farm.cluster.run)(
+        "cexec", "-s", hosts, *words, space=farm.spaces["here"], **options)
+
+
+@pytest.mark.parametrize("login", ["sh", "csh", "fish", "banner"])
+def test_one_line_over_a_real_ssh(boxes, login):
+    """Two hosts; one command, then every one; what comes in and goes out."""
+    need(*{"csh", "fish"} & {login})
+    farm = boxes("a", "b")
+    let_in_answers_only(farm.spaces["here"])
+    put(farm.cluster.path("in"), "text")
+    hosts = "%s@a,%s@b" % (login, login)
+    done = hire(farm, hosts, "-i", "in", "-g", "out", "sh", "-c", "cat in - > out; echo e >&2; exit 0", input=b"x")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"e\n")
+    assert read(farm.cluster.path("out")) == b"textx"
+    done = hire(farm, hosts, "-A", "sh", "-c", "echo $SSH_CONNECTION | cut -d' ' -f3")
+    assert done.returncode == 0
+    assert {line.split()[-1] for line in done.stdout.splitlines()} == {b"10.0.9.2", b"10.0.9.3"}
+    words = [b"", b" ", b"a'b", b'"', b"!x", b"$HOME", b"`id`", b"a\nb", b"\\", b"\xff\xe9", b"{}", b"*", b"%d", b"~"]
+    done = hire(farm, hosts, "printf", "%s\\0", *words)
+    assert (done.returncode, done.stdout.split(b"\0")[:-1]) == (0, words)
+    done = hire(farm, hosts, "-mn", "sh", "-c", "echo {}; exit 0", ":::", *map(str, range(30)))
+    assert (done.returncode, done.stdout.split()) == (0, [b"%d" % number for number in range(30)])
+    farm.empty()
+
+
+def test_hosts_of_all_kinds_that_fail(boxes):
+    """The first host that serves does the work; without one each has its reason."""
+    farm = boxes("a", "b", opened=False)
+    farm.open("a")
+    with open(farm.cluster.path("config"), "a") as file:
+        file.write("Host unknown\nHostName 10.0.9.2\nHostKeyAlias unknown\nHost silent\nHostName 10.0.9.3\n")
+    block(farm.spaces["b"], "-p", "tcp", "--dport", "22")       # it never answers
+    bad, ssh = "bare@a,nologin@a,nosuch@a,unknown,silent", " -o ConnectTimeout=2"
+    done = hire(farm, bad + ",a", "echo", "x", ssh=ssh)
+    assert (done.returncode, done.stdout) == (0, b"x\n")
+    reasons = ["bare@a: /bin/sh: 1: exec: python3: not found; exit status 127 instead of a worker: is python3 in",
+               "nologin@a: This account is not available.; exit status 1 instead of a worker",
+               "nosuch@a: nosuch@10.0.9.2: Permission denied (publickey,password",
+               "unknown: Host key verification failed.; ssh failed (run this once, it asks: %s%s unknown true)" % (
+                   farm.ssh, ssh),
+               "silent: ssh: connect to host 10.0.9.3 port 22: Connection timed out; ssh failed"]
+    for mode in ((), ("-A",), ("-l",)):
+        done = hire(farm, bad + ",a" * (mode == ("-A",)), *mode, *["true"] * (mode != ("-l",)), ssh=ssh)
+        lines = done.stderr.decode().splitlines()
+        assert done.returncode == 111, done
+        for reason in reasons:
+            assert sum(line.startswith("cexec: " + reason) for line in lines) == 1, (reason, lines)
+        assert len(lines) == len(reasons) + (mode != ("-A",))
+    farm.empty()
+
+
+def test_one_host_of_a_call_may_ask_for_a_password(boxes):
+    """Keys at the terminal are the command's then, and not ssh's."""
+    farm = boxes("a")
+    argv = farm.cluster.argv("cexec", "-ts", "a", "sh", "-c", "tty; cat; exit 4", space=farm.spaces["here"])
+    terminal = Terminal(farm.cluster, argv, {"CEXEC_SSH": farm.ssh + " -o PubkeyAuthentication=no"})
+    terminal.shows("password:")
+    terminal.type(SECRET + "\r", "/dev/pts/")
+    terminal.type("line\r", "line\r\nline\r\n")
+    terminal.type("\x04")
+    assert terminal.process.wait(PATIENCE) == 4
+    terminal.close()
+    argv = farm.cluster.argv("cexec", "-s", "a", "sh", "-c", "trap 'echo int; exit 5' INT; echo ready; "
+                             "while :; do sleep 0.1; done", space=farm.spaces["here"])
+    terminal = Terminal(farm.cluster, argv, {"CEXEC_SSH": farm.ssh + " -o PubkeyAuthentication=no"})
+    terminal.shows("password:")
+    terminal.type(SECRET + "\r", "ready")
+    terminal.type("\x03", "int")
+    assert terminal.process.wait(PATIENCE) == 5
+    terminal.close()
+    farm.empty()
+
+
+@pytest.mark.parametrize("who", ["client", "starter", "ssh", "sshd", "worker"])
+def test_a_kill_leaves_nothing_on_a_host(boxes, who):
+    farm = boxes("a")
+    let_in_answers_only(farm.spaces["here"])
+    client = hire(farm, "a", "sh", "-c", "trap '' TERM HUP; echo ready; sleep 1000 & wait; sleep 1000", start=True,
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert client.stdout.readline() == b"ready\n"
+    starter = starter_of(client)
+    if who == "sshd":
+        farm.cut("a")
+    else:
+        ssh, worker = children_of(starter)[0], farm.workers("a")[0]
+        os.kill({"client": client.pid, "starter": starter, "ssh": ssh, "worker": worker}[who], signal.SIGKILL)
+    assert client.wait(PATIENCE) == (-signal.SIGKILL if who == "client" else 111)
+    farm.empty()
+    assert not [pid for pid in farm.cluster.alive() if words_of(pid)[:1] == [b"ssh"]]
+
+
+def test_a_call_that_loses_the_network_leaves_nothing(cluster, boxes):
+    altered(cluster, **SILENCE)
+    farm = boxes("a")
+    client = hire(farm, "a", "sh", "-c", "echo ready; sleep 1000", start=True, stdout=subprocess.PIPE,
+                  ssh=" -o ServerAliveInterval=1 -o ServerAliveCountMax=2", env={"CEXEC_TIMEOUT_PINGPONG": "5"})
+    assert client.stdout.readline() == b"ready\n"
+    ip("-n", farm.spaces["a"], "link", "set", "lan", "down")
+    until(lambda: not farm.workers("a"), "the end of the worker")
+    assert client.wait(PATIENCE) == 111
 
 
 # ---- Python: cexec.run -----------------------------------------------------
