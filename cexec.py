@@ -8243,13 +8243,16 @@ class Batch(Patron):
     def try_again(self, run, outcome):
         """Does a Task whose command has failed again (--retries)."""
         task = run.job
-        log.tell_user("%s at %s: %s; runs it again" % (task.name, run.worker, outcome.text()))
+        self.tell_again(task, outcome, run)
         self.alert(run, *outcome.alert())
         if self.joblog:
             self.log_run(task, outcome, run)
         task.again -= 1
         task.avoid(run.hello.worker_id)
         self.put_back(task)
+
+    def tell_again(self, task, outcome, run):
+        log.tell_user("%s at %s: %s; runs it again" % (task.name, run.worker, outcome.text()))
 
     def end(self, run, outcome):
         self.alert(run, *outcome.alert())
@@ -9042,6 +9045,9 @@ class Everywhere(Batch):
         if outcome.exit_code:
             self.say(task, outcome.text())
 
+    def tell_again(self, task, outcome, run):
+        self.say(task, outcome.text() + "; runs it again")      # always: the lines of this run were shown
+
     def say(self, task, text):
         """Adds a message to standard error, after the lines that wait there."""
         line = "%s: %s: %s\n" % (log.applet, task.label, printable(text))
@@ -9084,7 +9090,8 @@ def main_everywhere(place, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
     terms = BatchTerms(*parse_words(words, options.hosts), pattern=None, values=True, batch=NO_BATCH, wait=60,
-                       inputs=options.inputs, results=list(map(result_pattern, options.results)))
+                       again=options.again, inputs=options.inputs,
+                       results=list(map(result_pattern, options.results)))
     if options.results:
         check_current_directory()
     source = input_for_all(options.no_input)
@@ -9294,7 +9301,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
     Option("--header", "N", "header", "begin each block with the first N lines of the input", "-b"),
     Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"),
-    Option("--retries", "N", "again", "run a job whose command has failed up to N times again", "-m -b"))
+    Option("--retries", "N", "again", "run a job whose command has failed up to N times again", "-m -b -A"))
 
 
 def main_cexec(argv):

@@ -11474,6 +11474,19 @@ def test_a_pipe_that_no_file_can_hold_is_no_input_for_every_worker(cluster):
     refusal(every(cluster, input=bytes(1 << 20)), 111, "standard input, or ")
 
 
+def test_a_command_that_fails_is_run_again_on_its_worker(cluster):
+    """With --retries; the lines of each try are shown, and the last one counts."""
+    command = 'mkdir try$W && { echo first; exit 3; }; echo second; exit $W'
+    for status in ("0", "4"):
+        cluster.worker("sh", "-c", command + " 2> /dev/null", env={"W": status, "CONCURRENCY": "1"})
+    done = every(cluster, options=["--retries", "2"])
+    said = [line.split(": ", 1)[1] for line in done.stdout.decode().splitlines()]
+    assert done.returncode == 4 and sorted(said) == ["first"] * 2 + ["second"] * 3
+    errors = [line.split(": ", 2)[2] for line in done.stderr.decode().splitlines() if line.startswith("cexec: ")]
+    assert sorted(errors) == ["exit status 3; runs it again"] * 2 + ["exit status 4", "exit status 4; runs it again"]
+    assert every(cluster).returncode == 4
+
+
 def test_exit_status_is_the_largest(cluster):
     for status in ("0", "kill", "2"):
         cluster.worker("sh", "-c", "kill -TERM $$" if status == "kill" else "exit " + status)
