@@ -77,7 +77,7 @@ main_cservice calls cservice -s, which needs ckeygen.
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
     cservice -s workers on other hosts, over ssh, and clients through it       Starter, RunStarter, Host, HostLifeline
-    Python      what a program imports: cexec.run and cexec.Executor           Executor, Pool, Lane, Known
+    Python      what a program imports: cexec.run and cexec.Executor           Executor, Program, Reader, Pool, Lane
     Applets     the program's name or first word, and its exit code
     The door    how this file is started, and where its compiled code is kept
 """
@@ -17039,8 +17039,8 @@ class ExecutorMethods:
     Other functions go by value, if the package cloudpickle is installed here (pip install
     cloudpickle): those of a notebook, an interactive session, python -c or standard input, lambdas,
     and functions inside others.  Then the worker must have the same minor version of Python; other
-    workers get no such calls, and standard error names them.  The globals that such a function uses
-    come with each call, as they are when it is submitted; others that it sets last.
+    workers get no such calls.  The globals that such a function uses come with it, as they are when
+    the call is submitted; others that it sets last, so an initializer can load what is large.
     Modules beside the main program are sent when a worker imports them, those in the current
     directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the
