@@ -15915,12 +15915,15 @@ def in_buffers(value, protocol):
     return pickle.PickleBuffer(value) if large else value
 
 
-def dumps(value, protocol, by_value=False):
-    """Returns Pickled.  Raises any exception."""
+def dumps(value, protocol, by_value=False, kept=False):
+    """Returns Pickled.  Raises any exception.
+
+    kept: it is for later, so it has copies of what may change, as the memory of an array.
+    """
     import pickle
     buffers, file = [], io.BytesIO()
     outside = {} if protocol < 5 else {"buffer_callback": lambda buffer: (
-        buffer.raw().nbytes < LARGE or buffers.append(buffer.raw()))}
+        buffer.raw().nbytes < LARGE or kept and type(buffer.raw().obj) is not bytes or buffers.append(buffer.raw()))}
     if not by_value:
         return Pickled(pickle.dumps(value, protocol, **outside), buffers, False)
     by_value_pickler()(file, protocol, **outside).dump(value)
@@ -15946,7 +15949,7 @@ def by_value_pickler():
     return Pickler
 
 
-def for_worker(value, protocol, program):
+def for_worker(value, protocol, program, kept=False):
     """Returns Pickled, for a call or its function.  Raises any exception.
 
     pickle sends functions and classes by their names.  What it cannot name goes by value, as cloudpickle sends
@@ -15954,7 +15957,7 @@ def for_worker(value, protocol, program):
     """
     import pickle
     try:
-        made = dumps(value, protocol)
+        made = dumps(value, protocol, kept=kept)
         if program.text or b"__main__" not in made.data:
             return made
         if not program.cloudpickle:
@@ -15972,7 +15975,7 @@ def for_worker(value, protocol, program):
                 "%s: put it into a module, or pip install cloudpickle here: pickle alone sends functions by their "
                 "names in modules (no lambda, no function inside another), and data" % error) from error
     try:
-        return dumps(value, protocol, by_value=True)
+        return dumps(value, protocol, by_value=True, kept=True)
     except Exception as error:
         raise pickle.PicklingError("%s: a function's arguments, and what it uses, must be data or code" % (
             error)) from error
@@ -16007,7 +16010,7 @@ class Shared:
     def pickled(self, protocol, program):
         """Returns Pickled, made only once.  Raises any exception."""
         if protocol not in self.made:
-            self.made[protocol] = for_worker(in_buffers(self.function, protocol), protocol, program)
+            self.made[protocol] = for_worker(in_buffers(self.function, protocol), protocol, program, kept=True)
         return self.made[protocol]
 
 

@@ -15681,6 +15681,17 @@ def test_a_function_by_value_is_as_it_was_when_it_was_submitted(prompted):
         """ % prompted.pub)) == "None 2 [2] [2, 2]\n"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 8), reason="pickle has no buffers")
+def test_what_waits_in_a_function_is_a_copy_of_what_may_change():
+    with_package("cloudpickle", sys.executable)
+    data, program = bytearray(cexec.LARGE), SimpleNamespace(text=b"", cloudpickle=True)
+    for function in (len, lambda data: 0):
+        kept = cexec.Shared(functools.partial(function, memoryview(data))).pickled(5, program)
+        data[0] += 1
+        assert pickle.loads(kept.data).args[0][0] == data[0] - 1 and not kept.buffers
+        assert len(cexec.Shared(functools.partial(function, bytes(data))).pickled(5, program).buffers) == 1
+
+
 def test_functions_by_value_share_what_one_of_them_sets(prompted):
     """As an initializer does, or a function that loads its data once."""
     assert prompted.python("-c", textwrap.dedent("""
