@@ -1669,6 +1669,10 @@ class Group:
         """Returns the hosts of -s that do not serve."""
         return []
 
+    def is_whole(self, workers):
+        """Whether no other worker than these will answer; only a RunGroup knows that."""
+        return False
+
     def ways(self):
         """Yields (interface index or 0, address, port) for every way."""
         for device, address, port, _ in self.targets:
@@ -6039,6 +6043,9 @@ class Search:
         if self.ahead is not None:
             return "no worker was free in %d s (%d ahead in line)" % (now - self.began, self.ahead)
         silence = now - self.last_answer
+        if self.group.failed_hosts():
+            return "no worker answered in %d s: %s: does not serve any more" % (
+                silence, ", ".join(self.group.failed_hosts()))
         if self.excluded:
             return ("%d of the workers answered in %d s and were not allowed (CEXEC_ACCEPT_SERVER, "
                     "CEXEC_REJECT_SERVERS): %s" % (len(self.excluded), silence,
@@ -7083,11 +7090,18 @@ class Survey:
     def add_worker(self, worker_id, row):
         known = self.workers.setdefault(worker_id, row)
         known["round_trip"] = min(known["round_trip"], row["round_trip"])
+        self.stop_early()
 
     def accept(self, sock, address):
         """A worker's probe: it shows that its connections arrive here."""
         sock.close()
         self.connected.add(address)
+        self.stop_early()
+
+    def stop_early(self):
+        """Ends the wait for answers if all workers are known to have answered: those of cexec -s."""
+        if self.connected and self.group.is_whole(self.workers):
+            self.loop.stop()
 
     def overhear(self, datagram, address, index):
         """A datagram to the group from another client or worker."""
@@ -9238,6 +9252,9 @@ class RunGroup(Group):
 
     def failed_hosts(self):
         return [host for host, state in self.states.items() if state == FAILED_NOW]
+
+    def is_whole(self, workers):
+        return len(workers) == list(self.states.values()).count(SERVES_NOW)
 
     def end(self):
         """Has the child end all workers and jobs, and waits for END_SECONDS at most: it goes on without us."""
