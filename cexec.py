@@ -8232,12 +8232,19 @@ class Batch(Patron):
 
     def host_failed(self, run, outcome):
         """Nothing has run, for a reason that lies in the worker's host: others do the job, and it is left alone."""
-        log.once(outcome.text(), say=log.tell_user)
-        self.alert(run, *outcome.alert())
+        worker_id, task = run.hello.worker_id, run.job
         self.avoid.refusals.add(run.hello, "cannot run its command: " + outcome.reason, outcome.exit_code)
-        self.avoid.for_now(run.hello.worker_id)
+        self.avoid.for_now(worker_id)
         run.link.close()
-        self.put_back(run.job)
+        if worker_id not in task.avoids and task.losses >= RETRIES:
+            self.end(run, outcome)  # too large for so many hosts: each try would cost as much
+        else:
+            log.once(outcome.text(), say=log.tell_user)
+            self.alert(run, *outcome.alert())
+            if worker_id not in task.avoids:
+                task.rewind(run)
+            task.avoid(worker_id)
+            self.put_back(task)
         self.fill()
 
     def note_result(self, run, outcome):

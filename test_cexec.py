@@ -9192,6 +9192,24 @@ def test_a_command_that_goes_during_a_batch(cluster):
     assert read(first.log).count(b": group ") == 1 and read(second.log).count(b": group ") == 5
 
 
+def test_a_job_too_large_for_several_hosts_fails(farm):
+    """It does not go round for ever, while the others are done."""
+    need("root", "unshare")
+    altered(farm, RETRIES=1)
+    usual, names = farm.launch, ["large", "a", "b", "c"]
+    for name in names:
+        in_desk(farm, name, b"x" * (100000 if name == "large" else 10))
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', farm.place]
+    farm.launch = small + farm.launch
+    workers = [farm.serve(env={"CONCURRENCY": "1"}) for _ in range(3)]
+    farm.launch = usual
+    done = farm.work("-mn", "-o", "{}.out", "-i", "{}", farm.pub, "cat", "{}", ":::", *names)
+    why = "worker 127.0.0.1 cannot run its command: cat: the job's directory: large: No space left on device"
+    assert done.returncode == 1 and done.stderr.decode() == "cexec: large: %s\n" % why
+    assert [read(os.path.join(farm.desk, name + ".out")) for name in names[1:]] == [b"x" * 10] * 3
+    assert sum(read(worker.log).count(b": failed") for worker in workers) == 2
+
+
 @pytest.mark.parametrize("mode", ["one", "-m -o"])
 def test_a_full_disk_at_a_worker(farm, mode):
     """The message names the worker; a batch does the job elsewhere, and leaves this worker alone."""
