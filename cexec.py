@@ -5883,10 +5883,10 @@ class Refusals:
     """
 
     def __init__(self):
-        self.said = {}              # worker_id: (its address, why, the exit code)
+        self.said = {}              # worker_id: (its name, why, the exit code)
 
-    def add(self, hello, why, code):
-        self.said[hello.worker_id] = hello.address, why, code
+    def add(self, worker_id, name, why, code):
+        self.said[worker_id] = name, why, code
 
     def forget(self, worker_id):
         self.said.pop(worker_id, None)
@@ -5895,8 +5895,8 @@ class Refusals:
         """Returns (what workers, or only this one, have said with such codes, the first code); ("", 0) if none."""
         said = [row for worker_id, row in self.said.items() if only in (ANY_WORKER, worker_id) and row[2] in codes]
         found = {}
-        for address, why, _ in said:
-            found.setdefault(why, []).append(address)
+        for name, why, _ in said:
+            found.setdefault(why, []).append(name)
         texts = ["worker %s %s%s" % (first, why, "; the same on " + ", ".join(others) if others else "")
                  for why, (first, *others) in found.items()]
         return "; ".join(texts), min((code for _, _, code in said), key=codes.index, default=0)
@@ -5907,9 +5907,9 @@ class Refusals:
 
     def tell_user(self):
         """Tells the user once which workers cannot do the job, when another one does it."""
-        for address, why, code in self.said.values():
+        for name, why, code in self.said.values():
             if code in CANNOT:
-                log.once("worker %s %s" % (address, why), say=log.tell_user)
+                log.once("worker %s %s" % (name, why), say=log.tell_user)
 
 
 # The exit codes for workers that cannot do a job.  As with exec, "cannot be run" counts more than "is not there".
@@ -6137,7 +6137,7 @@ class Search:
 
     def cannot(self, hello, why, code):
         """This worker cannot do the job.  Others may: they have a second more to offer."""
-        self.avoid.refusals.add(hello, why, code)
+        self.avoid.refusals.add(hello.worker_id, self.patron.called(hello), why, code)
         self.await_others()
 
     def await_others(self):
@@ -6213,7 +6213,8 @@ class Search:
         if status:
             self.cannot(hello, why, status)
         else:
-            self.avoid.refusals.add(hello, "refused it: " + reason, EXIT_TEMPORARY)
+            name = self.patron.called(hello)
+            self.avoid.refusals.add(hello.worker_id, name, "refused it: " + reason, EXIT_TEMPORARY)
 
     def dropped(self, candidate, reason, violation):
         """An offer's connection has ended before GO."""
@@ -6555,7 +6556,7 @@ class RemoteRun(Carrier):
         if how == HOW_SIGNALLED:
             return Outcome(EXIT_SIGNAL + status, "signalled=%d" % status, signal=status)
         if how in NOT_STARTED:
-            lead = "worker %s cannot run its command: " % self.address
+            lead = "worker %s cannot run its command: " % self.worker
             return Outcome(status, "notstarted=%d" % status, self.exit.reason, lead=lead, hint=self.hint())
         return Outcome(status, "exited=%d" % status, self.exit.reason, hint=self.hint())
 
@@ -8131,7 +8132,7 @@ class Batch(Patron):
 
     def lacks(self, hello, task, why, code):
         task.refusals = task.refusals or Refusals()
-        task.refusals.add(hello, why, code)
+        task.refusals.add(hello.worker_id, self.called(hello), why, code)
         task.avoid(hello.worker_id)
         self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
 
@@ -8233,7 +8234,7 @@ class Batch(Patron):
     def host_failed(self, run, outcome):
         """Nothing has run, for a reason that lies in the worker's host: others do the job, and it is left alone."""
         worker_id, task = run.hello.worker_id, run.job
-        self.avoid.refusals.add(run.hello, "cannot run its command: " + outcome.reason, outcome.exit_code)
+        self.avoid.refusals.add(worker_id, run.worker, "cannot run its command: " + outcome.reason, outcome.exit_code)
         self.avoid.for_now(worker_id)
         run.link.close()
         if worker_id not in task.avoids and task.losses >= RETRIES:
@@ -8360,7 +8361,7 @@ class Batch(Patron):
             return
         text = outcome.text() if task.exit_code else "done, and said:"
         log.status_line("")
-        place = self.place_of(task, outcome, run)
+        place = "" if outcome.lead else self.place_of(task, outcome, run)       # a lead names the worker
         log.say("%s%s: %s%s" % (task.name, " at " + place if place else "", text,
                                 " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
         if said and not task.errors_kept:

@@ -3882,7 +3882,7 @@ def test_a_worker_that_refuses_is_avoided_for_seconds_and_its_reason_told(cluste
         assert not offer()
         assert client.wait(PATIENCE) == 111
     last = read(client.log).decode().splitlines()[-1]
-    assert re.fullmatch(r"cexec: no worker took the job in \d+ s: worker 127\.0\.0\.1 refused it: cannot fork: "
+    assert re.fullmatch(r"cexec: no worker took the job in \d+ s: worker test refused it: cannot fork: "
                         "Resource temporarily unavailable", last), last
 
 
@@ -4243,7 +4243,7 @@ def test_an_exit_while_the_clients_files_are_on_the_way(farm):
             for channel in (1, 2):
                 peer.send(cexec.EOF, channel, cexec.FLAG_WHOLE)
             peer.send(cexec.EXIT, how=cexec.HOW_NOT_STARTED, status=126, reason="no room", channels=rows_of(job, out=0))
-            assert outcome(client, status=126) == (b"", b"cexec: worker 127.0.0.1 cannot run its command: no room\n")
+            assert outcome(client, status=126) == (b"", b"cexec: worker test cannot run its command: no room\n")
 
 
 # ---- cexec: the same command here and there --------------------------------
@@ -4635,7 +4635,7 @@ def test_command_that_cannot_run(cluster, command, status, reason):
         said = failed(cluster.client(stdin=file), status)
         assert file.read() == b"abc"
     assert said.decode() == (
-        "cexec: worker 127.0.0.1 cannot run its command: %s: %s\n" % (command, reason))
+        "cexec: worker %s cannot run its command: %s: %s\n" % (NODE, command, reason))
     assert cluster.client(input=b"").returncode == status
     until(lambda: read(worker.log).count(b": missing ") == 2, "the supervisor's line")
     assert read(worker.log).decode().count("cservice: refuses jobs: %s: %s\n" % (command, reason)) == 1
@@ -4653,7 +4653,7 @@ def test_a_command_that_only_exec_cannot_start(cluster):
     command = without_interpreter(cluster)
     worker = cluster.worker(command)
     said = failed(cluster.client(input=bytes(9000000)), 127).decode()
-    assert said == "cexec: worker 127.0.0.1 cannot run its command: %s: No such file or directory\n" % command
+    assert said == "cexec: worker %s cannot run its command: %s: No such file or directory\n" % (NODE, command)
     until(lambda: "cservice: %s: No such file or directory (127.0.0.1 gets 127)\n" % command
           in read(worker.log).decode(), "the worker's message")
     assert b": failed" not in read(worker.log)
@@ -4689,7 +4689,7 @@ def test_a_job_goes_where_its_command_is(cluster, mode, bad):
     names = made_files(cluster, 6)
     tools = Toolbox(cluster, bad, ["-ad"] if mode == "-m -g" else ["-a"])
     why = {"missing": "No such file or directory", "not executable": "Permission denied"}[bad]
-    said = "worker 127.0.0.1 cannot run its command: tool: " + why
+    said = "worker %s cannot run its command: tool: %s" % (NODE, why)
     if mode == "-A":
         done = cluster.run("cexec", "-A", "-n", cluster.pub, "tool", "x")
         assert done.returncode == {"missing": 127, "not executable": 126}[bad] and done.stdout.count(b": x\n") == 1
@@ -4726,7 +4726,7 @@ def test_what_a_worker_is_short_of_now_is_worth_another_try(cluster, monkeypatch
     cluster.worker("cat", options=["-d"], env={"TMPDIR": cluster.directory})
     touch(short)
     said = failed(cluster.run("cexec", "-n", "-i", "short", cluster.pub)).decode()
-    assert said == "cexec: worker 127.0.0.1 cannot run its command: cat: %s%s\n" % (what, os.strerror(code))
+    assert said == "cexec: worker %s cannot run its command: cat: %s%s\n" % (NODE, what, os.strerror(code))
     if not what:
         assert failure(cexec.run, cluster.pub, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == (
             111, "worker 127.0.0.1 cannot run its command: it cannot be started now (exit status 111)")
@@ -5418,7 +5418,7 @@ def test_status_line_of_a_command_that_cannot_run(cluster):
     signalled(worker)
     cluster.worker("/no/such")
     assert status_line(cluster, "", expected=127)[2:] == [
-        "status=127", "failed=worker 127.0.0.1 cannot run its command: /no/such: No such file or directory\n"]
+        "status=127", "failed=worker %s cannot run its command: /no/such: No such file or directory\n" % NODE]
 
 
 def test_status_line_that_cannot_be_written_is_said_and_changes_nothing(one):
@@ -5726,7 +5726,7 @@ def test_more_variables_than_the_worker_s_system_takes(cluster):
     worker = cluster.worker("cat")
     cluster.launch = launch
     said = failed(cluster.client(*MANY[:2]), 126)
-    assert said == b"cexec: worker 127.0.0.1 cannot run its command: cat: Argument list too long\n"
+    assert said == b"cexec: worker %s cannot run its command: cat: Argument list too long\n" % NODE.encode()
     until(lambda: b"supervisor" in read(worker.log) and b": done" in read(worker.log), "the job's end")
     assert b": failed" not in read(worker.log)
     assert cluster.client("A=1", input=b"x").stdout == b"x"
@@ -5784,7 +5784,8 @@ def test_the_arguments_are_the_command(cluster):
     worker = cluster.worker(options=["-a"])
     assert ended(cluster.client("A=1", "sh", "-c", 'echo "$PEER_A $*"', "sh", "x  y", "$z")) == (0, b"1 x  y $z\n", b"")
     said = failed(cluster.client("no such thing", "x"), 127)
-    assert said.startswith(b"cexec: worker 127.0.0.1 cannot run its command: no such thing: No such file or directory")
+    why = b"cexec: worker %s cannot run its command: no such thing: No such file or directory" % NODE.encode()
+    assert said.startswith(why)
     assert cluster.client("true").returncode == 0
     assert b": failed" not in read(worker.log)          # it is not the worker's fault
 
@@ -5798,8 +5799,8 @@ def test_without_a_command_there_is_nothing_to_run(cluster):
     """Said before anything runs; more than a message is needed to get past it."""
     worker = cluster.worker(options=["-a"])
     said = failed(cluster.client("A=1"), 100)
-    assert said == (b"cexec: worker 127.0.0.1 has no command of its own: name one after the public key "
-                           b"(cservice -a)\n")
+    assert said == b"cexec: worker %s has no command of its own: name one after the public key (cservice -a)\n" % (
+        NODE.encode())
     with Asker(cluster) as asker, asker.offer() as peer:
         peer.send(cexec.AUTH, proof=asker.proof(peer))
         peer.send(cexec.JOB)
@@ -5813,8 +5814,8 @@ def test_a_worker_that_takes_no_arguments(cluster, batch_of):
     names = made_files(cluster, batch_of)
     done = batch(cluster, *names, variables=["-x"]) if batch_of else cluster.client("-x")
     assert (done.returncode, done.stdout) == (100, b"")
-    said = (b"cexec: worker 127.0.0.1 takes no arguments (cservice -a); options come before the public key, "
-            b"variables are KEY=VALUE")
+    said = (b"cexec: worker %s takes no arguments (cservice -a); options come before the public key, "
+            b"variables are KEY=VALUE" % NODE.encode())
     assert done.stderr.startswith(said) and done.stderr.count(b"\n") == 1
     assert not os.path.exists(cluster.path("ran")) and b"supervisor" not in read(worker.log)
 
@@ -6633,7 +6634,7 @@ def test_a_worker_without_directories(farm):
     for words in (["-i", "/etc/passwd"], ["-g", "x"]):
         done = farm.work("-n", *words, farm.pub)
         assert done.returncode == 100 and done.stderr == (
-            b"cexec: worker 127.0.0.1 has no directory for the files of -i and -g (cservice -d)\n")
+            b"cexec: worker %s has no directory for the files of -i and -g (cservice -d)\n" % NODE.encode())
     assert not os.path.exists(farm.path("ran")) and b"supervisor" not in read(worker.log)
 
 
@@ -7095,8 +7096,8 @@ def test_a_full_disk_for_files(farm, where):
     if where == "there":
         done = farm.work("-n", "-i", "in", farm.pub, "touch", farm.path("ran"))
         assert done.returncode == 126 and done.stderr == (
-            b"cexec: worker 127.0.0.1 cannot run its command: touch: the job's directory: in: "
-            b"No space left on device\n")
+            b"cexec: worker %s cannot run its command: touch: the job's directory: in: "
+            b"No space left on device\n" % NODE.encode())
     else:
         words = farm.argv("cexec", "-n", "-g", "out", "-g", "a", farm.pub,
                           "sh", "-c", "head -c 3M /dev/zero > out; echo 1 > a")
@@ -9133,7 +9134,7 @@ def test_a_batch_whose_command_is_nowhere_stops_at_once(cluster):
         cluster.worker(options=["-a"], env={"PATH": cluster.path(place), "CONCURRENCY": "1"})
     put(cluster.path("two/tool"), "", 0o644)
     done = batch(cluster, *names, variables=["tool", "{}"])
-    cannot = "worker 127.0.0.1 cannot run its command: "
+    cannot = "worker %s cannot run its command: " % NODE
     assert done.returncode == 126 and sorted(done.stderr.decode().replace("cexec: ", "").strip().split("; ")[:2]) == [
         cannot + "tool: No such file or directory", cannot + "tool: Permission denied"]
     assert done.stderr.endswith(b"; 0 of 5 files are done; the same command again does the rest\n")
@@ -9148,10 +9149,10 @@ def test_a_command_of_a_files_own_fails_alone(cluster):
         put(cluster.path("%s/f%03d" % (place, number)), "#!/bin/sh\n", 0o755)
         put(cluster.path("%s/f005" % place), "#!/bin/sh\n", 0o755)
     done = cluster.run("cexec", "-mn", "--log", "log", cluster.pub, "{}", ":::", *names)
-    why = "cexec: %s: worker 127.0.0.1 cannot run its command: %s: No such file or directory; the same on 127.0.0.1" \
+    why = "cexec: %s: worker NODE cannot run its command: %s: No such file or directory; the same on NODE" \
         " (%s is here: -i {} takes it there, if the workers have directories for jobs)"
-    assert done.returncode == 3 and sorted(done.stderr.decode().splitlines()) == [
-        why % (name, name, name) for name in ("f000", "f002", "f004")]
+    assert done.returncode == 3 and sorted(done.stderr.decode().splitlines())[1:] == [
+        (why % (name, name, name)).replace("NODE", NODE) for name in ("f000", "f002", "f004")]
     assert sorted(row["Exitval"] for row in rows_of_log(cluster.path("log"))) == ["0", "0", "0", "127", "127", "127"]
 
 
@@ -9204,7 +9205,7 @@ def test_a_job_too_large_for_several_hosts_fails(farm):
     workers = [farm.serve(env={"CONCURRENCY": "1"}) for _ in range(3)]
     farm.launch = usual
     done = farm.work("-mn", "-o", "{}.out", "-i", "{}", farm.pub, "cat", "{}", ":::", *names)
-    why = "worker 127.0.0.1 cannot run its command: cat: the job's directory: large: No space left on device"
+    why = "worker %s cannot run its command: cat: the job's directory: large: No space left on device" % NODE
     assert done.returncode == 1 and done.stderr.decode() == "cexec: large: %s\n" % why
     assert [read(os.path.join(farm.desk, name + ".out")) for name in names[1:]] == [b"x" * 10] * 3
     assert sum(read(worker.log).count(b": failed") for worker in workers) == 2
@@ -9220,7 +9221,7 @@ def test_a_full_disk_at_a_worker(farm, mode):
     farm.launch = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', farm.place, *usual]
     full = farm.serve(env={"BOOST": "0", "CONCURRENCY": "2"})
     farm.launch = usual
-    said = "worker 127.0.0.1 cannot run its command: cat: the job's directory: f0: No space left on device"
+    said = "worker %s cannot run its command: cat: the job's directory: f0: No space left on device" % NODE
     if mode == "one":
         assert failed(farm.work("-n", "-i", "f0", farm.pub, "cat", "f0"), 126).decode() == "cexec: %s\n" % said
         return
@@ -9229,7 +9230,7 @@ def test_a_full_disk_at_a_worker(farm, mode):
         done = farm.work("-v", "-mn", "-o", "{}.out", "-i", "{}", farm.pub, "cat", "{}", ":::", *names)
         assert done.returncode == 0, done
         assert all(read(os.path.join(farm.desk, name + ".out")) == name.encode() * 100000 for name in names)
-        assert 1 <= read(full.log).count(b": failed") <= 4 and b"cexec: worker 127.0.0.1 cannot run its" in done.stderr
+        assert 1 <= read(full.log).count(b": failed") <= 4 and b" cannot run its command: cat: " in done.stderr
     assert all_gone(farm)
 
 
@@ -11033,7 +11034,7 @@ def test_a_worker_that_can_never_serve_a_job_says_so_and_so_does_the_client(clus
     for _ in range(2):
         done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})
         refusal(done, 111, "no worker took the job in ")
-        assert b"127.0.0.1 refused it: no more than 100 descriptors are allowed" in done.stderr
+        assert b" refused it: no more than 100 descriptors are allowed" in done.stderr
     assert len(refusals_said(worker)) == 1 and b"supervisor: Fatal" not in read(worker.log)
 
 
@@ -11553,7 +11554,7 @@ def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
     assert sorted(re.sub(rb"^\S+ ", b"", line) for line in done.stdout.splitlines()) == [b"good a b", b"half"]
     reasons = b"".join(sorted(re.sub(rb"^cexec: \S+: ", b"", line) + b"\n" for line in done.stderr.splitlines()))
     for part in (b"is draining: it takes no more jobs", b"lost: ", b"; the command may have run", b"takes no arguments",
-                 b"127.0.0.1 refused it: no more than 100 descriptors"):
+                 b" refused it: no more than 100 descriptors"):
         assert part in reasons, reasons
     assert reasons.count(b"\n") == 5 and done.stderr.splitlines()[-1].startswith(b"cexec: 4 failed, 1 at ")
     make_file(cluster, "go")
@@ -18825,8 +18826,8 @@ def test_u_without_the_power_to_become_anybody(cluster):
     worker = cluster.worker("touch", "ran", options=("-u", "nobody"))
     done = cluster.client()
     assert done.returncode == 126 and not os.path.exists(cluster.path("ran"))
-    assert done.stderr == (b"cexec: worker 127.0.0.1 cannot run its command: "
-                           b"touch: cannot become the user nobody (-u): Operation not permitted\n")
+    assert done.stderr == (b"cexec: worker %s cannot run its command: "
+                           b"touch: cannot become the user nobody (-u): Operation not permitted\n" % NODE.encode())
     no_defect(read(worker.log))
 
 
