@@ -10391,7 +10391,7 @@ class StillLoop(cexec.Loop):
 @pytest.fixture
 def desk():
     """A Worker with one slot, in this process: it hears announce() and say(), and said is what it answers."""
-    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None, None)
+    settings = cexec.Settings(["cat"], 1, 0.0, [], None, 0, None, None, False)
     key = SimpleNamespace(master=MASTER, application=made_pub().application)
     made = cexec.Worker(StillLoop(), key, None, [], settings)
     made.said = []
@@ -10417,6 +10417,23 @@ def test_a_client_knows_no_way_that_is_not_drawn():
     with pytest.raises(RuntimeError, match="from NEW to SERVED is not in the drawing"):
         clients.move(client, cexec.SERVED)
     assert client.state is cexec.NEW and clients.find(client) is client
+
+
+def test_two_ways_to_one_client(desk):
+    """The way through ssh stands beside the direct one, which no copy of an announcement changes."""
+    desk.has_lifeline(SimpleNamespace(here=lambda address: ("10.0.0.9", 22), connect=lambda handle: None))
+    handle = "127.0.0.1", 9
+
+    def heard(address, attempt, handle=None):
+        data = make_datagram(cexec.ANNOUNCE, made_pub(), GOOD, 9, **dict(FIRST_TRY, attempt=attempt))
+        desk.hear(cexec.Datagram(data), address, 0, handle)
+        client = desk.clients.find(cexec.Datagram(data))
+        return client.address, client.handle
+    assert heard("10.0.0.5", 1, handle) == ("10.0.0.5", handle)
+    assert heard("127.0.0.2", 1) == ("127.0.0.2", handle)
+    assert heard("127.0.0.3", 1) == ("127.0.0.2", handle)           # a replay from elsewhere
+    assert heard("10.0.0.5", 2, handle) == ("127.0.0.2", handle)
+    assert heard("127.0.0.4", 3) == ("127.0.0.4", handle)
 
 
 def test_nobody_that_was_served_is_forgotten_for_announcements_or_claims():
@@ -14151,11 +14168,11 @@ while True:
     hear()
 """
 
-def with_evil(local, does):
-    """A starter with a worker, and with a host, evil, that does what the script says."""
+def with_evil(local, does, hosts):
+    """A starter with a host, evil, that does what the script says, and perhaps with a worker at another."""
     put(local.path("evil"), EVIL % does)
-    return local.serve('[ $1 = evil ] && exec python3 evil; ' + NO_DIRECT_WAY + 'exec sh -c "$2"', "evil,box",
-                       local.key, "cat")
+    return local.serve('[ $1 = evil ] && exec python3 evil; ' + NO_DIRECT_WAY + 'exec sh -c "$2"', hosts, local.key,
+                       "cat")
 
 
 @pytest.mark.parametrize("does", [
@@ -14167,7 +14184,7 @@ def with_evil(local, does):
 def test_a_hostile_hosts_frames_get_it_dropped(local, does):
     """Nothing else happens: the other host serves on."""
     altered(local, SSH_QUEUE=100000)
-    process = with_evil(local, does)
+    process = with_evil(local, does, "evil,box")
     until(lambda: re.search(r"(?m)^cservice: evil: has sent what no worker sends \(.*\), and is not started again$",
                             local.said()), "the drop")
     assert not re.search("(?m)^Traceback", local.said())
@@ -14186,13 +14203,13 @@ for number in range(70):
 refused = set()
 while len(refused) < 6:
     code, flags, channel, _ = hear()
-    refused |= {channel} * (code == 8)
+    refused |= {channel} if code == 8 else set()
 open("refused", "w").close()
 while True:
     code, _, channel, body = hear()
     if code == 7:
         send(frame(7, channel, b"answer"))
-""".replace("{channel} * (code == 8)", "{channel} if code == 8 else set()"))
+""", "evil")
     until(lambda: os.path.exists(local.pub), "the keys")
     pub = cexec.open_pub(local.pub)
     with socket.socket() as listener, Ear(group_port(local)) as ear:
@@ -14215,11 +14232,9 @@ while True:
             with contextlib.suppress(ConnectionResetError):
                 assert accepted[0].recv(100) == b""
             hello = b"\x16\x03\x01\x00\x05\x01hello"
-            asked = []
             for sock in accepted[1:]:
                 sock.sendall(hello)
-                asked += [sock.recv(100)]
-            assert set(asked) <= {b"answer", b""} and b"answer" in asked       # the other worker's probes are here too
+                assert sock.recv(100) == b"answer"
 
 
 # ---- cexec -s: workers on other hosts for one call -------------------------
