@@ -14420,13 +14420,15 @@ def test_two_interrupts_end_a_job_and_its_workers(away):
 def test_a_signal_for_the_whole_group_reaches_the_command_alone(away):
     """As timeout(1) and a keyboard send it: neither the starter nor a lone ssh takes it for its own."""
     away.login('exec sh -c "$2"')
-    argv = away.argv("cexec", "-s", "a", "sh", "-c", "trap 'sleep 0.5; echo over; exit 5' TERM INT; echo ready; "
-                     "while :; do sleep 0.1; done")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        terminal = Terminal(away, argv)
+    for number, numbers in enumerate(([signal.SIGTERM, signal.SIGTERM], [signal.SIGINT])):
+        go = away.path("go%d" % number)
+        terminal = Terminal(away, away.argv("cexec", "-s", "a", "sh", "-c", "trap 'echo told' TERM INT; echo ready; "
+                                            "until [ -e %s ]; do sleep 0.05; done; exit 5" % go))
         terminal.shows("ready")
-        os.killpg(terminal.process.pid, number)
-        terminal.shows("over")
+        for each in numbers:
+            os.killpg(terminal.process.pid, each)
+            terminal.shows("told")
+        touch(go)
         assert terminal.process.wait(PATIENCE) == 5
         terminal.close()
 
