@@ -7464,18 +7464,21 @@ class Task:
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     place = ""                      # the directory for its results
-    slot = 1                        # the number for {%}, of the present run
+    __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp", "result",
+                 "errors", "slot", "words", "listings", "newest", "oldest", "results", "again", "avoids", "since",
+                 "refusals", "exit_code", "done_before")        # a batch may have a million
 
     def __init__(self, terms, number, inputs, output):
         self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
         self.file = None if terms.values else inputs[0]
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
-        self.losses, self.input, self.result, self.errors = 0, None, None, None
+        self.losses, self.input, self.stamp, self.result, self.errors = 0, None, None, None, None
+        self.slot = 1               # the number for {%}, of the present run
         self.words = None           # (variables, arguments), while its files are open
-        self.listings = []          # the files of -i
+        self.listings = ()          # the files of -i
         self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
         self.oldest = None          # and the oldest of its outputs; None if one is not there
-        self.results = []           # the patterns of -g
+        self.results = ()           # the patterns of -g
         self.again = terms.again    # how often it runs again after a failure of its command
         self.avoids, self.since = frozenset(), 0.0      # the workers of avoid(); since when
         self.refusals = None        # the Refusals of workers that have not its own command
@@ -7540,7 +7543,7 @@ class Task:
     def note_outputs(self):
         """Notes what it writes.  Raises Fatal (100) if this must not be written."""
         names, times = self.terms.names, []
-        self.results = [result_pattern(self.fill(text, quoted)) for text in self.terms.results]
+        self.results = tuple(result_pattern(self.fill(text, quoted)) for text in self.terms.results)
         for name in self.outputs():
             is_result, option = name is not self.output, "-o %s" % self.terms.pattern
             found = names.note_written(name, self, "-g " + name if is_result else option)
@@ -7565,7 +7568,7 @@ class Task:
 
     def list_inputs(self):
         """Returns the Listings of its -i.  Raises OSError, ValueError."""
-        return list(map(self.terms.names.listing, self.input_paths()))
+        return tuple(map(self.terms.names.listing, self.input_paths()))
 
     def open(self, slot=1):
         """Opens its input, its unfinished output and the file for its errors, for one more try.  Raises OSError."""
