@@ -19836,6 +19836,28 @@ def test_a_program_and_commands_of_make_on_a_worker(in_place_of_ssh):
     assert jobs_done(cluster.serving) == 3
 
 
+@pytest.mark.parametrize("at", ["client", "worker"])
+def test_a_limit_for_each_job(linked_cluster, at):
+    """With timeout(1); what the command has started ends too."""
+    need("timeout", "bash")
+    cluster = linked_cluster
+    cluster.key, cluster.pub = (cluster.path(name) for name in ("run", "run.pub"))
+    output(cluster.run("ckeygen", cluster.key, cluster.pub))
+    put(cluster.path("render"), "#!/bin/sh\n[ $1 = 2 ] && { sleep 1000 & echo $! > child; wait; }\necho $1\n", 0o755)
+    command, words = recipe("cexec.1", "cexec -mn -o '{}.png'").replace("90", "3"), "timeout -k 10 600 "
+    if at == "worker":
+        line = recipe("cexec.1", "cservice -a run timeout")
+        assert line.endswith(words.strip() + " .") and words in command
+        command = command.replace(words, "")
+        cluster.worker("timeout", "-k", "10", "1", options=["-a"])
+    else:
+        cluster.worker(options=["-a"])
+    done = cluster.sh(command.replace("600", "1"))
+    assert ended(done)[:2] == (1, b"cexec: 2 at %s: exit status 124\n" % socket.gethostname().encode())
+    assert sorted(glob.glob1(cluster.directory, "*.png")) == ["1.png", "3.png"]
+    until(lambda: not os.path.exists("/proc/%d" % int(read(cluster.path("child")))), "the end of all")
+
+
 def test_readme_has_the_same_recipes():
     text = read(os.path.join(os.path.dirname(cexec.__file__), "README")).decode()
     for line in recipe("cexec.1", "find . -name").replace("\\\n        ", "").splitlines():
