@@ -6827,13 +6827,13 @@ class Progress:
             return "%s, %s" % (search.waits() or "looking for a worker", duration(int(now - search.began)))
         self.samples.append((now, sum(run.moved())))
         seconds, count = (last - first for first, last in zip(self.samples[0], self.samples[-1]))
-        return self.line(run, duration(int(now - run.began)), count, seconds)
+        line = self.line(run, duration(int(now - run.began)), count, seconds)
+        return ", ".join(filter(None, [line, run.silent_for()]))
 
     def line(self, run, lasted, count, seconds):
         sent, received = run.moved()
-        text = "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, size(sent), self.share(run), size(received),
+        return "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, size(sent), self.share(run), size(received),
                                                   size(count / seconds if seconds else 0))
-        return ", ".join(filter(None, [text, run.silent_for()]))
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
