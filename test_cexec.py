@@ -14434,14 +14434,19 @@ def test_a_signal_for_the_whole_group_reaches_the_command_alone(away):
 
 
 def test_a_stopped_client_keeps_its_workers(away):
+    """Ctrl-Z stops it and the command, and neither the starter nor a lone ssh."""
     altered(away, **SILENCE)
-    client = away.start("cexec", "-s", "a,b", *JOB, "x", stdout=subprocess.PIPE, env={"PEER_GO": away.path("go")})
-    assert client.stdout.readline() == b"ready\n"
-    client.send_signal(signal.SIGSTOP)
-    time.sleep(6)
-    client.send_signal(signal.SIGCONT)
+    away.login('exec sh -c "$2"')
+    terminal = Terminal(away, ["bash", "--norc", "-i"])         # its jobs are no orphans, which TSTP does not stop
+    words = away.argv("cexec", "-s", "a", "GO=" + away.path("go"), *JOB)
+    put(away.path("job"), "exec %s\n" % " ".join(map(shlex.quote, words)))
+    terminal.type("sh job\n", "ready")
+    terminal.type("\x1a", "Stopped")
+    time.sleep(SILENCE["SILENCE_SECONDS"] + 1)      # a worker that hears nothing for so long ends
     touch(away.path("go"))
-    assert outcome(client)[0] == b"done\n"
+    terminal.type("fg\n", "done")
+    terminal.type("echo status=$?\n", "status=0")
+    terminal.close()
 
 
 def test_a_host_that_comes_back_serves_a_batch_again(away):
