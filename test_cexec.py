@@ -10437,6 +10437,18 @@ def test_two_ways_to_one_client(desk):
     assert heard("127.0.0.4", 3) == ("127.0.0.4", handle)
 
 
+def test_a_client_in_line_is_told_by_the_second_way_too(desk):
+    """What it was told directly may not have come there."""
+    desk.has_lifeline(SimpleNamespace(here=lambda address: ("10.0.0.9", 22), connect=lambda handle: None))
+    desk.announce(GOOD, "127.0.0.2")
+    desk.announce(BAD, "127.0.0.3")             # the only slot is taken
+    data = make_datagram(cexec.ANNOUNCE, made_pub(), BAD, 9, **FIRST_TRY)
+    for _ in range(2):                          # once
+        desk.hear(cexec.Datagram(data), "10.0.0.5", 0, ("127.0.0.1", 9))
+    assert [(nonce, fields["address"]) for kind, nonce, fields in desk.said if kind is cexec.BUSY] == [
+        (BAD, ""), (BAD, "10.0.0.9")]
+
+
 def test_nobody_that_was_served_is_forgotten_for_announcements_or_claims():
     """Or a replay of its announcement would get an offer, and its complaint would not count."""
     clients, ours, other = cexec.Clients(limit=3), waiting("a", 1, 0.0), waiting("a", 2, 0.0)
