@@ -996,7 +996,7 @@ def format_key(master):
 # UTF-8), "texts" (16-bit count), "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
 #
 # A new frame needs: its declaration, a place in FRAMES, a method rcvd_NAME at each end that takes
-# it, and the states in which that end's link_frame() lets it through (Candidate, Offer, Supervisor,
+# it, and the states in which that end's link_frame() takes it (TAKES of Candidate and Supervisor, Offer,
 # FileRun); a new datagram: DATAGRAMS, and rcvd_NAME in Worker, Search, Survey or Logger.  Both need
 # cexec(7), and another PROTOCOL.
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
@@ -1081,6 +1081,13 @@ def by_code(*messages):
 def handler_of(owner, kind):
     """The owner's method rcvd_NAME for a message of this kind; None if there is no such method."""
     return getattr(owner, "rcvd_" + kind.name.lower(), None)
+
+
+def take_frame(owner, taken, kind, flags, channel, payload):
+    """The gate for frames: calls owner.rcvd_NAME() for one that is among those taken now.  Raises ProtocolError."""
+    if kind not in taken:
+        raise ProtocolError("%s out of place" % kind)
+    handler_of(owner, kind)(flags, channel, payload)
 
 
 # Datagrams: to the group; BUSY, REPLY and DENY are answers to one client.  Every body begins with COMMON.
@@ -5744,7 +5751,7 @@ class Candidate(Stateful):
 
     CONNECTED, READY, ASKED = "CONNECTED", "READY", "ASKED"
     LAW = {CONNECTED: (READY,), READY: (ASKED,), ASKED: ()}
-    EXPECTED = {CONNECTED: (HELLO,), READY: (), ASKED: (ACCEPT, PONG, REFUSE)}
+    TAKES = {CONNECTED: (HELLO,), READY: (), ASKED: (ACCEPT, PONG, REFUSE)}
 
     def __init__(self, search, sock, address):
         self.search, self.address = search, address
@@ -5765,11 +5772,9 @@ class Candidate(Stateful):
             raise ProtocolError("wrong certificate")
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if kind not in self.EXPECTED[self.state]:
-            raise ProtocolError("%s out of place" % kind)
-        handler_of(self, kind)(payload)
+        take_frame(self, self.TAKES[self.state], kind, flags, channel, payload)
 
-    def rcvd_hello(self, hello):
+    def rcvd_hello(self, flags, channel, hello):
         if hello.version != PROTOCOL:
             raise OtherVersion(hello.version)
         if len(hello.host) > 255:
@@ -5802,7 +5807,7 @@ class Candidate(Stateful):
         self.unconfirmed = len(frames) - 1
         self.link.send_frames([make_frame(AUTH, proof=proof), *frames])
 
-    def rcvd_pong(self, payload):
+    def rcvd_pong(self, flags, channel, payload):
         """A part of the job's words has arrived: the worker has more time for the rest."""
         self.unconfirmed -= 1
         if self.unconfirmed < 0:
@@ -5811,13 +5816,13 @@ class Candidate(Stateful):
         self.timer = self.search.loop.after(OFFER_SECONDS, self.silent)
         self.search.worker_answered()
 
-    def rcvd_accept(self, payload):
+    def rcvd_accept(self, flags, channel, payload):
         """Sends GO: from now on the job may run, and the link belongs to the patron."""
         self.timer.cancel()
         self.link.send(GO)
         self.search.won(self)
 
-    def rcvd_refuse(self, payload):
+    def rcvd_refuse(self, flags, channel, payload):
         if payload.status not in (0, EXIT_CANNOT_RUN, EXIT_NOT_FOUND):
             raise ProtocolError("an impossible REFUSE: status %d" % payload.status)
         self.search.refused(self, payload.status, cut(payload.reason, 400))
@@ -7767,10 +7772,10 @@ class FileRun(RemoteRun):
         self.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
-        expected = kind is not ACCEPT if self.accepted else kind in (ACCEPT, PONG)
-        if not expected:
-            raise ProtocolError("%s out of place" % kind)
-        super().link_frame(link, kind, flags, channel, payload)
+        if self.accepted and kind is not ACCEPT:
+            super().link_frame(link, kind, flags, channel, payload)
+        else:
+            take_frame(self, () if self.accepted else (ACCEPT, PONG), kind, flags, channel, payload)
 
     def rcvd_accept(self, flags, channel, payload):
         self.accepted = True
@@ -10125,7 +10130,6 @@ class Command(Carrier, Stateful):
 #   from every state but OVER: the client has gone, or TERM came: GONE, until the session is ended
 
 WAITING, ASKING, RESTING, OVER, GONE = "WAITING", "ASKING", "RESTING", "OVER", "GONE"
-CONNECTION_FRAMES = (GO, PING, WORDS, JOB)      # the supervisor handles these itself, and its Command the others
 
 
 class Supervisor(Stateful):
@@ -10137,6 +10141,8 @@ class Supervisor(Stateful):
 
     LAW = {WAITING: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
            RESTING: (WAITING, OVER, GONE), OVER: (), GONE: ()}
+    TAKES = {WAITING: (GO, PING), RUNNING: (PING,), ASKING: (), RESTING: (WORDS, JOB, PING), OVER: (), GONE: ()}
+    LATE = (ASKING, RESTING, OVER, GONE)        # in these states all other frames belong to a job that is over
 
     def __init__(self, settings, client, link, job, service):
         floor = max([256] + [number + 1 for number, _, flags in job.descriptors if not flags & FLAG_FILES])
@@ -10238,19 +10244,13 @@ class Supervisor(Stateful):
     # What the client tells us
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if self.state is RUNNING and kind not in CONNECTION_FRAMES:
-            return self.command.link_frame(link, kind, flags, channel, payload)
-        if self.state in (ASKING, OVER, GONE) or self.state is RESTING and kind not in (WORDS, JOB, PING):
-            return                  # the frame belongs to a job that is over
-        if kind in (WORDS, JOB) and self.state is not RESTING:
-            raise ProtocolError("%s within a job" % kind)
-        if self.state is WAITING and kind not in (GO, PING):
-            raise ProtocolError("%s before GO" % kind)
-        handler_of(self, kind)(flags, channel, payload)
+        taken = self.TAKES[self.state]
+        if kind not in taken and self.state is RUNNING:
+            self.command.link_frame(link, kind, flags, channel, payload)
+        elif kind in taken or self.state not in self.LATE:
+            take_frame(self, taken, kind, flags, channel, payload)
 
     def rcvd_go(self, flags, channel, payload):
-        if self.state is not WAITING:
-            raise ProtocolError("GO twice")
         self._set(RUNNING)
         self.deadline.cancel()
         self.command.start()
@@ -11106,10 +11106,7 @@ class Offer(Stateful):
 
     def link_frame(self, link, kind, flags, channel, payload):
         """Takes AUTH first, and only once; every other frame before a right AUTH is an error."""
-        method = handler_of(self, kind)
-        if method is None or self.proved == (kind is AUTH):
-            raise ProtocolError("%s out of place" % kind)
-        method(flags, channel, payload)
+        take_frame(self, (WORDS, JOB) if self.proved else (AUTH,), kind, flags, channel, payload)
 
     def rcvd_auth(self, flags, channel, payload):
         secret = client_secret(self.worker.key.master, self.client.name)

@@ -3905,8 +3905,8 @@ def test_how_long_a_worker_is_avoided():
 REFUSALS = [
     ("REFUSE", lambda peer: peer.send(cexec.REFUSE, status=0, reason="not now")),
     ("a close", lambda peer: None),
-    ("EXIT before GO", lambda peer: peer.send(cexec.EXIT, how=cexec.HOW_EXITED)),
-    ("DATA before GO", lambda peer: peer.raw(data_frame(1, b"forged output"))),
+    ("EXIT out of place", lambda peer: peer.send(cexec.EXIT, how=cexec.HOW_EXITED)),
+    ("DATA out of place", lambda peer: peer.raw(data_frame(1, b"forged output"))),
     ("random bytes", lambda peer: peer.raw(noise(3000))),
 ]
 
@@ -10145,13 +10145,13 @@ def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
 
 
 @pytest.mark.parametrize("wrong, why", [
-    (lambda client: client.job(), b"JOB within a job"),
-    (lambda client: (client.end(), client.job(), client.job()), b"JOB within a job"),
+    (lambda client: client.job(), b"JOB out of place"),
+    (lambda client: (client.end(), client.job(), client.job()), b"JOB out of place"),
     (lambda client: client.peer.send(cexec.AUTH, proof=bytes(32)), b"AUTH out of place"),
     (lambda client: (client.end(), client.begin([(256, 256, 1)])), b"higher descriptors than the first"),
     (lambda client: (client.end(), client.begin([(1, 1, 77)])), b"impossible flags 77"),
-    (lambda client: (client.end(), client.job(), client.peer.raw(data_frame(0, b"x"))), b"DATA before GO"),
-    (lambda client: (client.end(), client.begin(), client.peer.send(cexec.GO)), b"GO twice"),
+    (lambda client: (client.end(), client.job(), client.peer.raw(data_frame(0, b"x"))), b"DATA out of place"),
+    (lambda client: (client.end(), client.begin(), client.peer.send(cexec.GO)), b"GO out of place"),
     (lambda client: (client.end(), client.job()), b"no GO"),
     (lambda client: (client.end(), client.peer.raw(os.urandom(999))), b"frame of kind"),
     (lambda client: client.end(), None), (lambda client: (client.end(), client.peer.send(cexec.PING)), None)],
@@ -10938,9 +10938,9 @@ INTRUSIONS = [
     ("arguments", b"takes none", proved((cexec.WORDS, {"bytes": b"x\0"}), (cexec.JOB, {"arguments": 1}))),
     ("a descriptor beyond", b"impossible descriptor", proved((cexec.JOB, {"descriptors": [(1024, 1024, 1)]}))),
     ("a descriptor for nothing", b"has impossible flags", proved((cexec.JOB, {"descriptors": [(1, 1, 0)]}))),
-    ("DATA before GO", b"DATA before GO", accepted(data_frame(0, b"x"))),
-    ("SIGNAL before GO", b"SIGNAL before GO", accepted(cexec.make_frame(cexec.SIGNAL, signal="TERM"))),
-    ("EXIT before GO", b"EXIT before GO", accepted(cexec.make_frame(cexec.EXIT, **filled(cexec.EXIT)))),
+    ("DATA before GO", b"DATA out of place", accepted(data_frame(0, b"x"))),
+    ("SIGNAL before GO", b"SIGNAL out of place", accepted(cexec.make_frame(cexec.SIGNAL, signal="TERM"))),
+    ("EXIT before GO", b"EXIT out of place", accepted(cexec.make_frame(cexec.EXIT, **filled(cexec.EXIT)))),
     ("HELLO to a worker", b"HELLO out of place", proved((cexec.HELLO, {}))),
     ("random bytes", b"", lambda asker, peer: peer.raw(noise(5000))),
 ]
@@ -11235,7 +11235,7 @@ def run_over(size):
 
 
 AFTER_GO = [
-    ("GO twice", cexec.make_frame(cexec.GO)),
+    ("GO out of place", cexec.make_frame(cexec.GO)),
     ("no channel 9", data_frame(9, b"x")),
     ("no channel 1", data_frame(1, b"to an output")),
     ("no channel 0", cexec.make_frame(cexec.CREDIT, 0, bytes=1)),
@@ -11246,7 +11246,7 @@ AFTER_GO = [
     ("signal 'KILL'", cexec.make_frame(cexec.SIGNAL, signal="KILL")),
     ("signal ''", cexec.make_frame(cexec.SIGNAL, signal="")),
     ("ACCEPT out of place", cexec.make_frame(cexec.ACCEPT)),
-    ("JOB within a job", cexec.make_frame(cexec.JOB, **filled(cexec.JOB))),
+    ("JOB out of place", cexec.make_frame(cexec.JOB, **filled(cexec.JOB))),
     ("frame of kind 99", cexec.FRAME_HEAD.pack(99, 0, 0, 0)),
     ("SHUT with 1 bytes too many", cexec.FRAME_HEAD.pack(cexec.SHUT.code, 0, 1, 1) + b"x"),
 ]
