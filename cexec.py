@@ -9227,7 +9227,7 @@ class RunGroup(Group):
         kind, *words = line.split("\t")
         if kind == PUB_LINE:
             super().__init__(words[0])
-            self.pub = parse_pub(words[1], "-s")
+            self.pub_text, self.pub = words[1], parse_pub(words[1], "-s")
         elif kind == HOST_LINE:
             self.states[words[0]], self.pids[words[0]] = words[1], int(words[2])
         else:
@@ -9250,21 +9250,25 @@ class RunGroup(Group):
     def wait(self, for_all):
         """Waits for the first host that serves, or until no host is left to wait for.  Raises Fatal (111)."""
         self.sock.settimeout(SILENT_SECONDS)
-        while not self.states or WAITS in self.states.values() and (
-                for_all or SERVES_NOW not in self.states.values()):
+        while not self.serves() or for_all and WAITS in self.states.values():
             try:
                 self.read()
             except socket.timeout:
                 self.tell_user()
         log.status_line("")
-        if SERVES_NOW not in self.states.values():
-            raise Fatal(EXIT_TEMPORARY, "no host serves")
 
     def tell_user(self):
         """Shows on a terminal what we wait for; not with one host, whose ssh may ask something there."""
         late = [host for host, state in self.states.items() if state == WAITS]
         if os.isatty(log.fd) and len(self.states) > 1 and not log.verbose and in_foreground(log.fd):
             log.status_line("waits for ssh: %s" % ", ".join(late))
+
+    def serves(self):
+        """Whether a host serves.  Raises Fatal (111) if none does, and none is waited for."""
+        states = self.states.values()
+        if states and WAITS not in states and SERVES_NOW not in states:
+            raise Fatal(EXIT_TEMPORARY, "no host serves")
+        return SERVES_NOW in states
 
     def failed_hosts(self):
         return [host for host, state in self.states.items() if state == FAILED_NOW]
@@ -14147,15 +14151,16 @@ if TYPE_CHECKING:                   # what mypy and editors know of the public n
             get: Iterable[Union[str, bytes]] = ()) -> "subprocess.CompletedProcess[Any]": ...
 
     class Executor(concurrent.futures.Executor):
-        def __init__(self, pub: AnyPath, max_workers: Optional[int] = None, allow: Iterable[str] = (), retries: int = 3,
-                     *, trust: bool = False, send: Iterable[str] = (), threads: Optional[int] = 1,
+        def __init__(self, pub: Optional[AnyPath] = None, max_workers: Optional[int] = None,
+                     allow: Iterable[str] = (), retries: int = 3, *, hosts: Union[None, str, Iterable[str]] = None,
+                     trust: bool = False, send: Iterable[str] = (), threads: Optional[int] = 1,
                      mp_context: None = None, initializer: Optional[Callable[..., Any]] = None,
                      initargs: Iterable[Any] = (), max_tasks_per_child: Optional[int] = None) -> None: ...
 
         def map(self, fn: Callable[..., Result], *iterables: Iterable[Any], timeout: Optional[float] = None,
                 chunksize: int = 1, buffersize: Optional[int] = None) -> Iterator[Result]: ...
 
-    def joblib(pub: AnyPath, *arguments: Any, **options: Any) -> ContextManager[Executor]: ...
+    def joblib(*arguments: Any, **options: Any) -> ContextManager[Executor]: ...
 
 LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
 LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers
@@ -14656,8 +14661,8 @@ def checked_path(pub):
     try:
         return os.fsdecode(pub)
     except TypeError:
-        raise TypeError("the path of a public key comes first, as in Executor('py.pub', max_workers=4), and not %r" % (
-            pub,)) from None
+        raise TypeError("the path of a public key comes first, as in Executor('py.pub', max_workers=4), or else "
+                        "hosts=[...], and not %r" % (pub,)) from None
 
 
 def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=None, **others):
@@ -16136,8 +16141,13 @@ class Lane(Stateful):
             env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
             env["CEXEC_FD_FOR_START"] = str(ours[8])
             env["CEXEC_USELESS_SERVERS"] = " ".join(self.pool.useless())
+            pub, words, kept, group = self.pool.pub, [], [ours[8]], self.pool.group
+            if group:               # its workers run what they are given
+                ours.append(lifted_away(full_pipe(group.pub_text.encode()), 5))
+                pub, words, kept = "/dev/fd/%d" % ours[-1], ["--", "python3", "/dev/fd/3"], kept + ours[-1:]
+                env["CEXEC_GROUP"] = group.text
             self.child, report = start_client(
-                self.pool.pub, [], places=places, kept=[ours[8]], env=env, bufsize=0, start_new_session=True,
+                pub, words, places=places, kept=kept, env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             ours.remove(prints)
             ours.remove(started)
@@ -16561,15 +16571,18 @@ class Pool:
     wake it.  Futures' callbacks run in it, without a lock, so they may submit calls.
     """
 
-    def __init__(self, pub, limit, readers, retries, send=(), threads=1, initializer=None, calls_max=None):
+    def __init__(self, pub, hosts, limit, readers, retries, send=(), threads=1, initializer=None, calls_max=None):
         import pickle
         import threading
-        pub = checked_path(pub)
-        self.pub, self.limit, self.retries = os.path.abspath(pub), limit, retries
-        try:
-            open_pub(pub)
-        except Fatal as error:
-            raise Failed(str(error), error.code) from None
+        self.hosts, self.limit, self.retries = hosts, limit, retries
+        self.pub = None
+        if not hosts:
+            pub = checked_path(pub)
+            self.pub = os.path.abspath(pub)
+            try:
+                open_pub(pub)
+            except Fatal as error:
+                raise Failed(str(error), error.code) from None
         self.program, self.readers, self.protocol = Program(send), readers, pickle.HIGHEST_PROTOCOL
         self.threads, self.calls_max = threads, calls_max       # of a lane; None: any number
         self.initializer = initializer          # a Call without a future, or None
@@ -16579,6 +16592,7 @@ class Pool:
     def begin(self):
         """Begins without calls, lanes and thread.  In a forked child too: there they are the parent's."""
         self.process, self.gate, self.thread = os.getpid(), self.threading.RLock(), None
+        self.group = None                       # the RunGroup of the hosts, while the thread runs
         self.inbox = collections.deque()        # Calls, and methods for the thread to call
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
@@ -16610,6 +16624,18 @@ class Pool:
             self.inbox.append(call)
             self.wake()
 
+    def await_hosts(self):
+        """Waits until each host serves or has failed.  Raises what put() raises."""
+        self.check_process()
+        with self.gate:
+            if self.thread is None and not self.shut:
+                self.start_thread()
+        while self.group and self.thread.is_alive() and not self.cause and (
+                not self.group.states or WAITS in list(self.group.states.values())):
+            time.sleep(TICK_SECONDS)
+        if self.cause:
+            raise self.given_up()
+
     def submit(self, function, arguments, keywords):
         """Returns the future of this call.  Raises RuntimeError after shutdown()."""
         from concurrent.futures import Future
@@ -16625,8 +16651,13 @@ class Pool:
             self.begin()
 
     def start_thread(self):
-        """Raises OSError or RuntimeError, and then nothing has changed."""
+        """Raises OSError, Failed or RuntimeError, and then nothing has changed."""
         end_at_exit()
+        if self.hosts:
+            try:
+                self.group = RunGroup(self.hosts, 3)
+            except Fatal as error:
+                raise Failed(str(error), error.code) from None
         self.loop, (self.waker, self.woken) = Loop(), os.pipe()
         # Before Python 3.9 the interpreter waits for all others before it calls end_pools()
         daemon = not hasattr(self.threading, "_register_atexit")
@@ -16666,9 +16697,14 @@ class Pool:
     def work(self):
         """Runs in the thread, until nothing is left to do after shutdown()."""
         self.loop.on_read(self.waker, lambda: os.read(self.waker, 512))
+        if self.group:
+            self.group.attend(self.loop)
         try:
             while self.step():
-                self.loop.turn()
+                try:
+                    self.loop.turn()
+                except Fatal as error:          # of the RunGroup: its hosts serve no more
+                    self.give_up(Failed(str(error), error.code))
         except BaseException as error:          # a defect of ours: nobody must wait for ever
             self.shutdown(False, False)
             for lane in self.lanes:
@@ -16704,6 +16740,8 @@ class Pool:
             self.sleeping, self.loop = False, None      # nobody wakes it any more
             os.close(self.waker)
             os.close(self.woken)
+        if self.group:
+            self.group.end()
         running.discard(self)
 
     def dispatch(self):
@@ -16771,10 +16809,20 @@ class Pool:
         if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or (
                 time.monotonic() < self.pause or sum(lane.holds_up() for lane in there) >= len(self.queue)):
             return
+        if self.group and not self.serves():
+            return
         try:
             self.lanes.append(Lane(self))
         except OSError as error:
             self.cannot_grow(Failed("cannot start cexec: %s" % error))
+
+    def serves(self):
+        """Whether a host serves; gives up if none will."""
+        try:
+            return self.group.serves()
+        except Fatal as error:
+            self.give_up(Failed("%s: %s" % (error, self.group.said), error.code))
+            return False
 
     def cannot_grow(self, error):
         """No more workers were found: all calls fail, unless a lane is up or may soon be."""
@@ -16985,7 +17033,7 @@ class Pool:
         hosts = collections.Counter(lane.host for lane in lanes if lane.state is UP)
         waiting = len(self.queue) + sum(isinstance(item, Call) for item in list(self.inbox))
         return "%s: %d running, %d waiting  %s" % (
-            os.path.basename(self.pub), sum(len(lane.calls) for lane in lanes), waiting,
+            ",".join(self.hosts) or os.path.basename(self.pub), sum(len(lane.calls) for lane in lanes), waiting,
             " ".join("%s*%d" % item for item in sorted(hosts.items())) or "no worker")
 
     def tell(self, text):
@@ -17006,10 +17054,11 @@ class Pool:
                 pass                # standard error is closed
 
 
-def count_slots(pub):
+def count_slots(pool):
     """Returns how many jobs the workers that answer take at a time.  Asks for a second or more.  Raises Failed."""
     try:
-        survey = Survey(Group(), open_pub(pub), listen_ports(), Loop(), ServerFilter())
+        group, pub = (Group(pool.group.text), pool.group.pub) if pool.hosts else (Group(), open_pub(pool.pub))
+        survey = Survey(group, pub, listen_ports(), Loop(), ServerFilter())
     except Fatal as error:
         raise Failed(str(error), error.code) from None
     survey.begin(survey.loop.stop)
@@ -17027,13 +17076,16 @@ def pickled(value):
 class ExecutorMethods:
     """A concurrent.futures.Executor whose calls run on the workers of an application.
 
-    Executor(pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1,
+    Executor(pub, max_workers=None, allow=(), retries=3, *, hosts=None, trust=False, send=(), threads=1,
              mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None)
 
     pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
     with any Python from 3.6 on, and need nothing else.  Everybody who has the public key can run
     any code there as this user.
+
+    hosts: names for ssh, in place of pub, as for cexec -s: ["box1", "4/box2"].  Workers are started
+        there at the first call, and ended at the end.
 
     max_workers: how many calls run at a time; None: as many as the workers take.
     allow: more classes that may be in results: names of classes, or of modules for all classes that
@@ -17092,8 +17144,11 @@ class ExecutorMethods:
     exception with something that is not allowed.
     """
 
-    def __init__(self, pub, max_workers=None, allow=(), retries=3, *, trust=False, send=(), threads=1, mp_context=None,
-                 initializer=None, initargs=(), max_tasks_per_child=None):
+    def __init__(self, pub=None, max_workers=None, allow=(), retries=3, *, hosts=None, trust=False, send=(), threads=1,
+                 mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None):
+        hosts = [hosts] if isinstance(hosts, str) else list(hosts or ())
+        if hosts and pub is not None:
+            raise TypeError("pub and hosts do not go together: hosts have a key of their own")
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if retries < 0:
@@ -17110,14 +17165,16 @@ class ExecutorMethods:
             raise ValueError("max_tasks_per_child must be >= 1")
         import weakref
         self._given = max_workers
-        self._pool = Pool(pub, max_workers or 10 ** 6, result_readers(allow, trust), retries, send, threads,
+        self._pool = Pool(pub, hosts, max_workers or 10 ** 6, result_readers(allow, trust), retries, send, threads,
                           initializer and Call(None, initializer, tuple(initargs), {}), max_tasks_per_child)
         weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
 
     @property
     def _max_workers(self):
         """What dask and joblib read: max_workers, or else the slots of the workers that answer now, asked once."""
-        self._given = self._given or count_slots(self._pool.pub)
+        if not self._given and self._pool.hosts:
+            self._pool.await_hosts()
+        self._given = self._given or count_slots(self._pool)
         return self._given or 1
 
     def __repr__(self):
@@ -17207,10 +17264,10 @@ def flattened(chunks):
             yield chunk.pop()
 
 
-def joblib(pub, *arguments, **options):
+def joblib(*arguments, **options):
     """A context in which joblib, and so the n_jobs of scikit-learn, uses the workers.
 
-        with cexec.joblib("py.pub"):
+        with cexec.joblib("py.pub"):                # or hosts=["box1", "box2"]
             GridSearchCV(SVC(), grid).fit(X, y)
 
     The arguments are an Executor's, which is what as gives.  joblib 1.3 or newer, and what the functions use, must
@@ -17253,7 +17310,7 @@ def joblib(pub, *arguments, **options):
         with pool, parallel_config(Backend(), n_jobs=-1):
             yield pool
 
-    pool = __getattr__("Executor")(pub, *arguments, **options)
+    pool = __getattr__("Executor")(*arguments, **options)
     return context()
 
 

@@ -13325,8 +13325,9 @@ class Boxes:
     All share one file system, but have a /run and an /etc/passwd each; names of ssh are LOGIN@HOST.
     """
 
-    def __init__(self, cluster, names, python=PYTHON):
+    def __init__(self, cluster, names, python=PYTHON, named=False):
         self.cluster, self.names, self.processes, self.daemons = cluster, names, [], {}
+        self.named = named          # whether each has a name of its own
         self.key, self.pub = cluster.path("new"), cluster.path("new.pub")
         self.spaces = cluster.lan("lan", ["here", *names], "10.0.9")
         self.server = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
@@ -13370,6 +13371,8 @@ class Boxes:
             setup += "cut -d' ' -f2 /proc/mounts | sort -u | while read m; do mount -o remount,bind,ro $m; done\n"
             setup += "! touch %s /tmp/.cexec-test /dev/shm/.cexec-test 2>/dev/null || exit 9\n" % path("writable")
         setup += "exec %s -D -e -f %s" % (self.server, path("sshd-" + name))
+        if self.named:
+            setup = "exec unshare --uts sh -c %s" % shlex.quote("hostname %s; %s" % (name, setup))
         log = path("sshd-%s.log" % name)
         with open(log, "ab") as file:
             daemon = self.cluster.popen(["ip", "netns", "exec", self.spaces[name], "sh", "-c", setup], stdout=file,
@@ -16775,15 +16778,6 @@ def test_the_manuals_parameter_study(pooled):
     assert len(points) == 101 and points[0] == (0, 300) and points[-1] == (400, 0)
 
 
-def test_the_readmes_program(pooled):
-    text = read(os.path.join(HERE, "README")).decode()
-    program = textwrap.dedent(re.search(r"^    import cexec, random\n(    .*\n)+", text, re.M).group())
-    put(pooled.path("py.pub"), read(pooled.pub).decode())
-    put(pooled.path("pi.py"), program.replace("10 ** 6", "10 ** 4").replace("25e6", "25e4"))
-    done = pooled.do([PYTHON, "pi.py"], stderr=subprocess.STDOUT, env={"PYTHONPATH": HERE})
-    assert re.match(rb"pi is about 3\.1[345]\d*\n$", done.stdout), done.stdout
-
-
 EVIL_WORKER = """
 import os, struct, sys, threading, time
 def send(kind, data=b"", size=None):
@@ -18310,11 +18304,10 @@ def audio(ogg):
     return wav[wav.index(b"data") + 8:]
 
 
-def test_readme_four_steps(hosts):
+def test_the_four_steps_of_the_docstring(hosts):
     need("oggenc", "oggdec")
     keygen, service, logger, job = STEPS
-    for file in (PROGRAM, os.path.join(HERE, "README")):
-        assert all("    %s " % step in read(file).decode().partition("import gc")[0] for step in STEPS)
+    assert all("    %s " % step in read(PROGRAM).decode().partition("import gc")[0] for step in STEPS)
     spaces = hosts.lan("lan", ["client", "one", "two", "logger"], "10.77.0")
     links = hosts.path("links")
     os.mkdir(links)
@@ -19492,6 +19485,168 @@ def test_a_worker_over_ssh_with_the_program_on_standard_input(boxes):
     assert far.wait(PATIENCE) == 0
 
 
+OVER_SSH = """
+import cexec, os, signal, sys, time
+def number(n):
+    time.sleep(0.01)
+    return n + 1
+if __name__ == "__main__":
+    pool = cexec.Executor(hosts=sys.argv[2:])
+    try:
+        assert pool._max_workers > 0 and list(pool.map(number, range(100))) == list(range(1, 101))
+        print(repr(pool), flush=True)
+        if sys.argv[1] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] == "leave":
+            pool.submit(time.sleep, 1000)
+            time.sleep(0.5)
+            pool.shutdown(False, cancel_futures=True)
+            os._exit(0)
+        pool.shutdown()
+    except cexec.Failed as error:
+        print("Failed", error)
+    except Exception as error:
+        print(type(error).__name__, error, type(error.__cause__).__name__)
+"""
+
+
+@pytest.mark.parametrize("end", ["shutdown", "leave", "kill"])
+def test_an_executor_over_ssh(boxes, end):
+    """Without a key; nothing is left anywhere, however the program ends."""
+    farm = boxes("box1", "box2")
+    put(farm.cluster.path("program.py"), OVER_SSH)
+
+    def run(*words):
+        argv = ["ip", "netns", "exec", farm.spaces["here"], PYTHON, "program.py", *words]
+        return farm.cluster.do(argv, env={"CEXEC_SSH": farm.ssh, "PYTHONPATH": HERE}, stderr=subprocess.PIPE, timeout=60)
+    done = run(end, "2/box1", "box2")
+    assert re.match(rb"<cexec.Executor 2/box1,box2: 0 running, 0 waiting  \S+\*\d", done.stdout), (done.stdout, done.stderr)
+    assert done.returncode == (-signal.SIGKILL if end == "kill" else 0)
+    farm.empty()
+    if end == "shutdown":
+        assert run(end, "no such").stdout.startswith(b"Failed -s no such: not a host")
+        done = run(end, "nowhere")
+        assert done.stdout.startswith(b"BrokenProcessPool") and b"nowhere" in done.stderr, done
+
+
+# ---- README ------------------------------------------------------------------
+
+README = os.path.join(HERE, "README")
+NAMES = ["box1", "box2", "box3"]
+
+
+def test_readme_is_plain_text():
+    lines = read(README).decode("ascii").splitlines()
+    assert max(map(len, lines)) <= 78 and len(lines) <= 170
+    assert not any(line.startswith("#") or "](" in line or line.startswith("|") for line in lines)
+
+
+def readme_blocks(heading):
+    """The indented blocks of a section, each as its lines."""
+    section = re.split(r"\n%s\n-+\n" % heading, read(README).decode())[-1].split("\n\n\n")[0] + "\n"
+    return [textwrap.dedent(block).splitlines() for block in re.findall(r"(?:^    .*\n)+", section, re.M)]
+
+
+@pytest.fixture
+def reader_of_readme(boxes):
+    """Who follows README: three hosts, .sh(command) runs a line here; the files that it names are in the directory."""
+    need("bash", "oggenc", "gnuplot", "gzip", "cksum", "df", "unshare")
+    farm = boxes(*NAMES, named=True)
+    cluster = farm.cluster
+    cluster.env.update(CEXEC_SSH=farm.ssh, HOME=cluster.directory,
+                       PATH="%s:%s:%s" % (cluster.path("bin"), cluster.path("links"), cluster.env["PATH"]))
+    os.mkdir(cluster.path("links"))
+    os.symlink(PYTHON, cluster.path("links/python3"))
+    os.mkdir(cluster.path("r"))
+    shutil.copy(PROGRAM, cluster.path("cexec.py"))
+    put(cluster.path("boxes"), "box1\nbox2\nbox3\n")
+    put(cluster.path("names"), "b\na\n")
+    put(cluster.path("sim.sh"), "#!/bin/sh\necho $(($1 * 10)) $2\n", 0o755)
+    put(cluster.path("fig.gp"), "set terminal svg\nset output 'fig.svg'\nplot x\n")
+    for name in ("one", "two", "big"):
+        put(cluster.path(name + ".log"), "an ERROR\nfine\n" * 1000)
+    for name in ("input", "a b"):
+        write_wav(cluster.path(name + ".wav"), seconds=1)
+
+    def argv(command):
+        return ["ip", "netns", "exec", farm.spaces["here"], "bash", "-c", command]
+
+    def sh(command):
+        done = cluster.do(argv(command), stderr=subprocess.STDOUT, timeout=60)
+        assert done.returncode == 0, (command, done.stdout)
+        return done.stdout.decode()
+    farm.argv, farm.sh = argv, sh
+    return farm
+
+
+def test_the_first_screen_of_the_readme(reader_of_readme):
+    farm = reader_of_readme
+    path = farm.cluster.path
+    farm.sh("python3 cexec.py --install bin")
+    commands = [line[6:] for line in read(README).decode().splitlines() if line.startswith("    $ ")]
+    assert len(commands) == 4
+    assert farm.sh(commands[0]).strip() in NAMES
+    kernel = "%s %s" % (os.uname().sysname, os.uname().release)
+    assert sorted(farm.sh(commands[1]).splitlines()) == ["%s: %s" % (name, kernel) for name in NAMES]
+    farm.sh(commands[2])
+    for name in ("one", "two", "big"):
+        assert farm.sh("gzip -dc %s.log.gz | cmp - %s.log" % (name, name)) == ""
+    assert farm.sh(commands[3]) == "".join("%d0 %s\n" % (seed, rate) for seed in (1, 2, 3) for rate in ("0.1", "1"))
+    farm.empty()
+    assert not os.path.exists(path("run"))
+
+
+def test_every_command_of_the_readme_in_order(reader_of_readme):
+    farm = reader_of_readme
+    path = farm.cluster.path
+    shown = {}
+    for line in [line for part in ("Start", "Batches") for block in readme_blocks(part) for line in block]:
+        command = line.partition("   #")[0].replace("~/bin", path("bin"))
+        if " -t " in command:
+            terminal = Terminal(farm.cluster, farm.argv(command), {"TERM": "xterm"})
+            terminal.shows("load average")
+            terminal.type("q")
+            assert terminal.process.wait(PATIENCE) == 0
+            terminal.close()
+        else:
+            shown[command] = farm.sh(command)
+    farm.empty()
+    assert read(path("sorted")) == b"a\nb\n" and b"<svg" in read(path("fig.svg")) and b"<svg" in read(path("run.svg"))
+    assert next(text for command, text in shown.items() if "grep" in command) == "1000\n"
+    assert len(next(text for command, text in shown.items() if " -l" in command).splitlines()) == 2
+    assert not ogg_files(farm.cluster, "input.ogg", "a b.ogg")
+    assert sorted(os.listdir(path("r"))) == ["%d-%s" % (seed, rate) for seed in (1, 2, 3) for rate in "ab"]
+
+
+def test_the_readmes_program_and_its_workers_that_stay(reader_of_readme):
+    farm = reader_of_readme
+    farm.sh("python3 cexec.py --install bin")
+    program = "\n".join(line for block in readme_blocks("From Python") for line in block)
+    put(farm.cluster.path("program.py"), program.replace("10 ** 6", "10 ** 4").replace("25e6", "25e4"))
+    assert re.match(r"pi is about 3\.1[345]\d*\n$", farm.sh("python3 program.py"))
+    farm.empty()
+    alerts = farm.cluster.path("alerts")
+    for line in [line for block in readme_blocks("Workers that stay") for line in block]:
+        command = line.partition("   #")[0].strip()
+        if command.startswith("cservice"):
+            for name in NAMES[:2]:
+                argv = ["ip", "netns", "exec", farm.spaces[name], "bash", "-c", "exec " + command]
+                process = farm.cluster.popen(argv)
+                until(lambda: listening(process.pid), command)
+        elif command.startswith("crat"):
+            with open(alerts, "wb") as log:
+                logger = farm.cluster.popen(farm.argv("exec " + command), stdout=log)
+            until(lambda: listening(logger.pid), command)
+            farm.sh("cexec run.pub true")
+            until(lambda: b"completed by" in read(alerts), "crat's line")
+        else:
+            farm.sh(command)
+    assert not ogg_files(farm.cluster, "output.ogg")
+    network, = readme_blocks("Networks")
+    listed = network[0].partition("   #")[0].replace("10.0.0.3,10.0.0.4", "10.0.9.2,10.0.9.3")
+    assert len(farm.sh(listed).splitlines()) == 2
+
+
 # ---- The manual's recipes --------------------------------------------------
 
 @pytest.fixture
@@ -19874,12 +20029,6 @@ def test_a_limit_for_each_job(linked_cluster, at):
     assert ended(done)[:2] == (1, b"cexec: 2 at %s: exit status 124\n" % socket.gethostname().encode())
     assert sorted(glob.glob1(cluster.directory, "*.png")) == ["1.png", "3.png"]
     until(lambda: not os.path.exists("/proc/%d" % int(read(cluster.path("child")))), "the end of all")
-
-
-def test_readme_has_the_same_recipes():
-    text = read(os.path.join(os.path.dirname(cexec.__file__), "README")).decode()
-    for line in recipe("cexec.1", "find . -name").replace("\\\n        ", "").splitlines():
-        assert "    " + line + "\n" in text
 
 
 def test_the_unit_for_systemd(linked_cluster):
