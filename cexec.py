@@ -1131,10 +1131,10 @@ LINGER = Message(14, "LINGER", status="B")
 EXIT = Message(15, "EXIT", how="B", status="B", more="B", reason="text", channels="rows:HQQ")
 RESIZE = Message(16, "RESIZE", lines="H", columns="H")
 WORDS = Message(17, "WORDS", bytes="rest")                          # before JOB: its words, each ended by a NUL
-PASS = Message(32, "PASS", address="text", port="H", datagram="rest")       # a client's datagram, or an answer to it
-CONNECT = Message(33, "CONNECT", address="text", port="H")          # a new channel: a connection to that client
-DRAIN = Message(34, "DRAIN")
-END_JOBS = Message(35, "END_JOBS")
+PASS = Message(18, "PASS", address="text", port="H", datagram="rest")       # a client's datagram, or an answer to it
+CONNECT = Message(19, "CONNECT", address="text", port="H")          # a new channel: a connection to that client
+DRAIN = Message(20, "DRAIN")
+END_JOBS = Message(21, "END_JOBS")
 FRAMES = by_code(HELLO, AUTH, JOB, ACCEPT, REFUSE, GO, DATA, EOF, SHUT, CREDIT, SIGNAL, PING, PONG, LINGER, EXIT,
                  RESIZE, WORDS, PASS, CONNECT, DRAIN, END_JOBS)
 

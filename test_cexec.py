@@ -19518,9 +19518,9 @@ def test_an_executor_over_ssh(boxes, end):
 
     def run(*words):
         argv = ["ip", "netns", "exec", farm.spaces["here"], PYTHON, "program.py", *words]
-        return farm.cluster.do(argv, env={"CEXEC_SSH": farm.ssh, "PYTHONPATH": HERE}, stderr=subprocess.PIPE, timeout=60)
+        return farm.cluster.do(argv, env={"CEXEC_SSH": farm.ssh, "PYTHONPATH": HERE}, timeout=60)
     done = run(end, "2/box1", "box2")
-    assert re.match(rb"<cexec.Executor 2/box1,box2: 0 running, 0 waiting  \S+\*\d", done.stdout), (done.stdout, done.stderr)
+    assert re.match(rb"<cexec.Executor 2/box1,box2: 0 running, 0 waiting  \S+\*\d", done.stdout), done
     assert done.returncode == (-signal.SIGKILL if end == "kill" else 0)
     farm.empty()
     if end == "shutdown":
