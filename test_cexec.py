@@ -14458,7 +14458,7 @@ def test_a_stopped_client_keeps_its_workers(away):
     put(away.path("job"), "exec %s\n" % " ".join(map(shlex.quote, words)))
     terminal.type("sh job\n", "ready")
     terminal.type("\x1a", "Stopped")
-    time.sleep(SILENCE["SILENCE_SECONDS"] + 1)      # a worker that hears nothing for so long ends
+    time.sleep(SILENCE["SILENCE_SECONDS"] + 3)      # a worker that hears nothing for so long ends
     touch(away.path("go"))
     terminal.type("fg\n", "done")
     terminal.type("echo status=$?\n", "status=0")
