@@ -6489,6 +6489,10 @@ class Outcome:
         """Returns why it is no success, in a few words."""
         return "killed by signal %d" % self.signal if self.signal else self.reason or "exit status %d" % self.exit_code
 
+    def group(self):
+        """Returns the cause without the names before it, which differ from job to job: for a sum of many."""
+        return self.cause().rpartition(": ")[2] if self.kind == "failed" else self.cause()
+
     def text(self):
         """Returns the cause, and perhaps what to do."""
         return self.lead + self.cause() + self.hint
@@ -7924,6 +7928,12 @@ class Printer:
             self.tasks.pop().discard()
         self.tasks.pop()
 
+    def leave_out(self, tasks):
+        """These will not be begun any more: the outputs of others do not wait for theirs."""
+        gone = set(tasks)
+        self.tasks = collections.deque(task for task in self.tasks if task not in gone)
+        self.refresh()
+
     def has_room(self, task):
         """Whether a task may be begun: waiting outputs need descriptors, so their number is bounded."""
         return task.number <= self.count + OUTPUTS_MAX
@@ -8205,6 +8215,8 @@ class Batch(Patron):
     def put_back(self, task):
         task.discard()
         self.queue.appendleft(task)
+        if self.halted and self.printer:
+            self.printer.leave_out([task])
 
     def begin(self, search, candidate, task):
         self.searches.remove(search)
@@ -8334,7 +8346,7 @@ class Batch(Patron):
         if outcome.exit_code:
             self.failures += 1
             self.where[self.place_of(task, outcome, run)] += 1
-            self.causes[outcome.cause()] += 1
+            self.causes[outcome.group()] += 1
         else:
             self.done += 1
         self.tell(task, outcome, run)
@@ -8357,6 +8369,8 @@ class Batch(Patron):
             self.halted = True
             for search in list(self.searches):
                 self.end_search(search)
+            if self.printer:
+                self.printer.leave_out(self.queue)
 
     def place_of(self, task, outcome, run):
         """Returns the name of the worker where a job has ended so; "" if the reason is here."""

@@ -9051,10 +9051,18 @@ def test_halt_lets_those_that_run_end(cluster):
         read(cluster.path(name.decode())) for name in sorted(begun(cluster)) if name != b"f001")
 
 
+def test_halt_prints_what_is_done_behind_a_job_that_waits_for_its_next_try(cluster):
+    altered(cluster, OBJECTION_SECONDS=30)
+    names = made_files(cluster, 2)
+    cluster.worker("sh", "-c", 'case "$PEER_FILE" in f000) exit 3;; esac; cat', env={"CONCURRENCY": "1"})
+    done = batch(cluster, *names, "none", options=["--halt", "1", "--retries", "1", "-o", "-"])
+    assert (done.returncode, done.stdout) == (1, read(cluster.path("f001"))), done
+
+
 def test_halt_counts_files_that_can_not_be_read(cluster):
     cluster.worker("cat")
     done = batch(cluster, *("no%d" % number for number in range(30)), options=["--halt", "2"])
-    assert done.returncode == 2 and done.stderr.count(b"No such file") == 2
+    assert done.returncode == 2 and done.stderr.count(b": No such file or directory\n") == 2
     refusal(batch(cluster, "f", options=["--halt", "0"]), 100, "--halt needs a number from 1")
     refusal(cluster.run("cexec", "--halt", "1", cluster.pub), 100, "--halt is for -m")
 
@@ -9269,7 +9277,9 @@ def test_failures_count_when_the_last_try_is_over(cluster):
     cluster.worker("sh", "-c", NOTED + "exit 3", env={"CONCURRENCY": "1"})
     done = batch(cluster, *names, options=["--retries", "2", "-j", "1", "--halt", "2", "--log", "log"])
     assert done.returncode == 2 and sorted(begun(cluster)) == [b"f000"] * 3 + [b"f001"] * 3
-    assert done.stderr.decode().splitlines() == ["cexec: %s: exit status 3" % name for name in names]
+    assert sorted(done.stderr.decode().splitlines()) == [
+        "cexec: 2 failed, 2 at %s: exit status 3 (2)" % NODE, *("cexec: %s at %s: exit status 3" % (name, NODE)
+                                                                for name in names)]
     assert [row["Exitval"] for row in rows_of_log(cluster.path("log"))] == ["3"] * 6
     assert batch(cluster, *names).returncode == 2 and len(begun(cluster)) == 8
     refusal(batch(cluster, "f", options=["--retries", "x"]), 100, "--retries needs a number from 1")
@@ -9338,7 +9348,8 @@ def test_files_that_may_not_be_read_or_written(cluster):
     cluster.launch = without_power() + cluster.launch
     done = batch(cluster, *names, "closed/in")
     assert done.returncode == 2 and done.stderr.decode().splitlines() == [
-        "cexec: f001: Permission denied", "cexec: closed/in: closed/.in.out.part: Permission denied"]
+        "cexec: f001: Permission denied", "cexec: closed/in: closed/.in.out.part: Permission denied",
+        "cexec: 2 failed, 2 here: Permission denied (2)"]
     assert read(cluster.path("f000.out")) == b"0\n" and os.listdir(cluster.path("closed")) == ["in"]
 
 
