@@ -9212,12 +9212,14 @@ class RunGroup(Group):
                                           stdin=theirs, stdout=theirs, stderr=theirs)
         self.unread, self.said, self.pub = b"", "", None
         self.states, self.pids = {}, {}         # of each host, and of its ssh
+        self.loop = None            # that reads what the child says
         while not self.pub:
             self.read()
 
     # What the child says
 
     def attend(self, loop):
+        self.loop = loop
         self.sock.setblocking(False)
         loop.on_read(self.sock.fileno(), self.read)
 
@@ -9231,6 +9233,8 @@ class RunGroup(Group):
         for line in lines:
             self.rcvd_line(line.decode("utf-8", "replace"))
         if not data:
+            if self.loop:
+                self.loop.forget(self.sock.fileno())        # said once: what the loop does else goes on
             code = self.reap()
             if not self.pub:
                 raise Fatal(EXIT_USAGE if code == EXIT_USAGE else EXIT_TEMPORARY, self.said or "-s: cannot start")

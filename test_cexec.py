@@ -19513,7 +19513,14 @@ if __name__ == "__main__":
             time.sleep(0.5)
             pool.shutdown(False, cancel_futures=True)
             os._exit(0)
+        future = pool.submit(int)
+        if sys.argv[1] == "orphan":
+            future = pool.submit(time.sleep, 1000)
+            time.sleep(0.5)
+            os.kill(pool._pool.group.child.pid, signal.SIGKILL)
+            future.exception()
         pool.shutdown()
+        print(future.exception())
     except cexec.Failed as error:
         print("Failed", error)
     except Exception as error:
@@ -19521,7 +19528,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["shutdown", "leave", "kill"])
+@pytest.mark.parametrize("end", ["shutdown", "leave", "kill", "orphan"])
 def test_an_executor_over_ssh(boxes, end):
     """Without a key; nothing is left anywhere, however the program ends."""
     farm = boxes("box1", "box2")
@@ -19533,6 +19540,7 @@ def test_an_executor_over_ssh(boxes, end):
     done = run(end, "2/box1", "box2")
     assert re.match(rb"<cexec.Executor 2/box1,box2: 0 running, 0 waiting  \S+\*\d", done.stdout), done
     assert done.returncode == (-signal.SIGKILL if end == "kill" else 0)
+    assert (b"was killed by signal 9" in done.stdout) == (end == "orphan")
     farm.empty()
     if end == "shutdown":
         assert run(end, "no such").stdout.startswith(b"Failed -s no such: not a host")
