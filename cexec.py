@@ -9230,7 +9230,7 @@ class RunGroup(Group):
         except BlockingIOError:
             return
         *lines, self.unread = (self.unread + data).split(b"\n")
-        for line in lines:
+        for line in filter(None, lines):
             self.rcvd_line(line.decode("utf-8", "replace"))
         if not data:
             if self.loop:
@@ -13459,7 +13459,7 @@ def own_bytecode():
     return names["bytecode"]
 
 
-@functools.lru_cache(None)
+@functools.lru_cache(2)             # what hosts have said: of those that are not as ours, any number
 def program_for(bytecode):
     """Returns this program for a worker: (START_COMPILED or START_SOURCE, the bytes that it needs).
 
@@ -14059,17 +14059,32 @@ class RunStarter(Starter):
 
     def changed(self):
         super().changed()
+        self.tell_parent()
+
+    def tell_parent(self):
+        """Tells what it does not know yet: later, if it is stopped and its socket full of what the hosts say."""
+        whole = True
         for host in self.hosts:
             failed = host.failures or host.state is ENDED
             state = SERVES_NOW if host.state is SERVING else FAILED_NOW if failed else WAITS
             news = state, (host.process.pid if self.alone else -host.process.pid) if host.process else 0
             if self.told.get(host) != news:
+                whole = whole and self.report(HOST_LINE, str(host), *map(str, news))
+                if not whole:
+                    break
                 self.told[host] = news
-                self.report(HOST_LINE, str(host), *map(str, news))
+        self.loop.on_write(1, None if whole else self.tell_parent)
 
     @staticmethod
     def report(*words):
-        log.copy("\t".join(words).encode() + b"\n")
+        """Returns whether the parent's socket has room.  It begins a line: the one before may have been cut."""
+        try:
+            os.write(1, b"\n%s\n" % "\t".join(words).encode())      # whole, or not at all: it is short
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass                    # the parent has gone, as read() will see
+        return True
 
     def say(self, host, text):
         """A login that fails has often said why in its last line."""

@@ -14476,6 +14476,25 @@ def test_a_stopped_client_keeps_its_workers(away):
     terminal.close()
 
 
+def test_a_host_that_says_much_hides_no_other_hosts_end(away):
+    """While the client is stopped nobody reads what the one says: it learns the end of the other later."""
+    away.login("""if [ $1 = loud ]; then
+        (until [ -e go ]; do echo there; sleep 0.1; done; yes flood | head -c 100000; touch flooded) >&2 &
+        exec sh -c "$2"
+    fi
+    until [ -e flooded ]; do sleep 0.05; done
+    exit 1""")
+    with open(away.path("said"), "wb") as said:
+        client = away.start("cexec", "-s", "loud,b", "-A", "true", stderr=said)
+    until(lambda: b"loud: there" in read(away.path("said")), "a worker")
+    starter = starter_of(client)
+    client.send_signal(signal.SIGSTOP)
+    touch(away.path("go"))
+    until(lambda: len(children_of(starter)) == 1, "the end of b")
+    client.send_signal(signal.SIGCONT)
+    assert client.wait(PATIENCE) == 111
+
+
 def test_a_host_that_comes_back_serves_a_batch_again(away):
     put(away.path("die"), "")
     away.login('sh -c "$2"')
@@ -14528,6 +14547,9 @@ def test_the_program_goes_compiled_to_the_same_python_alone(monkeypatch):
     assert start is cexec.START_COMPILED and len(program) < len(read(PROGRAM)) / 2
     for other in ("", "cpython-3550a0a0d0a"):
         assert cexec.program_for.__wrapped__(other) == (cexec.START_SOURCE, read(PROGRAM))
+    for number in range(5):         # a hostile host says something else at each login
+        assert cexec.program_for(str(number))[0] is cexec.START_SOURCE
+    assert cexec.program_for.cache_info().currsize <= 2
 
 
 def test_run_on_hosts(away, monkeypatch):
