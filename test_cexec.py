@@ -3465,7 +3465,7 @@ def test_a_dial_is_not_told_by_an_event_of_another_socket():
     ("read", ["close_soon", "rcvd_shut"], ["DRAINING", "SHUTDOWN"]),
     ("write", ["rcvd_eof", "stop"], ["ENDED", "ENDED"]),
     ("write", ["fill", "rcvd_eof", "break_off", "rcvd_eof"], ["OPEN", "DRAINING", "SHUTDOWN", "SHUTDOWN"]),
-    ("write", ["fill", "rcvd_eof", "write_all"], ["OPEN", "DRAINING", "ENDED"]),
+    ("write", ["fill", "rcvd_eof", "writable"], ["OPEN", "DRAINING", "ENDED"]),
     ("write", ["fill", "rcvd_eof", "stop", "rcvd_eof"], ["OPEN", "DRAINING", "STOPPED", "STOPPED"]),
     ("write", ["break_off", "stop"], ["SHUTDOWN", "SHUTDOWN"]),
 ])
