@@ -216,7 +216,7 @@ class Log:
         self.midline = False        # whether what was written last has not ended its line
         self.said = collections.deque(maxlen=64)        # the last messages and topics of once()
 
-    def begin(self, applet):
+    def speak_for(self, applet):
         """This process is that applet."""
         self.applet = applet
 
@@ -403,7 +403,7 @@ def table(heads, rows):
             for row in rows]
 
 
-def size(count):
+def amount(count):
     """Bytes as people say them: 999 B, 1.0 kB, 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.95:
@@ -5300,7 +5300,7 @@ def commit_all(part, files, directories, durable, may_have_names=lambda arrivals
         if may_have_names(arrivals):
             make_places(new, undo)
             for path, (name, _, there) in zip(waiting, arrivals):
-                replace(path, name, there, undo)
+                give_name(path, name, there, undo)
             for name in old:
                 move_away(name, stages, undo)
             set_modes(new, None)
@@ -5350,7 +5350,7 @@ def brought_beside(name, number, new, stages):
         return path
     try:
         beside = os.path.join(stage_in(place, stages), b"%d.new" % number)
-        move(path, beside)
+        rename_or_copy(path, beside)
     except OSError as error:
         raise file_error(error, name) from None
     return beside
@@ -5375,7 +5375,7 @@ def move_away(name, stages, undo):
     undo.append(functools.partial(os.rename, away, name))
 
 
-def move(path, beside):
+def rename_or_copy(path, beside):
     try:
         os.rename(path, beside)
     except OSError as error:
@@ -5385,7 +5385,7 @@ def move(path, beside):
         shutil.copy(path, beside)   # its directory is a link to another disk
 
 
-def replace(path, name, there, undo):
+def give_name(path, name, there, undo):
     """Gives a result its name; undo gets how that is taken back.  Raises OSError, also if there is another file now."""
     now = look(name)
     if (now and (now.st_dev, now.st_ino)) != (there and there[:2]):
@@ -5576,7 +5576,7 @@ class JobFiles:
 #
 # A job is a Job or a Task.  Its job_fields() are for job_frames().
 
-RETRIES = 3                         # times that a job is run again whose worker was lost
+LOSSES_MAX = 3                      # times that a job is run again whose worker was lost
 FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
 AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
@@ -5595,7 +5595,7 @@ class Terms:
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
         self.names = Names()
         self.batch = batch          # an id, the same in all searches of a batch
-        self.retries = setting("CEXEC_RETRIES", RETRIES, 0, 10 ** 6)
+        self.losses_max = setting("CEXEC_RETRIES", LOSSES_MAX, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
         self.wait_seconds = setting("CEXEC_TIMEOUT_WAIT", wait, 0, 10 ** 9)
         self.silence_seconds = setting("CEXEC_TIMEOUT_PINGPONG", 60, 1, 10 ** 9)
@@ -5746,12 +5746,12 @@ class ServerFilter:
 class Candidate(Stateful):
     """An offer: a worker's connection to the client, until GO.
 
-    CONNECTED --right certificate, HELLO for this job--> READY --we send AUTH, JOB--> ASKED
+    CONNECTED --right certificate, HELLO for this job--> GREETED --we send AUTH, JOB--> ASKED
     """
 
-    CONNECTED, READY, ASKED = "CONNECTED", "READY", "ASKED"
-    LAW = {CONNECTED: (READY,), READY: (ASKED,), ASKED: ()}
-    TAKES = {CONNECTED: (HELLO,), READY: (), ASKED: (ACCEPT, PONG, REFUSE)}
+    CONNECTED, GREETED, ASKED = "CONNECTED", "GREETED", "ASKED"
+    LAW = {CONNECTED: (GREETED,), GREETED: (ASKED,), ASKED: ()}
+    TAKES = {CONNECTED: (HELLO,), GREETED: (), ASKED: (ACCEPT, PONG, REFUSE)}
 
     def __init__(self, search, sock, address):
         self.search, self.address = search, address
@@ -5795,7 +5795,7 @@ class Candidate(Stateful):
             return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
-        self._set(self.READY)
+        self._set(self.GREETED)
         self.hello, self.ready_at = hello, time.monotonic()
         self.search.worker_answered()
         self.search.choose()
@@ -5971,7 +5971,7 @@ class Search:
         self.candidates, self.avoid, self.complained = [], avoid, set()
         self.offers = self.attempt = 0
         self.context = None
-        self.asked = self.job = None                # the Candidate to which we sent a job, and this job
+        self.chosen = self.job = None                # the Candidate to which we sent a job, and this job
         self.back = ReturnPort(terms.ports, loop, group.families())
         self.began = self.last_answer = time.monotonic()
         self.ahead = None           # how many clients are before us in the line, from the last BUSY
@@ -6156,10 +6156,10 @@ class Search:
         Only the offer of a busy worker will tell whether it can do the job.
         """
         message, code = self.unfit()
-        busy = self.asked or self.is_in_line(self.avoid.refusals.unable())
+        busy = self.chosen or self.is_in_line(self.avoid.refusals.unable())
         if message and (self.only != ANY_WORKER or not busy and not self.avoid.has_worked):
             return self.patron.not_found(self, message, code)
-        if message and not self.asked and not self.avoid.has_worked:
+        if message and not self.chosen and not self.avoid.has_worked:
             self.say_once(message + "; waits for a worker that is busy")
         self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
 
@@ -6184,8 +6184,8 @@ class Search:
 
         If its HELLO is slow, the first one that is ready gets the job after HEAD_START.
         """
-        ready = [c for c in self.candidates if c.state is c.READY]
-        if self.asked or not ready:
+        ready = [c for c in self.candidates if c.state is c.GREETED]
+        if self.chosen or not ready:
             return
         wait = ready[0].ready_at + HEAD_START - time.monotonic()
         if ready[0] is self.candidates[0] or wait <= 0:
@@ -6196,14 +6196,14 @@ class Search:
     def ask(self, candidate):
         job = self.patron.next_job(self, candidate.hello.worker_id)
         if job:
-            self.asked, self.job = candidate, job
+            self.chosen, self.job = candidate, job
             candidate.ask(self.pub.secret, job.job_fields())
         elif candidate in self.candidates:
             candidate.link.fail("no job is left for this worker")
 
     def take_job(self):
         """Gives away the job that we asked a worker to do.  Returns None if there is none."""
-        job, self.asked, self.job = self.job, None, None
+        job, self.chosen, self.job = self.job, None, None
         return job
 
     def refused(self, candidate, status, reason):
@@ -6227,7 +6227,7 @@ class Search:
         candidate.close()
         if candidate in self.candidates:
             self.candidates.remove(candidate)
-        if self.asked is candidate:
+        if self.chosen is candidate:
             self.patron.put_back(self.take_job())
         if violation:
             if isinstance(violation, OtherVersion):
@@ -6281,8 +6281,8 @@ class Search:
 # After GO the job runs at a worker; at the client it is a Run or a FileRun.  If the
 # connection breaks then, the worker ends the command (Supervisor.abandon), and the client does this:
 #
-#   link_lost --> Patron.lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
-#                               '-- a text ----------------------> Patron.failed(run, reason, text)
+#   link_lost --> Patron.run_lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
+#                                   '-- a text ----------------------> Patron.failed(run, reason, text)
 MAXFD = 32                          # descriptors below this number are carried
 
 
@@ -6695,7 +6695,7 @@ class Run(RemoteRun):
 
     def link_lost(self, link, reason, violation):
         if self.exit_code is None:
-            self.patron.lost(self, reason)
+            self.patron.run_lost(self, reason)
 
     def let_go_of_stderr(self):
         """Releases the log's copy of 2, if the command has closed 2 and goes on.
@@ -6841,8 +6841,8 @@ class Progress:
 
     def line(self, run, lasted, count, seconds):
         sent, received = run.moved()
-        return "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, size(sent), self.share(run), size(received),
-                                                  size(count / seconds if seconds else 0))
+        return "%s, %s, %s in%s, %s out, %s/s" % (run.worker, lasted, amount(sent), self.share(run), amount(received),
+                                                  amount(count / seconds if seconds else 0))
 
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
@@ -6889,7 +6889,7 @@ class Patron:
     def watch(self, run):
         """The time of the worker's last sign of life was looked at."""
 
-    def lost(self, run, reason):
+    def run_lost(self, run, reason):
         """The connection broke after GO: runs the job again, or fails, as objection() says."""
         objection = self.objection(run)
         self.avoid.worked(run.hello.worker_id)
@@ -6907,7 +6907,7 @@ class Patron:
     def objection(self, run):
         """Why a lost job does not run again; None if it does, "" if that was not asked for."""
         objection = run.job.objection(run)
-        if objection is None and run.job.losses >= self.terms.retries:
+        if objection is None and run.job.losses >= self.terms.losses_max:
             return "that was try %d (CEXEC_RETRIES)" % (run.job.losses + 1)
         return objection
 
@@ -7258,13 +7258,13 @@ def show_workers(survey, as_json):
 # The way of a Task:
 #
 #   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
-#     --EXIT--> Task.commit: the output gets its name, or waits for its turn on standard output --> Batch.over
+#     --EXIT--> Task.commit: the output gets its name, or waits for its turn on standard output --> Batch.task_over
 
 PLACES = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"        # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 IN_LINE = 2                         # searches at a time
 ROW_MIN, ACCIDENT = 3, 0.001        # so many failures in a row, if they are less probable elsewhere, show a bad worker
-REST_SECONDS = 30.0                 # it gets no jobs for so long; the next time for twice as long
+BAD_SECONDS = 30.0                  # a bad worker gets no jobs for so long; the next time for twice as long
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
 SILENCE_MIN = 10.0                  # a run whose worker has been silent for so many seconds,
 SILENCE_SHARE = 5                   # and for 1/5 of the run's time, goes to a worker that has nothing else to do
@@ -7418,13 +7418,14 @@ def part_of(output):
 class BatchTerms(Terms):
     """The settings of all jobs of a batch.  In words, inputs and results the places {} {.} ... are not filled in."""
 
-    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", again=0, **others):
+    def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", retries=0,
+                 **others):
         super().__init__(environment, arguments, batch or os.urandom(8), **others)
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
         self.has_slots = any(b"{%}" in word for word in [*self.environment, *self.arguments])
-        self.again = again or 0     # --retries: how often a job runs again whose command has failed
+        self.retries = retries or 0             # --retries: how often a job runs again whose command has failed
         self.unnamed = UnnamedFiles()
 
     def unit(self):
@@ -7474,7 +7475,7 @@ class Task:
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     place = ""                      # the directory for its results
     __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp", "result",
-                 "errors", "slot", "words", "listings", "newest", "oldest", "results", "again", "avoids", "since",
+                 "errors", "slot", "words", "listings", "newest", "oldest", "results", "retries", "avoids", "since",
                  "refusals", "exit_code", "done_before")        # a batch may have a million
 
     def __init__(self, terms, number, inputs, output):
@@ -7488,7 +7489,7 @@ class Task:
         self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
         self.oldest = None          # and the oldest of its outputs; None if one is not there
         self.results = ()           # the patterns of -g
-        self.again = terms.again    # how often it runs again after a failure of its command
+        self.retries = terms.retries            # --retries: how often it still runs again if its command fails
         self.avoids, self.since = frozenset(), 0.0      # the workers of avoid(); since when
         self.refusals = None        # the Refusals of workers that have not its own command
         self.exit_code = None       # once it is over; 0 is a success
@@ -7766,7 +7767,7 @@ class FileRun(RemoteRun):
         self.accepted = accepted    # False for the next Task of a connection, until ACCEPT: its GO was sent at once
         for number, end in enumerate(task.ends()):
             self.carry(number, end)
-        self.over = False           # whether ended() of the batch was called
+        self.reported = False       # whether ended() of the batch was called
         try:
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
                              lambda arrivals: task.terms.names.claim(arrivals, task), task.place)
@@ -7810,10 +7811,10 @@ class FileRun(RemoteRun):
 
     def stream_ended(self):
         """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
-        if self.exit and not self.over and not self.is_writing():
+        if self.exit and not self.reported and not self.is_writing():
             self.commit()
             if self.files_are_over():
-                self.over = True
+                self.reported = True
                 self.detach()
                 self.patron.ended(self)
 
@@ -7825,7 +7826,7 @@ class FileRun(RemoteRun):
             return                  # only our own files are missing now: the worker has done its part
         self.detach()
         if self.accepted or violation:
-            self.patron.lost(self, reason)
+            self.patron.run_lost(self, reason)
         else:
             self.patron.came_too_late(self, reason)
 
@@ -8055,7 +8056,7 @@ class Batch(Patron):
     def is_busy(self):
         printing = self.printer and self.printer.task
         waiting = self.queue and not self.halted
-        return waiting or self.runs or printing or any(search.asked for search in self.searches)
+        return waiting or self.runs or printing or any(search.chosen for search in self.searches)
 
     def make_durable(self):
         """Makes the names of all outputs durable, once for each directory.
@@ -8118,7 +8119,7 @@ class Batch(Patron):
         return not self.queue or any(self.tasks_for(worker_id)) or any(self.overdue(worker_id))
 
     def next_job(self, search, worker_id):
-        has_room = len(self.runs) + sum(search.asked is not None for search in self.searches) < self.jobs
+        has_room = len(self.runs) + sum(search.chosen is not None for search in self.searches) < self.jobs
         task = self.take(worker_id) if has_room or self.give_up_silent(worker_id) else None
         if task is None and not (has_room and self.ready()):
             self.end_search(search)
@@ -8163,19 +8164,19 @@ class Batch(Patron):
         else:
             self.queue.remove(task)
             message, code = task.refusals.text(ANY_WORKER, CANNOT)
-            self.over(task, Outcome(code, "notstarted=%d" % code, message, hint=task.hint()))
+            self.task_over(task, Outcome(code, "notstarted=%d" % code, message, hint=task.hint()))
             self.fill()
 
     def opened(self, task):
         """Opens the files of a Task.  Returns it; None if that failed, and it is over."""
         try:
-            task.open(self.free_slot() if self.terms.has_slots else 1)
+            task.open(self.slot_number() if self.terms.has_slots else 1)
             return task
         except (OSError, ValueError) as error:
-            self.over(task, failure(error_of_task(error, task.name)))
+            self.task_over(task, failure(error_of_task(error, task.name)))
             return None
 
-    def free_slot(self):
+    def slot_number(self):
         """Returns the smallest number from 1 up that no other job has now."""
         used = {run.job.slot for run in self.runs} | {search.job.slot for search in self.searches if search.job}
         return next(number for number in itertools.count(1) if number not in used)
@@ -8229,7 +8230,7 @@ class Batch(Patron):
             self.runs.append(self.RUN(self, link, hello, task, accepted))
         except Fatal as error:
             link.close()
-            self.over(task, failure(str(error)))
+            self.task_over(task, failure(str(error)))
 
     # The end of a run
 
@@ -8240,7 +8241,7 @@ class Batch(Patron):
         if run.exit.how == HOW_HOST_FAILED and not run.trouble:
             return self.host_failed(run, outcome)
         self.note_result(run, outcome)
-        if outcome.exit_code and not run.trouble and run.job.again and not self.halted:
+        if outcome.exit_code and not run.trouble and run.job.retries and not self.halted:
             self.try_again(run, outcome)
             self.go_on(run)
         elif outcome.exit_code:
@@ -8257,7 +8258,7 @@ class Batch(Patron):
         self.avoid.refusals.add(worker_id, run.worker, "cannot run its command: " + outcome.reason, outcome.exit_code)
         self.avoid.for_now(worker_id)
         run.link.close()
-        if worker_id not in task.avoids and task.losses >= RETRIES:
+        if worker_id not in task.avoids and task.losses >= LOSSES_MAX:
             self.end(run, outcome)  # too large for so many hosts: each try would cost as much
         else:
             log.once(outcome.text(), say=log.tell_user)
@@ -8278,7 +8279,7 @@ class Batch(Patron):
         if not outcome.exit_code:
             self.avoid.forgive(worker_id)
         elif worker_id not in self.avoid and self.record.is_bad(worker_id, {one.hello.worker_id for one in self.runs}):
-            seconds = self.avoid.for_now(worker_id, REST_SECONDS)
+            seconds = self.avoid.for_now(worker_id, BAD_SECONDS)
             log.once("worker %s gets no more jobs for %d s: its last %d have failed, and elsewhere they do not"
                      % (run.worker, seconds, self.record.in_a_row[worker_id]), worker_id, log.tell_user)
 
@@ -8289,7 +8290,7 @@ class Batch(Patron):
         self.alert(run, *outcome.alert())
         if self.joblog:
             self.log_run(task, outcome, run)
-        task.again -= 1
+        task.retries -= 1
         task.avoid(run.hello.worker_id)
         self.put_back(task)
 
@@ -8298,7 +8299,7 @@ class Batch(Patron):
 
     def end(self, run, outcome):
         self.alert(run, *outcome.alert())
-        self.over(run.job, outcome, run)
+        self.task_over(run.job, outcome, run)
 
     def commit(self, task, outcome):
         """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
@@ -8337,10 +8338,10 @@ class Batch(Patron):
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
-        self.over(run.job, loss(reason), run)
+        self.task_over(run.job, loss(reason), run)
         self.fill()
 
-    def over(self, task, outcome, run=None):
+    def task_over(self, task, outcome, run=None):
         """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
         task.conclude(outcome)
         if outcome.exit_code:
@@ -8460,13 +8461,13 @@ class Batch(Patron):
 
     def progress(self):
         seconds, to_do = time.monotonic() - self.began, len(self.queue) + len(self.runs)
-        over = self.done + self.failures
-        rate = over / seconds if seconds else 0.0
+        finished = self.done + self.failures
+        rate = finished / seconds if seconds else 0.0
         text = "%d/%s done, %d running, %d failed" % (
             self.done + self.done_before, self.total(), len(self.runs), self.failures)
-        if over:
+        if finished:
             text += ", %.1f/s" % rate
-        if over and self.total().isdecimal():
+        if finished and self.total().isdecimal():
             text += ", %s left" % duration(int(to_do / rate))
         if not self.runs:
             text = ", ".join([text] + self.waits()[:1])
@@ -8510,7 +8511,7 @@ class QueueBatch(Batch):
                 self.terms.names.check_nested(task)
             check_directories(self.terms.pattern, [task])
         except (Fatal, ValueError) as error:        # ValueError: a NUL in the name
-            return self.over(task, failure(str(error)))
+            return self.task_over(task, failure(str(error)))
         if not self.force and task.is_done():
             self.done_before += 1
         else:
@@ -8572,7 +8573,7 @@ def main_batch(place, words, options):
     environment, arguments = parse_words(words, options.hosts)
     if appends and arguments and not any(has_places(os.fsdecode(word)) for word in environment + arguments):
         arguments.append(b"{}")     # as parallel does
-    terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, again=options.again,
+    terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, retries=options.retries,
                        inputs=options.inputs, results=options.results)
     if options.results:
         check_current_directory()
@@ -8647,7 +8648,7 @@ class Block(Task):
         self.file = None
         self.data = tempfile.TemporaryFile(buffering=0)
         self.size = self.whole = 0                  # bytes; bytes in whole lines, both without the header
-        self.begin = len(header)
+        self.header_size = len(header)
         write_all(self.data.write, header)
 
     def has_own_command(self):
@@ -8678,9 +8679,9 @@ class Block(Task):
 
     def cut_off(self):
         """Yields the bytes after the last whole line, in pieces, and then removes them.  Raises OSError."""
-        self.data.seek(self.begin + self.whole)
+        self.data.seek(self.header_size + self.whole)
         yield from iter(lambda: self.data.read(FRAME_MAX), b"")
-        self.data.truncate(self.begin + self.whole)
+        self.data.truncate(self.header_size + self.whole)
         self.size = self.whole
 
 
@@ -8798,11 +8799,11 @@ class BlockBatch(Batch):
     def is_busy(self):
         return not self.splitter.ended or self.printer.tasks or super().is_busy()
 
-    def over(self, block, outcome, run=None):
+    def task_over(self, block, outcome, run=None):
         if outcome.exit_code:       # first: else the printer would go on with the block after this one
             self.broken = block
             self.drop_from(block.number)
-        super().over(block, outcome, run)
+        super().task_over(block, outcome, run)
 
     def drop_from(self, first):
         """Ends the output before this block, which has failed, and forgets all blocks after it."""
@@ -8848,7 +8849,7 @@ def parse_size(text):
 def main_blocks(place, words, options):
     """Does standard input in blocks.  Returns the exit code."""
     size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words, options.hosts), errors=options.errors,
-                                                               again=options.again)
+                                                               retries=options.retries)
     if not options.hosts:
         terms.names.note_keys(options.words[0])
     note_names(terms, [], options.joblog, float("inf"))
@@ -8863,7 +8864,7 @@ def main_blocks(place, words, options):
 # cexec -A: a job on every worker
 # ---------------------------------------------------------------------------
 #
-#   Survey (as -l) --a HostTask for each worker--> Batch.queue --Search for that worker only--> runs --> over
+#   Survey (as -l) --a HostTask for each worker--> Batch.queue --Search for that worker only--> runs --> task_over
 #
 # The search for a busy worker waits in this worker's line, like any other client.  A task leaves the queue
 # when its worker has offered.
@@ -9025,7 +9026,7 @@ class Everywhere(Batch):
             if workers[task.worker_id]["state"] == "serving":
                 self.queue.append(task)
             else:
-                self.over(task, failure("is draining: it takes no more jobs"))
+                self.task_over(task, failure("is draining: it takes no more jobs"))
 
     def exit_code(self):
         return max(task.exit_code for task in self.tasks)
@@ -9065,7 +9066,7 @@ class Everywhere(Batch):
 
     def not_found(self, search, message, code):
         self.end_search(search)
-        self.over(self.dequeue(search), failure(message, code))
+        self.task_over(self.dequeue(search), failure(message, code))
         self.fill()
 
     def host_failed(self, run, outcome):
@@ -9134,7 +9135,7 @@ def main_everywhere(place, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
     terms = BatchTerms(*parse_words(words, options.hosts), pattern=None, values=True, batch=NO_BATCH, wait=60,
-                       again=options.again, inputs=options.inputs,
+                       retries=options.retries, inputs=options.inputs,
                        results=list(map(result_pattern, options.results)))
     if options.results:
         check_current_directory()
@@ -9356,7 +9357,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
     Option("--header", "N", "header", "begin each block with the first N lines of the input", "-b"),
     Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"),
-    Option("--retries", "N", "again", "run a job whose command has failed up to N times again", "-m -b -A"))
+    Option("--retries", "N", "retries", "run a job whose command has failed up to N times again", "-m -b -A"))
 
 
 def main_cexec(argv):
@@ -9607,16 +9608,16 @@ class JobDirectory:
                 except OSError as error:
                     raise file_error(error, name) from None
             set_modes(directories, self.fd, exact=True)
-        self.begin(work, reader, over)
+        self.start_helper(work, reader, over)
 
     def fetch(self, writer, patterns, over):
         """Packs the files that match the patterns into a pipe, and then calls over() in the same way."""
         def work():
             os.fchdir(self.fd)
             pack_files(writer, tree(WHOLE, WHOLE, matcher(patterns)))
-        self.begin(work, writer, over)
+        self.start_helper(work, writer, over)
 
-    def begin(self, work, pipe, over):
+    def start_helper(self, work, pipe, over):
         def with_rights():
             import re               # noqa: F401 - before become(): the user may not be able to read this Python
             import tarfile          # noqa: F401
@@ -9834,7 +9835,7 @@ class Command(Carrier, Stateful):
         """Starts the command, first the client's files if there are any; a failure becomes the result."""
         places = parents(self.job.patterns)
         if FILES_IN not in self.far and not places:
-            return self.begin()
+            return self.start_process()
         try:
             self.directory.fill(self.far.pop(FILES_IN, None), places, self.filled)
         except OSError as error:
@@ -9849,9 +9850,9 @@ class Command(Carrier, Stateful):
         elif trouble:
             self.fail_to_start(EXIT_CANNOT_RUN, "the job's directory: " + trouble, self.directory.how)
         else:
-            self.begin()
+            self.start_process()
 
-    def begin(self):
+    def start_process(self):
         try:
             self.spawn()
         except Fatal as error:
@@ -10144,14 +10145,14 @@ class Command(Carrier, Stateful):
 
 # A supervisor's states, which only _set() changes:
 #
-#   WAITING --GO--> RUNNING --the job is over: send EXIT------------> OVER --the client closes--> the end
-#      A               '------a job of a batch is over: say "more"--> ASKING --no: send EXIT--> OVER
-#      '--JOB-- RESTING <--yes: send EXIT, more=1----------------------'
-#                  '--3 s without a JOB--> OVER
+#   AWAITING_GO --GO--> RUNNING --the job is over: send EXIT------------> OVER --the client closes--> the end
+#      A                   '------a job of a batch is over: say "more"--> ASKING --no: send EXIT--> OVER
+#      '----JOB---- RESTING <--yes: send EXIT, more=1---------------------'
+#                      '--3 s without a JOB--> OVER
 #
 #   from every state but OVER: the client has gone, or TERM came: GONE, until the session is ended
 
-WAITING, ASKING, RESTING, OVER, GONE = "WAITING", "ASKING", "RESTING", "OVER", "GONE"
+AWAITING_GO, ASKING, RESTING, OVER, GONE = "AWAITING_GO", "ASKING", "RESTING", "OVER", "GONE"
 
 
 class Supervisor(Stateful):
@@ -10161,10 +10162,10 @@ class Supervisor(Stateful):
     is its Command; between two jobs there is none.
     """
 
-    LAW = {WAITING: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
-           RESTING: (WAITING, OVER, GONE), OVER: (), GONE: ()}
-    TAKES = {WAITING: (GO, PING), RUNNING: (PING,), ASKING: (), RESTING: (WORDS, JOB, PING), OVER: (), GONE: ()}
-    LATE = (ASKING, RESTING, OVER, GONE)        # in these states all other frames belong to a job that is over
+    LAW = {AWAITING_GO: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
+           RESTING: (AWAITING_GO, OVER, GONE), OVER: (), GONE: ()}
+    TAKES = {AWAITING_GO: (GO, PING), RUNNING: (PING,), ASKING: (), RESTING: (WORDS, JOB, PING), OVER: (), GONE: ()}
+    DROPS = (ASKING, RESTING, OVER, GONE)       # here all other frames belong to a job that is over: nobody reads them
 
     def __init__(self, settings, client, link, job, service):
         floor = max([256] + [number + 1 for number, _, flags in job.descriptors if not flags & FLAG_FILES])
@@ -10180,7 +10181,7 @@ class Supervisor(Stateful):
             settings.place.lift(floor)
         os.close(service)           # not earlier: become_supervisor() tells cservice of an error by it
         replace_with_null([2])
-        self.state = WAITING
+        self.state = AWAITING_GO
         self.started = False        # whether any command has started
         self.deadline = None        # the Timer of set_deadline()
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
@@ -10269,7 +10270,7 @@ class Supervisor(Stateful):
         taken = self.TAKES[self.state]
         if kind not in taken and self.state is RUNNING:
             self.command.link_frame(link, kind, flags, channel, payload)
-        elif kind in taken or self.state not in self.LATE:
+        elif kind in taken or self.state not in self.DROPS:
             take_frame(self, taken, kind, flags, channel, payload)
 
     def rcvd_go(self, flags, channel, payload):
@@ -10292,7 +10293,7 @@ class Supervisor(Stateful):
     def rcvd_job(self, flags, channel, payload):
         """The next job of a batch; its GO is on the way."""
         job = check_job(payload, self.words, self.settings.options)
-        self._set(WAITING)
+        self._set(AWAITING_GO)
         if any(number >= self.loop.floor and not flags & FLAG_FILES for number, _, flags in job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         self.command = Command(self, job)
@@ -10514,12 +10515,12 @@ class SupervisorHandle:
 
     def rcvd_leaves(self, value):
         self.directories.discard(value)
-        self.remover.begin(value, self)
+        self.remover.remove(value, self)
 
     def remove_directories(self):
         """Has what a lost supervisor has left there removed."""
         for name in self.directories:
-            self.remover.begin(name, self)
+            self.remover.remove(name, self)
         self.directories = set()
 
     def rcvd_failed(self, value):
@@ -10578,7 +10579,7 @@ class Removals:
         self.loop, self.place, self.over = loop, place, over
         self.owners = {}            # pid of a Helper: a SupervisorHandle, or None: it removes what a crash has left
 
-    def begin(self, name, owner):
+    def remove(self, name, owner):
         """Removes one of the owner's directories; most small jobs leave it empty, and need no Helper."""
         if not self.place.remove_empty(name):
             self.help(lambda: self.place.remove(name), owner, lambda trouble: self.place.tell(name, trouble))
@@ -10626,7 +10627,7 @@ class Supervisors:
     def slots_in_use(self):
         return len(self.busy())
 
-    def free_slot(self):
+    def slot_number(self):
         """The smallest number that no running job has as its slot; it is below CONCURRENCY."""
         taken = {handle.slot for handle in self.busy()}
         return min(set(range(len(taken) + 1)) - taken)
@@ -10634,7 +10635,7 @@ class Supervisors:
     def fork(self, settings, client, link, job):
         """Hands a client's connection to a new supervisor.  Raises OSError."""
         near, far = (end.detach() for end in socket.socketpair())
-        slot = self.free_slot()
+        slot = self.slot_number()
 
         def work():
             os.environ["CEXEC_SLOT"] = str(slot)        # for every job on this connection
@@ -11036,8 +11037,8 @@ class Clients:
         client.enter(state, timer)
         for part in (self.unserved, self.idle, self.ours, self.others):
             part.pop(client.key, None)
-        over = self.ours if client.ours else self.others
-        (over if state in (SERVED, CLAIMED) else self.unserved)[client.key] = client
+        remembered = self.ours if client.ours else self.others
+        (remembered if state in (SERVED, CLAIMED) else self.unserved)[client.key] = client
         if state in (NEW, BACKING_OFF):
             self.idle[client.key] = client
         self.line.leave(client)
@@ -11059,19 +11060,19 @@ class Clients:
 
 # An offer's states, which only _set() changes:
 #
-#   CONNECTING (holds a slot) --TLS is up--------------------------------> OPEN (holds a slot)
+#   CONNECTING (holds a slot) --TLS is up--------------------------------> SEATED (holds a slot)
 #        '--hold seconds are over--> LATE (holds none) --TLS is up, a slot is free--^
 #
-#   If `cservice -s` reaches the client too, an offer that is not OPEN after its hold seconds, or fails before that,
+#   If `cservice -s` reaches the client too, an offer that is not SEATED after its hold seconds, or fails before that,
 #   begins once more through ssh.  In CONNECTING it has HOLD_MAX for that.
 
-CONNECTING, LATE = "CONNECTING", "LATE"
+CONNECTING, LATE, SEATED = "CONNECTING", "LATE", "SEATED"
 
 
 class Offer(Stateful):
     """A worker's connection to a client, until a supervisor is forked for it, or the connection has ended."""
 
-    LAW = {CONNECTING: (LATE, OPEN), LATE: (OPEN,), OPEN: ()}
+    LAW = {CONNECTING: (LATE, SEATED), LATE: (SEATED,), SEATED: ()}
 
     def __init__(self, worker, client, load, delay, hold):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
@@ -11095,7 +11096,7 @@ class Offer(Stateful):
 
     def late(self):
         """TLS is not up yet: a connection that is slow or is never made must not hold a slot for long."""
-        if self.state is not OPEN and not self.turn_to_ssh() and self.state is CONNECTING:
+        if self.state is not SEATED and not self.turn_to_ssh() and self.state is CONNECTING:
             self._set(LATE)
             self.worker.slow(self)
 
@@ -11120,7 +11121,7 @@ class Offer(Stateful):
     def link_ready(self, link):
         if not self.worker.seat(self):
             return
-        self._set(OPEN)
+        self._set(SEATED)
         link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options | HELLO_BY_SSH * self.by_ssh,
                   nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=link.here[0].partition("%")[0],
@@ -11152,7 +11153,7 @@ class Offer(Stateful):
 
     def lost(self, reason):
         """The connection could not be made, or has ended."""
-        if self.state is not OPEN:
+        if self.state is not SEATED:
             if self.turn_to_ssh():
                 return
             self.worker.not_reached(self)
@@ -11178,13 +11179,13 @@ class Probe:
 
     def __init__(self, worker, address, port):
         self.worker = worker
-        self.dial = Dial(worker.loop, address, port, OFFER_SECONDS, self.connected, self.over)
+        self.dial = Dial(worker.loop, address, port, OFFER_SECONDS, self.connected, self.end)
 
     def connected(self, sock, seconds):
         sock.close()
-        self.over()
+        self.end()
 
-    def over(self, reason="", unreached=False):
+    def end(self, reason="", unreached=False):
         self.worker.probe_over(self)
 
 
@@ -11193,10 +11194,10 @@ class ProbeBySsh:
 
     def __init__(self, worker, sock):
         self.worker, self.sock = worker, sock
-        self.timer = worker.loop.after(OFFER_SECONDS, self.over)
-        worker.loop.on_read(sock.fileno(), self.over)
+        self.timer = worker.loop.after(OFFER_SECONDS, self.end)
+        worker.loop.on_read(sock.fileno(), self.end)
 
-    def over(self):
+    def end(self):
         self.timer.cancel()
         self.worker.loop.forget(self.sock.fileno())
         self.sock.close()
@@ -11639,12 +11640,12 @@ def main_cservice(argv):
     loop = Loop()
     worker = Worker(loop, key, context, listeners, settings)
     loop.catch(WORKER_SIGNALS, worker.signalled)
-    starter = WorkerLifeline(loop, worker) if options.hosts else None
+    lifeline = WorkerLifeline(loop, worker) if options.hosts else None
     started_up()
     tell_service(key, group, settings)
     worker.clear_up()
     loop.run()
-    return EXIT_TEMPORARY if starter and starter.lost else 0
+    return EXIT_TEMPORARY if lifeline and lifeline.orphaned else 0
 
 
 def handed_key():
@@ -11716,11 +11717,11 @@ class WorkerLifeline(Lifeline):
 
     def __init__(self, loop, worker):
         self.worker = worker
-        self.lost = False           # whether it drains because its starter is lost
+        self.orphaned = False       # whether it drains because its starter is lost
         self.last_number = 0        # of a channel
         # The client that asked for our login, and we, as sshd sees both; nothing where no sshd has started us.
         words = [word.partition("%")[0] for word in os.environ.get("SSH_CONNECTION", "").split()]
-        self.starter, self.ours = (words[0], (words[2], int(words[3]))) if len(words) == 4 else ("", None)
+        self.starter_address, self.ours = (words[0], (words[2], int(words[3]))) if len(words) == 4 else ("", None)
         os.set_blocking(2, False)   # the worker must be able to drain if the starter does not read
         super().__init__(loop, self, 0, 1)
         try:                        # \n: the login may have written the beginning of a line
@@ -11759,7 +11760,7 @@ class WorkerLifeline(Lifeline):
         """A client's datagram, which the starter has heard."""
         # Some addresses have a meaning only on the starter's host: the one from which it came to us may do instead.
         away = "%" in payload.address or payload.address.startswith(("127.", "::1"))
-        address = away and self.starter or payload.address.partition("%")[0]
+        address = away and self.starter_address or payload.address.partition("%")[0]
         self.worker.hear(Datagram(payload.datagram), address, 0, (payload.address, payload.port))
 
     def rcvd_ping(self, flags, channel, payload):
@@ -11778,7 +11779,7 @@ class WorkerLifeline(Lifeline):
 
     def lifeline_lost(self, reason, violation):
         log.note("the starter is lost: %s", reason)
-        self.lost = not self.worker.draining
+        self.orphaned = not self.worker.draining
         self.drain()
         if self.worker.settings.for_run:
             self.drain(True)
@@ -11972,8 +11973,8 @@ class Tally:
         """The texts below HEADS."""
         mean = self.seconds / max(1, self.done + self.failed)
         last = duration(int(time.monotonic() - self.heard_at)) + " ago" if self.activity() else "never"
-        return [name, host, now, load, str(self.done), str(self.failed), str(self.complaints), size(self.bytes_in),
-                size(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean, last]
+        return [name, host, now, load, str(self.done), str(self.failed), str(self.complaints), amount(self.bytes_in),
+                amount(self.bytes_out), duration(int(self.seconds)), "%.3f s" % mean, last]
 
     def text(self):
         return "%d done, %d failed, %d complained about" % (self.done, self.failed, self.complaints)
@@ -11997,7 +11998,7 @@ class Tallies:
     def total(self):
         """A line with the sums of all workers."""
         proved, rest = self.all[True], self.all[False]
-        text = "finished: %s, %s in, %s out" % (proved.text(), size(proved.bytes_in), size(proved.bytes_out))
+        text = "finished: %s, %s in, %s out" % (proved.text(), amount(proved.bytes_in), amount(proved.bytes_out))
         return text + "; unverified: " + rest.text() if rest.activity() else text
 
     def table(self, room, width, present):
@@ -12530,7 +12531,7 @@ class Bar:
             yield "%d: %s" % (count, outcome_text(self.counts))
         yield "%s, %s, %s" % (entry.worker, clock_time(entry.began, 0.001, False),
                               elapsed(self.ended - entry.began))
-        yield "%s sent, %s received" % (size(self.sent), size(self.received))
+        yield "%s sent, %s received" % (amount(self.sent), amount(self.received))
 
 
 def outcome_text(counts):
@@ -12539,7 +12540,7 @@ def outcome_text(counts):
     return ", ".join("%d %s" % (counts[outcome], word) for outcome, word in words.items() if counts[outcome])
 
 
-def joined(bars, cell):
+def merged(bars, cell):
     """The bars of a row; bars that are narrower than a cell, in pixels, and begin in the same cell become one."""
     result = []
     for bar in bars:
@@ -12556,7 +12557,7 @@ def make_bars(bands, axis):
     """{band: a list of Bars for each row}: so few that a browser is quick."""
     bars, cell = {band: [[Bar(entry, axis) for entry in row] for row in band.rows] for band in bands}, 2.0
     while True:
-        bars = {band: [joined(row, cell) for row in rows] for band, rows in bars.items()}
+        bars = {band: [merged(row, cell) for row in rows] for band, rows in bars.items()}
         if sum(len(row) for rows in bars.values() for row in rows) <= BARS_MAX or cell > PICTURE_WIDTH:
             return bars
         cell *= 2
@@ -12603,7 +12604,7 @@ def draw_band(band, rows, axis):
     about = [band.worker, "%d jobs, %d at the same time" % (len(band.jobs), band.slots)]
     yield element("path", "line", d="M0 %gH%g" % (band.top, axis.right))
     yield element("text", "mono", tooltip(about) + markup(name), x=axis.left - 10, y=band.top + 13, text_anchor="end")
-    marks = joined([Bar(entry._replace(began=entry.ended), axis) for entry in
+    marks = merged([Bar(entry._replace(began=entry.ended), axis) for entry in
                     sorted(band.marks, key=lambda entry: entry.ended)], MARKS_APART)
     for mark in marks:
         yield element("path", "mark", tooltip(mark.lines()), d="M%.1f %gh7l-3.5 7z" % (mark.left - 3.5, band.top + 3))
@@ -12671,8 +12672,8 @@ def draw_heading(entries, title, axis):
     workers = len({entry.worker for entry in entries})
     yield text_at(20, 28, title if columns(title) <= 100 else fitted(title, 99) + "\u2026", "title")
     yield text_at(20, 48, "%s; %d worker%s; %s sent, %s received" % (
-        outcome_text(counts), workers, "s" * (workers > 1), size(sum(entry.sent for entry in entries)),
-        size(sum(entry.received for entry in entries))))
+        outcome_text(counts), workers, "s" * (workers > 1), amount(sum(entry.sent for entry in entries)),
+        amount(sum(entry.received for entry in entries))))
     yield text_at(20, 64, "%s to %s (%s), %s" % (
         *(time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) for when in (axis.began, axis.ended)),
         time.strftime("%Z", time.localtime(axis.began)), elapsed(round(axis.ended - axis.began, 2))))
@@ -13511,9 +13512,9 @@ def one_line(text):
 #   WAITING --its turn--> LOGIN --SERVES came--> SERVING
 #
 #   When ssh ends, LOGIN and SERVING lead to WAITING for 1, 2, 4 ... s, if ssh has failed or the worker
-#   has ended with 111; else they lead to ENDED.  From WAITING draining leads to ENDED.
+#   has ended with 111; else they lead to DROPPED.  From WAITING draining leads to DROPPED.
 
-LOGIN, SERVING = "LOGIN", "SERVING"
+WAITING, LOGIN, SERVING, DROPPED = "WAITING", "LOGIN", "SERVING", "DROPPED"
 
 
 class Guest:
@@ -13640,7 +13641,7 @@ class HostLifeline(Lifeline):
 class Host(Stateful):
     """A host of -s: the ssh to it, and the worker there."""
 
-    LAW = {WAITING: (LOGIN, ENDED), LOGIN: (SERVING, WAITING, ENDED), SERVING: (WAITING, ENDED), ENDED: ()}
+    LAW = {WAITING: (LOGIN, DROPPED), LOGIN: (SERVING, WAITING, DROPPED), SERVING: (WAITING, DROPPED), DROPPED: ()}
 
     def __init__(self, starter, name, slots):
         self.starter, self.loop, self.name, self.slots = starter, starter.loop, name, slots
@@ -13846,7 +13847,7 @@ class Host(Stateful):
         return ""
 
     def end(self):
-        self._set(ENDED)
+        self._set(DROPPED)
         self.starter.changed()
 
 
@@ -13933,7 +13934,7 @@ class Starter:
         self.served = self.served or bool(self.in_state(SERVING))
         if not self.in_state(WAITING, LOGIN, SERVING):
             self.loop.stop()
-        tried = all(host.failures or host.state in (SERVING, ENDED) for host in self.hosts)
+        tried = all(host.failures or host.state in (SERVING, DROPPED) for host in self.hosts)
         if tried and self.make_survey and self.in_state(SERVING) and not self.draining:
             self.look_around()
 
@@ -14065,7 +14066,7 @@ class RunStarter(Starter):
         """Tells what it does not know yet: later, if it is stopped and its socket full of what the hosts say."""
         whole = True
         for host in self.hosts:
-            failed = host.failures or host.state is ENDED
+            failed = host.failures or host.state is DROPPED
             state = SERVES_NOW if host.state is SERVING else FAILED_NOW if failed else WAITS
             news = state, (host.process.pid if self.alone else -host.process.pid) if host.process else 0
             if self.told.get(host) != news:
@@ -15954,7 +15955,8 @@ def load_error(readers, data, place, host):
 OUR_PYTHON = "%d.%d" % sys.version_info[:2]
 SAME_PYTHON = ("a function of a notebook, a lambda or the like needs Python {0} there, as here: start the worker with "
                "python{0}, or put the function into a module".format(OUR_PYTHON))
-SEARCHING, STARTING, PREPARING, UP, ENDING = "SEARCHING", "STARTING", "PREPARING", "UP", "ENDING"
+SEARCHING, STARTING, PREPARING = "SEARCHING", "STARTING", "PREPARING"
+UP, ENDING, EXITED = "UP", "ENDING", "EXITED"
 
 
 # by_value: with code, so that it needs our minor version of Python; buffers: memoryviews, which are not in the data
@@ -16097,12 +16099,12 @@ class Call:
         if self.by_value:
             self.made, self.what = made, None
 
-    def begin(self):
+    def set_running(self):
         """Whether it may be sent to a worker: not if it was cancelled before its first try."""
         self.begun = self.begun or self.future.set_running_or_notify_cancel()
         return self.begun
 
-    def lost(self, begun):
+    def lane_ended(self, begun):
         """Its lane has ended.  That was a try, if one of its calls may have begun."""
         self.tries += begun
 
@@ -16124,14 +16126,14 @@ def last_shown(line):
 class Lane(Stateful):
     """One job of cexec, with a worker's Python as its command.
 
-    SEARCHING --GO--> STARTING --READY--> PREPARING --VALUE 0--> UP --end(): send END--> ENDING --all pipes are--> OVER
+    SEARCHING --GO--> STARTING --READY--> PREPARING --VALUE 0--> UP --end(): send END--> ENDING -all pipes are-> EXITED
         |'---------------|-----READY--------^|'-no initializer---^|                       A         closed         A
         '----------------'-------------------'--------------------'----terminate()--------'                        |
         '----------------'-------------------'--------------------'----the job has ended: all pipes are closed-----'
     """
 
-    LAW = {SEARCHING: (STARTING, PREPARING, ENDING, OVER), STARTING: (PREPARING, ENDING, OVER),
-           PREPARING: (UP, ENDING, OVER), UP: (ENDING, OVER), ENDING: (OVER,), OVER: ()}
+    LAW = {SEARCHING: (STARTING, PREPARING, ENDING, EXITED), STARTING: (PREPARING, ENDING, EXITED),
+           PREPARING: (UP, ENDING, EXITED), UP: (ENDING, EXITED), ENDING: (EXITED,), EXITED: ()}
 
     def __init__(self, pool):
         self.pool, self.loop, self.state = pool, pool.loop, SEARCHING
@@ -16316,7 +16318,7 @@ class Lane(Stateful):
             return self.files[file](data)
         self.close(file)
         if not self.files:
-            self.over()
+            self.client_ended()
 
     def close(self, file):
         self.loop.forget(file.fileno())
@@ -16336,7 +16338,7 @@ class Lane(Stateful):
             except BlockingIOError:
                 pass
             self.close(file)
-        self.over()
+        self.client_ended()
 
     def rcvd_start(self, data):
         """What the client waits for; or GO was sent to a worker: from now on its Python must start."""
@@ -16543,7 +16545,7 @@ class Lane(Stateful):
     HANDLERS = {READY: rcvd_ready, IMPORT: rcvd_import, LOADED: rcvd_loaded, VALUE: rcvd_value, RAISED: rcvd_raised,
                 UNREAD: rcvd_unread, FAILED: rcvd_failed, BACK: rcvd_back, FIXED: rcvd_buffer, WRITABLE: rcvd_writable}
 
-    def over(self):
+    def client_ended(self):
         """All its pipes are closed: the child has ended."""
         if self.line:
             self.rcvd_prints(b"\n")
@@ -16560,7 +16562,7 @@ class Lane(Stateful):
         self.unprepared |= self.state is PREPARING
         useless = bool(self.failure) or self.state in (SEARCHING, STARTING, PREPARING) or (
             self.state is UP and self.loading)
-        self._set(OVER)
+        self._set(EXITED)
         self.pool.lane_over(self, self.failure or reason, useless, hopeless)
 
     def has_begun(self):
@@ -16579,12 +16581,12 @@ class Lane(Stateful):
         return "the command of worker %s ended %s: %s (is it python3 /dev/fd/3?)" % (worker, how, words)
 
 
-running = set()                     # the Pools that have a thread
+running_pools = set()               # the Pools that have a thread
 
 
 def end_pools():
     """Waits for all calls, when the interpreter exits."""
-    for pool in list(running):
+    for pool in list(running_pools):
         pool.shutdown(True, False)
 
 
@@ -16620,9 +16622,9 @@ class Pool:
         self.threads, self.calls_max = threads, calls_max       # of a lane; None: any number
         self.initializer = initializer          # a Call without a future, or None
         self.threading, self.shut = threading, False
-        self.begin()
+        self.reset()
 
-    def begin(self):
+    def reset(self):
         """Begins without calls, lanes and thread.  In a forked child too: there they are the parent's."""
         self.process, self.gate, self.thread = os.getpid(), self.threading.RLock(), None
         self.group = None                       # the RunGroup of the hosts, while the thread runs
@@ -16681,7 +16683,7 @@ class Pool:
 
     def check_process(self):
         if self.process != os.getpid():
-            self.begin()
+            self.reset()
 
     def start_thread(self):
         """Raises OSError, Failed or RuntimeError, and then nothing has changed."""
@@ -16695,7 +16697,7 @@ class Pool:
         # Before Python 3.9 the interpreter waits for all others before it calls end_pools()
         daemon = not hasattr(self.threading, "_register_atexit")
         self.thread = self.threading.Thread(target=self.work, name="cexec.Executor", daemon=daemon)
-        running.add(self)
+        running_pools.add(self)
         try:
             self.thread.start()
         except RuntimeError:        # there are too many threads
@@ -16775,12 +16777,12 @@ class Pool:
             os.close(self.woken)
         if self.group:
             self.group.end()
-        running.discard(self)
+        running_pools.discard(self)
 
     def dispatch(self):
         """Gives calls to lanes, begins one more lane if calls are left, and ends lanes that nobody needs."""
         while self.queue and self.queue[0].future.cancelled():
-            self.queue.popleft().begin()        # it needs no lane
+            self.queue.popleft().set_running()  # it needs no lane
         while self.queue:
             self.leave_unlike(self.queue[0])
             ready = [lane for lane in self.lanes if lane.room()]
@@ -16798,7 +16800,7 @@ class Pool:
             self.loop.after(TICK_SECONDS, self.tick)
 
     def give(self, call, lane):
-        if not call.begin():
+        if not call.set_running():
             return
         try:
             made, function = call.pickled(lane.protocol, self.program)
@@ -16948,7 +16950,7 @@ class Pool:
         for call in calls:
             if by_value and not call.by_value:
                 self.queue.append(call)
-            elif call.begin():
+            elif call.set_running():
                 self.done(call, error)
 
     def lane_up(self):
@@ -16963,7 +16965,7 @@ class Pool:
         self.lanes.remove(lane)
         again = []
         for call in lane.calls.values():
-            call.lost(lane.has_begun())
+            call.lane_ended(lane.has_begun())
             if self.abandoned or call.tries > self.retries:
                 broken = self.broken("%s (%s)" % (error, "ended here" if self.abandoned else
                                                   "that was try %d of %d" % (call.tries, self.retries + 1)))
@@ -17052,7 +17054,7 @@ class Pool:
 
     def cancel(self):
         """Cancels the calls that have not begun."""
-        self.queue = collections.deque(call for call in self.queue if not call.future.cancel() or call.begin())
+        self.queue = collections.deque(call for call in self.queue if not call.future.cancel() or call.set_running())
 
     def abandon(self):
         self.abandoned = True
@@ -17422,7 +17424,7 @@ def run_applet(argv):
     if name not in APPLETS:
         name, words = (words[0], words[1:]) if words else ("", [])
     if name in APPLETS:
-        log.begin(name)
+        log.speak_for(name)
         if name != "cexec":         # cexec must first see which descriptors are open
             fill_standard()
         return globals()["main_" + name](words)

@@ -7347,7 +7347,7 @@ def test_a_single_job_may_change_its_files_in_place(farm):
 @pytest.mark.parametrize("count, said", [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999949, "999.9 kB"),
                                          (999950, "1.0 MB"), (12.34e9, "12.3 GB"), (5e15, "5000.0 TB")])
 def test_size_of_bytes(count, said):
-    assert cexec.size(count) == said
+    assert cexec.amount(count) == said
 
 
 @pytest.mark.parametrize("seconds, said", [(0, "0s"), (59, "59s"), (60, "1m"), (3599, "59m"), (3600, "1h00m"),
@@ -9205,7 +9205,7 @@ def test_a_command_that_goes_during_a_batch(cluster):
 def test_a_job_too_large_for_several_hosts_fails(farm):
     """It does not go round for ever, while the others are done."""
     need("root", "unshare")
-    altered(farm, RETRIES=1)
+    altered(farm, LOSSES_MAX=1)
     usual, names = farm.launch, ["large", "a", "b", "c"]
     for name in names:
         in_desk(farm, name, b"x" * (100000 if name == "large" else 10))
@@ -9321,7 +9321,7 @@ def test_where_half_of_the_jobs_fail_nobody_rests():
 
 def test_a_worker_where_jobs_fail_that_succeed_elsewhere_rests(cluster):
     """It is named once, and gets some more after its rest: all are done, and few have failed first."""
-    altered(cluster, REST_SECONDS=0.5)
+    altered(cluster, BAD_SECONDS=0.5)
     names = made_files(cluster, 60)
     bad, good = bad_and_good(cluster, "[ -e well ] && exec cat; exit 1", "sleep 0.1; exec cat", "2")
     client = start_batch(cluster, *names, options=["-v", "--retries", "1", "--log", "log"])
