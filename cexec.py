@@ -48,8 +48,9 @@ a success.
 Limits: a worker that no datagram reaches is not found; names, sizes and times are not secret.
 cexec(7) has the whole protocol, and what it does not protect from.
 
-The sections, from the leaves up.  A section calls only those above it, with one exception:
-main_cservice calls cservice -s, which needs ckeygen.
+The sections, from the leaves up.  A section calls only those above it, with two exceptions:
+main_cservice calls cservice -s, which needs ckeygen; and cservice -s sends workers the compiled
+code that The door keeps.
 
     Basics      constants, exit codes, errors, the log                         Log, Fatal, ProtocolError
     Options     an applet's table of options: read, and told by -h             Option, Syntax
@@ -942,7 +943,7 @@ def p256_add(x1, y1, z1, x2, y2):
 
 
 def ecdsa_sign(master, message):
-    """(r, s): the signature of message's SHA-256 by the scalar (FIPS 186-4, 6.4).
+    """Returns (r, s): the signature of message's SHA-256 by the scalar (FIPS 186-4, 6.4).
 
     The nonce is an HMAC of the message with the scalar as key: the idea of RFC 6979.
     """
@@ -995,10 +996,11 @@ def format_key(master):
 # A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
 # UTF-8), "texts" (16-bit count), "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
 #
-# A new frame needs: its declaration, a place in FRAMES, a method rcvd_NAME at each end that takes
-# it, and the states in which that end's link_frame() takes it (TAKES of Candidate and Supervisor, Offer,
-# FileRun); a new datagram: DATAGRAMS, and rcvd_NAME in Worker, Search, Survey or Logger.  Both need
-# cexec(7), and another PROTOCOL.
+# A new frame needs: its declaration, a place in FRAMES, and a method rcvd_NAME at each end that takes
+# it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
+# a method.  The others name the frames that they take in each state: Candidate.TAKES, Supervisor.TAKES, and
+# link_frame() of Offer and FileRun.  A new datagram needs a place in DATAGRAMS, and rcvd_NAME in Worker,
+# Search, Survey or Logger.  Both need cexec(7), and another PROTOCOL.
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
 
@@ -1044,7 +1046,7 @@ def pack_field(kind, value):
 
 
 def unpack_field(kind, view):
-    """(value, the rest of the view).  Raises struct.error if the view is too short."""
+    """Returns (value, the rest of the view).  Raises struct.error if the view is too short."""
     if kind == "rest":
         return bytes(view), view[len(view):]
     if kind == "text":
@@ -1609,7 +1611,7 @@ def find_device(name):
 
 
 def no_address(text, error):
-    """(exit code, reason) for a text that resolve() has refused; the code is 111 if another try may work."""
+    """Returns (exit code, reason) for a text that resolve() has refused; the code is 111 if another try may work."""
     if isinstance(error, NoDevice):
         return EXIT_TEMPORARY, error.strerror
     if isinstance(error, socket.gaierror):
@@ -1879,7 +1881,7 @@ class Listener:
             log.note("cannot join %s on interface %d: %s", address, index, error.strerror)
 
     def receive(self, sock):
-        """(Datagram, sender's address, interface index), or None if no datagram waits.
+        """Returns (Datagram, sender's address, interface index), or None if no datagram waits.
 
         Raises ProtocolError, with the sender's address, for a datagram that is not well formed.
         """
@@ -1916,7 +1918,7 @@ class Listener:
 
 
 def arrival(ancillary):
-    """(interface index, whether it was unicast) of a datagram, from its ancillary data."""
+    """Returns (interface index, whether it was unicast) of a datagram, from its ancillary data."""
     for level, kind, info in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO) and len(info) == PKTINFO.size:
             index, local, destination = PKTINFO.unpack(info)
@@ -2167,7 +2169,7 @@ class ReturnPort:
             self.loop.on_read(listener.fileno(), functools.partial(self.accept_all, listener, accept, spare))
 
     def receive(self, sock):
-        """(Datagram, the sender's address), or None if no datagram waits.  Raises ProtocolError."""
+        """Returns (Datagram, the sender's address), or None if no datagram waits.  Raises ProtocolError."""
         try:
             data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
             sender = address_of(peer)
@@ -2455,7 +2457,7 @@ class Link:
 
     @property
     def here(self):
-        """(the address, the port) of this end."""
+        """Returns (the address, the port) of this end."""
         if self.stands_for:
             return self.stands_for
         name = self.sock.getsockname()
@@ -2607,7 +2609,7 @@ class Link:
 
 
 def begin_connection(address, port):
-    """(a socket that connects, or None; what was wrong at once, or None); it is done when it can be written."""
+    """Returns (a socket that connects, or None; what was wrong at once, or None); it is done when it can be written."""
     sock = None
     try:
         sock = socket.socket(family_of(address), socket.SOCK_STREAM)
@@ -3644,8 +3646,9 @@ class SharedEnd(End):
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
-# How a terminal's size gets to the command: TerminalEnd.size() goes in JOB, and in a RESIZE after each
-# WINCH (Run.signalled_at_terminal); the worker's Command gives it to set_window().
+# How a terminal's size gets to the command: TerminalEnd.size() goes in JOB, and in a RESIZE when the job begins,
+# after each WINCH, and after a stop (Run.take_terminal, Run.signalled_at_terminal).  The worker's Command gives it
+# to set_window(), in make_terminal() and rcvd_resize().
 
 class TerminalEnd(End):
     """A terminal that an applet controls, from take() until restore() or the end of this process.
@@ -3960,7 +3963,9 @@ def end_sessions(loop, sessions, group, over):
 
 
 # A file is written under another name in the same directory, and gets its own name only when it is whole.
-# commit() does that for keys, and for the outputs of a batch; for the results of -g it is commit_all().
+# commit() does that for keys, and for the outputs of a batch (Task.commit).  The results of -g get theirs so:
+#
+#   RemoteRun.commit, after EXIT --> JobFiles.commit --the verdict--> receive, in a Helper --> commit_all
 
 def commit(file, part, path, replace=True):
     """Gives an open file its name: renames it from part to path, once all of it is on the disk.  Raises OSError.
@@ -4031,7 +4036,7 @@ def processors():
 
 
 def system_load():
-    """(1-minute load average, processes runnable now besides this one)."""
+    """Returns (1-minute load average, processes runnable now besides this one)."""
     try:
         average = os.getloadavg()[0]
     except (AttributeError, OSError):           # Android's C library has no getloadavg
@@ -4734,7 +4739,7 @@ class Helper:
 
 
 def files_pipe(floor):
-    """(reader, writer) of a pipe between a Helper and us."""
+    """Returns (reader, writer) of a pipe between a Helper and us."""
     reader, writer = lifted_pair(*os.pipe(), floor)
     enlarge(writer)
     return reader, writer
@@ -4777,7 +4782,7 @@ def is_own_part(name):
 
 
 def input_place(text):
-    """(path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
+    """Returns (path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
     The name is the same relative path; for an absolute path and one with ".." it is the last part.
     """
@@ -5577,7 +5582,7 @@ class JobFiles:
 # A job is a Job or a Task.  Its job_fields() are for job_frames().
 
 LOSSES_MAX = 3                      # times that a job is run again whose worker was lost
-FRESH_TRIES = 3                     # a BUSY for an announcement older than so many before the last is a replay
+FRESH_TRIES = 3                     # a BUSY is a replay if more announcements than these came after its own
 SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
 AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
 OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
@@ -5623,7 +5628,7 @@ class Terms:
         return None
 
     def has_own_command(self):
-        """Whether the client's word for the command is not the same in all jobs."""
+        """Whether this job names a command that other jobs of this call do not name, as with cexec -m ... {}."""
         return False
 
     def tell_waiting(self, text):
@@ -5636,7 +5641,7 @@ class Terms:
 
 
 def parse_words(words, need_command=False):
-    """(variables, arguments) from the words after a public key, or after -s, as bytes.  Raises Fatal (100).
+    """Returns (variables, arguments) from the words after a public key, or after -s, as bytes.  Raises Fatal (100).
 
     As with env(1), the first word that is no KEY=VALUE is the first argument; a "--" before it is left out.
     """
@@ -6278,11 +6283,15 @@ class Search:
 # cexec: the job
 # ---------------------------------------------------------------------------
 #
-# After GO the job runs at a worker; at the client it is a Run or a FileRun.  If the
-# connection breaks then, the worker ends the command (Supervisor.abandon), and the client does this:
+# After GO the job runs at a worker; at the client it is a RemoteRun: a Run, a FileRun (-m, -b) or a
+# HostRun (-A).  If the connection breaks then, the worker ends the command (Supervisor.abandon), and
+# the client does this:
 #
 #   link_lost --> Patron.run_lost --+-- Patron.objection() is None --> job.rewind(run), then Patron.run_again(run)
 #                                   '-- a text ----------------------> Patron.failed(run, reason, text)
+#
+# The text comes from the job: a Job runs again with -r or cservice -i, and only while nothing of it was
+# shown; a Task always; a HostTask never.  CEXEC_RETRIES bounds that for all.
 MAXFD = 32                          # descriptors below this number are carried
 
 
@@ -6515,7 +6524,7 @@ def loss(reason):
 
 
 class RemoteRun(Carrier):
-    """A job after GO, at the client: the common part of Run and FileRun."""
+    """A job after GO, at the client: the common part of Run and FileRun.  The worker's part is a Command."""
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron.loop, link)
@@ -6619,7 +6628,7 @@ class RemoteRun(Carrier):
         pass                        # the link has noted the sign of life
 
     def moved(self):
-        """(bytes sent to the worker, bytes received from it)."""
+        """Returns (bytes sent to the worker, bytes received from it)."""
         return (sum(channel.sent for channel in self.channels.values()),
                 sum(channel.received for channel in self.channels.values()))
 
@@ -7313,7 +7322,7 @@ def formed(form, text):
 
 
 def split_words(words):
-    """(the words before the first -- or ::: of a batch, the lists of inputs after it).  Raises Fatal (100).
+    """Returns (the words before the first -- or ::: of a batch, the lists of inputs after it).  Raises Fatal (100).
 
     Each ::: begins a list; -- begins the only one.  Without them the lists are None.
     """
@@ -7724,6 +7733,21 @@ def error_of_task(error, name):
     other = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
     return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
+
+
+def listings_of(names, inputs):
+    """Returns the Listing of each argument of -i, which are noted.  Raises Fatal (100) for one that does not exist."""
+    try:
+        listings = [names.listing(text) for text in inputs]
+    except (OSError, ValueError) as error:
+        raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
+    files = {}
+    for listing in listings:
+        path, name = listing.path, listing.name
+        if not os.path.isdir(path) and files.setdefault(name, path) != path:
+            raise Fatal(EXIT_USAGE, "-i: %s and %s have the same name at the worker, %s" % tuple(
+                map(os.fsdecode, (files[name], path, name))))
+    return listings
 
 
 def open_joblog(path, prints):
@@ -8137,9 +8161,9 @@ class Batch(Patron):
                 return None
         return task
 
-    # A task may have workers that it avoids: there its command has failed (--retries), or is not there, if it is the
-    # task's own.  It waits for another worker as long as there may be one: for a second, and while one is busy with
-    # this batch or has it in its line.
+    # A task avoids a worker where its command has failed (--retries), or where a command is not there that the task
+    # itself names, as in {}.  It waits for another worker as long as there may be one: for a second, and while one is
+    # busy with this batch or has it in its line.
 
     def may_take(self, task, worker_id):
         return worker_id not in task.avoids or not task.refusals and not self.has_elsewhere(task)
@@ -8603,7 +8627,7 @@ def make_errors_directory(path):
 
 
 def show_tasks(options, tasks):
-    """--dry-run: prints for each Task a shell command that does the same; 0."""
+    """--dry-run: prints for each Task a shell command that does the same.  Returns 0."""
     import shlex
     errors = tasks[0].terms.errors if tasks else None
     if errors and not os.path.isdir(errors):
@@ -8848,8 +8872,8 @@ def parse_size(text):
 
 def main_blocks(place, words, options):
     """Does standard input in blocks.  Returns the exit code."""
-    size, terms = parse_size(options.blocks), BatchTerms(*parse_words(words, options.hosts), errors=options.errors,
-                                                               retries=options.retries)
+    size = parse_size(options.blocks)
+    terms = BatchTerms(*parse_words(words, options.hosts), errors=options.errors, retries=options.retries)
     if not options.hosts:
         terms.names.note_keys(options.words[0])
     note_names(terms, [], options.joblog, float("inf"))
@@ -9077,7 +9101,6 @@ class Everywhere(Batch):
     def watch(self, run):
         """No other worker can do its job."""
 
-
     def failed(self, run, reason, objection):
         super().failed(run, reason + "; the command may have run", objection)
 
@@ -9175,6 +9198,11 @@ def main_everywhere(place, words, options):
 #       |  <-------------------------- end of file  |  when all of them have ended
 #
 # Both ends are one socket, which is 0, 1 and 2 of the child.  PUB and HOST are lines too, which begin with a NUL.
+#
+# No byte of a job goes over this socket.  The group is a port of this host, where only the child hears the client.
+# It passes ANNOUNCE on over ssh, and the worker connects to the client: directly, or else by a channel through ssh,
+# which the child joins to the client's port.  The section cservice -s draws this.  Either way TLS and all frames are
+# between the client and the worker.
 
 PUB_LINE, HOST_LINE = "\0pub", "\0host"
 WAITS, SERVES_NOW, FAILED_NOW = "waits", "serves", "failed"     # states of a host
@@ -9381,21 +9409,6 @@ def main_cexec(argv):
     if options.list:
         return list_workers(*place(), listen_ports(), options.json)
     return {"-m": main_batch, "-A": main_everywhere, "-b": main_blocks}[options.mode](place, words, options)
-
-
-def listings_of(names, inputs):
-    """Returns the Listing of each argument of -i, which are noted.  Raises Fatal (100) for one that does not exist."""
-    try:
-        listings = [names.listing(text) for text in inputs]
-    except (OSError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
-    files = {}
-    for listing in listings:
-        path, name = listing.path, listing.name
-        if not os.path.isdir(path) and files.setdefault(name, path) != path:
-            raise Fatal(EXIT_USAGE, "-i: %s and %s have the same name at the worker, %s" % tuple(
-                map(os.fsdecode, (files[name], path, name))))
-    return listings
 
 
 def open_place(options, floor=3):
@@ -9771,7 +9784,7 @@ class Command(Carrier, Stateful):
             self.carry(channel, end)
 
     def make_pipe(self, channel, flags):
-        """(the command's end, ours) of a pipe."""
+        """Returns (the command's end, ours) of a pipe."""
         reader, writer = lifted_pair(*os.pipe(), self.loop.floor)
         enlarge(writer)
         near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
@@ -9779,12 +9792,12 @@ class Command(Carrier, Stateful):
         return far, PipeEnd(near, near, lambda: self.release(near, channel), [half])
 
     def make_pair(self, channel, flags):
-        """(the command's end, ours) of a socketpair."""
+        """Returns (the command's end, ours) of a socketpair."""
         near, far = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
         return far, PairEnd(near, self.loop.floor)
 
     def make_terminal(self, channel, flags):
-        """(the command's end, ours) of a new pseudo terminal, with the modes and the size of the client's."""
+        """Returns (the command's end, ours) of a new pseudo terminal, with the modes and the size of the client's."""
         self.terminal = channel
         near, far = lifted_pair(*os.openpty(), self.loop.floor)
         # Our side gets EIO, an end of file, whenever no process has the other side open.  But a command may
@@ -10743,7 +10756,7 @@ DENY_SECONDS = 0.2                  # between two DENYs
 
 
 def load_delay(busy, slots, average, runnable, cpus):
-    """(load, seconds to wait before an offer); the load is 1 if all slots or all CPUs are in use.
+    """Returns (load, seconds to wait before an offer); the load is 1 if all slots or all CPUs are in use.
 
     It is the share of the slots that are in use, plus the greater of two numbers per CPU: the
     1-minute load average, and the number of processes that are runnable now beyond the CPUs.
@@ -10793,7 +10806,7 @@ class Pace:
         self.runnable = system_load()[1]
 
     def load(self, in_use):
-        """(load, delay in seconds) with so many slots in use."""
+        """Returns (load, delay in seconds) with so many slots in use."""
         average, runnable = system_load()
         # The smaller number of now and a second ago: a process that runs for a moment only is no load.
         return load_delay(in_use, self.slots, average, min(runnable, self.runnable), processors())
@@ -10984,7 +10997,7 @@ class Line:
         return client
 
     def last(self, newcomer):
-        """The newest client of the name that has most of them, if the newcomer counts too."""
+        """Returns who has to go: the newest client of the name that has most, where the newcomer counts too."""
         members = self.names.get(newcomer.name, ())
         if len(members) < self.most:
             members = self.names[next(iter(self.sizes[self.most]))]
@@ -11794,7 +11807,7 @@ def tell_service(key, group, settings):
 
 
 def what_is_run(command, options):
-    """(the command; with -a its {} stands for the client's arguments, the options of HELLO)."""
+    """Returns (the command; with -a its {} stands for the client's arguments, the options of HELLO)."""
     bits = (HELLO_REPEATABLE * options.repeatable | HELLO_ARGUMENTS * options.arguments
             | HELLO_DIRECTORIES * options.directories)
     if options.directories and command and "/" in command[0]:
@@ -12187,7 +12200,7 @@ class Screen:
     # What is drawn
 
     def size(self):
-        """(lines, columns) of the terminal."""
+        """Returns (lines, columns) of the terminal."""
         known = self.end.size()
         return known["lines"] or 24, known["columns"] or 80
 
@@ -12203,7 +12216,7 @@ class Screen:
             self.flush()
 
     def picture(self, room):
-        """(text, style) of each line on the screen, room lines at most."""
+        """Returns (text, style) of each line on the screen, room lines at most."""
         lasted = duration(int(time.monotonic() - self.tallies.began))
         lines = [("crat: %s, %s; q ends it" % (self.title, lasted), REVERSED), (self.tallies.total(), BOLD),
                  (presence_text(self.watches), BOLD)]
@@ -12334,7 +12347,7 @@ def quantity(value, name, high=2.0 ** 64):
 
 
 def read_entries(path):
-    """(a log's Entries, a message about wrong lines or "", whether the log has alerts).  Raises Fatal."""
+    """Returns (a log's Entries, a message about wrong lines or "", whether the log has alerts).  Raises Fatal."""
     entries, bad, alerts = [], [], False
     label = "standard input" if path == "-" else path
     with or_fatal(label):
@@ -12482,7 +12495,7 @@ class Band:
 
 
 def make_bands(entries):
-    """(the Bands that are drawn, notes on the others): those with the most entries, sorted by name."""
+    """Returns (the Bands that are drawn, notes on the others): those with the most entries, sorted by name."""
     by_worker = collections.defaultdict(list)
     for entry in entries:
         by_worker[entry.worker].append(entry)
@@ -12698,7 +12711,7 @@ def picture(entries, title, notes):
 
 
 def draw_all(entries, title, notes):
-    """(markup, height) of a picture with at least one Entry."""
+    """Returns (markup, height) of a picture with at least one Entry."""
     bands, left_out = make_bands(entries)
     axis = TimeAxis(entries, left=ROWS_LEFT, right=PICTURE_WIDTH - 50)
     top = bottom = 124
@@ -13745,7 +13758,7 @@ class Host(Stateful):
         return bool(data)
 
     def rcvd_line(self, line):
-        """Shows a line, or handles SERVES; returns whether it was that."""
+        """Shows a line, or handles SERVES.  Returns whether it was that."""
         if line.startswith(SERVES) and self.state is LOGIN:
             self.rcvd_up(line[len(SERVES):])
             return True
@@ -13991,7 +14004,7 @@ class Starter:
 def serve_on_hosts(words, path, argv):
     """Keeps a worker running on each host until a signal ends it.
 
-    0; if no worker ever served, 111, or 100 if that was each worker's exit status.
+    Returns 0; if no worker ever served, 111, or 100 if that was each worker's exit status.
     """
     if not os.path.isfile(__file__):
         raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
@@ -14164,6 +14177,9 @@ def serve_run(hosts, argv):
 # The worker trusts the client, because its command runs what it reads.  The client does not
 # trust the worker: results are only data (see Reader), and a frame out of place ends the lane.
 # One thread does all the work of a pool; other threads only call submit() and shutdown().
+#
+# A lane ends when its worker is lost, or its Python dies.  Pool.lane_over() puts its calls back into the queue, and
+# another lane does them.  Each may be lost so `retries` times; then it fails, with BrokenProcessPool.
 
 __all__ = ["Executor", "Failed", "joblib", "run"]
 __version__ = VERSION
@@ -14198,8 +14214,8 @@ if TYPE_CHECKING:                   # what mypy and editors know of the public n
 
 LANE_IDLE_SECONDS = 3.0             # a lane without a call for so long gives its slot back,
 LANE_SECONDS = 60.0                 # and so does a busy lane after this, for other clients and draining workers
-LANE_FAILURES = 3                   # so many lanes in a row may end before a worker has them,
-FAULTS_MAX = 256                    # and so many workers may be unable to do the calls: then these fail
+LANE_FAILURES = 3                   # calls fail when so many lanes in a row have ended before a worker had them,
+FAULTS_MAX = 256                    # or when so many workers cannot do the calls
 SEARCH_PAUSE = 10.0                 # seconds until the next search for more workers, after one that found none
 AHEAD_SECONDS = 0.010               # a lane gets further calls before it has done the first: for so many seconds,
 AHEAD_MAX = 32                      # and so many calls, at most
@@ -16100,7 +16116,7 @@ class Call:
             self.made, self.what = made, None
 
     def set_running(self):
-        """Whether it may be sent to a worker: not if it was cancelled before its first try."""
+        """From now on it cannot be cancelled.  Returns False if it was cancelled before: then no worker gets it."""
         self.begun = self.begun or self.future.set_running_or_notify_cancel()
         return self.begun
 
