@@ -16881,7 +16881,7 @@ def test_a_hostile_worker_is_refused(cluster, monkeypatch, does, kind, word):
 def test_a_lane_that_cannot_start_leaves_no_descriptor_open(monkeypatch, room):
     monkeypatch.setattr(cexec, "start_client", refusing(errno.EAGAIN))
     lane = cexec.Lane.__new__(cexec.Lane)
-    lane.pool = SimpleNamespace(pub="app.pub", useless=list)
+    lane.pool = SimpleNamespace(pub="app.pub", group=None, useless=list)
     with few_descriptors(room), pytest.raises(OSError):
         lane.start()
 
