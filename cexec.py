@@ -878,7 +878,8 @@ def open_pub(path):
         if text.startswith(PUB_MAGIC) or name != path or not os.path.exists(path + ".pub"):
             return parse_pub(text, name)
     other = "" if path.endswith(".pub") else ", and no %s.pub" % path
-    raise Fatal(EXIT_USAGE, "%s: no such public key%s: is the name right? (ckeygen makes keys)" % (path, other))
+    hint = "; -s comes before hosts" if other and log.applet == "cexec" else ""
+    raise Fatal(EXIT_USAGE, "%s: no such public key%s: is the name right? (ckeygen makes keys%s)" % (path, other, hint))
 
 
 def unreadable(path, error, kind):
@@ -9871,7 +9872,7 @@ class Command(Carrier, Stateful):
         except Fatal as error:
             self.fail_to_start(error.code, str(error), HOW_HOST_FAILED)
         except OSError as caught:
-            error = start_error(caught, self.name())
+            error = caught if self.is_brought() else start_error(caught, self.name())
             theirs = error.errno not in HOSTS_ERRORS or error.errno == errno.EACCES and self.is_brought()
             self.fail_to_start(start_status(error), os.strerror(error.errno),
                                HOW_NOT_STARTED if theirs else HOW_HOST_FAILED)
@@ -14110,7 +14111,12 @@ class RunStarter(Starter):
         return ""                   # perhaps nobody waits for it
 
     def show_line(self, host, text):
-        """What a login says is only shown where it may be a part of ssh's questions."""
+        """What a login says is only shown where it may be a part of ssh's questions.
+
+        The parent itself says of a job that its command could not be started.
+        """
+        if text.endswith((" gets 126)", " gets 127)")) and not log.verbose:
+            return
         if host.state is not LOGIN or self.alone or log.verbose:
             super().show_line(host, text)
 

@@ -6466,6 +6466,13 @@ def all_gone(farm):
     return until(lambda: left(farm) == [], "the removal of all") is not False
 
 
+def test_a_file_that_is_sent_as_the_command_but_is_not_executable(farm):
+    farm.serve()
+    in_desk(farm, "script", b"#!/bin/sh\n", 0o644)
+    done = farm.work("-n", "-i", "script", farm.pub, "./script")
+    assert failed(done, 126).decode().endswith("cannot run its command: ./script: Permission denied\n")
+
+
 def test_files_go_into_a_jobs_directory_and_come_out(farm):
     farm.serve()
     odd = b"n\xff\n " + b"long" * 50
@@ -14336,6 +14343,12 @@ def test_a_terminal_on_another_host(away):
     terminal.close()
 
 
+def test_a_command_that_cannot_be_started_is_told_once(away):
+    put(away.path("script"), "#!/bin/sh\n", 0o644)
+    done = away.run("cexec", "-ns", "a", "-i", "script", "./script", cwd=away.directory)
+    assert failed(done, 126).decode().count("./script: Permission denied") == 1
+
+
 def test_hosts_that_fail_are_named_with_their_reasons(away):
     away.login('case $1 in\na) echo hi; echo "Permission denied (publickey)." >&2; exit 255;;\n'
                'b) echo hello; exit 127;;\n'
@@ -17320,7 +17333,8 @@ REFUSED = [
             "-m", "app.pub"),
     refused("cexec", 100, "large: File too large: not a cexec public key", "large"),
     refused("cservice", 100, "large: File too large: not a cexec private key", "large", "true"),
-    refused("cexec", 100, "missing: no such public key, and no missing.pub: is the name right?", "-n", "missing"),
+    refused("cexec", 100, "missing: no such public key, and no missing.pub: is the name right? (ckeygen makes keys; "
+            "-s comes before hosts)", "-n", "missing"),
     refused("cexec", 100, "missing: no such public key", "-n", "missing", "A=b"),
     refused("cexec", 100, "junk: not a cexec public key", "junk"),
     refused("cexec", 100, "empty: not a cexec public key", "empty"),
@@ -19598,7 +19612,6 @@ def reader_of_readme(boxes):
                        PATH="%s:%s:%s" % (cluster.path("bin"), cluster.path("links"), cluster.env["PATH"]))
     os.mkdir(cluster.path("links"))
     os.symlink(PYTHON, cluster.path("links/python3"))
-    os.mkdir(cluster.path("r"))
     shutil.copy(PROGRAM, cluster.path("cexec.py"))
     put(cluster.path("boxes"), "box1\nbox2\nbox3\n")
     put(cluster.path("names"), "b\na\n")
@@ -19618,6 +19631,15 @@ def reader_of_readme(boxes):
         return done.stdout.decode()
     farm.argv, farm.sh = argv, sh
     return farm
+
+
+def test_the_first_examples_of_the_manual_are_of_the_readme():
+    page = read(os.path.join(HERE, "man", "cexec.1")).decode()
+    after_the_synopsis = re.split(r"^\.Sh .*\n", page, flags=re.M)[3]
+    lines = re.findall(r"^(?:\.Dl )?((?: {4})*(?:cexec|with|print).*)$", after_the_synopsis, re.M)
+    assert len(lines) == 7
+    for line in lines:
+        assert line.strip() in read(README).decode(), line
 
 
 def test_the_first_screen_of_the_readme(reader_of_readme):
@@ -19669,7 +19691,14 @@ def test_the_readmes_program_and_its_workers_that_stay(reader_of_readme):
     alerts = farm.cluster.path("alerts")
     for line in [line for block in readme_blocks("Workers that stay") for line in block]:
         command = line.partition("   #")[0].strip()
-        if command.startswith("cservice"):
+        if command.startswith("cservice -s"):
+            log = farm.cluster.path("over-ssh")
+            with open(log, "wb") as file:
+                starter = farm.cluster.popen(farm.argv("exec " + command), stderr=file, stdout=subprocess.DEVNULL)
+            until(lambda: b"2 of 2 hosts serve" in read(log), command)
+            starter.terminate()
+            assert starter.wait(PATIENCE) == 0, read(log)
+        elif command.startswith("cservice"):
             for name in NAMES[:2]:
                 argv = ["ip", "netns", "exec", farm.spaces[name], "bash", "-c", "exec " + command]
                 process = farm.cluster.popen(argv)
