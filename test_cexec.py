@@ -16032,8 +16032,9 @@ def test_a_main_program_may_name_the_executor_in_classes_and_annotations(pooled)
 
 
 def test_wrong_arguments_of_an_executor_are_told_in_its_own_name(pooled):
-    for arguments, options, word in (((4,), {}, "comes first, as in Executor('py.pub', max_workers=4), and not 4"),
-                                     ((None,), {}, "and not None"), ((), {}, "__init__() missing 1 "),
+    for arguments, options, word in (((4,), {}, "comes first, as in Executor('py.pub', max_workers=4), or else hosts"),
+                                     ((None,), {}, "and not None"), ((), {}, "or else hosts=[...], and not None"),
+                                     ((pooled.pub,), {"hosts": ["a"]}, "pub and hosts do not go together"),
                                      ((pooled.pub,), {"mad": 1}, "__init__() got an unexpected keyword")):
         with pytest.raises(TypeError) as caught:
             cexec.Executor(*arguments, **options)
@@ -16291,9 +16292,9 @@ def test_the_number_of_workers_is_asked_when_it_is_read(pooled, monkeypatch):
     monkeypatch.setattr(cexec, "count_slots", lambda pub: asked.append(pub) or count(pub))
     with cexec.Executor(pooled.pub) as pool:
         assert pool.submit(abs, -1).result() == 1 and not asked
-        assert pool._max_workers == 5 and pool._max_workers == 5 and asked == [pooled.pub]
+        assert pool._max_workers == 5 and pool._max_workers == 5 and asked == [pool._pool]
     with cexec.Executor(pooled.pub, 7, mp_context=None) as pool:
-        assert pool._max_workers == 7 and asked == [pooled.pub]
+        assert pool._max_workers == 7 and len(asked) == 1
 
 
 @pytest.mark.parametrize("options, kind, word", [
