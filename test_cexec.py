@@ -19643,6 +19643,19 @@ def test_the_first_examples_of_the_manual_are_of_the_readme():
         assert line.strip() in read(README).decode(), line
 
 
+@pytest.mark.parametrize("applet", ["cexec", "cservice"])
+def test_the_synopsis_of_the_manual_has_the_options_of_the_program(cluster, applet):
+    usage = cluster.run(applet, "-h").stdout.decode().partition("\n\n")[0]
+    page = read(os.path.join(HERE, "man", applet + ".1")).decode()
+    synopsis = re.split(r"^\.Sh .*\n", page, flags=re.M)[2]
+    modes = synopsis.split(".Nm %s\n" % applet)[1:]
+    assert len(modes) == usage.count(applet + " ")
+    for lines, mode in zip(modes, usage.split(applet + " ")[1:]):
+        there = re.findall(r"Fl (-?\w[-\w]*)", lines)
+        ours = re.findall(r"(?<![\w-])-(-?\w[-\w]*)", mode)
+        assert sorted(there) == sorted(ours), mode
+
+
 def test_the_first_screen_of_the_readme(reader_of_readme):
     farm = reader_of_readme
     path = farm.cluster.path
