@@ -16810,7 +16810,7 @@ def test_the_documentations_example_on_three_hosts(hosts):
                     env={"PYTHONPATH": HERE})
     lines = done.stdout.decode().splitlines()
     assert [line.split()[-1] for line in lines] == ["True"] * 5 + ["False"], lines
-    assert all(b"supervisor WAITING -> RUNNING" in read(worker.log) for worker in workers)
+    assert all(b"supervisor AWAITING_GO -> RUNNING" in read(worker.log) for worker in workers)
 
 
 def test_the_manuals_parameter_study(pooled):
@@ -19785,7 +19785,7 @@ def jobs_done(worker):
     """How many jobs the worker has begun and ended, when none is left."""
     def count(line):
         return read(worker.log).count(line)
-    until(lambda: count(b"supervisor WAITING -> RUNNING") == count(b"ended, done"), "the jobs' end", 5)
+    until(lambda: count(b"supervisor AWAITING_GO -> RUNNING") == count(b"ended, done"), "the jobs' end", 5)
     return count(b"ended, done")
 
 
