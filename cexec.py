@@ -14232,6 +14232,7 @@ LATE_SECONDS = 1.0                  # and until others are looked for, if it is 
 REJECT_SECONDS = 10.0               # a worker that cannot do the calls gets none for so long, then longer: see Avoided
 LET_GO_SECONDS = 1.0                # after a client's end, what it wrote must have been read
 PRINTED_MAX = 64 * 1024             # bytes of a line that a function prints
+WORDS_SHOWN = 1000                  # characters of what an exception from a worker says, in messages
 NAMES_MAX = 10000                   # modules beside the main program
 
 LANE_HEAD = struct.Struct("!cQ")    # a frame's kind, and the length of its contents
@@ -14973,7 +14974,8 @@ def cached(function, *options):
 DATA_TYPES = frozenset("bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
                        "Ellipsis NotImplemented".split())
 PLAIN = frozenset([bool, bytearray, bytes, complex, dict, float, int, list, set, str, type(None)])   # no tuple inside
-KEYS = frozenset([bool, bytes, float, str, type(None)])     # keys whose hash costs nothing, and is nobody else's
+KEYS = frozenset([bool, bytes, float, str, type(None)])     # keys whose hash costs nothing, and is nobody else's,
+                                    # but for not-a-number: before Python 3.10 all of them have one, and none is equal
 TUPLES_DEEP = 500                   # tuples in tuples: hash() in C has no limit of its own
 WORK_MIN = 100000                   # steps that reading a result may take, and ten more for each of its bytes
 PATTERN_MAX = 4096                  # characters of a result's regular expressions: to compile one may take long
@@ -15287,14 +15289,17 @@ def plain_run(keyed):
     """Matches up to a thousand opcodes of what pickle itself may read, with their arguments.
 
     They make numbers, short texts and bytes, and lists of them.  If keyed, dictionaries and sets are added, whose
-    keys then cost little to hash and to compare; if not, flat tuples, which then are nobody's key.
+    keys then cost little to hash and to compare, without not-a-number (see KEYS); if not, flat tuples, which then are
+    nobody's key.
     """
     import re
     def sized(most):
         return b"(?:" + b"|".join(b"%s.{%d}" % (re.escape(bytes([size])), size) for size in range(most)) + b")"
-    number = b"(?:K.|G.{8}|J.{4}|M..|[N\x88\x89]|\x8a" + sized(8) + b")"
+    special = b"(?![\x7f\xff][\xf0-\xff])" if keyed and sys.version_info < (3, 10) else b""
+    number = b"(?:K.|G" + special + b".{8}|J.{4}|M..|[N\x88\x89]|\x8a" + sized(8) + b")"
     short = b"[\x8cC]" + sized(64)
-    tuples = number + b"{1,3}[\x85-\x87]|\\((?:" + number + b"|" + short + b"\x94?){1,64}t|"
+    tuples = b"".join(number + b"{%d}[%c]|" % (count, 0x84 + count) for count in (1, 2, 3))
+    tuples += b"\\((?:" + number + b"|" + short + b"\x94?){1,64}t|"
     return re.compile(b"(?:" + (b"" if keyed else tuples) + number + b"|" + short + b"|h.|j.{4}|\x95.{8}|[" +
                       (b"}us\x8f\x90" if keyed else b"") + b"\x94\\](ae]){1,1000}", re.DOTALL)
 
@@ -15635,7 +15640,7 @@ class Reader:
 
     def fill(self, target, pairs):
         for key, value in pairs:
-            if type(key) not in KEYS:
+            if type(key) not in KEYS or key != key:
                 self.weigh(key, id(target))
             target[key] = value
 
@@ -15656,7 +15661,7 @@ class Reader:
         """Returns the steps that a comparison of these values takes."""
         steps = 1
         for value in values:
-            steps += 1 if type(value) in KEYS else self.weigh(value, number)
+            steps += 1 if type(value) in KEYS and value == value else self.weigh(value, number)
             whole.add(value)
         return steps
 
@@ -15674,7 +15679,7 @@ class Reader:
             count = 1
             if type(part) is int:
                 count += part.bit_length() >> 6
-            elif type(part) is range:
+            elif type(part) in (range, slice):          # a slice has a hash from Python 3.12 on
                 todo += [part.start, part.stop, part.step]
             elif isinstance(part, tuple):
                 count += tuple.__len__(part)
@@ -15685,8 +15690,8 @@ class Reader:
                 steps += self.sets[id(part)][1]         # it keeps its hash
             elif type(part) not in KEYS and module_of(part) == "fractions":
                 todo += [part.numerator, part.denominator]
-            elif type(part) not in KEYS and module_of(part) == "decimal":
-                count += sys.getsizeof(part) >> 3
+            elif type(part) not in KEYS and module_of(part) in ("decimal", "re", "_sre"):
+                count += sys.getsizeof(part) >> 3       # of a regular expression, its code
             self.spend(count)
             steps += count
         twins = self.twins.setdefault((number, hash(key)), [])
@@ -15921,14 +15926,23 @@ OWN = {"dataclass": Reader.own_dataclass, "tuple": Reader.own_tuple, "enum": Rea
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that a function has raised on a worker; tb is the text of its traceback."""
+    """The cause of an exception that a function has raised on a worker; tb is the text of its traceback.
 
-    def __init__(self, tb):
+    words: what the exception says, as the worker has written it.  Its own str() may run code of the program's class,
+    fail, or take for ever, as that of a list with one list twice in it, and this with another twice in it.
+    """
+
+    def __init__(self, tb, words=""):
         super().__init__(tb)
-        self.tb = tb
+        self.tb, self.words = tb, words[:WORDS_SHOWN]
 
     def __str__(self):
         return self.tb
+
+
+def words_of(error):
+    """What an exception says, for the pool's thread: see RemoteTraceback."""
+    return error.__cause__.words if isinstance(error.__cause__, RemoteTraceback) else str(error)
 
 
 def remedy_of(error):
@@ -15945,8 +15959,8 @@ def fault_of(host, python, error, what="load the program"):
     leave_out = "CEXEC_REJECT_SERVERS=%s leaves it out" % host
     if not isinstance(error.__cause__, RemoteTraceback):
         return "%s: %s; %s" % (host, error, leave_out)
-    return "%s cannot %s with Python %s: %s: %s (%s)" % (
-        host, what, python, type(error).__name__, error, "; ".join(filter(None, [remedy_of(error), leave_out])))
+    return "%s cannot %s with Python %s: %s (%s)" % (
+        host, what, python, words_of(error), "; ".join(filter(None, [remedy_of(error), leave_out])))
 
 
 def load_error(readers, data, place, host):
@@ -15957,6 +15971,7 @@ def load_error(readers, data, place, host):
     if place > len(data):
         raise ProtocolError("a text that is longer than its frame")
     lines = [printable(line) for line in text.splitlines()] or ["?"]
+    words = lines[-1]
     try:
         if place == len(data):
             raise TypeError("it cannot be pickled")
@@ -15965,10 +15980,12 @@ def load_error(readers, data, place, host):
             raise TypeError("no exception")
     except Exception as reason:
         import pickle
-        error = pickle.UnpicklingError("the function raised %s (%s)" % (lines[-1], reason))
+        words = "the function raised %s (%s)" % (words, reason)
+        error = pickle.UnpicklingError(words)
     if isinstance(error, ModuleNotFoundError):
         lines += ["", "%s; CEXEC_REJECT_SERVERS=%s leaves the host out" % (remedy_of(error), host)]
-    error.__cause__ = RemoteTraceback('\n"""\nOn %s:\n%s\n"""' % (host, "\n".join(lines)))
+    cause = RemoteTraceback('\n"""\nOn %s:\n%s\n"""' % (host, "\n".join(lines)), words)
+    BaseException.__cause__.__set__(error, cause)       # a frozen dataclass refuses  error.__cause__ = cause
     return error
 
 
@@ -16451,9 +16468,16 @@ class Lane(Stateful):
 
     def rcvd_buffer(self, data, place, end):
         """Bytes that a result has outside of its pickle.  The slice is no copy if it is the whole."""
+        self.check_buffer()
         self.buffers.append(data[place:end])
 
+    def check_buffer(self):
+        """Raises ProtocolError if no result can come: a worker without a call could fill the memory."""
+        if not self.calls:
+            raise ProtocolError("a buffer of no call")
+
     def rcvd_writable(self, data, place, end):
+        self.check_buffer()
         self.buffers.append(data if type(data) is bytearray else bytearray(data[place:end]))
 
     def rcvd_ready(self, data, place, end):
@@ -16582,14 +16606,14 @@ class Lane(Stateful):
             reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
         self.unprepared |= self.state is PREPARING
-        useless = bool(self.failure) or self.state in (SEARCHING, STARTING, PREPARING) or (
+        useless = self.failure is not None or self.state in (SEARCHING, STARTING, PREPARING) or (
             self.state is UP and self.loading)
         self._set(EXITED)
-        self.pool.lane_over(self, self.failure or reason, useless, hopeless)
+        self.pool.lane_over(self, reason if self.failure is None else self.failure, useless, hopeless)
 
     def has_begun(self):
         """Whether one of its calls may have begun."""
-        return not self.loading and not (self.failure and self.failure.__cause__)
+        return not self.loading and (self.failure is None or self.failure.__cause__ is None)
 
     def reason_of(self, code):
         """The message for a command that has ended with this returncode."""
@@ -16848,7 +16872,7 @@ class Pool:
 
     def done(self, call, error, result=None):
         try:
-            if error:
+            if error is not None:   # it may have a length, which is 0
                 call.future.set_exception(error)
             else:
                 call.future.set_result(result)
@@ -16901,7 +16925,7 @@ class Pool:
     # or LANE_FAILURES cannot, it is the call's fault: it fails, and the same error fails later ones at once.
 
     def may_try_elsewhere(self, call, error):
-        return str(error) not in self.nowhere and len(call.unread) < LANE_FAILURES - 1
+        return words_of(error) not in self.nowhere and len(call.unread) < LANE_FAILURES - 1
 
     def try_elsewhere(self, lane, call, error):
         call.unread[lane.worker_id] = error
@@ -16916,7 +16940,7 @@ class Pool:
         unread = [call for call in self.queue if call.unread]
         self.queue = collections.deque(call for call in self.queue if not call.unread)
         for call in unread:
-            self.nowhere.update(map(str, call.unread.values()))
+            self.nowhere.update(map(words_of, call.unread.values()))
             for worker_id in call.unread:
                 self.bad.ask_again(worker_id)
                 self.faults.pop(worker_id, None)
@@ -16957,7 +16981,7 @@ class Pool:
 
     def given_up(self):
         """Returns the exception of calls after give_up()."""
-        error = self.broken(str(self.cause))
+        error = self.broken(words_of(self.cause))
         error.__cause__ = self.cause
         return error
 
@@ -16989,14 +17013,14 @@ class Pool:
         for call in lane.calls.values():
             call.lane_ended(lane.has_begun())
             if self.abandoned or call.tries > self.retries:
-                broken = self.broken("%s (%s)" % (error, "ended here" if self.abandoned else
+                broken = self.broken("%s (%s)" % (words_of(error), "ended here" if self.abandoned else
                                                   "that was try %d of %d" % (call.tries, self.retries + 1)))
                 self.done(call, broken)
             else:
                 again.append(call)
         self.put_back(again)
         if again and not useless:
-            self.tell("%s; runs its calls again" % error)
+            self.tell("%s; runs its calls again" % words_of(error))
         if not any(other.state in (STARTING, PREPARING, UP) for other in self.lanes):
             self.pause = 0.0
         if useless and lane.worker_id:
