@@ -4430,6 +4430,7 @@ def may_be_replaced(path):
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 OLD_SECONDS = 60.0                  # a younger directory without a lock may have just been made
+REMOVAL_PAUSE = 10.0                # seconds before the next try to remove a job's directory, if no process was left
 
 
 def make_directory(name, floor=0, place=None):
@@ -9590,7 +9591,7 @@ class Place:
         remove_left(self.fd, is_job_directory, self.user)
 
     def tell(self, name, trouble):
-        log.say("%s/%s: cannot be removed: %s" % (self.path, name, trouble))
+        log.once("%s/%s: cannot be removed: %s" % (self.path, name, trouble))
 
 
 class JobDirectory:
@@ -10595,8 +10596,9 @@ class Removals:
 
     def remove(self, name, owner):
         """Removes one of the owner's directories; most small jobs leave it empty, and need no Helper."""
-        if not self.place.remove_empty(name):
-            self.help(lambda: self.place.remove(name), owner, lambda trouble: self.place.tell(name, trouble))
+        if not self.place.remove_empty(name) and not self.help(
+                lambda: self.place.remove(name), owner, lambda trouble: self.place.tell(name, trouble)):
+            self.loop.after(REMOVAL_PAUSE, lambda: self.begin(name, None))
 
     def remove_left(self):
         """Removes what a crash has left.  The Helper is killed when this process ends: the next one will go on."""
@@ -10612,7 +10614,7 @@ class Removals:
             self.over()
         try:
             helper = Helper(self.loop, work, [self.place.fd], ended)
-        except OSError as error:    # no process is left
+        except OSError as error:    # no process is left now
             return tell(error.strerror)
         self.owners[helper.pid] = owner
         return helper

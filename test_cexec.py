@@ -6741,6 +6741,19 @@ def test_without_a_process_for_its_files_a_job_fails(farm, words):
     assert farm.work(*batch).returncode == 0
 
 
+def test_a_directory_is_removed_when_there_is_a_process_for_it_again(farm):
+    short = os.path.join(farm.desk, "short")
+    altered(farm, ("        pid = os.fork()\n",
+                   '        pid = os.open("/none", os.O_RDONLY) if os.path.exists(%r) else os.fork()\n' % short),
+            REMOVAL_PAUSE=0.1)
+    worker = farm.serve()
+    assert farm.work("-n", farm.pub, "sh", "-c", "echo > left; echo > " + short).returncode == 0
+    until(lambda: b"cannot be removed: " in read(worker.log), "the first try")
+    assert len(left(farm)) == 1
+    os.unlink(short)
+    assert all_gone(farm) and read(worker.log).count(b"cannot be removed: ") == 1
+
+
 def test_a_command_may_remove_its_own_directory(farm):
     worker = farm.serve()
     done = farm.work("-n", farm.pub, "sh", "-c", 'cd / && rmdir "$OLDPWD"')
