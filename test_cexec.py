@@ -14182,7 +14182,8 @@ def test_a_stopped_reader_holds_up_nobody_else(tunnelled):
 
 
 # A host that is not what it seems: it plays a worker with the script's words.
-EVIL = """
+EVIL = "PASS, CONNECT, DRAIN, END_JOBS = %s\n" % [
+    kind.code for kind in (cexec.PASS, cexec.CONNECT, cexec.DRAIN, cexec.END_JOBS)] + """
 import os, socket, struct, sys, time
 def frame(code, channel=0, payload=b"", flags=0, size=None):
     return struct.pack("!BBHI", code, flags, channel, len(payload) if size is None else size) + payload
@@ -14224,10 +14225,11 @@ def with_evil(local, does, hosts):
 
 @pytest.mark.parametrize("does", [
     "send(b'\\xfe' * 1000)", "send(frame(7, 1, size=2 ** 31))", "send(frame(1, 0, b'x' * 100))", "send(frame(12))",
-    "send(frame(34))", "send(frame(35))", "send(frame(32, 0, b'\\0'))", "send(frame(32, 0, address(9) + b'CEXC'))",
-    "send(frame(33, 1, address(9) + b'x'))", "send(frame(99))", "send(frame(3, 0, b'\\0' * 60000))",
+    "send(frame(DRAIN))", "send(frame(END_JOBS))", "send(frame(PASS, 0, b'\\0'))",
+    "send(frame(PASS, 0, address(9) + b'CEXC'))", "send(frame(CONNECT, 1, address(9) + b'x'))", "send(frame(99))",
+    "send(frame(3, 0, b'\\0' * 60000))",
     "send(frame(7, 1, b'') * 10 + frame(10, 1, b'\\xff' * 4) * 10 + frame(8, 1) + frame(9, 1) + frame(2, 0, b'y'))",
-    "while True: send(frame(33, 1, address(9)))"])
+    "while True: send(frame(CONNECT, 1, address(9)))"])
 def test_a_hostile_hosts_frames_get_it_dropped(local, does):
     """Nothing else happens: the other host serves on."""
     altered(local, SSH_QUEUE=100000)
@@ -14246,7 +14248,7 @@ while not os.path.exists("port"):
     hear()
 port = int(open("port").read())
 for number in range(70):
-    send(frame(33, number, address(port)) + frame(7, number, b"early"))
+    send(frame(CONNECT, number, address(port)) + frame(7, number, b"early"))
 refused = set()
 while len(refused) < 6:
     code, flags, channel, _ = hear()
