@@ -2435,11 +2435,13 @@ class Link:
     """
 
     received = memoryview(bytearray(FRAME_MAX))     # between recv and TLS: shared by all
+    at_once, little = 256, 4096     # who sends more frames than that in a turn has its next ones read in small pieces
 
     def __init__(self, loop, sock, tls, owner, stands_for=None):
         self.sock, self.tls = sock, tls
         self.stands_for = stands_for                # our (address, port) where the socket has none
         self.reader = FrameReader()
+        self.appetite = FRAME_MAX                   # bytes to read in the next turn
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.write_closed = False
         self.last_activity = time.monotonic()       # the last sign of life
@@ -2479,7 +2481,7 @@ class Link:
 
     def readable(self):
         try:
-            count = self.sock.recv_into(self.received)
+            count = self.sock.recv_into(self.received[:self.appetite])
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -2508,14 +2510,17 @@ class Link:
             self.fail(str(error), violation=error)
 
     def _deliver(self):
+        count = 0
         while not self.closed and self.tls.has_more():
             self.reader.filled(self.tls.read_into(self.reader.room()))
             for kind, flags, channel, payload in self.reader.frames():
+                count += 1
                 if log.verbose:
                     log.note("<- %s %d %s", kind, channel, len(payload) if kind is DATA else "")
                 self.owner.link_frame(self, kind, flags, channel, payload)
                 if self.closed:
                     return
+        self.appetite = self.little if count > self.at_once else min(2 * self.appetite, FRAME_MAX)
 
     def send(self, kind, channel=0, flags=0, **fields):
         self.send_frames([make_frame(kind, channel, flags, **fields)])

@@ -14241,6 +14241,28 @@ def test_a_hostile_hosts_frames_get_it_dropped(local, does):
     assert signalled(process) == 0
 
 
+def test_who_floods_with_frames_gets_no_long_turn():
+    """Each refusal costs 50 microseconds: 256 kB of CONNECT at a time would hold up all other hosts."""
+    near, far = socket.socketpair()
+    handled = [0]
+    owner = SimpleNamespace(link_frame=lambda *_: handled.append(handled.pop() + 1), link_lost=lambda *_: None)
+    with far:
+        link = cexec.Link(cexec.Loop(), near, cexec.Plain(), owner)
+        far.setblocking(False)
+        far.send(cexec.make_frame(cexec.PING) * 300)
+        link.readable()
+        far.send(cexec.make_frame(cexec.PING) * 10000)
+        while sum(handled) < 10300:
+            handled.append(0)
+            link.readable()
+        assert max(handled[1:]) <= 4096 // 8
+        for _ in range(10):         # and DATA comes in big pieces again
+            far.send(cexec.make_frame(cexec.DATA)[:4] + struct.pack("!I", 1000) + bytes(1000))
+            link.readable()
+        assert link.appetite == cexec.FRAME_MAX
+        link.close()
+
+
 def test_a_hostile_host_gets_no_byte_to_what_is_no_client(local):
     """Not before TLS begins there; and no more than 64 connections."""
     with_evil(local, """
