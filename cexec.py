@@ -14257,19 +14257,18 @@ MODULE_DOC = """Run commands and Python functions on the least loaded machine of
 
     import cexec
 
-    done = cexec.run("sort.pub", input=b"b\\na\\n", stdout=subprocess.PIPE)
-    done.stdout                                     # b"a\\nb\\n", sorted by a worker
+    hosts = ["box1", "box2"]                        # names for ssh; python3 there is all that they need
+    done = cexec.run("sort", hosts=hosts, input=b"b\\na\\n", stdout=subprocess.PIPE)
+    done.stdout                                     # b"a\\nb\\n", sorted by one of them
 
-    cexec.run("sort", hosts=["box1", "box2"], input=b"b\\na\\n")       # the same on any hosts, over ssh
-
-    with cexec.Executor("py.pub") as pool:          # a concurrent.futures.Executor
-        for score in pool.map(simulate, seeds):     # as many at a time as the workers take
+    with cexec.Executor(hosts=hosts) as pool:       # a concurrent.futures.Executor
+        for score in pool.map(simulate, seeds):     # as many at a time as the hosts have CPUs
             print(score)
 
-"sort.pub" and "py.pub" are public keys, made by ckeygen.  On the workers there run
+Workers that stay have a public key instead of hosts, made by ckeygen:
 
-    cservice sort sort                              # run(): the command is the worker's
-    cservice -u nobody py python3 /dev/fd/3         # Executor: any Python from 3.6 on
+    cexec.run("sort.pub", input=b"b\\na\\n")          # workers run: cservice sort sort
+    cexec.Executor("py.pub")                        # cservice -u nobody py python3 /dev/fd/3
 
 If the workers are not in this network, the environment variable CEXEC_GROUP has their addresses.
 A worker is not trusted: see allow in Executor.  The manual pages are cexec(1), cservice(1), and
