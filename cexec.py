@@ -2815,7 +2815,7 @@ class ReplayBuffer:
         self.replayed = collections.Counter()                   # channel: how much of that this run has got
 
     def read_into(self, channel, view):
-        """Copies bytes of the channel that this run has not got yet into view; returns their number."""
+        """Copies bytes of the channel that this run has not got yet into view.  Returns their number."""
         part = memoryview(self.parts[channel])[self.replayed[channel]:][:len(view)]
         view[:len(part)] = part
         self.replayed[channel] += len(part)
@@ -6505,7 +6505,7 @@ class Outcome:
         """Returns why it is no success, in a few words."""
         return "killed by signal %d" % self.signal if self.signal else self.reason or "exit status %d" % self.exit_code
 
-    def group(self):
+    def common_cause(self):
         """Returns the cause without the names before it, which differ from job to job: for a sum of many."""
         return self.cause().rpartition(": ")[2] if self.kind == "failed" else self.cause()
 
@@ -7580,8 +7580,8 @@ class Task:
                     raise Fatal(EXIT_USAGE, "%s: %s is no regular file" % (option, name or "an empty name"))
         self.oldest = min(times) if times and None not in times else None
 
-    def is_done(self):
-        """Whether its outputs are there and no older than its inputs."""
+    def check_done(self):
+        """Notes in done_before whether its outputs are there and no older than its inputs.  Returns that."""
         try:
             self.done_before = self.oldest is not None and self.oldest >= max(
                 [self.newest] + [listing.newest for listing in self.list_inputs()])
@@ -8378,7 +8378,7 @@ class Batch(Patron):
         if outcome.exit_code:
             self.failures += 1
             self.where[self.place_of(task, outcome, run)] += 1
-            self.causes[outcome.group()] += 1
+            self.causes[outcome.common_cause()] += 1
         else:
             self.done += 1
         self.tell(task, outcome, run)
@@ -8543,7 +8543,7 @@ class QueueBatch(Batch):
             check_directories(self.terms.pattern, [task])
         except (Fatal, ValueError) as error:        # ValueError: a NUL in the name
             return self.task_over(task, failure(str(error)))
-        if not self.force and task.is_done():
+        if not self.force and task.check_done():
             self.done_before += 1
         else:
             self.queue.append(task)
@@ -8611,7 +8611,7 @@ def main_batch(place, words, options):
     if not options.hosts:
         terms.names.note_keys(options.words[0])
     tasks = batch_tasks(terms, inputs, options.joblog)
-    todo = [task for task in tasks if options.force or not task.is_done()]
+    todo = [task for task in tasks if options.force or not task.check_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
         return show_tasks(options, todo)
@@ -11260,7 +11260,7 @@ class Worker:
         hear_all(loop, listeners, self.hear, self.hear_stranger)
         self.sweep()
 
-    def has_lifeline(self, lifeline):
+    def take_lifeline(self, lifeline):
         """`cservice -s` has started us, and hears clients for us too."""
         self.lifeline = lifeline
 
@@ -11751,7 +11751,7 @@ class WorkerLifeline(Lifeline):
             pass                    # the starter has gone: the link will see it
         replace_with_null([0, 1])   # only frames go there from now on
         self.watch_silence()
-        worker.has_lifeline(self)
+        worker.take_lifeline(self)
 
     def watch_silence(self):
         if not self.link.closed and self.link.silence() > SILENCE_SECONDS:
@@ -16904,7 +16904,7 @@ class Pool:
             self.cannot_grow(Failed("cannot start cexec: %s" % error))
 
     def serves(self):
-        """Whether a host serves; gives up if none will."""
+        """Returns whether a host serves.  Gives up if none will."""
         try:
             return self.group.serves()
         except Fatal as error:

@@ -10453,7 +10453,7 @@ def test_a_client_knows_no_way_that_is_not_drawn():
 
 def test_two_ways_to_one_client(desk):
     """The way through ssh stands beside the direct one, which no copy of an announcement changes."""
-    desk.has_lifeline(SimpleNamespace(here=lambda address: ("10.0.0.9", 22), connect=lambda handle: None))
+    desk.take_lifeline(SimpleNamespace(here=lambda address: ("10.0.0.9", 22), connect=lambda handle: None))
     handle = "127.0.0.1", 9
 
     def heard(address, attempt, handle=None):
@@ -10470,7 +10470,7 @@ def test_two_ways_to_one_client(desk):
 
 def test_a_client_in_line_is_told_by_the_second_way_too(desk):
     """What it was told directly may not have come there."""
-    desk.has_lifeline(SimpleNamespace(here=lambda address: ("10.0.0.9", 22), connect=lambda handle: None))
+    desk.take_lifeline(SimpleNamespace(here=lambda address: ("10.0.0.9", 22), connect=lambda handle: None))
     desk.announce(GOOD, "127.0.0.2")
     desk.announce(BAD, "127.0.0.3")             # the only slot is taken
     data = make_datagram(cexec.ANNOUNCE, made_pub(), BAD, 9, **FIRST_TRY)
