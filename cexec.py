@@ -5594,6 +5594,7 @@ SILENT_SECONDS = 3.0                # a search that takes longer says so on a te
 AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
 OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
+NAME_COMMAND = "name one after the public key (cservice -a)"    # a remedy; an Executor has another one
 
 
 class Terms:
@@ -5627,7 +5628,7 @@ class Terms:
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
-            return "has no command of its own: name one after the public key (cservice -a)"
+            return "has no command of its own: " + NAME_COMMAND
         if (self.inputs or self.results) and not hello.options & HELLO_DIRECTORIES:
             return "has no directory for the files of -i and -g (cservice -d)"
         if hello.worker_id in self.useless.ids:
@@ -16609,7 +16610,8 @@ class Lane(Stateful):
         try:
             reason = Failed(self.reason_of(returncode_of(self.report, self.child.wait())))
         except Failed as failed:
-            reason = failed
+            reason = Failed(str(failed).replace(NAME_COMMAND, "for calls it is `cservice KEY python3 /dev/fd/3`"),
+                            failed.code)
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
         self.unprepared |= self.state is PREPARING
         useless = self.failure is not None or self.state in (SEARCHING, STARTING, PREPARING) or (

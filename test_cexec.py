@@ -16467,11 +16467,12 @@ def test_no_worker_is_said(pooled, monkeypatch):
     (["cat"], "frame of kind b'S'"),
     (["sh", "-c", "echo oops >&2; exit 3"], "ended with status 3: oops (is it python3"),
     (["/no/such"], "cannot run its command: /no/such: No such file or directory"),
+    ([], "has no command of its own: for calls it is `cservice KEY python3 /dev/fd/3`"),
     ([PYTHON, "-c", "print('x' * 99)"], "frame of kind b'x'")])
 def test_a_command_that_is_no_python_is_said(cluster, monkeypatch, command, word):
     live_in(cluster, monkeypatch)
     monkeypatch.setattr(cexec, "LANE_FAILURES", 1)
-    cluster.worker(*command, env={"BOOST": "0"})
+    cluster.worker(*command, options=() if command else ["-a"], env={"BOOST": "0"})
     with cexec.Executor(cluster.pub) as pool:
         error = pool.submit(pow, 2, 3).exception()
     assert isinstance(error, cexec.Failed) and word in str(error)
