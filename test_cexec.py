@@ -12785,7 +12785,7 @@ def test_a_proxy_that_ends_while_much_is_moved(hosts, crossing, command, number,
     proxy.send_signal(number)
     assert job.wait(PATIENCE) == 111
     reader.join(PATIENCE)
-    assert re.fullmatch(r"cexec: worker 10\.78\.0\.2 lost after \d+\.\d s: %s\n" % reason, job.stderr.read().decode())
+    assert re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: %s\n" % (NODE, reason), job.stderr.read().decode())
     if number == signal.SIGSTOP:
         proxy.send_signal(signal.SIGCONT)
     until(lambda: not processes_with("PEER_" + mark), "the end of the command")
@@ -14183,7 +14183,7 @@ def test_a_stopped_reader_holds_up_nobody_else(tunnelled):
 
 
 # A host that is not what it seems: it plays a worker with the script's words.
-EVIL = "PASS, CONNECT, DRAIN, END_JOBS = %s\n" % [
+IMPOSTOR = "PASS, CONNECT, DRAIN, END_JOBS = %s\n" % [
     kind.code for kind in (cexec.PASS, cexec.CONNECT, cexec.DRAIN, cexec.END_JOBS)] + """
 import os, socket, struct, sys, time
 def frame(code, channel=0, payload=b"", flags=0, size=None):
@@ -14219,7 +14219,7 @@ while True:
 
 def with_evil(local, does, hosts):
     """A starter with a host, evil, that does what the script says, and perhaps with a worker at another."""
-    put(local.path("evil"), EVIL % does)
+    put(local.path("evil"), IMPOSTOR % does)
     return local.serve('[ $1 = evil ] && exec python3 evil; ' + NO_DIRECT_WAY + 'exec sh -c "$2"', hosts, local.key,
                        "cat")
 
@@ -18296,7 +18296,7 @@ class Stage:
         if self.state == "in_line":
             assert self.first.wait(PATIENCE) == (111 if killed and self.party == "proxy" else 5)
         if killed and lost:
-            assert b"cexec: worker 127.0.0." in read(self.log)
+            assert b"cexec: worker %s lost after " % NODE.encode() in read(self.log)
         if killed and self.party == "proxy" and finished:
             self.proxy.wait()
             self.groups[0] = self.groups[1]
