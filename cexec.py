@@ -15305,8 +15305,9 @@ def plain_run(keyed):
     special = b"(?![\x7f\xff][\xf0-\xff])" if keyed and sys.version_info < (3, 10) else b""
     number = b"(?:K.|G" + special + b".{8}|J.{4}|M..|[N\x88\x89]|\x8a" + sized(8) + b")"
     short = b"[\x8cC]" + sized(64)
-    tuples = b"".join(number + b"{%d}[%c]|" % (count, 0x84 + count) for count in (1, 2, 3))
-    tuples += b"\\((?:" + number + b"|" + short + b"\x94?){1,64}t|"
+    frame = b"(?:\x95.{8})?"         # pickle begins one every 64 KiB, before any object
+    tuples = number + b"(?:\x85|" + frame + number + b"(?:\x86|" + frame + number + b"\x87))|\\((?:" + (
+        frame + b"(?:" + number + b"|" + short + b"\x94?)){1,64}t|")
     return re.compile(b"(?:" + (b"" if keyed else tuples) + number + b"|" + short + b"|h.|j.{4}|\x95.{8}|[" +
                       (b"}us\x8f\x90" if keyed else b"") + b"\x94\\](ae]){1,1000}", re.DOTALL)
 

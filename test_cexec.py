@@ -15458,7 +15458,9 @@ def test_no_key_of_numpy_is_compared_with_what_it_would_make_an_array_of(ours):
 
 def test_only_what_is_plain_is_read_by_pickle():
     numbers, text, flat = [1, 300, 70000, -1, 2 ** 50, 1.5, True, None], "x" * 70, [(1, 2.5), (1, "a", b"b", None)]
+    many = [[(one,) * size for one in range(65000, 75000)] for size in (1, 2, 3, 4)]        # of several frames
     for value, kinds in ((numbers * 500, 3), ([text, b"y" * 300, text], 3), ({"a": [{"b": 1}, {2}]}, 1), (flat, 2),
+                         *[(one, 2) for one in many],
                          ([numbers, flat, {}], 0), ({(1, 2): 3}, 0), ([(1, (2,))], 0), ([2 ** 70], 0), (int, 0),
                          (2j, 0), ([bytearray(1)], 0), ([()], 0), (frozenset([1]), 0), (KeyError(1), 0)):
         data = b".." + pickle.dumps(value, 4)
