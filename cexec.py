@@ -8310,10 +8310,13 @@ class Batch(Patron):
         self.record.add(worker_id, bool(outcome.exit_code))
         if not outcome.exit_code:
             self.avoid.forgive(worker_id)
-        elif worker_id not in self.avoid and self.record.is_bad(worker_id, {one.hello.worker_id for one in self.runs}):
-            seconds = self.avoid.for_now(worker_id, BAD_SECONDS)
-            log.once("worker %s gets no more jobs for %d s: its last %d have failed, and elsewhere they do not"
-                     % (run.worker, seconds, self.record.in_a_row[worker_id]), worker_id, log.tell_user)
+        elif self.record.is_bad(worker_id, {one.hello.worker_id for one in self.runs}):
+            why = "its last %d have failed, and elsewhere they do not" % self.record.in_a_row[worker_id]
+            self.avoid.refusals.add(worker_id, run.worker, "gets no jobs now: " + why, EXIT_TEMPORARY)
+            if worker_id not in self.avoid:
+                seconds = self.avoid.for_now(worker_id, BAD_SECONDS)
+                log.once("worker %s gets no more jobs for %d s: %s" % (run.worker, seconds, why), worker_id,
+                         log.tell_user)
 
     def try_again(self, run, outcome):
         """Does a Task whose command has failed again (--retries)."""

@@ -9353,6 +9353,19 @@ def test_a_worker_where_jobs_fail_that_succeed_elsewhere_rests(cluster):
     assert exits.count("0") == 60 and 3 <= exits.count("1") <= 16
 
 
+def test_a_batch_ends_that_has_only_a_resting_worker_left(cluster):
+    """And says so."""
+    altered(cluster, BUSY_SECONDS=0.1)
+    bad, good = bad_and_good(cluster, "exit 1", "sleep 0.1; exec cat", "2")
+    client = start_batch(cluster, *made_files(cluster, 200), options=["-v", "--retries", "1"],
+                         env={"CEXEC_TIMEOUT_ACCEPT": "1"})
+    until(lambda: " gets no more jobs for " in client.said(), "the rest")
+    good.kill()
+    assert client.wait(PATIENCE) == 111
+    assert re.search(r"\ncexec: no worker took the job in \d+ s: worker %s\S* gets no jobs now: its last \d+ have "
+                     r"failed, and elsewhere they do not; \d+ of 200 files are done; " % NODE, client.said())
+
+
 def without_power():
     """Words before a command: root that may not read and write everything."""
     need("root", "setpriv")
