@@ -5721,10 +5721,11 @@ class ServerList:
         return bool(self.networks or self.names or self.ids)
 
     def has_address(self, address):
-        if not self.networks:
+        address = address.partition("%")[0]
+        if not self.networks or not is_address(address):        # a host of -s is known by its worker's id
             return False
         import ipaddress
-        address = ipaddress.ip_address(address.partition("%")[0])
+        address = ipaddress.ip_address(address)
         return any(address in network for network in self.networks)
 
     def has(self, address, host, worker_id):
@@ -7096,7 +7097,7 @@ class Survey:
             return
         if body.options & HELLO_BY_SSH and is_address(body.address):
             address = body.address
-        self.answered |= {address.partition("%")[0], body.address}
+        self.answered |= {address.partition("%")[0], body.address, body.worker_id.hex()}
         if self.servers and not self.servers.allows(address, body.host, body.worker_id):
             self.excluded.add(address)          # this peer has a key: there are not many of them
         else:
@@ -9203,7 +9204,7 @@ def main_everywhere(place, words, options):
 #
 #     cexec -s (RunGroup)                         its child, `cservice -s ... -` (RunStarter)
 #       |  <------------------ PUB group, the pub   |  makes the keys, in memory
-#       |  <--------- HOST name, state, ssh's pid   |  at each change; the pid of a group is negative
+#       |  <- HOST name, state, ssh's pid, its id   |  at each change; the pid of a group is negative
 #       |  <---------------------- lines of text    |  messages
 #       |  end of file, in any case ------------->  |  ends the workers and their jobs
 #       |  <-------------------------- end of file  |  when all of them have ended
@@ -9251,7 +9252,7 @@ class RunGroup(Group):
             self.child = subprocess.Popen(child_words("cservice") + [*words, "-ad", RUN_KEY],
                                           stdin=theirs, stdout=theirs, stderr=theirs)
         self.unread, self.said, self.pub = b"", "", None
-        self.states, self.pids = {}, {}         # of each host, and of its ssh
+        self.states, self.pids, self.ids = {}, {}, {}       # of each host, of its ssh, and of its worker
         self.loop = None            # that reads what the child says
         while not self.pub:
             self.read()
@@ -9287,7 +9288,7 @@ class RunGroup(Group):
             super().__init__(words[0])
             self.pub_text, self.pub = words[1], parse_pub(words[1], "-s")
         elif kind == HOST_LINE:
-            self.states[words[0]], self.pids[words[0]] = words[1], int(words[2])
+            self.states[words[0]], self.pids[words[0]], self.ids[words[0]] = words[1], int(words[2]), words[3]
         else:
             self.said = line.partition("cservice: ")[2] if line.startswith("cservice: ") else line
             if self.pub:
@@ -9327,6 +9328,10 @@ class RunGroup(Group):
         if states and WAITS not in states and SERVES_NOW not in states:
             raise Fatal(EXIT_TEMPORARY, "no host serves")
         return SERVES_NOW in states
+
+    def hosts(self):
+        """Returns {name: {the worker's id}} of the hosts that serve: each must answer."""
+        return {host: {self.ids[host]} for host, state in self.states.items() if state == SERVES_NOW}
 
     def failed_hosts(self):
         return [host for host, state in self.states.items() if state == FAILED_NOW]
@@ -14095,7 +14100,7 @@ class RunStarter(Starter):
             state = SERVES_NOW if host.state is SERVING else FAILED_NOW if failed else WAITS
             news = state, (host.process.pid if self.alone else -host.process.pid) if host.process else 0
             if self.told.get(host) != news:
-                whole = whole and self.report(HOST_LINE, str(host), *map(str, news))
+                whole = whole and self.report(HOST_LINE, str(host), *map(str, news), host.worker_id or "")
                 if not whole:
                     break
                 self.told[host] = news

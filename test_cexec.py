@@ -14541,6 +14541,15 @@ def test_a_stopped_client_keeps_its_workers(away):
     terminal.close()
 
 
+@pytest.mark.parametrize("servers", [{}, {"CEXEC_REJECT_SERVERS": "10.9.9.9"}])
+def test_a_host_that_serves_and_does_not_answer_is_named(away, servers):
+    put(away.path("evil"), IMPOSTOR % "")
+    away.login('[ $1 = evil ] && exec python3 evil; exec sh -c "$2"')
+    done = away.run("cexec", "-s", "evil,a", "-A", "echo", "x", env=servers)
+    assert (done.returncode, done.stderr) == (111, b"cexec: evil: no worker answers\n")
+    assert done.stdout.endswith(b": x\n") and done.stdout.count(b"\n") == 1
+
+
 def test_a_host_that_says_much_hides_no_other_hosts_end(away):
     """While the client is stopped nobody reads what the one says: it learns the end of the other later."""
     away.login("""if [ $1 = loud ]; then
