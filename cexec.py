@@ -13638,6 +13638,15 @@ class HostLifeline(Lifeline):
             return self.refused(channel)
         self.visits[channel] = Visit(self, channel, payload.address, payload.port)
 
+    # The client ends the connection, as one that is direct.  If we closed a socket of which something is not read, that
+    # would be a reset, and what a stopped client has not taken yet would be lost: tcp(7), close(2).
+
+    def rcvd_eof(self, flags, channel, payload):
+        super().rcvd_eof(flags & ~FLAG_WHOLE, channel, payload)
+
+    def rcvd_shut(self, flags, channel, payload):
+        self._stream(channel, "source").discard()
+
     def begins(self, number, sock):
         self.deliveries[number] = Delivery()
         try:

@@ -14137,6 +14137,28 @@ def test_what_is_killed_amid_a_job_through_ssh(boxes, what):
     farm.empty()
 
 
+def test_a_client_that_is_stopped_for_long_loses_nothing_through_ssh(boxes):
+    """Also when the worker has closed its end of the connection, because it waits for nobody."""
+    farm = boxes("a", opened=False)
+    altered(farm.cluster, CLOSE_SECONDS=0.5)
+    farm.open_all()
+    let_in_answers_only(farm.spaces["here"])
+    process = farm.start("a", "sh", "-c", SHELL, up=1)
+    worker, = farm.workers("a")
+    go, size = farm.cluster.path("go"), 3 * 1024 * 1024
+    job = held_job(farm.cluster, "CMD=head -n 1; until [ -e %s ]; do sleep 0.1; done; head -c %d /dev/zero" % (go, size),
+                   pub=farm.pub, space=farm.spaces["here"])
+    job.send_signal(signal.SIGSTOP)
+    touch(go)
+    time.sleep(3)                   # what follows the command's end tells nobody
+    job.send_signal(signal.SIGCONT)
+    out, _ = outcome(job)
+    assert len(out) == size
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    farm.empty()
+
+
 def test_the_first_signal_lets_jobs_through_ssh_end(boxes):
     farm = boxes("a")
     let_in_answers_only(farm.spaces["here"])
