@@ -5675,9 +5675,12 @@ def test_twenty_jobs_while_workers_are_killed(cluster):
         return cluster.worker("sh", "-c", STORM_COMMAND, options=("-i",), env={"CONCURRENCY": "2"}, verbose=False)
 
     def one_job(number):
-        with open(names[number % 3], "rb") as source, open(cluster.path("out%d" % number), "wb") as output:
-            done = cluster.run("cexec", cluster.pub, stdin=source, stdout=output, env=env, timeout=PATIENCE * 4)
-        return done.returncode, done.stderr, read(cluster.path("out%d" % number)) == data[number % 3]
+        out, err = cluster.path("out%d" % number), cluster.path("err%d" % number)
+        # A pipe as standard error, once at its end, would be an objection to another run; a file is none.
+        with open(names[number % 3], "rb") as source, open(out, "wb") as output, open(err, "wb") as errors:
+            done = cluster.run("cexec", cluster.pub, stdin=source, stdout=output, stderr=errors, env=env,
+                               timeout=PATIENCE * 4)
+        return done.returncode, read(err), read(out) == data[number % 3]
 
     workers, logger = [worker() for _ in range(3)], cluster.logger(cluster.pub)
     killed = {"supervisor": 0, "worker": 0}
@@ -6606,8 +6609,8 @@ def test_a_directory_is_the_users(farm):
     farm.serve("-u", "nobody")
     in_desk(farm, "a", b"1")
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub, "sh", "-c", "stat -c %U . a; cp a b; chmod 0 .")
-    assert (done.returncode, done.stdout, done.stderr[:48]) == (
-        111, b"nobody\nnobody\n", b"cexec: worker %s cannot send results: Per" % NODE.encode())
+    assert (done.returncode, done.stdout, done.stderr) == (
+        111, b"nobody\nnobody\n", b"cexec: worker %s cannot send results: Permission denied\n" % NODE.encode())
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub,
                      "sh", "-c", "cp a b; chmod 4711 b; mkdir r; touch r/x; chmod 0 r")
     assert (done.returncode, done.stderr) == (0, b"") and all_gone(farm)
@@ -6735,7 +6738,8 @@ def test_without_a_process_for_its_files_a_job_fails(farm, words):
     assert ended(farm.work(*words, farm.pub, "cat")) == (111, b"", b"cexec: %s\n" % said)
     batch = ["-m", "-o", "{}.out", *words, farm.pub, "sh", "-c", "cat; touch $PEER_FILE.r", "--", "a", "b"]
     done = farm.work(*batch)
-    assert (done.returncode, sorted(done.stderr.splitlines())) == (2, [b"cexec: a: " + said, b"cexec: b: " + said])
+    assert (done.returncode, sorted(done.stderr.splitlines())) == (2, [
+        b"cexec: 2 failed, 2 here: No such file or directory (2)", b"cexec: a: " + said, b"cexec: b: " + said])
     assert sorted(os.listdir(farm.desk)) == ["a", "b", "no-fork"]
     os.unlink(os.path.join(farm.desk, "no-fork"))
     assert farm.work(*batch).returncode == 0
@@ -8349,7 +8353,10 @@ def test_five_hundred_files_a_kill_and_an_interrupt(cluster):
     print("begun again: %d" % twice)
     assert twice <= 6 + 2               # what was under way at the interrupt, and what at the kill
     rows = rows_of_log(cluster.path("log"))
-    ends = collections.Counter((int(row["Seq"]), row["Exitval"], row["Signal"]) for row in rows)
+    lost = [row["Seq"] for row in rows if row["Exitval"] == "-1"]
+    assert len(lost) <= 2 and all(number.startswith(" ") for number in lost)        # at the kill; they ran again
+    ends = collections.Counter((int(row["Seq"]), row["Exitval"], row["Signal"]) for row in rows
+                               if row["Exitval"] != "-1")
     assert {row for row in ends if row[1] != "7"} == {(n + 1, "0", "0") for n in range(FILES) if names[n] in good}
     assert all(count == 1 for row, count in ends.items() if row[1] != "7")
     assert {row[0] for row in ends if row[1] == "7"} == {150, 300, 450} and len(ends) == FILES
@@ -8640,7 +8647,8 @@ def test_each_value_has_its_own_output_however_long_the_one_before_was(cluster):
         return (b"%d\n" % size * size)[:times]
     done = cluster.run("cexec", "-mn", cluster.pub, ":::", *map(str, sizes))
     assert done.returncode == 0 and done.stdout == b"".join(said(size, size) for size in sizes)
-    assert sorted(part for part in re.split(rb"cexec: \d+: done, and said:\n", done.stderr) if part) == sorted(
+    assert sorted(part for part in re.split(rb"cexec: \d+ at %s: done, and said:\n" % re.escape(NODE).encode(),
+                                            done.stderr) if part) == sorted(
         said(size, size // 2).rstrip(b"\n") + b"\n" for size in sizes if size > 1)
 
 
@@ -8665,7 +8673,8 @@ def test_files_crossed_with_values(cluster):
     words = ["cexec", "-m", "-o", "{1}-{2}", cluster.pub, "X={2}", ":::", *names, "missing", ":::", "1", "2"]
     done = cluster.run(*words)
     assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
-        "cexec: missing %d: missing: No such file or directory" % value for value in (1, 2)]
+        "cexec: 2 failed, 2 here: No such file or directory (2)",
+        *("cexec: missing %d: missing: No such file or directory" % value for value in (1, 2))]
     for name in names:
         for value in "12":
             assert read(cluster.path("%s-%s" % (name, value))) == b"%s %s\n" % (
@@ -9341,9 +9350,9 @@ def test_where_half_of_the_jobs_fail_nobody_rests():
 
 def test_a_worker_where_jobs_fail_that_succeed_elsewhere_rests(cluster):
     """It is named once, and gets some more after its rest: all are done, and few have failed first."""
-    altered(cluster, BAD_SECONDS=0.5)
+    altered(cluster, BAD_SECONDS=1)
     names = made_files(cluster, 60)
-    bad, good = bad_and_good(cluster, "[ -e well ] && exec cat; exit 1", "sleep 0.1; exec cat", "2")
+    bad, good = bad_and_good(cluster, "[ -e well ] && exec cat; sleep 0.05; exit 1", "sleep 0.1; exec cat", "2")
     client = start_batch(cluster, *names, options=["-v", "--retries", "1", "--log", "log"])
     until(lambda: " gets no more jobs for " in client.said(), "the rest")
     make_file(cluster, "well")
@@ -11043,23 +11052,25 @@ def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
     worker = cluster.worker("true")
 
     def heard(count):
-        until(lambda: read(worker.log).count(b"<- ALERT") == count, "complaint %d" % count)
+        """Returns how many complaints of so many ALERTs counted; the last is no complaint, so all others are done."""
+        other.say(cexec.ALERT, event=cexec.ALERT_EXITED)
+        until(lambda: read(worker.log).count(b"<- ALERT") == count, "ALERT %d" % count)
         return read(worker.log).count(b"a complaint about us")
 
     with Asker(cluster) as asker, Asker(cluster) as other:
         with asker.offer() as peer:
             worker_id = peer.hello.worker_id
         other.complain(worker_id)               # it was never made an offer
-        assert heard(1) == 0
-        asker.complain(os.urandom(8))           # another worker
         assert heard(2) == 0
+        asker.complain(os.urandom(8))           # another worker
+        assert heard(4) == 0
         asker.complain(worker_id, nonce=other.nonce)
-        assert heard(3) == 0
+        assert heard(6) == 0
         asker.complain(worker_id)
-        assert heard(4) == 1
+        assert heard(8) == 1
         asker.complain(worker_id)
         asker.complain(worker_id)
-        assert heard(6) == 1
+        assert heard(11) == 1
         until(lambda: b"offer to 127.0.0.1:%d" % asker.port in read(worker.log))
     assert cluster.client().returncode == 0     # later, but served
 
@@ -11586,8 +11597,14 @@ def test_exit_status_is_the_largest(cluster):
     cluster.worker("/no/such/command")
     done = every(cluster)
     assert done.returncode == 128 + signal.SIGTERM
-    assert sorted(line.partition(b": ")[2].partition(b": ")[2] for line in done.stderr.splitlines()) == [
-        b"/no/such/command: No such file or directory", b"exit status 2", b"killed by signal 15"]
+    *lines, total = done.stderr.decode().splitlines()
+    assert sorted(line.partition(": ")[2].partition(": ")[2] for line in lines) == [
+        "exit status 2", "killed by signal 15",
+        "worker %s cannot run its command: /no/such/command: No such file or directory" % NODE]
+    failed_at = ["1 at %s" % line.split(": ")[1] for line in lines]
+    causes = {"%s (1)" % line.rpartition(": ")[2] for line in lines}
+    where, _, why = total.partition("cexec: 3 failed, ")[2].partition(": ")
+    assert where.split(", ") == failed_at and set(why.split(", ")) == causes
 
 
 @pytest.mark.parametrize("free", [True, False], ids=["in time", "never"])
@@ -14891,7 +14908,8 @@ def test_a_command_that_cannot_be_run_is_a_failure(cluster, monkeypatch):
     live_in(cluster, monkeypatch)
     cluster.worker(cluster.path("no-such-command"))
     code, text = failure(cexec.run, cluster.pub, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert code == 127 and text == "worker 127.0.0.1 cannot run its command: it is not there (exit status 127)"
+    assert code == 127 and text == "worker %s cannot run its command: %s: No such file or directory" % (
+        NODE, cluster.path("no-such-command"))
 
 
 def test_the_file_may_have_any_name(here, tmp_path):
@@ -17432,7 +17450,7 @@ NUMBER_SETTINGS = ("MAXFD", "CEXEC_MAXFD", "CEXEC_TIMEOUT_ACCEPT", "CEXEC_TIMEOU
 REFUSED = [
     refused("cexec", 100, "no public key is named"),
     refused("cexec", 100, "no public key is named", "-v"),
-    refused("cexec", 100, "no public key is named (see cexec -h)", "-vm"),
+    refused("cexec", 100, "no public key is named (or hosts, with -s) (see cexec -h)", "-vm"),
     refused("cexec", 100, "no such option: -k (see cexec -h)", "-m", "-k", "app.pub"),
     refused("cexec", 100, "no such option: --mad (see cexec -h)", "--mad", "app.pub"),
     refused("cexec", 100, "-o no/{}: there is no directory no (mkdir -p makes one)", "-m", "-o", "no/{}", "app.pub",
@@ -17450,7 +17468,7 @@ REFUSED = [
       for words, mode in (("-lm", "l"), ("-lr", "l"), ("-mt", "m"), ("-mp", "m"), ("-nl", "l"))),
     refused("cexec", 100, "A=b is one word too many (see cexec -h)", "-l", "app.pub", "A=b"),
     refused("cexec", 100, "-p and -t do not go together: the command has the terminal", "-pt", "app.pub"),
-    refused("cexec", 100, "no public key is named (see cexec -h)", "-m"),
+    refused("cexec", 100, "no public key is named (or hosts, with -s) (see cexec -h)", "-m"),
     refused("cexec", 100, "no files are named: -- FILE ..., or -- - for a list on standard input (see cexec -h)",
             "-m", "app.pub"),
     refused("cexec", 100, "large: File too large: not a cexec public key", "large"),
