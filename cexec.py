@@ -10612,7 +10612,7 @@ class Removals:
         """Removes one of the owner's directories; most small jobs leave it empty, and need no Helper."""
         if not self.place.remove_empty(name) and not self.help(
                 lambda: self.place.remove(name), owner, lambda trouble: self.place.tell(name, trouble)):
-            self.loop.after(REMOVAL_PAUSE, lambda: self.begin(name, None))
+            self.loop.after(REMOVAL_PAUSE, lambda: self.remove(name, None))
 
     def remove_left(self):
         """Removes what a crash has left.  The Helper is killed when this process ends: the next one will go on."""

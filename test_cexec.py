@@ -8716,7 +8716,7 @@ def test_five_hundred_values_while_a_worker_is_killed(cluster):
     assert client.wait(PATIENCE) == 0
     assert read(cluster.path("all")).decode().split() == [
         "%d%s" % (number, letter) for letter in "abcde" for number in range(100)]
-    assert len(rows_of_log(cluster.path("log"))) == 500
+    assert sum(row["Exitval"] == "0" for row in rows_of_log(cluster.path("log"))) == 500
 
 
 @pytest.mark.parametrize("lists", [[100000], [1000, 100]], ids=["one list", "crossed"])
@@ -16073,6 +16073,7 @@ def test_functions_by_value_go_to_the_same_python_only(cluster, monkeypatch):
     def told(text, **how):
         lines = main_program(cluster, text, **how).splitlines()
         lines.remove("cexec: " + named + ": " + why)
+        lines = [line for line in lines if not line.startswith("cexec: ")]       # what else a slow machine waits for
         return [line if line == refused else line.rpartition(".")[0] for line in lines]
     assert told(text, terminal=True) == [other, refused, other]
     cluster.worker(*LANE, env={"BOOST": "1"})
