@@ -14163,8 +14163,8 @@ def test_a_client_that_is_stopped_for_long_loses_nothing_through_ssh(boxes):
     process = farm.start("a", "sh", "-c", SHELL, up=1)
     worker, = farm.workers("a")
     go, size = farm.cluster.path("go"), 3 * 1024 * 1024
-    job = held_job(farm.cluster, "CMD=head -n 1; until [ -e %s ]; do sleep 0.1; done; head -c %d /dev/zero" % (go, size),
-                   pub=farm.pub, space=farm.spaces["here"])
+    command = "CMD=head -n 1; until [ -e %s ]; do sleep 0.1; done; head -c %d /dev/zero" % (go, size)
+    job = held_job(farm.cluster, command, pub=farm.pub, space=farm.spaces["here"])
     job.send_signal(signal.SIGSTOP)
     touch(go)
     time.sleep(3)                   # what follows the command's end tells nobody
