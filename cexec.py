@@ -469,6 +469,11 @@ def whole(digits):
     return int(digits.lstrip("0")[:20] or "0")
 
 
+def free_number(used, first):
+    """Returns the smallest number from first up that is not used."""
+    return next(number for number in itertools.count(first) if number not in used)
+
+
 def u32(number):
     """The whole number, or the largest that fits a field of 32 bits."""
     return min(int(number), 0xffffffff)
@@ -7284,6 +7289,7 @@ IN_LINE = 2                         # searches at a time
 ROW_MIN, ACCIDENT = 3, 0.001        # so many failures in a row, if they are less probable elsewhere, show a bad worker
 BAD_SECONDS = 30.0                  # a bad worker gets no jobs for so long; the next time for twice as long
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
+HOSTS_MAX = 4                       # a job fails that so many hosts could not start
 SILENCE_MIN = 10.0                  # a run whose worker has been silent for so many seconds,
 SILENCE_SHARE = 5                   # and for 1/5 of the run's time, goes to a worker that has nothing else to do
 LOST = -1                           # Exitval of a run whose worker was lost
@@ -7810,10 +7816,12 @@ class FileRun(RemoteRun):
         self.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
-        if self.accepted and kind is not ACCEPT:
-            super().link_frame(link, kind, flags, channel, payload)
+        if not self.accepted:
+            take_frame(self, (ACCEPT, PONG), kind, flags, channel, payload)
+        elif kind is ACCEPT:
+            raise ProtocolError("ACCEPT out of place")
         else:
-            take_frame(self, () if self.accepted else (ACCEPT, PONG), kind, flags, channel, payload)
+            super().link_frame(link, kind, flags, channel, payload)
 
     def rcvd_accept(self, flags, channel, payload):
         self.accepted = True
@@ -8211,8 +8219,8 @@ class Batch(Patron):
 
     def slot_number(self):
         """Returns the smallest number from 1 up that no other job has now."""
-        used = {run.job.slot for run in self.runs} | {search.job.slot for search in self.searches if search.job}
-        return next(number for number in itertools.count(1) if number not in used)
+        return free_number({run.job.slot for run in self.runs} | {
+            search.job.slot for search in self.searches if search.job}, 1)
 
     # A silent worker.  While a worker has been silent for longer than a run's patience(), the batch searches as if
     # one more job waited.  A worker that makes an offer then, or has just ended a job, and for which no job waits, is
@@ -8291,14 +8299,14 @@ class Batch(Patron):
         self.avoid.refusals.add(worker_id, run.worker, "cannot run its command: " + outcome.reason, outcome.exit_code)
         self.avoid.for_now(worker_id)
         run.link.close()
-        if worker_id not in task.avoids and task.losses >= LOSSES_MAX:
-            self.end(run, outcome)  # too large for so many hosts: each try would cost as much
+        again = worker_id in task.avoids        # then there was no other one
+        task.avoid(worker_id)
+        if outcome.exit_code != EXIT_TEMPORARY and (again or len(task.avoids) >= HOSTS_MAX):
+            self.end(run, outcome)  # as one that is too large for their disks: more tries would cost as much
         else:
             log.once(outcome.text(), say=log.tell_user)
             self.alert(run, *outcome.alert())
-            if worker_id not in task.avoids:
-                task.rewind(run)
-            task.avoid(worker_id)
+            task.discard()
             self.put_back(task)
         self.fill()
 
@@ -9249,8 +9257,9 @@ class RunGroup(Group):
         ours, theirs = socket.socketpair()
         with theirs:
             self.sock = socket.socket(ours.family, ours.type, fileno=lifted_away(ours.detach(), floor))
-            self.child = subprocess.Popen(child_words("cservice") + [*words, "-ad", RUN_KEY],
-                                          stdin=theirs, stdout=theirs, stderr=theirs)
+            with or_fatal("-s: cannot start cservice"):
+                self.child = subprocess.Popen(child_words("cservice") + [*words, "-ad", RUN_KEY],
+                                              stdin=theirs, stdout=theirs, stderr=theirs)
         self.unread, self.said, self.pub = b"", "", None
         self.states, self.pids, self.ids = {}, {}, {}       # of each host, of its ssh, and of its worker
         self.loop = None            # that reads what the child says
@@ -10007,7 +10016,7 @@ class Command(Carrier, Stateful):
             self.supervisor.command_failed()
         # The result comes before end_sources(): that ends the last stream, and so sends EXIT with it.
         self.result = how, status, "%s: %s" % (cut(self.name(), 400), reason)
-        log.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
+        self.settings.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
         self.end_sources()
 
     def end_sources(self):
@@ -10659,8 +10668,7 @@ class Supervisors:
 
     def slot_number(self):
         """The smallest number that no running job has as its slot; it is below CONCURRENCY."""
-        taken = {handle.slot for handle in self.busy()}
-        return min(set(range(len(taken) + 1)) - taken)
+        return free_number({handle.slot for handle in self.busy()}, 0)
 
     def fork(self, settings, client, link, job):
         """Hands a client's connection to a new supervisor.  Raises OSError."""
@@ -11549,7 +11557,7 @@ class Worker:
 
     def command_missing(self, reason):
         """A client was refused.  This gets no penalty: perhaps the client's word is wrong, or others lack it too."""
-        log.once("refuses jobs: " + reason)
+        self.settings.say("refuses jobs: " + reason, log.once)
 
     def job_refused(self, reason):
         """This host cannot take a job now; this is said once, until a job is started again."""
@@ -11605,8 +11613,14 @@ class Worker:
 # cservice, the applet
 # ---------------------------------------------------------------------------
 
-Settings = collections.namedtuple("Settings", "command slots boost refused user options join_keyring place for_run")
-                                    # options: those of HELLO; place: a Place (-d); for_run: serves one cexec -s
+class Settings(collections.namedtuple(
+        "Settings", "command slots boost refused user options join_keyring place for_run")):
+    """What a cservice does.  options: those of HELLO; place: a Place (-d); for_run: it serves one cexec -s."""
+
+    def say(self, message, say=log.say):
+        """Says why a client does not get its command.  The client of one cexec -s says it itself."""
+        (log.note if self.for_run else say)(message)
+
 
 # The messages between cservice -s and a worker that it has started, over ssh
 OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
@@ -14136,12 +14150,7 @@ class RunStarter(Starter):
         return ""                   # perhaps nobody waits for it
 
     def show_line(self, host, text):
-        """What a login says is only shown where it may be a part of ssh's questions.
-
-        The parent itself says of a job that its command could not be started.
-        """
-        if text.endswith((" gets 126)", " gets 127)")) and not log.verbose:
-            return
+        """What a login says is only shown where it may be a part of ssh's questions."""
         if host.state is not LOGIN or self.alone or log.verbose:
             super().show_line(host, text)
 
@@ -14944,13 +14953,18 @@ def may_import_beside_main():
     return not (sys.flags.isolated or getattr(sys.flags, "safe_path", False))
 
 
-def is_module(name):
-    """Whether an import here would find a module, perhaps by a finder of its own, and not only directories."""
+def spec_of(name):
+    """Returns the ModuleSpec of what an import here would find; None if that is nothing."""
     import importlib.util
     try:
-        spec = importlib.util.find_spec(name)
+        return importlib.util.find_spec(name)
     except (ImportError, ValueError):
-        spec = None
+        return None
+
+
+def is_module(name):
+    """Whether an import here would find a module, perhaps by a finder of its own, and not only directories."""
+    spec = spec_of(name)
     return bool(spec and spec.loader and spec.origin not in (None, "namespace"))
 
 
@@ -14961,11 +14975,7 @@ def is_below(path, places):
 
 def cloudpickle_directory():
     """The directory of the package cloudpickle; None if it is not installed here."""
-    import importlib.util
-    try:
-        spec = importlib.util.find_spec("cloudpickle")
-    except (ImportError, ValueError):
-        spec = None
+    spec = spec_of("cloudpickle")
     places = spec and spec.submodule_search_locations
     return os.path.realpath(list(places)[0]) if places else None
 
@@ -16732,16 +16742,23 @@ class Pool:
             self.wake()
 
     def await_hosts(self):
-        """Waits until each host serves or has failed.  Raises what put() raises."""
+        """Waits until each host serves or has failed.  Returns their RunGroup; None after shutdown().
+
+        Raises what put() raises.
+        """
         self.check_process()
         with self.gate:
             if self.thread is None and not self.shut:
                 self.start_thread()
-        while self.group and self.thread.is_alive() and not self.cause and (
-                not self.group.states or WAITS in list(self.group.states.values())):
+        group = self.group
+        while group and group is self.group and not self.cause:
+            states = list(group.states.values())
+            if states and WAITS not in states:
+                return group
             time.sleep(TICK_SECONDS)
         if self.cause:
             raise self.given_up()
+        return None
 
     def submit(self, function, arguments, keywords):
         """Returns the future of this call.  Raises RuntimeError after shutdown()."""
@@ -16760,21 +16777,19 @@ class Pool:
     def start_thread(self):
         """Raises OSError, Failed or RuntimeError, and then nothing has changed."""
         end_at_exit()
-        if self.hosts:
-            try:
-                self.group = RunGroup(self.hosts, 3)
-            except Fatal as error:
-                raise Failed(str(error), error.code) from None
         self.loop, (self.waker, self.woken) = Loop(), os.pipe()
         # Before Python 3.9 the interpreter waits for all others before it calls end_pools()
         daemon = not hasattr(self.threading, "_register_atexit")
         self.thread = self.threading.Thread(target=self.work, name="cexec.Executor", daemon=daemon)
         running_pools.add(self)
         try:
+            self.group = RunGroup(self.hosts, 3) if self.hosts else None
             self.thread.start()
-        except RuntimeError:        # there are too many threads
+        except (Fatal, RuntimeError) as error:      # a wrong host, too few processes; or there are too many threads
             self.stop_thread()
             self.thread = None
+            if isinstance(error, Fatal):
+                raise Failed(str(error), error.code) from None
             raise
 
     def wake(self):
@@ -16849,6 +16864,7 @@ class Pool:
             os.close(self.woken)
         if self.group:
             self.group.end()
+            self.group = None
         running_pools.discard(self)
 
     def dispatch(self):
@@ -17164,8 +17180,11 @@ class Pool:
 def count_slots(pool):
     """Returns how many jobs the workers that answer take at a time.  Asks for a second or more.  Raises Failed."""
     try:
-        group, pub = (Group(pool.group.text), pool.group.pub) if pool.hosts else (Group(), open_pub(pool.pub))
-        survey = Survey(group, pub, listen_ports(), Loop(), ServerFilter())
+        group = pool.await_hosts() if pool.hosts else None
+        if pool.hosts and not group:
+            return 0
+        place = (Group(group.text), group.pub) if group else (Group(), open_pub(pool.pub))
+        survey = Survey(*place, listen_ports(), Loop(), ServerFilter())
     except Fatal as error:
         raise Failed(str(error), error.code) from None
     survey.begin(survey.loop.stop)
@@ -17279,8 +17298,6 @@ class ExecutorMethods:
     @property
     def _max_workers(self):
         """What dask and joblib read: max_workers, or else the slots of the workers that answer now, asked once."""
-        if not self._given and self._pool.hosts:
-            self._pool.await_hosts()
         self._given = self._given or count_slots(self._pool)
         return self._given or 1
 

@@ -9234,7 +9234,7 @@ def test_a_command_that_goes_during_a_batch(cluster):
 def test_a_job_too_large_for_several_hosts_fails(farm):
     """It does not go round for ever, while the others are done."""
     need("root", "unshare")
-    altered(farm, LOSSES_MAX=1)
+    altered(farm, HOSTS_MAX=2)
     usual, names = farm.launch, ["large", "a", "b", "c"]
     for name in names:
         in_desk(farm, name, b"x" * (100000 if name == "large" else 10))
@@ -9247,6 +9247,23 @@ def test_a_job_too_large_for_several_hosts_fails(farm):
     assert done.returncode == 1 and done.stderr.decode() == "cexec: large: %s\n" % why
     assert [read(os.path.join(farm.desk, name + ".out")) for name in names[1:]] == [b"x" * 10] * 3
     assert sum(read(worker.log).count(b": failed") for worker in workers) == 2
+
+
+def test_a_job_too_large_for_the_only_host_fails_alone(farm):
+    """After one more try there: it keeps nobody from the others."""
+    need("root", "unshare")
+    names, usual = ["a", "large", "b"], farm.launch
+    for name in names:
+        in_desk(farm, name, b"x" * (100000 if name == "large" else 10))
+    farm.launch = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', farm.place, *usual]
+    worker = farm.serve(env={"CONCURRENCY": "1"})
+    farm.launch = usual
+    done = farm.work("-mn", "-o", "{}.out", "-i", "{}", farm.pub, "cat", "{}", ":::", *names)
+    why = "worker %s cannot run its command: cat: the job's directory: large: No space left on device" % NODE
+    assert done.returncode == 1 and done.stderr.decode() == "cexec: large: %s\n" % why
+    assert [read(os.path.join(farm.desk, name + ".out")) for name in ("a", "b")] == [b"x" * 10] * 2
+    assert read(worker.log).count(b": failed") == 2 and sorted(os.listdir(farm.desk)) == [
+        "a", "a.out", "b", "b.out", "large"]
 
 
 @pytest.mark.parametrize("mode", ["one", "-m -o"])
@@ -19697,7 +19714,8 @@ if __name__ == "__main__":
             os.kill(pool._pool.group.child.pid, signal.SIGKILL)
             future.exception()
         pool.shutdown()
-        print(future.exception())
+        print(future.exception(), flush=True)
+        sys.stdin.read()            # the hosts must be empty before the program ends
     except cexec.Failed as error:
         print("Failed", error)
     except Exception as error:
@@ -19711,18 +19729,54 @@ def test_an_executor_over_ssh(boxes, end):
     farm = boxes("box1", "box2")
     put(farm.cluster.path("program.py"), OVER_SSH)
 
-    def run(*words):
+    def begin(*words):
         argv = ["ip", "netns", "exec", farm.spaces["here"], PYTHON, "program.py", *words]
-        return farm.cluster.do(argv, env={"CEXEC_SSH": farm.ssh, "PYTHONPATH": HERE}, timeout=60)
-    done = run(end, "2/box1", "box2")
-    assert re.match(rb"<cexec.Executor 2/box1,box2: 0 running, 0 waiting  \S+\*\d", done.stdout), done
-    assert done.returncode == (-signal.SIGKILL if end == "kill" else 0)
-    assert (b"was killed by signal 9" in done.stdout) == (end == "orphan")
-    farm.empty()
+        return farm.cluster.popen(argv, env={"CEXEC_SSH": farm.ssh, "PYTHONPATH": HERE}, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program = begin(end, "2/box1", "box2")
+    assert re.match(rb"<cexec.Executor 2/box1,box2: 0 running, 0 waiting  \S+\*\d", program.stdout.readline())
+    if end in ("shutdown", "orphan"):
+        assert (b"was killed by signal 9" in program.stdout.readline()) == (end == "orphan")
+    farm.empty()                    # after shutdown() too, before the program ends
+    outcome(program, status=-signal.SIGKILL if end == "kill" else 0)
     if end == "shutdown":
-        assert run(end, "no such").stdout.startswith(b"Failed -s no such: not a host")
-        done = run(end, "nowhere")
-        assert done.stdout.startswith(b"BrokenProcessPool") and b"nowhere" in done.stderr, done
+        assert outcome(begin(end, "no such"))[0].startswith(b"Failed -s no such: not a host")
+        out, err = outcome(begin(end, "nowhere"))
+        assert out.startswith(b"BrokenProcessPool") and b"nowhere" in err, (out, err)
+
+
+def test_an_executor_over_ssh_that_cannot_start_leaves_nothing(cluster, monkeypatch):
+    live_in(cluster, monkeypatch)
+    put(cluster.path("ssh"), "#!/bin/sh\nexec sleep 1000\n", 0o755)
+    monkeypatch.setenv("CEXEC_SSH", cluster.path("ssh"))
+    before = children_of(os.getpid())
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("can't start new thread")
+
+    def no_process(*arguments, **options):
+        raise BlockingIOError(errno.EAGAIN, "no process")
+    with monkeypatch.context() as patched, cexec.Executor(hosts=["a"]) as pool:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            pool.submit(abs, -1)
+        until(lambda: children_of(os.getpid()) == before, "the end of its child")
+        assert pool._pool.group is None and not cexec.running_pools
+    assert pool._max_workers == 1           # after shutdown() nobody is asked
+    with monkeypatch.context() as patched, cexec.Executor(hosts=["a"]) as pool:
+        patched.setattr(subprocess, "Popen", no_process)
+        with pytest.raises(cexec.Failed, match="-s: cannot start cservice: no process") as caught:
+            pool.submit(abs, -1)
+        assert caught.value.code == 111 and not cexec.running_pools
+
+
+def test_a_command_that_is_not_there_is_said_once(boxes):
+    farm = boxes("a", "b")
+    put(farm.cluster.path("script"), "#!/no/such/interpreter\n", 0o755)
+    for words, code, why in ((["no-such-command"], 127, "no-such-command: No such file or directory"),
+                             (["-i", "script", "./script"], 127, "./script: No such file")):
+        done = farm.cluster.run("cexec", "-s", "a,b", *words, space=farm.spaces["here"], env={"CEXEC_SSH": farm.ssh})
+        refusal(done, code, why)
 
 
 # ---- README ------------------------------------------------------------------
