@@ -5195,7 +5195,7 @@ def test_a_killed_client_leaves_nothing_of_its_command(one):
             mark = new_mark()
             process = stack.enter_context(job(one, command, mark=mark))
             assert read_count(process.out[1], 6) == b"ready\n"
-            assert marked(mark), name
+            until(lambda mark=mark: marked(mark), name)
             jobs.append((name, mark, process))
         for _, _, process in jobs:
             process.kill()
@@ -14593,6 +14593,7 @@ def test_a_stopped_client_keeps_its_workers(away):
     time.sleep(SILENCE["SILENCE_SECONDS"] + 3)      # a worker that hears nothing for so long ends
     touch(away.path("go"))
     terminal.type("fg\n", "done")
+    terminal.shows("$ ")
     terminal.type("echo status=$?\n", "status=0")
     terminal.close()
 
