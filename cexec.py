@@ -16311,18 +16311,20 @@ class Lane(Stateful):
     # The law of calls ahead.  A lane has one call, or none.  If its calls are short, the way there and back would cost
     # more than the work: then it gets further calls before it has done the first, as many as take AHEAD_SECONDS at its
     # pace (half the last call's time, half the pace before), and AHEAD_MAX at most.  It gets none ahead
-    #   - before its first result, as its pace is not known;
+    #   - before its first result, as its pace is not known; a call that runs for longer than that pace counts instead;
     #   - without retries, because a call that only waits there is lost with the lane, and that would be its one try;
     #   - while so many bytes wait to be sent: large calls fill the way by themselves.
-    # Calls ahead may wait for a long one.  So if another lane has nothing to do, and no call waits here, those that it
-    # has not begun for RECALL_SECONDS are recalled.  They go to the head of the queue, for the lane with the fewest.
+    # Calls ahead may wait for a long one.  So if another lane has nothing to do or may be begun, and no call waits
+    # here, those that it has not begun for RECALL_SECONDS are recalled.  They go to the head of the queue, for the lane
+    # with the fewest.
 
     def room(self):
         """Whether it takes another call: its only one, or one of several that are short."""
         if self.state is not UP or self.leaving or not self.calls:
             return self.state is UP and not self.leaving
+        pace = max(self.pace, time.monotonic() - self.head_since)
         return (self.pool.retries > 0 and not self.recalled and self.backlog < PRINTED_MAX
-                and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / self.pace))
+                and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / pace))
 
     def take(self, number, call, made, function):
         """Sends a call: Pickled, and that of its function, if this is Shared."""
@@ -16926,11 +16928,14 @@ class Pool:
         """Puts calls at the head of the queue, where they were before."""
         self.queue.extendleft(reversed(calls))
 
+    def may_grow(self):
+        """Whether there may be one more lane."""
+        return sum(lane.state is not ENDING for lane in self.lanes) < self.limit and time.monotonic() >= self.pause
+
     def grow(self):
         """Begins one more lane, unless one is searching already, or enough of them will soon be up."""
-        there = [lane for lane in self.lanes if lane.state is not ENDING]
-        if len(there) >= self.limit or any(lane.state is SEARCHING for lane in there) or (
-                time.monotonic() < self.pause or sum(lane.holds_up() for lane in there) >= len(self.queue)):
+        if not self.may_grow() or any(lane.state is SEARCHING for lane in self.lanes) or (
+                sum(lane.holds_up() for lane in self.lanes) >= len(self.queue)):
             return
         if self.group and not self.serves():
             return
@@ -17129,7 +17134,7 @@ class Pool:
             lane.look_at_client()
             lane.tell_waiting(is_needed=self.queue and not up)
         up = [lane for lane in self.lanes if lane.state is UP and not lane.leaving]
-        if not self.queue and any(not lane.calls and not lane.loading for lane in up):
+        if not self.queue and (self.may_grow() or any(not lane.calls and not lane.loading for lane in up)):
             for lane in up:
                 if lane.may_recall() and now - lane.head_since > RECALL_SECONDS:
                     lane.recall()

@@ -16536,6 +16536,20 @@ def test_short_calls_behind_a_long_one_are_taken_back(pooled):
         assert futures[5].result(PATIENCE) is None
 
 
+def test_long_calls_behind_short_ones_are_spread(pooled):
+    """The lane that is up has two ahead, which wait for each other: one is taken back, for a lane that is begun."""
+    meet = "import os, time\nopen(%r, 'w')\nends = time.monotonic() + 20\n" \
+           "while not os.path.exists(%r): time.sleep(0.01 if time.monotonic() < ends else 'alone')"
+    ann, bob = pooled.path("ann"), pooled.path("bob")
+    with cexec.Executor(pooled.pub) as pool:
+        for number in range(200):
+            assert pool.submit(abs, -number).result() == number
+        lane, = pool._pool.lanes
+        futures = [pool.submit(exec, meet % pair) for pair in ((ann, bob), (bob, ann))]
+        assert [future.result(PATIENCE) for future in futures] == [None, None]
+        assert len(pool._pool.lanes) == 2 and lane in pool._pool.lanes
+
+
 def test_no_worker_is_said(pooled, monkeypatch):
     code, text = failure(cexec.Executor, pooled.path("nowhere.pub"))
     assert code == 100 and "no such public key" in text
