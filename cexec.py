@@ -9907,7 +9907,7 @@ class Command(Carrier, Stateful):
             self.refresh()
 
     def spawn(self):
-        """Puts the command's ends at its numbers and starts it.  Raises OSError; Fatal if prepare() fails."""
+        """Puts the command's ends at its numbers and starts it.  Raises OSError; Fatal if it cannot be prepared."""
         # The supervisor itself puts the descriptors at the command's numbers.  subprocess can pass
         # descriptors on, but does not move them.  To move them in the child needs a preexec_fn, and
         # with that subprocess forks all our memory, instead of a fast vfork.  So all descriptors of
@@ -9922,8 +9922,12 @@ class Command(Carrier, Stateful):
         reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         try:
             options = {"process_group": 0}
-            if sys.version_info < (3, 11) or self.settings.user or self.directory or self.terminal is not None:
+            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
                 options = {"preexec_fn": lambda: self.prepare(report)}      # slower: it can't be a vfork
+            elif self.directory:
+                # The command inherits it.  We stay there: each job of ours has a directory, and enters its own.
+                with or_fatal("the job's directory", EXIT_CANNOT_RUN):
+                    os.fchdir(self.directory.fd)
             # Popen waits for exec, and we for Popen.  Before exec the child becomes the user of -u: another process
             # of this user could stop it, and we would not hear the client or cservice any more.
             self.process = killing_stopped(lambda: subprocess.Popen(

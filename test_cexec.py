@@ -4735,6 +4735,17 @@ def test_what_a_worker_is_short_of_now_is_worth_another_try(cluster, monkeypatch
     assert cluster.client(input=b"again").stdout == b"again"
 
 
+@pytest.mark.parametrize("options", [[], ["-u", "nobody"]])
+def test_a_directory_that_cannot_be_entered_is_named_as_the_reason(cluster, options):
+    """By the supervisor, or with -u by the command's process."""
+    need("root")
+    line = "self.fd = place.make(self.name, loop.floor)"
+    altered(cluster, (line, line + '; os.dup2(os.open("/dev/null", os.O_RDONLY), self.fd)'))
+    cluster.worker("cat", options=["-d", *options], env={"TMPDIR": cluster.directory})
+    assert failed(cluster.run("cexec", "-n", cluster.pub), 126).decode() == (
+        "cexec: worker %s cannot run its command: cat: the job's directory: Not a directory\n" % NODE)
+
+
 def test_option_n_keeps_an_input_from_the_command(one):
     command = "cat; echo; cat <&5; echo end"
     with open(one.path("data/words")) as words, open(one.path("data/words")) as again:
