@@ -9694,27 +9694,50 @@ def command_places(name):
     return [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
 
 
-def missing_command(name, settings):
-    """Returns the OSError that exec would raise because no command of this name can be run here; None if one may be.
+def find_command(name, settings):
+    """Returns the path at which exec will find a command of this name; None if only exec can tell.
 
-    Only exec can tell what the user of -u may run.  A relative name may come into the job's directory with -i.
+    Raises the OSError that exec would raise because no such command can be run here.  Only exec can tell
+    what the user of -u may run.  A relative name may come into the job's directory with -i.
     """
     errors = []
     for place in command_places(name):
         if settings.place and not os.path.isabs(place):
             return None
         try:
-            mode = os.stat(place).st_mode
+            if is_program(place) or settings.user:
+                return None if settings.user else place
+            errors.append(errno.EACCES)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 return None
             errors.append(error.errno)
-        else:
-            if settings.user or stat.S_ISREG(mode) and os.access(place, os.X_OK):
-                return None
-            errors.append(errno.EACCES)
     number = errno.EACCES if errno.EACCES in errors else errors[-1]
-    return OSError(number, os.strerror(number))
+    raise OSError(number, os.strerror(number))
+
+
+def is_program(path):
+    """Whether we may run this file.  Raises OSError."""
+    return stat.S_ISREG(os.stat(path).st_mode) and os.access(path, os.X_OK)
+
+
+class Finder:
+    """Finds commands, like a shell: the last one is searched again only if it is not at its place any more."""
+
+    def __init__(self, settings):
+        self.settings, self.name, self.path = settings, None, None
+
+    def find(self, name):
+        """Returns what find_command() returns.  Raises OSError."""
+        if name != self.name or not self.is_there():
+            self.name, self.path = name, find_command(name, self.settings)
+        return self.path
+
+    def is_there(self):
+        try:
+            return self.path is not None and is_program(self.path)
+        except OSError:
+            return False
 
 
 def start_error(error, name):
@@ -9770,6 +9793,7 @@ class Command(Carrier, Stateful):
         self.counted = {channel for number, channel, flags in job.descriptors if flags & FLAG_COUNTED}
         self.far = {}               # channel: the command's end, until the command has started
         self.terminal = None        # the channel of the command's terminal
+        self.path = None            # where the command is; None if only exec can tell
         self.process = None         # a Popen, once the command has started
         self.group = None           # its process group; None as soon as another group could get this number
         self.result = None          # (how, status, reason) for EXIT, once it is known
@@ -9907,39 +9931,56 @@ class Command(Carrier, Stateful):
             self.refresh()
 
     def spawn(self):
-        """Puts the command's ends at its numbers and starts it.  Raises OSError; Fatal if it cannot be prepared."""
-        # The supervisor itself puts the descriptors at the command's numbers.  subprocess can pass
-        # descriptors on, but does not move them.  To move them in the child needs a preexec_fn, and
-        # with that subprocess forks all our memory, instead of a fast vfork.  So all descriptors of
-        # ours are at numbers from the floor up, and the numbers below it are free for the command.
+        """Starts the command with its ends at its numbers.  Raises OSError; Fatal if it cannot be prepared."""
+        # The child gets its 0, 1 and 2 from subprocess.  Higher numbers subprocess can pass on, but does
+        # not move.  To move them in the child needs a preexec_fn, and with that subprocess forks all our
+        # memory, instead of a fast vfork.  So the supervisor itself puts them at the command's numbers:
+        # all descriptors of ours are at numbers from the floor up, and the numbers below it are free.
         # Afterwards the supervisor closes its copies: a pipe is at its end only when no process has
         # the other end open.
         import subprocess
-        places = [(number, channel) for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES]
-        for number, channel in places:
-            os.dup2(self.far[channel], number, True)
-        self.close_far(set(self.far) - {FILES_OUT})
+        places = {number: self.far[channel] for number, channel, flags in self.job.descriptors
+                  if not flags & FLAG_FILES}
+        standard = [places.pop(number, None) for number in range(3)]
+
+        def start(path=self.path, **options):
+            try:
+                return subprocess.Popen(self.words(), -1, path, *standard, env=self.environment(), close_fds=True,
+                                        pass_fds=list(places), **options)
+            except OSError as error:
+                if path is None or error.errno != errno.ENOEXEC:
+                    raise
+                return start(None, **options)       # it is for another kind of machine: exec looks further in PATH
+
+        for number, end in places.items():
+            os.dup2(end, number, True)
+        try:
+            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
+                self.process = self.start_prepared(start)       # slower: it can't be a vfork
+            else:
+                if self.directory:  # the command inherits it; we stay there: each job of ours enters its own
+                    with or_fatal("the job's directory", EXIT_CANNOT_RUN):
+                        os.fchdir(self.directory.fd)
+                self.process = start(process_group=0)
+        finally:
+            for number in places:
+                os.close(number)
+            self.close_far(set(self.far) - {FILES_OUT})
+
+    def start_prepared(self, start):
+        """Returns the Popen of a command that is started after prepare().  Raises OSError, Fatal."""
+        import subprocess
         reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         try:
-            options = {"process_group": 0}
-            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
-                options = {"preexec_fn": lambda: self.prepare(report)}      # slower: it can't be a vfork
-            elif self.directory:
-                # The command inherits it.  We stay there: each job of ours has a directory, and enters its own.
-                with or_fatal("the job's directory", EXIT_CANNOT_RUN):
-                    os.fchdir(self.directory.fd)
             # Popen waits for exec, and we for Popen.  Before exec the child becomes the user of -u: another process
             # of this user could stop it, and we would not hear the client or cservice any more.
-            self.process = killing_stopped(lambda: subprocess.Popen(
-                self.words(), env=self.environment(), close_fds=True,
-                pass_fds=[number for number, _ in places if number > 2], **options))
+            return killing_stopped(lambda: start(preexec_fn=lambda: self.prepare(report)))
         except subprocess.SubprocessError:
             status, _, reason = os.read(reader, 4096).decode().partition(" ")
             raise Fatal(int(status), reason) from None
         finally:
-            for number in [reader, report, *[number for number, _ in places]]:
-                os.close(number)
-            fill_standard()
+            os.close(reader)
+            os.close(report)
 
     def close_far(self, channels):
         for channel in channels:
@@ -9984,21 +10025,15 @@ class Command(Carrier, Stateful):
             fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
 
     def environment(self):
-        """cservice's own variables, the client's with PEER_ before the name, and the addresses of both."""
-        values = dict(os.environ)
-        user = self.settings.user
-        if user:
-            values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
+        """Returns the supervisor's variables and the job's own, as bytes: the client's have PEER_ before the name."""
+        values = dict(self.supervisor.variables)
         for variable in self.job.environment:
-            name, _, value = os.fsdecode(variable).partition("=")
-            values["PEER_" + name] = value
+            name, _, value = variable.partition(b"=")
+            values[b"PEER_" + name] = value
         if self.terminal is not None:
-            values["TERM"] = self.job.term
+            values[b"TERM"] = os.fsencode(self.job.term)
         if self.directory:
-            values["PWD"] = self.directory.path
-        client, (address, port) = self.client, self.link.here
-        values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
-                      SERVER_ADDR=address, SERVER_PORT=str(port))
+            values[b"PWD"] = os.fsencode(self.directory.path)
         return values
 
     def name(self):
@@ -10010,8 +10045,10 @@ class Command(Carrier, Stateful):
 
     def missing(self):
         """Returns (126 or 127, why) if the command is not there, or cannot be run; else None."""
-        error = missing_command(self.name(), self.settings)
-        return error and (start_status(error), "%s: %s" % (cut(self.name(), 400), error.strerror))
+        try:
+            self.path = self.supervisor.finder.find(self.name())
+        except OSError as error:
+            return start_status(error), "%s: %s" % (cut(self.name(), 400), error.strerror)
 
     def fail_to_start(self, status, reason, how):
         """The command cannot be started.  how is EXIT's: it says whether the reason lies in this host."""
@@ -10224,6 +10261,8 @@ class Supervisor(Stateful):
         os.close(service)           # not earlier: become_supervisor() tells cservice of an error by it
         replace_with_null([2])
         self.state = AWAITING_GO
+        self.finder = Finder(settings)
+        self.variables = self.common_variables()
         self.started = False        # whether any command has started
         self.deadline = None        # the Timer of set_deadline()
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
@@ -10232,6 +10271,15 @@ class Supervisor(Stateful):
 
     def __repr__(self):
         return "supervisor"
+
+    def common_variables(self):
+        """Returns the variables of every job here, as bytes: cservice's own, and the addresses of both sides."""
+        values, user, client, (address, port) = dict(os.environ), self.settings.user, self.client, self.link.here
+        if user:
+            values.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name, SHELL=user.pw_shell)
+        values.update(REMOTE_ADDR=client.address, REMOTE_PORT=str(client.port), REMOTE_USER=client.name,
+                      SERVER_ADDR=address, SERVER_PORT=str(port))
+        return {os.fsencode(name): os.fsencode(value) for name, value in values.items()}
 
     def work(self):
         """Runs the job to its end.  Returns this process's exit code."""

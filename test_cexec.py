@@ -9242,6 +9242,22 @@ def test_a_command_that_goes_during_a_batch(cluster):
     assert read(first.log).count(b": group ") == 1 and read(second.log).count(b": group ") == 5
 
 
+def test_a_batch_finds_its_command_as_exec_does(cluster):
+    """The first in PATH is for another machine, or is not there; the second goes amid the batch: then it is the third.
+    """
+    for place, text in (("one", "\x7fELF"), ("three", "#!/bin/sh\necho three\n")):
+        os.mkdir(cluster.path(place))
+        put(cluster.path(place + "/tool"), text, 0o755)
+    os.mkdir(cluster.path("two"))
+    path = ":".join([*map(cluster.path, ("one", "two", "three")), "/usr/bin:/bin"])
+    cluster.worker("tool", env={"PATH": path, "CONCURRENCY": "1"})
+    for _ in range(2):
+        put(cluster.path("two/tool"), '#!/bin/sh\necho two; [ $PEER_X != 2 ] || rm "$0"\n', 0o755)
+        assert output(cluster.run("cexec", "-mn", cluster.pub, "X={}", ":::", "1", "2", "3")) == b"two\ntwo\nthree\n"
+        if os.path.exists(cluster.path("one/tool")):
+            os.unlink(cluster.path("one/tool"))
+
+
 def test_a_job_too_large_for_several_hosts_fails(farm):
     """It does not go round for ever, while the others are done."""
     need("root", "unshare")
