@@ -1162,6 +1162,7 @@ FLAG_TERMINAL = 16                  # both ways: a terminal for the command, the
 FLAG_FILES = 32                     # an archive for the job's directory, or of results: no descriptor of the command
 POSSIBLE_FLAGS = {FLAG_INPUT, FLAG_INPUT | FLAG_COUNTED, FLAG_OUTPUT, FLAG_INPUT | FLAG_FILES, FLAG_OUTPUT | FLAG_FILES,
                   FLAG_INPUT | FLAG_OUTPUT | FLAG_SOCKET, FLAG_INPUT | FLAG_OUTPUT | FLAG_TERMINAL}
+FILES_IN, FILES_OUT = MAXFD_LIMIT, MAXFD_LIMIT + 1      # the channels of the archives: see the section Files
 
 HELLO_REPEATABLE = 1                # HELLO's and REPLY's options: the application may be run again,
 HELLO_ARGUMENTS = 2                 # the client may give arguments,
@@ -4073,7 +4074,6 @@ def system_load():
 # directories only, all with relative names; a file with holes has the type S.  Its last member
 # is the directory ".", and nothing comes after it: so a reader knows that the archive is whole.
 
-FILES_IN, FILES_OUT = MAXFD_LIMIT, MAXFD_LIMIT + 1      # the numbers of the two channels
 WHOLE = b"."                        # the last member
 BLOCK = 512                         # tar(5): bytes of a member's head; its data is padded to a multiple of this
 PATH_MAX = 4096                     # a name has fewer bytes
@@ -5611,7 +5611,6 @@ class Terms:
 
     def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=(), wait=0):
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
-        self.names = Names()
         self.batch = batch          # an id, the same in all searches of a batch
         self.losses_max = setting("CEXEC_RETRIES", LOSSES_MAX, 0, 10 ** 6)
         self.accept_seconds = setting("CEXEC_TIMEOUT_ACCEPT", 60, 0, 10 ** 9)
@@ -7445,6 +7444,7 @@ class BatchTerms(Terms):
     def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", retries=0,
                  **others):
         super().__init__(environment, arguments, batch or os.urandom(8), **others)
+        self.names = Names()
         self.pattern = pattern      # -o: where outputs go
         self.values = values        # -n: the inputs are values, and not files to be read
         self.errors = errors        # the directory of --errors
@@ -9450,18 +9450,25 @@ def open_place(options, floor=3):
     return group.pub, group
 
 
+def files_named(options):
+    """Returns the arguments of Job for what -i and -g name.  Raises Fatal (100)."""
+    names = Names()
+    for text in options.inputs:
+        names.note_input(text)
+    names.list_inputs()
+    return {"inputs": listings_of(names, options.inputs),
+            "results": [os.fsencode(result_pattern(text)) for text in options.results]}
+
+
 def main_single(words, options):
     """Runs one job.  Returns its exit code."""
     if options.terminal and options.progress:
         raise CEXEC.error("-p and -t do not go together: the command has the terminal")
     if options.empty == "all" and words and words[0].endswith(".pub") and not options.words[0].endswith(".pub"):
         raise CEXEC.error("-n %s: not a descriptor's number" % options.words[0])
-    names = Names()
-    for text in options.inputs:
-        names.note_input(text)
-    names.list_inputs()
+    files = files_named(options) if options.inputs or options.results else {}
     job = Job(*parse_words(words, options.hosts), options.empty, options.repeat, options.terminal, options.progress,
-              listings_of(names, options.inputs), [os.fsencode(result_pattern(text)) for text in options.results])
+              **files)
     try:
         if job.results:
             check_current_directory(map(os.fsdecode, job.results))
@@ -9472,7 +9479,6 @@ def main_single(words, options):
         raise
 
 
-# NOT FOR CEXEC
 # ---------------------------------------------------------------------------
 # cservice: the supervisor
 # ---------------------------------------------------------------------------
@@ -13467,8 +13473,6 @@ except (AttributeError, OSError):
     pass
 exec(code)
 """
-NOT_THERE = (b"# cexec", b"# crat", b"# cproxy", b"# ckeygen", b"# cservice -s", b"# Python")   # the sections that
-                                    # a worker does not need begin so
 
 LOGINS = 8                          # logins at a time, because sshd refuses some if there are many (MaxStartups)
 LOGIN_SECONDS = 60.0                # a login that takes longer is ended, so that others get their turn
@@ -13565,16 +13569,13 @@ def program_for(bytecode):
     with open(__file__, "rb") as file:
         source = file.read()
     try:
-        codes, titles = code_of(os.path.realpath(__file__)), source.split(SECTION_LINE)
+        if bytecode and bytecode == own_bytecode():
+            import marshal
+            import zlib
+            return START_COMPILED, zlib.compress(marshal.dumps(code_of(os.path.realpath(__file__), "cservice")), 1)
     except OSError:
-        codes, titles = (), ()
-    if not bytecode or bytecode != own_bytecode() or len(codes) != len(titles):
-        return START_SOURCE, source
-    import marshal
-    import zlib
-    titles = [b""] + titles         # a section's title is the piece before it
-    needed = [code for title, code in zip(titles, codes) if not title.lstrip().startswith(NOT_THERE)]
-    return START_COMPILED, zlib.compress(marshal.dumps(needed), 1)
+        pass
+    return START_SOURCE, source
 
 
 def first_input(argv, key, group, slots=None, bytecode=""):
@@ -17517,7 +17518,6 @@ if __name__ != "__main__" and not hasattr(sys.modules["__main__"], "enter"):    
         __getattr__("Executor")
 
 
-# FOR ALL
 # ---------------------------------------------------------------------------
 # The applets
 # ---------------------------------------------------------------------------
@@ -17632,8 +17632,9 @@ def main(argv):
 #     python3 - cservice ... < cexec.py   main() in standard input: slim_down() has no file
 #     import cexec                        nothing is started
 #
-# A link cexec has compiled code of its own, without the sections between NOT FOR CEXEC and FOR
-# ALL: to load them too would make a short job longer by a tenth.
+# What is kept is a part of the program, without the sections that the applet does not need: see
+# PARTS.  "job" is for cexec without options.  With all sections, a short job would take a
+# seventh longer, and an idle cservice would have 1.6 MB more.
 #
 # sh gives -S, because we use no site packages.  It first tests that standard input is no
 # directory, because with one Python does not start.  The part below START is compiled at each
@@ -17659,26 +17660,26 @@ def show_in_ps():
 
 # MAKE
 SECTION_LINE = b"\n# %s\n" % (b"-" * 75)
-KEPT_MAX = 8                        # files in the cache: two for each path of this file and each version of Python
-KEPT_NAME = r"(?s)%.*\.[\w-]+\.(cexec|all)(\.[0-9]+\.part)?\Z"     # what kept_path() and write_kept() make
+KEPT_MAX = 16                       # files in the cache: four for each path of this file and each version of Python
+KEPT_NAME = r"(?s)%.*\.[\w-]+\.(job|cexec|cservice|all)(\.[0-9]+\.part)?\Z"    # of kept_path() and write_kept()
+OTHERS = (b"# crat", b"# cproxy", b"# ckeygen", b"# Python")
+PARTS = {"job": (b"# Files", b"# cexec -", b"# cservice", *OTHERS), "cexec": (b"# cservice", *OTHERS),
+         "cservice": (b"# cexec", b"# cservice -s", *OTHERS), "all": ()}
+                                    # a part of the program: how the titles of the sections that it lacks begin
 
 
-def compiled(path):
-    """The file's code without docstrings, a code object for each section, as bytes.
+def compiled(path, part):
+    """The code of a part of the file, without docstrings, a code object for each section, as bytes.
 
-    A link cexec does not need all sections.  To compile each by itself takes two thirds of the time
-    of the whole file, and a fifth of the memory.
+    To compile each section by itself takes two thirds of the time of the whole, and a fifth of the memory.
     """
     import marshal
     with open(path, "rb") as file:
-        source = file.read()
-    if is_cexec():
-        before, _, rest = source.partition(b"\n# NOT FOR CEXEC\n")
-        left_out, _, after = rest.rpartition(b"\n# FOR ALL\n")
-        source = before + b"\n" * (left_out.count(b"\n") + 4) + after
+        pieces = file.read().split(SECTION_LINE)
     sections, line = [], 0
-    for section in source.split(SECTION_LINE):
-        sections.append(compile(b"\n" * line + section, path, "exec", optimize=2))      # lines keep their numbers
+    for title, section in zip([b""] + pieces, pieces):          # a section's title is the piece before it
+        if not title.startswith(PARTS[part]):
+            sections.append(compile(b"\n" * line + section, path, "exec", optimize=2))  # lines keep their numbers
         line += section.count(b"\n") + 2
     return marshal.dumps(sections)
 
@@ -17746,10 +17747,10 @@ def write_kept(kept, data):
         os.close(directory)
 
 
-def make(path, kept):
-    """The file's code as bytes, newly compiled; writes it to kept, if that is a path.  Raises OSError."""
+def make(path, part, kept):
+    """The code of a part as bytes, newly compiled; writes it to kept, if that is a path.  Raises OSError."""
     of = identity(path)
-    data = made_by_child(lambda: compiled(path)) or compiled(path)
+    data = made_by_child(lambda: compiled(path, part)) or compiled(path, part)
     try:
         if kept and not sys.dont_write_bytecode:
             write_kept(kept, digest(of, data) + data)
@@ -17759,9 +17760,15 @@ def make(path, kept):
 
 
 # START
-def is_cexec():
-    """Whether this is started by a link cexec."""
-    return sys.argv[0].rpartition("/")[2] == "cexec"
+def part_needed():
+    """The part that this start needs: see PARTS."""
+    name, *words = [sys.argv[0].rpartition("/")[2]] + sys.argv[1:]
+    if name[-3:] in ("", ".py"):    # no link: see child_words()
+        name, *words = words or [""]
+    if name == "cexec":
+        return "cexec" if words and words[0][:1] == "-" else "job"
+    hosts = any(word[:1] == "-" and "s" in word for word in words)      # perhaps -s
+    return "cservice" if name == "cservice" and not hosts else "all"
 
 
 def identity(path):
@@ -17772,21 +17779,21 @@ def identity(path):
 
 
 def digest(of, data):
-    """The SHA-256 before compiled code in the cache.  It covers the code, because a damaged one could crash Python."""
+    """The SHA-256 before kept code.  It covers the code, because a damaged one could crash Python."""
     import hashlib
     made = hashlib.sha256(of)
     made.update(data)
     return made.digest()
 
 
-def kept_path(path):
-    """Where the file's compiled code is kept.  Raises OSError in another user's home (sudo)."""
+def kept_path(path, part):
+    """Where the compiled code of a part is kept.  Raises OSError in another user's home (sudo)."""
     import os
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     home = xdg if xdg.startswith("/") else os.environ.get("HOME") or os.devnull     # a relative path does not count
     if os.stat(home).st_uid != os.geteuid():
         raise OSError("another user's home")
-    name = "%s.%s.%s" % (path.replace("/", "%"), sys.implementation.cache_tag, "cexec" if is_cexec() else "all")
+    name = "%s.%s.%s" % (path.replace("/", "%"), sys.implementation.cache_tag, part)
     return os.path.join(home, "cexec" if home is xdg else ".cache/cexec", name)
 
 
@@ -17800,16 +17807,16 @@ def read_kept(kept, of):
             raise OSError("not ours alone")
         made, data = file.read(32), file.read()
     if made != digest(of, data):
-        raise OSError("damaged, or made from another file")
+        raise OSError("damaged, or of another file")
     return data
 
 
-def code_of(path):
-    """The file's code objects: from the cache, or else newly made.  Raises OSError."""
+def code_of(path, part):
+    """The code objects of a part of the file: from the cache, or else newly made.  Raises OSError."""
     import marshal
     kept = None
     try:
-        kept = kept_path(path)
+        kept = kept_path(path, part)
         data = read_kept(kept, identity(path))
     except OSError:
         import os
@@ -17817,7 +17824,7 @@ def code_of(path):
         with open(path, "rb") as source:
             names = {"__name__": "make", "os": os, "signal": signal, "sys": sys}    # so its last lines start nothing
             exec(b"".join(source.read().split(b"\n# MAKE\n")[1::2]), names)
-        data = names["make"](path, kept)
+        data = names["make"](path, part, kept)
     return marshal.loads(data)
 
 
@@ -17841,7 +17848,7 @@ def enter():
     del sys.argv[0]
     module = sys.modules["cexec"] = type(sys)("cexec")
     module.__file__ = os.path.realpath(sys.argv[0])
-    for code in code_of(module.__file__):
+    for code in code_of(module.__file__, part_needed()):
         exec(code, module.__dict__)
     module.show_in_ps()
     module.main(sys.argv)

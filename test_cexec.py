@@ -14676,29 +14676,6 @@ def test_descriptors_with_hosts_are_those_of_a_local_command(away):
     client.kill()
 
 
-def test_a_worker_needs_no_section_that_is_not_sent():
-    """What program_for() leaves out defines nothing that the rest uses, but for what only other modes call."""
-    pieces = read(PROGRAM).split(cexec.SECTION_LINE)
-    names, gone, used = set(), set(), set()
-
-    def walk(code):
-        for row in dis.get_instructions(code):
-            if row.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                used.add(row.argval)
-        for one in code.co_consts:
-            if isinstance(one, type(code)):
-                walk(one)
-    for title, body in zip([b""] + pieces[1::2], pieces[::2]):
-        code = compile(body, "section", "exec")
-        made = {row.argval for row in dis.get_instructions(code) if row.opname == "STORE_NAME"}
-        if title.startswith(cexec.NOT_THERE):
-            gone |= made
-        else:
-            names |= made
-            walk(code)
-    assert used & (gone - names) == {"serve_on_hosts"} and len(gone) > 300
-
-
 def test_the_program_goes_compiled_to_the_same_python_alone(monkeypatch):
     monkeypatch.setattr(cexec, "__file__", PROGRAM)
     start, program = cexec.program_for.__wrapped__(cexec.own_bytecode())
@@ -17857,17 +17834,34 @@ def codes_of(code):
             yield from codes_of(constant)
 
 
-def test_cexec_uses_nothing_of_what_its_link_leaves_out(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/cexec"])
-    sections, part = marshal.loads(cexec.compiled(PROGRAM)), ModuleType("part")
+@pytest.mark.parametrize("words, part", [
+    ("cexec app.pub", "job"), ("/usr/bin/cexec", "job"), ("cexec app.pub A=1 -m -- x", "job"),
+    ("cexec -n app.pub", "cexec"), ("cexec -s box true", "cexec"), ("cexec --help", "cexec"),
+    ("cservice app sort", "cservice"), ("cservice -adu nobody app", "cservice"), ("cservice", "cservice"),
+    ("cservice -s box app", "all"), ("cservice -vs box app", "all"), ("cservice app sort -s", "all"),
+    ("crat cexec", "all"), ("cproxy", "all"), ("another cservice app sort", "all"),
+    ("cexec.py cexec app.pub", "job"), ("../cexec.py cservice app sort", "cservice"), ("cexec.py", "all"),
+    ("/usr/cexec.py/ cexec app.pub", "job"), ("/usr/cexec.py/ cservice -s box run", "all"), ("cexec.py crat", "all")])
+def test_the_part_of_the_program_that_a_start_needs(monkeypatch, words, part):
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert cexec.part_needed() == part
+
+
+@pytest.mark.parametrize("name, lacks, unused", [
+    ("job", "Names Batch Worker Executor", "JobFiles Names RunGroup check_current_directory list_workers listings_of "
+     "main_batch main_blocks main_everywhere parse_size result_pattern"),
+    ("cexec", "Worker Executor", ""), ("cservice", "Client make_pub Executor", "serve_on_hosts"), ("all", "", "")])
+def test_a_part_uses_nothing_of_what_it_leaves_out(name, lacks, unused):
+    """But for what only other options call."""
+    sections, part = marshal.loads(cexec.compiled(PROGRAM, name)), ModuleType("part")
     part.__file__ = PROGRAM
     for code in sections:
         exec(code, part.__dict__)
     words = [(word.opname.partition("_")[0], word.argval) for code in sections for inner in codes_of(code)
              for word in dis.get_instructions(inner) if word.opname.endswith(("_NAME", "_GLOBAL"))]
     there = set(vars(part)) | set(dir(builtins)) | {name for kind, name in words if kind == "STORE"}
-    assert {name for kind, name in words if kind == "LOAD"} <= there
-    assert not hasattr(part, "Worker")
+    assert {name for kind, name in words if kind == "LOAD"} - there == set(unused.split())
+    assert all(hasattr(cexec, word) and not hasattr(part, word) for word in (lacks + " " + unused).split())
 
 
 def test_no_name_is_given_twice():
@@ -17882,16 +17876,15 @@ def test_no_name_is_given_twice():
     assert len(names) > 500 and sorted(set(names)) == sorted(names)
 
 
-@pytest.mark.parametrize("name", ["cexec", "cservice"])
-def test_each_section_is_compiled_by_itself_and_lines_keep_their_numbers(name, monkeypatch):
+@pytest.mark.parametrize("name, least", [("job", 500), ("cexec", 700), ("cservice", 700), ("all", 1500)])
+def test_each_section_is_compiled_by_itself_and_lines_keep_their_numbers(name, least):
     """The whole at once would take 22 or 39 MB, and half as much time again."""
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/" + name])
-    sections, banners = marshal.loads(cexec.compiled(PROGRAM)), read(PROGRAM).count(b"\n# " + b"-" * 75 + b"\n")
-    assert len(sections) == banners + 1 if name == "cservice" else 30 < len(sections) <= banners
+    sections, banners = marshal.loads(cexec.compiled(PROGRAM, name)), read(PROGRAM).count(b"\n# " + b"-" * 75 + b"\n")
+    assert len(sections) == banners + 1 if name == "all" else 30 < len(sections) <= banners
     lines = [""] + read(PROGRAM).decode().split("\n")
     found = [code for section in sections for code in codes_of(section) if code.co_name.isidentifier()]
     assert all(re.match(r" *(@|(def|class) %s\b)" % code.co_name, lines[code.co_firstlineno]) for code in found)
-    assert len(found) > 700
+    assert len(found) > least
 
 
 def test_the_door_fits_into_what_is_read_of_it():
@@ -18050,8 +18043,8 @@ def test_no_code_is_kept_where_others_may_write(door, spoiled):
 
 def test_only_files_of_the_cache_are_removed_from_it(door):
     """What a crash has left too; but no files of the user's, of whatever name."""
-    ours = ["%%a.py.%s.%s" % (tag, end) for tag in ("cpython-36", "cpython-313", "x-3-y")
-            for end in ("cexec", "all", "all.9.part")]
+    ours = ["%%a.py.%s.%s" % (tag, end) for tag in ("cpython-36", "cpython-313", "x-3-y", "cpython-314")
+            for end in ("job", "cexec", "cservice", "all", "all.9.part")]
     theirs = ["%d.txt" % number for number in range(20)] + [
         "%a.part", "%a.all", "a.cpython-311.all", "%a.cpython-311.all.txt", "%a.cpython-311.all.part", "%a..cexec"]
     os.makedirs(door.cache, 0o700)
@@ -18145,7 +18138,7 @@ def test_each_applet_does_its_work_however_it_is_started(cluster, way, kept):
     for process in logger, relay, worker:
         until(lambda process=process: listening(process.pid) or process.poll() is not None, "its start")
     assert [process.poll() for process in (logger, relay, worker)] == [None] * 3
-    assert done("cexec", "-n", "new.pub") == (b"served\n", 0)
+    assert done("cexec", "-n", "new.pub") == done("cexec", "new.pub") == (b"served\n", 0)
     until(lambda: b"completed" in read(cluster.path("log")), "the line in the log")
 
 
