@@ -5599,7 +5599,6 @@ SILENT_SECONDS = 3.0                # a search that takes longer says so on a te
 AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
 OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
-NAME_COMMAND = "name one after the public key (cservice -a)"    # a remedy; an Executor has another one
 
 
 class Terms:
@@ -5608,6 +5607,8 @@ class Terms:
     environment (KEY=VALUE) and arguments are bytes.  inputs and results are the arguments of -i and -g.
     wait: the seconds that a search waits by default in the lines of busy workers; 0: for ever.
     """
+
+    command_remedy = "name one after the public key (cservice -a)"
 
     def __init__(self, environment, arguments=(), batch=NO_BATCH, inputs=(), results=(), wait=0):
         self.environment, self.arguments, self.inputs, self.results = environment, arguments, inputs, results
@@ -5632,7 +5633,7 @@ class Terms:
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
         if not self.arguments and hello.options & HELLO_NO_COMMAND:
-            return "has no command of its own: " + NAME_COMMAND
+            return "has no command of its own: " + self.command_remedy
         if (self.inputs or self.results) and not hello.options & HELLO_DIRECTORIES:
             return "has no directory for the files of -i and -g (cservice -d)"
         if hello.worker_id in self.useless.ids:
@@ -6322,6 +6323,8 @@ class Job(Terms):
         self.report = setting("CEXEC_FD_FOR_ERRORS", -1, self.limit, 2 ** 20,
                               "; CEXEC_MAXFD, which can be lowered, is %d" % self.limit)
         self.start_report = setting("CEXEC_FD_FOR_START", -1, self.limit, 2 ** 20)
+        if self.start_report >= 0:              # an Executor's
+            self.command_remedy = "for calls it is `cservice KEY python3 /dev/fd/3`"
         self.channels = inherited_channels(self.limit)
         make_room(self.limit, len(self.channels) + 16)      # each is opened again; a search needs some too
         self.terminal = None        # the TerminalEnd of -t
@@ -16693,8 +16696,7 @@ class Lane(Stateful):
         try:
             reason = Failed(self.reason_of(returncode_of(self.report, self.child.wait())))
         except Failed as failed:
-            reason = Failed(str(failed).replace(NAME_COMMAND, "for calls it is `cservice KEY python3 /dev/fd/3`"),
-                            failed.code)
+            reason = failed
         hopeless = b" failed=" in self.report or getattr(reason, "code", 0) == EXIT_USAGE
         self.unprepared |= self.state is PREPARING
         useless = self.failure is not None or self.state in (SEARCHING, STARTING, PREPARING) or (
