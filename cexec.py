@@ -17306,7 +17306,8 @@ class ExecutorMethods:
     cloudpickle): those of a notebook, an interactive session, python -c or standard input, lambdas,
     and functions inside others.  Then the worker must have the same minor version of Python; other
     workers get no such calls.  The globals that such a function uses come with it, as they are when
-    the call is submitted; others that it sets last, so an initializer can load what is large.
+    the call is submitted: with each call of submit(), once with map().  Others that it sets last, so an
+    initializer can load what is large.
     Modules beside the main program are sent when a worker imports them, those in the current
     directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the
