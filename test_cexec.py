@@ -162,13 +162,14 @@ SOUNDS = ["a b", "it's", 'quo"te', "$HOME", "plain"]
 # ---- Helpers ---------------------------------------------------------------
 
 def until(condition, what="something", seconds=PATIENCE):
-    """Polls until condition() is true, and returns what it gave."""
+    """Polls until condition() is true, and returns what it gave.  what is a text, or a function that gives one."""
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, "%s has not happened in %g s" % (what, seconds)
+        if time.monotonic() >= deadline:
+            raise AssertionError("%s has not happened in %g s" % (what() if callable(what) else what, seconds))
         time.sleep(0.01)
 
 
@@ -283,6 +284,33 @@ def forks_of_ours():
     return [pid for pid in all_below(os.getpid()) if read("/proc/%d/cmdline" % pid) == ours]
 
 
+class Started(subprocess.Popen):
+    """A process of a test.  log is the file of its lines, if it has one."""
+
+    log = None
+
+    def said(self):
+        """What its log has by now."""
+        return read(self.log).decode()
+
+    def lines(self):
+        return self.said().splitlines()
+
+    def says(self, text="\n", least=1, most=math.inf):
+        """Waits until its log has a text so many times; without a text, until it has so many lines."""
+        until(lambda: least <= read(self.log).count(text.encode()) <= most,
+              lambda: "%r, from %d to %g times, in what %s has said:\n%s\n" % (
+                  text, least, most, self.args[-4:], read(self.log)[-5000:].decode("utf-8", "backslashreplace")))
+
+    def listens(self):
+        """Waits until it has a UDP socket."""
+        until(lambda: listening(self.pid), lambda: "the start of %s" % self.args[-4:])
+
+    def idles(self):
+        """Waits until it has no child."""
+        until(lambda: not children_of(self.pid), lambda: "\n".join(["the end of all children", *descendants()]))
+
+
 class Cluster:
     """Keys, workers, loggers and clients of one test, on this host's loopback or in namespaces.
 
@@ -363,16 +391,16 @@ class Cluster:
     def popen(self, argv, env=None, **options):
         """Starts any program; it is ended like an applet."""
         options.setdefault("cwd", self.directory)
-        process = subprocess.Popen(argv, env=self.environment(env), **options)
+        process = Started(argv, env=self.environment(env), **options)
         self.started.append(process)
         return process
 
     def follow(self, applet, *arguments, **options):
-        """Starts an applet with a file for its standard error: process.log; process.said() is what is there by now."""
+        """Starts an applet whose log is its standard error."""
         log = self.path("%s-%s.log" % (applet, uuid.uuid4().hex[:6]))
         with open(log, "wb") as file:
             process = self.start(applet, *arguments, stderr=file, **options)
-        process.log, process.said = log, lambda: read(log).decode()
+        process.log = log
         return process
 
     def proxy(self, *arguments, **options):
@@ -383,7 +411,7 @@ class Cluster:
         return process
 
     def worker(self, *command, options=(), key=None, verbose=True, **rest):
-        """Starts a cservice and waits until it listens; process.log is the file of its -v lines."""
+        """Starts a cservice and waits until it listens; its log has its -v lines."""
         log = self.path("worker-%s.log" % uuid.uuid4().hex[:6])
         with open(log, "wb") as file:
             process = self.start("cservice", *["-v"] * verbose, *options, key or self.key, *command,
@@ -402,12 +430,12 @@ class Cluster:
         return [self.shell_worker(**options) for _ in range(count)]
 
     def logger(self, *arguments, space=None, env=None):
-        """Starts a crat; process.lines() are the lines that it has printed."""
+        """Starts a crat; its log has the lines that it prints."""
         log = self.path("crat-%s.log" % uuid.uuid4().hex[:6])
         with open(log, "wb") as file, open(log + ".err", "wb") as errors:
             process = self.start("crat", "-v", *arguments, env=env, space=space, stdout=file, stderr=errors)
-        process.lines = lambda: read(log).decode().splitlines()
-        until(lambda: listening(process.pid), "a logger's start")
+        process.log = log
+        process.listens()
         return process
 
     def client(self, *words, **options):
@@ -1201,7 +1229,7 @@ def shared(tmp_path_factory):
         with open(made.path("data/" + name), "wb") as file:
             file.write(data)
     made.serving = made.worker("sh", "-c", SHELL, env={"CONCURRENCY": "16", "BOOST": "0"}, verbose=False)
-    until(lambda: listening(made.serving.pid), "a worker's start")
+    made.serving.listens()
     yield made
     made.close()
 
@@ -1440,7 +1468,7 @@ class Terminal:
             if select.select([self.master], [], [], 0)[0]:
                 self.text += os.read(self.master, 65536)
             return text.encode() in self.text
-        until(shown, "%r on the terminal, after %r" % (text, self.text))
+        until(shown, lambda: "%r on the terminal, after %r" % (text, self.text))
         self.text = self.text.partition(text.encode())[2]
 
     def close(self):
@@ -1536,10 +1564,6 @@ def held_job(cluster, *words, pub=None, **options):
     return client
 
 
-def heard(worker, kind=b"ANNOUNCE"):
-    return b"<- " + kind in read(worker.log)
-
-
 def order(cluster):
     with contextlib.suppress(FileNotFoundError):
         return read(cluster.path("order")).decode().split()
@@ -1549,8 +1573,7 @@ def order(cluster):
 def in_line(cluster, ahead, *words, **options):
     """Starts a client that gets into the line, behind so many."""
     client = verbose_client(cluster, *words, **options)
-    until(lambda: "every slot of a worker is busy, %d ahead of us" % ahead in client.said(),
-          "BUSY with %d ahead, not: %s" % (ahead, client.said()))
+    client.says("every slot of a worker is busy, %d ahead of us" % ahead)
     return client
 
 
@@ -1725,9 +1748,12 @@ class Tmux:
     def screen(self):
         return self.do("capture-pane", "-p")
 
+    def missing(self, what):
+        return "%s on the screen:\n%s\n" % (what, self.screen().rstrip())
+
     def shows(self, pattern):
         """Waits until a line of the screen has the pattern; the match."""
-        return until(lambda: re.search(pattern, self.screen(), re.M), Said(self, pattern))
+        return until(lambda: re.search(pattern, self.screen(), re.M), lambda: self.missing(repr(pattern)))
 
     def keys(self, *keys, shows=None):
         self.do("send-keys", *keys)
@@ -1742,7 +1768,7 @@ class Tmux:
     def clear(self):
         """An empty screen, for the next thing to be shown."""
         self.line("clear")
-        until(lambda: len(self.screen().split()) < 3, Said(self, "an empty screen"))
+        until(lambda: len(self.screen().split()) < 3, lambda: self.missing("nothing"))
 
     def modes(self):
         """What stty tells of the terminal, but for its size."""
@@ -1760,16 +1786,6 @@ class Tmux:
 
     def close(self):
         self.do("kill-server")
-
-
-class Said:
-    """A text for until() that tells what was on the screen."""
-
-    def __init__(self, tmux, pattern):
-        self.tmux, self.pattern = tmux, pattern
-
-    def __str__(self):
-        return "%r on the screen:\n%s\n" % (self.pattern, self.tmux.screen().rstrip())
 
 
 @pytest.fixture
@@ -3811,12 +3827,13 @@ def test_holder_of_a_pub_cannot_play_the_worker(cluster):
         for _ in range(2):
             with play_worker(*announcement, own_key) as peer:
                 assert peer.next() is None      # neither AUTH nor JOB
-    complaint = until(lambda: [line for line in crat.lines() if "rats out" in line], "the complaint")
-    assert "127.0.0.1 rats out 127.0.0.1 for app.pub" in complaint[0] and "wrong certificate" in complaint[0]
+    crat.says("rats out")
+    complaint = crat.lines()[0]
+    assert "127.0.0.1 rats out 127.0.0.1 for app.pub" in complaint and "wrong certificate" in complaint
     assert client.poll() is None
     cluster.worker("tr", "a-z", "A-Z")
     assert client.communicate(b"for the worker", timeout=60) == (b"FOR THE WORKER", b"") and client.returncode == 0
-    until(lambda: any("completed by" in line for line in crat.lines()))
+    crat.says("completed by")
     assert len([line for line in crat.lines() if "rats out" in line]) == 1
 
 
@@ -3854,7 +3871,7 @@ def test_busy_that_answers_an_old_announcement_is_none(cluster):
             ear.mouth.sendto(make_datagram(cexec.BUSY, forged, nonce, 0,
                                                **filled(cexec.BUSY, attempt=tries(), ahead=7)),
                              (address, client_of.port))
-            until(lambda: read(client.log).count(b"dropped BUSY") > before, "a forged one")
+            client.says("dropped BUSY", before + 1)
         until(lambda: tries() > cexec.FRESH_TRIES + 1, "a fifth try")
         until(lambda: said(b": it is old", 1), "a word on it")
         assert b"is busy" not in read(client.log)
@@ -3924,7 +3941,7 @@ def test_before_go_the_search_goes_on_whatever_a_worker_does(cluster):
             peer.asked()
             peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=os.urandom(8),
                       address="127.0.0.1")      # once is enough
-            until(lambda: b"HELLO out of place" in read(client.log), "the end of this offer")
+            client.says("HELLO out of place")
             assert peer.next() is None
         for name, refuse in REFUSALS:
             with play_worker(announced, address, key) as peer:
@@ -4638,7 +4655,7 @@ def test_command_that_cannot_run(cluster, command, status, reason):
     assert said.decode() == (
         "cexec: worker %s cannot run its command: %s: %s\n" % (NODE, command, reason))
     assert cluster.client(input=b"").returncode == status
-    until(lambda: read(worker.log).count(b": missing ") == 2, "the supervisor's line")
+    worker.says(": missing ", 2, 2)
     assert read(worker.log).decode().count("cservice: refuses jobs: %s: %s\n" % (command, reason)) == 1
     assert b": failed" not in read(worker.log) and b"-> ACCEPT" not in read(worker.log)
 
@@ -4655,8 +4672,7 @@ def test_a_command_that_only_exec_cannot_start(cluster):
     worker = cluster.worker(command)
     said = failed(cluster.client(input=bytes(9000000)), 127).decode()
     assert said == "cexec: worker %s cannot run its command: %s: No such file or directory\n" % (NODE, command)
-    until(lambda: "cservice: %s: No such file or directory (127.0.0.1 gets 127)\n" % command
-          in read(worker.log).decode(), "the worker's message")
+    worker.says("cservice: %s: No such file or directory (127.0.0.1 gets 127)\n" % command)
     assert b": failed" not in read(worker.log)
 
 
@@ -5529,9 +5545,10 @@ def test_a_lost_job_from_file_to_file_is_run_again_elsewhere(cluster, where):
         assert source.seek(0, os.SEEK_CUR) == 8 + len(data)
     assert len(set(runs(cluster))) == 2
     assert [read(worker.log).count(b"forked for") for worker in workers] == [1, 1]
-    lines = until(lambda: len(crat.lines()) == 2 and crat.lines(), "both alerts")
-    assert "rats out 127.0.0.1" in lines[0] and ", lost, run again: " in lines[0]
-    assert "completed by 127.0.0.1 for app.pub exit code 3" in lines[1]
+    crat.says("\n", 2, 2)
+    complaint, success = crat.lines()
+    assert "rats out 127.0.0.1" in complaint and ", lost, run again: " in complaint
+    assert "completed by 127.0.0.1 for app.pub exit code 3" in success
     no_defect(*[read(worker.log) for worker in workers])
 
 
@@ -5712,7 +5729,7 @@ def test_twenty_jobs_while_workers_are_killed(cluster):
     assert [job.result() for job in jobs] == [(0, b"", True)] * STORM_JOBS
     print("killed:", killed)
     assert killed["supervisor"] > 2
-    until(lambda: sum(" completed by " in line for line in logger.lines()) == STORM_JOBS, "every job's alert")
+    logger.says(" completed by ", STORM_JOBS, STORM_JOBS)
     assert any("lost, run again" in line for line in logger.lines())
 
 
@@ -5820,7 +5837,7 @@ def test_without_a_command_there_is_nothing_to_run(cluster):
         peer.send(cexec.AUTH, proof=asker.proof(peer))
         peer.send(cexec.JOB)
         assert peer.next() is None
-    until(lambda: b"no command" in read(worker.log), "its complaint")
+    worker.says("no command")
 
 
 @pytest.mark.parametrize("batch_of", [0, 3])
@@ -5853,8 +5870,8 @@ def test_the_one_that_takes_arguments_is_busy(cluster):
     first = cluster.start_client("cat", stdin=subprocess.PIPE)
     until(lambda: len(cluster.alive()) > 4, "the first job")
     second = verbose_client(cluster, "echo", "x", stdout=subprocess.PIPE)
-    until(lambda: "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE; "
-                  "waits for a worker that is busy" in second.said(), "an objection")
+    second.says("takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE; "
+                "waits for a worker that is busy")
     first.communicate(b"")
     assert second.communicate()[0] == b"x\n" and first.returncode == second.returncode == 0
 
@@ -6763,7 +6780,7 @@ def test_a_directory_is_removed_when_there_is_a_process_for_it_again(farm):
             REMOVAL_PAUSE=0.1)
     worker = farm.serve()
     assert farm.work("-n", farm.pub, "sh", "-c", "echo > left; echo > " + short).returncode == 0
-    until(lambda: b"cannot be removed: " in read(worker.log), "the first try")
+    worker.says("cannot be removed: ")
     assert len(left(farm)) == 1
     os.unlink(short)
     assert all_gone(farm) and read(worker.log).count(b"cannot be removed: ") == 1
@@ -6871,7 +6888,7 @@ def test_kills_leave_no_directory(farm, phase, victim):
                 os.kill(pid, signal.SIGKILL)
     client.wait(PATIENCE)
     until(lambda: left(farm) == [], "their removal", 20)
-    until(lambda: not children_of(farm.worker_of_job.pid), "the end of all")
+    farm.worker_of_job.idles()
     assert not os.path.exists(os.path.join(farm.desk, "big"))
 
 
@@ -6895,7 +6912,7 @@ def test_what_a_crash_has_left_goes_at_the_next_start(farm):
         if read("/proc/%d/comm" % pid) == b"sleep\n":
             os.kill(pid, signal.SIGKILL)
     worker = farm.serve()
-    until(lambda: not children_of(worker.pid), "the first look")
+    worker.idles()
     assert os.path.exists(path)                 # too new to be sure
     os.utime(path, (1, 1))
     farm.serve()
@@ -6962,7 +6979,7 @@ def test_a_command_that_is_stopped_before_its_exec_holds_no_slot(farm):
     worker = farm.serve("-u", "nobody")
     assert farm.work("-n", farm.pub, "echo").returncode == 128 + 9
     assert all_gone(farm)
-    until(lambda: not children_of(worker.pid), "the end of all")
+    worker.idles()
 
 
 def test_the_users_rights_remove_what_a_job_has_left(farm):
@@ -6978,7 +6995,7 @@ def test_the_users_rights_remove_what_a_job_has_left(farm):
     os.chmod(os.path.dirname(victim), 0o777)
     script = 'mkdir -p a/b; mv ../shared/victim a/b; touch c; mkdir -p e/f; chmod 0 e/f e; ln -s ../shared d'
     output(farm.work("-n", farm.pub, "sh", "-c", script))
-    until(lambda: b"removed" in read(worker.log), "the message")
+    worker.says("removed")
     place, = set(left(farm)) - {"shared"}
     assert contents(os.path.join(farm.place, place)) == {"a/b/victim/private/thesis": "x"}
     lines = [line for line in read(worker.log).decode().splitlines() if "removed" in line]
@@ -6992,7 +7009,7 @@ def test_a_directory_of_the_job_that_is_another_disk_stays(farm):
     worker = farm.serve()
     script = "mkdir -p a/b; touch a/c; mount -t tmpfs none a/b && touch a/b/kept"
     output(farm.work("-n", farm.pub, "sh", "-c", script))
-    until(lambda: b"a/b: another disk is mounted there" in read(worker.log), "the message")
+    worker.says("a/b: another disk is mounted there")
     kept, = glob.glob(farm.place + "/*/a/b/kept")
     assert os.listdir(os.path.dirname(os.path.dirname(kept))) == ["b"]
     subprocess.run(["umount", os.path.dirname(kept)], check=True)
@@ -7042,7 +7059,7 @@ def test_a_job_is_over_before_its_directory_is_removed(farm):
     assert farm.work("-n", farm.pub, "sh", "-c", "echo $CEXEC_SLOT").stdout == b"1\n"
     until(lambda: len(left(farm)) == 1, "the removal of what is empty, without a process")
     worker.send_signal(signal.SIGTERM)
-    until(lambda: b"draining" in read(worker.log), "the signal")
+    worker.says("draining")
     assert worker.poll() is None
     with open(gate, "w"):
         pass
@@ -8085,7 +8102,7 @@ def test_workers_that_drain_are_listed_and_marked(cluster):
     worker = cluster.worker("cat", env={"CONCURRENCY": "2"})
     job = held_job(cluster)
     worker.terminate()
-    until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
+    worker.says("draining: 1 jobs run")
     assert [json.loads(line)["state"] for line in survey(cluster, "-j").stdout.splitlines()] == ["draining"]
     done = survey(cluster)
     assert "\tdraining\t-\t" in done.stdout and done.returncode == 0
@@ -8343,7 +8360,8 @@ def test_five_hundred_files_a_kill_and_an_interrupt(cluster):
         "cexec: interrupted: %d of 500 files are done; the same command again does the rest" % len(done))
     rows = rows_of_log(cluster.path("log"))
     assert {names[int(row["Seq"]) - 1] + b".done" for row in rows if row["Exitval"] == "0"} == done
-    until(lambda: not any(children_of(worker.pid) for worker in workers), "the commands' end")
+    for worker in workers:
+        worker.idles()
     before = collections.Counter(begun(cluster))
 
     second = client()
@@ -8919,7 +8937,7 @@ def test_reader_of_the_outputs_leaves(cluster):
     assert client.stdout.readline() == b"0\n"
     client.stdout.close()
     assert client.wait(PATIENCE) == -signal.SIGPIPE and client.said() == ""
-    until(lambda: not children_of(worker.pid), "the end of the commands")
+    worker.idles()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -9084,7 +9102,7 @@ def test_halt_lets_those_that_run_end(cluster):
     cluster.worker("sh", "-c", NOTED + 'case "$PEER_FILE" in f001) exit 3;; esac; until [ -e go ]; do sleep 0.02; '
                    'done; cat', env={"CONCURRENCY": "3"})
     client = start_batch(cluster, *names, options=["--halt", "1", "-o", "-"], stdout=open(cluster.path("all"), "wb"))
-    until(lambda: "exit status 3" in client.said(), "the failure")
+    client.says("exit status 3")
     make_file(cluster, "go")
     assert client.wait(PATIENCE) == 1 and len(begun(cluster)) <= 4
     assert read(cluster.path("all")) == b"".join(
@@ -9219,7 +9237,7 @@ def test_a_batch_waits_for_the_worker_that_has_its_command(cluster):
         time.sleep(0.1)
     assert tools.good.wait(PATIENCE) == 0
     put(cluster.path("tools/tool"), "#!/bin/sh\nexec cat\n", 0o755)
-    until(lambda: client.said().count(": refused: tool: ") >= 3, "refusals, with a second between them")
+    client.says(": refused: tool: ", 3)             # a second between them
     cluster.worker("tool", env=tools.path("tools"))
     assert client.wait(PATIENCE) == 0
     assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
@@ -9235,7 +9253,7 @@ def test_a_command_that_goes_during_a_batch(cluster):
     one, two = ({"PATH": cluster.path(place) + ":/usr/bin:/bin", "CONCURRENCY": "1"} for place in ("one", "two"))
     first = cluster.worker("tool", env=one)
     client = start_batch(cluster, *names, options=["-v", "-j", "1"])
-    until(lambda: " before it began" in client.said(), "the next job")
+    client.says(" before it began")
     second = cluster.worker("tool", env=two)
     assert client.wait(PATIENCE) == 0
     assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
@@ -9398,7 +9416,7 @@ def test_a_worker_where_jobs_fail_that_succeed_elsewhere_rests(cluster):
     names = made_files(cluster, 60)
     bad, good = bad_and_good(cluster, "[ -e well ] && exec cat; sleep 0.05; exit 1", "sleep 0.1; exec cat", "2")
     client = start_batch(cluster, *names, options=["-v", "--retries", "1", "--log", "log"])
-    until(lambda: " gets no more jobs for " in client.said(), "the rest")
+    client.says(" gets no more jobs for ")
     make_file(cluster, "well")
     assert client.wait(PATIENCE) == 0 and client.said().count(" gets no more jobs for ") == 1
     assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
@@ -9412,7 +9430,7 @@ def test_a_batch_ends_that_has_only_a_resting_worker_left(cluster):
     bad, good = bad_and_good(cluster, "exit 1", "sleep 0.1; exec cat", "2")
     client = start_batch(cluster, *made_files(cluster, 200), options=["-v", "--retries", "1"],
                          env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    until(lambda: " gets no more jobs for " in client.said(), "the rest")
+    client.says(" gets no more jobs for ")
     good.kill()
     assert client.wait(PATIENCE) == 111
     assert re.search(r"\ncexec: no worker took the job in \d+ s: worker %s\S* gets no jobs now: its last \d+ have "
@@ -9585,7 +9603,7 @@ def test_connections_are_kept(cluster):
     assert supervisors(worker) == 1 and read(worker.log).count(b"-> EXIT") == 100
     for name in names:
         assert read(cluster.path(name + ".out")) == name.encode() + b" y\n" + read(cluster.path(name))
-    until(lambda: sum("completed by" in line for line in logger.lines()) == 100, "a line for each file")
+    logger.says("completed by", 100, 100)
     assert sum("exit code 0" in line for line in logger.lines()) == 100
     no_defect(read(worker.log))
 
@@ -9620,7 +9638,7 @@ def test_another_client_is_served_in_the_middle_of_a_batch(cluster):
         until(lambda before=before: len(begun(cluster)) >= before + 3, "some of the batch")
         other = verbose_client(cluster, "FILE=other", stdout=subprocess.DEVNULL)
         nonce = until(lambda: re.search(r"ANNOUNCE (\w+)", other.said()), "the other's announcement").group(1)
-        until(lambda: b"<- ANNOUNCE " + nonce.encode() in read(worker.log), "its arrival")
+        worker.says("<- ANNOUNCE " + nonce)
         at = len(begun(cluster))
         assert other.wait(PATIENCE) == 0
         place = len(begun(cluster)) - 1 - begun(cluster)[::-1].index(b"other")
@@ -9752,7 +9770,7 @@ def test_signals_end_a_batch_and_its_commands(cluster, number):
     assert signalled(client, number) == -number
     assert client.said() == "cexec: interrupted: 0 of 9 files are done; the same command again does the rest\n"
     assert not parts(cluster.directory) and not [name for name in os.listdir(cluster.directory) if ".out" in name]
-    until(lambda: not children_of(worker.pid), "the end of the commands")
+    worker.idles()
 
 
 def test_an_interrupted_batch_that_does_all_again_does_not_say_the_rest(cluster):
@@ -9776,7 +9794,7 @@ def test_killed_batch_is_taken_up_again(cluster):
         os.path.getsize, map(cluster.path, parts(cluster.directory)))) == 2, "the start")
     signalled(client, signal.SIGKILL)
     assert len(parts(cluster.directory)) >= 2
-    until(lambda: not children_of(worker.pid), "the end of the commands")
+    worker.idles()
     make_file(cluster, "go")
     assert batch(cluster, *names).returncode == 0
     for name in names:
@@ -9812,7 +9830,7 @@ def test_stopped_client_goes_on(cluster):
     client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
     until(lambda: len(begun(cluster)) == 2, "the second file")
     client.send_signal(signal.SIGSTOP)
-    until(lambda: read(worker.log).count(b"-> EXIT") == 2, "its end")
+    worker.says("-> EXIT", 2, 2)
     time.sleep(1.5)                     # OFFER_SECONDS
     assert signalled(client, signal.SIGCONT) == 0, client.said()
     assert len(begun(cluster)) == 6 and client.said() == "" and not any("rats out" in line for line in logger.lines())
@@ -10052,7 +10070,7 @@ def test_signals_end_blocks_and_their_commands(cluster, number):
     until(lambda: len(begun(cluster)) == 2, "two at a time")
     assert signalled(client, number) == -number
     assert read(cluster.path("said")) == b"cexec: interrupted: the output of 0 blocks was printed\n"
-    until(lambda: not children_of(worker.pid), "the end of the commands")
+    worker.idles()
 
 
 def test_reader_of_the_blocks_leaves(cluster):
@@ -10188,7 +10206,7 @@ def free_again(cluster, worker):
     """That the worker's only slot is free within the time that an offer may take."""
     began = time.monotonic()
     assert cluster.client(input=b"ab").stdout == b"ab"
-    until(lambda: not children_of(worker.pid), "the supervisor's end")
+    worker.idles()
     no_defect(read(worker.log))
     return time.monotonic() - began
 
@@ -10225,9 +10243,9 @@ def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
     with BatchPeer(cluster) as client:
         client.peer.raw(data_frame(0, b"one"))
         client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
-        until(lambda: b"-> EXIT" in read(worker.log), "the end of the first job")
+        worker.says("-> EXIT")
         other = verbose_client(cluster)
-        until(lambda: "try 4, " in other.said(), "more than the time that a JOB has")
+        other.says("try 4, ")
         assert "-> GO" not in other.said()
         size, end = 0, None
         while end is None:
@@ -10282,7 +10300,7 @@ def test_thousands_of_jobs_on_one_connection(cluster, rows):
     """The supervisor has as many descriptors and as much memory as after the first hundred."""
     count = 3000 if rows[0][2] == 1 else 300
     worker = cluster.worker("true", env={"CONCURRENCY": "1"}, verbose=False)
-    until(lambda: listening(worker.pid), "the start")
+    worker.listens()
     with BatchPeer(cluster) as client:
         figures = []
         for number in range(count):
@@ -10962,14 +10980,14 @@ def test_replayed_announcement_runs_nothing(cluster):
                 assert peer.next() is None
             ear.say(announced.data)             # as it was sent: a lower try than it knows
             ear.say(claimed.data)
-            until(lambda: read(fresh.log).count(b"<- CLAIM") >= 1, "the claim's replay")
+            fresh.says("<- CLAIM")
             assert read(fresh.log).count(b"offer to") == 1
             signalled(fresh)
         fresh = cluster.worker(*command)
         known = read(first.log).count(b"<- ANNOUNCE")
         ear.say(announced.data)                 # the return address is whoever sends it, its port is closed
-        until(lambda: b"Connection refused" in read(fresh.log), "an offer to nobody")
-        until(lambda: read(first.log).count(b"<- ANNOUNCE") > known, "the first worker's hearing all that")
+        fresh.says("Connection refused")
+        first.says("<- ANNOUNCE", known + 1)    # so it has heard all before that too
         assert b"offer to" not in read(first.log) and read(first.log).count(b"forked") == 1    # it knows that job
         trap.settimeout(0)
         with pytest.raises(OSError):
@@ -11089,7 +11107,7 @@ def test_connection_stays_after_a_command_that_cannot_be_started(cluster):
         peer.expect(cexec.EOF)
         assert peer.expect(cexec.EXIT).status == cexec.EXIT_NOT_FOUND and peer.next() is None
         until(lambda: state_of(supervisor) == "S", "the supervisor to wait")
-    until(lambda: not children_of(worker.pid), "the supervisor's end")
+    worker.idles()
 
 
 def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
@@ -11098,7 +11116,7 @@ def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
     def heard(count):
         """Returns how many complaints of so many ALERTs counted; the last is no complaint, so all others are done."""
         other.say(cexec.ALERT, event=cexec.ALERT_EXITED)
-        until(lambda: read(worker.log).count(b"<- ALERT") == count, "ALERT %d" % count)
+        worker.says("<- ALERT", count, count)
         return read(worker.log).count(b"a complaint about us")
 
     with Asker(cluster) as asker, Asker(cluster) as other:
@@ -11115,7 +11133,7 @@ def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
         asker.complain(worker_id)
         asker.complain(worker_id)
         assert heard(11) == 1
-        until(lambda: b"offer to 127.0.0.1:%d" % asker.port in read(worker.log))
+        worker.says("offer to 127.0.0.1:%d" % asker.port)
     assert cluster.client().returncode == 0     # later, but served
 
 
@@ -11128,13 +11146,13 @@ def test_only_who_announced_a_job_can_claim_it(cluster):
         own_claim = ear.wait_for(cexec.CLAIM)[0]        # it has the slot now
         victim = searching_client(cluster, group_port(cluster), CEXEC_TIMEOUT_ACCEPT="15")
         nonce = ear.wait_for(cexec.ANNOUNCE, known=[own_claim.nonce])[0].nonce
-        until(lambda: b"every slot of a worker is busy" in read(victim.log), "a place in the line")
+        victim.says("every slot of a worker is busy")
         for pub, token in ((cluster.pub, os.urandom(32)), (cluster.pub, own_claim.body.token),
                            (cluster.path("app-bob.pub"), os.urandom(32))):
             before = read(worker.log).count(b"<- CLAIM")
             with Asker(cluster, cexec.open_pub(pub)) as forger:
                 forger.say(cexec.CLAIM, nonce=nonce, token=token, offers=9)
-            until(lambda: read(worker.log).count(b"<- CLAIM") == before + 1, "a forged claim")
+            worker.says("<- CLAIM", before + 1, before + 1)
         assert holder.communicate(b"held", timeout=60)[0] == b"held"
         assert victim.communicate(b"waited", timeout=60)[0] == b"waited" and victim.returncode == 0, read(victim.log)
 
@@ -11150,7 +11168,7 @@ def test_a_worker_without_descriptors_refuses_and_serves_later(cluster):
     highest = max(map(int, os.listdir("/proc/%d/fd" % worker.pid)))
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (highest + 2, hard))
     clients = [cluster.start_client(stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
-    until(lambda: read(worker.log).count(b"-> REFUSE") >= 2, "two refusals")
+    worker.says("-> REFUSE", 2)
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (limit, hard))
     for client in clients:
         assert client.communicate(b"served", timeout=60)[0] == b"served"
@@ -11270,7 +11288,7 @@ def test_a_thousand_garbage_connections(cluster):
         assert rss(client.pid) - before < 24 << 20
         mouth.say(announced.readdressed("127.0.0.1", announced.port, 1))
         assert client.communicate(b"found", timeout=60)[0] == b"found" and client.returncode == 0
-        until(lambda: any("completed by 127.0.0.1" in line for line in crat.lines()))
+        crat.says("completed by 127.0.0.1")
     complaints = [line for line in crat.lines() if "rats out" in line]
     assert 1 <= len(complaints) <= 16 and len({line.split()[3] for line in complaints}) == len(complaints)
     assert all("127.0.0.1 rats out" in line and "unverified" not in line for line in complaints)
@@ -11381,7 +11399,7 @@ def test_resize_needs_a_terminal(cluster, rows, term, status):
             kinds.append(found and found[0])
         assert (cexec.EXIT in kinds) == (status is not None)
     if status is None:
-        until(lambda: b"RESIZE without a terminal" in read(worker.log), "the worker's word on it")
+        worker.says("RESIZE without a terminal")
 
 
 def test_the_size_is_there_from_the_start(cluster):
@@ -11423,13 +11441,13 @@ def test_a_worker_ends_with_its_line_full_and_another_takes_over(cluster, how):
     until(lambda: size_of(cluster, "begun") == 1, "the first job")
     line = [verbose_client(cluster, "CMD=echo %d >>order; exit 8" % number) for number in range(3)]
     for client in line:
-        until(lambda: "every slot of a worker is busy" in client.said(), "a place in the line")
+        client.says("every slot of a worker is busy")
     new = None
     for _ in range(2 if how == "told twice" else 1):
         old.send_signal(signal.SIGKILL if how == "killed" else signal.SIGTERM)
         if new is None:
             if how != "killed":
-                until(lambda: b"draining: 1 jobs run" in read(old.log), "draining")
+                old.says("draining: 1 jobs run")
             new = cluster.shell_worker(env={"CONCURRENCY": "1"})
             assert [client.wait(PATIENCE) for client in line] == [8, 8, 8]
             assert running.poll() is None and (how == "killed" or old.poll() is None)
@@ -11476,7 +11494,7 @@ def test_clients_that_never_close_are_bounded(cluster):
             peer.expect(cexec.EXIT)
             pids += set(children_of(worker.pid)) - set(pids)
         until(lambda: children_of(worker.pid) == pids[:1] + pids[4:], "the end of the first three of the second name")
-    until(lambda: not children_of(worker.pid), "the end of all")
+    worker.idles()
     no_defect(read(worker.log))
 
 
@@ -11486,7 +11504,7 @@ def test_a_supervisor_that_fails_after_go_does_not_refuse_the_job(cluster):
     worker = cluster.worker("cat")
     said = failed(cluster.client()).decode()
     assert re.fullmatch(lost_with("; the command may have run (cexec -r runs it again)"), said)
-    until(lambda: b"cservice: supervisor: MemoryError: " in read(worker.log), "the worker's message")
+    worker.says("cservice: supervisor: MemoryError: ")
 
 
 def test_a_service_ends_though_an_exit_is_queued_to_a_client_that_never_reads(cluster):
@@ -11499,10 +11517,10 @@ def test_a_service_ends_though_an_exit_is_queued_to_a_client_that_never_reads(cl
         asker.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         rows = [(number, number, cexec.FLAG_OUTPUT) for number in range(500)]
         with asker.begin(**filled(cexec.JOB, descriptors=rows)):
-            until(lambda: "done" in read(worker.log).decode(), "the end of the job")
+            worker.says("done")
             for _ in range(2):
                 worker.send_signal(signal.SIGTERM)
-                until(lambda: b"draining" in read(worker.log), "draining")
+                worker.says("draining")
             assert worker.wait(PATIENCE) == 0
     no_defect(read(worker.log))
 
@@ -11707,7 +11725,8 @@ def test_interrupt_keeps_what_has_come_and_names_who_is_missing(cluster):
     slow = next(line for line in read(cluster.path("out")).splitlines() if b"begun" in line).partition(b": ")[0]
     assert read(cluster.path("out")).endswith(slow + b": half\n")
     assert read(cluster.path("err")) == b"cexec: interrupted: not over on " + slow + b"\n"
-    until(lambda: not any(children_of(worker.pid) for worker in workers), "the end of the commands")
+    for worker in workers:
+        worker.idles()
 
 
 def test_lines_of_every_worker_stay_whole(cluster):
@@ -11730,7 +11749,7 @@ def test_an_announcement_for_one_worker_is_nothing_to_others(cluster):
     worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
     with Asker(cluster) as asker:
         asker.say(cexec.ANNOUNCE, attempt=1, only=b"somebody")
-        until(lambda: b"<- ANNOUNCE" in read(worker.log), "the announcement")
+        worker.says("<- ANNOUNCE")
     assert cluster.client(input=b"x").stdout == b"x" and read(worker.log).count(b"offers ") == 1
 
 
@@ -12447,7 +12466,8 @@ def test_logs_that_were_really_written(cluster):
     for name in "04":
         put(cluster.path(name), name + "\n")
     cluster.run("cexec", "-m", "--log", "ours", cluster.pub, "--", "0", "4")
-    put(cluster.path("alerts"), "\n".join(until(lambda: len(crat.lines()) == 2 and crat.lines(), "both alerts")))
+    crat.says("\n", 2, 2)
+    shutil.copy(crat.log, cluster.path("alerts"))
     for name, words in (("theirs", "exit 3\nexit status 3\nthis host, "), ("ours", "4\nexit status 4\n%s, " % NODE),
                         ("alerts", "app.pub for anyone at 127.0.0.1\nexit status 4\n%s[127.0.0.1], " % NODE)):
         picture, said = drawn(cluster, name)
@@ -12629,7 +12649,7 @@ def test_what_goes_through_a_proxy_comes_out(proxy):
     assert take(client, 1 << 20) == back[:1 << 20]
     worker.close()
     assert client.recv(1) == b""
-    until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
+    proxy.process.says("ends: done")
     proxy.tidy()
     assert b"internal error" not in read(proxy.log) and proxy.process.poll() is None
 
@@ -12676,7 +12696,7 @@ def test_a_side_that_stalls_stalls_the_other(proxy):
     assert worker.recv(1) == b""
     proxy.rests()
     assert len(take(client, sent + 1)) == sent
-    until(lambda: b"ends: done" in read(proxy.log), "the end of the join")
+    proxy.process.says("ends: done")
 
 
 @pytest.mark.parametrize("side", ["client", "worker"])
@@ -12795,7 +12815,7 @@ def test_a_chain_of_three_proxies(hosts):
         second = in_line(hosts, 0, "CMD=true", space=client)        # BUSY comes back through all three
         outcomes(first, second)
         job_crosses(hosts, client, worker, 1)
-        until(lambda: len(logger.lines()) >= 3, "the alerts")
+        logger.says("\n", 3)
         copies = until(lambda: (lambda c: c if len({frozenset(n) for n in c.values()}) == 1 else None)(
             census.copies()), "the same datagrams everywhere")
         print("chain: %d datagrams, copies at most %s" % (len(copies["na"]), census.most()))
@@ -12897,7 +12917,7 @@ def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
     for group in (None, "10.78.0.2"):
         done = hosts.client("CMD=cat", space=client, env={"CEXEC_TIMEOUT_ACCEPT": "2", "GROUP": group})
         assert done.returncode == 111 and (b"no worker reached us" if group else b"no worker answered") in done.stderr
-    assert heard(worker)
+    assert b"<- ANNOUNCE" in read(worker.log)
     hosts.proxy("10.78.0.1", space=gateway)
     data = os.urandom(3 << 20)
     done = hosts.client("CMD=cat; echo $REMOTE_ADDR >&2; exit 5", space=client, input=data)
@@ -12910,7 +12930,7 @@ def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
 def test_nothing_crosses_without_a_proxy(hosts, crossing):
     worker = hosts.worker("cat", space=crossing.worker)
     done = hosts.client(space=crossing.client, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    assert done.returncode == 111 and not heard(worker)
+    assert done.returncode == 111 and b"<- ANNOUNCE" not in read(worker.log)
 
 
 @pytest.mark.parametrize("target", [None, "10.78.0.255", "right:255.255.255.255", "10.78.0.2", "239.7.7.7",
@@ -12923,7 +12943,7 @@ def test_a_job_crosses_a_proxy(hosts, crossing, target):
     assert ended(hosts.client("CMD=cat; echo $REMOTE_ADDR $SERVER_ADDR; echo oh >&2; exit 7", space=crossing.client,
                               input=b"in\n")) == (7, b"in\n10.78.0.1 10.78.0.2\n", b"oh\n")
     for logger, client in zip(loggers, ("10.77.0.1", "10.78.0.1")):
-        until(logger.lines, "a line on either side")
+        logger.says()
         assert [line.startswith("%s completed by 10.78.0.2 for app.pub exit code 7" % client)
                 for line in logger.lines()] == [True], logger.lines()
 
@@ -12950,7 +12970,7 @@ def test_the_last_byte_crosses_to_a_slow_link(hosts, crossing):
     slow_down(crossing.gate, "left")
     client = hosts.start_client(space=crossing.client, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env={"CEXEC_TIMEOUT_PINGPONG": "2"})
-    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+    worker.says("ended, done")
     assert client.poll() is None
     assert outcome(client) == (bytes(40000), b"")
 
@@ -12961,7 +12981,7 @@ def test_a_client_that_vanishes_behind_a_proxy(hosts, crossing):
     altered(hosts, GONE_SECONDS=2.0)
     proxy = crossing.proxy()
     client = hosts.start_client(mark[5:], space=crossing.client, stdout=subprocess.DEVNULL)
-    until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output")
+    worker.says("CREDIT", 4)
     ip("-n", crossing.client, "link", "set", "dev", "left", "down")
     client.kill()
     until(lambda: not processes_with(mark), "the end of the command")
@@ -13041,7 +13061,7 @@ def test_proxies_in_opposite_directions_do_not_storm(hosts, gates):
         assert hosts.client(space=client, env={"CEXEC_TIMEOUT_ACCEPT": "2"}).returncode == 111
         hosts.shell_worker(space=worker)
         assert ended(hosts.client("CMD=cat", space=client, input=b"in\n")) == (0, b"in\n", b"")
-        until(logger.lines, "the alert")
+        logger.says()
         copies = [collections.Counter(datagram.identity for interface, datagram in capture.datagrams()
                                       if interface != "lo") for capture in (left, right)]
     assert len(copies[0]) >= 6 and copies[0].keys() == copies[1].keys()
@@ -13067,7 +13087,7 @@ def test_a_worker_killed_behind_a_proxy(hosts, crossing):
     job = held_job(hosts, space=crossing.client)
     for _ in range(2):
         worker.terminate()
-        until(lambda: b"draining" in read(worker.log), "draining")
+        worker.says("draining")
     lost(job)
 
 
@@ -13080,7 +13100,7 @@ def test_a_client_killed_behind_a_proxy(hosts, crossing):
     assert len(processes_with(mark)) == 1
     job.kill()
     until(lambda: not processes_with(mark), "the end of the command")
-    until(lambda: b"ends: done" in read(proxy.log), "the end of both connections")
+    proxy.says("ends: done")
 
 
 def tcp_socket(space):
@@ -13497,7 +13517,7 @@ class Boxes:
             process = self.cluster.start("cservice", "-s", hosts, *words, key or self.key, *command,
                                          stdout=out, stderr=err, space=self.spaces["here"], start_new_session=True,
                                          env=dict({"CEXEC_SSH": self.ssh}, **env))
-        process.said = lambda: read(log).decode()
+        process.log = log
         process.shown = lambda: read(log + ".out").decode()
         if up:
             self.up(process, up)
@@ -13614,7 +13634,7 @@ def test_options_and_settings_hold_there(boxes):
     env = {"GROUP": "10.0.9.2:4000"}
     assert farm.client(pub=farm.cluster.path("alice.pub"), env=env).stdout == b"nobody\n7 5 10.0.9.255:4000\n"
     assert farm.client(pub=farm.cluster.path("bob.pub"), env=dict(env, CEXEC_TIMEOUT_ACCEPT="1")).returncode == 111
-    until(lambda: "a: cservice: dropped" in process.said(), "the refusal")
+    process.says("a: cservice: dropped")
     worker, = farm.workers("a")
     assert b"-iv" in words_of(worker) or b"-Sc" in words_of(worker)         # Python 3.6 and 3.7 have no memfd
     assert read(farm.key).split()[5] not in read("/proc/%d/cmdline" % worker) + read("/proc/%d/environ" % worker)
@@ -13668,7 +13688,7 @@ def test_a_host_that_is_not_heard(boxes):
     block(farm.spaces["b"], "-p", "udp")
     process = farm.start("a,b", "true", GROUP="10.0.9.2,10.0.9.3")      # without this host, so not through ssh either
     assert [row.split("\t")[1] for row in farm.up(process, 1)] == ["10.0.9.2"]
-    until(lambda: "\n" in process.said(), "the line about b")
+    process.says()
     assert farm.said(process) == (
         "cservice: b: serves, but is not heard on 10.0.9.2,10.0.9.3: let UDP port 3010 in through its firewall, or add "
         "127.0.0.1 to GROUP (cexec(1), The group): then it is reached through ssh\n")
@@ -13692,9 +13712,9 @@ def test_hosts_that_fail_stop_nothing(boxes):
     for host, hint in (("c", ""), ("nosuch@a", " (ssh nosuch@a true must work without a question)")):
         assert "cservice: %s: ssh failed; tries again in 1 s, then less often%s\n" % (host, hint) in process.said()
     farm.open("c")
-    until(lambda: "cservice: c: serves now\n" in process.said(), "c")
+    process.says("cservice: c: serves now\n")
     farm.cut("c")                           # and once more, when it is up
-    until(lambda: process.said().count("cservice: c: serves now\n") == 2, "c again")
+    process.says("cservice: c: serves now\n", 2, 2)
     said = process.said()
     assert said.count("instead of a worker") == 2 and said.count("bare@a: ") == 2
     assert said.count("nosuch@10.0.9.2: Permission denied") == 1        # of several tries
@@ -13715,7 +13735,8 @@ def test_no_host_starts(boxes):
 def test_a_signal_before_any_worker_is_up(boxes):
     farm = boxes("a", "b", opened=False)
     process = farm.start("a,b", "cat")
-    until(lambda: "b: ssh failed" in process.said() and "a: ssh failed" in process.said(), "failures")
+    for name in "ab":
+        process.says(name + ": ssh failed")
     assert signalled(process, signal.SIGINT) == 111
 
 
@@ -13733,7 +13754,7 @@ def test_the_first_signal_drains_and_the_second_ends_the_jobs(boxes):
     process = farm.start("a,b", *JOB, CONCURRENCY="1", up=2)
     (one, go), (two, _) = started_job(farm), started_job(farm)
     os.killpg(process.pid, signal.SIGINT)       # as a terminal does it
-    until(lambda: "cservice: drains" in process.said(), "the drain")
+    process.says("cservice: drains")
     touch(go)
     assert outcome(one)[0] == b"done\n"
     until(lambda: sum(bool(farm.workers(name)) for name in "ab") == 1, "the end of the idle worker")
@@ -13768,9 +13789,9 @@ def test_the_network_to_a_host_is_lost(cluster, boxes):
     old, = farm.workers("b")
     ip("-n", farm.spaces["b"], "link", "set", "lan", "down")
     until(lambda: not farm.workers("b"), "the end of the worker")
-    until(lambda: "cservice: b: ssh failed; tries again in 1 s" in process.said(), "the loss")
+    process.says("cservice: b: ssh failed; tries again in 1 s")
     ip("-n", farm.spaces["b"], "link", "set", "lan", "up")
-    until(lambda: "cservice: b: serves now" in process.said(), "the return")
+    process.says("cservice: b: serves now")
     assert old not in farm.workers("b") and process.poll() is None
 
 
@@ -13781,7 +13802,7 @@ def test_a_stopped_starter_finds_its_hosts_drained(cluster, boxes):
     process.send_signal(signal.SIGSTOP)
     until(lambda: not farm.workers("a"), "the end of the worker")
     process.send_signal(signal.SIGCONT)
-    until(lambda: "cservice: a: serves now" in process.said(), "another")
+    process.says("cservice: a: serves now")
     assert "cservice: a: the worker ended; tries again in 1 s, then less often\n" in process.said()
 
 
@@ -13823,8 +13844,10 @@ def local(cluster):
     def start(script, hosts, *words):
         put(cluster.path("login"), "#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(cluster.directory), script), 0o700)
         with open(cluster.log, "wb") as file:
-            return cluster.start("cservice", "-s", hosts, *words, stdout=file, stderr=file,
-                                 env={"CEXEC_SSH": shlex.quote(cluster.path("login"))})
+            process = cluster.start("cservice", "-s", hosts, *words, stdout=file, stderr=file,
+                                    env={"CEXEC_SSH": shlex.quote(cluster.path("login"))})
+        process.log, cluster.says = cluster.log, process.says
+        return process
     cluster.serve = start
     cluster.said = lambda: read(cluster.log).decode()
     return cluster
@@ -13865,7 +13888,7 @@ def test_the_third_signal_leaves_at_once(local):
     process.send_signal(signal.SIGINT)
     until(lambda: lines(2), "the first signal's effect")
     process.send_signal(signal.SIGINT)
-    until(lambda: "cservice: ends the jobs\n" in local.said(), "the second's")
+    local.says("cservice: ends the jobs\n")
     assert process.poll() is None
     assert signalled(process, signal.SIGINT) == 111
 
@@ -13891,7 +13914,7 @@ BASHRC = "does a file such as ~/.bashrc there read standard input? It is not tri
     (127, "exit status 127 instead of a worker: is python3 in the PATH of `ssh box`? " + BASHRC)])
 def test_what_follows_from_the_exit_status(local, status, says):
     process = local.serve("exit %d" % status, "box", local.key, "cat")
-    until(lambda: "cservice: box: %s\n" % says in local.said(), "the line")
+    local.says("cservice: box: %s\n" % says)
     if "again in" in says:
         process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == (100 if status == 100 else 111)
@@ -14110,7 +14133,7 @@ def test_a_line_behind_a_firewall(boxes):
     env = {"CEXEC_ACCEPT_SERVER": "10.0.9.2", "CEXEC_TIMEOUT_ACCEPT": "3"}
     second = farm.cluster.follow("cexec", "-v", farm.pub, "CMD=echo second", space=options["space"], env=env,
                                  stdout=subprocess.PIPE)
-    until(lambda: b"a worker is busy" in read(second.log), "its place")
+    second.says("a worker is busy")
     third = farm.client("CMD=true", env={"CEXEC_REJECT_SERVERS": "10.0.9.2", "CEXEC_TIMEOUT_ACCEPT": "1"})
     assert third.returncode == 111 and b"not allowed" in third.stderr and b"10.0.9.2" in third.stderr
     outcome(first)
@@ -14226,7 +14249,7 @@ def test_the_first_signal_lets_jobs_through_ssh_end(boxes):
     process = farm.start("a", *JOB, CONCURRENCY="2", up=1)
     (one, go), (two, _) = started_job(farm), started_job(farm)
     process.send_signal(signal.SIGINT)
-    until(lambda: "cservice: drains" in process.said(), "the drain")
+    process.says("cservice: drains")
     touch(go)
     assert outcome(one)[0] == b"done\n" and process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -14244,7 +14267,7 @@ def tunnelled(local):
     """A worker on this host that reaches clients only through ssh."""
     local.env["CONCURRENCY"] = "16"
     local.serving = local.serve(NO_DIRECT_WAY + 'exec sh -c "$2"', "box", local.key, "sh", "-c", SHELL)
-    until(lambda: "hosts serve" in local.said(), "the worker")
+    local.says("hosts serve")
     return local
 
 
@@ -17714,7 +17737,7 @@ def test_standard_output_that_cannot_be_written_is_said(one, words):
         process = one.popen([*one.launch, *(one.pub if word == "PUB" else word for word in words)], stdout=full,
                             stderr=subprocess.PIPE)
     if words == ["crat"]:
-        until(lambda: listening(process.pid), "a logger's start")
+        process.listens()
         assert one.client("CMD=true").returncode == 0
     applet = words[0] if words[0][0] != "-" else "cexec"
     assert process.stderr.read().decode() == applet + ": standard output: No space left on device\n"
@@ -17739,7 +17762,7 @@ def test_standard_descriptors_closed(cluster, closed):
     def start(applet, *words):
         return cluster.popen(cluster.argv(applet, *words), close_fds=False, preexec_fn=close)
     worker = start("cservice", cluster.key, "sh", "-c", SHELL)
-    until(lambda: listening(worker.pid), "a worker's start")
+    worker.listens()
     there_and_back(cluster)
     look = "CMD=for n in 0 1 2; do [ -e /proc/$$/fd/$n ] && touch %s$n; done; exit 6" % cluster.path("seen")
     assert start("cexec", cluster.pub, look).wait(PATIENCE) == 6
@@ -17751,9 +17774,9 @@ def test_standard_descriptors_closed(cluster, closed):
     if 1 in closed:
         assert logger.wait(PATIENCE) == 100
     else:
-        until(lambda: listening(logger.pid), "a logger's start")
+        logger.listens()
     relay = start("cproxy", "127.0.0.1", "127.255.255.255:9")
-    until(lambda: listening(relay.pid), "a proxy's start")
+    relay.listens()
 
 
 # ---- The door --------------------------------------------------------------
@@ -18288,7 +18311,7 @@ def test_a_job_that_is_over_gets_no_offer_whatever_is_still_heard_of_it(cluster,
     with contextlib.ExitStack() as stack:
         asker, other = (stack.enter_context(Asker(cluster)) for _ in range(2))
         asker.offer(attempt=2).sock.close()
-        until(lambda: b": connection closed" in read(worker.log), "the end of an offer that was not taken")
+        worker.says(": connection closed")
         for attempt in (2, 1):
             asker.say(cexec.ANNOUNCE, attempt=attempt)      # a copy and a replay
         peer = stack.enter_context(asker.offer(attempt=3))
@@ -18301,7 +18324,7 @@ def test_a_job_that_is_over_gets_no_offer_whatever_is_still_heard_of_it(cluster,
                 pass
         if end == "given up":
             asker.say(cexec.CLAIM, token=asker.token)
-            until(lambda: b"<- CLAIM" in read(worker.log), "the claim")
+            worker.says("<- CLAIM")
         for attempt in (3, 4, 1, 5):
             asker.say(cexec.ANNOUNCE, attempt=attempt)
         other.offer().sock.close()      # what was heard before that has had its offer
@@ -18364,7 +18387,7 @@ class Stage:
             self.start_service()
         if self.state == "in_line":
             self.first = self.start_client(GOING, self.log + "-first")
-            until(lambda: "group " in read(self.service.log).decode(), "the job before")
+            self.service.says("group ")         # the job before has started
         self.client = self.start_client(STATES[self.state], self.log)
         wanted, where = {
             "searching": (b"try 3", self.log),
@@ -18560,7 +18583,7 @@ def test_the_four_steps_of_the_docstring(hosts):
 
     def start(space, line, **options):
         process = hosts.popen(command(space, line), **options)
-        until(lambda: listening(process.pid), line)
+        process.listens()
 
     subprocess.run(command("client", keygen), env=hosts.environment(), cwd=hosts.directory, check=True)
     start("one", service)
@@ -18680,9 +18703,10 @@ def test_a_host_with_two_networks_reaches_both(hosts):
     loggers = [hosts.logger(hosts.pub, space=place) for place in places]
     done = hosts.client("CMD=echo $SERVER_ADDR", space=client)
     assert done.returncode == 0 and done.stderr == b"" and done.stdout in (b"10.77.0.2\n", b"10.78.0.2\n")
-    until(lambda: all(map(heard, workers)), "the announcement on both networks")
+    for worker in workers:
+        worker.says("<- ANNOUNCE")
     for number, logger in zip((77, 78), loggers):       # each knows the client by its own network's address
-        until(logger.lines, "the alert on both networks")
+        logger.says()
         assert logger.lines()[0].startswith("10.%d.0.1 completed by %s " % (number, done.stdout.decode().strip()))
     signalled(workers[0])
     assert output(hosts.client("CMD=echo $SERVER_ADDR $REMOTE_ADDR", space=client)) == b"10.78.0.2 10.78.0.1\n"
@@ -18694,7 +18718,7 @@ def test_a_host_with_only_loopback_serves_itself(hosts):
     logger = hosts.logger(hosts.pub, space=space)
     done = hosts.client("CMD=cat; echo $SERVER_ADDR; exit 3", space=space, input=b"in\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"in\n127.0.0.1\n", b"")
-    until(logger.lines, "the alert")
+    logger.says()
     assert logger.lines()[0].startswith("127.0.0.1 completed by 127.0.0.1 for app.pub exit code 3")
     assert logger.lines()[0].endswith(", client anyone, worker %s" % NODE)
 
@@ -18733,10 +18757,11 @@ def test_everyone_hears_a_group(hosts, group, request):
                         env={"CEXEC_GROUP": group})
     assert done.returncode == 5 and done.stderr == b"", done.stderr
     assert done.stdout in (b"in\n10.77.0.2\n", b"in\n10.77.0.3\n")
-    until(lambda: all(heard(worker) and heard(worker, b"ALERT") for worker in workers), "datagrams at every worker")
+    for worker, kind in itertools.product(workers, ("ANNOUNCE", "ALERT")):
+        worker.says("<- " + kind)
     line = "10.77.0.1 completed by %s for app.pub exit code 5" % done.stdout.split()[1].decode()
     for logger in loggers:
-        until(logger.lines, "a line of every logger")
+        logger.says()
     for logger in loggers:
         assert [text.startswith(line) for text in logger.lines()] == [True], logger.lines()
 
@@ -18771,9 +18796,10 @@ def test_everyone_hears_a_group_of_ipv6(hosts, group, network):
     near = network is None or "ff02" in group           # the scope of the group's address is the sender's
     assert re.fullmatch("fe80::[0-9a-f:]*%lan" if near else "fd00:77::[23]", server)
     assert re.fullmatch("fe80::[0-9a-f:]*%lan" if near else "fd00:77::1", client)
-    until(lambda: all(heard(worker) and heard(worker, b"ALERT") for worker in workers), "datagrams at every worker")
+    for worker, kind in itertools.product(workers, ("ANNOUNCE", "ALERT")):
+        worker.says("<- " + kind)
     for logger in loggers:
-        until(logger.lines, "a line of every logger")
+        logger.says()
     for logger in loggers:
         line = "%s completed by %s for app.pub exit code 5" % (client, server.partition("%")[0])
         assert [text.startswith(line) for text in logger.lines()] == [True], logger.lines()
@@ -18804,7 +18830,8 @@ def one_host_for_all(hosts, spaces, group, client):
     for number, key in enumerate(keys):
         done = hosts.run("cexec", key + ".pub", space=spaces["client"], env={"GROUP": group})
         assert (done.returncode, done.stdout, done.stderr) == (0, b"%d %s\n" % (number, client.encode()), b"")
-    until(lambda: all(len(logger.lines()) >= 3 for logger in loggers), "three lines of each logger")
+    for logger in loggers:
+        logger.says("\n", 3)
     return loggers
 
 
@@ -18835,7 +18862,7 @@ def test_an_interface_that_comes_back_is_heard_again(hosts, spaces, group, chang
     ip("-n", space, "link", "set", "lan", "up")
     done = hosts.client(space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "20"})
     assert (done.returncode, done.stdout) == (0, b"served\n")
-    until(lambda: len(logger.lines()) == 2, "the second alert")
+    logger.says("\n", 2, 2)
 
 
 def test_two_ipv6_networks_are_both_reached(hosts):
@@ -18862,7 +18889,7 @@ def test_cproxy_joins_ipv4_and_ipv6(hosts):
     first = held_job(hosts, space=spaces["client"])
     waiting = in_line(hosts, 0, space=spaces["client"])
     outcomes(first, waiting)
-    until(lambda: len(logger.lines()) == 3, "the alerts")
+    logger.says("\n", 3, 3)
     assert logger.lines()[0].startswith("fd00:78::1 completed by "), logger.lines()
     assert b"supervisor" in read(worker.log)
 
@@ -18910,7 +18937,7 @@ def test_a_stopped_client_in_line_is_not_told_of_a_firewall(hosts, spaces):
     stopped = in_line(hosts, 0, "N=1", space=spaces["client"])
     stopped.send_signal(signal.SIGSTOP)
     outcome(first)
-    until(lambda: b": no job in 3 s" in read(worker.log), "the end of the offer")
+    worker.says(": no job in 3 s")
     assert signalled(stopped, signal.SIGCONT) == 0 and order(hosts) == ["anyone0", "anyone1"]
     assert "connections of 10.77.0.2 to us fail" in stopped.said() and BLOCKED not in stopped.said()
 
@@ -19121,7 +19148,7 @@ def test_a_worker_cut_off_in_mid_job(hosts, spaces):
     ip("-n", spaces["worker"], "link", "set", "dev", "lan", "down")
     assert lost(job) == "no sign of life for 3 s"
     worker.terminate()                  # nobody there to tell the supervisor: so the second signal ends it
-    until(lambda: b"draining: 1 jobs" in read(worker.log), "draining")
+    worker.says("draining: 1 jobs")
     assert signalled(worker) == 0
     until(lambda: not processes_with(mark), "the end of the command")
 
@@ -19221,7 +19248,7 @@ def test_a_worker_that_was_silent_goes_on_where_no_other_is_idle(hosts):
     batch = Silent(hosts, "-m", ["-v"])
     announced = batch.client.said().count("ANNOUNCE")
     signal_host(batch.spaces["bad"], signal.SIGSTOP)
-    until(lambda: batch.client.said().count("ANNOUNCE") > announced + 2, "a search")
+    batch.client.says("ANNOUNCE", announced + 3)    # a search
     make_file(hosts, "go")
     signal_host(batch.spaces["bad"], signal.SIGCONT)
     batch.check()
@@ -19264,7 +19291,7 @@ def test_a_client_killed_in_mid_job(hosts, spaces):
     job.kill()
     until(lambda: not processes_with(mark), "the end of all that the command had started")
     assert worker.poll() is None
-    until(lambda: b"ended, done" in read(worker.log), "a free slot")
+    worker.says("ended, done")
 
 
 def test_a_client_cut_off_in_mid_job_and_back(hosts, spaces):
@@ -19297,10 +19324,10 @@ def test_the_last_byte_on_a_slow_link(hosts, spaces):
     slow_down(spaces["worker"])
     client = hosts.start_client(space=spaces["client"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env={"CEXEC_TIMEOUT_PINGPONG": "2"})
-    until(lambda: b": done" in read(worker.log), "the command's end")
+    worker.says(": done")               # the command has ended
     assert client.poll() is None
     assert outcome(client) == (bytes(25000), b"")
-    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+    worker.says("ended, done")
 
 
 def test_a_client_stopped_while_its_command_ends(hosts, spaces):
@@ -19313,12 +19340,12 @@ def test_a_client_stopped_while_its_command_ends(hosts, spaces):
     assert job.stdout.readline() == b"begun\n"
     job.send_signal(signal.SIGSTOP)
     make_file(hosts, "go")
-    until(lambda: b": done" in read(worker.log), "the command's end")
+    worker.says(": done")               # the command has ended
     time.sleep(5)                       # nothing tells how long a client is stopped: longer than those seconds
     assert b"ended, done" not in read(worker.log)
     job.send_signal(signal.SIGCONT)
     assert outcome(job) == (bytes(50000), b"")
-    until(lambda: b"ended, done" in read(worker.log), "the supervisor's end")
+    worker.says("ended, done")
 
 
 def test_a_slow_uplink_is_no_silence(hosts, spaces):
@@ -19335,12 +19362,12 @@ def test_a_client_that_vanishes_amid_the_output(hosts, spaces):
     altered(hosts, GONE_SECONDS=2.0)
     worker = hosts.worker("yes", space=spaces["worker"])
     job = hosts.start_client(mark[5:], space=spaces["client"], stdout=subprocess.DEVNULL)
-    until(lambda: b"group" in read(worker.log), "the command's start")
+    worker.says("group")                # the command has started
     job.send_signal(signal.SIGSTOP)
     time.sleep(5)                       # longer than those seconds, with nothing to see
     assert b"abandons" not in read(worker.log)
     job.send_signal(signal.SIGCONT)
-    until(lambda: read(worker.log).count(b"CREDIT") > 3, "the output's going on")
+    worker.says("CREDIT", 4)            # the output goes on
     ip("-n", spaces["client"], "link", "set", "dev", "lan", "down")
     job.kill()
     until(lambda: not processes_with(mark), "the end of the command")
@@ -19351,7 +19378,7 @@ def test_sigterm_drains_a_worker(hosts, spaces):
     worker = hosts.shell_worker(space=spaces["worker"], env={"CONCURRENCY": "2"})
     job = held_job(hosts, "CMD=cat; exit 9", space=spaces["client"])
     worker.terminate()
-    until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
+    worker.says("draining: 1 jobs run")
     late = hosts.client("CMD=true", space=spaces["client"], env={"CEXEC_TIMEOUT_ACCEPT": "1"})
     assert late.returncode == 111 and b"no worker answered" in late.stderr
     assert worker.poll() is None
@@ -19365,7 +19392,7 @@ def test_a_second_sigterm_ends_the_jobs(hosts, spaces):
     worker = hosts.shell_worker(space=spaces["worker"])
     job = held_job(hosts, "CMD=cat", mark[5:], space=spaces["client"])
     worker.terminate()
-    until(lambda: b"draining: 1 jobs run" in read(worker.log), "draining")
+    worker.says("draining: 1 jobs run")
     assert job.poll() is None
     worker.terminate()
     lost(job)
@@ -19388,7 +19415,7 @@ def test_old_and_new_pythons_together(cluster, client, worker, proxy):
     cluster.proxy("127.0.0.2", far)
     cluster.launch[0] = python[client]
     there_and_back(cluster)
-    until(logger.lines, "the alert's way")
+    logger.says()
     assert "127.0.0.2 completed by 127.0.0.1 for app.pub exit code 5" in logger.lines()[0]
 
 
@@ -19586,13 +19613,14 @@ def test_a_peer_of_another_version_is_named(cluster):
     done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
     assert " s on %s (is cservice running" % group in refusal(done, 111, "no worker answered in ")
     said = "127.0.0.1 speaks protocol version 4, this is 3 (cexec %s)" % cexec.VERSION
-    until(lambda: plain.lines() and as_json.lines(), "crat's lines")
-    dropped = b"dropped a datagram from 127.0.0.1: protocol version 4, this is 3"
-    for log in (worker.log, proxy.log):
-        until(lambda: dropped in read(log), "a line in %s" % log)
+    for crat in (plain, as_json):
+        crat.says()
+    for process in (worker, proxy):
+        process.says("dropped a datagram from 127.0.0.1: protocol version 4, this is 3")
     cluster.launch = usual
     assert cluster.client(input=b"mine").stdout == b"mine"      # its alert comes after all that
-    until(lambda: len(plain.lines()) > 1 and len(as_json.lines()) > 1, "the alert")
+    for crat in (plain, as_json):
+        crat.says("\n", 2)
     assert plain.lines()[0] == said and "completed" in plain.lines()[1] and len(plain.lines()) == 2
     record = json.loads(as_json.lines()[0])
     assert record.pop("time") > 1e9
@@ -19643,7 +19671,7 @@ def test_no_environment_and_any_bytes(cluster, age, locale):
     logger = cluster.logger(key + b".pub")
     done = cluster.run("cexec", "-v", key, b"X=" + value)
     assert (done.returncode, done.stdout) == (5, value * 2), done.stderr
-    until(logger.lines, "crat's line")
+    logger.says()
     assert " for k" in logger.lines()[0] and "y.pub exit code 5" in logger.lines()[0]
     no_defect(done.stderr)
     refusal(cluster.run("cexec", directory + b"/none"), 100, "no such public key")
@@ -19945,11 +19973,11 @@ def test_the_readmes_program_and_its_workers_that_stay(reader_of_readme):
             for name in NAMES[:2]:
                 argv = ["ip", "netns", "exec", farm.spaces[name], "bash", "-c", "exec " + command]
                 process = farm.cluster.popen(argv)
-                until(lambda: listening(process.pid), command)
+                process.listens()
         elif command.startswith("crat"):
             with open(alerts, "wb") as log:
                 logger = farm.cluster.popen(farm.argv("exec " + command), stdout=log)
-            until(lambda: listening(logger.pid), command)
+            logger.listens()
             farm.sh("cexec run.pub true")
             until(lambda: b"completed by" in read(alerts), "crat's line")
         else:
