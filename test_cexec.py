@@ -1330,6 +1330,11 @@ def touch(path):
     open(path, "w").close()
 
 
+def appears(pattern):
+    """Waits until there is a file whose path matches the pattern."""
+    until(lambda: glob.glob(pattern), "the file " + pattern)
+
+
 def read_all(fd):
     """What can be read until the end of file; a pty's is EIO.  Closes it."""
     pieces = []
@@ -1433,11 +1438,21 @@ def marked(mark):
     return processes_with("PEER_MARK=" + mark)
 
 
+def gone(mark):
+    """Waits until no process has the mark in its environment."""
+    until(lambda: not processes_with(mark), lambda: "the end of %s, which have %s" % (processes_with(mark), mark))
+
+
 def state_of(pid):
     """A process's letter in ps; None if there is no such process."""
     with contextlib.suppress(OSError):
         return read("/proc/%d/stat" % pid).rpartition(b")")[2].split()[0].decode()
     return None
+
+
+def becomes(pid, state):
+    """Waits until a process has this state; None: until there is no such process."""
+    until(lambda: state_of(pid) == state, lambda: "%s instead of %s of process %d" % (state, state_of(pid), pid))
 
 
 def parent_of(pid):
@@ -1775,6 +1790,9 @@ class Tmux:
         path = self.do("display-message", "-p", "#{pane_tty}").strip()
         shown = subprocess.run(["stty", "-aF", path], check=True, stdout=subprocess.PIPE).stdout.decode()
         return shown.partition(";")[0] + shown.partition("line =")[2]
+
+    def gets_modes(self, modes):
+        until(lambda: self.modes() == modes, lambda: "%s instead of %s" % (modes, self.modes()))
 
     def client(self):
         """The process id of the cexec that runs in it."""
@@ -3848,8 +3866,7 @@ def test_an_offer_with_a_name_that_is_too_long_is_none(cluster):
                           address="127.0.0.1", host="x" * (255 + over))
                 assert (peer.next() is None) == bool(over)
         assert signalled(client) == -signal.SIGTERM
-        until(lambda: [heard for heard, _ in ear.hear() if heard.kind is cexec.ALERT
-                       and heard.body.reason == "a name that is too long"], "the complaint")
+        assert ear.wait_for(cexec.ALERT)[0].body.reason == "a name that is too long"
 
 
 def test_busy_that_answers_an_old_announcement_is_none(cluster):
@@ -4473,7 +4490,7 @@ def test_oracle_reader_leaves_when_the_command_may_have_ended(one, tmp_path, num
         if awaited == "client":
             process.wait(PATIENCE)
         elif awaited and isinstance(side, There):
-            until(lambda: not processes_with(mark), "the command's end")
+            gone(mark)
         os.close(out)
         ended = process.wait(PATIENCE)
         return first, 128 - ended if ended < 0 else ended
@@ -5087,7 +5104,7 @@ def test_stop_and_continue(one):
     with job(one, command, mark=mark, ready=True) as process:
         process.send_signal(signal.SIGTSTP)
         until(lambda: {state_of(pid) for pid in marked(mark)} == {"T"}, "the command's stop")
-        until(lambda: state_of(process.pid) == "T", "the client's stop")
+        becomes(process.pid, "T")
         process.send_signal(signal.SIGCONT)
         until(lambda: "T" not in {state_of(pid) for pid in marked(mark)}, "the command's going on")
         process.send_signal(signal.SIGUSR1)
@@ -5136,7 +5153,7 @@ def test_second_interrupt_ends_cexec(one):
         until(lambda: state_of(process.pid) in ("S", None), "the first one's handling")
         until(lambda: process.send_signal(signal.SIGINT) or process.poll() is not None, "the end")
         assert process.returncode == -signal.SIGINT
-    until(lambda: not marked(mark), "the command's end")
+    gone(mark)
 
 
 def test_interrupts_far_apart_are_passed_on(one):
@@ -5166,7 +5183,7 @@ def test_stop_before_any_worker(one):
         while b"ANNOUNCE" not in text:
             text += read_count(process.out[2], 1)
         process.send_signal(signal.SIGTSTP)
-        until(lambda: state_of(process.pid) == "T", "the stop")
+        becomes(process.pid, "T")
         process.send_signal(signal.SIGCONT)
         until(lambda: state_of(process.pid) != "T", "going on")
         assert signalled(process) == -signal.SIGTERM
@@ -5227,7 +5244,7 @@ def test_a_killed_client_leaves_nothing_of_its_command(one):
         for _, _, process in jobs:
             process.kill()
         for name, mark, _ in jobs:
-            until(lambda mark=mark: not marked(mark), "the end of " + name)
+            gone(mark)
 
 
 def test_a_killed_supervisor_is_a_lost_job(one):
@@ -5242,7 +5259,7 @@ def test_a_killed_supervisor_is_a_lost_job(one):
         status, errors = finish(process, 2)
         assert status == 111
         assert errors.startswith(b"cexec: worker %s lost after " % NODE.encode()) and errors.count(b"\n") == 1
-        until(lambda: not marked(mark), "the command's end")
+        gone(mark)
 
 
 def the_line(fd):
@@ -5259,10 +5276,10 @@ def test_a_command_that_has_ended_keeps_its_number(one):
     with job(one, ENDS_BEFORE_ITS_CHILD % one.path(new_mark())) as process:
         pid = int(the_line(process.out[1]))
         assert the_line(process.out[1]) == b"ready"
-        until(lambda: state_of(pid) == "Z", "the command's end")
+        becomes(pid, "Z")
         process.terminate()
         assert finish(process) == (3, b"caught\n")
-    until(lambda: state_of(pid) is None, "the end of its supervisor")
+    becomes(pid, None)
 
 
 def test_a_group_whose_number_is_free_is_not_signalled(cluster):
@@ -5273,7 +5290,7 @@ def test_a_group_whose_number_is_free_is_not_signalled(cluster):
     with job(cluster, ENDS_BEFORE_ITS_CHILD % go) as process:
         pid = int(the_line(process.out[1]))
         assert the_line(process.out[1]) == b"ready"
-        until(lambda: state_of(pid) is None, "the command's end")
+        becomes(pid, None)
         process.terminate()
         time.sleep(0.3)                     # in which nothing may happen
         touch(go)
@@ -5290,7 +5307,7 @@ def test_a_lost_supervisor_keeps_its_number(one):
         assert finish(process)[0] == 111
         assert marked(mark) and state_of(supervisor) == "Z"
         touch(go)
-        until(lambda: state_of(supervisor) is None, "the end of its session")
+        becomes(supervisor, None)
         assert not marked(mark)
 
 
@@ -5315,7 +5332,7 @@ def test_a_supervisor_killed_before_its_child_has_started_the_command(cluster):
         assert cluster.run("cexec", "-l", cluster.pub).returncode == 0
     finally:
         os.unlink(cluster.path("wait"))
-    until(lambda: state_of(child) is None, "the child's end")
+    becomes(child, None)
 
 
 def test_orphans_of_a_container_are_reaped(cluster):
@@ -5393,7 +5410,7 @@ def test_a_stopped_worker_is_lost(cluster, size):
         os.kill(worker.pid, signal.SIGCONT)
         assert status == 111
         assert b": no sign of life for 2 s" in errors and errors.count(b"\n") == 1
-        until(lambda: not marked(mark), "the command's end")
+        gone(mark)
 
 
 def test_client_stopped_for_a_while(one):
@@ -5576,7 +5593,7 @@ def test_input_from_a_pipe_is_held_and_sent_again(cluster, first, more):
             client.stdin.close()
         else:
             client.stdin.flush()
-        until(lambda: size_of(cluster, "ready") == 0, "what was sent at first")
+        appears(cluster.path("ready"))
         make_file(cluster, "go")
         lose_worker(cluster)
         until(lambda: len(runs(cluster)) == 2, "the second run")
@@ -5648,9 +5665,9 @@ def test_a_lost_job_that_would_show_is_not_run_again(cluster, name):
 def test_a_job_that_was_told_to_end_is_not_run_again(cluster):
     cluster.shell_workers(2)
     client = start_job(cluster, "trap 'touch told' TERM; touch ready; while :; do sleep 0.02; done")
-    until(lambda: size_of(cluster, "ready") == 0, "the command")
+    appears(cluster.path("ready"))
     client.terminate()
-    until(lambda: size_of(cluster, "told") == 0, "the signal")
+    appears(cluster.path("told"))
     lose_worker(cluster)
     assert client.wait(PATIENCE) == 111 and len(runs(cluster)) == 1
     last = client.said().splitlines(True)[-1]           # the shell has a line for its child that was terminated
@@ -6719,7 +6736,7 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
     """A child removes it: it is stopped here, and the worker goes on; its slot is free only when it is over."""
     worker = farm.serve(env={"CONCURRENCY": "2"})
     client = farm.begin("-n", farm.pub, "sh", "-c", "seq 8000 | xargs mkdir; touch began; exec sleep 1000")
-    until(lambda: glob.glob(farm.place + "/*/began"), "its start")
+    appears(farm.place + "/*/began")
     supervisor, = children_of(worker.pid)
     os.kill(supervisor, signal.SIGKILL)
     client.wait(PATIENCE)
@@ -6826,7 +6843,7 @@ def test_a_hostile_clients_archive_starts_nothing(farm, what):
         while kind is not cexec.EXIT:
             kind, payload = peer.next()
         assert (payload.how, payload.status) == (cexec.HOW_NOT_STARTED, 126) and "job's directory" in payload.reason
-    until(lambda: left(farm) == [], "its removal")
+    assert all_gone(farm)
     assert not os.path.exists(farm.path("ran")) and os.listdir(farm.directory).count("x") == 0
     assert b"Traceback" not in read(worker.log)
 
@@ -6866,11 +6883,11 @@ def phases(farm, phase):
     client = farm.begin("-n", "-i", "large" if phase == "filling" else "/etc/passwd", "-g", "b*", farm.pub,
                         "sh", "-c", command)
     if phase == "running":
-        until(lambda: glob.glob(farm.place + "/*/began"), "its start")
+        appears(farm.place + "/*/began")
     elif phase == "filling":
-        until(lambda: glob.glob(farm.place + "/*/large"), "its files")
+        appears(farm.place + "/*/large")
     else:
-        until(lambda: glob.glob(farm.desk + "/.cexec.*.part/big"), "its results")
+        appears(farm.desk + "/.cexec.*.part/big")
     return client
 
 
@@ -6887,7 +6904,7 @@ def test_kills_leave_no_directory(farm, phase, victim):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     client.wait(PATIENCE)
-    until(lambda: left(farm) == [], "their removal", 20)
+    assert all_gone(farm)
     farm.worker_of_job.idles()
     assert not os.path.exists(os.path.join(farm.desk, "big"))
 
@@ -6897,7 +6914,7 @@ def test_the_directory_of_a_job_that_outlives_its_cservice(farm):
     signalled(farm.worker_of_job, signal.SIGKILL)
     assert len(left(farm)) == 2                 # the supervisor lives on
     signalled(client)
-    until(lambda: left(farm) == [], "its removal")
+    assert all_gone(farm)
 
 
 def test_what_a_crash_has_left_goes_at_the_next_start(farm):
@@ -6924,7 +6941,7 @@ def test_what_a_crash_has_left_just_now_goes_a_little_later(farm):
     altered(farm, OLD_SECONDS=2.0)
     os.mkdir(os.path.join(farm.place, "cexec.0123456789abcdef"))
     farm.serve()
-    until(lambda: left(farm) == [], "its removal")
+    assert all_gone(farm)
 
 
 def waiting_job(farm, asker, *arguments):
@@ -7108,7 +7125,7 @@ def test_a_signal_ends_a_job_in_each_phase(farm, phase):
         while kind is not cexec.EXIT:
             kind, payload = peer.next()
         assert (payload.how, payload.status) == (cexec.HOW_SIGNALLED, 15)
-    until(lambda: left(farm) == [], "its removal")
+    assert all_gone(farm)
 
 
 @pytest.mark.parametrize("name", ["USR1", "USR2"])
@@ -7166,7 +7183,7 @@ def test_files_of_a_lost_job_are_sent_again(farm):
     done = farm.work("-n", "-r", "-i", "a", "-g", "b", farm.pub, "sh", "-c",
                      'test -e "$0" || { touch "$0"; cp a b; kill -KILL $PPID; sleep 1000; }; cp a b', lost)
     assert (done.returncode, read(os.path.join(farm.desk, "b"))) == (0, b"1")
-    until(lambda: left(farm) == [], "the removal", 20)
+    assert all_gone(farm)
 
 
 def test_a_batch_with_files_that_is_taken_up_again(farm):
@@ -7544,7 +7561,7 @@ def test_the_terminal_is_as_before_when_the_command_has_ended(tmux):
     tmux.line("$RUN -t $PUB " + THERE, "^there>$")
     assert tmux.modes() != before
     tmux.keys("C-d", shows="^here>$")
-    until(lambda: tmux.modes() == before, "the modes of before")
+    tmux.gets_modes(before)
 
 
 def test_vi_in_a_terminal(tmux):
@@ -7585,13 +7602,13 @@ def test_tilde_escapes_at_the_beginning_of_a_line(tmux):
     tmux.line("clear; stty -a; echo lo'cal'", "^local")
     assert "isig icanon iexten echo " in tmux.screen()
     tmux.line("clear; fg")
-    until(lambda: tmux.modes() == raw, "the raw modes")
+    tmux.gets_modes(raw)
     tmux.line("echo back 'again'", "^back again")
     tmux.line("echo two; ~? ~ x~")      # none at the beginning of a line
     tmux.shows("^two")
     tmux.keys("-l", "~.", shows="^here>$")
     tmux.line("echo sta'tus'=$?", "^status=129$")
-    until(lambda: not marked(mark), "the end of the command")
+    gone(mark)
     tmux.line("clear")
     assert tmux.modes() == before
 
@@ -7605,8 +7622,8 @@ def test_terminal_is_put_back_when_cexec_is_killed(tmux, name):
     os.kill(tmux.client(), number)
     tmux.shows("here>$")
     tmux.line("echo sta'tus'=$?", "^status=%d$" % (128 + number))
-    until(lambda: tmux.modes() == before, "the modes of before")
-    until(lambda: not marked(mark), "the end of the command")
+    tmux.gets_modes(before)
+    gone(mark)
 
 
 def test_terminal_is_usable_after_reset_when_cexec_is_killed_with_kill(tmux):
@@ -7618,7 +7635,7 @@ def test_terminal_is_usable_after_reset_when_cexec_is_killed_with_kill(tmux):
     tmux.line("clear; echo us'able'; stty -a", "^usable")
     tmux.shows("isig icanon iexten echo ")
     assert "-icanon" not in tmux.screen()
-    until(lambda: not marked(mark), "the end of the command")
+    gone(mark)
 
 
 def test_terminal_is_put_back_when_the_worker_is_lost(tmux):
@@ -7627,8 +7644,8 @@ def test_terminal_is_put_back_when_the_worker_is_lost(tmux):
     os.kill(parent_of(marked(mark)[0]), signal.SIGKILL)
     tmux.shows(r"cexec: worker \S+ lost after .*: connection closed; the command may have run")
     tmux.shows("^status=111$")
-    until(lambda: tmux.modes() == before, "the modes of before")
-    until(lambda: not marked(mark), "the end of the command")
+    tmux.gets_modes(before)
+    gone(mark)
 
 
 @pytest.mark.parametrize("name", ("TSTP", "STOP"))
@@ -7640,16 +7657,16 @@ def test_stopped_from_elsewhere_and_raw_again(tmux, name):
     tmux.shows("Stopped")
     tmux.do("resize-window", "-x", "70", "-y", "20")
     tmux.line("clear; fg")
-    until(lambda: tmux.modes() == raw, "the raw modes")
+    tmux.gets_modes(raw)
     tmux.line("echo s'ize' $(stty size)", "^size 20 70$")
     tmux.line("exit", "^here>$")
-    until(lambda: tmux.modes() == before, "the modes of before")
+    tmux.gets_modes(before)
 
 
 def test_in_the_background_it_stops_until_it_is_in_the_foreground(tmux):
     tmux.line("$RUN -t $PUB %s &" % THERE)
     client = tmux.client()
-    until(lambda: state_of(client) == "T", "the stop")
+    becomes(client, "T")
     tmux.line("", "Stopped")
     tmux.line("clear; fg")
     tmux.line("echo s'hell' $(stty size)", "^shell 30 100$")
@@ -7668,12 +7685,12 @@ def test_killed_in_the_background(tmux, how):
         os.kill(tmux.client(), signal.SIGSTOP)
         tmux.shows("Stopped")
     client = tmux.client()
-    until(lambda: state_of(client) == "T", "the stop")
+    becomes(client, "T")
     tmux.line("clear; echo s'hell'", "^shell\nhere>$")
     before = tmux.modes()
     os.kill(client, signal.SIGTERM)
     os.kill(client, signal.SIGCONT)
-    until(lambda: state_of(client) is None, "its end")
+    becomes(client, None)
     assert tmux.modes() == before
     tmux.line("stty -a; echo al'l'", "^all")
     assert "-icanon" not in tmux.screen()
@@ -7687,7 +7704,7 @@ def test_a_worker_that_hangs_can_be_left(tmux):
     tmux.line("into the void")
     tmux.keys("-l", "~.", shows="^here>$")
     os.kill(supervisor, signal.SIGCONT)
-    until(lambda: not marked(mark), "the end of the command")
+    gone(mark)
 
 
 @pytest.mark.parametrize("ignored", (False, True))
@@ -7699,7 +7716,7 @@ def test_a_terminal_that_goes_away_hangs_the_command_up(one, ignored):
     terminal.shows("ready")
     os.close(terminal.master)
     assert terminal.process.wait(PATIENCE) == (9 if ignored else -signal.SIGHUP)
-    until(lambda: not marked(mark), "the end of the command")
+    gone(mark)
 
 
 def test_while_it_searches_the_keys_are_as_ever(tmux):
@@ -7903,7 +7920,7 @@ def test_a_lost_job_in_a_terminal_is_run_again(cluster):
     command = "if mkdir %s; then read x; touch %s/read; exec sleep 1000; fi; read x; echo got $x $(stty size)"
 
     def lose():
-        until(lambda: os.path.exists(first + "/read"), "the first run")
+        appears(first + "/read")
         os.kill(parent_of(marked(mark)[0]), signal.SIGKILL)
     typist = threading.Thread(target=lose)
     typist.start()
@@ -7925,7 +7942,7 @@ def test_a_lost_supervisor_leaves_nothing_in_the_command_s_session(one, tmp_path
     killer.start()
     assert on_terminal(side, "RUN MARK=" + mark, command)[0] == 111
     killer.join()
-    until(lambda: not marked(mark), "the end of the command", 12)
+    gone(mark)
 
 
 def test_a_slow_reader_gets_what_was_written_before_a_bounded_linger(one):
@@ -7951,7 +7968,7 @@ def test_the_terminal_is_raw_only_while_a_command_has_it(one):
     terminal.shows("ready")
     assert is_raw(terminal.master)
     os.kill(terminal.process.pid, signal.SIGTSTP)
-    until(lambda: state_of(terminal.process.pid) == "T", "the stop")
+    becomes(terminal.process.pid, "T")
     assert not is_raw(terminal.master)
     os.kill(terminal.process.pid, signal.SIGCONT)
     until(lambda: is_raw(terminal.master), "the raw terminal")
@@ -8302,6 +8319,12 @@ def begun(cluster):
     return []
 
 
+def begins(cluster, least, most=math.inf):
+    """Waits until workers have begun so many files."""
+    until(lambda: least <= len(begun(cluster)) <= most, lambda: "the beginning of %d to %g files, not %d," % (
+        least, most, len(begun(cluster))))
+
+
 def parts(directory):
     return [name for name in os.listdir(directory) if os.fsencode(name).endswith(b".part")]
 
@@ -8365,7 +8388,7 @@ def test_five_hundred_files_a_kill_and_an_interrupt(cluster):
     before = collections.Counter(begun(cluster))
 
     second = client()
-    until(lambda: len(begun(cluster)) >= 360, "more of the batch")
+    begins(cluster, 360)
     kill_with_supervisors(workers[2])
     assert second.wait(PATIENCE * 2) == FAILING, second.said()
     good = [name for name in names if not name.startswith(b"fail")]
@@ -8444,7 +8467,7 @@ def test_names_begin_as_they_come(cluster, options, end):
         client.stdin.flush()
         if number == 2:
             client.stdin.close()
-        until(lambda: os.path.exists(cluster.path("f%03d.out" % number)), "the output")
+        appears(cluster.path("f%03d.out" % number))
         assert read(cluster.path("f%03d.out" % number)).endswith(b"f%03d\n" % number)
     assert client.wait(PATIENCE) == 0 and client.said() == ""
 
@@ -8484,7 +8507,7 @@ def test_names_that_collide_fail_when_they_come(cluster, options, names, said):
     first, last = (os.path.basename(name) if "{/}" in options else name + ".out" for name in (names[0], names[-1]))
     client.stdin.write(names[0].encode() + b"\n")
     client.stdin.flush()
-    until(lambda: os.path.exists(cluster.path(first)), "the first output")
+    appears(cluster.path(first))
     made = read(cluster.path(first))
     client.communicate("\n".join(names[1:]).encode(), timeout=PATIENCE)
     assert client.returncode == len(said) and client.said().splitlines() == ["cexec: " + line for line in said]
@@ -8501,7 +8524,7 @@ def test_results_in_those_of_a_job_that_came_before(farm, first, second):
     client.stdin.write(first.encode() + b"\n")
     client.stdin.flush()
     made = first if first.endswith("x") else first + "/y"
-    until(lambda: os.path.exists(os.path.join(farm.desk, made)), "the first result")
+    appears(os.path.join(farm.desk, made))
     errors = client.communicate(second.encode() + b"\nfree/x\n", timeout=PATIENCE)[1].decode()
     assert client.returncode == 1 and errors.startswith("cexec: %s: " % second) and errors.count("\n") == 1
     assert sorted(contents(farm.desk)) == sorted([made, "free/x"]) and all_gone(farm)
@@ -8754,7 +8777,7 @@ def test_a_hundred_thousand_values(cluster, lists):
     cluster.worker("sh", "-c", NOTED + "sleep 1000", env={"CONCURRENCY": "2"})
     words = behind_colons([map(str, range(count)) for count in lists])
     client = cluster.start("cexec", "-mn", cluster.pub, "X={1}", *words)
-    until(lambda: len(begun(cluster)) == 2, "the first two")
+    begins(cluster, 2, 2)
     assert rss(client.pid) < 150000000
     assert signalled(client) == -signal.SIGTERM
     with_outputs = cluster.run("cexec", "-mn", "--dry-run", "-o", "{}.x", cluster.pub, *words)
@@ -9016,7 +9039,7 @@ def test_a_silent_worker_of_a_job_is_shown(cluster, words):
     with contextlib.closing(Tmux(cluster)) as tmux:
         tmux.line("cd %s; clear; CEXEC_TIMEOUT_PINGPONG=9 $RUN %s $PUB; echo sta'tus'=$?"
                   % (shlex.quote(cluster.directory), words))
-        until(lambda: os.path.exists(cluster.path("begun")), "the job")
+        appears(cluster.path("begun"))
         supervisor, = children_of(worker.pid)
         os.kill(supervisor, signal.SIGSTOP)
         tmux.shows(r"^(worker )?%s.* silent for \d s, lost after 9$" % NODE)
@@ -9550,7 +9573,7 @@ def test_file_that_changes_while_it_is_read(cluster, change):
     make_file(cluster, "in", b"before")
     cluster.worker("sh", "-c", NOTED + "cat; while [ ! -e go ]; do sleep 0.05; done")
     client = start_batch(cluster, "in")
-    until(lambda: begun(cluster), "the start")
+    begins(cluster, 1)
     if change == "append":
         with open(cluster.path("in"), "ab") as file:
             file.write(b"more")
@@ -9588,7 +9611,7 @@ def test_all_slots_of_all_workers_are_used(cluster):
         for _ in range(2)
     ]
     client = start_batch(cluster, *names)
-    until(lambda: len(begun(cluster)) == 6, "six at a time")
+    begins(cluster, 6, 6)
     assert [supervisors(worker) for worker in workers] == [3, 3]
     make_file(cluster, "go")
     assert client.wait(PATIENCE) == 0
@@ -9635,7 +9658,7 @@ def test_another_client_is_served_in_the_middle_of_a_batch(cluster):
     client = start_batch(cluster, *names)
     for _ in range(3):
         before = len(begun(cluster))
-        until(lambda before=before: len(begun(cluster)) >= before + 3, "some of the batch")
+        begins(cluster, before + 3)
         other = verbose_client(cluster, "FILE=other", stdout=subprocess.DEVNULL)
         nonce = until(lambda: re.search(r"ANNOUNCE (\w+)", other.said()), "the other's announcement").group(1)
         worker.says("<- ANNOUNCE " + nonce)
@@ -9676,7 +9699,7 @@ def test_worker_drained_in_the_middle(cluster):
     workers = [cluster.worker("sh", "-c", NOTED + "cat; sleep 0.02", env={"CONCURRENCY": "1"}) for _ in range(2)]
     logger = cluster.logger(cluster.pub)
     client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
-    until(lambda: len(begun(cluster)) > 10, "some of the batch")
+    begins(cluster, 11)
     assert signalled(workers[0]) == 0 and client.poll() is None
     assert client.wait(PATIENCE) == 0 and client.said() == ""
     assert sorted(begun(cluster)) == sorted(name.encode() for name in names)
@@ -9688,7 +9711,7 @@ def test_workers_lost_one_after_another(cluster):
     workers = [cluster.worker("sh", "-c", NOTED + "sleep 0.03; cat", env={"CONCURRENCY": "2"}) for _ in range(4)]
     client = start_batch(cluster, *names)
     for number, worker in enumerate(workers[:3]):
-        until(lambda number=number: len(begun(cluster)) > 15 * (number + 1), "some more of the batch")
+        begins(cluster, 15 * (number + 1) + 1)
         kill_with_supervisors(worker)
     assert client.wait(PATIENCE) == 0 and client.said() == ""
     for name in names:
@@ -9753,7 +9776,7 @@ def test_last_worker_goes(cluster):
     altered(cluster, BUSY_SECONDS=1.0)
     worker = cluster.worker("sh", "-c", NOTED + "sleep 0.03; cat", env={"CONCURRENCY": "1"})
     client = start_batch(cluster, *names, env={"CEXEC_TIMEOUT_ACCEPT": "1"})
-    until(lambda: len(begun(cluster)) > 10, "some of the batch")
+    begins(cluster, 11)
     worker.terminate()
     assert client.wait(PATIENCE) == 111
     done = [name for name in names if os.path.exists(cluster.path(name + ".out"))]
@@ -9777,7 +9800,7 @@ def test_an_interrupted_batch_that_does_all_again_does_not_say_the_rest(cluster)
     names = made_files(cluster, 3)
     cluster.worker("sh", "-c", NOTED + "sleep 600", env={"CONCURRENCY": "1"})
     client = start_batch(cluster, *names, options=["-f"])
-    until(lambda: begun(cluster), "the start")
+    begins(cluster, 1)
     assert signalled(client) == -signal.SIGTERM
     assert client.said() == (
         "cexec: interrupted: 0 of 3 files are done; the same command again does all of them once more (-f)\n")
@@ -9808,7 +9831,7 @@ def test_two_batches_for_the_same_outputs(cluster):
         "sh", "-c", NOTED + "echo half; while [ ! -e go ]; do sleep 0.02; done; cat", env={"CONCURRENCY": "4"}
     )
     first = start_batch(cluster, *names)
-    until(lambda: len(begun(cluster)) == 2, "the start")
+    begins(cluster, 2, 2)
     second = batch(cluster, *names)
     assert second.returncode == 2 and sorted(second.stderr.decode().splitlines()[:2]) == [
         "cexec: %s: .%s.out.part: another cexec is writing it" % (name, name) for name in names]
@@ -9828,7 +9851,7 @@ def test_stopped_client_goes_on(cluster):
     worker = cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
     logger = cluster.logger(cluster.pub)
     client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
-    until(lambda: len(begun(cluster)) == 2, "the second file")
+    begins(cluster, 2, 2)
     client.send_signal(signal.SIGSTOP)
     worker.says("-> EXIT", 2, 2)
     time.sleep(1.5)                     # OFFER_SECONDS
@@ -10067,7 +10090,7 @@ def test_signals_end_blocks_and_their_commands(cluster, number):
     worker = cluster.worker("sh", "-c", NOTED + "sleep 1000", env={"CONCURRENCY": "2"})
     client = cluster.start("cexec", "-b", "2", cluster.pub, stdin=open(make_file(cluster, "in", b"1\n" * 9), "rb"),
                            stderr=open(cluster.path("said"), "wb"))
-    until(lambda: len(begun(cluster)) == 2, "two at a time")
+    begins(cluster, 2, 2)
     assert signalled(client, number) == -number
     assert read(cluster.path("said")) == b"cexec: interrupted: the output of 0 blocks was printed\n"
     worker.idles()
@@ -11106,7 +11129,7 @@ def test_connection_stays_after_a_command_that_cannot_be_started(cluster):
         peer.send(cexec.GO)
         peer.expect(cexec.EOF)
         assert peer.expect(cexec.EXIT).status == cexec.EXIT_NOT_FOUND and peer.next() is None
-        until(lambda: state_of(supervisor) == "S", "the supervisor to wait")
+        becomes(supervisor, "S")
     worker.idles()
 
 
@@ -11380,7 +11403,7 @@ def test_a_client_that_breaks_the_protocol_after_go_ends_its_job(cluster):
                 assert peer.expect(cexec.DATA) == b"ready"
                 peer.raw(data)
                 assert peer.next() is None, reason
-            until(lambda: not processes_with("PEER_MARK=" + mark), "the command's end")
+            gone("PEER_MARK=" + mark)
             assert b"abandons the job: " + reason.encode() in read(worker.log)[before:], reason
             asker.say(cexec.CLAIM, token=asker.token)
     assert cluster.client("CMD=cat", input=b"next").stdout == b"next"
@@ -11674,12 +11697,12 @@ def test_worker_in_use_is_waited_for(cluster, free):
     command = '[ "$PEER_HOLD" ] && { touch held; until [ -e go ]; do sleep 0.02; done; }; echo $PEER_X; touch done'
     cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
     holder = cluster.start_client("HOLD=1")
-    until(lambda: os.path.exists(cluster.path("held")), "the hold")
+    appears(cluster.path("held"))
     cluster.worker("sh", "-c", "echo $PEER_X; touch done", env={"CONCURRENCY": "1"})
     with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
         client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdout=out, stderr=err,
                                env={"CEXEC_TIMEOUT_WAIT": "20" if free else "2"})
-    until(lambda: os.path.exists(cluster.path("done")), "the other's end")
+    appears(cluster.path("done"))
     if free:
         make_file(cluster, "go")
     assert client.wait(PATIENCE) == (0 if free else 111)
@@ -11694,7 +11717,7 @@ def test_worker_in_use_is_waited_for(cluster, free):
 def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
     drains = cluster.worker("sh", "-c", "touch held; until [ -e go ]; do sleep 0.02; done", options=["-a"])
     holder = cluster.start_client("x")
-    until(lambda: os.path.exists(cluster.path("held")), "the hold")
+    appears(cluster.path("held"))
     drains.terminate()
     until(lambda: "draining" in survey(cluster).stdout, "the drain")
     cluster.worker("sh", "-c", 'echo "good $*"', "sh", options=["-a"])
@@ -12882,7 +12905,7 @@ def test_a_proxy_that_ends_while_much_is_moved(hosts, crossing, command, number,
     assert re.fullmatch(r"cexec: worker %s lost after \d+\.\d s: %s\n" % (NODE, reason), job.stderr.read().decode())
     if number == signal.SIGSTOP:
         proxy.send_signal(signal.SIGCONT)
-    until(lambda: not processes_with("PEER_" + mark), "the end of the command")
+    gone("PEER_" + mark)
     if number == signal.SIGSTOP:
         assert ended(hosts.client("CMD=cat; exit 3", space=crossing.client, input=b"again\n")) == (3, b"again\n", b"")
 
@@ -12898,7 +12921,7 @@ def test_a_reset_in_mid_job_is_no_success(hosts, crossing):
                    stdout=subprocess.DEVNULL)
     if "Connection reset" not in lost(job):
         skip("the kernel has no SOCK_DESTROY")
-    until(lambda: not processes_with("PEER_" + mark), "the end of the command")
+    gone("PEER_" + mark)
 
 
 def test_a_client_behind_nat_is_served_by_a_proxy_on_its_gateway(hosts):
@@ -12984,7 +13007,7 @@ def test_a_client_that_vanishes_behind_a_proxy(hosts, crossing):
     worker.says("CREDIT", 4)
     ip("-n", crossing.client, "link", "set", "dev", "left", "down")
     client.kill()
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
     assert os.strerror(errno.ETIMEDOUT).encode() in read(proxy.log)
 
 
@@ -13078,7 +13101,7 @@ def test_a_proxy_killed_in_mid_job(hosts, crossing):
     job = held_job(hosts, mark[5:], space=crossing.client)
     proxy.kill()
     assert "no sign of life" not in lost(job)      # long before CEXEC_TIMEOUT_PINGPONG
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
 
 
 def test_a_worker_killed_behind_a_proxy(hosts, crossing):
@@ -13099,7 +13122,7 @@ def test_a_client_killed_behind_a_proxy(hosts, crossing):
     job = held_job(hosts, mark[5:], space=crossing.client)
     assert len(processes_with(mark)) == 1
     job.kill()
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
     proxy.says("ends: done")
 
 
@@ -14298,7 +14321,7 @@ def test_a_stopped_reader_holds_up_nobody_else(tunnelled):
     assert rss(tunnelled.serving.pid) < 80 << 20
     for client in stopped:
         client.kill()
-    until(lambda: not processes_with("PEER_CMD=exec cat /dev/zero"), "the end of the commands")
+    gone("PEER_CMD=exec cat /dev/zero")
 
 
 # A host that is not what it seems: it plays a worker with the script's words.
@@ -14401,7 +14424,7 @@ while True:
     if code == 7:
         send(frame(7, channel, b"answer"))
 """, "evil")
-    until(lambda: os.path.exists(local.pub), "the keys")
+    appears(local.pub)
     pub = cexec.open_pub(local.pub)
     with socket.socket() as listener, Ear(group_port(local)) as ear:
         listener.bind(("127.0.0.1", 0))
@@ -17990,7 +18013,7 @@ def test_a_start_that_is_killed_while_it_compiles_leaves_nothing(door, number):
     start = subprocess.Popen([door.path("bin/cexec"), "--version"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, env=dict(os.environ, XDG_CACHE_HOME=door.path("cache")))
     with start:
-        until(lambda: os.path.exists(began), "the compilation")
+        appears(began)
         child, = children_of(start.pid)
         start.send_signal(number)
         assert start.wait(PATIENCE) == -number
@@ -18409,7 +18432,7 @@ class Stage:
         pid = children_of(self.service.pid)[0] if self.party == "supervisor" else getattr(self, self.party).pid
         os.kill(pid, number)
         if number == signal.SIGSTOP:
-            until(lambda: state_of(pid) == "T", "a stop")
+            becomes(pid, "T")
 
     def end(self, killed):
         """What must come of it; then nothing is left of the client, and the worker serves as before."""
@@ -18441,7 +18464,7 @@ class Stage:
         if killed and self.party == "proxy" and finished:
             self.proxy.wait()
             self.groups[0] = self.groups[1]
-        until(lambda: not processes_with("PEER_GO=" + self.go), "the command's end")
+        gone("PEER_GO=" + self.go)
         assert self.start_client("true", self.log + "-last").wait(PATIENCE) == 5, read(self.log + "-last")
         staying = {process.pid for process in (self.service, self.proxy) if process and process.poll() is None}
         until(lambda: set(processes_with(self.mark)) == staying, "the end of all else")
@@ -19150,7 +19173,7 @@ def test_a_worker_cut_off_in_mid_job(hosts, spaces):
     worker.terminate()                  # nobody there to tell the supervisor: so the second signal ends it
     worker.says("draining: 1 jobs")
     assert signalled(worker) == 0
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
 
 
 # A worker of a batch that falls silent.  Each of "good" and "bad" has two slots, and a job on "bad" waits for a file.
@@ -19289,7 +19312,7 @@ def test_a_client_killed_in_mid_job(hosts, spaces):
     job = held_job(hosts, mark[5:], space=spaces["client"])
     assert len(processes_with(mark)) >= 3
     job.kill()
-    until(lambda: not processes_with(mark), "the end of all that the command had started")
+    gone(mark)
     assert worker.poll() is None
     worker.says("ended, done")
 
@@ -19303,7 +19326,7 @@ def test_a_client_cut_off_in_mid_job_and_back(hosts, spaces):
     job.wait()
     assert len(processes_with(mark)) == 1
     ip("-n", spaces["client"], "link", "set", "dev", "lan", "up")
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
 
 
 def test_a_short_cut_in_mid_job_is_no_failure(hosts, spaces):
@@ -19370,7 +19393,7 @@ def test_a_client_that_vanishes_amid_the_output(hosts, spaces):
     worker.says("CREDIT", 4)            # the output goes on
     ip("-n", spaces["client"], "link", "set", "dev", "lan", "down")
     job.kill()
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
     assert b"nothing was acknowledged for 2 s" in read(worker.log)
 
 
@@ -19397,7 +19420,7 @@ def test_a_second_sigterm_ends_the_jobs(hosts, spaces):
     worker.terminate()
     lost(job)
     assert worker.wait(30) == 0
-    until(lambda: not processes_with(mark), "the end of the command")
+    gone(mark)
 
 
 # ---- Everywhere: other Pythons, other systems, other versions, bare boxes --
