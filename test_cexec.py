@@ -5958,6 +5958,18 @@ def test_the_arguments_are_the_command_of_another_user(cluster):
     assert b"warning" not in read(worker.log)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_misspelt_command_under_u_is_not_found(farm, closed):
+    """Though its user may not enter a directory of PATH."""
+    need("root")
+    os.makedirs(farm.path("closed"), 0o700)
+    farm.worker(options=["-a", "-u", "nobody"], env={"PATH": os.environ["PATH"] + ":" + farm.path("closed")})
+    if closed:
+        put(farm.path("closed/misspelt"), "", 0o755)
+    said = failed(farm.work("-n", farm.pub, "misspelt"), 126 if closed else 127).decode()
+    assert said.endswith("misspelt: %s\n" % ("Permission denied" if closed else "No such file or directory"))
+
+
 def test_who_takes_arguments_is_in_the_list(cluster):
     cluster.worker("cat", options=["-ai"])
     row = json.loads(survey(cluster, "-j").stdout)
@@ -6543,40 +6555,6 @@ def test_files_go_into_a_jobs_directory_and_come_out(farm):
     assert modes == [0o755, 0o400, 0o555, 0o755] and all_gone(farm)
 
 
-def test_the_searches_of_a_batch_are_one_client_in_line():
-    line = cexec.Line()
-    for number, batch in enumerate((cexec.NO_BATCH, cexec.NO_BATCH, b"b" * 8, b"b" * 8)):
-        line.join(SimpleNamespace(name="a", nonce=bytes([number]) * 16, since=float(number), batch=batch))
-    assert (len(line), line.clients()) == (4, 3)
-
-
-def test_the_screen_asks_before_it_says_that_nobody_answers():
-    watch = SimpleNamespace(workers={}, began=time.monotonic(), PATIENCE=100, pub=SimpleNamespace(label="app"))
-    assert cexec.presence_text([watch]) == "now: asking which workers there are"
-    watch.PATIENCE = -1
-    assert cexec.presence_text([watch]) == "now: no worker answers (cexec -l app tells why)"
-
-
-def test_a_load_that_is_not_of_our_jobs_is_explained(capsys, monkeypatch):
-    said, row = [], {"address": "10.0.0.3", "slots": 2, "state": "serving"}
-    monkeypatch.setattr(cexec.log, "tell_user", said.append)
-    rows = [dict(row, host=host, load=load, running=running) for host, load, running in (
-        ("idle", 5.8, 0), ("busy", 1.9, 2), ("quiet", 0.2, 0))]
-    assert cexec.show_workers(SimpleNamespace(rows=lambda: rows, troubles=list), False) == 0
-    assert len(said) == 1 and said[0].startswith("idle: LOAD is more than our jobs there: ")
-
-
-def test_what_a_batch_says_that_is_done_or_interrupted():
-    """The same command again does the rest, also if the results of -g show what is done."""
-    for files, again in (({"results": ["{}.r"]}, True), ({"results": ["*.r"]}, False), ({}, False)):
-        terms = cexec.BatchTerms([], (), "-", True, **files)
-        tasks = [cexec.Task(terms, 1, ("a",), None)]
-        tasks[0].note_outputs()
-        batch = SimpleNamespace(terms=terms, tasks=tasks, force=False, done=0, done_before=0, printer=True,
-                                total=lambda: "1")
-        assert cexec.Batch.summary(batch) == "0 of 1 jobs are done" + "; the same command again does the rest" * again
-
-
 def test_a_command_that_is_not_there_gets_a_hint(farm):
     """What the user may have meant."""
     farm.serve()
@@ -6593,18 +6571,6 @@ def test_a_command_that_is_not_there_gets_a_hint(farm):
             "cexec: 2 failed, 2 at %s: exit status 1 (2)", "cexec: a.in at %s: exit status 1 (a.in is here: "
             "-i {} takes it there, if the workers have directories for jobs)", "cexec: b.in at %s: exit status 1")]
     assert farm.work("-mn", "-i", "{}", farm.pub, "test", "!", "-e", "{}", ":::", "a.in").stderr.endswith(b"status 1\n")
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_a_misspelt_command_under_u_is_not_found(farm, closed):
-    """Though its user may not enter a directory of PATH."""
-    need("root")
-    os.makedirs(farm.path("closed"), 0o700)
-    farm.worker(options=["-a", "-u", "nobody"], env={"PATH": os.environ["PATH"] + ":" + farm.path("closed")})
-    if closed:
-        put(farm.path("closed/misspelt"), "", 0o755)
-    said = failed(farm.work("-n", farm.pub, "misspelt"), 126 if closed else 127).decode()
-    assert said.endswith("misspelt: %s\n" % ("Permission denied" if closed else "No such file or directory"))
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}       # as Python 3.6 has it
@@ -8115,6 +8081,15 @@ def test_list_of_workers(hosts):
     assert worker.poll() is None
 
 
+def test_a_load_that_is_not_of_our_jobs_is_explained(capsys, monkeypatch):
+    said, row = [], {"address": "10.0.0.3", "slots": 2, "state": "serving"}
+    monkeypatch.setattr(cexec.log, "tell_user", said.append)
+    rows = [dict(row, host=host, load=load, running=running) for host, load, running in (
+        ("idle", 5.8, 0), ("busy", 1.9, 2), ("quiet", 0.2, 0))]
+    assert cexec.show_workers(SimpleNamespace(rows=lambda: rows, troubles=list), False) == 0
+    assert len(said) == 1 and said[0].startswith("idle: LOAD is more than our jobs there: ")
+
+
 def test_workers_that_drain_are_listed_and_marked(cluster):
     worker = cluster.worker("cat", env={"CONCURRENCY": "2"})
     job = held_job(cluster)
@@ -8652,18 +8627,6 @@ def test_each_job_has_a_number_and_a_slot(cluster):
     assert output(done) == b"" and [read(cluster.path(name)) for name in ("o1", "o2")] == [b"a\n", b"b\n"]
 
 
-def test_each_block_has_a_number_and_a_slot_as_with_parallel(cluster):
-    need("parallel")
-    data = b"".join(b"%d\n" % number for number in range(200))
-    script = "mkdir slot{%} && sleep 0.01; rmdir slot{%}; echo {#} {} {2} $(wc -l)"
-    words = "parallel", "--will-cite", "--pipe", "-k", "-j3", "--block", "100", script
-    told = subprocess.run(words, input=data, check=True, cwd=cluster.directory, stdout=subprocess.PIPE).stdout
-    cluster.worker(options=["-a"], env={"CONCURRENCY": "4"})
-    ours = output(cluster.run("cexec", "-b", "100", "-j", "3", cluster.pub, "sh", "-c", script, input=data))
-    first = [[line.split()[0] for line in text.splitlines()] for text in (told, ours)]
-    assert first[0] == first[1] and b"1 {} {2} " in ours
-
-
 def test_what_stands_before_the_lists(cluster):
     """The first -- or ::: begins them; what would be misread is refused."""
     assert cexec.split_words(["x", ":::", "a", "--", "-"]) == (["x"], [["a", "--", "-"]])
@@ -8951,6 +8914,19 @@ def test_failed_outputs_are_left_out_of_the_order(cluster):
     done = batch(cluster, *names, names[0], options=["-o", "-"])
     good = [name for name in [*names, names[0]] if name[-1] not in "258"]
     assert (done.returncode, done.stdout) == (3, b"".join(b"half\n" + read(cluster.path(name)) for name in good))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_full_place_for_waiting_outputs_is_named(cluster, number):
+    """And not the standard output or standard error that the output is for."""
+    need("root", "unshare", "mount")
+    os.mkdir(cluster.path("small"))
+    cluster.worker("sh", "-c", "head -c 2000000 /dev/zero >&%d" % number)
+    script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small exec "$@"'
+    words = cluster.argv("cexec", "-m", "-n", "-o", "-", cluster.pub, ":::", "x")
+    done = cluster.do(["unshare", "-m", "sh", "-c", script, "sh", *words])
+    assert done.returncode == 1 and b"cexec: x: " in done.stderr, done.stderr
+    assert b"/small: No space left on device (TMPDIR)" in done.stderr, done.stderr
 
 
 def test_reader_of_the_outputs_leaves(cluster):
@@ -9806,6 +9782,17 @@ def test_an_interrupted_batch_that_does_all_again_does_not_say_the_rest(cluster)
         "cexec: interrupted: 0 of 3 files are done; the same command again does all of them once more (-f)\n")
 
 
+def test_what_a_batch_says_that_is_done_or_interrupted():
+    """The same command again does the rest, also if the results of -g show what is done."""
+    for files, again in (({"results": ["{}.r"]}, True), ({"results": ["*.r"]}, False), ({}, False)):
+        terms = cexec.BatchTerms([], (), "-", True, **files)
+        tasks = [cexec.Task(terms, 1, ("a",), None)]
+        tasks[0].note_outputs()
+        batch = SimpleNamespace(terms=terms, tasks=tasks, force=False, done=0, done_before=0, printer=True,
+                                total=lambda: "1")
+        assert cexec.Batch.summary(batch) == "0 of 1 jobs are done" + "; the same command again does the rest" * again
+
+
 def test_killed_batch_is_taken_up_again(cluster):
     """KILL leaves it no time to clear up: its commands end all the same, and the next one uses what is left."""
     names = made_files(cluster, 9)
@@ -9892,6 +9879,200 @@ def test_batch_through_a_proxy(cluster):
         assert read(cluster.path(name + ".out")) == read(cluster.path(name))
     assert supervisors(worker) < 30
 
+
+def exits(peer, more, out=0):
+    for channel in (1, 2):
+        peer.send(cexec.EOF, channel, cexec.FLAG_WHOLE)
+    peer.send(cexec.EXIT, how=cexec.HOW_EXITED, more=more, channels=[(0, 0, 0), (1, out, 0), (2, 0, 0)])
+
+
+@pytest.mark.parametrize("counts, after", [
+    (True, lambda peer: peer.raw(os.urandom(1000))), (True, lambda peer: peer.raw(cexec.FRAME_HEAD.pack(99, 0, 0, 0))),
+    (True, lambda peer: exits(peer, 1)), (True, lambda peer: peer.raw(data_frame(1, b"late"))),
+    (True, lambda peer: peer.send(cexec.EOF, 1)), (True, lambda peer: peer.send(cexec.CREDIT, 0, bytes=1)),
+    (True, lambda peer: (peer.send(cexec.ACCEPT), peer.send(cexec.ACCEPT))), (False, lambda peer: None),
+    (False, lambda peer: peer.send(cexec.PONG)), (True, lambda peer: peer.send(cexec.ACCEPT))],
+    ids=["garbage", "an unknown frame", "EXIT twice", "DATA", "EOF", "CREDIT", "ACCEPT twice", "the connection's end",
+         "a PONG and the connection's end", "ACCEPT and the connection's end"])
+def test_worker_that_goes_wrong_after_an_exit(cluster, counts, after):
+    """The file that is done stays done; the next counts as tried, unless nothing but the connection's end came."""
+    names = made_files(cluster, 2)
+    key = cexec.open_key(cluster.key)
+    with Ear(group_port(cluster)) as ear:
+        client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        with play_worker(announced, address, key) as peer:
+            assert b"FILE=f000" in peer.take_job().environment
+            peer.raw(data_frame(1, b"done"))
+            exits(peer, more=1, out=4)
+            after(peer)
+            while (peer.next() or [cexec.GO])[0] is not cexec.GO:
+                pass                    # until the second one's GO, or the client has closed
+    if not counts:
+        cluster.worker("cat")
+    assert client.wait(PATIENCE) == int(counts), client.said()
+    assert read(cluster.path("f000.out")) == b"done" and not parts(cluster.directory)
+    assert os.path.exists(cluster.path("f001.out")) != counts
+    assert client.said() == "" or re.fullmatch(r"cexec: f001 at \S+: worker lost: [^\n]+\n", client.said())
+
+
+class BatchPeer(Closing):
+    """A client in a test's hands that has begun a job of a batch."""
+
+    ROWS = [(0, 0, cexec.FLAG_INPUT), (1, 1, cexec.FLAG_OUTPUT)]
+
+    def __init__(self, cluster, batch=b"12345678"):
+        self.asker = Asker(cluster)
+        self.asker.say(cexec.ANNOUNCE, attempt=1, batch=batch)
+        self.peer = Peer(self.asker.listener.accept()[0])
+        self.peer.hello = self.peer.expect(cexec.HELLO)
+        self.peer.send(cexec.AUTH, proof=self.asker.proof(self.peer))
+        self.job()
+        self.peer.expect(cexec.ACCEPT)
+        self.peer.send(cexec.GO)
+
+    def close(self):
+        self.peer.close()
+        self.asker.close()
+
+    def job(self, rows=None):
+        self.peer.send(cexec.JOB, descriptors=rows or self.ROWS)
+
+    def begin(self, rows=None):
+        self.job(rows)
+        self.peer.send(cexec.GO)
+
+    def end(self, data=b"x"):
+        """Gives it data and the end of file; (what it writes, EXIT)."""
+        self.peer.raw(data_frame(0, data))
+        self.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
+        out = b""
+        while True:
+            kind, payload = self.peer.next()
+            out += payload if kind is cexec.DATA else b""
+            if kind is cexec.EXIT:
+                return out, payload
+
+
+def free_again(cluster, worker):
+    """That the worker's only slot is free within the time that an offer may take."""
+    began = time.monotonic()
+    assert cluster.client(input=b"ab").stdout == b"ab"
+    worker.idles()
+    no_defect(read(worker.log))
+    return time.monotonic() - began
+
+
+def late_frames(peer):
+    """All that may still be under way of a job that is over."""
+    peer.raw(data_frame(0, b"late"))
+    peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
+    peer.send(cexec.SHUT, 1, cexec.FLAG_WHOLE)
+    peer.send(cexec.CREDIT, 1, bytes=cexec.WINDOW)
+    peer.send(cexec.SIGNAL, signal="TERM")
+    peer.send(cexec.RESIZE, lines=1, columns=1)
+    peer.send(cexec.GO)
+    peer.send(cexec.PING)
+
+
+def test_frames_of_the_job_before_do_nothing(cluster):
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with BatchPeer(cluster) as client:
+        for number in range(5):
+            out, end = client.end(b"data %d" % number)
+            assert (out, end.more, end.how, end.status) == (b"data %d" % number, 1, cexec.HOW_EXITED, 0)
+            late_frames(client.peer)
+            client.begin()
+        assert client.end(b"last")[0] == b"last"
+    free_again(cluster, worker)
+    assert supervisors(worker) == 2
+
+
+def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
+    """A client that is slow to read: the connection is kept for it, though another waits, and its next JOB is taken."""
+    altered(cluster, OFFER_SECONDS=1.0)
+    worker = cluster.worker("sh", "-c", "cat; head -c 4000000 /dev/zero", env={"CONCURRENCY": "1"})
+    with BatchPeer(cluster) as client:
+        client.peer.raw(data_frame(0, b"one"))
+        client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
+        worker.says("-> EXIT")
+        other = verbose_client(cluster)
+        other.says("try 4, ")
+        assert "-> GO" not in other.said()
+        size, end = 0, None
+        while end is None:
+            kind, payload = client.peer.next()
+            size += len(payload) if kind is cexec.DATA else 0
+            end = payload if kind is cexec.EXIT else None
+        assert size == 4000003 and end.more == 1
+        client.begin()
+        client.peer.expect(cexec.ACCEPT)
+    assert other.wait(PATIENCE) == 0
+    no_defect(read(worker.log))
+
+
+@pytest.mark.parametrize("wrong, why", [
+    (lambda client: client.job(), b"JOB out of place"),
+    (lambda client: (client.end(), client.job(), client.job()), b"JOB out of place"),
+    (lambda client: client.peer.send(cexec.AUTH, proof=bytes(32)), b"AUTH out of place"),
+    (lambda client: (client.end(), client.begin([(256, 256, 1)])), b"higher descriptors than the first"),
+    (lambda client: (client.end(), client.begin([(1, 1, 77)])), b"impossible flags 77"),
+    (lambda client: (client.end(), client.job(), client.peer.raw(data_frame(0, b"x"))), b"DATA out of place"),
+    (lambda client: (client.end(), client.begin(), client.peer.send(cexec.GO)), b"GO out of place"),
+    (lambda client: (client.end(), client.job()), b"no GO"),
+    (lambda client: (client.end(), client.peer.raw(os.urandom(999))), b"frame of kind"),
+    (lambda client: client.end(), None), (lambda client: (client.end(), client.peer.send(cexec.PING)), None)],
+    ids=["JOB within a job", "JOB twice", "AUTH", "a high number", "an impossible JOB", "DATA before GO", "GO twice",
+         "JOB without GO", "garbage", "nothing", "nothing but PING"])
+def test_client_that_goes_wrong_in_a_batch(cluster, wrong, why):
+    """Its slot is free again, though it keeps the connection open."""
+    altered(cluster, OFFER_SECONDS=1.0)
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with BatchPeer(cluster) as client:
+        wrong(client)
+        assert cluster.client(input=b"ab", env={"CEXEC_TIMEOUT_WAIT": "10"}).stdout == b"ab"
+        if why:
+            assert why in read(worker.log)
+    free_again(cluster, worker)
+
+
+def test_job_that_is_of_no_batch_has_no_next(cluster):
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with BatchPeer(cluster, batch=bytes(8)) as client:
+        assert client.end()[1].more == 0
+        client.begin()
+        assert client.peer.next() is None and supervisors(worker) == 1
+    free_again(cluster, worker)
+
+
+@pytest.mark.parametrize("rows", [[(0, 0, 1), (1, 1, 2)], [(0, 0, 9), (1, 1, 2), (5, 5, 7), (6, 5, 7)],
+                                  [(0, 0, 19), (1, 0, 19)]], ids=["pipes", "files and sockets", "terminal"])
+@HEAVY
+def test_thousands_of_jobs_on_one_connection(cluster, rows):
+    """The supervisor has as many descriptors and as much memory as after the first hundred."""
+    count = 3000 if rows[0][2] == 1 else 300
+    worker = cluster.worker("true", env={"CONCURRENCY": "1"}, verbose=False)
+    worker.listens()
+    with BatchPeer(cluster) as client:
+        figures = []
+        for number in range(count):
+            while client.peer.next()[0] is not cexec.EXIT:
+                pass
+            if number in (count // 10, count - 1):
+                supervisor, = children_of(worker.pid)
+                until(lambda: state_of(supervisor) == state_of(worker.pid) == "S", "both to wait for what comes next")
+                figures.append((open_files(supervisor), rss(supervisor), open_files(worker.pid), rss(worker.pid)))
+            client.peer.send(cexec.JOB, descriptors=rows, term="x" if rows[0][2] == 19 else "")
+            client.peer.send(cexec.GO)
+            if rows[0][2] == 9:
+                client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
+    print(figures)
+    early, late = figures
+    assert late[0] <= early[0] and late[2] <= early[2]
+    assert late[1] - early[1] < 2000000 and late[3] - early[3] < 2000000
+
+
+# ---- cexec -b: standard input in blocks, a job each ------------------------
 
 def lines_of(seed, size, longest=200):
     """Lines of many lengths, the same for the same seed."""
@@ -10115,19 +10296,6 @@ def test_blocks_where_no_room_is_left(cluster):
     assert read(cluster.path("status")) == b"111\n" and b"No space left on device (TMPDIR)" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_full_place_for_waiting_outputs_is_named(cluster, number):
-    """And not the standard output or standard error that the output is for."""
-    need("root", "unshare", "mount")
-    os.mkdir(cluster.path("small"))
-    cluster.worker("sh", "-c", "head -c 2000000 /dev/zero >&%d" % number)
-    script = 'mount -t tmpfs -o size=1m none small && TMPDIR=small exec "$@"'
-    words = cluster.argv("cexec", "-m", "-n", "-o", "-", cluster.pub, ":::", "x")
-    done = cluster.do(["unshare", "-m", "sh", "-c", script, "sh", *words])
-    assert done.returncode == 1 and b"cexec: x: " in done.stderr, done.stderr
-    assert b"/small: No space left on device (TMPDIR)" in done.stderr, done.stderr
-
-
 @HEAVY
 def test_a_gigabyte_in_blocks_is_flat_in_memory(cluster):
     cluster.worker("cat", env={"CONCURRENCY": "2"})
@@ -10151,196 +10319,16 @@ def test_a_gigabyte_in_blocks_is_flat_in_memory(cluster):
     assert held <= 2 * 5 * (16 << 20) and largest < 80000000
 
 
-def exits(peer, more, out=0):
-    for channel in (1, 2):
-        peer.send(cexec.EOF, channel, cexec.FLAG_WHOLE)
-    peer.send(cexec.EXIT, how=cexec.HOW_EXITED, more=more, channels=[(0, 0, 0), (1, out, 0), (2, 0, 0)])
-
-
-@pytest.mark.parametrize("counts, after", [
-    (True, lambda peer: peer.raw(os.urandom(1000))), (True, lambda peer: peer.raw(cexec.FRAME_HEAD.pack(99, 0, 0, 0))),
-    (True, lambda peer: exits(peer, 1)), (True, lambda peer: peer.raw(data_frame(1, b"late"))),
-    (True, lambda peer: peer.send(cexec.EOF, 1)), (True, lambda peer: peer.send(cexec.CREDIT, 0, bytes=1)),
-    (True, lambda peer: (peer.send(cexec.ACCEPT), peer.send(cexec.ACCEPT))), (False, lambda peer: None),
-    (False, lambda peer: peer.send(cexec.PONG)), (True, lambda peer: peer.send(cexec.ACCEPT))],
-    ids=["garbage", "an unknown frame", "EXIT twice", "DATA", "EOF", "CREDIT", "ACCEPT twice", "the connection's end",
-         "a PONG and the connection's end", "ACCEPT and the connection's end"])
-def test_worker_that_goes_wrong_after_an_exit(cluster, counts, after):
-    """The file that is done stays done; the next counts as tried, unless nothing but the connection's end came."""
-    names = made_files(cluster, 2)
-    key = cexec.open_key(cluster.key)
-    with Ear(group_port(cluster)) as ear:
-        client = start_batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
-        announced, address = ear.wait_for(cexec.ANNOUNCE)
-        with play_worker(announced, address, key) as peer:
-            assert b"FILE=f000" in peer.take_job().environment
-            peer.raw(data_frame(1, b"done"))
-            exits(peer, more=1, out=4)
-            after(peer)
-            while (peer.next() or [cexec.GO])[0] is not cexec.GO:
-                pass                    # until the second one's GO, or the client has closed
-    if not counts:
-        cluster.worker("cat")
-    assert client.wait(PATIENCE) == int(counts), client.said()
-    assert read(cluster.path("f000.out")) == b"done" and not parts(cluster.directory)
-    assert os.path.exists(cluster.path("f001.out")) != counts
-    assert client.said() == "" or re.fullmatch(r"cexec: f001 at \S+: worker lost: [^\n]+\n", client.said())
-
-
-class BatchPeer(Closing):
-    """A client in a test's hands that has begun a job of a batch."""
-
-    ROWS = [(0, 0, cexec.FLAG_INPUT), (1, 1, cexec.FLAG_OUTPUT)]
-
-    def __init__(self, cluster, batch=b"12345678"):
-        self.asker = Asker(cluster)
-        self.asker.say(cexec.ANNOUNCE, attempt=1, batch=batch)
-        self.peer = Peer(self.asker.listener.accept()[0])
-        self.peer.hello = self.peer.expect(cexec.HELLO)
-        self.peer.send(cexec.AUTH, proof=self.asker.proof(self.peer))
-        self.job()
-        self.peer.expect(cexec.ACCEPT)
-        self.peer.send(cexec.GO)
-
-    def close(self):
-        self.peer.close()
-        self.asker.close()
-
-    def job(self, rows=None):
-        self.peer.send(cexec.JOB, descriptors=rows or self.ROWS)
-
-    def begin(self, rows=None):
-        self.job(rows)
-        self.peer.send(cexec.GO)
-
-    def end(self, data=b"x"):
-        """Gives it data and the end of file; (what it writes, EXIT)."""
-        self.peer.raw(data_frame(0, data))
-        self.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
-        out = b""
-        while True:
-            kind, payload = self.peer.next()
-            out += payload if kind is cexec.DATA else b""
-            if kind is cexec.EXIT:
-                return out, payload
-
-
-def free_again(cluster, worker):
-    """That the worker's only slot is free within the time that an offer may take."""
-    began = time.monotonic()
-    assert cluster.client(input=b"ab").stdout == b"ab"
-    worker.idles()
-    no_defect(read(worker.log))
-    return time.monotonic() - began
-
-
-def late_frames(peer):
-    """All that may still be under way of a job that is over."""
-    peer.raw(data_frame(0, b"late"))
-    peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
-    peer.send(cexec.SHUT, 1, cexec.FLAG_WHOLE)
-    peer.send(cexec.CREDIT, 1, bytes=cexec.WINDOW)
-    peer.send(cexec.SIGNAL, signal="TERM")
-    peer.send(cexec.RESIZE, lines=1, columns=1)
-    peer.send(cexec.GO)
-    peer.send(cexec.PING)
-
-
-def test_frames_of_the_job_before_do_nothing(cluster):
-    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
-    with BatchPeer(cluster) as client:
-        for number in range(5):
-            out, end = client.end(b"data %d" % number)
-            assert (out, end.more, end.how, end.status) == (b"data %d" % number, 1, cexec.HOW_EXITED, 0)
-            late_frames(client.peer)
-            client.begin()
-        assert client.end(b"last")[0] == b"last"
-    free_again(cluster, worker)
-    assert supervisors(worker) == 2
-
-
-def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
-    """A client that is slow to read: the connection is kept for it, though another waits, and its next JOB is taken."""
-    altered(cluster, OFFER_SECONDS=1.0)
-    worker = cluster.worker("sh", "-c", "cat; head -c 4000000 /dev/zero", env={"CONCURRENCY": "1"})
-    with BatchPeer(cluster) as client:
-        client.peer.raw(data_frame(0, b"one"))
-        client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
-        worker.says("-> EXIT")
-        other = verbose_client(cluster)
-        other.says("try 4, ")
-        assert "-> GO" not in other.said()
-        size, end = 0, None
-        while end is None:
-            kind, payload = client.peer.next()
-            size += len(payload) if kind is cexec.DATA else 0
-            end = payload if kind is cexec.EXIT else None
-        assert size == 4000003 and end.more == 1
-        client.begin()
-        client.peer.expect(cexec.ACCEPT)
-    assert other.wait(PATIENCE) == 0
-    no_defect(read(worker.log))
-
-
-@pytest.mark.parametrize("wrong, why", [
-    (lambda client: client.job(), b"JOB out of place"),
-    (lambda client: (client.end(), client.job(), client.job()), b"JOB out of place"),
-    (lambda client: client.peer.send(cexec.AUTH, proof=bytes(32)), b"AUTH out of place"),
-    (lambda client: (client.end(), client.begin([(256, 256, 1)])), b"higher descriptors than the first"),
-    (lambda client: (client.end(), client.begin([(1, 1, 77)])), b"impossible flags 77"),
-    (lambda client: (client.end(), client.job(), client.peer.raw(data_frame(0, b"x"))), b"DATA out of place"),
-    (lambda client: (client.end(), client.begin(), client.peer.send(cexec.GO)), b"GO out of place"),
-    (lambda client: (client.end(), client.job()), b"no GO"),
-    (lambda client: (client.end(), client.peer.raw(os.urandom(999))), b"frame of kind"),
-    (lambda client: client.end(), None), (lambda client: (client.end(), client.peer.send(cexec.PING)), None)],
-    ids=["JOB within a job", "JOB twice", "AUTH", "a high number", "an impossible JOB", "DATA before GO", "GO twice",
-         "JOB without GO", "garbage", "nothing", "nothing but PING"])
-def test_client_that_goes_wrong_in_a_batch(cluster, wrong, why):
-    """Its slot is free again, though it keeps the connection open."""
-    altered(cluster, OFFER_SECONDS=1.0)
-    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
-    with BatchPeer(cluster) as client:
-        wrong(client)
-        assert cluster.client(input=b"ab", env={"CEXEC_TIMEOUT_WAIT": "10"}).stdout == b"ab"
-        if why:
-            assert why in read(worker.log)
-    free_again(cluster, worker)
-
-
-def test_job_that_is_of_no_batch_has_no_next(cluster):
-    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
-    with BatchPeer(cluster, batch=bytes(8)) as client:
-        assert client.end()[1].more == 0
-        client.begin()
-        assert client.peer.next() is None and supervisors(worker) == 1
-    free_again(cluster, worker)
-
-
-@pytest.mark.parametrize("rows", [[(0, 0, 1), (1, 1, 2)], [(0, 0, 9), (1, 1, 2), (5, 5, 7), (6, 5, 7)],
-                                  [(0, 0, 19), (1, 0, 19)]], ids=["pipes", "files and sockets", "terminal"])
-@HEAVY
-def test_thousands_of_jobs_on_one_connection(cluster, rows):
-    """The supervisor has as many descriptors and as much memory as after the first hundred."""
-    count = 3000 if rows[0][2] == 1 else 300
-    worker = cluster.worker("true", env={"CONCURRENCY": "1"}, verbose=False)
-    worker.listens()
-    with BatchPeer(cluster) as client:
-        figures = []
-        for number in range(count):
-            while client.peer.next()[0] is not cexec.EXIT:
-                pass
-            if number in (count // 10, count - 1):
-                supervisor, = children_of(worker.pid)
-                until(lambda: state_of(supervisor) == state_of(worker.pid) == "S", "both to wait for what comes next")
-                figures.append((open_files(supervisor), rss(supervisor), open_files(worker.pid), rss(worker.pid)))
-            client.peer.send(cexec.JOB, descriptors=rows, term="x" if rows[0][2] == 19 else "")
-            client.peer.send(cexec.GO)
-            if rows[0][2] == 9:
-                client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
-    print(figures)
-    early, late = figures
-    assert late[0] <= early[0] and late[2] <= early[2]
-    assert late[1] - early[1] < 2000000 and late[3] - early[3] < 2000000
+def test_each_block_has_a_number_and_a_slot_as_with_parallel(cluster):
+    need("parallel")
+    data = b"".join(b"%d\n" % number for number in range(200))
+    script = "mkdir slot{%} && sleep 0.01; rmdir slot{%}; echo {#} {} {2} $(wc -l)"
+    words = "parallel", "--will-cite", "--pipe", "-k", "-j3", "--block", "100", script
+    told = subprocess.run(words, input=data, check=True, cwd=cluster.directory, stdout=subprocess.PIPE).stdout
+    cluster.worker(options=["-a"], env={"CONCURRENCY": "4"})
+    ours = output(cluster.run("cexec", "-b", "100", "-j", "3", cluster.pub, "sh", "-c", script, input=data))
+    first = [[line.split()[0] for line in text.splitlines()] for text in (told, ours)]
+    assert first[0] == first[1] and b"1 {} {2} " in ours
 
 
 # ---- cservice: load, spread, the line --------------------------------------
@@ -10469,6 +10457,13 @@ def test_line_tells_how_many_are_ahead(text):
     for place, client in enumerate(order):
         assert place <= told[client.nonce] <= place + len(set(text)) - 1, (text, place)
     assert told[clients[0].nonce] <= len(set(text)) - 1
+
+
+def test_the_searches_of_a_batch_are_one_client_in_line():
+    line = cexec.Line()
+    for number, batch in enumerate((cexec.NO_BATCH, cexec.NO_BATCH, b"b" * 8, b"b" * 8)):
+        line.join(SimpleNamespace(name="a", nonce=bytes([number]) * 16, since=float(number), batch=batch))
+    assert (len(line), line.clients()) == (4, 3)
 
 
 def test_line_keeps_its_books():
@@ -11895,6 +11890,24 @@ def test_silent_hosts_of_a_list_are_named(hosts):
     assert said("10.77.0.0/29,10.77.0.255,10.77.0.2") == (0, "")
 
 
+def test_a_silent_host_of_many_is_named(hosts):
+    """The others' output is there, and theirs alone is waited for no longer than for a single job."""
+    spaces = hosts.lan("lan", ["client", "good", "bad"], "10.77.0")
+    for space in "good", "bad":
+        hosts.worker("sh", "-c", "echo %s; until [ -e %s ]; do sleep 0.05; done" % (space, hosts.path(space)),
+                     space=spaces[space])
+    with open(hosts.path("out"), "wb") as out:
+        client = hosts.follow("cexec", "-A", hosts.pub, stdout=out, space=spaces["client"],
+                              env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: read(hosts.path("out")).count(b"\n") == 2, "both jobs")
+    ip("-n", spaces["bad"], "link", "set", "dev", "lan", "down")
+    make_file(hosts, "good")
+    assert client.wait(PATIENCE) == 111
+    assert client.said() == ("cexec: %s[10.77.0.3]: worker lost: no sign of life for 2 s; "
+                             "the command may have run\n" % NODE)
+    signal_host(spaces["bad"], signal.SIGKILL)
+
+
 # ---- crat -t ---------------------------------------------------------------
 
 class Alerts:
@@ -12169,6 +12182,13 @@ def test_the_screen_shows_who_is_there(cluster, alerts, window):
     cluster.worker("cat", env={"CONCURRENCY": "2"})
     window.shows("^now: 1 there, 0 of 2 slots in use")
     window.keys("q", shows="^127.0.0.1 +%s +0/2 " % re.escape(host))
+
+
+def test_the_screen_asks_before_it_says_that_nobody_answers():
+    watch = SimpleNamespace(workers={}, began=time.monotonic(), PATIENCE=100, pub=SimpleNamespace(label="app"))
+    assert cexec.presence_text([watch]) == "now: asking which workers there are"
+    watch.PATIENCE = -1
+    assert cexec.presence_text([watch]) == "now: no worker answers (cexec -l app tells why)"
 
 
 def test_the_screen_asks_with_a_private_key_and_not_without_a_key(cluster, window):
@@ -13039,6 +13059,34 @@ def test_two_proxies_in_a_row(hosts, crossing):
     crossing.proxy("10.79.0.1", space=crossing.worker)
     data = os.urandom(1 << 20)
     assert output(hosts.client("CMD=cat; exit 4", space=crossing.client, input=data), 4) == data
+
+
+def test_cproxy_joins_ipv4_and_ipv6(hosts):
+    """A client that has only IPv4, workers that have only IPv6; and its line, and its crat."""
+    spaces = hosts.net("left 10.77.0 client gate", "right fd00:78:0:0 gate worker")
+    hosts.env["GROUP"] = "255.255.255.255"
+    worker = hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=spaces["worker"], env={"CONCURRENCY": "1"})
+    logger = hosts.logger(hosts.pub, space=spaces["worker"])
+    hosts.proxy("fd00:78::1", space=spaces["gate"])
+    assert ended(hosts.client(space=spaces["client"], input=b"in\n")) == (0, b"in\nfd00:78::1\n", b"")
+    first = held_job(hosts, space=spaces["client"])
+    waiting = in_line(hosts, 0, space=spaces["client"])
+    outcomes(first, waiting)
+    logger.says("\n", 3, 3)
+    assert logger.lines()[0].startswith("fd00:78::1 completed by "), logger.lines()
+    assert b"supervisor" in read(worker.log)
+
+
+def test_cproxy_with_a_link_local_address(hosts):
+    """On a network that has no other: there the return address is its datagrams' own."""
+    spaces = hosts.net("left 10.77.0 client gate", "right - gate worker")
+    hosts.env["GROUP"] = "255.255.255.255"
+    shown = subprocess.check_output(["ip", "-n", spaces["gate"], "address", "show", "dev", "right"]).decode()
+    address, = re.findall(r"inet6 (fe80::\S+)/64", shown)
+    hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=spaces["worker"], env={"CONCURRENCY": "1"})
+    hosts.proxy(address + "%right", space=spaces["gate"])
+    for _ in range(2):
+        assert output(hosts.client(space=spaces["client"], input=b"in\n")) == b"in\n%s%%right\n" % address.encode()
 
 
 def memory(pid):
@@ -18901,34 +18949,6 @@ def test_two_ipv6_networks_are_both_reached(hosts):
         os.kill(worker.pid, signal.SIGCONT)
 
 
-def test_cproxy_joins_ipv4_and_ipv6(hosts):
-    """A client that has only IPv4, workers that have only IPv6; and its line, and its crat."""
-    spaces = hosts.net("left 10.77.0 client gate", "right fd00:78:0:0 gate worker")
-    hosts.env["GROUP"] = "255.255.255.255"
-    worker = hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=spaces["worker"], env={"CONCURRENCY": "1"})
-    logger = hosts.logger(hosts.pub, space=spaces["worker"])
-    hosts.proxy("fd00:78::1", space=spaces["gate"])
-    assert ended(hosts.client(space=spaces["client"], input=b"in\n")) == (0, b"in\nfd00:78::1\n", b"")
-    first = held_job(hosts, space=spaces["client"])
-    waiting = in_line(hosts, 0, space=spaces["client"])
-    outcomes(first, waiting)
-    logger.says("\n", 3, 3)
-    assert logger.lines()[0].startswith("fd00:78::1 completed by "), logger.lines()
-    assert b"supervisor" in read(worker.log)
-
-
-def test_cproxy_with_a_link_local_address(hosts):
-    """On a network that has no other: there the return address is its datagrams' own."""
-    spaces = hosts.net("left 10.77.0 client gate", "right - gate worker")
-    hosts.env["GROUP"] = "255.255.255.255"
-    shown = subprocess.check_output(["ip", "-n", spaces["gate"], "address", "show", "dev", "right"]).decode()
-    address, = re.findall(r"inet6 (fe80::\S+)/64", shown)
-    hosts.worker("sh", "-c", "cat; echo $REMOTE_ADDR", space=spaces["worker"], env={"CONCURRENCY": "1"})
-    hosts.proxy(address + "%right", space=spaces["gate"])
-    for _ in range(2):
-        assert output(hosts.client(space=spaces["client"], input=b"in\n")) == b"in\n%s%%right\n" % address.encode()
-
-
 def test_clients_that_no_connection_reaches_keep_nobody_from_the_only_slot(hosts):
     """A good client's jobs are begun while offers to the bad ones hang, which say what is wrong, and give up."""
     spaces = hosts.lan("lan", ["good", "bad", "worse", "worker"], "10.77.0")
@@ -19286,24 +19306,6 @@ def test_a_worker_on_a_slow_link_is_not_given_up(hosts):
     batch.check()
     assert not batch.lost_rows()
     assert {row["Host"] for row in batch.rows() if row["Seq"] in "12"} == {NODE}
-
-
-def test_a_silent_host_of_many_is_named(hosts):
-    """The others' output is there, and theirs alone is waited for no longer than for a single job."""
-    spaces = hosts.lan("lan", ["client", "good", "bad"], "10.77.0")
-    for space in "good", "bad":
-        hosts.worker("sh", "-c", "echo %s; until [ -e %s ]; do sleep 0.05; done" % (space, hosts.path(space)),
-                     space=spaces[space])
-    with open(hosts.path("out"), "wb") as out:
-        client = hosts.follow("cexec", "-A", hosts.pub, stdout=out, space=spaces["client"],
-                              env={"CEXEC_TIMEOUT_PINGPONG": "2"})
-    until(lambda: read(hosts.path("out")).count(b"\n") == 2, "both jobs")
-    ip("-n", spaces["bad"], "link", "set", "dev", "lan", "down")
-    make_file(hosts, "good")
-    assert client.wait(PATIENCE) == 111
-    assert client.said() == ("cexec: %s[10.77.0.3]: worker lost: no sign of life for 2 s; "
-                             "the command may have run\n" % NODE)
-    signal_host(spaces["bad"], signal.SIGKILL)
 
 
 def test_a_client_killed_in_mid_job(hosts, spaces):
