@@ -2488,7 +2488,7 @@ class Link:
     def readable(self):
         try:
             count = self.sock.recv_into(self.received[:self.appetite])
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError as error:
             return self.fail(error.strerror)
@@ -2560,7 +2560,7 @@ class Link:
                     break
             try:
                 count = self.sock.send(self.sending)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 break
             except OSError:
                 self.write_closed, self.sending = True, memoryview(b"")
@@ -3015,7 +3015,7 @@ class Source(Stream):
         room = self._room()
         try:
             count = self.end.read_into(room)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             if self.state is DRAINING:
                 self.finish()
             return
@@ -3138,7 +3138,7 @@ class Sink(Stream):
         """The number of bytes written now, with credit for them."""
         try:
             count = self.end.write(view)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return 0
         except OSError as error:
             if error.errno not in READER_GONE:
@@ -7913,7 +7913,7 @@ class Input:
             return self.refresh()
         try:
             count = self.end.read_into(self.buffer[:self.room()])
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError as error:
             raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
@@ -8003,7 +8003,7 @@ class Printer:
             return self.printed()
         try:
             self.unprinted = self.unprinted[self.end.write(self.unprinted):]
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
         except BrokenPipeError:
             raise
@@ -8959,7 +8959,7 @@ class LineWriter:
         with self.pending.first() as view:
             try:
                 count = self.end.write(view)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 pass
             except BrokenPipeError:
                 raise
@@ -12260,7 +12260,7 @@ class Screen:
     def flush(self):
         try:
             self.unsent = self.unsent[os.write(self.end.fd, self.unsent):]
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
         except OSError:
             self.unsent = b""       # the terminal was hung up
@@ -12270,7 +12270,7 @@ class Screen:
     def typed(self):
         try:
             keys = os.read(self.end.fd, 256)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             keys = b""
@@ -12957,7 +12957,7 @@ class Pump:
     def readable(self):
         try:
             self.waiting = memoryview(self.source.recv(FRAME_MAX))
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError as error:
             return self.join.close(error.strerror, reset=True)
@@ -12968,7 +12968,7 @@ class Pump:
     def writable(self):
         try:
             self.waiting = self.waiting[len(self.waiting) if self.discards else self.target.send(self.waiting):]
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             pass
         except OSError as error:
             if self is self.join.up or not self.join.up.ended:
@@ -13654,7 +13654,7 @@ class Visit:
     def look(self):
         try:
             head = self.sock.recv(6, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             head = b""
