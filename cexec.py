@@ -13858,7 +13858,7 @@ class Host(Stateful):
         if line.startswith(SERVES) and self.state is LOGIN:
             self.rcvd_up(line[len(SERVES):])
             return True
-        if line.startswith(RUNS) and self.asked:
+        if line.startswith(RUNS) and self.asked and self.state is LOGIN:
             self.asked = False
             self.write_more(self.starter.first(self.slots, line[len(RUNS):].decode("ascii", "replace")))
         elif line.strip():

@@ -14432,6 +14432,16 @@ def test_a_hostile_hosts_frames_get_it_dropped(local, does):
     assert signalled(process) == 0
 
 
+def test_a_host_that_asks_for_the_program_while_it_serves_gets_nothing(local):
+    """Its line is shown, and the other host serves on."""
+    asks = "os.write(2, b'\\n%sagain\\n')" % cexec.RUNS.decode()
+    process = with_evil(local, asks + "; hear(); os._exit(0)", "evil,box")
+    until(lambda: "again" in local.said(), "the line")
+    assert not re.search("(?m)^Traceback|internal error", local.said())
+    assert local.client(input=b"x").stdout == b"x"
+    assert signalled(process) == 0
+
+
 def test_who_floods_with_frames_gets_no_long_turn():
     """Each refusal costs 50 microseconds: 256 kB of CONNECT at a time would hold up all other hosts."""
     near, far = socket.socketpair()
