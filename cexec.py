@@ -60,7 +60,7 @@ code that The door keeps.
     Event loop  waits for descriptors, timers and signals                      Loop
     Return port the client's port, to which offers and answers are sent        ReturnPort
     Channel     TLS, frames over it, the channels of descriptors over these    Dial, Link, Channel, Carrier
-    Descriptors descriptors, terminals and processes of this host              Inherited, TerminalEnd, PtyEnd
+    Descriptors descriptors, terminals and processes of this host              Inherited, Writer, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
     cexec       the job: one run of it, and the next if that is lost           Job, RemoteRun, Run, Client
@@ -3656,6 +3656,41 @@ class SharedEnd(End):
         super().__init__(fd, item.number, release, halves)
         self.patient = fd == item.number        # it could not be opened again, so a write may block
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
+
+
+class Writer:
+    """Bytes for an End whose reader may be slow: those that it has not taken wait here."""
+
+    def __init__(self, loop, end):
+        self.loop, self.end, self.pending = loop, end, Backlog()
+
+    def add(self, data):
+        self.pending.add(data)
+        self.loop.on_write(self.end.polled, self.writable)
+
+    def writable(self):
+        """Writes as much as the reader takes now.  Returns how many bytes."""
+        count = 0
+        with self.pending.first() as view:
+            try:
+                count = self.end.write(view)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.failed(error)
+        self.pending.drop(count)
+        if not self.pending:
+            self.loop.on_write(self.end.polled, None)
+        return count
+
+    def failed(self, error):
+        """The reader has gone, as its owner will see: drops the pending bytes."""
+        self.pending = Backlog()
+
+    def drain(self):
+        """Writes the pending bytes, as long as the reader takes some."""
+        while self.pending and self.writable():
+            pass
 
 
 # How a terminal's size gets to the command: TerminalEnd.size() goes in JOB, and in a RESIZE when the job begins,
@@ -8939,41 +8974,21 @@ def labels_of(workers):
     return labels
 
 
-class LineWriter:
+class LineWriter(Writer):
     """Standard output or standard error, for whole lines from many jobs."""
 
     def __init__(self, loop, number):
-        self.loop, self.number = loop, number
-        self.end, self.pending = local_end([Inherited(number)], ["write"], 3), Backlog()
+        super().__init__(loop, local_end([Inherited(number)], ["write"], 3))
+        self.number = number
 
     def is_full(self):
         return len(self.pending) >= FRAME_MAX
 
-    def add(self, data):
-        self.pending.add(data)
-        self.loop.on_write(self.end.polled, self.writable)
-
-    def writable(self):
-        """Writes as much as the reader takes now.  Returns how many bytes.  Raises Fatal (111), BrokenPipeError."""
-        count = 0
-        with self.pending.first() as view:
-            try:
-                count = self.end.write(view)
-            except BlockingIOError:
-                pass
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise Fatal(EXIT_TEMPORARY, "%s: %s" % (STANDARD[self.number], error.strerror)) from None
-        self.pending.drop(count)
-        if not self.pending:
-            self.loop.on_write(self.end.polled, None)
-        return count
-
-    def drain(self):
-        """Writes the pending bytes, as long as the reader takes some."""
-        while self.pending and self.writable():
-            pass
+    def failed(self, error):
+        """Raises Fatal (111), BrokenPipeError."""
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise Fatal(EXIT_TEMPORARY, "%s: %s" % (STANDARD[self.number], error.strerror)) from None
 
 
 class LineEnd(End):
@@ -12209,8 +12224,8 @@ class Screen:
         self.loop, self.title, self.watches, self.tallies = loop, title, watches, Tallies()
         self.lines = collections.deque(maxlen=LINES_KEPT)       # (text, style)
         self.end = open_terminal(1, 0)
+        self.writer, self.drawn_at = Writer(loop, self.end), 0.0
         self.draws = False          # whether it has the terminal
-        self.unsent, self.drawn_at = b"", 0.0   # bytes that the terminal has not taken; when it was last drawn
         self.changed, self.coloured = True, not os.environ.get("NO_COLOR")
         loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGCONT,
                     signal.SIGWINCH], self.signalled)
@@ -12235,20 +12250,20 @@ class Screen:
             self.draws = self.end.take(raw=False)   # no echo, and a key comes without Enter
         if not self.draws:
             return
-        self.loop.on_read(self.end.fd, self.typed)
-        self.unsent, self.changed = self.unsent + ENTER.encode(), True
-        self.flush()
+        self.loop.on_read(self.end.polled, self.typed)
+        self.writer.add(ENTER.encode())
+        self.changed = True
 
     def give_back(self, text=""):
         """Restores the normal screen, with this text; gives up if the terminal takes nothing for a second."""
         if self.draws:
             self.draws = False
-            self.loop.forget(self.end.fd)
-            self.unsent += encoded(LEAVE + text)
+            self.writer.add(encoded(LEAVE + text))
             deadline = time.monotonic() + 1.0
-            while self.unsent and time.monotonic() < deadline:
-                select.select([], [self.end.fd], [], 0.1)
-                self.flush()
+            while self.writer.pending and time.monotonic() < deadline:
+                select.select([], [self.end.polled], [], 0.1)
+                self.writer.writable()
+            self.loop.forget(self.end.polled)
             self.end.restore()
 
     def close(self):
@@ -12256,16 +12271,6 @@ class Screen:
         lines = ["crat: %s, %s" % (self.title, duration(int(time.monotonic() - self.tallies.began))),
                  self.tallies.total()] + self.workers(self.size()[0] - 4)
         self.give_back("".join(self.styled(line, "") + "\r\n" for line in lines))
-
-    def flush(self):
-        try:
-            self.unsent = self.unsent[os.write(self.end.fd, self.unsent):]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.unsent = b""       # the terminal was hung up
-        if self.draws:
-            self.loop.on_write(self.end.fd, self.flush if self.unsent else None)
 
     def typed(self):
         try:
@@ -12300,12 +12305,11 @@ class Screen:
         """Draws if there is news or a second has passed, but not before the terminal has taken the last drawing."""
         self.loop.after(REDRAW_SECONDS, self.tick)
         now = time.monotonic()
-        if self.draws and not self.unsent and (self.changed or now - self.drawn_at >= 1.0):
+        if self.draws and not self.writer.pending and (self.changed or now - self.drawn_at >= 1.0):
             self.changed, self.drawn_at = False, now
             room = self.size()[0]
             lines = ["\x1b[K" + self.styled(*line) for line in self.picture(room)]
-            self.unsent += encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room)))
-            self.flush()
+            self.writer.add(encoded("\x1b[H" + "\r\n".join(lines + ["\x1b[J"] * (len(lines) < room))))
 
     def picture(self, room):
         """Returns (text, style) of each line on the screen, room lines at most."""
@@ -13761,7 +13765,8 @@ class Host(Stateful):
         self.known_lines = ()       # and what the one before has
         self.timer = None           # for the next try, or the deadline of a login
         self.asked = False          # whether the host has not said RUNS yet
-        self.unsent, self.unsaid = b"", {}          # bytes for the host; descriptor: the beginning of a line from it
+        self.writer = None          # during a login: for ssh's input
+        self.unsaid = {}            # descriptor: the beginning of a line from the host
         self.lifeline = None        # while its worker serves
         self.violation = None       # how the host has broken the protocol
 
@@ -13797,9 +13802,10 @@ class Host(Stateful):
         for fd in self.unsaid:
             os.set_blocking(fd, False)
             self.loop.on_read(fd, functools.partial(self.read, fd))
-        os.set_blocking(self.process.stdin.fileno(), False)
-        self.asked = True
-        self.write_more(one_line(ASK))
+        into = self.process.stdin.fileno()
+        os.set_blocking(into, False)
+        self.asked, self.writer = True, Writer(self.loop, End(into, into, lambda: None, ["write"]))
+        self.writer.add(one_line(ASK))
 
     def hurry(self):
         self.say("no worker after %d s (does a file such as ~/.bashrc there read standard input?)", LOGIN_SECONDS)
@@ -13816,25 +13822,9 @@ class Host(Stateful):
         except ProcessLookupError:
             pass                    # reap() will see it
 
-    def write_more(self, data):
-        """Writes to the login's input."""
-        self.unsent += data
-        self.loop.on_write(self.process.stdin.fileno(), self.write)
-
     def send(self, kind):
         """Sends a frame to its worker."""
         self.lifeline.link.send(kind)
-
-    def write(self):
-        fd = self.process.stdin.fileno()
-        try:
-            self.unsent = self.unsent[os.write(fd, self.unsent):]
-        except BlockingIOError:
-            return
-        except OSError:             # ssh has closed its input, and will end
-            self.unsent = b""
-        if not self.unsent:
-            self.loop.forget(fd)
 
     def read(self, fd):
         """Reads and shows what the host says.  Returns whether there may be more."""
@@ -13860,7 +13850,7 @@ class Host(Stateful):
             return True
         if line.startswith(RUNS) and self.asked and self.state is LOGIN:
             self.asked = False
-            self.write_more(self.starter.first(self.slots, line[len(RUNS):].decode("ascii", "replace")))
+            self.writer.add(self.starter.first(self.slots, line[len(RUNS):].decode("ascii", "replace")))
         elif line.strip():
             text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
             if self.state is LOGIN:             # an unreachable host says the same at each try: once is enough
@@ -13874,7 +13864,7 @@ class Host(Stateful):
         self.worker_id = worker_id.decode("ascii", "replace").strip()
         if self.failures:
             self.say("serves now")
-        self.failures, self.known_lines = 0, ()
+        self.failures, self.known_lines, self.writer = 0, (), None
         out, into = self.process.stdout, self.process.stdin
         for pipe in (out, into):
             self.loop.forget(pipe.fileno())
@@ -13910,7 +13900,7 @@ class Host(Stateful):
             self.loop.forget(self.process.stdin.fileno())
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             pipe.close()
-        status, self.process, self.unsent = self.process.returncode, None, b""
+        status, self.process = self.process.returncode, None
         self.judge(status)
 
     def judge(self, status):

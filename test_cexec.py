@@ -3236,6 +3236,28 @@ def test_a_backlog_of_single_bytes_is_a_few_pieces_and_these_are_used_again():
     assert sorted(map(id, pieces)) == sorted(map(id, backlog.pieces)) and bytes(backlog) == bytes(3 * size + 1)
 
 
+def test_a_writer_waits_for_its_reader_and_drops_what_nobody_reads():
+    data, got, loop = noise(300000), bytearray(), cexec.Loop()
+    reader, out = os.pipe()
+    os.set_blocking(out, False)
+    writer = cexec.Writer(loop, cexec.End(out, out, lambda: None, ["write"]))
+    for place in range(0, len(data), 7777):
+        writer.add(data[place:place + 7777])
+    while loop.writers:             # it waits for no turn once all is written
+        loop.turn()
+        if writer.pending:
+            assert writer.writable() == 0           # the pipe is full
+            got += os.read(reader, 50000)
+    got += os.read(reader, 1 << 20)
+    assert got == data and not writer.pending
+    os.close(reader)
+    writer.add(data)
+    writer.add(data)
+    loop.turn()
+    assert not writer.pending and not loop.writers
+    os.close(out)
+
+
 def test_after_shut_what_was_under_way_is_swallowed(wire):
     """No violation: the peer could not know; but no more of it than a window, and nothing is kept."""
     into, out = wire.through(0)
