@@ -1004,8 +1004,8 @@ def format_key(master):
 #
 # A new frame needs: its declaration, a place in FRAMES, and a method rcvd_NAME at each end that takes
 # it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
-# a method.  The others name the frames that they take in each state: Candidate.TAKES, Supervisor.TAKES, and
-# link_frame() of Offer and FileRun.  A new datagram needs a place in DATAGRAMS, and rcvd_NAME in Worker,
+# a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
+# Offer and FileRun.  A new datagram needs a place in DATAGRAMS, and rcvd_NAME in Worker,
 # Search, Survey or Logger.  Both need cexec(7), and another PROTOCOL.
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
@@ -5797,36 +5797,28 @@ class ServerFilter:
         return not self.accepted or self.accepted.has(address, host, worker_id)
 
 
-class Candidate(Stateful):
-    """An offer: a worker's connection to the client, until GO.
-
-    CONNECTED --right certificate, HELLO for this job--> GREETED --we send AUTH, JOB--> ASKED
-    """
-
-    CONNECTED, GREETED, ASKED = "CONNECTED", "GREETED", "ASKED"
-    LAW = {CONNECTED: (GREETED,), GREETED: (ASKED,), ASKED: ()}
-    TAKES = {CONNECTED: (HELLO,), GREETED: (), ASKED: (ACCEPT, PONG, REFUSE)}
+class Candidate:
+    """An offer: a worker's connection to the client, until GO."""
 
     def __init__(self, search, sock, address):
         self.search, self.address = search, address
-        self.state, self.hello, self.ready_at = self.CONNECTED, None, 0.0
+        self.hello, self.ready_at = None, 0.0       # its HELLO for this job, and when it came
+        self.asked = False          # whether we have answered that with AUTH and JOB
         self.unconfirmed = 0        # WORDS that the worker has not answered with PONG
         self.link = Link(search.loop, sock, Tls(search.context, server_side=False), self)
         self.timer = search.loop.after(OFFER_SECONDS, self.silent)
         self.link.start()
 
-    def __repr__(self):
-        return "offer from %s" % self.address
-
     def silent(self):
-        self.link.fail("said nothing for %g s" % OFFER_SECONDS, violation=self.state is self.CONNECTED)
+        self.link.fail("said nothing for %g s" % OFFER_SECONDS, violation=not self.hello)
 
     def link_ready(self, link):
         if not hmac.compare_digest(link.tls.fingerprint(), self.search.pub.fingerprint):
             raise ProtocolError("wrong certificate")
 
     def link_frame(self, link, kind, flags, channel, payload):
-        take_frame(self, self.TAKES[self.state], kind, flags, channel, payload)
+        kinds = (ACCEPT, PONG, REFUSE) if self.asked else () if self.hello else (HELLO,)
+        take_frame(self, kinds, kind, flags, channel, payload)
 
     def rcvd_hello(self, flags, channel, hello):
         if hello.version != PROTOCOL:
@@ -5849,14 +5841,13 @@ class Candidate(Stateful):
             return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
-        self._set(self.GREETED)
         self.hello, self.ready_at = hello, time.monotonic()
         self.search.worker_answered()
         self.search.choose()
 
     def ask(self, secret, job_fields):
         """Sends AUTH and JOB."""
-        self._set(self.ASKED)
+        self.asked = True
         proof, frames = client_proof(secret, self.hello.challenge, self.hello.nonce), job_frames(**job_fields)
         self.unconfirmed = len(frames) - 1
         self.link.send_frames([make_frame(AUTH, proof=proof), *frames])
@@ -6227,7 +6218,7 @@ class Search:
 
     def drop_quiet(self, count):
         """Closes the oldest connections on which no HELLO came, so many at most.  Returns their number."""
-        quiet = [c for c in self.candidates if c.state is c.CONNECTED][:count]
+        quiet = [c for c in self.candidates if not c.hello][:count]
         for candidate in quiet:
             candidate.close()
             self.candidates.remove(candidate)
@@ -6238,7 +6229,7 @@ class Search:
 
         If its HELLO is slow, the first one that is ready gets the job after HEAD_START.
         """
-        ready = [c for c in self.candidates if c.state is c.GREETED]
+        ready = [c for c in self.candidates if c.hello and not c.asked]
         if self.chosen or not ready:
             return
         wait = ready[0].ready_at + HEAD_START - time.monotonic()
@@ -10836,7 +10827,7 @@ class Supervisors:
 HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
 HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
 BY_SSH_SECONDS = 600.0              # a client's address that was reached only through ssh is tried directly again
-LATE_MAX = 64                       # LATE offers at a time, which hold no slot any more
+LATE_MAX = 64                       # late offers at a time, which hold no slot any more
 BACKOFF_MAX = 16.0                  # the longest pause before a client that cannot be reached is tried again
 LINE_SECONDS = 5.0                  # a waiting client is forgotten after this silence,
 LINE_PAUSES = 4                     # or after so many pauses between its announcements, if these are longer
@@ -11172,25 +11163,17 @@ class Clients:
         return [client for client in self.unserved.values() if client.state in (DELAYED, QUEUED, OFFERED)]
 
 
-# An offer's states, which only _set() changes:
-#
-#   CONNECTING (holds a slot) --TLS is up--------------------------------> SEATED (holds a slot)
-#        '--hold seconds are over--> LATE (holds none) --TLS is up, a slot is free--^
-#
-#   If `cservice -s` reaches the client too, an offer that is not SEATED after its hold seconds, or fails before that,
-#   begins once more through ssh.  In CONNECTING it has HOLD_MAX for that.
+class Offer:
+    """A worker's connection to a client, until a supervisor is forked for it, or the connection has ended.
 
-CONNECTING, LATE, SEATED = "CONNECTING", "LATE", "SEATED"
-
-
-class Offer(Stateful):
-    """A worker's connection to a client, until a supervisor is forked for it, or the connection has ended."""
-
-    LAW = {CONNECTING: (LATE, SEATED), LATE: (SEATED,), SEATED: ()}
+    It holds a slot for hold seconds, and again, if one is free, from TLS on: then it is seated.  If `cservice -s`
+    reaches the client too, an offer that is not seated after its hold seconds, or fails before that, begins once more
+    through ssh.  If it still holds its slot, it has HOLD_MAX for that.
+    """
 
     def __init__(self, worker, client, load, delay, hold):
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
-        self.state, self.began = CONNECTING if hold else LATE, time.monotonic()
+        self.holds_slot, self.seated, self.began = hold > 0, False, time.monotonic()
         self.challenge, self.proved, self.link = os.urandom(32), False, None
         self.words, self.timer = Words(), None      # timer: the deadline for JOB
         self.by_ssh = False         # whether this connection goes through ssh
@@ -11200,9 +11183,6 @@ class Offer(Stateful):
             self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected,
                              self.not_connected)
 
-    def __repr__(self):
-        return "offer for %s" % self.client.nonce.hex()[:8]
-
     def await_job(self, seconds=OFFER_SECONDS):
         if self.timer:
             self.timer.cancel()
@@ -11210,8 +11190,9 @@ class Offer(Stateful):
 
     def late(self):
         """TLS is not up yet: a connection that is slow or is never made must not hold a slot for long."""
-        if self.state is not SEATED and not self.turn_to_ssh() and self.state is CONNECTING:
-            self._set(LATE)
+        if not self.seated and not self.turn_to_ssh() and self.holds_slot:
+            log.note("offer for %s is late: it holds no slot", self.client.nonce.hex()[:8])
+            self.holds_slot = False
             self.worker.slow(self)
 
     def turn_to_ssh(self):
@@ -11235,7 +11216,7 @@ class Offer(Stateful):
     def link_ready(self, link):
         if not self.worker.seat(self):
             return
-        self._set(SEATED)
+        self.holds_slot = self.seated = True
         link.send(HELLO, version=PROTOCOL, options=self.worker.settings.options | HELLO_BY_SSH * self.by_ssh,
                   nonce=self.client.nonce, worker_id=self.worker.id,
                   challenge=self.challenge, address=link.here[0].partition("%")[0],
@@ -11267,7 +11248,7 @@ class Offer(Stateful):
 
     def lost(self, reason):
         """The connection could not be made, or has ended."""
-        if self.state is not SEATED:
+        if not self.seated:
             if self.turn_to_ssh():
                 return
             self.worker.not_reached(self)
@@ -11504,7 +11485,7 @@ class Worker:
 
     def in_use(self):
         return (self.supervisors.slots_in_use()
-                + sum(offer.state is not LATE for offer in self.clients.offers.values()))
+                + sum(offer.holds_slot for offer in self.clients.offers.values()))
 
     def free_slots(self):
         return 0 if self.draining else max(0, self.settings.slots - self.in_use())
@@ -11549,7 +11530,7 @@ class Worker:
         hold, offers = self.hold(client), self.clients.offers.values()
         if hold and not self.free_slots():
             return self.wait(client)
-        if not hold and sum(offer.state is LATE for offer in offers) >= LATE_MAX:
+        if not hold and sum(not offer.holds_slot for offer in offers) >= LATE_MAX:
             return self.clients.move(client, NEW)
         log.note("offers %s %s", spelled(client.address, client.port), client.nonce.hex()[:8])
         self.clients.move(client, OFFERED, offer=Offer(self, client, self.load(), delay, hold))
@@ -11561,7 +11542,7 @@ class Worker:
 
     def seat(self, offer):
         """TLS is up.  Returns whether the offer has a slot; if not, its client waits in the line."""
-        client, free = offer.client, offer.state is CONNECTING or self.free_slots()
+        client, free = offer.client, offer.holds_slot or self.free_slots()
         client.succeeded()
         if offer.by_ssh:
             if not self.prefers_ssh(client):
@@ -11576,7 +11557,7 @@ class Worker:
         return bool(free)
 
     def slow(self, offer):
-        """An offer is LATE: the next offer to this address holds no slot before TLS is up."""
+        """An offer is late: the next offer to this address holds no slot before TLS is up."""
         self.holds[offer.client.address] = 0.0
         self.serve_line()
 
