@@ -188,6 +188,33 @@ class or_fatal:
             raise Fatal(self.code, "%s: %s" % (self.what, error.strerror)) from None
 
 
+class suppress:
+    """As contextlib.suppress() of the library, which would have to be imported at each start."""
+
+    def __init__(self, *kinds):
+        self.kinds = kinds
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        return isinstance(error, self.kinds)
+
+
+class on_failure:
+    """with on_failure(call, *arguments): whatever the block raises, calls call(*arguments) and goes on to raise it."""
+
+    def __init__(self, *call):
+        self.call = functools.partial(*call)
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if error:
+            self.call()
+
+
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
 
@@ -267,10 +294,8 @@ class Log:
 
     def copy(self, data):
         self.midline = data[-1:] != b"\n"
-        try:
+        with suppress(OSError):     # nobody reads it
             write_all(functools.partial(os.write, self.fd), data)
-        except OSError:
-            pass                    # nobody reads it
 
     def beside(self, fd, data):
         """os.write() to a terminal, perhaps to ours: the status line is away until this output has ended a line."""
@@ -494,16 +519,10 @@ def lifted_away(fd, floor):
 
 def lifted_pair(one, other, floor):
     """Two descriptors, moved to numbers from floor up.  Raises OSError, and then both are closed."""
-    try:
+    with on_failure(os.close, other):
         one = lifted_away(one, floor)
-    except OSError:
-        os.close(other)
-        raise
-    try:
+    with on_failure(os.close, one):
         return one, lifted_away(other, floor)
-    except OSError:
-        os.close(one)
-        raise
 
 
 # What is between two lines MAKE is also run by The door, without the rest of this section: see code_of().
@@ -1720,10 +1739,8 @@ class Group:
             if not interface.address and ":" not in address:
                 continue
             if interface.flags & wanted and not interface.flags & IFF_LOOPBACK:
-                try:
+                with suppress(OSError):         # it has just lost its address
                     ways[self.way_through(interface.index, interface.name, address, port)] = True
-                except OSError:
-                    pass            # it has just lost its address
         if not known:
             yield 0, address, port
         yield from ways             # each once
@@ -1766,7 +1783,7 @@ def open_udp(family, address="", port=0, shared=False, broadcasts=True):
     for answers may not, because anybody can forge a return address.
     """
     sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
+    with on_failure(sock.close):
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, broadcasts)
         if family == socket.AF_INET6:
@@ -1781,9 +1798,6 @@ def open_udp(family, address="", port=0, shared=False, broadcasts=True):
                 # would give each unicast datagram to one of the sockets, and only one user's could share.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(socket_address(address, port) if address else ("", port))
-    except OSError:
-        sock.close()
-        raise
     return sock
 
 
@@ -1791,10 +1805,8 @@ def open_speakers(address=None):
     """{family: UDP socket}; the socket of an address's family is bound to this address.  Raises OSError."""
     socks = {family_of(address): open_udp(family_of(address), address)} if address else {}
     for family in {socket.AF_INET, socket.AF_INET6} - set(socks):
-        try:
+        with suppress(OSError):     # a kernel without IPv6
             socks[family] = open_udp(family)
-        except OSError:
-            pass                    # a kernel without IPv6
     return socks
 
 
@@ -2328,10 +2340,8 @@ class Tls:
 
     def close(self):
         """Says that nothing more will be sent."""
-        try:
+        with suppress(OSError, ValueError):     # the peer's own farewell has not come yet, or never will
             self.object.unwrap()
-        except (ssl.SSLError, OSError, ValueError):
-            pass                    # the peer's own farewell has not come yet, or never will
 
 
 class Plain:
@@ -2614,10 +2624,8 @@ class Link:
         self.tls.close()
         self.flush()
         self.write_closed = True
-        try:
+        with suppress(OSError):     # the peer has closed already
             self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass                    # the peer has closed already
 
 
 def begin_connection(address, port):
@@ -2798,10 +2806,8 @@ class SocketEnd(End):
         return self.sock.send(view, socket.MSG_DONTWAIT)
 
     def shut_down(self, half):
-        try:
+        with suppress(OSError):     # the peer was faster
             self.sock.shutdown(socket.SHUT_RD if half == "read" else socket.SHUT_WR)
-        except OSError:
-            pass                    # the peer was faster
 
     def done(self, half, whole=True):
         super().done(half, whole)
@@ -3430,14 +3436,12 @@ def shares_offset(one, two):
     """Whether two descriptors of a regular file are one open file, and so have a common offset."""
     # To move the offset and look would disturb other processes, which may write there now.
     if LINUX:
-        try:
+        with suppress(OSError):     # an older kernel
             return fcntl.fcntl(one, F_DUPFD_QUERY, two) == 1
-        except OSError:
-            pass                    # an older kernel
     # So we set the owner of the first one (F_SETOWN), which regular files do not use, and look whether the
     # second one has this owner too.  Other cexec processes may do the same with this file at the same
     # time.  But each sets only its own id, or 0: so "no" is sure if our id is still at the first one.
-    try:
+    with suppress(OSError):         # macOS and the BSDs refuse this for a regular file
         for _ in range(100):
             fcntl.fcntl(one, F_SETOWN, os.getpid())
             shared = fcntl.fcntl(two, F_GETOWN) == os.getpid()
@@ -3445,8 +3449,6 @@ def shares_offset(one, two):
             fcntl.fcntl(one, F_SETOWN, 0)
             if settled:
                 return shared
-    except OSError:
-        pass                        # macOS and the BSDs refuse this for a regular file
     # There we change O_NONBLOCK for a moment, which has no effect on a regular file.
     flags = fcntl.fcntl(one, fcntl.F_GETFL)
     fcntl.fcntl(one, fcntl.F_SETFL, flags ^ os.O_NONBLOCK)
@@ -3504,10 +3506,8 @@ def jobserver_numbers():
 def enlarge(pipe):
     """Asks for a larger buffer for a pipe, with room for more than a frame."""
     if F_SETPIPE_SZ:
-        try:
+        with suppress(OSError):     # the user has too many large pipes: pipe(7)
             fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
-        except OSError:
-            pass                    # the user has too many large pipes: pipe(7)
 
 
 def is_open(number):
@@ -4046,10 +4046,8 @@ def claim_name(part, path):
 
 def drop_part(part):
     """Removes a file that did not get its name, if it is there."""
-    try:
+    with suppress(OSError):
         os.unlink(part)
-    except OSError:
-        pass
 
 
 # The number of keyctl(2), which Python does not know, by machine and size of a pointer
@@ -4651,13 +4649,10 @@ def open_writable(name, place):
         if not make_readable(name, place):
             raise error
         fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
-    try:
+    with on_failure(os.close, fd):
         if os.fstat(fd).st_uid == os.geteuid():
             os.fchmod(fd, 0o700)
         os.stat(".", dir_fd=fd)     # needs x, as ".." will
-    except OSError:
-        os.close(fd)
-        raise
     return fd
 
 
@@ -4734,10 +4729,8 @@ class Helper:
         self.error = 0              # the number of the OSError that has ended it; 0 also if it was killed
         self.reader, writer = lifted_pair(*os.pipe(), loop.floor)
         try:
-            self.pid = forked(lambda: self.run(work, writer, handling), [writer, *kept])
-        except OSError:
-            os.close(self.reader)
-            raise
+            with on_failure(os.close, self.reader):
+                self.pid = forked(lambda: self.run(work, writer, handling), [writer, *kept])
         finally:
             os.close(writer)
         os.set_blocking(self.reader, False)
@@ -5103,10 +5096,8 @@ class Names:
     def list_inputs(self):
         """Lists what is in the directories, once for all jobs, when all that will be written is noted."""
         for path in self.inputs:
-            try:
+            with suppress(OSError):             # it cannot be read, which its job will say
                 self.listing(path)
-            except OSError:         # it cannot be read, which its job will say
-                pass
         if self.keys:
             more = len(self.keys) - 1
             log.once("-i: %s%s: private keys are not sent" % (self.keys[0], " and %d more" % more if more else ""))
@@ -5493,14 +5484,11 @@ class JobFiles:
         self.helpers, self.channels = [], []
         self.closed = False         # whether nobody waits for the Helpers any more
         at_end.append(self.end)     # removes unfinished results, no matter why this process ends
-        try:
+        with on_failure(self.wait):             # no process or no descriptor is left
             if listings:
                 self.send_inputs(carrier, listings)
             if patterns:
                 self.receive_results(carrier, patterns, listings)
-        except OSError:             # no process or no descriptor is left
-            self.wait()
-            raise
 
     def send_inputs(self, carrier, listings):
         reader, writer = files_pipe(self.loop.floor)
@@ -5509,11 +5497,8 @@ class JobFiles:
 
     def receive_results(self, carrier, patterns, listings):
         verdict, self.verdict = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
-        try:
+        with on_failure(os.close, verdict):
             reader, writer = files_pipe(self.loop.floor)
-        except OSError:
-            os.close(verdict)
-            raise
         self.carry(carrier, FILES_OUT, writer, "write")
         found = [os.fstat(fd) for fd in range(3)]
         in_use = {(one.st_dev, one.st_ino) for one in found}
@@ -5560,10 +5545,8 @@ class JobFiles:
             self.close_verdict()
 
     def answer(self):
-        try:
+        with suppress(OSError):     # the Helper has ended, and says why
             os.write(self.verdict, b"1")
-        except OSError:
-            pass                    # the Helper has ended, and says why
 
     def read_question(self):
         """Reads which results the Helper has; when all is read, answers, or closes the socket if one is refused."""
@@ -6376,10 +6359,8 @@ class Job(Terms):
 
     def tell_executor(self, line):
         if self.start_report >= 0:
-            try:
+            with suppress(OSError):             # it has ended
                 write_all(functools.partial(os.write, self.start_report), printable(line).encode() + b"\n")
-            except OSError:
-                pass                # it has ended
 
     def tell(self, code, word, worker="-", seconds=0.0):
         """Writes the line for CEXEC_FD_FOR_ERRORS."""
@@ -8620,11 +8601,9 @@ def jobs_at_once(each, others=OUTPUTS_MAX + 256):
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
-    try:
+    with suppress(OSError, ValueError):         # macOS allows fewer than its hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
         soft = max(soft, wanted)
-    except (OSError, ValueError):
-        pass                        # macOS allows fewer than its hard limit
     if not LINUX:
         soft = min(soft, 1024)      # select cannot wait for more
     return max(1, (soft - others) // each)
@@ -9316,10 +9295,8 @@ class RunGroup(Group):
         """Returns the child's returncode.  If it was killed, ends what it has started: an ssh might wait for ever."""
         code = self.child.wait()
         for pid in filter(None, self.pids.values() if code < 0 else ()):
-            try:
+            with suppress(OSError):             # it has ended
                 os.kill(pid, signal.SIGALRM if pid > 0 else signal.SIGTERM)         # see Host.kill()
-            except OSError:
-                pass                # it has ended
         return code
 
     # The hosts
@@ -9360,15 +9337,13 @@ class RunGroup(Group):
     def end(self):
         """Has the child end all workers and jobs, and waits for END_SECONDS at most: it goes on without us."""
         deadline = time.monotonic() + END_SECONDS
-        try:
+        with suppress(OSError):     # the time is over, or the child was killed
             self.sock.shutdown(socket.SHUT_WR)
             while time.monotonic() < deadline:
                 self.sock.settimeout(max(0.001, deadline - time.monotonic()))
                 if not self.sock.recv(CONTROL_MAX):
                     self.reap()
                     break
-        except OSError:             # the time is over, or the child was killed
-            pass
 
 
 # ---------------------------------------------------------------------------
@@ -9619,10 +9594,8 @@ class Place:
         return True
 
     def remove(self, name):
-        try:
+        with suppress(FileNotFoundError):       # the command has removed it
             remove_directory(name, self.fd, self.user)
-        except FileNotFoundError:   # the command has removed it
-            pass
 
     def remove_left(self):
         """Removes the directories that a crash has left."""
@@ -10749,10 +10722,8 @@ class Supervisors:
         if settings.place:
             kept.append(settings.place.fd)
         try:
-            pid = forked(work, kept)
-        except OSError:
-            os.close(near)
-            raise
+            with on_failure(os.close, near):
+                pid = forked(work, kept)
         finally:
             os.close(far)
         self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, client, pid, near, slot)
@@ -11825,10 +11796,8 @@ class WorkerLifeline(Lifeline):
         self.starter_address, self.ours = (words[0], (words[2], int(words[3]))) if len(words) == 4 else ("", None)
         os.set_blocking(2, False)   # the worker must be able to drain if the starter does not read
         super().__init__(loop, self, 0, 1)
-        try:                        # \n: the login may have written the beginning of a line
-            os.write(1, b"\n%s%s\n" % (SERVES, worker.id.hex().encode()))
-        except OSError:
-            pass                    # the starter has gone: the link will see it
+        with suppress(OSError):     # the starter has gone: the link will see it
+            os.write(1, b"\n%s%s\n" % (SERVES, worker.id.hex().encode()))       # \n: the login may have begun a line
         replace_with_null([0, 1])   # only frames go there from now on
         self.watch_silence()
         worker.take_lifeline(self)
@@ -12821,13 +12790,7 @@ def draw_logs(paths):
     if any_alerts:
         notes.insert(0, "The picture is made of alerts, which can be lost: some jobs may be missing.")
     names = ["standard input" if path == "-" else path for path in paths or ["-"]]
-    try:
-        sys.stdout.buffer.write(picture(entries, "cexec: " + ", ".join(names), notes).encode())
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "standard output: %s" % error.strerror) from None
+    print_out(picture(entries, "cexec: " + ", ".join(names), notes).encode())
     return 0
 
 
@@ -12967,10 +12930,8 @@ class Pump:
     def hang_up(self):
         self.ended = True
         self.refresh()
-        try:
+        with suppress(OSError):     # the target has gone too
             self.target.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass                    # the target has gone too
         self.join.ended()
 
 
@@ -13795,13 +13756,11 @@ class Host(Stateful):
 
     def kill(self, number=signal.SIGTERM):
         """Ends ssh; the worker then sees the end of its input."""
-        try:
+        with suppress(ProcessLookupError):      # reap() will see it
             if self.starter.alone:  # at ALRM, too, it shows again what is typed, if it asks for a password
                 os.kill(self.process.pid, signal.SIGALRM if number == signal.SIGTERM else number)
             else:
                 os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass                    # reap() will see it
 
     def send(self, kind):
         """Sends a frame to its worker."""
@@ -14797,7 +14756,7 @@ def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=No
         pub = checked_path(pub)
         argv.append("./" + pub if pub.startswith("-") else pub)
     reader, writer = os.pipe()
-    try:
+    with on_failure(os.close, reader):
         report = lifted_away(writer, floor)     # from the floor up cexec carries nothing
         try:
             env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
@@ -14805,9 +14764,6 @@ def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=No
                 others, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
         finally:
             os.close(report)
-    except BaseException:
-        os.close(reader)
-        raise
     return child, reader
 
 
