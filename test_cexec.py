@@ -16810,32 +16810,50 @@ def test_calls_from_many_threads(pooled):
 
 
 CPYTHON_TESTS = """
-import importlib, sys, unittest
+import contextlib, importlib, sys, unittest
 import concurrent.futures.process
 import cexec
 try:
     package = "test.test_concurrent_futures."
     modules = [importlib.import_module(package + name)
                for name in ("executor", "test_init", "test_shutdown", "test_as_completed", "test_wait",
-                            "test_process_pool")]
+                            "test_process_pool", "test_deadlock")]
     util = importlib.import_module(package + "util")
     base = util.BaseTestCase
 except ImportError:                     # before Python 3.13, and 3.12, it is one file
     modules = [importlib.import_module("test.test_concurrent_futures")]
     base = getattr(modules[0], "BaseTestCase", unittest.TestCase)
 
-class Ours(concurrent.futures.Executor):
-    "What their mixins make, with our arguments."
-    def __new__(cls, max_workers=None, **options):
-        return cexec.Executor(POOL, max_workers, allow=ALLOW, **options)
+class Ours(cexec.Executor):
+    "What their mixins make, with our arguments; and what they look at, by their names."
+    def __init__(self, max_workers=None, mp_context=None, **options):
+        super().__init__(POOL, max_workers, allow=ALLOW, **options)
+
+    @property
+    def _processes(self):
+        return {lane.child.pid: lane for lane in list(self._pool.lanes) if lane.state is cexec.UP}
+
+    _broken = property(lambda self: self._pool.cause is not None)
+    _executor_manager_thread = property(lambda self: self._pool.thread)
 
 ALLOW = [modules[0].__name__]
 
 def found(name):
     return next(vars(module)[name] for module in modules if name in vars(module))
 
+class Context:
+    "In place of multiprocessing's"
+    def get_start_method(self, allow_none):
+        return "cexec"
+
 class Mixin(modules[0].ExecutorMixin if hasattr(modules[0], "ExecutorMixin") else util.ExecutorMixin):
     executor_type = Ours
+
+    def get_context(self):
+        return Context()
+
+    def _assert_logged(self, message):          # the exception has it, and no log
+        return contextlib.nullcontext()
 
 tests = unittest.TestSuite()
 for name in sys.argv[1:]:
@@ -16852,11 +16870,13 @@ print("ran", result.testsRun, "failed", len(result.failures) + len(result.errors
 LEFT_OUT = {
     # from concurrent.futures they import the executor by its name, in another interpreter and without a public key
     "test_interpreter_shutdown", "test_submit_after_interpreter_shutdown", "test_hang_gh83386", "test_hang_issue83386",
-    # the pool's processes, by name: executor._processes, and a call that kills one breaks the whole pool, not a call
-    "test_killed_child", "test_saturation", "test_idle_process_reuse_one", "test_idle_process_reuse_multiple",
-    # and for max_tasks_per_child, together with a context of multiprocessing; and its semaphores and managers
-    "test_max_tasks_per_child", "test_max_tasks_early_shutdown", "test_max_tasks_per_child_defaults_to_spawn_context",
-    "test_ressources_gced_in_workers", "test_python_finalization_error", "test_max_workers_too_large",
+    # a process that is killed, or that cannot read a call, or a result that cannot be read breaks the whole pool: here
+    # it is only that call's failure
+    "test_killed_child", "test_exit_at_task_unpickle", "test_error_at_task_unpickle",
+    "test_exit_during_result_unpickle_in_result_handler", "test_error_during_result_unpickle_in_result_handler",
+    # contexts, semaphores and managers of multiprocessing
+    "test_max_tasks_per_child_defaults_to_spawn_context", "test_saturation", "test_ressources_gced_in_workers",
+    "test_python_finalization_error",
     # it wants one call to have begun at once: here a worker is looked for first
     "test_cancel_futures",
     # the cause is of another type than concurrent.futures' own, private one, which takes multiprocessing to import
@@ -16877,9 +16897,10 @@ def python_with_tests():
 
 
 @pytest.mark.parametrize("classes, least", [
-    (("ExecutorTest", "ProcessPoolExecutorTest"), 9),
-    (("ExecutorShutdownTest", "AsCompletedTests", "InitializerMixin"), 6),
-    (("WaitTests",), 7)])
+    (("ExecutorTest", "ProcessPoolExecutorTest"), 14),
+    (("ExecutorShutdownTest", "AsCompletedTests", "InitializerMixin", "FailingInitializerMixin"), 7),
+    (("WaitTests",), 7),
+    (("ExecutorDeadlockTest",), 10)])
 def test_cpythons_own_tests_of_executors(cluster, classes, least):
     python = python_with_tests()
     if not python:
