@@ -15996,7 +15996,7 @@ def load_error(readers, data, place, host):
         error = load_result(readers, data, place)
         if not isinstance(error, BaseException):
             raise TypeError("no exception")
-    except Exception as reason:
+    except BaseException as reason:             # with trust, reading it may call sys.exit()
         import pickle
         words = "the function raised %s (%s)" % (words, reason)
         error = pickle.UnpicklingError(words)
@@ -16572,7 +16572,7 @@ class Lane(Stateful):
         buffers, self.buffers = self.buffers, []
         try:
             result = load_result(self.pool.readers, data, place, buffers)
-        except Exception as error:  # a worker can send anything
+        except BaseException as error:          # a worker can send anything; with trust, what calls sys.exit() too
             self.pool.done(call, error if type(error).__name__ == "UnpicklingError" else
                            Failed("a result that cannot be read: %s: %s" % (type(error).__name__, error)))
         else:

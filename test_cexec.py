@@ -16809,6 +16809,25 @@ def test_calls_from_many_threads(pooled):
     assert not [thread for thread in threading.enumerate() if thread.name == "cexec.Executor"]
 
 
+def test_what_exits_when_it_is_read(pooled):
+    """With trust a result, or an exception, may call sys.exit() here: that is the call's failure, not the pool's end."""
+    assert pooled.script("""
+        import sys
+        class Exits(Exception):
+            def __reduce__(self):
+                return sys.exit, (3,)
+        def fail():
+            raise Exits("oops")
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, trust=True) as pool:
+                for function in Exits, fail:
+                    error = pool.submit(function).exception()
+                    print(type(error).__name__, error)
+                print(pool.submit(abs, -1).result())
+        """) == ("Failed a result that cannot be read: SystemExit: 3\n"
+                 "UnpicklingError the function raised __mp_main__.Exits: oops (3)\n1\n")
+
+
 CPYTHON_TESTS = """
 import contextlib, importlib, sys, unittest
 import concurrent.futures.process
