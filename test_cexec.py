@@ -16810,7 +16810,7 @@ def test_calls_from_many_threads(pooled):
 
 
 def test_what_exits_when_it_is_read(pooled):
-    """With trust a result, or an exception, may call sys.exit() here: that is the call's failure, not the pool's end."""
+    """With trust a result or an exception may call sys.exit() here: the call fails, and the pool does not end."""
     assert pooled.script("""
         import sys
         class Exits(Exception):
