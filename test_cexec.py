@@ -969,6 +969,12 @@ def searching_client(cluster, port, *words, **env):
                           env=dict(env, GROUP="127.255.255.255:%d" % port))
 
 
+def reset(sock):
+    """Closes a connection so that the other end gets a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 class Fault:
     """What happens to a connection at the record of that number that goes that way, or within it.
 
@@ -1051,8 +1057,7 @@ class Joined:
             if what == "cut":
                 sock.shutdown(socket.SHUT_WR)
             elif what == "reset":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                sock.close()
+                reset(sock)
         if what == "reset":
             raise ConnectionResetError
 
@@ -5362,13 +5367,6 @@ while os.path.exists('{0}'):
     {1}""")
 
 
-def is_free(file):
-    """Whether nobody has the lock of a file."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-
-
 def test_a_command_that_forks_over_and_over_is_killed(one):
     """By no process of it is there for long enough to be found; whether it keeps its group or not."""
     locks = [put(one.path(new_mark()), "") for _ in range(2)]
@@ -5380,7 +5378,7 @@ def test_a_command_that_forks_over_and_over_is_killed(one):
             process.kill()
         for lock in locks:
             with open(lock) as file:
-                until(lambda file=file: is_free(file), "the end of the last one", 120)     # a look must meet it
+                fcntl.flock(file, fcntl.LOCK_EX)        # waits for the end of the last one: a look must meet it
 
 
 def test_a_job_outlives_its_cservice(cluster):
@@ -9448,19 +9446,14 @@ def test_a_batch_ends_that_has_only_a_resting_worker_left(cluster):
                      r"failed, and elsewhere they do not; \d+ of 200 files are done; " % NODE, client.said())
 
 
-def without_power():
-    """Words before a command: root that may not read and write everything."""
-    need("root", "setpriv")
-    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-
-
 def test_files_that_may_not_be_read_or_written(cluster):
+    need("root", "setpriv")
     names = made_files(cluster, 2)
     os.mkdir(cluster.path("closed"), 0o555)
     make_file(cluster, "closed/in", b"in")
     os.chmod(cluster.path("f001"), 0)
     cluster.worker("cat")
-    cluster.launch = without_power() + cluster.launch
+    cluster.launch = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] + cluster.launch
     done = batch(cluster, *names, "closed/in")
     assert done.returncode == 2 and done.stderr.decode().splitlines() == [
         "cexec: f001: Permission denied", "cexec: closed/in: closed/.in.out.part: Permission denied",
@@ -9577,12 +9570,6 @@ def test_file_that_changes_while_it_is_read(cluster, change):
                                                  "changed while it was read")
 
 
-def at_once(cluster):
-    """The most commands that have run at a time."""
-    running = [1 if line == b"+" else -1 for line in read(cluster.path("count")).split()]
-    return max(sum(running[:end]) for end in range(1, len(running) + 1))
-
-
 @pytest.mark.parametrize("jobs", [1, 3, 5])
 def test_no_more_than_so_many_at_a_time_and_no_fewer(cluster, jobs):
     names = made_files(cluster, 40)
@@ -9590,7 +9577,8 @@ def test_no_more_than_so_many_at_a_time_and_no_fewer(cluster, jobs):
         cluster.worker("sh", "-c", "echo + >>count; cat; sleep 0.02; echo - >>count",
                        env={"CONCURRENCY": "4", "BOOST": "0"})
     assert batch(cluster, *names, options=["-j", str(jobs)]).returncode == 0
-    assert at_once(cluster) == jobs
+    running = itertools.accumulate(1 if line == b"+" else -1 for line in read(cluster.path("count")).split())
+    assert max(running) == jobs
 
 
 def test_all_slots_of_all_workers_are_used(cluster):
@@ -11292,19 +11280,15 @@ def test_a_hundred_thousand_garbage_datagrams(cluster):
     no_defect(*[read(cluster.path(name)) for name in errors])
 
 
-def client_hello():
-    tls = cexec.Tls(cexec.tls_context(), False)
-    tls.handshake()
-    return tls.take()
-
-
 @HEAVY
 def test_a_thousand_garbage_connections(cluster):
     """To a searching client, from many addresses: silent, closed at once, noise, what begins like TLS."""
     worker, port, chance = cluster.worker("cat"), free_port(), random.Random(11)
     crat = cluster.logger(cluster.pub, env={"GROUP": "127.255.255.255:%d" % port})
     own_key = cexec.open_key(put(cluster.path("own"), cexec.format_key(OTHER_MASTER)[0]))
-    hello = client_hello()
+    tls = cexec.Tls(cexec.tls_context(), False)
+    tls.handshake()
+    hello = tls.take()
     with Ear(port) as ear, Ear(group_port(cluster)) as mouth, contextlib.ExitStack() as kept:
         client = searching_client(cluster, port)
         announced, address = ear.wait_for(cexec.ANNOUNCE)
@@ -11340,11 +11324,6 @@ def test_a_thousand_garbage_connections(cluster):
     no_defect(read(client.log), read(worker.log))
 
 
-def close_hard(peer):
-    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    peer.sock.close()
-
-
 def abuse_worker(cluster, chance, mark):
     """One connection of somebody who has the pub, proves it, and then keeps to nothing."""
     with Asker(cluster) as asker, asker.offer() as peer:
@@ -11370,7 +11349,7 @@ def abuse_worker(cluster, chance, mark):
         for _ in range(chance.randrange(12)):
             peer.raw(random_frame(chance))
         if chance.random() < 0.5:
-            close_hard(peer)
+            reset(peer.sock)
         asker.say(cexec.CLAIM, token=asker.token)
 
 
@@ -12786,8 +12765,7 @@ def test_a_reset_crosses_a_proxy_as_a_reset(proxy, side, state):
     elif state == "half closed":
         other.shutdown(socket.SHUT_WR)
         assert one.recv(1) == b""
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    one.close()
+    reset(one)
     until(lambda: other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET, "the reset")
     other.close()
     proxy.tidy()
@@ -12932,15 +12910,6 @@ def test_a_ring_of_three_networks(hosts, directions):
         assert max(most.values()) <= directions + 1     # its own, or one of each proxy that sends there
 
 
-def job_in_flight(hosts, crossing, mark, command, **env):
-    """A job that sends, or takes, as fast as it can."""
-    with open("/dev/zero", "rb") as zero:
-        job = hosts.start_client("CMD=" + command, mark, space=crossing.client, stdin=zero, env=env,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert len(job.stdout.read(4 << 20)) == 4 << 20
-    return job, in_thread(job.stdout.read)
-
-
 @pytest.mark.parametrize("command", ["exec cat", "exec cat /dev/zero"])
 @pytest.mark.parametrize("number, reason", [
     (signal.SIGKILL, r"(connection closed|Connection reset by peer)%s" % MAY_HAVE_RUN),     # long before the timeout
@@ -12950,7 +12919,11 @@ def test_a_proxy_that_ends_while_much_is_moved(hosts, crossing, command, number,
     hosts.shell_worker(space=crossing.worker)
     proxy = crossing.proxy()
     env = {"CEXEC_TIMEOUT_PINGPONG": "1"} if number == signal.SIGSTOP else {}
-    job, reader = job_in_flight(hosts, crossing, mark, command, **env)
+    with open("/dev/zero", "rb") as zero:       # the job sends, or takes, as fast as it can
+        job = hosts.start_client("CMD=" + command, mark, space=crossing.client, stdin=zero, env=env,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert len(job.stdout.read(4 << 20)) == 4 << 20
+    reader = in_thread(job.stdout.read)
     proxy.send_signal(number)
     assert job.wait(PATIENCE) == 111
     reader.join(PATIENCE)
@@ -14561,11 +14534,6 @@ def starter_of(client):
     return until(lambda: [pid for pid in children_of(client.pid) if b"-ad" in words_of(pid)], "the starter")[0]
 
 
-def workers_of(starter):
-    """The pids of the workers: below each script that stands for ssh."""
-    return [worker for ssh in children_of(starter) for worker in children_of(ssh)]
-
-
 @pytest.mark.parametrize("words, input, status, out, err", [
     (["-s", "a", "cat"], b"x\xff\0", 0, b"x\xff\0", b""),
     (["-s", "a,b", "sh", "-c", "cat; echo e >&2; exit 7"], b"x", 7, b"x", b"e\n"),
@@ -14692,7 +14660,7 @@ def test_nothing_is_left_whoever_is_killed(away, who, number):
                         "trap '' TERM HUP; echo ready; sleep 1000 & wait; sleep 1000", stdout=subprocess.PIPE)
     assert client.stdout.readline() == b"ready\n" and away.tmp()
     starter = starter_of(client)
-    worker, = workers_of(starter)
+    worker, = (worker for ssh in children_of(starter) for worker in children_of(ssh))
     ssh = parent_of(worker)
     os.kill({"client": client.pid, "starter": starter, "ssh": ssh, "worker": worker}[who], number)
     if number == signal.SIGTERM and who in ("client", "starter", "worker"):
@@ -18195,8 +18163,10 @@ def test_where_there_is_no_room_for_code_no_half_of_it_is_left(door):
     assert os.listdir(door.cache) == []
 
 
-def spoil_cache(door, spoiled):
-    """Has the cache be a directory with 20 older files, which is not ours alone, or a link to one that is."""
+@pytest.mark.parametrize("spoiled", ["link", "foreign", "writable", "writable by its group"])
+def test_no_code_is_kept_where_others_may_write(door, spoiled):
+    """A cache with 20 older files that is not ours alone, or a link to one that is; nothing is removed there."""
+    need("root")
     real = door.path("real") if spoiled == "link" else door.cache
     os.makedirs(real, 0o700)
     for number in range(20):
@@ -18206,13 +18176,6 @@ def spoil_cache(door, spoiled):
         os.symlink(real, door.cache)
     if spoiled == "foreign":
         os.chown(real, 1, 1)
-
-
-@pytest.mark.parametrize("spoiled", ["link", "foreign", "writable", "writable by its group"])
-def test_no_code_is_kept_where_others_may_write(door, spoiled):
-    """And nothing is removed there."""
-    need("root")
-    spoil_cache(door, spoiled)
     before = sorted(os.listdir(door.cache))
     assert door.version() == "cexec 1.0"
     assert sorted(os.listdir(door.cache)) == before and len(before) == 20
