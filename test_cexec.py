@@ -4924,7 +4924,7 @@ def test_jobs_under_make_get_none_of_its_descriptors(one, tmp_path):
     with open(str(tmp_path / "Makefile"), "w") as file:
         file.write("\n".join(lines))
     done = one.do(["make", "-s", "-j2"], cwd=str(tmp_path), env={"NUMBERS": python(NUMBERS)})
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert output(done) == b""
     for name in ("one", "two", "three", "four"):
         assert read(str(tmp_path / (name + ".out"))) == b"0 1 2\n"
 
@@ -6472,8 +6472,7 @@ def test_results_for_another_file_system(farm):
     assert (done.returncode, done.stdout) == (111, b"./disk/a:was\n")
     assert done.stderr == b"cexec: link/z: No space left on device\n"
     done = work(made)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"./disk/a:1\n./disk/c:3\n./disk/d/b:2\n./z:4\n"
+    assert output(done) == b"./disk/a:1\n./disk/c:3\n./disk/d/b:2\n./z:4\n"
 
 
 @pytest.mark.parametrize("pattern, said", [
@@ -6626,7 +6625,7 @@ def test_a_directory_is_the_users(farm):
     farm.serve("-u", "nobody")
     in_desk(farm, "a", b"1")
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub, "sh", "-c", "stat -c %U . a; cp a b; chmod 0 .")
-    assert (done.returncode, done.stdout, done.stderr) == (
+    assert ended(done) == (
         111, b"nobody\nnobody\n", b"cexec: worker %s cannot send results: Permission denied\n" % NODE.encode())
     done = farm.work("-n", "-i", "a", "-g", "b", farm.pub,
                      "sh", "-c", "cp a b; chmod 4711 b; mkdir r; touch r/x; chmod 0 r")
@@ -6653,7 +6652,7 @@ def test_modes_and_times_of_files_are_kept(farm):
     os.utime(os.path.join(farm.desk, "d/a"), (-86400.5, -86400.5))
     done = farm.work("-n", "-i", "d", "-i", "e/b", "-g", "c", farm.pub, "sh", "-c",
                      "stat -c '%a %Y' d/a; stat -c %a d e/b e .; touch c; chmod 751 c")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"777 -86401\n775\n666\n700\n700\n", b"")
+    assert output(done) == b"777 -86401\n775\n666\n700\n700\n"
     assert stat.S_IMODE(os.stat(os.path.join(farm.desk, "c")).st_mode) == 0o751
 
 
@@ -7168,8 +7167,7 @@ def test_a_batch_with_files_that_is_taken_up_again(farm):
              "sh", "-c", 'cat "$1" common > "$2.out"; echo x > "$2.x.log"; echo "$3"', "sh", "{}", "{/.}", "{.}",
              "--", *names]
     done = farm.work(*words)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode().splitlines() == [name[:-3] for name in names]
+    assert output(done).decode().splitlines() == [name[:-3] for name in names]
     assert all(read(os.path.join(farm.desk, name[2:-3] + ".out")) == name.encode() + b"+" for name in names)
     assert farm.work(*words).stdout == b""                      # all is done
     in_desk(farm, names[2], b"new")
@@ -8052,7 +8050,7 @@ def test_oggenc_gives_the_same_bytes(cluster):
     with open(sound, "rb") as file:
         here = subprocess.run(encode, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert here.stdout.startswith(b"OggS")
-    assert (there.returncode, there.stdout, there.stderr) == (0, here.stdout, here.stderr)
+    assert ended(there) == (0, here.stdout, here.stderr)
 
 
 # ---- cexec -l: who is there ------------------------------------------------
@@ -9141,8 +9139,7 @@ def test_dry_run_prints_what_would_be_done(cluster):
     make_file(cluster, "f001.out")
     words = {"variables": ["X={/}", "-q", "{.}", "a b"]}
     done = batch(cluster, *names, options=["--dry-run", "--errors", "said", "--log", "log"], **words)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.decode() == "mkdir -p -- said\n" + "".join(
+    assert output(done).decode() == "mkdir -p -- said\n" + "".join(
         "cexec %s %s %s -- -q %s 'a b' < %s > %s 2> said/%d\n" % (cluster.pub, *map(shlex.quote, (
             "X=" + name, "FILE=" + name, os.path.splitext(name)[0], name, name + ".out")), number)
         for number, name in enumerate(names, 1) if name != "f001")
@@ -10121,8 +10118,7 @@ def test_blocks(cluster, what, source):
             file.seek(7)
             done = blocks(cluster, 777, stdin=file)
             assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 7 + len(data)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"".join(block + b"END\n" for block in blocks_of(data, 777))
+    assert output(done) == b"".join(block + b"END\n" for block in blocks_of(data, 777))
 
 
 @pytest.mark.parametrize("size", ["777", "1k", "1K", "7"])
@@ -11628,8 +11624,7 @@ def test_every_worker_reads_the_file_from_its_offset(cluster):
         script.seek(9)
         done = every(cluster, stdin=script)
         assert os.lseek(script.fileno(), 0, os.SEEK_CUR) == 9
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert sorted(done.stdout.decode().split("\n")[:-1]) == sorted(
+    assert sorted(output(done).decode().split("\n")[:-1]) == sorted(
         "%s: %s" % (name, word) for name in labels(3) for word in ("one", "two"))
     assert ended(every(cluster, options=["-n"], input=b"echo x")) == (0, b"", b"")
 
@@ -11811,8 +11806,7 @@ def test_every_worker_of_a_network(hosts):
         hosts.worker("echo", name, space=spaces[name])
     done = every(hosts, space=spaces["client"])
     name = socket.gethostname()
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert sorted(done.stdout.decode().splitlines()) == [
+    assert sorted(output(done).decode().splitlines()) == [
         "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
 
 
@@ -13115,7 +13109,7 @@ def test_a_proxy_can_not_read_what_it_relays(hosts, crossing):
     data = (secret + b"\n") * 50000
     with Capture(crossing.gate) as capture:
         done = hosts.client("WORD=" + secret.decode(), space=crossing.client, input=data)
-        assert (done.returncode, done.stdout, done.stderr) == (0, data + secret + b"\n", b"")
+        assert output(done) == data + secret + b"\n"
         wire = b"".join(packet for _, packet in capture.packets())
     assert len(wire) > 2 * len(data) and cexec.MAGIC in wire and b"\x16\x03" in wire     # all of it was captured
     assert secret not in wire
@@ -14824,7 +14818,7 @@ def test_one_line_over_a_real_ssh(boxes, login):
     put(farm.cluster.path("in"), "text")
     hosts = "%s@a,%s@b" % (login, login)
     done = hire(farm, hosts, "-i", "in", "-g", "out", "sh", "-c", "cat in - > out; echo e >&2; exit 0", input=b"x")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"e\n")
+    assert ended(done) == (0, b"", b"e\n")
     assert read(farm.cluster.path("out")) == b"textx"
     done = hire(farm, hosts, "-A", "sh", "-c", "echo $SSH_CONNECTION | cut -d' ' -f3")
     assert done.returncode == 0
@@ -14939,7 +14933,7 @@ def here(one, monkeypatch):
 ], ids=range(9))
 def test_run_gives_what_subprocess_run_gives(here, command, options):
     done, local = here.sh(command, **options), subprocess.run(["sh", "-c", command], **options)
-    assert (done.returncode, done.stdout, done.stderr) == (local.returncode, local.stdout, local.stderr)
+    assert ended(done) == (local.returncode, local.stdout, local.stderr)
     assert isinstance(done, subprocess.CompletedProcess) and done.args == [here.pub]
 
 
@@ -18348,7 +18342,7 @@ def lane(cluster, faults):
             outcomes.append((fault, done.returncode, offers))
             records = meddler.last.records
     done = cluster.client("N=plain", input=payload, env={"GROUP": group, "CEXEC_TIMEOUT_ACCEPT": "10"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, payload.upper(), b""), done
+    assert output(done) == payload.upper()
     no_defect(read(worker.log))
     return outcomes, records
 
@@ -18836,7 +18830,7 @@ def test_a_host_with_only_loopback_serves_itself(hosts):
     hosts.shell_worker(space=space)
     logger = hosts.logger(hosts.pub, space=space)
     done = hosts.client("CMD=cat; echo $SERVER_ADDR; exit 3", space=space, input=b"in\n")
-    assert (done.returncode, done.stdout, done.stderr) == (3, b"in\n127.0.0.1\n", b"")
+    assert ended(done) == (3, b"in\n127.0.0.1\n", b"")
     logger.says()
     assert logger.lines()[0].startswith("127.0.0.1 completed by 127.0.0.1 for app.pub exit code 3")
     assert logger.lines()[0].endswith(", client anyone, worker %s" % NODE)
@@ -18948,7 +18942,7 @@ def one_host_for_all(hosts, spaces, group, client):
     loggers.append(hosts.logger(space=spaces["host"]))
     for number, key in enumerate(keys):
         done = hosts.run("cexec", key + ".pub", space=spaces["client"], env={"GROUP": group})
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"%d %s\n" % (number, client.encode()), b"")
+        assert output(done) == b"%d %s\n" % (number, client.encode())
     for logger in loggers:
         logger.says("\n", 3)
     return loggers
@@ -19429,7 +19423,7 @@ def test_a_slow_uplink_is_no_silence(hosts, spaces):
     hosts.worker("wc", "-c", space=spaces["worker"])
     slow_down(spaces["client"])
     done = hosts.client(input=bytes(50000), space=spaces["client"], env={"CEXEC_TIMEOUT_PINGPONG": "3"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"50000\n", b"")
+    assert output(done) == b"50000\n"
 
 
 def test_a_client_that_vanishes_amid_the_output(hosts, spaces):
