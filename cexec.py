@@ -2350,21 +2350,20 @@ class Plain:
     ready = True
 
     def __init__(self):
-        self.incoming, self.outgoing = memoryview(b""), bytearray()
+        self.incoming, self.outgoing = 0, bytearray()
 
     def feed(self, data):
-        self.incoming = data        # the link reads all of it before it feeds more
+        self.incoming = len(data)   # the link has read them to where read_into() is to put them
 
     def take(self):
         data, self.outgoing = self.outgoing, bytearray()
         return data
 
     def has_more(self):
-        return len(self.incoming)
+        return self.incoming
 
     def read_into(self, view):
-        count = min(len(view), len(self.incoming))
-        view[:count], self.incoming = self.incoming[:count], self.incoming[count:]
+        count, self.incoming = self.incoming, 0
         return count
 
     def write(self, data):
@@ -2450,14 +2449,16 @@ class Link:
     Reading never waits for writing: a link that cannot send any more reads on.
     """
 
-    received = memoryview(bytearray(FRAME_MAX))     # between recv and TLS: shared by all
+    full = FRAME_HEAD.size + FRAME_MAX              # a whole frame: by shorter reads each would come in two pieces
     at_once, little = 256, 4096     # who sends more frames than that in a turn has its next ones read in small pieces
+    received = memoryview(bytearray(full))          # between recv and TLS: shared by all
 
     def __init__(self, loop, sock, tls, owner, stands_for=None):
         self.sock, self.tls = sock, tls
         self.stands_for = stands_for                # our (address, port) where the socket has none
+        self.is_plain = isinstance(tls, Plain)
         self.reader = FrameReader()
-        self.appetite = FRAME_MAX                   # bytes to read in the next turn
+        self.appetite = self.full                   # bytes to read in the next turn
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.write_closed = False
         self.last_activity = time.monotonic()       # the last sign of life
@@ -2496,15 +2497,16 @@ class Link:
         self._digest()
 
     def readable(self):
+        room = (self.reader.room() if self.is_plain else self.received)[:self.appetite]
         try:
-            count = self.sock.recv_into(self.received[:self.appetite])
+            count = self.sock.recv_into(room)
         except BlockingIOError:
             return
         except OSError as error:
             return self.fail(error.strerror)
         if count:
             self.last_activity = time.monotonic()
-            self.tls.feed(self.received[:count])
+            self.tls.feed(room[:count])
             self._digest()
         else:
             self.fail("connection closed")
@@ -2536,7 +2538,7 @@ class Link:
                 self.owner.link_frame(self, kind, flags, channel, payload)
                 if self.closed:
                     return
-        self.appetite = self.little if count > self.at_once else min(2 * self.appetite, FRAME_MAX)
+        self.appetite = self.little if count > self.at_once else min(2 * self.appetite, self.full)
 
     def send(self, kind, channel=0, flags=0, **fields):
         self.send_frames([make_frame(kind, channel, flags, **fields)])
@@ -2556,9 +2558,25 @@ class Link:
         self._write(buffer[:FRAME_HEAD.size + size])
 
     def _write(self, frame):
-        if not self.closed and not self.write_closed:
+        if self.closed or self.write_closed:
+            return
+        if self.is_plain and not self.congested:
+            frame = frame[self._hand_over(frame):]  # nothing waits: only what the pipe does not take is copied
+        if frame:
             self.tls.write(frame)
             self.flush()
+
+    def _hand_over(self, data):
+        """Returns how many of the bytes the socket has taken, or nobody will ever take."""
+        try:
+            count = self.sock.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self.write_closed = True
+            return len(data)
+        self.delivery.took(count)
+        return count
 
     def flush(self):
         """Sends what the socket takes now."""
@@ -2568,14 +2586,9 @@ class Link:
                 self.sending = memoryview(self.tls.take())
                 if not self.sending:
                     break
-            try:
-                count = self.sock.send(self.sending)
-            except BlockingIOError:
+            count = self._hand_over(self.sending)
+            if not count:
                 break
-            except OSError:
-                self.write_closed, self.sending = True, memoryview(b"")
-                break
-            self.delivery.took(count)
             self.sending = self.sending[count:]
             if was_congested:       # what was queued moves: the peer's host takes it
                 self.last_activity = time.monotonic()
@@ -11820,6 +11833,8 @@ class WorkerLifeline(Lifeline):
                                 if number & 0xffff not in self.channels) & 0xffff
         try:
             near, far = socket.socketpair()
+            for sock in near, far:  # with room for a whole frame: what does not fit waits for a turn of the other side
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * FRAME_MAX)
             self.join(self.last_number, far)
         except OSError as error:    # no descriptor is left
             return log.note("no connection through ssh: %s", error.strerror)

@@ -14458,8 +14458,30 @@ def test_who_floods_with_frames_gets_no_long_turn():
         for _ in range(10):         # and DATA comes in big pieces again
             far.send(cexec.make_frame(cexec.DATA)[:4] + struct.pack("!I", 1000) + bytes(1000))
             link.readable()
-        assert link.appetite == cexec.FRAME_MAX
+        assert link.appetite == link.full
         link.close()
+
+
+def test_what_a_full_pipe_does_not_take_is_kept():
+    """All links share the buffer that DATA is sent from: what waits for room must not change with it."""
+    (reader, writer), (idle, idle_writer) = os.pipe(), os.pipe()
+    os.set_blocking(writer, False)
+    loop, buffer = cexec.Loop(), memoryview(bytearray(cexec.FRAME_HEAD.size + 1000))
+    link = cexec.Link(loop, cexec.TwoPipes(idle, writer), cexec.Plain(), SimpleNamespace(link_writable=lambda _: None))
+    sent = received = b""
+    for number in range(1000):
+        buffer[cexec.FRAME_HEAD.size:] = b"%04d" % number * 250
+        link.send_data(number, buffer, 1000)
+        sent += buffer
+    assert link.congested
+    while len(received) < len(sent):
+        received += os.read(reader, 50001)
+        if link.congested:
+            loop.turn()
+    assert received == sent and not link.congested
+    link.close()
+    for fd in reader, idle_writer:
+        os.close(fd)
 
 
 def test_a_hostile_host_gets_no_byte_to_what_is_no_client(local):
