@@ -3081,11 +3081,11 @@ class Source(Stream):
         """The end of file: tells the peer."""
         if self.is_live():
             self._set(ENDED)
-            whole = len(self.end.halves) < 2 or self.end.hung_up()
+            whole, channel = len(self.end.halves) < 2 or self.end.hung_up(), self.carrier.channels[self.number]
             self.link.send(EOF, self.number, FLAG_WHOLE if whole else 0)
-            self._leave("read", whole)
+            self._leave("read", whole)          # the job may be over with that, and its channels be closed
             if whole:
-                self.carrier.channels[self.number].break_off()
+                channel.break_off()
 
     def leave_alone(self):
         """Tells the peer an end of file at once.  Others are to read the End: a socket stays open both ways."""
@@ -9482,7 +9482,8 @@ def main_single(words, options):
 
 # cservice forks a supervisor for each connection that brings a job; it does this job, and the next
 # jobs of a batch.  They talk over a socketpair: the supervisor sends a line for each event, and
-# cservice answers only "more".
+# cservice answers only "more".  After "free" the jobs of a batch follow each other without "group" and
+# "more", until cservice wants to hear of the next one: "ask".
 #
 #     cservice (Supervisors, SupervisorHandle)     supervisor (Supervisor, Command)
 #       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
@@ -9494,7 +9495,8 @@ def main_single(words, options):
 #       |  <------------------------------- failed  |  or it cannot be started
 #       |  <-------------------------- leaves NAME  |  the job is over: cservice removes its directory
 #       |  <--------------------------------- more  |  a job of a batch is over: may the batch go on?
-#       | yes|no -------------------------------->  |
+#       | yes|no|free --------------------------->  |
+#       | ask ----------------------------------->  |  it was free, and is no longer
 #       |  <--------------------------------- done  |  EXIT is sent: the slot is free
 #       | reaps it                                  |  ends when the client has closed
 
@@ -10226,8 +10228,10 @@ class Command(Carrier, Stateful):
 # A supervisor's states, which only _set() changes:
 #
 #   AWAITING_GO --GO--> RUNNING --the job is over: send EXIT------------> OVER --the client closes--> the end
-#      A                   '------a job of a batch is over: say "more"--> ASKING --no: send EXIT--> OVER
-#      '----JOB---- RESTING <--yes: send EXIT, more=1---------------------'
+#      A                   |------a job of a batch is over: say "more"--> ASKING --no: send EXIT--> OVER
+#      |                   | the same, while cservice leaves it free        |
+#      |                   V                                               |
+#      '----JOB---- RESTING <--yes, free: send EXIT, more=1----------------'
 #                      '--3 s without a JOB--> OVER
 #
 #   from every state but OVER: the client has gone, or TERM came: GONE, until the session is ended
@@ -10242,7 +10246,7 @@ class Supervisor(Stateful):
     is its Command; between two jobs there is none.
     """
 
-    LAW = {AWAITING_GO: (RUNNING, GONE), RUNNING: (ASKING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
+    LAW = {AWAITING_GO: (RUNNING, GONE), RUNNING: (ASKING, RESTING, OVER, GONE), ASKING: (RESTING, OVER, GONE),
            RESTING: (AWAITING_GO, OVER, GONE), OVER: (), GONE: ()}
     TAKES = {AWAITING_GO: (GO, PING), RUNNING: (PING,), ASKING: (), RESTING: (WORDS, JOB, PING), OVER: (), GONE: ()}
     DROPS = (ASKING, RESTING, OVER, GONE)       # here all other frames belong to a job that is over: nobody reads them
@@ -10265,6 +10269,7 @@ class Supervisor(Stateful):
         self.finder = Finder(settings)
         self.variables = self.common_variables()
         self.started = False        # whether any command has started
+        self.free = False           # whether the next jobs of a batch need no word to cservice
         self.deadline = None        # the Timer of set_deadline()
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
         self.left = []              # names of jobs' directories that cservice cannot remove: it was lost
@@ -10412,7 +10417,10 @@ class Supervisor(Stateful):
 
     def command_started(self, command):
         self.started = True
-        self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
+        if command.sessions():
+            self.free = False       # cservice must know of this session, and later that it is over
+        if not self.free:
+            self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
 
     def command_failed(self):
         """The command cannot be started, for a reason that lies in this host."""
@@ -10423,27 +10431,35 @@ class Supervisor(Stateful):
         # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
         if self.client.batch == NO_BATCH or command.process is None or not command.reap_group():
             self.send_exit()
+        elif self.free:
+            self.send_exit(more=True)
         else:
             self.ask_for_more()
 
     def ask_for_more(self):
         """Asks cservice whether this batch may go on here; without an answer in a second it may not."""
         self._set(ASKING)
-        self.set_deadline(1.0, lambda: self.decide(b"no\n"))
-        self.loop.on_read(self.service, self.rcvd_decision)
+        self.set_deadline(1.0, lambda: self.decide("no"))
+        self.loop.on_read(self.service, self.hear_service)
         self.say("more")
 
-    def rcvd_decision(self):
+    def hear_service(self):
+        """Handles the words of cservice; if it has ended, that is "no"."""
         try:
-            self.decide(os.read(self.service, 16))
-        except OSError:             # cservice has ended, and did not read all our lines
-            self.decide(b"no\n")
+            words = os.read(self.service, 4096).decode().split()
+        except OSError:             # it did not read all our lines
+            words = []
+        if not words:
+            self.loop.on_read(self.service, None)
+        for word in words or ["no"]:
+            self.decide(word)
 
     def decide(self, word):
-        self.deadline.cancel()
-        self.loop.on_read(self.service, None)
-        if self.state is ASKING:
-            self.send_exit(more=word == b"yes\n")
+        """Takes an answer to "more", or "ask"."""
+        self.free = word == "free"
+        if self.state is ASKING and word != "ask":
+            self.deadline.cancel()
+            self.send_exit(more=word != "no")
 
     # After a job
 
@@ -10559,11 +10575,13 @@ class SupervisorHandle:
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), command_missing(reason), job_refused(reason), job_returned(client),
-    job_over(handle), may_go_on(client) and slots_changed().  remover is the Removals.
+    job_over(handle), may_go_on(client) and slots_changed().  remover is the Removals.  A handle in the set
+    free lets its batch go on without asking.
     """
 
-    def __init__(self, loop, patron, remover, client, pid, pipe, slot):
+    def __init__(self, loop, patron, remover, free, client, pid, pipe, slot):
         self.loop, self.patron, self.remover, self.client, self.pid = loop, patron, remover, client, pid
+        self.free = free
         self.slot = slot            # its number, CEXEC_SLOT
         self.directories = set()    # names of its jobs' directories that it still uses
         self.pipe = pipe            # our end of the socketpair; None once it is closed
@@ -10627,9 +10645,20 @@ class SupervisorHandle:
         self.patron.job_returned(self.client)
 
     def rcvd_more(self, value):
+        may_go_on = self.remover.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
+        # A job with a directory tells of that in any case, and one with a session has to tell when this is over.
+        if may_go_on and not self.remover.place and self.sessions == [self.pid]:
+            self.free.add(self)
+        self.tell(b"free\n" if self in self.free else b"yes\n" if may_go_on else b"no\n")
+
+    def ask(self):
+        """From now on it asks again after each job."""
+        self.free.discard(self)
+        self.tell(b"ask\n")
+
+    def tell(self, line):
         try:
-            behind = self.remover.count(self) >= REMOVALS_MAX
-            os.write(self.pipe, b"yes\n" if not behind and self.patron.may_go_on(self.client) else b"no\n")
+            os.write(self.pipe, line)
         except OSError:
             pass                    # it has just ended
 
@@ -10638,6 +10667,7 @@ class SupervisorHandle:
         self.patron.job_over(self)
 
     def hang_up(self):
+        self.free.discard(self)
         if self.pipe is not None:
             self.loop.forget(self.pipe)
             os.close(self.pipe)
@@ -10706,6 +10736,7 @@ class Supervisors:
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
         self.lost = {}              # the same, of those that were killed, until all that they left has ended
+        self.free = set()           # the handles whose batches go on without asking
         self.removals = Removals(loop, place, self.reap)
 
     def __len__(self):
@@ -10739,8 +10770,13 @@ class Supervisors:
                 pid = forked(work, kept)
         finally:
             os.close(far)
-        self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, client, pid, near, slot)
+        self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, self.free, client, pid, near, slot)
         log.note("supervisor %d forked for %s", pid, client.address)
+
+    def hear_more(self):
+        """Has all of them tell of the next start of a job, and ask after it."""
+        for handle in list(self.free):
+            handle.ask()
 
     def limit_over(self, handle):
         """This one is over.  If too many are, it ends the one that was first, of the client's name that has most.
@@ -11399,7 +11435,7 @@ class Worker:
         elif client and client.take_complaint():
             excuse = self.excuse(body, self.complainers.get((datagram.name, address)))
             if not excuse:
-                self.pace.failed()
+                self.penalize()
             log.note("a complaint about us: %s%s", body.reason, "; of no weight: " + excuse if excuse else "")
 
     def excuse(self, complaint, other):
@@ -11501,6 +11537,7 @@ class Worker:
         """Puts a client in the line, and sends it BUSY with its place, at once and then every ten seconds."""
         if client.state is not QUEUED:
             self.clients.move(client, QUEUED)
+            self.supervisors.hear_more()
         now = time.monotonic()
         if client.is_busy_due(now):
             client.told(now)
@@ -11537,6 +11574,7 @@ class Worker:
             self.holds[client.address] = min(HOLD_SECONDS, 0.03 + 2 * offer.hold)
         if not free:
             self.withdraw(client, QUEUED, "no slot is free any more")
+            self.supervisors.hear_more()
             self.wait(client)
         return bool(free)
 
@@ -11592,9 +11630,14 @@ class Worker:
         self.trouble = None
         self.pace.works()
 
+    def penalize(self):
+        """Lets other workers be first, until the next start of a command here, of which we must hear."""
+        self.pace.failed()
+        self.supervisors.hear_more()
+
     def job_failed(self):
         """A command cannot be started here: the penalty lets other workers be first."""
-        self.pace.failed()
+        self.penalize()
 
     def command_missing(self, reason):
         """A client was refused.  This gets no penalty: perhaps the client's word is wrong, or others lack it too."""
@@ -11602,7 +11645,7 @@ class Worker:
 
     def job_refused(self, reason):
         """This host cannot take a job now; this is said once, until a job is started again."""
-        self.pace.failed()
+        self.penalize()
         if self.trouble is None:
             log.say("refuses jobs until there is room: " + reason)
         self.trouble = reason
@@ -11645,6 +11688,7 @@ class Worker:
         """Makes no more offers, and stops when the last job is over; until then it still answers QUERY."""
         log.note("draining: %d jobs run", self.supervisors.slots_in_use())
         self.draining = True
+        self.supervisors.hear_more()
         for client in self.clients.under_way():
             self.withdraw(client, NEW, "draining")
         self.slots_changed()

@@ -9194,6 +9194,11 @@ def test_a_hundred_failures_and_more_are_101(cluster):
         assert batch(cluster, *("no%d" % number for number in range(count))).returncode == status
 
 
+def commands(worker):
+    """How many commands a worker has started."""
+    return read(worker.log).count(b"command MADE -> RUNNING")
+
+
 def supervisors(*workers):
     """How many supervisors these workers have had."""
     return sum(len(re.findall(rb"supervisor \d+ forked", read(worker.log))) for worker in workers)
@@ -9263,7 +9268,7 @@ def test_a_command_that_goes_during_a_batch(cluster):
     second = cluster.worker("tool", env=two)
     assert client.wait(PATIENCE) == 0
     assert [read(cluster.path(name + ".out")) for name in names] == [read(cluster.path(name)) for name in names]
-    assert read(first.log).count(b": group ") == 1 and read(second.log).count(b": group ") == 5
+    assert commands(first) == 1 and commands(second) == 5
 
 
 def test_a_batch_finds_its_command_as_exec_does(cluster):
@@ -9363,8 +9368,8 @@ def test_a_command_that_failed_runs_again_elsewhere(cluster, mode):
     assert done.returncode == 0 and set(last.values()) == {"0"}
     failures = [row["Seq"].strip() for row in rows if row["Exitval"] == "3"]
     assert failures and len(set(failures)) == len(failures) == done.stderr.count(b": exit status 3; runs it again\n")
-    assert len(failures) == read(bad.log).count(b": group ")
-    assert len(rows) - len(failures) == read(good.log).count(b": group ")
+    assert len(failures) == commands(bad)
+    assert len(rows) - len(failures) == commands(good)
 
 
 def test_failures_count_when_the_last_try_is_over(cluster):
@@ -9643,6 +9648,20 @@ def test_another_client_is_served_in_the_middle_of_a_batch(cluster):
     assert client.poll() is None
     assert client.wait(PATIENCE) == 0 and len(begun(cluster)) == 63
     assert 3 < supervisors(worker) < 20
+
+
+def test_a_batch_tells_of_its_jobs_only_when_that_is_of_use(cluster):
+    """While nobody else waits, the worker hears of the first job; and of the next one when it drains."""
+    names = made_files(cluster, 30)
+    worker = cluster.worker("sh", "-c", NOTED + "sleep 0.1; cat", env={"CONCURRENCY": "1"})
+    client = start_batch(cluster, *names)
+    until(lambda: len(begun(cluster)) >= 10, "some of the batch")
+    assert all(1 <= read(worker.log).count(word) <= 4 for word in (b": group ", b": more"))    # its searches come too
+    before = len(begun(cluster))
+    worker.terminate()
+    assert worker.wait(PATIENCE) == 0 and len(begun(cluster)) <= before + 2
+    cluster.worker("sh", "-c", NOTED + "cat")
+    assert client.wait(PATIENCE) == 0 and supervisors(worker) == 1
 
 
 def test_two_batches_share_the_slots(cluster):
