@@ -16150,14 +16150,14 @@ def for_worker(value, protocol, program, kept=False):
             raise ValueError("%r is defined in %s" % (
                 function, "a package's __main__.py, which would do its work there" if program.is_package else
                 "no file (a notebook, an interactive session, python -c, standard input)"))
-    except Exception as error:
+    except (Exception, SystemExit) as error:    # a future's SystemExit would end the program that asks for its result
         if not program.cloudpickle:
             raise pickle.PicklingError(
                 "%s: put it into a module, or pip install cloudpickle here: pickle alone sends functions by their "
                 "names in modules (no lambda, no function inside another), and data" % error) from error
     try:
         return dumps(value, protocol, by_value=True, kept=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise pickle.PicklingError("%s: a function's arguments, and what it uses, must be data or code" % (
             error)) from error
 

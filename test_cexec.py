@@ -15926,20 +15926,23 @@ def test_what_a_worker_may_read(tmp_path, monkeypatch):
 def test_what_cannot_be_sent_is_refused_with_advice(pooled):
     """Without cloudpickle, it is the remedy; with it, some things are not data."""
     out = pooled.script("""
-        import threading
+        import sys, threading
         lock = threading.Lock()
         def outer():
             def inner():
                 return lock
             return inner
+        class Exits:
+            def __reduce__(self):
+                sys.exit("oops")
         if __name__ == "__main__":
             cexec.cloudpickle_directory = lambda: None
             with cexec.Executor(POOL) as pool:
-                for function in (lambda: 1, outer()):
-                    print(repr(pool.submit(function).exception()))
+                for call in ((lambda: 1,), (outer(),), (id, Exits())):
+                    print(repr(pool.submit(*call).exception()))
                 print(pool.submit(pow, 2, 3).result())
         """)
-    assert out.count("PicklingError(") == out.count("pip install cloudpickle") == 2 and out.endswith("\n8\n"), out
+    assert out.count("PicklingError(") == out.count("pip install cloudpickle") == 3 and out.endswith("\n8\n"), out
     out = pooled.script("", before=["-c", "if 1:\n def f(): pass\n import cexec\n"
                                           " cexec.cloudpickle_directory = lambda: None\n"
                                           " pool = cexec.Executor(%r)\n print(repr(pool.submit(f).exception()))\n"
