@@ -3548,6 +3548,16 @@ def test_a_state_that_the_drawing_lacks_is_refused(kind):
 
 # ---- Descriptors and terminals of this host --------------------------------
 
+def test_what_fails_is_cleaned_up_and_only_what_is_expected_is_suppressed():
+    done = []
+    with cexec.on_failure(done.append, "nothing failed"), cexec.suppress(OSError):
+        raise FileNotFoundError
+    for raised in (KeyError, FileNotFoundError):
+        with pytest.raises(raised), cexec.on_failure(done.append, raised), cexec.suppress(ValueError, IndexError):
+            raise raised
+    assert done == [KeyError, FileNotFoundError]
+
+
 @pytest.mark.parametrize("flags, numbers", [
     ("", set()), ("k -j4", set()), (" -j4 --jobserver-auth=3,4", {3, 4}), ("--jobserver-fds=5,6 -j", {5, 6}),
     ("--jobserver-auth=fifo:/tmp/GMfifo3 -j", set()), ("--jobserver-auth=-2,-2", set()), ("--jobserver-auth=3", {3}),
