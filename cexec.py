@@ -2459,6 +2459,7 @@ class Link:
         self.is_plain = isinstance(tls, Plain)
         self.reader = FrameReader()
         self.appetite = self.full                   # bytes to read in the next turn
+        self.held = None                            # frames that wait for release(); None: they are sent at once
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.write_closed = False
         self.last_activity = time.monotonic()       # the last sign of life
@@ -2557,7 +2558,18 @@ class Link:
         FRAME_HEAD.pack_into(buffer, 0, DATA.code, 0, channel, size)
         self._write(buffer[:FRAME_HEAD.size + size])
 
+    def hold(self):
+        """Has all frames wait for release()."""
+        self.held = []
+
+    def release(self):
+        """Sends the frames since hold() together."""
+        frames, self.held = self.held, None
+        self._write(b"".join(frames))
+
     def _write(self, frame):
+        if self.held is not None:
+            return self.held.append(bytes(frame))   # a copy: the buffer of send_data() is used again
         if self.closed or self.write_closed:
             return
         if self.is_plain and not self.congested:
@@ -2998,6 +3010,11 @@ class Source(Stream):
         while (self.state is DRAINING or self.end.typed) and self._wanted() and self.end.may_read():
             self.readable()
         self.watch(self.readable if self._wanted() else None)
+
+    def begin(self):
+        """Sends a small file and its end at once, and the first frame of a large one: a file can always be read."""
+        while self.sent < FRAME_MAX and self._wanted():
+            self.readable()
 
     def _wanted(self):
         if self.state is OPEN or self.state is DRAINING:
@@ -7836,6 +7853,7 @@ class FileRun(RemoteRun):
         except Fatal:
             self.detach()
             raise
+        self.channels[0].source.begin()
         self.refresh()
 
     def link_frame(self, link, kind, flags, channel, payload):
@@ -8384,8 +8402,10 @@ class Batch(Patron):
         may_go_on = run.exit.more and not run.link.closed and worker_id not in self.avoid
         following = self.take(worker_id) if may_go_on else None
         if following:
+            run.link.hold()         # a small file goes with its JOB: each packet costs both sides about as much
             run.link.send_frames([*job_frames(**following.job_fields()), make_frame(GO)])
             self.begin_run(run.link, run.hello, following, accepted=False)
+            run.link.release()
         else:
             run.link.close()
 
