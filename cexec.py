@@ -4040,7 +4040,8 @@ def end_sessions(loop, sessions, group, over):
 
 
 # A file is written under another name in the same directory, and gets its own name only when it is whole.
-# commit() does that for keys, and for the outputs of a batch (Task.commit).  The results of -g get theirs so:
+# commit() does that for keys.  For the outputs of a batch, Disk.store() and Task.commit() do.  The results of -g get
+# theirs so:
 #
 #   RemoteRun.commit, after EXIT --> JobFiles.commit --the verdict--> receive, in a Helper --> commit_all
 
@@ -4050,13 +4051,22 @@ def commit(file, part, path, replace=True):
     Without replace it raises FileExistsError if there is another file of that name.
     """
     file.flush()
-    os.fsync(file.fileno())
-    os.close(os.dup(file.fileno()))     # NFS reports some errors only at a close; to close the file itself would
-                                        # end its lock
+    await_disk(os.dup(file.fileno()))
     if not replace:
         claim_name(part, path)
     if replace or os.path.lexists(part):
         os.rename(part, path)
+
+
+def await_disk(fd):
+    """Waits until a file is on the disk.  fd is closed: another descriptor than the one that may hold a lock.
+
+    Raises OSError.
+    """
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)                # NFS reports some errors only at a close
 
 
 def claim_name(part, path):
@@ -7320,7 +7330,8 @@ def show_workers(survey, as_json):
 # The way of a Task:
 #
 #   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
-#     --EXIT--> Task.commit: the output gets its name, or waits for its turn on standard output --> Batch.task_over
+#     --EXIT--> Disk.store: the output is on the disk --> Task.commit: it gets its name --> Batch.task_over
+#     or, with standard output as the place for it, it waits for its turn there
 
 PLACES = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"        # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
@@ -7332,6 +7343,8 @@ HOSTS_MAX = 4                       # a job fails that so many hosts could not s
 SILENCE_MIN = 10.0                  # a run whose worker has been silent for so many seconds,
 SILENCE_SHARE = 5                   # and for 1/5 of the run's time, goes to a worker that has nothing else to do
 LOST = -1                           # Exitval of a run whose worker was lost
+STORES_MAX = 16                     # outputs that wait for the disk beside the jobs that run, at most;
+QUICK_STORE = 0.0005                # with a disk that needs less than so many seconds, none
 JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".split()
 
 
@@ -7733,7 +7746,7 @@ class Task:
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def commit(self):
-        """Gives the output its name, once it is on the disk.  Raises OSError.
+        """Gives the output, which is on the disk, its name.  Raises OSError.
 
         For a later batch a file with this name is done: so it must be whole, and from the present input.
         """
@@ -7741,7 +7754,7 @@ class Task:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
             self.terms.names.check_there(self.output)
-            commit(self.result, self.part, self.output)
+            os.rename(self.part, self.output)
             self.terms.names.note_made(os.fstat(self.result.fileno()), self)
             self.terms.names.forget_part(self.result)
 
@@ -8080,6 +8093,65 @@ class Record:
                 and rate ** row * self.ended[worker_id] < ACCIDENT)     # the row could have begun at each of its jobs
 
 
+class Disk:
+    """Waits until files are on the disk.
+
+    A disk writes several files in the time of one.  So each waits in a thread, and there are at most `most` of these,
+    unless the one before was there so soon that a thread costs more.
+    """
+
+    def __init__(self, loop, most):
+        self.most, self.waiting = most, 0           # how many files there are whose over() was not called
+        self.seconds = 0.0                          # that the last one took
+        self.ended = collections.deque()            # (over, None or an OSError): the threads append to it, and
+        self.reader, self.writer = os.pipe()        # wake the loop
+        loop.on_read(self.reader, self.woken)
+
+    def store(self, file, over):
+        """Calls over(None or an OSError) when the file is on the disk."""
+        try:
+            fd = os.dup(file.fileno())
+        except OSError as error:
+            return over(error)
+        self.waiting += 1
+        if self.seconds < QUICK_STORE or self.waiting > self.most or not self.begin(fd, over):
+            self.wait(fd, over)
+            self.tell()
+
+    def begin(self, fd, over):
+        """Begins to wait in a thread.  Returns False if there can be no more."""
+        import _thread
+        try:
+            _thread.start_new_thread(lambda: (self.wait(fd, over), os.write(self.writer, b"1")), ())
+            return True
+        except RuntimeError:
+            return False
+
+    def wait(self, fd, over):
+        error, began = None, time.monotonic()
+        try:
+            await_disk(fd)
+        except OSError as caught:
+            error = caught
+        self.seconds = time.monotonic() - began
+        self.ended.append((over, error))
+
+    def woken(self):
+        os.read(self.reader, 4096)
+        self.tell()
+
+    def finish(self):
+        """Waits for all."""
+        while self.waiting:
+            self.woken()
+
+    def tell(self):
+        while self.ended:
+            over, error = self.ended.popleft()
+            self.waiting -= 1
+            over(error)
+
+
 class Batch(Patron):
     """cexec -m: does as many files at a time as the workers take, each on the least loaded worker.
 
@@ -8103,6 +8175,8 @@ class Batch(Patron):
         self.watched = os.isatty(2) and not log.verbose
         self.record = Record()
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
+        # No thread beside the Helpers of -i and -g: Python warns of a fork in a process with threads.
+        self.disk = Disk(self.loop, 0 if terms.inputs or terms.results else STORES_MAX)
 
     def work(self):
         """Does all files.  Returns the exit code.  Raises Fatal (111) if no worker is found."""
@@ -8138,7 +8212,8 @@ class Batch(Patron):
     def is_busy(self):
         printing = self.printer and self.printer.task
         waiting = self.queue and not self.halted
-        return waiting or self.runs or printing or any(search.chosen for search in self.searches)
+        storing = self.disk.waiting
+        return waiting or self.runs or storing or printing or any(search.chosen for search in self.searches)
 
     def make_durable(self):
         """Makes the names of all outputs durable, once for each directory.
@@ -8330,8 +8405,8 @@ class Batch(Patron):
             self.end(run, outcome)
             self.go_on(run)         # last: this failure may stop the batch
         else:
-            self.go_on(run)         # first: the worker computes while commit() waits for the disk
-            self.end(run, self.commit(run.job, outcome))
+            self.go_on(run)         # first: the worker computes while the output waits for the disk
+            self.store(run, outcome)
         self.fill()
 
     def host_failed(self, run, outcome):
@@ -8386,9 +8461,21 @@ class Batch(Patron):
         self.alert(run, *outcome.alert())
         self.task_over(run.job, outcome, run)
 
-    def commit(self, task, outcome):
-        """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
+    def store(self, run, outcome):
+        """A success: if its output is to have a name, it gets this when it is on the disk."""
+        if run.job.output is None:
+            self.end(run, self.commit(run.job, outcome))
+        else:
+            self.disk.store(run.job.result, lambda error: self.end(run, self.commit(run.job, outcome, error)))
+
+    def commit(self, task, outcome, error=None):
+        """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails.
+
+        error: why the output is not on the disk.
+        """
         try:
+            if error:
+                raise error
             task.commit()
             if task.output is not None:
                 self.directories.add(os.path.dirname(task.output) or ".")
@@ -8523,13 +8610,14 @@ class Batch(Patron):
         return list(filter(None, (search.waits() for search in self.searches)))
 
     def stop(self):
-        """Ends all searches and runs, and removes unfinished outputs."""
+        """Ends all searches and runs, removes unfinished outputs, and gives whole ones their names."""
         log.status_line("")
         for search in list(self.searches):
             self.end_search(search)
         for run in self.runs:
             self.leave(run)
         self.runs = []
+        self.disk.finish()
 
     def leave(self, run):
         """Ends a run: the link closes, so the worker ends the command."""

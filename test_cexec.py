@@ -9188,6 +9188,40 @@ def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call):
     assert batch(cluster, *names).returncode == 0 and os.path.exists(cluster.path("f001.out"))
 
 
+def slow_disk(cluster, condition):
+    """Has a batch's outputs wait for the disk until a Python condition is true."""
+    altered(cluster, ("        os.fsync(fd)\n    finally:",
+                      "        while not (%s): time.sleep(0.01)\n        os.fsync(fd)\n    finally:" % condition),
+            QUICK_STORE="0.0")
+
+
+def test_outputs_wait_for_the_disk_together(cluster):
+    """And the next jobs run meanwhile."""
+    names = made_files(cluster, 4)
+    slow_disk(cluster, "[name for name in os.listdir('.') if name == '.f003.out.part'] or os.path.exists('f003.out')")
+    cluster.worker("cat", env={"CONCURRENCY": "1"})
+    output(batch(cluster, *names), 0)
+    assert {name: read(cluster.path(name + ".out")) for name in names} == {
+        name: read(cluster.path(name)) for name in names}
+    assert not parts(cluster.directory)
+
+
+def test_an_interrupted_batch_keeps_the_outputs_that_wait_for_the_disk(cluster):
+    """They are whole.  Those of jobs that run are removed."""
+    names = made_files(cluster, 3)
+    slow_disk(cluster, "os.path.exists('go')")
+    cluster.worker("sh", "-c", NOTED + 'case "$PEER_FILE" in f002) sleep 600;; esac; cat', env={"CONCURRENCY": "1"})
+    client = start_batch(cluster, *names)
+    until(lambda: len(begun(cluster)) == 3, "the third job")
+    client.send_signal(signal.SIGTERM)
+    until(lambda: len(parts(cluster.directory)) == 2, "the end of the third job's output")
+    make_file(cluster, "go")
+    assert client.wait(PATIENCE) == -signal.SIGTERM
+    assert client.said() == "cexec: interrupted: 2 of 3 files are done; the same command again does the rest\n"
+    assert not parts(cluster.directory)
+    assert sorted(name for name in os.listdir(cluster.directory) if "out" in name) == ["f000.out", "f001.out"]
+
+
 def test_the_names_of_outputs_are_on_the_disk(cluster):
     """Once a directory; what can't be done is said."""
     names = made_files(cluster, 3)
