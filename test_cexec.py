@@ -345,20 +345,20 @@ class Cluster:
         options.setdefault("stdin", subprocess.DEVNULL)
         return self.popen(self.argv(applet, *arguments, space=space), **options)
 
-    def popen(self, argv, env=None, **options):
-        """Starts any program; it is ended like an applet."""
+    def popen(self, argv, env=None, logged=(), **options):
+        """Starts any program; it is ended like an applet.  logged: which of its streams are written to its log."""
         options.setdefault("cwd", self.directory)
-        process = Started(argv, env=self.environment(env), **options)
+        log = self.path(uuid.uuid4().hex[:6] + ".log")
+        with open(log, "wb") if logged else contextlib.ExitStack() as file:
+            options.update(dict.fromkeys(logged, file))
+            process = Started(argv, env=self.environment(env), **options)
+        process.log = log if logged else None
         self.started.append(process)
         return process
 
     def follow(self, applet, *arguments, **options):
         """Starts an applet whose log is its standard error."""
-        log = self.path("%s-%s.log" % (applet, uuid.uuid4().hex[:6]))
-        with open(log, "wb") as file:
-            process = self.start(applet, *arguments, stderr=file, **options)
-        process.log = log
-        return process
+        return self.start(applet, *arguments, logged=["stderr"], **options)
 
     def proxy(self, *arguments, **options):
         """Starts a cproxy -v and waits until it listens."""
@@ -369,14 +369,11 @@ class Cluster:
 
     def worker(self, *command, options=(), key=None, verbose=True, **rest):
         """Starts a cservice and waits until it listens; its log has its -v lines."""
-        log = self.path("worker-%s.log" % uuid.uuid4().hex[:6])
-        with open(log, "wb") as file:
-            process = self.start("cservice", *["-v"] * verbose, *options, key or self.key, *command,
-                                 stdout=file, stderr=file, **rest)
-        process.log = log
+        process = self.start("cservice", *["-v"] * verbose, *options, key or self.key, *command,
+                             logged=["stdout", "stderr"], **rest)
         if verbose:
-            until(lambda: b"serves" in read(log) or process.poll() is not None, "a worker's start")
-        assert process.poll() is None, read(log)
+            until(lambda: b"serves" in read(process.log) or process.poll() is not None, "a worker's start")
+        assert process.poll() is None, process.said()
         return process
 
     def shell_worker(self, **options):
@@ -387,11 +384,9 @@ class Cluster:
         return [self.shell_worker(**options) for _ in range(count)]
 
     def logger(self, *arguments, space=None, env=None):
-        """Starts a crat; its log has the lines that it prints."""
-        log = self.path("crat-%s.log" % uuid.uuid4().hex[:6])
-        with open(log, "wb") as file, open(log + ".err", "wb") as errors:
-            process = self.start("crat", "-v", *arguments, env=env, space=space, stdout=file, stderr=errors)
-        process.log = log
+        """Starts a crat -v; its log has the lines that it prints, and crat.err the others."""
+        with open(self.path("crat.err"), "ab") as errors:
+            process = self.start("crat", "-v", *arguments, env=env, space=space, logged=["stdout"], stderr=errors)
         process.listens()
         return process
 
@@ -11335,8 +11330,7 @@ def test_a_hundred_thousand_garbage_datagrams(cluster):
         assert 80000 < read(log).count(b"dropped") < 110000     # the rest is for others, or of no kind for them
         no_defect(read(log))
     until(lambda: len([line for line in crat.lines() if "completed by" in line and "unverified" not in line]) == 2)
-    errors = [name for name in os.listdir(cluster.directory) if name.startswith("crat") and name.endswith(".err")]
-    no_defect(*[read(cluster.path(name)) for name in errors])
+    no_defect(read(cluster.path("crat.err")))
 
 
 @HEAVY
@@ -13630,13 +13624,11 @@ class Boxes:
         setup += "exec %s -D -e -f %s" % (self.server, path("sshd-" + name))
         if self.named:
             setup = "exec unshare --uts sh -c %s" % shlex.quote("hostname %s; %s" % (name, setup))
-        log = path("sshd-%s.log" % name)
-        with open(log, "ab") as file:
-            daemon = self.cluster.popen(["ip", "netns", "exec", self.spaces[name], "sh", "-c", setup], stdout=file,
-                                        stderr=file, stdin=subprocess.DEVNULL)
+        daemon = self.cluster.popen(["ip", "netns", "exec", self.spaces[name], "sh", "-c", setup],
+                                    logged=["stdout", "stderr"], stdin=subprocess.DEVNULL)
         self.daemons[name] = daemon
-        until(lambda: b"Server listening" in read(log) or daemon.poll() is not None, "sshd's start")
-        assert daemon.poll() is None, read(log)
+        until(lambda: b"Server listening" in read(daemon.log) or daemon.poll() is not None, "sshd's start")
+        assert daemon.poll() is None, daemon.said()
 
     def open_all(self, **options):
         for name in self.names:
@@ -13644,13 +13636,12 @@ class Boxes:
 
     def start(self, hosts, *command, words=(), key=None, up=0, **env):
         """Starts cservice -s, and waits for so many workers; .said() is its standard error, .shown() its output."""
-        log = self.cluster.path("start-%s" % uuid.uuid4().hex[:6])
-        with open(log + ".out", "wb") as out, open(log, "wb") as err:
-            process = self.cluster.start("cservice", "-s", hosts, *words, key or self.key, *command,
-                                         stdout=out, stderr=err, space=self.spaces["here"], start_new_session=True,
+        table = self.cluster.path("table-%s" % uuid.uuid4().hex[:6])
+        with open(table, "wb") as out:
+            process = self.cluster.start("cservice", "-s", hosts, *words, key or self.key, *command, stdout=out,
+                                         logged=["stderr"], space=self.spaces["here"], start_new_session=True,
                                          env=dict({"CEXEC_SSH": self.ssh}, **env))
-        process.log = log
-        process.shown = lambda: read(log + ".out").decode()
+        process.shown = lambda: read(table).decode()
         if up:
             self.up(process, up)
         return process
@@ -13971,17 +13962,14 @@ def local(cluster):
     os.mkdir(cluster.path("bin"))
     os.symlink(cluster.launch[0], cluster.path("bin/python3"))
     cluster.env.update(PATH=cluster.path("bin") + ":" + cluster.env["PATH"], BOOST="0")
-    cluster.log = cluster.path("said")
 
     def start(script, hosts, *words):
         put(cluster.path("login"), "#!/bin/sh\ncd %s\n%s\n" % (shlex.quote(cluster.directory), script), 0o700)
-        with open(cluster.log, "wb") as file:
-            process = cluster.start("cservice", "-s", hosts, *words, stdout=file, stderr=file,
-                                    env={"CEXEC_SSH": shlex.quote(cluster.path("login"))})
-        process.log, cluster.says = cluster.log, process.says
+        process = cluster.start("cservice", "-s", hosts, *words, logged=["stdout", "stderr"],
+                                env={"CEXEC_SSH": shlex.quote(cluster.path("login"))})
+        cluster.log, cluster.said, cluster.says = process.log, process.said, process.says
         return process
     cluster.serve = start
-    cluster.said = lambda: read(cluster.log).decode()
     return cluster
 
 
@@ -18723,10 +18711,8 @@ def test_two_hundred_clients_on_two_slots(cluster):
 @HEAVY
 def test_a_hundred_idle_workers(cluster):
     """Announcements make a few offers each, once the workers have learned how many they are; -A gives each a job."""
-    logs = [cluster.path("worker%d" % number) for number in range(100)]
-    for log in logs:
-        with open(log, "wb") as file:
-            cluster.start("cservice", "-v", cluster.key, "echo", "x", env={"CONCURRENCY": "1"}, stderr=file)
+    logs = [cluster.follow("cservice", "-v", cluster.key, "echo", "x", env={"CONCURRENCY": "1"}).log
+            for _ in range(100)]
     for log in logs:
         until(lambda log=log: b"serves" in read(log), log, 120)
     for _ in range(60):
@@ -19903,11 +19889,10 @@ def test_a_worker_over_ssh_with_the_program_on_standard_input(boxes):
     """As the README has it: nothing but the key is on the worker's machine."""
     farm = boxes("a")
     words = [PYTHON, "-", "cservice", "-v", farm.cluster.key, "sh", "-c", SHELL]
-    log = farm.cluster.path("ssh.log")
-    with open(PROGRAM, "rb") as program, open(log, "wb") as file:
+    with open(PROGRAM, "rb") as program:
         far = farm.cluster.popen(["ip", "netns", "exec", farm.spaces["here"], *farm.ssh.split(), "a",
-                                  " ".join(map(shlex.quote, words))], stdin=program, stdout=file, stderr=file)
-    until(lambda: b"serves" in read(log) or far.poll() is not None, "the worker's start")
+                                  " ".join(map(shlex.quote, words))], stdin=program, logged=["stdout", "stderr"])
+    far.says("serves")
     there_and_back(farm.cluster, space=farm.spaces["here"])
     for pid in farm.workers("a"):
         os.kill(pid, signal.SIGTERM)            # it outlives its ssh, which gave it no terminal
@@ -20120,27 +20105,22 @@ def test_the_readmes_program_and_its_workers_that_stay(reader_of_readme):
     put(farm.cluster.path("program.py"), program.replace("10 ** 6", "10 ** 4").replace("25e6", "25e4"))
     assert re.match(r"pi is about 3\.1[345]\d*\n$", farm.sh("python3 program.py"))
     farm.empty()
-    alerts = farm.cluster.path("alerts")
     for line in [line for block in readme_blocks("Workers that stay") for line in block]:
         command = line.partition("   #")[0].strip()
         if command.startswith("cservice -s"):
-            log = farm.cluster.path("over-ssh")
-            with open(log, "wb") as file:
-                starter = farm.cluster.popen(farm.argv("exec " + command), stderr=file, stdout=subprocess.DEVNULL)
-            until(lambda: b"2 of 2 hosts serve" in read(log), command)
-            starter.terminate()
-            assert starter.wait(PATIENCE) == 0, read(log)
+            starter = farm.cluster.popen(farm.argv("exec " + command), logged=["stderr"], stdout=subprocess.DEVNULL)
+            starter.says("2 of 2 hosts serve")
+            assert signalled(starter) == 0, starter.said()
         elif command.startswith("cservice"):
             for name in NAMES[:2]:
                 argv = ["ip", "netns", "exec", farm.spaces[name], "bash", "-c", "exec " + command]
                 process = farm.cluster.popen(argv)
                 process.listens()
         elif command.startswith("crat"):
-            with open(alerts, "wb") as log:
-                logger = farm.cluster.popen(farm.argv("exec " + command), stdout=log)
+            logger = farm.cluster.popen(farm.argv("exec " + command), logged=["stdout"])
             logger.listens()
             farm.sh("cexec run.pub true")
-            until(lambda: b"completed by" in read(alerts), "crat's line")
+            logger.says("completed by")
         else:
             farm.sh(command)
     assert not ogg_files(farm.cluster, "output.ogg")
