@@ -10390,6 +10390,369 @@ def test_each_block_has_a_number_and_a_slot_as_with_parallel(cluster):
     assert first[0] == first[1] and b"1 {} {2} " in ours
 
 
+# ---- cexec -A: a job on every worker ---------------------------------------
+
+def every(cluster, *words, options=(), **rest):
+    return cluster.run("cexec", "-A", *options, cluster.pub, *words, **rest)
+
+
+def labels(count):
+    """The names of so many workers of this host, which have one name and one address."""
+    return ["%s[127.0.0.1]#%d" % (socket.gethostname(), number) for number in range(1, count + 1)]
+
+
+def test_lines_get_their_label_however_they_come():
+    """And the beginning of a line is not copied for each of its bytes."""
+    for seed in range(20):
+        chance, added = random.Random(seed), bytearray()
+        end = cexec.LineEnd(SimpleNamespace(is_full=lambda: False, add=added.extend, number=1), "h")
+        data = bytes(chance.choice(b"ab\n") for _ in range(300))
+        place = 0
+        while place < len(data):
+            size = chance.randint(1, 20)
+            assert end.write(memoryview(data)[place:place + size]) == len(data[place:place + size])
+            place += size
+        end.finish()
+        lines = data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")
+        assert added == b"".join(b"h: " + line + b"\n" for line in lines)
+    end.add(b"begun")
+    line = end.line
+    end.add(b", and more")
+    assert end.line is line and line == b"begun, and more"
+    end.add(bytes(cexec.LINE_MAX))
+    assert added.endswith(bytes(9) + b"\n") and not end.line
+
+
+def test_names_of_workers():
+    rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
+        "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
+        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1"), "h": ("bin", "\x1b[2J"),
+        "i": ("..", "10.0.0.6"), "j": (".", "10.0.0.7"), "k": ("../up", "10.0.0.8")}.items()}
+    assert cexec.labels_of(rows) == {
+        b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
+        b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]",
+        b"i": "..[10.0.0.6]", b"j": ".[10.0.0.7]", b"k": "..\\x2fup"}
+
+
+def test_jobs_on_every_worker_wait_for_descriptors(cluster):
+    """Here one after another: two at a time would find the directory."""
+    for _ in range(3):
+        cluster.worker("sh", "-c", "mkdir busy && sleep 0.1 && rmdir busy && echo done")
+    cluster.launch = ["sh", "-c", 'ulimit -n 70; exec "$@"', "sh"] + cluster.launch
+    done = every(cluster)
+    assert sorted(output(done).decode().splitlines()) == ["%s: done" % label for label in labels(3)]
+
+
+def test_every_worker_has_one_job(cluster):
+    """With its output a line at a time, each stream where it belongs; no worker hears of another's job more."""
+    command = 'echo "out $PEER_X"; echo err >&2; sleep 0.1; printf "no newline"; exit $PEER_S'
+    workers = [cluster.worker("sh", "-c", command) for _ in range(3)]
+    done = every(cluster, "X=y", "S=0")
+    names = labels(3)
+    assert done.returncode == 0
+    assert sorted(done.stdout.decode().splitlines()) == sorted(
+        line for name in names for line in (name + ": out y", name + ": no newline"))
+    assert sorted(done.stderr.decode().splitlines()) == [name + ": err" for name in names]
+    assert [supervisors(worker) for worker in workers] == [1, 1, 1]
+    assert [read(worker.log).count(b"offers ") for worker in workers] == [1, 1, 1]
+    done = every(cluster, "X=y", "S=3")
+    assert done.returncode == 3 and done.stderr.count(b": exit status 3\n") == 3
+    for worker in workers:
+        no_defect(read(worker.log))
+
+
+def test_every_worker_reads_the_file_from_its_offset(cluster):
+    for _ in range(3):
+        cluster.worker("sh")
+    make_file(cluster, "script", b"nonsense\n" + b"echo one\n" + b"# much\n" * 100000 + b"echo two\n")
+    with open(cluster.path("script"), "rb") as script:
+        script.seek(9)
+        done = every(cluster, stdin=script)
+        assert os.lseek(script.fileno(), 0, os.SEEK_CUR) == 9
+    assert sorted(output(done).decode().split("\n")[:-1]) == sorted(
+        "%s: %s" % (name, word) for name in labels(3) for word in ("one", "two"))
+    assert ended(every(cluster, options=["-n"], input=b"echo x")) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "slow pipe"])
+def test_every_worker_reads_all_of_a_pipe(cluster, kind):
+    """Its end too; kept in an unnamed file, of which nothing is left."""
+    for _ in range(3):
+        cluster.worker("sh", "-c", "wc -c; echo $PEER_X")
+    place = cluster.path("tmp")
+    os.mkdir(place)
+    ours, theirs = socket.socketpair() if kind == "socket" else map(io.FileIO, os.pipe(), "rw")
+    client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdin=ours, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, env={"TMPDIR": place})
+    ours.close()
+    with theirs:
+        for piece in (b"x" * 3000000, b"y" * 10):
+            theirs.sendall(piece) if kind == "socket" else cexec.write_all(theirs.write, piece)
+            if kind == "slow pipe":
+                until(lambda: glob.glob("/proc/%d/fd/*" % client.pid), "the client")
+                assert client.poll() is None
+    out, err = client.communicate(timeout=PATIENCE)
+    assert (client.returncode, err) == (0, b"")
+    assert sorted(out.decode().splitlines()) == sorted(
+        "%s: %s" % (name, text) for name in labels(3) for text in ("3000010", "y"))
+    assert os.listdir(place) == []
+
+
+def test_a_pipe_that_no_file_can_hold_is_no_input_for_every_worker(cluster):
+    cluster.worker("cat")
+    cluster.launch = ["sh", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "sh"] + cluster.launch
+    refusal(every(cluster, input=bytes(1 << 20)), 111, "standard input, or ")
+
+
+def test_a_command_that_fails_is_run_again_on_its_worker(cluster):
+    """With --retries; the lines of each try are shown, and the last one counts."""
+    command = 'mkdir try$W && { echo first; exit 3; }; echo second; exit $W'
+    for status in ("0", "4"):
+        cluster.worker("sh", "-c", command + " 2> /dev/null", env={"W": status, "CONCURRENCY": "1"})
+    done = every(cluster, options=["--retries", "2"])
+    said = [line.split(": ", 1)[1] for line in done.stdout.decode().splitlines()]
+    assert done.returncode == 4 and sorted(said) == ["first"] * 2 + ["second"] * 3
+    errors = [line.split(": ", 2)[2] for line in done.stderr.decode().splitlines() if line.startswith("cexec: ")]
+    assert sorted(errors) == ["exit status 3; runs it again"] * 2 + ["exit status 4", "exit status 4; runs it again"]
+    assert every(cluster).returncode == 4
+
+
+def test_exit_status_is_the_largest(cluster):
+    for status in ("0", "kill", "2"):
+        cluster.worker("sh", "-c", "kill -TERM $$" if status == "kill" else "exit " + status)
+    cluster.worker("/no/such/command")
+    done = every(cluster)
+    assert done.returncode == 128 + signal.SIGTERM
+    *lines, total = done.stderr.decode().splitlines()
+    assert sorted(line.partition(": ")[2].partition(": ")[2] for line in lines) == [
+        "exit status 2", "killed by signal 15",
+        "worker %s cannot run its command: /no/such/command: No such file or directory" % NODE]
+    failed_at = ["1 at %s" % line.split(": ")[1] for line in lines]
+    causes = {"%s (1)" % line.rpartition(": ")[2] for line in lines}
+    where, _, why = total.partition("cexec: 3 failed, ")[2].partition(": ")
+    assert where.split(", ") == failed_at and set(why.split(", ")) == causes
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["in time", "never"])
+def test_worker_in_use_is_waited_for(cluster, free):
+    command = '[ "$PEER_HOLD" ] && { touch held; until [ -e go ]; do sleep 0.02; done; }; echo $PEER_X; touch done'
+    cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
+    holder = cluster.start_client("HOLD=1")
+    appears(cluster.path("held"))
+    cluster.worker("sh", "-c", "echo $PEER_X; touch done", env={"CONCURRENCY": "1"})
+    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
+        client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdout=out, stderr=err,
+                               env={"CEXEC_TIMEOUT_WAIT": "20" if free else "2"})
+    appears(cluster.path("done"))
+    if free:
+        make_file(cluster, "go")
+    assert client.wait(PATIENCE) == (0 if free else 111)
+    assert read(cluster.path("out")).count(b": y\n") == (2 if free else 1)
+    said = read(cluster.path("err"))
+    never = rb"cexec: \S+#[12]: no worker was free in \d s \(0 ahead in line\)\n"
+    assert re.fullmatch(b"" if free else never, said)
+    make_file(cluster, "go")
+    assert holder.wait(PATIENCE) == 0
+
+
+def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
+    drains = cluster.worker("sh", "-c", "touch held; until [ -e go ]; do sleep 0.02; done", options=["-a"])
+    holder = cluster.start_client("x")
+    appears(cluster.path("held"))
+    drains.terminate()
+    until(lambda: "draining" in survey(cluster).stdout, "the drain")
+    cluster.worker("sh", "-c", 'echo "good $*"', "sh", options=["-a"])
+    cluster.worker("sh", "-c", 'echo half; sleep 0.3; kill -KILL $PPID; sleep 1000', "sh", options=["-a"])
+    cluster.worker("cat")                               # takes no arguments
+    refuses = cluster.worker("cat", options=["-a"])
+    resource.prlimit(refuses.pid, resource.RLIMIT_NOFILE, (100, 100))
+    done = every(cluster, "a", "b", env={"CEXEC_TIMEOUT_WAIT": "2"})
+    assert done.returncode == 111
+    assert sorted(re.sub(rb"^\S+ ", b"", line) for line in done.stdout.splitlines()) == [b"good a b", b"half"]
+    reasons = b"".join(sorted(re.sub(rb"^cexec: \S+: ", b"", line) + b"\n" for line in done.stderr.splitlines()))
+    for part in (b"is draining: it takes no more jobs", b"lost: ", b"; the command may have run", b"takes no arguments",
+                 b" refused it: no more than 100 descriptors"):
+        assert part in reasons, reasons
+    assert reasons.count(b"\n") == 5 and done.stderr.splitlines()[-1].startswith(b"cexec: 4 failed, 1 at ")
+    make_file(cluster, "go")
+    assert holder.wait(PATIENCE) == 0
+
+
+def test_interrupt_keeps_what_has_come_and_names_who_is_missing(cluster):
+    workers = [cluster.worker("sh", "-c", command) for command in (
+        "echo quick", "echo begun; printf half; touch half; sleep 1000")]
+    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
+        client = cluster.start("cexec", "-A", cluster.pub, stdout=out, stderr=err)
+    until(lambda: read(cluster.path("out")).count(b"\n") == 2 and os.path.exists(cluster.path("half")), "the lines")
+    time.sleep(0.3)
+    assert signalled(client, signal.SIGINT) == -signal.SIGINT
+    slow = next(line for line in read(cluster.path("out")).splitlines() if b"begun" in line).partition(b": ")[0]
+    assert read(cluster.path("out")).endswith(slow + b": half\n")
+    assert read(cluster.path("err")) == b"cexec: interrupted: not over on " + slow + b"\n"
+    for worker in workers:
+        worker.idles()
+
+
+def test_lines_of_every_worker_stay_whole(cluster):
+    """Many at once, to a slow reader; long ones too, in bounded memory."""
+    for letter in "abc":
+        command = "seq -f 'X%0999.f' 3000; head -c 3000000 /dev/zero | tr '\\0' X"
+        cluster.worker("sh", "-c", command.replace("X", letter))
+    client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
+    time.sleep(2)
+    got = client.stdout.read()
+    assert client.wait(PATIENCE) == 0
+    lines = [line.partition(b": ")[2] for line in got.splitlines()]
+    for letter in "abc":
+        mine = [line.decode() for line in lines if line.startswith(letter.encode())]
+        assert mine[:3000] == ["%s%0999d" % (letter, number) for number in range(1, 3001)]
+        assert "".join(mine[3000:]) == letter * 3000000
+
+
+def test_an_announcement_for_one_worker_is_nothing_to_others(cluster):
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with Asker(cluster) as asker:
+        asker.say(cexec.ANNOUNCE, attempt=1, only=b"somebody")
+        worker.says("<- ANNOUNCE")
+    assert cluster.client(input=b"x").stdout == b"x" and read(worker.log).count(b"offers ") == 1
+
+
+def test_offer_of_another_worker_is_declined(cluster):
+    """Which does not know that it was not meant, as one of another program may not."""
+    worker = cluster.worker("echo", "mine")
+    key, other = cexec.open_key(cluster.key), os.urandom(8)
+    with Ear(group_port(cluster)) as ear:
+        client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
+        announced, address = ear.wait_for(cexec.ANNOUNCE)
+        assert announced.body.only not in (bytes(8), other)
+        with contextlib.suppress(OSError), Peer(socket.create_connection((address, announced.port), 20), key) as peer:
+            peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=other, address="127.0.0.1",
+                      host="test")
+            assert peer.next() is None
+        assert client.communicate(timeout=PATIENCE)[0].endswith(b"mine\n") and client.returncode == 0
+    assert supervisors(worker) == 1
+
+
+def test_one_port_is_enough_for_every_worker(cluster):
+    for _ in range(3):
+        cluster.worker("echo", "x")
+    done = every(cluster, env={"CEXEC_LISTEN_PORTS": str(cexec_port())})
+    assert (done.returncode, done.stderr, done.stdout.count(b": x\n")) == (0, b"", 3)
+
+
+def test_every_worker_where_there_is_none(cluster):
+    done = every(cluster)
+    assert done.returncode == 111 and b"no worker answered on" in done.stderr
+
+
+def test_every_worker_of_a_network(hosts):
+    spaces = hosts.lan("lan", ["client", "one", "two", "three"], "10.77.0")
+    for name in ("one", "two", "three"):
+        hosts.worker("echo", name, space=spaces[name])
+    done = every(hosts, space=spaces["client"])
+    name = socket.gethostname()
+    assert sorted(output(done).decode().splitlines()) == [
+        "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
+
+
+def test_files_go_to_every_worker_and_results_come_from_each(farm):
+    """Into a directory for each; nothing of those that fail.  What is there of an earlier run is replaced."""
+    for _ in range(3):
+        farm.serve()
+    in_desk(farm, "conf/a", b"1\n")
+    in_desk(farm, "tool", b"#!/bin/sh\ncat conf/a $1; echo $1 > out; mkdir d; echo $$ > d/$1; touch w.txt\n", 0o755)
+    in_desk(farm, "one", b"one\n")
+    in_desk(farm, "two", b"two\n")
+    first, second, third = labels(3)
+    command = "./tool", "one"
+    inputs = [word for name in ("conf", "tool", "one") for word in ("-i", name)]
+    results = ["-g", "out", "-g", "d", "-g", "*.txt"]
+    done = farm.work("-A", "-n", *inputs, *results, farm.pub, *command)
+    assert sorted(output(done).decode().splitlines()) == sorted(
+        "%s: %s" % (name, word) for name in labels(3) for word in ("1", "one"))
+    there = contents(farm.desk)
+    for name in labels(3):
+        assert there.pop(name + "/out") == "one\n" and there.pop(name + "/d/one") and there.pop(name + "/w.txt") == ""
+    assert sorted(there) == ["conf/a", "one", "tool", "two"]
+
+    # one of them fails, and only the others have a second file, which takes the place of the first
+    inputs += ["-i", "two"]
+    done = farm.work("-A", "-n", *inputs, *results, farm.pub, "sh", "-c",
+                     'mkdir "$0" 2> /dev/null && exit 3; ./tool two', farm.path("failed"))
+    assert done.returncode == 3 and done.stderr.count(b"\n") == 1 and done.stderr.endswith(b": exit status 3\n")
+    failed = done.stderr.decode().split(": ")[1]
+    there = contents(farm.desk)
+    for name in labels(3):
+        word = "one" if name == failed else "two"
+        assert there[name + "/out"] == word + "\n"
+        assert [path for path in there if path.startswith(name + "/d")] == ["%s/d/%s" % (name, word)]
+    assert all_gone(farm)
+
+
+def test_results_of_every_worker_overwrite_nothing_that_is_read(farm):
+    """And a job without results, or with wrong ones, leaves no directory behind."""
+    farm.serve()
+    label = socket.gethostname()
+    in_desk(farm, label + "/out", b"mine")
+    command = "-g", "out", farm.pub, "sh", "-c", "echo new > out"
+    said = "-g %s/out: %s/out would be overwritten" % (label, label)
+    refusal(farm.work("-A", "-i", label + "/out", *command), 100, said)
+    refusal(farm.work("-A", "-i", "gone", *command), 100, "-i: gone: No such file or directory")
+    refusal(farm.work("-A", "-g", "../out", farm.pub, "true"), 100, "-g ../out: ")
+    assert contents(farm.desk) == {label + "/out": "mine"}
+    shutil.rmtree(os.path.join(farm.desk, label))
+    done = farm.work("-A", "-g", "gone", farm.pub, "true")
+    assert ended(done) == (111, b"", b"cexec: %s: -g gone: nothing in the job's directory matches\n" % label.encode())
+    in_desk(farm, label, b"a file")
+    done = farm.work("-A", *command)
+    assert done.returncode == 111 and b": there is something that is no directory\n" in done.stderr
+    assert contents(farm.desk) == {label: "a file"} and all_gone(farm)
+
+
+@pytest.mark.parametrize("host", ["..", "../up", ".cexec"])
+def test_results_of_no_host_lead_out_of_the_current_directory(farm, host):
+    altered(farm, ("socket.gethostname()[:64]", repr(host)))            # in REPLY
+    farm.serve()
+    label = farm.work("-A", "-g", "out", farm.pub, "sh", "-c", "echo new | tee out").stdout.decode().split(": ")[0]
+    assert contents(farm.desk) == {label + "/out": "new\n"}
+    assert not os.path.exists(farm.path("out")) and not os.path.exists(farm.path("up"))
+
+
+def test_silent_hosts_of_a_list_are_named(hosts):
+    """111, by the name in the list; not those that are excluded, and not a network's or a broadcast's."""
+    spaces = hosts.lan("lan", ["client", "one", "two"], "10.77.0")
+    hosts.worker("echo", "here", space=spaces["one"])
+
+    def said(group, **env):
+        done = every(hosts, space=spaces["client"], env=dict(env, GROUP=group))
+        assert done.stdout.endswith(b": here\n") and done.stdout.count(b"\n") == 1
+        return done.returncode, done.stderr.decode()
+
+    assert said("10.77.0.2,10.77.0.3,10.77.0.9") == (
+        111, "cexec: 10.77.0.3: no worker answers\ncexec: 10.77.0.9: no worker answers\n")
+    assert said("10.77.0.2,10.77.0.3,10.77.0.9", CEXEC_REJECT_SERVERS="10.77.0.3 10.77.0.9") == (0, "")
+    assert said("10.77.0.2,10.77.0.3", CEXEC_ACCEPT_SERVER="10.77.0.2") == (0, "")
+    assert said("10.77.0.0/29,10.77.0.255,10.77.0.2") == (0, "")
+
+
+def test_a_silent_host_of_many_is_named(hosts):
+    """The others' output is there, and theirs alone is waited for no longer than for a single job."""
+    spaces = hosts.lan("lan", ["client", "good", "bad"], "10.77.0")
+    for space in "good", "bad":
+        hosts.worker("sh", "-c", "echo %s; until [ -e %s ]; do sleep 0.05; done" % (space, hosts.path(space)),
+                     space=spaces[space])
+    with open(hosts.path("out"), "wb") as out:
+        client = hosts.follow("cexec", "-A", hosts.pub, stdout=out, space=spaces["client"],
+                              env={"CEXEC_TIMEOUT_PINGPONG": "2"})
+    until(lambda: read(hosts.path("out")).count(b"\n") == 2, "both jobs")
+    ip("-n", spaces["bad"], "link", "set", "dev", "lan", "down")
+    make_file(hosts, "good")
+    assert client.wait(PATIENCE) == 111
+    assert client.said() == ("cexec: %s[10.77.0.3]: worker lost: no sign of life for 2 s; "
+                             "the command may have run\n" % NODE)
+    signal_host(spaces["bad"], signal.SIGKILL)
+
+
 # ---- cservice: load, spread, the line --------------------------------------
 
 @pytest.mark.parametrize("busy, slots, average, runnable, cpus, load, delay", [
@@ -11600,369 +11963,6 @@ def test_a_service_ends_though_an_exit_is_queued_to_a_client_that_never_reads(cl
                 worker.says("draining")
             assert worker.wait(PATIENCE) == 0
     no_defect(read(worker.log))
-
-
-# ---- cexec -A: a job on every worker ---------------------------------------
-
-def every(cluster, *words, options=(), **rest):
-    return cluster.run("cexec", "-A", *options, cluster.pub, *words, **rest)
-
-
-def labels(count):
-    """The names of so many workers of this host, which have one name and one address."""
-    return ["%s[127.0.0.1]#%d" % (socket.gethostname(), number) for number in range(1, count + 1)]
-
-
-def test_lines_get_their_label_however_they_come():
-    """And the beginning of a line is not copied for each of its bytes."""
-    for seed in range(20):
-        chance, added = random.Random(seed), bytearray()
-        end = cexec.LineEnd(SimpleNamespace(is_full=lambda: False, add=added.extend, number=1), "h")
-        data = bytes(chance.choice(b"ab\n") for _ in range(300))
-        place = 0
-        while place < len(data):
-            size = chance.randint(1, 20)
-            assert end.write(memoryview(data)[place:place + size]) == len(data[place:place + size])
-            place += size
-        end.finish()
-        lines = data.split(b"\n") if data[-1:] != b"\n" else data[:-1].split(b"\n")
-        assert added == b"".join(b"h: " + line + b"\n" for line in lines)
-    end.add(b"begun")
-    line = end.line
-    end.add(b", and more")
-    assert end.line is line and line == b"begun, and more"
-    end.add(bytes(cexec.LINE_MAX))
-    assert added.endswith(bytes(9) + b"\n") and not end.line
-
-
-def test_names_of_workers():
-    rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
-        "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
-        "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1"), "h": ("bin", "\x1b[2J"),
-        "i": ("..", "10.0.0.6"), "j": (".", "10.0.0.7"), "k": ("../up", "10.0.0.8")}.items()}
-    assert cexec.labels_of(rows) == {
-        b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
-        b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]",
-        b"i": "..[10.0.0.6]", b"j": ".[10.0.0.7]", b"k": "..\\x2fup"}
-
-
-def test_jobs_on_every_worker_wait_for_descriptors(cluster):
-    """Here one after another: two at a time would find the directory."""
-    for _ in range(3):
-        cluster.worker("sh", "-c", "mkdir busy && sleep 0.1 && rmdir busy && echo done")
-    cluster.launch = ["sh", "-c", 'ulimit -n 70; exec "$@"', "sh"] + cluster.launch
-    done = every(cluster)
-    assert sorted(output(done).decode().splitlines()) == ["%s: done" % label for label in labels(3)]
-
-
-def test_every_worker_has_one_job(cluster):
-    """With its output a line at a time, each stream where it belongs; no worker hears of another's job more."""
-    command = 'echo "out $PEER_X"; echo err >&2; sleep 0.1; printf "no newline"; exit $PEER_S'
-    workers = [cluster.worker("sh", "-c", command) for _ in range(3)]
-    done = every(cluster, "X=y", "S=0")
-    names = labels(3)
-    assert done.returncode == 0
-    assert sorted(done.stdout.decode().splitlines()) == sorted(
-        line for name in names for line in (name + ": out y", name + ": no newline"))
-    assert sorted(done.stderr.decode().splitlines()) == [name + ": err" for name in names]
-    assert [supervisors(worker) for worker in workers] == [1, 1, 1]
-    assert [read(worker.log).count(b"offers ") for worker in workers] == [1, 1, 1]
-    done = every(cluster, "X=y", "S=3")
-    assert done.returncode == 3 and done.stderr.count(b": exit status 3\n") == 3
-    for worker in workers:
-        no_defect(read(worker.log))
-
-
-def test_every_worker_reads_the_file_from_its_offset(cluster):
-    for _ in range(3):
-        cluster.worker("sh")
-    make_file(cluster, "script", b"nonsense\n" + b"echo one\n" + b"# much\n" * 100000 + b"echo two\n")
-    with open(cluster.path("script"), "rb") as script:
-        script.seek(9)
-        done = every(cluster, stdin=script)
-        assert os.lseek(script.fileno(), 0, os.SEEK_CUR) == 9
-    assert sorted(output(done).decode().split("\n")[:-1]) == sorted(
-        "%s: %s" % (name, word) for name in labels(3) for word in ("one", "two"))
-    assert ended(every(cluster, options=["-n"], input=b"echo x")) == (0, b"", b"")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "slow pipe"])
-def test_every_worker_reads_all_of_a_pipe(cluster, kind):
-    """Its end too; kept in an unnamed file, of which nothing is left."""
-    for _ in range(3):
-        cluster.worker("sh", "-c", "wc -c; echo $PEER_X")
-    place = cluster.path("tmp")
-    os.mkdir(place)
-    ours, theirs = socket.socketpair() if kind == "socket" else map(io.FileIO, os.pipe(), "rw")
-    client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdin=ours, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, env={"TMPDIR": place})
-    ours.close()
-    with theirs:
-        for piece in (b"x" * 3000000, b"y" * 10):
-            theirs.sendall(piece) if kind == "socket" else cexec.write_all(theirs.write, piece)
-            if kind == "slow pipe":
-                until(lambda: glob.glob("/proc/%d/fd/*" % client.pid), "the client")
-                assert client.poll() is None
-    out, err = client.communicate(timeout=PATIENCE)
-    assert (client.returncode, err) == (0, b"")
-    assert sorted(out.decode().splitlines()) == sorted(
-        "%s: %s" % (name, text) for name in labels(3) for text in ("3000010", "y"))
-    assert os.listdir(place) == []
-
-
-def test_a_pipe_that_no_file_can_hold_is_no_input_for_every_worker(cluster):
-    cluster.worker("cat")
-    cluster.launch = ["sh", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "sh"] + cluster.launch
-    refusal(every(cluster, input=bytes(1 << 20)), 111, "standard input, or ")
-
-
-def test_a_command_that_fails_is_run_again_on_its_worker(cluster):
-    """With --retries; the lines of each try are shown, and the last one counts."""
-    command = 'mkdir try$W && { echo first; exit 3; }; echo second; exit $W'
-    for status in ("0", "4"):
-        cluster.worker("sh", "-c", command + " 2> /dev/null", env={"W": status, "CONCURRENCY": "1"})
-    done = every(cluster, options=["--retries", "2"])
-    said = [line.split(": ", 1)[1] for line in done.stdout.decode().splitlines()]
-    assert done.returncode == 4 and sorted(said) == ["first"] * 2 + ["second"] * 3
-    errors = [line.split(": ", 2)[2] for line in done.stderr.decode().splitlines() if line.startswith("cexec: ")]
-    assert sorted(errors) == ["exit status 3; runs it again"] * 2 + ["exit status 4", "exit status 4; runs it again"]
-    assert every(cluster).returncode == 4
-
-
-def test_exit_status_is_the_largest(cluster):
-    for status in ("0", "kill", "2"):
-        cluster.worker("sh", "-c", "kill -TERM $$" if status == "kill" else "exit " + status)
-    cluster.worker("/no/such/command")
-    done = every(cluster)
-    assert done.returncode == 128 + signal.SIGTERM
-    *lines, total = done.stderr.decode().splitlines()
-    assert sorted(line.partition(": ")[2].partition(": ")[2] for line in lines) == [
-        "exit status 2", "killed by signal 15",
-        "worker %s cannot run its command: /no/such/command: No such file or directory" % NODE]
-    failed_at = ["1 at %s" % line.split(": ")[1] for line in lines]
-    causes = {"%s (1)" % line.rpartition(": ")[2] for line in lines}
-    where, _, why = total.partition("cexec: 3 failed, ")[2].partition(": ")
-    assert where.split(", ") == failed_at and set(why.split(", ")) == causes
-
-
-@pytest.mark.parametrize("free", [True, False], ids=["in time", "never"])
-def test_worker_in_use_is_waited_for(cluster, free):
-    command = '[ "$PEER_HOLD" ] && { touch held; until [ -e go ]; do sleep 0.02; done; }; echo $PEER_X; touch done'
-    cluster.worker("sh", "-c", command, env={"CONCURRENCY": "1"})
-    holder = cluster.start_client("HOLD=1")
-    appears(cluster.path("held"))
-    cluster.worker("sh", "-c", "echo $PEER_X; touch done", env={"CONCURRENCY": "1"})
-    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
-        client = cluster.start("cexec", "-A", cluster.pub, "X=y", stdout=out, stderr=err,
-                               env={"CEXEC_TIMEOUT_WAIT": "20" if free else "2"})
-    appears(cluster.path("done"))
-    if free:
-        make_file(cluster, "go")
-    assert client.wait(PATIENCE) == (0 if free else 111)
-    assert read(cluster.path("out")).count(b": y\n") == (2 if free else 1)
-    said = read(cluster.path("err"))
-    never = rb"cexec: \S+#[12]: no worker was free in \d s \(0 ahead in line\)\n"
-    assert re.fullmatch(b"" if free else never, said)
-    make_file(cluster, "go")
-    assert holder.wait(PATIENCE) == 0
-
-
-def test_workers_that_are_lost_refuse_or_drain_are_named(cluster):
-    drains = cluster.worker("sh", "-c", "touch held; until [ -e go ]; do sleep 0.02; done", options=["-a"])
-    holder = cluster.start_client("x")
-    appears(cluster.path("held"))
-    drains.terminate()
-    until(lambda: "draining" in survey(cluster).stdout, "the drain")
-    cluster.worker("sh", "-c", 'echo "good $*"', "sh", options=["-a"])
-    cluster.worker("sh", "-c", 'echo half; sleep 0.3; kill -KILL $PPID; sleep 1000', "sh", options=["-a"])
-    cluster.worker("cat")                               # takes no arguments
-    refuses = cluster.worker("cat", options=["-a"])
-    resource.prlimit(refuses.pid, resource.RLIMIT_NOFILE, (100, 100))
-    done = every(cluster, "a", "b", env={"CEXEC_TIMEOUT_WAIT": "2"})
-    assert done.returncode == 111
-    assert sorted(re.sub(rb"^\S+ ", b"", line) for line in done.stdout.splitlines()) == [b"good a b", b"half"]
-    reasons = b"".join(sorted(re.sub(rb"^cexec: \S+: ", b"", line) + b"\n" for line in done.stderr.splitlines()))
-    for part in (b"is draining: it takes no more jobs", b"lost: ", b"; the command may have run", b"takes no arguments",
-                 b" refused it: no more than 100 descriptors"):
-        assert part in reasons, reasons
-    assert reasons.count(b"\n") == 5 and done.stderr.splitlines()[-1].startswith(b"cexec: 4 failed, 1 at ")
-    make_file(cluster, "go")
-    assert holder.wait(PATIENCE) == 0
-
-
-def test_interrupt_keeps_what_has_come_and_names_who_is_missing(cluster):
-    workers = [cluster.worker("sh", "-c", command) for command in (
-        "echo quick", "echo begun; printf half; touch half; sleep 1000")]
-    with open(cluster.path("out"), "wb") as out, open(cluster.path("err"), "wb") as err:
-        client = cluster.start("cexec", "-A", cluster.pub, stdout=out, stderr=err)
-    until(lambda: read(cluster.path("out")).count(b"\n") == 2 and os.path.exists(cluster.path("half")), "the lines")
-    time.sleep(0.3)
-    assert signalled(client, signal.SIGINT) == -signal.SIGINT
-    slow = next(line for line in read(cluster.path("out")).splitlines() if b"begun" in line).partition(b": ")[0]
-    assert read(cluster.path("out")).endswith(slow + b": half\n")
-    assert read(cluster.path("err")) == b"cexec: interrupted: not over on " + slow + b"\n"
-    for worker in workers:
-        worker.idles()
-
-
-def test_lines_of_every_worker_stay_whole(cluster):
-    """Many at once, to a slow reader; long ones too, in bounded memory."""
-    for letter in "abc":
-        command = "seq -f 'X%0999.f' 3000; head -c 3000000 /dev/zero | tr '\\0' X"
-        cluster.worker("sh", "-c", command.replace("X", letter))
-    client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
-    time.sleep(2)
-    got = client.stdout.read()
-    assert client.wait(PATIENCE) == 0
-    lines = [line.partition(b": ")[2] for line in got.splitlines()]
-    for letter in "abc":
-        mine = [line.decode() for line in lines if line.startswith(letter.encode())]
-        assert mine[:3000] == ["%s%0999d" % (letter, number) for number in range(1, 3001)]
-        assert "".join(mine[3000:]) == letter * 3000000
-
-
-def test_an_announcement_for_one_worker_is_nothing_to_others(cluster):
-    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
-    with Asker(cluster) as asker:
-        asker.say(cexec.ANNOUNCE, attempt=1, only=b"somebody")
-        worker.says("<- ANNOUNCE")
-    assert cluster.client(input=b"x").stdout == b"x" and read(worker.log).count(b"offers ") == 1
-
-
-def test_offer_of_another_worker_is_declined(cluster):
-    """Which does not know that it was not meant, as one of another program may not."""
-    worker = cluster.worker("echo", "mine")
-    key, other = cexec.open_key(cluster.key), os.urandom(8)
-    with Ear(group_port(cluster)) as ear:
-        client = cluster.start("cexec", "-A", cluster.pub, stdout=subprocess.PIPE)
-        announced, address = ear.wait_for(cexec.ANNOUNCE)
-        assert announced.body.only not in (bytes(8), other)
-        with contextlib.suppress(OSError), Peer(socket.create_connection((address, announced.port), 20), key) as peer:
-            peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, worker_id=other, address="127.0.0.1",
-                      host="test")
-            assert peer.next() is None
-        assert client.communicate(timeout=PATIENCE)[0].endswith(b"mine\n") and client.returncode == 0
-    assert supervisors(worker) == 1
-
-
-def test_one_port_is_enough_for_every_worker(cluster):
-    for _ in range(3):
-        cluster.worker("echo", "x")
-    done = every(cluster, env={"CEXEC_LISTEN_PORTS": str(cexec_port())})
-    assert (done.returncode, done.stderr, done.stdout.count(b": x\n")) == (0, b"", 3)
-
-
-def test_every_worker_where_there_is_none(cluster):
-    done = every(cluster)
-    assert done.returncode == 111 and b"no worker answered on" in done.stderr
-
-
-def test_every_worker_of_a_network(hosts):
-    spaces = hosts.lan("lan", ["client", "one", "two", "three"], "10.77.0")
-    for name in ("one", "two", "three"):
-        hosts.worker("echo", name, space=spaces[name])
-    done = every(hosts, space=spaces["client"])
-    name = socket.gethostname()
-    assert sorted(output(done).decode().splitlines()) == [
-        "%s[10.77.0.%d]: %s" % (name, number, text) for number, text in ((2, "one"), (3, "two"), (4, "three"))]
-
-
-def test_files_go_to_every_worker_and_results_come_from_each(farm):
-    """Into a directory for each; nothing of those that fail.  What is there of an earlier run is replaced."""
-    for _ in range(3):
-        farm.serve()
-    in_desk(farm, "conf/a", b"1\n")
-    in_desk(farm, "tool", b"#!/bin/sh\ncat conf/a $1; echo $1 > out; mkdir d; echo $$ > d/$1; touch w.txt\n", 0o755)
-    in_desk(farm, "one", b"one\n")
-    in_desk(farm, "two", b"two\n")
-    first, second, third = labels(3)
-    command = "./tool", "one"
-    inputs = [word for name in ("conf", "tool", "one") for word in ("-i", name)]
-    results = ["-g", "out", "-g", "d", "-g", "*.txt"]
-    done = farm.work("-A", "-n", *inputs, *results, farm.pub, *command)
-    assert sorted(output(done).decode().splitlines()) == sorted(
-        "%s: %s" % (name, word) for name in labels(3) for word in ("1", "one"))
-    there = contents(farm.desk)
-    for name in labels(3):
-        assert there.pop(name + "/out") == "one\n" and there.pop(name + "/d/one") and there.pop(name + "/w.txt") == ""
-    assert sorted(there) == ["conf/a", "one", "tool", "two"]
-
-    # one of them fails, and only the others have a second file, which takes the place of the first
-    inputs += ["-i", "two"]
-    done = farm.work("-A", "-n", *inputs, *results, farm.pub, "sh", "-c",
-                     'mkdir "$0" 2> /dev/null && exit 3; ./tool two', farm.path("failed"))
-    assert done.returncode == 3 and done.stderr.count(b"\n") == 1 and done.stderr.endswith(b": exit status 3\n")
-    failed = done.stderr.decode().split(": ")[1]
-    there = contents(farm.desk)
-    for name in labels(3):
-        word = "one" if name == failed else "two"
-        assert there[name + "/out"] == word + "\n"
-        assert [path for path in there if path.startswith(name + "/d")] == ["%s/d/%s" % (name, word)]
-    assert all_gone(farm)
-
-
-def test_results_of_every_worker_overwrite_nothing_that_is_read(farm):
-    """And a job without results, or with wrong ones, leaves no directory behind."""
-    farm.serve()
-    label = socket.gethostname()
-    in_desk(farm, label + "/out", b"mine")
-    command = "-g", "out", farm.pub, "sh", "-c", "echo new > out"
-    said = "-g %s/out: %s/out would be overwritten" % (label, label)
-    refusal(farm.work("-A", "-i", label + "/out", *command), 100, said)
-    refusal(farm.work("-A", "-i", "gone", *command), 100, "-i: gone: No such file or directory")
-    refusal(farm.work("-A", "-g", "../out", farm.pub, "true"), 100, "-g ../out: ")
-    assert contents(farm.desk) == {label + "/out": "mine"}
-    shutil.rmtree(os.path.join(farm.desk, label))
-    done = farm.work("-A", "-g", "gone", farm.pub, "true")
-    assert ended(done) == (111, b"", b"cexec: %s: -g gone: nothing in the job's directory matches\n" % label.encode())
-    in_desk(farm, label, b"a file")
-    done = farm.work("-A", *command)
-    assert done.returncode == 111 and b": there is something that is no directory\n" in done.stderr
-    assert contents(farm.desk) == {label: "a file"} and all_gone(farm)
-
-
-@pytest.mark.parametrize("host", ["..", "../up", ".cexec"])
-def test_results_of_no_host_lead_out_of_the_current_directory(farm, host):
-    altered(farm, ("socket.gethostname()[:64]", repr(host)))            # in REPLY
-    farm.serve()
-    label = farm.work("-A", "-g", "out", farm.pub, "sh", "-c", "echo new | tee out").stdout.decode().split(": ")[0]
-    assert contents(farm.desk) == {label + "/out": "new\n"}
-    assert not os.path.exists(farm.path("out")) and not os.path.exists(farm.path("up"))
-
-
-def test_silent_hosts_of_a_list_are_named(hosts):
-    """111, by the name in the list; not those that are excluded, and not a network's or a broadcast's."""
-    spaces = hosts.lan("lan", ["client", "one", "two"], "10.77.0")
-    hosts.worker("echo", "here", space=spaces["one"])
-
-    def said(group, **env):
-        done = every(hosts, space=spaces["client"], env=dict(env, GROUP=group))
-        assert done.stdout.endswith(b": here\n") and done.stdout.count(b"\n") == 1
-        return done.returncode, done.stderr.decode()
-
-    assert said("10.77.0.2,10.77.0.3,10.77.0.9") == (
-        111, "cexec: 10.77.0.3: no worker answers\ncexec: 10.77.0.9: no worker answers\n")
-    assert said("10.77.0.2,10.77.0.3,10.77.0.9", CEXEC_REJECT_SERVERS="10.77.0.3 10.77.0.9") == (0, "")
-    assert said("10.77.0.2,10.77.0.3", CEXEC_ACCEPT_SERVER="10.77.0.2") == (0, "")
-    assert said("10.77.0.0/29,10.77.0.255,10.77.0.2") == (0, "")
-
-
-def test_a_silent_host_of_many_is_named(hosts):
-    """The others' output is there, and theirs alone is waited for no longer than for a single job."""
-    spaces = hosts.lan("lan", ["client", "good", "bad"], "10.77.0")
-    for space in "good", "bad":
-        hosts.worker("sh", "-c", "echo %s; until [ -e %s ]; do sleep 0.05; done" % (space, hosts.path(space)),
-                     space=spaces[space])
-    with open(hosts.path("out"), "wb") as out:
-        client = hosts.follow("cexec", "-A", hosts.pub, stdout=out, space=spaces["client"],
-                              env={"CEXEC_TIMEOUT_PINGPONG": "2"})
-    until(lambda: read(hosts.path("out")).count(b"\n") == 2, "both jobs")
-    ip("-n", spaces["bad"], "link", "set", "dev", "lan", "down")
-    make_file(hosts, "good")
-    assert client.wait(PATIENCE) == 111
-    assert client.said() == ("cexec: %s[10.77.0.3]: worker lost: no sign of life for 2 s; "
-                             "the command may have run\n" % NODE)
-    signal_host(spaces["bad"], signal.SIGKILL)
 
 
 # ---- crat -t ---------------------------------------------------------------
