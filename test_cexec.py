@@ -4105,14 +4105,6 @@ def abused_client(cluster, meddler, **env):
         return client, ear.wait_for(cexec.ANNOUNCE)
 
 
-def refuse_for_ever(client, announced, key, chance):
-    """Until the client gives up, which CEXEC_TIMEOUT_WAIT bounds."""
-    while client.poll() is None:
-        with contextlib.suppress(OSError), play_worker(*announced, key) as peer:
-            if peer.next() and peer.next():
-                peer.send(cexec.REFUSE, status=0, reason="not now\x1b[2J")
-
-
 def say_before_accept(client, announced, key, chance):
     for _ in range(6):
         with play_worker(*announced, key) as peer:
@@ -4159,7 +4151,10 @@ def test_a_worker_with_the_key_sends_anything_before_accept(cluster):
             each.result()
     with Meddler(cluster.env["GROUP"], lambda datagram: []) as meddler:
         client, announced = abused_client(cluster, meddler, CEXEC_TIMEOUT_WAIT="2")
-        refuse_for_ever(client, announced, key, None)
+        while client.poll() is None:            # until it gives up
+            with contextlib.suppress(OSError), play_worker(*announced, key) as peer:
+                if peer.next() and peer.next():
+                    peer.send(cexec.REFUSE, status=0, reason="not now\x1b[2J")
         assert (client.wait(), client.stdout.read()) == (111, b"")
         assert b"-> GO" not in read(client.log) and b"\x1b" not in read(client.log)
         assert read(client.log).count(b"refused: not now") > 3
@@ -5785,7 +5780,8 @@ def test_more_variables_than_the_worker_s_system_takes(cluster):
     cluster.launch = launch
     said = failed(cluster.client(*MANY[:2]), 126)
     assert said == b"cexec: worker %s cannot run its command: cat: Argument list too long\n" % NODE.encode()
-    until(lambda: b"supervisor" in read(worker.log) and b": done" in read(worker.log), "the job's end")
+    worker.says("supervisor")
+    worker.says(": done")
     assert b": failed" not in read(worker.log)
     assert cluster.client("A=1", input=b"x").stdout == b"x"
 
@@ -14485,7 +14481,7 @@ def test_a_host_that_asks_for_the_program_while_it_serves_gets_nothing(local):
     """Its line is shown, and the other host serves on."""
     asks = "os.write(2, b'\\n%sagain\\n')" % cexec.RUNS.decode()
     process = with_evil(local, asks + "; hear(); os._exit(0)", "evil,box")
-    until(lambda: "again" in local.said(), "the line")
+    local.says("again")
     assert not re.search("(?m)^Traceback|internal error", local.said())
     assert local.client(input=b"x").stdout == b"x"
     assert signalled(process) == 0
