@@ -1708,6 +1708,10 @@ class Group:
         """Whether no other worker than these will answer; only a RunGroup knows that."""
         return False
 
+    def may_have_crat(self):
+        """Whether crat may listen to it: not to a RunGroup, whose public key nobody else has."""
+        return True
+
     def ways(self):
         """Yields (interface index or 0, address, port) for every way."""
         for device, address, port, _ in self.targets:
@@ -6948,10 +6952,11 @@ class Patron:
         return True
 
     def alert(self, run, event, status, reason):
-        """Tells crat how a run has ended."""
-        self.group.send(self.speakers, make_datagram(
-            ALERT, self.pub.application, self.pub.name, self.pub.secret, run.alert_nonce(event), 0,
-            **run.alert_fields(event, status, reason)))
+        """Tells crat how a run has ended; workers hear only complaints."""
+        if event == ALERT_COMPLAINT or self.group.may_have_crat():
+            self.group.send(self.speakers, make_datagram(
+                ALERT, self.pub.application, self.pub.name, self.pub.secret, run.alert_nonce(event), 0,
+                **run.alert_fields(event, status, reason)))
 
     def called(self, hello):
         """Returns a worker's name for messages: its host's, with the address if it is not the first of this name."""
@@ -9451,6 +9456,9 @@ class RunGroup(Group):
 
     def failed_hosts(self):
         return [host for host, state in self.states.items() if state == FAILED_NOW]
+
+    def may_have_crat(self):
+        return False
 
     def is_whole(self, workers):
         return len(workers) == list(self.states.values()).count(SERVES_NOW)
@@ -13524,7 +13532,7 @@ def make_key(path, derived):
 #                 |  <--------------------- SERVES, its id  |   from now on frames go both ways
 #                 | PING, every ten seconds ------------->  |   drains after a minute without a byte
 #       | ANNOUNCE |                                        |
-#       |--------->| PASS: any datagram of our clients -->  |   offers directly, and after 0.25 s so:
+#       |--------->| PASS: our clients' datagrams ------->  |   offers directly, and after 0.25 s so:
 #       |          |  <-------- CONNECT to who sent ANNOUNCE |
 #       |<-connects|   waits for a ClientHello              |
 #       | TLS ---->| DATA EOF SHUT CREDIT  <------------->  |   the offer and the job, as on a socket
@@ -14097,7 +14105,8 @@ class Starter:
 
     def hear(self, datagram, address, index):
         """Passes a client's datagram on to the workers, if it is genuine, and once, by however many ways it came."""
-        if (datagram.kind not in RELAYED or datagram.application != self.key.application
+        for_crat = datagram.kind is ALERT and datagram.body.event != ALERT_COMPLAINT
+        if (datagram.kind not in RELAYED or for_crat or datagram.application != self.key.application
                 or datagram.identity in self.passed
                 or not datagram.proved_by(client_secret(self.key.master, datagram.name))):
             return

@@ -14378,6 +14378,27 @@ def test_the_first_signal_lets_jobs_through_ssh_end(boxes):
 NO_DIRECT_WAY = "export SSH_CONNECTION='224.0.0.1 9 10.9.9.9 22'; "
 
 
+def test_of_the_alerts_workers_get_only_complaints():
+    """Each job has one, for crat: a starter does not pass these on, and the client of cexec -s does not send them."""
+    master, passed, sent = os.urandom(32), [], []
+    key = SimpleNamespace(master=master, application=cexec.application_id(master))
+    pub = SimpleNamespace(application=key.application, name="desk", secret=cexec.client_secret(master, "desk"))
+    host = SimpleNamespace(lifeline=SimpleNamespace(pass_on=lambda handle, data: passed.append(data)))
+    starter = SimpleNamespace(key=key, passed={}, guests={}, in_state=lambda *states: [host])
+    run = SimpleNamespace(alert_nonce=lambda event: os.urandom(16),
+                          alert_fields=lambda event, status, reason: filled(cexec.ALERT, event=event))
+    events = cexec.ALERT_EXITED, cexec.ALERT_SIGNALLED, cexec.ALERT_COMPLAINT
+    for kind in cexec.Group, cexec.RunGroup:
+        group = SimpleNamespace(may_have_crat=functools.partial(kind.may_have_crat, None),
+                                send=lambda speakers, data: sent.append(cexec.Datagram(data)))
+        for event in events:
+            cexec.Patron.alert(SimpleNamespace(pub=pub, group=group, speakers={}), run, event, 0, "")
+    assert [datagram.body.event for datagram in sent] == [*events, cexec.ALERT_COMPLAINT]
+    for datagram in sent:
+        cexec.Starter.hear(starter, datagram, "10.0.9.1", 0)
+    assert passed == [sent[2].data, sent[3].data]
+
+
 @pytest.fixture
 def tunnelled(local):
     """A worker on this host that reaches clients only through ssh."""
