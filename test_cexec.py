@@ -348,7 +348,7 @@ class Cluster:
     def popen(self, argv, env=None, logged=(), **options):
         """Starts any program; it is ended like an applet.  logged: which of its streams are written to its log."""
         options.setdefault("cwd", self.directory)
-        log = self.path(uuid.uuid4().hex[:6] + ".log")
+        log = self.path("log-" + uuid.uuid4().hex[:6])
         with open(log, "wb") if logged else contextlib.ExitStack() as file:
             options.update(dict.fromkeys(logged, file))
             process = Started(argv, env=self.environment(env), **options)
@@ -18680,7 +18680,7 @@ def test_anyone_is_killed_or_stopped(cluster, state):
         plays = [pool.submit(play, cluster, state, *way) for way in ways]
     for played in plays:
         played.result()
-    ours = ("app", "go-", "client-", "worker-", "cproxy-")
+    ours = ("app", "go-", "client-", "log-")
     assert [name for name in os.listdir(cluster.directory) if not name.startswith(ours)] == []
 
 
