@@ -9896,6 +9896,19 @@ class PairEnd(SocketEnd):
         self.sock = socket.socket(fileno=number if number >= floor else lifted_away(number, floor))
 
 
+def can_spawn():
+    """Whether there is a posix_spawn that tells why a command cannot be run: glibc's does so since 2.24."""
+    try:
+        name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        is_old = name == "glibc" and tuple(map(int, version.split("."))) < (2, 24)
+    except (AttributeError, OSError, ValueError):       # this is another C library
+        is_old = False
+    return hasattr(os, "posix_spawn") and not is_old    # Python 3.8
+
+
+SPAWNS = can_spawn()                # else, and for -u and -t, subprocess starts the commands
+
+
 class Command(Carrier, Stateful):
     """A job's command: its descriptors, its process, its result.  At the client, a RemoteRun is its counterpart.
 
@@ -9913,7 +9926,7 @@ class Command(Carrier, Stateful):
         self.far = {}               # channel: the command's end, until the command has started
         self.terminal = None        # the channel of the command's terminal
         self.path = None            # where the command is; None if only exec can tell
-        self.process = None         # a Popen, once the command has started
+        self.process = None         # a Popen, or a namespace with its pid, once the command has started
         self.group = None           # its process group; None as soon as another group could get this number
         self.result = None          # (how, status, reason) for EXIT, once it is known
         self.inputs = {}            # channel of a counted input: a descriptor for unread(), after ours was closed
@@ -10051,55 +10064,54 @@ class Command(Carrier, Stateful):
 
     def spawn(self):
         """Starts the command with its ends at its numbers.  Raises OSError; Fatal if it cannot be prepared."""
-        # The child gets its 0, 1 and 2 from subprocess.  Higher numbers subprocess can pass on, but does
-        # not move.  To move them in the child needs a preexec_fn, and with that subprocess forks all our
-        # memory, instead of a fast vfork.  So the supervisor itself puts them at the command's numbers:
-        # all descriptors of ours are at numbers from the floor up, and the numbers below it are free.
-        # Afterwards the supervisor closes its copies: a pipe is at its end only when no process has
-        # the other end open.
-        import subprocess
-        places = {number: self.far[channel] for number, channel, flags in self.job.descriptors
-                  if not flags & FLAG_FILES}
-        standard = [places.pop(number, None) for number in range(3)]
-
-        def start(path=self.path, **options):
-            try:
-                return subprocess.Popen(self.words(), -1, path, *standard, env=self.environment(), close_fds=True,
-                                        pass_fds=list(places), **options)
-            except OSError as error:
-                if path is None or error.errno != errno.ENOEXEC:
-                    raise
-                return start(None, **options)       # it is for another kind of machine: exec looks further in PATH
-
-        for number, end in places.items():
-            os.dup2(end, number, True)
+        # Afterwards the supervisor closes its copies: a pipe is at its end only when no process has the
+        # other end open.
+        ends = {number: self.far[channel] for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES}
+        path = self.path or ("/" in self.name() and self.name())
         try:
-            if sys.version_info < (3, 11) or self.settings.user or self.terminal is not None:
-                self.process = self.start_prepared(start)       # slower: it can't be a vfork
+            if SPAWNS and path and not self.settings.user and self.terminal is None:
+                self.process = self.start_plain(path, ends)
             else:
-                if self.directory:  # the command inherits it; we stay there: each job of ours enters its own
-                    with or_fatal("the job's directory", EXIT_CANNOT_RUN):
-                        os.fchdir(self.directory.fd)
-                self.process = start(process_group=0)
+                self.process = self.start_prepared(ends)
         finally:
-            for number in places:
-                os.close(number)
             self.close_far(set(self.far) - {FILES_OUT})
 
-    def start_prepared(self, start):
-        """Returns the Popen of a command that is started after prepare().  Raises OSError, Fatal."""
+    def start_plain(self, path, ends):
+        """Returns a namespace with the command's pid.  Raises OSError, Fatal."""
+        if self.directory:          # the command inherits it; we stay there: each job of ours enters its own
+            with or_fatal("the job's directory", EXIT_CANNOT_RUN):
+                os.fchdir(self.directory.fd)
+        moves = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in ends.items()]
+        try:
+            return SimpleNamespace(pid=os.posix_spawn(path, self.words(), self.environment(), file_actions=moves,
+                                                      setpgroup=0))
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            return self.start_prepared(ends)        # it is for another kind of machine: exec looks further in PATH
+
+    def start_prepared(self, ends):
+        """The same with prepare(), by a Popen: it copies our memory, which takes longer.  Raises OSError, Fatal."""
+        # The child gets its 0, 1 and 2 from subprocess.  Higher numbers subprocess can pass on, but does
+        # not move.  So the supervisor itself puts them at the command's numbers: all descriptors of ours
+        # are at numbers from the floor up, and the numbers below it are free.
         import subprocess
+        standard = [ends.pop(number, None) for number in range(3)]
+        for number, end in ends.items():
+            os.dup2(end, number, True)
         reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         try:
             # Popen waits for exec, and we for Popen.  Before exec the child becomes the user of -u: another process
             # of this user could stop it, and we would not hear the client or cservice any more.
-            return killing_stopped(lambda: start(preexec_fn=lambda: self.prepare(report)))
+            return killing_stopped(lambda: subprocess.Popen(
+                self.words(), -1, None, *standard, env=self.environment(), close_fds=True, pass_fds=list(ends),
+                preexec_fn=lambda: self.prepare(report)))
         except subprocess.SubprocessError:
             status, _, reason = os.read(reader, 4096).decode().partition(" ")
             raise Fatal(int(status), reason) from None
         finally:
-            os.close(reader)
-            os.close(report)
+            for number in [reader, report, *ends]:
+                os.close(number)
 
     def close_far(self, channels):
         for channel in channels:
@@ -10301,7 +10313,8 @@ class Command(Carrier, Stateful):
     def reap_group(self):
         """Reaps the command.  Returns False if others of its group still run: then the batch must not go on here."""
         self.group = None
-        self.process.poll()         # reaps the command: as a zombie it would count
+        with suppress(ChildProcessError):       # without waitid(2) ended() has done so
+            os.waitpid(self.process.pid, os.WNOHANG)        # reaps the command: as a zombie it would count
         try:
             os.killpg(self.process.pid, 0)
         except ProcessLookupError:
@@ -11877,6 +11890,8 @@ def main_cservice(argv):
                         keyring_joiner() if user else None,
                         place_for_directories(user) if options.directories else None,
                         bool(options.hosts) and path == RUN_KEY)
+    if user or not SPAWNS:
+        import subprocess           # noqa: F401 - now, and not in each supervisor
     text = handed_key() if options.hosts else None
     key, group = parse_key(text, path) if text else open_key(path), Group()
     warn_of_command(settings)
@@ -12080,10 +12095,10 @@ def slim_down(words):
     Python keeps the syntax tree of a script in memory as long as it runs: 10 MB, which a service
     does not need.  Returns if there is no file (python3 -), or no docstring (python3 -OO).
     """
-    import subprocess
     if __file__.startswith("/dev/fd/"):                         # cservice -s has started it
         os.close(int(__file__[8:]))
     elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
+        import subprocess
         options = subprocess._args_from_interpreter_flags()     # multiprocessing uses this too
         options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the first lines of this file
         named = os.path.basename(__file__) == log.applet        # it was started as `python3 LINK`

@@ -4749,7 +4749,7 @@ def test_a_job_goes_where_its_command_is(cluster, mode, bad):
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
-@pytest.mark.parametrize("line, what", [("self.process = killing_stopped(lambda: subprocess.Popen(", ""),
+@pytest.mark.parametrize("line, what", [("if SPAWNS and path", ""),
                                         ("self.helper = Helper(self.loop, with_rights", "the job's directory: ")])
 def test_what_a_worker_is_short_of_now_is_worth_another_try(cluster, monkeypatch, code, line, what):
     """A process for the command, or for the files that it is to have."""
@@ -4766,6 +4766,26 @@ def test_what_a_worker_is_short_of_now_is_worth_another_try(cluster, monkeypatch
             111, "worker 127.0.0.1 cannot run its command: it cannot be started now (exit status 111)")
     os.unlink(short)
     assert cluster.client(input=b"again").stdout == b"again"
+
+
+@pytest.mark.parametrize("spawns", [True, False], ids=["posix_spawn", "subprocess"])
+def test_both_ways_to_start_a_command_give_it_the_same(cluster, spawns):
+    """The client's descriptors alone, a process group, no ignored or blocked signal; and the errors of exec."""
+    if not spawns:
+        altered(cluster, ("SPAWNS = can_spawn()", "SPAWNS = False      "))
+    cluster.worker("sh", "-c", SHELL)
+    look = ("CMD=cut -d ' ' -f 1,5 /proc/$$/stat; (cd /proc/$$/fd; echo *); "
+            "exec grep -E 'Sig(Blk|Ign)' /proc/self/status")
+    done = cluster.client(look, close_fds=False, preexec_fn=placed({0: 0, 1: 1, 2: 2, 5: 0, 7: 1}))
+    pid, group, *numbers, _, blocked, _, ignored = output(done).decode().split()
+    assert pid == group and numbers == ["0", "1", "2", "5", "7"]
+    assert int(blocked, 16) == 0 and int(ignored, 16) in (0, 3 << 31)   # glibc's posix_spawn ignores its own 32 and 33
+    for text, code, said in ("", 126, "Exec format error"), ("#!/nowhere\n", 127, "No such file or directory"):
+        os.mkdir(cluster.path(str(code)))
+        with contextlib.closing(Cluster(cluster.path(str(code)))) as other:
+            other.launch = cluster.launch
+            other.worker(put(cluster.path("data"), text, 0o755))
+            assert failed(other.client(), code).decode().endswith("data: %s\n" % said)
 
 
 @pytest.mark.parametrize("options", [[], ["-u", "nobody"]])
