@@ -127,6 +127,25 @@ except SystemError:                 # 3.13.0's import of socket, by -c, without 
     sys.stderr.write("cexec: this Python does not work where the current directory was removed: go to another\n")
     sys.exit(111)
 
+
+class Later:
+    """A module that is imported when it is first used: most processes never use it."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        module = globals()[self._name] = __import__(self._name)
+        return getattr(module, attribute)
+
+
+abc, atexit, binascii, bisect, enum, filecmp = map(Later, ("abc", "atexit", "binascii", "bisect", "enum", "filecmp"))
+getpass, html, importlib, ipaddress, json = map(Later, ("getpass", "html", "importlib", "ipaddress", "json"))
+marshal, pickle, pwd, re, resource, shlex = map(Later, ("marshal", "pickle", "pwd", "re", "resource", "shlex"))
+shutil, subprocess, sysconfig, tarfile = map(Later, ("shutil", "subprocess", "sysconfig", "tarfile"))
+tempfile, termios, textwrap, threading = map(Later, ("tempfile", "termios", "textwrap", "threading"))
+traceback, tty, unicodedata, uuid, weakref = map(Later, ("traceback", "tty", "unicodedata", "uuid", "weakref"))
+zipfile, zlib = map(Later, ("zipfile", "zlib"))
 ssl = None                          # imported by load_ssl: clients announce themselves first
 
 
@@ -174,56 +193,64 @@ class Fatal(Exception):
         self.code = code
 
 
-class or_fatal:
+class raising:
+    """with raising(make, kinds): for an exception of these kinds in the block raises what make(exception) returns.
+
+    If that is None, the block ends, and nothing else.  If it is the exception itself, this goes on as it is.
+    """
+
+    def __init__(self, make, kinds=OSError):
+        self.make, self.kinds = make, kinds
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        made = self.make(error) if isinstance(error, self.kinds) else error
+        if made is not None and made is not error:
+            raise made from None
+        return made is None
+
+
+def suppress(*kinds):
+    """with suppress(kinds): an exception of these kinds does not matter (to import contextlib takes 0.3 ms)."""
+    return raising(lambda error: None, kinds)
+
+
+def noting(message, *arguments):
+    """with noting(message, ...): an OSError in the block is only told with -v."""
+    return raising(lambda error: log.note(message + ": %s", *arguments, error.strerror))
+
+
+def or_fatal(what, code=EXIT_TEMPORARY, hint=""):
     """with or_fatal(what, code): an OSError in the block ends the applet: Fatal, with what failed and the reason."""
-
-    def __init__(self, what, code=EXIT_TEMPORARY):
-        self.what, self.code = what, code
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, OSError):
-            raise Fatal(self.code, "%s: %s" % (self.what, error.strerror)) from None
+    return raising(lambda error: Fatal(code, "%s: %s%s" % (what, error.strerror, hint)))
 
 
-class suppress:
-    """As contextlib.suppress() of the library, which would have to be imported at each start."""
-
-    def __init__(self, *kinds):
-        self.kinds = kinds
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        return isinstance(error, self.kinds)
+def on_failure(call, *arguments):
+    """with on_failure(call, ...): makes this call if the block raises anything; the exception goes on."""
+    def called(error):
+        call(*arguments)
+        return error
+    return raising(called, BaseException)
 
 
-class on_failure:
-    """with on_failure(call, *arguments): whatever the block raises, calls call(*arguments) and goes on to raise it."""
+class closing:
+    """with closing(fd, ...) as fd: closes the descriptors at the end of the block."""
 
-    def __init__(self, *call):
-        self.call = functools.partial(*call)
+    def __init__(self, *fds):
+        self.fds = fds
 
     def __enter__(self):
-        pass
+        return next(iter(self.fds), None)
 
     def __exit__(self, kind, error, traceback):
-        if error:
-            self.call()
+        for fd in self.fds:
+            os.close(fd)
 
 
 class ProtocolError(Exception):
     """A peer's bytes break the protocol; the message says how."""
-
-    sender = "a peer"               # the address that a datagram came from, if it was one
-
-    def sent_by(self, sender):
-        """Itself, with the address that the datagram came from."""
-        self.sender = sender
-        return self
 
 
 class OtherVersion(ProtocolError):
@@ -330,11 +357,20 @@ def lack_of(error):
 def memory_hint():
     """The end of an error's message if memory is limited: libraries without memory report errors of any kind."""
     try:
-        import resource
         limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     except ImportError:             # it needs memory too
         limited = True
     return "; or there is " + NO_MEMORY if limited else ""
+
+
+def what_came(read, *arguments):
+    """Returns the bytes that read() gives: b"" at the end of file, and after an error; None if nothing is there now."""
+    try:
+        return read(*arguments)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def write_all(write, data):
@@ -411,13 +447,11 @@ def print_out(data=b""):
 
 def json_line(values):
     """A dictionary as a line of JSON, its texts readable."""
-    import json
     return json.dumps({name: readable(value) if isinstance(value, str) else value for name, value in values.items()})
 
 
 def columns(text):
     """The columns that a text takes on a terminal: wide characters take two (Unicode annex 11)."""
-    import unicodedata
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -445,6 +479,11 @@ def fitted(text, width):
         if width < 0:
             return text[:place]
     return text
+
+
+def shortened(text, width):
+    """The text, or as much of it as has room in so many columns with an ellipsis."""
+    return text if columns(text) <= width else fitted(text, width - 1) + "\u2026"
 
 
 def duration(seconds):
@@ -511,10 +550,8 @@ def lifted(fd, floor):
 
 def lifted_away(fd, floor):
     """fd, moved to a number from floor up.  Raises OSError, and then fd is closed."""
-    try:
+    with closing(fd):
         return lifted(fd, floor)
-    finally:
-        os.close(fd)
 
 
 def lifted_pair(one, other, floor):
@@ -604,7 +641,6 @@ class Option:
 
     def lines(self):
         """The lines of -h about it."""
-        import textwrap
         heads = "  %-14s  " % (", ".join(self.flags) + self.spelled[len(self.flags[0]):])
         return textwrap.wrap(self.help, 79, initial_indent=heads, subsequent_indent=" " * 18)
 
@@ -846,14 +882,12 @@ def parse_pub(text, label):
 
 def pem(kind, der):
     """A DER object in PEM armour (RFC 7468)."""
-    import binascii
     lines = [binascii.b2a_base64(der[i:i + 48]).decode() for i in range(0, len(der), 48)]
     return "-----BEGIN %s-----\n%s-----END %s-----\n" % (kind, "".join(lines), kind)
 
 
 def unpem(kind, text):
     """The DER of the first such object in a PEM text, or None."""
-    import binascii
     begin, end = "-----BEGIN %s-----" % kind, "-----END %s-----" % kind
     body = text.partition(begin)[2].partition(end)[0]
     try:
@@ -919,11 +953,9 @@ def unreadable(path, error, kind):
 
 def open_key(path):
     """The Key in the file PATH, with a warning if others can read it.  Raises Fatal."""
-    try:
+    with raising(lambda error: unreadable(path, error, "private key")):
         text = read_text(path)
         mode = os.stat(path).st_mode
-    except OSError as error:
-        raise unreadable(path, error, "private key") from None
     if mode & 0o077:
         log.say("warning: %s can be read by others (chmod 600 it)" % path)
     return parse_key(text, path)
@@ -1507,23 +1539,16 @@ def interface_names():
 
 def interfaces():
     """The interfaces that are up, with their IPv4 addresses; none if the system does not tell."""
-    try:
-        probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    except OSError:                 # no descriptor is free just now
-        return []
     found = []
-    with probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:      # or no descriptor is free
         for index, name in interface_names().items():
-            try:
-                flags, = struct.unpack_from("H", ask_interface(probe, name, SIOCGIFFLAGS))
-            except OSError:
-                continue            # it went away meanwhile
-            try:
+            address = None
+            with suppress(OSError):     # no IPv4 address
                 address = socket.inet_ntoa(ask_interface(probe, name, SIOCGIFADDR)[4:8])
-            except OSError:
-                address = None      # no IPv4 address
-            if flags & IFF_UP:
-                found.append(Interface(index, name, flags, address))
+            with suppress(OSError):     # it went away meanwhile
+                flags, = struct.unpack_from("H", ask_interface(probe, name, SIOCGIFFLAGS))
+                if flags & IFF_UP:
+                    found.append(Interface(index, name, flags, address))
     return found
 
 
@@ -1532,11 +1557,9 @@ def interface_of(address):
     if "%" in address:
         name = address.partition("%")[2]
         return socket.if_nametoindex(name), name
-    try:
-        with open("/proc/net/if_inet6") as table:           # proc(5): address, index, ..., name
-            rows = [line.split() for line in table]
-    except OSError:
-        rows = []
+    rows = []
+    with suppress(OSError), open("/proc/net/if_inet6") as table:        # proc(5): address, index, ..., name
+        rows = [line.split() for line in table]
     known = [(int(row[1], 16), row[5]) for row in rows if bytes.fromhex(row[0]) == pack_address(address)]
     known += [(interface.index, interface.name) for interface in interfaces() if interface.address == address]
     return known[0] if known else (0, None)
@@ -1550,11 +1573,10 @@ def broadcast_address(name):
 
 def tells_interfaces(sock):
     """Asks the system for each datagram's interface, in both directions.  Returns whether it can do that."""
-    try:
+    with suppress(OSError, TypeError):          # not Linux, or an emulation of it
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-    except (OSError, TypeError):    # not Linux, or an emulation of it
-        return False
-    return True
+        return True
+    return False
 
 
 def parse_group(text, default_port):
@@ -1578,10 +1600,8 @@ def parse_group(text, default_port):
 
 def read_list(path):
     """The lines of a file in UTF-8, without empty ones and comments, which begin with #.  Raises OSError."""
-    try:
+    with raising(lambda error: OSError(errno.EILSEQ, "is not UTF-8"), UnicodeDecodeError):
         text = read_text(path, GROUP_FILE_MAX).encode("latin-1").decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise OSError(errno.EILSEQ, "is not UTF-8") from None
     return [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
 
 
@@ -1630,10 +1650,9 @@ class NoDevice(OSError):
 
 def find_device(name):
     """The index of an interface.  Raises NoDevice."""
-    try:
+    # ValueError: a NUL in a file of addresses
+    with raising(lambda error: NoDevice(errno.ENODEV, "no such device: %s" % name), (OSError, ValueError)):
         return socket.if_nametoindex(name)
-    except (OSError, ValueError):   # ValueError: a NUL in a file of addresses
-        raise NoDevice(errno.ENODEV, "no such device: %s" % name) from None
 
 
 def no_address(text, error):
@@ -1652,7 +1671,6 @@ def no_address(text, error):
 def resolve(name):
     """The IP addresses of a name, network or address.  Raises OSError, UnicodeError, ValueError."""
     if "/" in name:
-        import ipaddress
         network = ipaddress.ip_network(name, strict=False)
         if network.num_addresses > NETWORK_MAX:
             raise ValueError("%s has more than %d addresses" % (network, NETWORK_MAX))
@@ -1822,30 +1840,24 @@ def who_has(error, protocols, port):
     return " (as root, %s shows by whom)" % command
 
 
-def deliver(receive, handler, stranger=None):
-    """Calls handler(*receive()) for each datagram that waits, at most 64: other descriptors get their turn.
+def deliver(sock, handler, stranger=None):
+    """Calls handler(Datagram, sender's address, ancillary data) for each datagram that waits at a UDP socket.
 
-    receive() returns None if no datagram waits, and raises ProtocolError for one that is not well
-    formed.  stranger(address, an OtherVersion) is called for one of another protocol version.
+    At most 64: other descriptors get their turn.  One that is not well formed is dropped; stranger(address, an
+    OtherVersion) is called for one of another protocol version.
     """
     for _ in range(64):
         try:
-            received = receive()
-            if received is None:
-                return
-            handler(*received)
+            data, ancillary, _, peer = sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO6.size))
+            sender = address_of(peer)
+        except OSError:
+            return
+        try:
+            handler(Datagram(data), sender, ancillary)
         except ProtocolError as error:
-            log.note("dropped a datagram from %s: %s", error.sender, error)
+            log.note("dropped a datagram from %s: %s", sender, error)
             if stranger and isinstance(error, OtherVersion):
-                stranger(error.sender, error)
-
-
-def parsed(data, sender):
-    """The Datagram in the bytes from a sender's address.  Raises ProtocolError, which names the sender."""
-    try:
-        return Datagram(data)
-    except ProtocolError as error:
-        raise error.sent_by(sender) from None
+                stranger(sender, error)
 
 
 class Listener:
@@ -1862,7 +1874,7 @@ class Listener:
         self.joined = {}            # target: the indexes of the interfaces on which it was joined
         try:
             self.socks = {socket.AF_INET: open_udp(socket.AF_INET, "", port, shared=True, broadcasts=False)}
-            tells_interfaces(self.socks[socket.AF_INET])        # else receive() cannot tell unicast from broadcast
+            tells_interfaces(self.socks[socket.AF_INET])        # else hear() cannot tell unicast from broadcast
             if socket.has_ipv6:
                 self.open_ipv6(required=any(":" in target.address for target in targets))
         except OSError as error:
@@ -1893,38 +1905,26 @@ class Listener:
         return bool(self.groups)
 
     def join_on(self, index, address):
-        try:
+        with noting("cannot join %s on interface %d", address, index):
             if ":" in address:
                 member = PKTINFO6.pack(socket.inet_pton(socket.AF_INET6, address.partition("%")[0]), index)
                 self.socks[socket.AF_INET6].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, member)
             else:
                 member = struct.pack("@4s4si", socket.inet_aton(address), bytes(4), index)
                 self.socks[socket.AF_INET].setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, member)
-        except OSError as error:
-            log.note("cannot join %s on interface %d: %s", address, index, error.strerror)
 
-    def receive(self, sock):
-        """Returns (Datagram, sender's address, interface index), or None if no datagram waits.
-
-        Raises ProtocolError, with the sender's address, for a datagram that is not well formed.
-        """
-        try:
-            data, ancillary, _, sender = sock.recvmsg(DATAGRAM_MAX + 1, socket.CMSG_SPACE(PKTINFO6.size))
-            address = address_of(sender)
-        except OSError:
-            return None
-        datagram, (index, unicast) = parsed(data, address), arrival(ancillary)
+    def hear(self, handler, datagram, sender, ancillary):
+        """Calls handler(datagram, its return address, interface index) for a datagram that has come."""
+        index, unicast = arrival(ancillary)
         if unicast:
-            self.pass_on(datagram, address)
-        return datagram, datagram.address or address, index
+            self.pass_on(datagram, sender)
+        handler(datagram, datagram.address or sender, index)
 
     def pass_on(self, datagram, sender):
-        try:
+        with noting("cannot pass on %s", datagram):
             copy = datagram.readdressed(datagram.address or sender, datagram.port, datagram.hops)
             with open_udp(socket.AF_INET) as sock:
                 sock.sendto(copy, (THIS_HOST, self.port))
-        except OSError as error:
-            log.note("cannot pass on %s: %s", datagram, error.strerror)
 
     def send(self, data, address, port):
         """Sends a datagram to one address.  Raises OSError."""
@@ -1968,6 +1968,9 @@ class Timer:
 
     def cancel(self):
         self.call = None
+
+
+NO_TIMER = Timer(None)              # in place of a Timer: may be cancelled too
 
 
 def new_selector():
@@ -2124,8 +2127,8 @@ def hear_all(loop, listeners, handler, stranger=None):
     """
     for listener in listeners:
         for sock in listener.socks.values():
-            receive = functools.partial(listener.receive, sock)
-            loop.on_read(sock.fileno(), functools.partial(deliver, receive, handler, stranger))
+            hear = functools.partial(listener.hear, handler)
+            loop.on_read(sock.fileno(), functools.partial(deliver, sock, hear, stranger))
 
         def rejoin(listener=listener):
             if listener.join():
@@ -2186,19 +2189,10 @@ class ReturnPort:
         it closes something, and returns whether it did.
         """
         for sock in self.udp.values():
-            receive = functools.partial(self.receive, sock)
-            self.loop.on_read(sock.fileno(), functools.partial(deliver, receive, hear, stranger))
+            self.loop.on_read(sock.fileno(), functools.partial(
+                deliver, sock, lambda datagram, sender, ancillary: hear(datagram, sender), stranger))
         for listener in self.listeners:
             self.loop.on_read(listener.fileno(), functools.partial(self.accept_all, listener, accept, spare))
-
-    def receive(self, sock):
-        """Returns (Datagram, the sender's address), or None if no datagram waits.  Raises ProtocolError."""
-        try:
-            data, peer = sock.recvfrom(DATAGRAM_MAX + 1)
-            sender = address_of(peer)
-        except OSError:
-            return None
-        return parsed(data, sender), sender
 
     def accept_all(self, listener, accept, spare):
         """Accepts every connection that waits, in the order in which they came."""
@@ -2241,6 +2235,7 @@ def load_ssl():
     return ssl
 
 
+@functools.lru_cache(None)          # all searches of a process have the same
 def tls_context(key=None, text=None):
     """The TLS settings of a worker (with its Key) or a client (without).  Raises Fatal.
 
@@ -2260,13 +2255,11 @@ def tls_context(key=None, text=None):
         context.num_tickets = 0     # nobody resumes, and a ticket is one more thing to send
     if key:
         pipes = [full_pipe(text.encode()), full_pipe(text.encode())] if text else []    # each is read once
-        try:
-            context.load_cert_chain(*["/dev/fd/%d" % pipe for pipe in pipes] or [key.path])
-        except (OSError, ValueError) as error:
-            raise Fatal(EXIT_USAGE, "%s: invalid private key (%s)" % (key.path, error)) from None
-        finally:
-            for pipe in pipes:
-                os.close(pipe)
+        with closing(*pipes):
+            try:
+                context.load_cert_chain(*["/dev/fd/%d" % pipe for pipe in pipes] or [key.path])
+            except (OSError, ValueError) as error:
+                raise Fatal(EXIT_USAGE, "%s: invalid private key (%s)" % (key.path, error)) from None
     return context
 
 
@@ -2715,13 +2708,17 @@ class Dial:
             self.sock = None
 
 
-def unacknowledged(sock):
-    """The bytes in a TCP socket's send queue (SIOCOUTQ, tcp(7)); 0 where the system does not tell."""
-    import termios
+def queued(fd, request):
+    """The number of bytes that an ioctl of termios tells; 0 where the system does not tell."""
     try:
-        return struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+        return struct.unpack("i", fcntl.ioctl(fd, getattr(termios, request), bytes(4)))[0]
     except (OSError, ValueError):   # or it is closed
         return 0
+
+
+def unacknowledged(sock):
+    """The bytes in a TCP socket's send queue (SIOCOUTQ, tcp(7))."""
+    return queued(sock, "TIOCOUTQ")
 
 
 def tune(sock):
@@ -2924,6 +2921,9 @@ class Stateful:
     __slots__ = ()
     LAW = {}
 
+    def __repr__(self):
+        return type(self).__name__.lower()
+
     def _set(self, state):
         if state not in self.LAW[self.state]:
             raise RuntimeError("%r: from %s to %s is not in the drawing" % (self, self.state, state))
@@ -2958,7 +2958,7 @@ READER_GONE = errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EPROTOTYPE
 
 
 class Stream(Stateful):
-    """One half of a channel."""
+    """One half of a channel.  watch(call) has the Loop call when there is something to do; None ends that."""
 
     def __init__(self, carrier, number, end):
         self.carrier, self.number, self.end = carrier, number, end
@@ -2971,10 +2971,6 @@ class Stream(Stateful):
     def is_live(self):
         """Whether its end is still to come."""
         return bool(self.LAW[self.state])
-
-    def watch(self, call):
-        """Has the Loop call when there is something to do; None ends that."""
-        raise NotImplementedError
 
     def stop(self):
         """Does nothing more, and tells the peer nothing."""
@@ -2989,7 +2985,23 @@ class Stream(Stateful):
         self.carrier.stream_ended()
 
 
-class Source(Stream):
+class Pausable:
+    """Reads what may be a terminal.  In the background that would stop us: so it pauses, and calls refresh() later."""
+
+    paused = False
+
+    def pause(self):
+        """For a second: nobody tells when a terminal's foreground becomes ours."""
+        if not self.paused:
+            self.paused = True
+            self.loop.after(1.0, self.resume)
+
+    def resume(self):
+        self.paused = False
+        self.refresh()
+
+
+class Source(Pausable, Stream):
     """Reads its End while there is credit and the link has room; sends DATA, then EOF."""
 
     LAW = {OPEN: (DRAINING, DISCARDING, ENDED, SHUTDOWN, STOPPED), DRAINING: (DISCARDING, ENDED, SHUTDOWN, STOPPED),
@@ -3000,7 +3012,6 @@ class Source(Stream):
         self.credit, self.sent = carrier.window, 0
         self.replay = replay        # the ReplayBuffer of a job that may be run again
         self.drain_budget = None    # while DRAINING: the most bytes that are still to be read
-        self.paused = False         # while its terminal is in the background
 
     def watch(self, call):
         self.loop.on_read(self.end.polled, call)
@@ -3025,10 +3036,6 @@ class Source(Stream):
             return self.credit and not self.link.congested and not self.link.closed
         return self.state is DISCARDING
 
-    def _resume(self):
-        self.paused = False
-        self.refresh()
-
     def _room(self):
         """Where to put what is read, behind room for a frame's head."""
         size = FRAME_MAX if self.state is DISCARDING else min(FRAME_MAX, self.credit)
@@ -3051,7 +3058,8 @@ class Source(Stream):
 
     def readable(self):
         if not self.end.may_read():
-            return self._pause()
+            self.watch(None)
+            return self.pause()
         room = self._room()
         try:
             count = self.end.read_into(room)
@@ -3077,13 +3085,6 @@ class Source(Stream):
                 return self.finish()
         if not self._wanted():
             self.refresh()
-
-    def _pause(self):
-        """Tries again in a second: nobody tells when a terminal's foreground becomes ours."""
-        self.watch(None)
-        if not self.paused:
-            self.paused = True
-            self.loop.after(1.0, self._resume)
 
     def discard(self):
         """Goes on reading and throws away what it reads: so the writer can end in its own way."""
@@ -3284,7 +3285,8 @@ class Carrier:
     """A job's channels over a link: what the client and the supervisor have in common.
 
     The method rcvd_NAME(flags, channel, payload) handles a frame.  A frame without a method
-    breaks the protocol.
+    breaks the protocol.  local_error(channel, error) is called when a descriptor here has failed in a
+    way that is no end of file, and stream_ended() when a stream has come to its end.
     """
 
     buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))     # between a read and TLS: shared by all
@@ -3299,10 +3301,13 @@ class Carrier:
         self.channels[number] = Channel(self, number, end, replay)
         return self.channels[number]
 
+    def sources(self):
+        """The streams that read here."""
+        return [channel.source for channel in self.channels.values() if channel.source]
+
     def refresh(self):
-        for channel in self.channels.values():
-            if channel.source:
-                channel.source.refresh()
+        for source in self.sources():
+            source.refresh()
 
     def is_writing(self):
         """Whether the end of any output is still to come."""
@@ -3310,14 +3315,18 @@ class Carrier:
 
     def stop_sources(self):
         """The peer wants no more input."""
-        for channel in self.channels.values():
-            if channel.source:
-                channel.source.stop()
+        for source in self.sources():
+            source.stop()
 
     def stop_channels(self):
         """The job is over here; see Channel.stop()."""
         for channel in self.channels.values():
             channel.stop()
+
+    def close_channels(self):
+        """Nobody needs their Ends any more; see Channel.close()."""
+        for channel in self.channels.values():
+            channel.close()
 
     def link_frame(self, link, kind, flags, channel, payload):
         method = handler_of(self, kind)
@@ -3345,14 +3354,6 @@ class Carrier:
 
     def rcvd_credit(self, flags, channel, payload):
         self._stream(channel, "source").rcvd_credit(payload.bytes)
-
-    def local_error(self, channel, error):
-        """A descriptor here failed in a way that is no end of file."""
-        raise NotImplementedError
-
-    def stream_ended(self):
-        """One of the streams has come to its end."""
-        raise NotImplementedError
 
 
 # ---------------------------------------------------------------------------
@@ -3404,13 +3405,12 @@ class Inherited:
 
     def _has_offset(self):
         """Whether pread() and lseek() work, as with every regular file but some in /proc."""
-        try:
+        with suppress(OSError):
             os.lseek(self.number, 0, os.SEEK_CUR)
             if self.flags & os.O_ACCMODE != os.O_WRONLY:
                 os.pread(self.number, 0, 0)
             return True
-        except OSError:
-            return False
+        return False
 
     def _is_stream(self):
         """Whether this socket carries a stream: it is not for datagrams, and does not listen."""
@@ -3448,12 +3448,9 @@ class Inherited:
 
     def is_nameless_pipe(self):
         """Whether it was made by pipe(2).  Of a FIFO, other processes can still open the reading end."""
-        made = os.pipe()
-        try:
-            return self.kind == PIPE and self.stat.st_dev == os.fstat(made[0]).st_dev
-        finally:
-            for fd in made:
-                os.close(fd)
+        reader, writer = os.pipe()
+        with closing(reader, writer):
+            return self.kind == PIPE and self.stat.st_dev == os.fstat(reader).st_dev
 
     def is_other_end_of(self, output):
         """Whether bytes that are written to that output can be read here."""
@@ -3544,6 +3541,13 @@ def enlarge(pipe):
             fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_SIZE)
 
 
+def large_pipe(floor):
+    """Returns (reader, writer) of a large pipe, both numbers from floor up.  Raises OSError."""
+    reader, writer = lifted_pair(*os.pipe(), floor)
+    enlarge(writer)
+    return reader, writer
+
+
 def is_open(number):
     try:
         return fcntl.fcntl(number, fcntl.F_GETFD) >= 0
@@ -3559,7 +3563,6 @@ def make_room(floor, count):
         needed += 1
     soft = os.sysconf("SC_OPEN_MAX")            # -1: no limit
     if 0 <= soft < needed:
-        import resource             # needs 0.5 ms
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         except (OSError, ValueError):
@@ -3692,6 +3695,11 @@ class SharedEnd(End):
         self.terminal, self.watched = item.kind == TERMINAL, item.is_nameless_pipe()
 
 
+def of_termios(error):
+    """The OSError for a termios.error, which is none."""
+    return OSError(*error.args)
+
+
 class Writer:
     """Bytes for an End whose reader may be slow: those that it has not taken wait here."""
 
@@ -3763,24 +3771,19 @@ class TerminalEnd(End):
 
         In the background this process stops itself and returns False: call this again after CONT.
         """
-        import termios
-        import tty
         if not self.may_read():
             os.kill(0, signal.SIGTTOU)          # tcsetattr would stop us too, but inside a call that misses TERM
             return False
-        try:
+        with raising(of_termios, termios.error):
             self.saved = self.saved or termios.tcgetattr(self.fd)
             if raw:
                 self.keep_lines()
             (tty.setraw if raw else tty.setcbreak)(self.fd, termios.TCSANOW)
-        except termios.error as error:
-            raise OSError(*error.args) from None
         log.on_raw_terminal(raw)
         return True
 
     def keep_lines(self):
         """Keeps what was typed while the terminal had lines: raw mode makes a NUL of each ^D there."""
-        import termios
         modes = termios.tcgetattr(self.fd)
         if not modes[3] & termios.ICANON or not hasattr(select, "poll"):
             return
@@ -3797,7 +3800,6 @@ class TerminalEnd(End):
 
     def restore(self):
         """Sets its old modes again, unless a shell or another job has the terminal by now."""
-        import termios
         saved, self.saved = self.saved, None
         log.on_raw_terminal(False)
         if saved and self.may_read():
@@ -3866,7 +3868,6 @@ TERMINAL_MODES = (
 
 def known_modes():
     """Yields (name, place in the list, bit or index of the character) for each mode that this system has."""
-    import termios
     for place, names in TERMINAL_MODES:
         for name in names.split():
             bit = getattr(termios, name, 0x4000 if name == "IUTF8" else None)   # termbits.h: Python has no name for it
@@ -3876,7 +3877,6 @@ def known_modes():
 
 def terminal_modes(fd):
     """The modes of a terminal as ["NAME=N", ...]; N is a character's code, or 0 or 1."""
-    import termios
     now = termios.tcgetattr(fd)
     return ["%s=%d" % (name, ord(now[6][bit]) if place == 6 else bool(now[place] & bit))
             for name, place, bit in known_modes()]
@@ -3884,7 +3884,6 @@ def terminal_modes(fd):
 
 def set_terminal_modes(fd, modes):
     """Gives a terminal the modes from another's terminal_modes(), except those that this system does not have."""
-    import termios
     now, wanted = termios.tcgetattr(fd), dict(mode.split("=") for mode in modes)
     for name, place, bit in known_modes():
         value = int(wanted.get(name, -1))
@@ -3894,15 +3893,12 @@ def set_terminal_modes(fd, modes):
             now[place] |= bit
         elif value == 0:
             now[place] &= ~bit
-    try:
+    with raising(of_termios, termios.error):
         termios.tcsetattr(fd, termios.TCSANOW, now)
-    except termios.error as error:
-        raise OSError(*error.args) from None
 
 
 def set_window(fd, lines, columns):
     """Sets a terminal's size; if it changes, the system sends WINCH to its foreground process group."""
-    import termios
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
 
@@ -3914,12 +3910,8 @@ class PtyEnd(End):
 
 
 def unread(fd):
-    """How many bytes wait in a pipe; 0 if the system does not tell."""
-    import termios
-    try:
-        return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
-    except OSError:
-        return 0
+    """How many bytes wait in a pipe."""
+    return queued(fd, "FIONREAD")
 
 
 def ended(pid):
@@ -4126,15 +4118,11 @@ def processors():
 
 def system_load():
     """Returns (1-minute load average, processes runnable now besides this one)."""
-    try:
+    average, runnable = 0.0, 0
+    with suppress(AttributeError, OSError):     # Android's C library has no getloadavg
         average = os.getloadavg()[0]
-    except (AttributeError, OSError):           # Android's C library has no getloadavg
-        average = 0.0
-    try:
-        with open("/proc/loadavg", "rb") as file:
-            runnable = int(file.read().split()[3].partition(b"/")[0]) - 1
-    except (OSError, ValueError, IndexError):
-        runnable = 0
+    with suppress(OSError, ValueError, IndexError), open("/proc/loadavg", "rb") as file:
+        runnable = int(file.read().split()[3].partition(b"/")[0]) - 1
     return average, runnable
 
 
@@ -4161,16 +4149,16 @@ ARCHIVE_NAMES = 256 * 1024 * 1024   # bytes of memory for the names in an archiv
 PIECES_MAX = 10000                  # pieces of data in a file with holes; those of one with more are sent as zeros
 
 
-def file_error(error, name):
-    """An OSError with the name of the file, bytes."""
-    return OSError(error.errno, error.strerror, name)
+def naming(name):
+    """with naming(name): an OSError in the block gets the name of the file, bytes; not one of the pipe to a peer."""
+    return raising(lambda error: error if isinstance(error, BrokenPipeError) else
+                   OSError(error.errno, error.strerror, name))
 
 
-def error_text(error):
-    """Returns the text of an OSError, with the name of the file, or of an error of ours."""
-    if not isinstance(error, OSError):
-        return str(error)
-    return "%s: %s" % (os.fsdecode(error.filename), error.strerror) if error.filename else error.strerror
+def error_text(error, name=None):
+    """Returns the text of an error; that of an OSError with its file, if this has another name than the job."""
+    file, text = getattr(error, "filename", None), getattr(error, "strerror", None) or str(error)
+    return "%s: %s" % (os.fsdecode(file), text) if file and file != name else text
 
 
 def tree(path, name, wanted=lambda name: True):
@@ -4199,18 +4187,13 @@ def pack_files(writer, entries):
     """Writes an archive of the entries, (path, name), to a descriptor.  Raises OSError."""
     with open(writer, "wb", PIECE) as out:
         for path, name in entries:
-            try:
+            with naming(path):
                 pack_member(out, path, name)
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise file_error(error, path) from None
         out.write(member_head(WHOLE, stat.S_IFDIR | 0o700, 0, 0))
 
 
 def member_head(name, mode, size, seconds, pieces=None):
     """Returns a member's head; that of a file with holes has its pieces: see data_pieces()."""
-    import tarfile
     info = tarfile.TarInfo(name.decode("latin-1"))      # each byte is one character of latin-1
     info.type = tarfile.DIRTYPE if stat.S_ISDIR(mode) else tarfile.REGTYPE
     info.mode, info.size, info.mtime = mode & 0o777, size, int(seconds // 1)
@@ -4249,8 +4232,7 @@ def data_pieces(fd, size):
 
 def pack_member(out, path, name):
     """Writes a member.  Raises OSError if it is no regular file or directory, or if the file changes meanwhile."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # it may be a FIFO
-    try:
+    with closing(os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as fd:         # it may be a FIFO
         before = os.fstat(fd)
         if stat.S_ISREG(before.st_mode):
             holes = before.st_blocks * 512 < before.st_size and hasattr(os, "SEEK_DATA")
@@ -4263,8 +4245,6 @@ def pack_member(out, path, name):
             raise OSError(errno.ELOOP, "a link to a directory")
         else:
             out.write(member_head(name, before.st_mode, 0, before.st_mtime))
-    finally:
-        os.close(fd)
 
 
 def pack_data(out, fd, before, pieces):
@@ -4290,7 +4270,6 @@ def members(file):
     Raises ProtocolError unless the archive is whole, and has only regular files and directories
     with relative names.  tarfile's own reader would accept anything, and use any amount of memory.
     """
-    import tarfile
     name = None
     while True:
         head = file.read(BLOCK)
@@ -4319,7 +4298,6 @@ def members(file):
 
 def read_pieces(file, head, name, size):
     """Returns (the pieces, the file's size) of a file with holes.  Raises ProtocolError."""
-    import tarfile
     rows, number = head[SPARSE_AT:SPARSE_AT + 96], 4
     more, pieces = head[SPARSE_AT + 96], []
     try:
@@ -4363,7 +4341,7 @@ def unpack(reader, top, allowed=lambda name: True, exact=True):
         for name, info in members(file):
             if not allowed(name):
                 raise ProtocolError("%s was not asked for" % os.fsdecode(name))
-            try:
+            with naming(name):
                 parts, before = name.split(b"/"), len(directories)
                 for count in range(1, len(parts) + info.isdir()):
                     make_once(b"/".join(parts[:count]), top, directories)
@@ -4372,8 +4350,6 @@ def unpack(reader, top, allowed=lambda name: True, exact=True):
                 else:
                     unpack_file(file, name, info, top, exact)
                     files.append(name)
-            except OSError as error:
-                raise file_error(error, name) from None
             room -= (1 + len(directories) - before) * (100 + len(name))     # 100: of Python's own for each
             if room < 0:
                 raise ProtocolError("too many files for one archive: their names need %d MiB" % (ARCHIVE_NAMES >> 20))
@@ -4435,7 +4411,6 @@ def matcher(patterns):
 
     The worker and the client must agree: so neither decodes them in its locale.
     """
-    import re
     rules = [re.compile(pattern_rule(pattern) + rb"(?:/.*)?\Z", re.DOTALL) for pattern in patterns]
     return lambda name: any(rule.match(name) for rule in rules)
 
@@ -4450,8 +4425,6 @@ CLASSES = {b"alnum": b"0-9A-Za-z", b"alpha": b"A-Za-z", b"blank": b" \t", b"cntr
 
 def pattern_rule(pattern):
     """A pattern as a regular expression.  Only a dot matches the dot at the beginning of a name, as in a shell."""
-    import re
-
     def rule(found):
         text = found.group()
         if len(text) > 2:
@@ -4469,7 +4442,6 @@ def pattern_rule(pattern):
 
 def bracket_rule(text):
     """The regular expression for [...]: one of these bytes, or with ! or ^ one of the others."""
-    import re
     negated, chosen = text[1:2] in b"!^", {b"/"}
     for name, first, last in re.findall(rb"\[:([a-z]+):\]|(\\?.)(?:-(\\?.))?", text[1 + negated:-1], re.DOTALL):
         if name:
@@ -4483,7 +4455,6 @@ def bracket_rule(text):
 
 def plain_name(pattern):
     """Returns the name that a pattern of -g without wildcards stands for, in bytes; None for one with wildcards."""
-    import re
     if b"\\" not in pattern:
         return None if is_pattern(os.fsdecode(pattern)) else pattern
     if re.search(rb"[*?[]", re.sub(rb"\\.", b"", pattern, flags=re.DOTALL)):
@@ -4506,10 +4477,8 @@ def is_pattern(text):
 
 def may_be_replaced(path):
     """Whether the path is a regular file, or there is nothing."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return True
+    found = look(path)
+    return not found or stat.S_ISREG(found.st_mode)
 
 
 # A process locks each directory that it makes here, as long as it uses it.  So a directory without a lock
@@ -4702,18 +4671,14 @@ def open_writable(name, place):
 
 def make_readable(name, place):
     """Gives a directory the mode 0700, and follows no link.  Returns whether it is ours."""
-    try:
+    with suppress(OSError):
         if os.chmod in os.supports_follow_symlinks:
             os.chmod(name, 0o700, dir_fd=place, follow_symlinks=False)
         else:                       # Linux's fchmodat(2) follows links
-            handle = os.open(name, getattr(os, "O_PATH", 0) | DIRECTORY_FLAGS, dir_fd=place)
-            try:
+            with closing(os.open(name, O_PATH | DIRECTORY_FLAGS, dir_fd=place)) as handle:
                 os.chmod(PROC_FD % handle, 0o700)
-            finally:
-                os.close(handle)
         return True
-    except OSError:
-        return False
+    return False
 
 
 def remove_left(place, is_ours, user=None):
@@ -4724,15 +4689,12 @@ def remove_left(place, is_ours, user=None):
     owner = user.pw_uid if user else os.geteuid()
     for name in filter(is_ours, os.listdir(place)):
         try:
-            fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
-            try:
+            with closing(os.open(name, DIRECTORY_FLAGS, dir_fd=place)) as fd:
                 there = os.fstat(fd)
                 # A time to come is of a clock that was wrong, or of a command that has set it.
                 if there.st_uid == owner and abs(time.time() - there.st_mtime) > OLD_SECONDS:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     remove_directory(name, place, user)
-            finally:
-                os.close(fd)
         except OSError as error:    # it is in use, or has what the user cannot remove
             log.note("%s stays: %s", name, error)
 
@@ -4748,11 +4710,8 @@ def check_current_directory(patterns=()):
     except OSError as error:
         name = "the current directory" if error.filename == part else error.filename
         raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
-    here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        remove_left(here, is_own_part)
-    finally:
-        os.close(here)
+    with closing(os.open(".", os.O_RDONLY | os.O_DIRECTORY)) as here:
+        remove_left(here, lambda name: is_part(name, this_host()))
 
 
 ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
@@ -4772,11 +4731,8 @@ class Helper:
         self.loop, self.over, self.said = loop, over, b""
         self.error = 0              # the number of the OSError that has ended it; 0 also if it was killed
         self.reader, writer = lifted_pair(*os.pipe(), loop.floor)
-        try:
-            with on_failure(os.close, self.reader):
-                self.pid = forked(lambda: self.run(work, writer, handling), [writer, *kept])
-        finally:
-            os.close(writer)
+        with closing(writer), on_failure(os.close, self.reader):
+            self.pid = forked(lambda: self.run(work, writer, handling), [writer, *kept])
         os.set_blocking(self.reader, False)
         loop.on_read(self.reader, self.read)
 
@@ -4801,9 +4757,8 @@ class Helper:
         return code or NO_ERRNO
 
     def read(self):
-        try:
-            data = os.read(self.reader, 4096)
-        except BlockingIOError:     # poll has seen another pipe, which had this number before
+        data = what_came(os.read, self.reader, 4096)
+        if data is None:            # poll has seen another pipe, which had this number before
             return
         self.said += data
         if not data:
@@ -4822,13 +4777,6 @@ class Helper:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def files_pipe(floor):
-    """Returns (reader, writer) of a pipe between a Helper and us."""
-    reader, writer = lifted_pair(*os.pipe(), floor)
-    enlarge(writer)
-    return reader, writer
-
-
 # The client's side
 
 # Results wait in a directory .cexec.HOST.NUMBER.part here.  The file system may be shared with other hosts, and
@@ -4840,7 +4788,6 @@ PART_NAME = r"\.cexec\.%s\.[0-9a-f]{16}\.part\Z"
 @functools.lru_cache(None)
 def this_host():
     """Returns the HOST of this host: its name, and a few digits that other hosts of this name do not have."""
-    import re
     try:
         machine = read_text("/etc/machine-id")
     except OSError:
@@ -4857,12 +4804,7 @@ def new_part():
 
 def is_part(name, host="[A-Za-z0-9_-]+"):
     """Whether this is the name of such a directory; host: a regular expression."""
-    import re
     return name.startswith(".cexec.") and re.match(PART_NAME % host, name) is not None
-
-
-def is_own_part(name):
-    return is_part(name, this_host())
 
 
 def input_place(text):
@@ -5019,9 +4961,8 @@ class Names:
 
     def note_written(self, path, who, option):
         """Returns what is there.  Raises Fatal (100) if it is read, or if somebody else writes it."""
-        found, (directory, last) = look(path), self.place(path)
-        self.refuse(directory, last, path, who, option)
-        self.written.setdefault(directory, {})[last] = who
+        found = look(path)
+        self.note_name(path, who, option)
         if found:
             # A result replaces one name of what is there, and the log is appended to it, whatever its name.
             linked = found.st_nlink > 1 and not isinstance(who, str)
@@ -5037,8 +4978,8 @@ class Names:
             if listing and path.startswith(os.path.join(listing.path, b"")):
                 self.inputs[top] = None
 
-    def note_part(self, path, who, option):
-        """Notes the name of an unfinished output.  Raises Fatal (100)."""
+    def note_name(self, path, who, option):
+        """Notes a name, whatever is there: of an unfinished output, for example.  Raises Fatal (100)."""
         directory, last = self.place(path)
         self.refuse(directory, last, path, who, option)
         self.written.setdefault(directory, {})[last] = who
@@ -5337,7 +5278,6 @@ def is_in_use(path, in_use):
 
 def is_unchanged(part, name, sent, batch):
     """Whether a result is a file of -i, and still as it was sent.  Raises OSError if a batch has changed it."""
-    import filecmp
     new, there = os.path.join(os.fsencode(part), name), look(name)
     if not there or name not in sent or not os.path.samefile(sent[name], name):
         return False
@@ -5352,7 +5292,6 @@ def is_unchanged(part, name, sent, batch):
 
 def ask(verdict, arrivals):
     """Returns whether results may get their names: our parent knows, see Names.claim()."""
-    import marshal
     with socket.socket(socket.AF_UNIX, fileno=verdict) as question:
         question.sendall(marshal.dumps(arrivals))
         question.shutdown(socket.SHUT_WR)
@@ -5380,9 +5319,8 @@ def commit_all(part, files, directories, durable, may_have_names=lambda arrivals
         new = new_places(files, directories)
         waiting = [brought_beside(name, number, new, stages) for number, name in enumerate(files)]
         for path in waiting if durable else ():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+            with closing(os.open(path, os.O_RDONLY)) as fd:
+                os.fsync(fd)
         arrivals = list(map(arrived, waiting, files))
         if may_have_names(arrivals):
             make_places(new, undo)
@@ -5435,11 +5373,9 @@ def brought_beside(name, number, new, stages):
         place = os.path.dirname(place)
     if not place:
         return path
-    try:
+    with naming(name):
         beside = os.path.join(stage_in(place, stages), b"%d.new" % number)
         rename_or_copy(path, beside)
-    except OSError as error:
-        raise file_error(error, name) from None
     return beside
 
 
@@ -5455,10 +5391,8 @@ def stage_in(place, stages):
 def move_away(name, stages, undo):
     """Moves what is old to where it will be removed; undo gets how that is taken back.  Raises OSError."""
     away = os.path.join(stage_in(os.path.dirname(name), stages), os.urandom(8).hex().encode())
-    try:
+    with naming(name):
         os.rename(name, away)
-    except OSError as error:
-        raise file_error(error, name) from None
     undo.append(functools.partial(os.rename, away, name))
 
 
@@ -5468,7 +5402,6 @@ def rename_or_copy(path, beside):
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        import shutil
         shutil.copy(path, beside)   # its directory is a link to another disk
 
 
@@ -5485,10 +5418,8 @@ def give_name(path, name, there, undo):
         back = functools.partial(os.unlink, name)
     except OSError:                 # no hard links
         back = None
-    try:
+    with naming(name):
         os.rename(path, name)
-    except OSError as error:
-        raise file_error(error, name) from None
     if back:
         undo.append(back)
 
@@ -5535,14 +5466,14 @@ class JobFiles:
                 self.receive_results(carrier, patterns, listings)
 
     def send_inputs(self, carrier, listings):
-        reader, writer = files_pipe(self.loop.floor)
+        reader, writer = large_pipe(self.loop.floor)
         self.carry(carrier, FILES_IN, reader, "read")
         self.help(lambda: pack_files(writer, input_entries(listings)), [writer])
 
     def receive_results(self, carrier, patterns, listings):
         verdict, self.verdict = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
         with on_failure(os.close, verdict):
-            reader, writer = files_pipe(self.loop.floor)
+            reader, writer = large_pipe(self.loop.floor)
         self.carry(carrier, FILES_OUT, writer, "write")
         found = [os.fstat(fd) for fd in range(3)]
         in_use = {(one.st_dev, one.st_ino) for one in found}
@@ -5550,11 +5481,8 @@ class JobFiles:
                   [reader, verdict])
 
     def help(self, work, kept):
-        try:
+        with closing(*kept):
             helper = Helper(self.loop, work, kept, lambda trouble: self.helper_ended(helper, trouble))
-        finally:
-            for fd in kept:
-                os.close(fd)
         self.helpers.append(helper)
 
     def carry(self, carrier, channel, fd, half):
@@ -5594,13 +5522,9 @@ class JobFiles:
 
     def read_question(self):
         """Reads which results the Helper has; when all is read, answers, or closes the socket if one is refused."""
-        import marshal
-        try:
-            data = os.read(self.verdict, PIECE)
-        except BlockingIOError:
+        data = what_came(os.read, self.verdict, PIECE)
+        if data is None:
             return
-        except OSError:             # it was killed
-            data = b""
         self.asked += data
         if data:
             return
@@ -5751,7 +5675,6 @@ def listen_ports():
 
 def network_of(text):
     """The address or network.  Raises ValueError."""
-    import ipaddress
     return ipaddress.ip_network(text, strict=False)
 
 
@@ -5791,7 +5714,6 @@ class ServerList:
         address = address.partition("%")[0]
         if not self.networks or not is_address(address):        # a host of -s is known by its worker's id
             return False
-        import ipaddress
         address = ipaddress.ip_address(address)
         return any(address in network for network in self.networks)
 
@@ -6023,12 +5945,6 @@ def ask_of_firewalls(port, group):
             % (ports_here(port), theirs))
 
 
-@functools.lru_cache(None)
-def client_context():
-    """The TLS settings of all searches of this process.  Raises Fatal."""
-    return tls_context()
-
-
 class Search:
     """Announces a job until a worker has accepted it, then calls patron.begin().
 
@@ -6063,7 +5979,7 @@ class Search:
         self.announce()
         if self.unfit()[0]:
             self.await_others()
-        self.context = client_context()
+        self.context = tls_context()
         self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
 
     def pause(self):
@@ -6394,14 +6310,11 @@ class Job(Terms):
             with or_fatal("CEXEC_FD_FOR_ERRORS=%d" % self.report, EXIT_USAGE):
                 os.fstat(self.report)
 
-    def tell_start(self, hello):
-        """Tells an Executor, which has started us, what worker has the job."""
-        self.tell_executor("%s %s" % (hello.worker_id.hex(), hello.host))
-
     def tell_waiting(self, text):
         self.tell_executor("- " + text)
 
     def tell_executor(self, line):
+        """Tells an Executor, which has started us, what we wait for, or what worker has the job."""
         if self.start_report >= 0:
             with suppress(OSError):             # it has ended
                 write_all(functools.partial(os.write, self.start_report), printable(line).encode() + b"\n")
@@ -6533,10 +6446,8 @@ class SavedPosition:
         would have left it, because the shell's next command begins there.
         """
         if self.file and count:
-            try:
+            with noting("descriptor %d", self.number):          # some files in /proc
                 os.lseek(self.number, self.offset + count, os.SEEK_SET)
-            except OSError as error:            # some files in /proc
-                log.note("descriptor %d: %s", self.number, error.strerror)
 
     def restore(self, written):
         """Cuts an output that is a regular file, to which so many bytes were written, back to its old size.
@@ -6591,7 +6502,11 @@ def loss(reason):
 
 
 class RemoteRun(Carrier):
-    """A job after GO, at the client: the common part of Run and FileRun.  The worker's part is a Command."""
+    """A job after GO, at the client: the common part of Run and FileRun.  The worker's part is a Command.
+
+    exited(rows) is called when EXIT has come; rows are {channel: (bytes sent, bytes taken)}.  detach() stops
+    to use the descriptors: another run gets them.
+    """
 
     def __init__(self, patron, link, hello, job):
         super().__init__(patron.loop, link)
@@ -6614,7 +6529,8 @@ class RemoteRun(Carrier):
             if channel.sink and not channel.sink.has_all(rows.get(number, (None,))[0]):
                 raise ProtocolError("output is missing on descriptor %d" % number)
         self.exit = payload
-        self.send_no_more()
+        self.tick.cancel()          # the command has ended: no more PING, and no more input
+        self.stop_sources()
         self.exited(rows)
 
     def check_result(self, result):
@@ -6648,19 +6564,6 @@ class RemoteRun(Carrier):
     def hint(self):
         """Returns what the user may have meant, if the command is not there."""
         return not_found_hint(self.exit.reason, self.hello.options) if self.exit.status == EXIT_NOT_FOUND else ""
-
-    def send_no_more(self):
-        """Sends no more input and no more PING: the command has ended."""
-        self.tick.cancel()
-        self.stop_sources()
-
-    def exited(self, rows):
-        """EXIT has come; rows are {channel: (bytes sent, bytes taken)}."""
-        raise NotImplementedError
-
-    def detach(self):
-        """Stops using the descriptors: another run gets them."""
-        raise NotImplementedError
 
     # Its files
 
@@ -6867,10 +6770,8 @@ class Run(RemoteRun):
 
     def take_terminal(self):
         """Makes the terminal raw and sends its size: at the start, and after a stop, when the size may be new."""
-        try:
+        with noting("the terminal stays as it is"):
             self.job.terminal.take()
-        except OSError as error:
-            log.note("the terminal stays as it is: %s", error.strerror)
         self.link.send(RESIZE, **self.job.terminal.size())
         self.refresh()
 
@@ -6935,7 +6836,10 @@ class Progress:
 
 
 class Patron:
-    """Has jobs, searches workers for them, and may run a job again if its worker is lost: a Client or a Batch."""
+    """Has jobs, searches workers for them, and may run a job again if its worker is lost: a Client or a Batch.
+
+    watch(run) is called when the time of the worker's last sign of life was looked at.
+    """
 
     def __init__(self, pub, group, terms, loop):
         self.pub, self.group, self.terms, self.loop = pub, group, terms, loop
@@ -6962,9 +6866,6 @@ class Patron:
         """Returns a worker's name for messages: its host's, with the address if it is not the first of this name."""
         host = printable(hello.host).replace(" ", "_") or hello.address
         return host if self.hosts.setdefault(host, hello.address) == hello.address else "%s[%s]" % (host, hello.address)
-
-    def watch(self, run):
-        """The time of the worker's last sign of life was looked at."""
 
     def run_lost(self, run, reason):
         """The connection broke after GO: runs the job again, or fails, as objection() says."""
@@ -7010,16 +6911,13 @@ class Client(Patron):
 
     def work(self):
         """Finds a worker and carries the job.  Returns its exit code.  Raises Fatal (111) if there is no worker."""
-        try:
+        with on_failure(self.end_search):
             self.look()
             progress = Progress(self) if self.job.progress else None
             while self.run is None or self.run.exit_code is None:
                 self.loop.turn()
             if progress:
                 progress.end(self.run)
-        except Fatal:
-            self.end_search()
-            raise
         return self.run.exit_code
 
     def look(self):
@@ -7053,7 +6951,7 @@ class Client(Patron):
     def begin(self, search, candidate, job):
         started_up()
         self.search = None
-        job.tell_start(candidate.hello)
+        job.tell_executor("%s %s" % (candidate.hello.worker_id.hex(), candidate.hello.host))
         if job.repeat or candidate.hello.options & HELLO_REPEATABLE:
             job.keep_input()
         self.run = Run(self, candidate.link, candidate.hello, job)
@@ -7131,6 +7029,12 @@ class Survey:
             self.loop.after(seconds, self.ask)
         self.loop.after(self.ENOUGH, lambda: over() if self.workers and not self.silent_hosts() else self.loop.after(
             self.PATIENCE - self.ENOUGH, over))
+
+    def run(self):
+        """Asks, and waits for the answers."""
+        self.begin(self.loop.stop)
+        self.loop.run()
+        self.close()
 
     def close(self):
         self.back.close()
@@ -7285,8 +7189,7 @@ class Survey:
 def list_workers(pub, group, ports, as_json):
     """Asks for the workers, and shows them.  Returns the exit code."""
     survey = Survey(group, pub, ports, Loop(), ServerFilter())
-    survey.begin(survey.loop.stop)
-    survey.loop.run()
+    survey.run()
     return show_workers(survey, as_json)
 
 
@@ -7361,8 +7264,6 @@ def fill_pattern(pattern, inputs, number="", slot="", between=" "):
     last one; without such an input they are empty.  {#} is the job's number, {%} its slot.  Without
     inputs (None) only these two are filled in.
     """
-    import re
-
     def filled(match):
         which, form, mark = match.groups()
         if mark:
@@ -7372,7 +7273,6 @@ def fill_pattern(pattern, inputs, number="", slot="", between=" "):
 
 
 def has_places(pattern):
-    import re
     return re.search(PLACES, pattern) is not None
 
 
@@ -7386,7 +7286,6 @@ def fill_place(inputs, number, form, between):
 
 def formed(form, text):
     """An input in the form of {}, {.}, {/}, {//} or {/.}, as in parallel(1)."""
-    import re
     if form == "//":
         return os.path.dirname(text.rstrip("/") or text[:1]) or "."
     text = os.path.basename(text) if form.startswith("/") else text
@@ -7444,28 +7343,30 @@ def new_task(terms, number, inputs):
     return Task(terms, number, inputs, None if pattern == "-" else fill_pattern(pattern, inputs, number))
 
 
-def batch_tasks(terms, inputs, joblog=None):
+def batch_tasks(terms, inputs, options):
     """The Tasks of a batch, in order.  Raises Fatal (100) for an output that must not be written.
 
     inputs: None if they will come, see QueueBatch.
     """
     tasks = [new_task(terms, number, given) for number, given in enumerate(inputs or [], 1)]
-    note_names(terms, tasks, joblog, float("inf") if inputs is None else len(tasks))
+    note_names(terms, tasks, options, float("inf") if inputs is None else len(tasks))
     check_directories(terms.pattern, tasks)
     return tasks
 
 
-def note_names(terms, tasks, joblog, count):
+def note_names(terms, tasks, options, count):
     """Notes all files that a batch of so many jobs reads and writes.  Raises Fatal (100) if one would be lost."""
     names = terms.names
+    if not options.hosts:
+        names.note_keys(options.words[0])
     for text in terms.inputs:
         if not has_places(text):
             names.note_input(text)
     for task in tasks:
         task.note_inputs()
     names.note_standard()
-    if joblog:
-        names.note_log(joblog)
+    if options.joblog:
+        names.note_log(options.joblog)
     for task in tasks:
         task.note_outputs()
     if terms.errors:
@@ -7480,20 +7381,11 @@ def check_directories(pattern, tasks):
     known = {"": True}
     for task in tasks if pattern != "-" else ():
         directory = os.path.dirname(task.output)
-        try:
+        with suppress(ValueError):  # a NUL in the name: the Task will fail
             if directory not in known:
                 known[directory] = os.path.isdir(directory)
             if not known[directory] and (task.file is None or os.path.exists(task.file)):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
-        except ValueError:
-            pass                    # a NUL in the name: the Task will fail
-
-
-def part_of(output):
-    """The name under which an output is written, in its directory: .NAME.part, or with a hash for a long name."""
-    directory, base = os.path.split(output)
-    raw = os.fsencode(base)
-    return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
 
 class BatchTerms(Terms):
@@ -7535,7 +7427,6 @@ class UnnamedFiles:
 
     def take(self):
         """Returns an empty file.  Raises OSError."""
-        import tempfile
         return self.spare.pop() if self.spare else tempfile.TemporaryFile(buffering=0)
 
     def give_back(self, file):
@@ -7584,8 +7475,10 @@ class Task:
 
     @property
     def part(self):
-        """The name under which the output is written."""
-        return part_of(self.output)
+        """The name under which the output is written, in its directory: .NAME.part, or with a hash for a long name."""
+        directory, base = os.path.split(self.output)
+        raw = os.fsencode(base)
+        return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
     def fill(self, text, form=str, between=" "):
         """Returns a pattern with its places filled in; form: what is done with each input first."""
@@ -7641,18 +7534,16 @@ class Task:
             found = names.note_written(name, self, "-g " + name if is_result else option)
             times.append(names.newest(name, found))
             if not is_result:
-                names.note_part(self.part, self, option)
+                names.note_name(self.part, self, option)
                 if name[-1:] in ("", "/") or found and not stat.S_ISREG(found.st_mode):
                     raise Fatal(EXIT_USAGE, "%s: %s is no regular file" % (option, name or "an empty name"))
         self.oldest = min(times) if times and None not in times else None
 
     def check_done(self):
         """Notes in done_before whether its outputs are there and no older than its inputs.  Returns that."""
-        try:
+        with suppress(OSError, ValueError):  # a file is missing, or its name is impossible
             self.done_before = self.oldest is not None and self.oldest >= max(
                 [self.newest] + [listing.newest for listing in self.list_inputs()])
-        except (OSError, ValueError):
-            pass                    # a file is missing, or its name is impossible
         return self.done_before
 
     def input_paths(self):
@@ -7669,12 +7560,9 @@ class Task:
         self.listings = self.list_inputs()
         for text in self.results:
             check_place(text, *[self.place] * bool(self.place))
-        try:
+        with on_failure(self.discard):
             self.open_input()
             self.open_outputs()
-        except OSError:
-            self.discard()
-            raise
 
     def fill_words(self):
         """Returns its (variables, arguments).  Raises OSError, ValueError."""
@@ -7776,36 +7664,24 @@ class Task:
         for name in names or named:
             file = getattr(self, name)
             setattr(self, name, None)
-            try:
+            with noting("%s", self.name):       # if it matters, commit() has raised it
                 if file:
                     file.close() if named[name] else self.terms.unnamed.give_back(file)
-            except OSError as error:            # if this matters, commit() has raised it
-                log.note("%s: %s", self.name, error.strerror)
 
 
 def quoted(name):
     """A file's name with its * ? [ \\ escaped, to be filled into a pattern of -g."""
-    import re
     return re.sub(r"([*?[\\])", r"\\\1", name)
 
 
 def make_durable(directory):
     """Waits until the names in a directory are on the disk.  Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:         # this file system cannot do it
-            raise
-    finally:
-        os.close(fd)
-
-
-def error_of_task(error, name):
-    """The text of a Task's OSError, with the name of the file if that is not the Task's."""
-    other = getattr(error, "filename", None)
-    text = getattr(error, "strerror", None) or str(error)
-    return "%s: %s" % (os.fsdecode(other), text) if other and other != name else text
+    with closing(os.open(directory, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:     # this file system cannot do it
+                raise
 
 
 def listings_of(names, inputs):
@@ -7813,7 +7689,7 @@ def listings_of(names, inputs):
     try:
         listings = [names.listing(text) for text in inputs]
     except (OSError, ValueError) as error:
-        raise Fatal(EXIT_USAGE, "-i: %s" % error_of_task(error, None)) from None
+        raise Fatal(EXIT_USAGE, "-i: %s" % error_text(error)) from None
     files = {}
     for listing in listings:
         path, name = listing.path, listing.name
@@ -7845,7 +7721,6 @@ def open_joblog(path, prints):
 
 def in_a_line(name):
     """The bytes of a name as they are, but for control characters, as in printable(): these would end a field."""
-    import re
     return re.sub(rb"[\0-\x1f\x7f]", lambda found: printable(found.group().decode()).encode(), name)
 
 
@@ -7865,12 +7740,9 @@ class FileRun(RemoteRun):
         for number, end in enumerate(task.ends()):
             self.carry(number, end)
         self.reported = False       # whether ended() of the batch was called
-        try:
+        with on_failure(self.detach):
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
                              lambda arrivals: task.terms.names.claim(arrivals, task), task.place)
-        except Fatal:
-            self.detach()
-            raise
         self.channels[0].source.begin()
         self.refresh()
 
@@ -7900,11 +7772,9 @@ class FileRun(RemoteRun):
     def detach(self):
         self.tick.cancel()
         self.close_files()
-        for channel in self.channels.values():
-            channel.close()
+        self.close_channels()
 
     def local_error(self, channel, error):
-        import tempfile
         name = (self.job.name, self.job.output, self.job.errors_kept)[channel]
         self.trouble = self.trouble or ("%s: %s" % (name, error.strerror) if name else
                                         "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror))
@@ -7935,8 +7805,11 @@ class FileRun(RemoteRun):
         return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
 
 
-class Input:
-    """Reads standard input, whenever may_read() allows it, and feeds what comes to itself; empty: the end of it."""
+class Input(Pausable):
+    """Reads standard input, whenever may_read() allows it: room() bytes at a time at most.
+
+    feed(view) gets what has come; an empty view is the end.
+    """
 
     def __init__(self, loop, may_read):
         self.loop, self.may_read = loop, may_read
@@ -7945,16 +7818,11 @@ class Input:
         self.end = End(0, 0, lambda: None, ["read"]) if item.kind == FILE else local_end([item], ["read"], 3)
         self.buffer = memoryview(bytearray(PIPE_SIZE))
         self.ended = False
-        self.paused = False         # true while another job has the terminal
 
     def refresh(self):
         """Waits for input if there is room for it, else not."""
         wanted = not self.ended and not self.paused and self.may_read()
         self.loop.on_read(self.end.polled, self.readable if wanted else None)
-
-    def resume(self):
-        self.paused = False
-        self.refresh()
 
     def stop(self):
         """Reads nothing more."""
@@ -7964,8 +7832,7 @@ class Input:
     def readable(self):
         """Raises Fatal (111)."""
         if not self.end.may_read():
-            self.paused = True
-            self.loop.after(1.0, self.resume)
+            self.pause()
             return self.refresh()
         try:
             count = self.end.read_into(self.buffer[:self.room()])
@@ -7975,13 +7842,6 @@ class Input:
             raise Fatal(EXIT_TEMPORARY, "standard input: %s" % error.strerror) from None
         self.feed(self.buffer[:count])
         self.refresh()
-
-    def room(self):
-        """Returns how many bytes to read at a time."""
-        raise NotImplementedError
-
-    def feed(self, view):
-        raise NotImplementedError
 
 
 class NameInput(Input):
@@ -8266,6 +8126,10 @@ class Batch(Patron):
             self.searches.remove(search)
             search.end()
 
+    def end_searches(self):
+        for search in list(self.searches):
+            self.end_search(search)
+
     def not_found(self, search, message, code):
         """A search has given up.  The batch goes on if there is another search or a run."""
         self.end_search(search)
@@ -8335,7 +8199,7 @@ class Batch(Patron):
             task.open(self.slot_number() if self.terms.has_slots else 1)
             return task
         except (OSError, ValueError) as error:
-            self.task_over(task, failure(error_of_task(error, task.name)))
+            self.task_over(task, failure(error_text(error, task.name)))
             return None
 
     def slot_number(self):
@@ -8453,8 +8317,7 @@ class Batch(Patron):
         task = run.job
         self.tell_again(task, outcome, run)
         self.alert(run, *outcome.alert())
-        if self.joblog:
-            self.log_run(task, outcome, run)
+        self.log_run(task, outcome, run)
         task.retries -= 1
         task.avoid(run.hello.worker_id)
         self.put_back(task)
@@ -8486,7 +8349,7 @@ class Batch(Patron):
                 self.directories.add(os.path.dirname(task.output) or ".")
             return outcome
         except OSError as error:
-            return failure(error_of_task(error, task.name))
+            return failure(error_text(error, task.name))
 
     def go_on(self, run):
         """Gives the run's worker the next file, if there is one for it and the worker takes it."""
@@ -8509,8 +8372,7 @@ class Batch(Patron):
         self.fill()
 
     def run_again(self, run):
-        if self.joblog:
-            self.log_run(run.job, loss("run again"), run)
+        self.log_run(run.job, loss("run again"), run)
         self.runs.remove(run)
         self.put_back(run.job)
         self.fill()
@@ -8530,8 +8392,7 @@ class Batch(Patron):
         else:
             self.done += 1
         self.tell(task, outcome, run)
-        if self.joblog:
-            self.log_run(task, outcome, run)
+        self.log_run(task, outcome, run)
         if outcome.exit_code:
             task.discard()
         elif task.output is not None:
@@ -8547,8 +8408,7 @@ class Batch(Patron):
         """Begins no more files; those that run go on to their end."""
         if self.has_more():
             self.halted = True
-            for search in list(self.searches):
-                self.end_search(search)
+            self.end_searches()
             if self.printer:
                 self.printer.leave_out(self.queue)
 
@@ -8574,11 +8434,13 @@ class Batch(Patron):
                 log.write("\n")
 
     def log_run(self, task, outcome, run):
-        """Writes a line in the format of parallel's --joblog, for a job that is over or a run that was lost.
+        """Writes a line in the format of parallel's --joblog, if there is --log, for a job that is over or a lost run.
 
         For parallel --resume a job has run whose number begins a line: so a blank comes before the number of a job
         that runs again.
         """
+        if not self.joblog:
+            return
         sent, received = run.moved() if run else (0, 0)
         seconds = time.monotonic() - run.began if run else 0.0
         worker, started_at = (run.worker, run.started_at) if run else ("-", time.time())
@@ -8617,8 +8479,7 @@ class Batch(Patron):
     def stop(self):
         """Ends all searches and runs, removes unfinished outputs, and gives whole ones their names."""
         log.status_line("")
-        for search in list(self.searches):
-            self.end_search(search)
+        self.end_searches()
         for run in self.runs:
             self.leave(run)
         self.runs = []
@@ -8724,7 +8585,6 @@ def nothing_to_do(tasks, unit):
 
 def jobs_at_once(each, others=OUTPUTS_MAX + 256):
     """How many jobs can run at a time, if each needs so many descriptors, and all together so many others."""
-    import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
     with suppress(OSError, ValueError):         # macOS allows fewer than its hard limit
@@ -8755,9 +8615,7 @@ def main_batch(place, words, options):
                        inputs=options.inputs, results=options.results)
     if options.results:
         check_current_directory()
-    if not options.hosts:
-        terms.names.note_keys(options.words[0])
-    tasks = batch_tasks(terms, inputs, options.joblog)
+    tasks = batch_tasks(terms, inputs, options)
     todo = [task for task in tasks if options.force or not task.check_done()]
     log.note("%d jobs, %d of them are done already", len(tasks), len(tasks) - len(todo))
     if options.dry_run:
@@ -8782,7 +8640,6 @@ def make_errors_directory(path):
 
 def show_tasks(options, tasks):
     """--dry-run: prints for each Task a shell command that does the same.  Returns 0."""
-    import shlex
     errors = tasks[0].terms.errors if tasks else None
     if errors and not os.path.isdir(errors):
         print_out(os.fsencode("mkdir -p -- %s\n" % shlex.quote(errors)))
@@ -8790,7 +8647,7 @@ def show_tasks(options, tasks):
         try:
             environment, arguments = task.fill_words()
         except (OSError, ValueError) as error:
-            raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_of_task(error, task.name))) from None
+            raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_text(error, task.name))) from None
         words = [b"cexec"] + [b"-n"] * task.terms.values
         for option, values in (b"-i", task.input_paths()), (b"-g", task.results):
             words += [word for value in values for word in (option, os.fsencode(value))]
@@ -8821,7 +8678,6 @@ class Block(Task):
     """A job whose input is a part of standard input, from this offset on, behind the header, in an unnamed file."""
 
     def __init__(self, terms, number, offset, header=b""):
-        import tempfile
         super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
         self.file = None
         self.data = tempfile.TemporaryFile(buffering=0)
@@ -8885,11 +8741,8 @@ class Splitter(Input):
 
     def feed(self, view):
         """Raises Fatal (111)."""
-        try:
+        with or_fatal(tempfile.gettempdir(), hint=" (TMPDIR)"):
             self.take(self.take_header(view)) if view else self.finish()
-        except OSError as error:
-            import tempfile
-            raise Fatal(EXIT_TEMPORARY, "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror)) from None
 
     def room(self):
         """How many bytes to read: what the block has room for, or a block's size while one line is longer."""
@@ -8989,8 +8842,7 @@ class BlockBatch(Batch):
         for run in [run for run in self.runs if run.job.number > first]:
             self.runs.remove(run)
             self.leave(run)
-        for search in list(self.searches):
-            self.end_search(search)
+        self.end_searches()
         self.queue = collections.deque(block for block in self.queue if block.number < first)
         self.printer.end_before(first)
 
@@ -9028,9 +8880,7 @@ def main_blocks(place, words, options):
     """Does standard input in blocks.  Returns the exit code."""
     size = parse_size(options.blocks)
     terms = BatchTerms(*parse_words(words, options.hosts), errors=options.errors, retries=options.retries)
-    if not options.hosts:
-        terms.names.note_keys(options.words[0])
-    note_names(terms, [], options.joblog, float("inf"))
+    note_names(terms, [], options, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
@@ -9277,15 +9127,10 @@ def input_for_all(empty):
 
 def kept_input():
     """Reads standard input to its end.  Returns a descriptor of an unnamed file that has it.  Raises Fatal (111)."""
-    import shutil
-    import tempfile
-    try:
+    with or_fatal("standard input, or " + tempfile.gettempdir(), hint=" (TMPDIR)"):
         with tempfile.TemporaryFile(buffering=0) as file, open(0, "rb", closefd=False) as source:
             shutil.copyfileobj(source, file, FRAME_MAX)
             return os.dup(file.fileno())
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "standard input, or %s: %s (TMPDIR)" % (
-            tempfile.gettempdir(), error.strerror)) from None
 
 
 def main_everywhere(place, words, options):
@@ -9300,9 +9145,7 @@ def main_everywhere(place, words, options):
     most = jobs_at_once(11 if options.inputs or options.results else 6, 64)     # a search needs more than a run
     pub, group = place()
     survey = Survey(group, pub, terms.ports, Loop(), terms.servers)
-    survey.begin(survey.loop.stop)
-    survey.loop.run()
-    survey.close()
+    survey.run()
     for line in survey.troubles():
         log.say(line)
     if not survey.workers:
@@ -9312,9 +9155,7 @@ def main_everywhere(place, words, options):
         log.say("%s: no worker answers" % host)
     silent += group.failed_hosts()  # it has said why
     everywhere = Everywhere(pub, group, terms, survey.workers, source, most)
-    if not options.hosts:
-        terms.names.note_keys(options.words[0])
-    note_names(terms, everywhere.tasks, None, 0)
+    note_names(terms, everywhere.tasks, options, 0)
     listings_of(terms.names, terms.inputs)
     code = everywhere.work()
     return max(code, EXIT_TEMPORARY) if silent else code
@@ -9364,7 +9205,6 @@ class RunGroup(Group):
     """
 
     def __init__(self, hosts, floor):
-        import subprocess
         if not os.path.isfile(__file__):
             raise Fatal(EXIT_USAGE, "-s sends this program, and it was read from standard input: start it from a file")
         words = [word for text in hosts for word in ("-s", text)] + ["-v"] * log.verbose
@@ -9718,11 +9558,10 @@ class Place:
 
     def remove_empty(self, name):
         """Whether a directory was empty, and is removed."""
-        try:
+        with suppress(OSError):
             os.rmdir(name, dir_fd=self.fd)
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def remove(self, name):
         with suppress(FileNotFoundError):       # the command has removed it
@@ -9758,12 +9597,8 @@ class JobDirectory:
         def work():
             directories = unpack(reader, self.fd)[1] if reader is not None else {}
             for name in places:
-                try:
+                with naming(name), suppress(FileExistsError):
                     os.mkdir(name, dir_fd=self.fd)
-                except FileExistsError:
-                    pass
-                except OSError as error:
-                    raise file_error(error, name) from None
             set_modes(directories, self.fd, exact=True)
         self.start_helper(work, reader, over)
 
@@ -9786,12 +9621,9 @@ class JobDirectory:
             self.how = HOW_HOST_FAILED if self.helper.error in (0, *HOSTS_ERRORS) else HOW_NOT_STARTED
             self.helper = None
             over(trouble)
-        try:
-            pipes = [] if pipe is None else [pipe]
+        pipes = [] if pipe is None else [pipe]
+        with closing(*pipes):
             self.helper = Helper(self.loop, with_rights, [*pipes, self.fd], ended, signal.SIG_DFL)
-        finally:
-            if pipe is not None:
-                os.close(pipe)
 
     def stop(self):
         """Kills the Helper that works in it, which will call over().  Returns whether there is one."""
@@ -9912,7 +9744,7 @@ SPAWNS = can_spawn()                # else, and for -u and -t, subprocess starts
 class Command(Carrier, Stateful):
     """A job's command: its descriptors, its process, its result.  At the client, a RemoteRun is its counterpart.
 
-    It calls the supervisor's command_started(), command_failed() and command_finished().
+    It calls the supervisor's command_started() and command_finished().
     """
 
     LAW = {MADE: (RUNNING, LINGERING, ABANDONED), RUNNING: (LINGERING, ABANDONED), LINGERING: (FINISHED, ABANDONED),
@@ -9932,9 +9764,6 @@ class Command(Carrier, Stateful):
         self.inputs = {}            # channel of a counted input: a descriptor for unread(), after ours was closed
         self.timers = []            # of the time LINGERING
         self.directory = None       # the JobDirectory
-
-    def __repr__(self):
-        return "command"
 
     # Its descriptors
 
@@ -9966,8 +9795,7 @@ class Command(Carrier, Stateful):
 
     def make_pipe(self, channel, flags):
         """Returns (the command's end, ours) of a pipe."""
-        reader, writer = lifted_pair(*os.pipe(), self.loop.floor)
-        enlarge(writer)
+        reader, writer = large_pipe(self.loop.floor)
         near, far, half = (writer, reader, "write") if flags & FLAG_INPUT else (reader, writer, "read")
         os.set_blocking(near, False)
         return far, PipeEnd(near, near, lambda: self.release(near, channel), [half])
@@ -10095,7 +9923,6 @@ class Command(Carrier, Stateful):
         # The child gets its 0, 1 and 2 from subprocess.  Higher numbers subprocess can pass on, but does
         # not move.  So the supervisor itself puts them at the command's numbers: all descriptors of ours
         # are at numbers from the floor up, and the numbers below it are free.
-        import subprocess
         standard = [ends.pop(number, None) for number in range(3)]
         for number, end in ends.items():
             os.dup2(end, number, True)
@@ -10151,7 +9978,6 @@ class Command(Carrier, Stateful):
         if self.terminal is None:
             os.setpgid(0, 0)
         else:
-            import termios
             os.setsid()
             fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
 
@@ -10185,7 +10011,7 @@ class Command(Carrier, Stateful):
         """The command cannot be started.  how is EXIT's: it says whether the reason lies in this host."""
         self._set(LINGERING)
         if how == HOW_HOST_FAILED:
-            self.supervisor.command_failed()
+            self.supervisor.say("failed")
         # The result comes before end_sources(): that ends the last stream, and so sends EXIT with it.
         self.result = how, status, "%s: %s" % (cut(self.name(), 400), reason)
         self.settings.say("%s (%s gets %d)" % (self.result[2], self.client.address, status))
@@ -10194,9 +10020,8 @@ class Command(Carrier, Stateful):
     def end_sources(self):
         """Ends all outputs: there is no command that could write."""
         self.close_far(list(self.far))
-        for channel in self.channels.values():
-            if channel.source:
-                channel.source.finish()
+        for source in self.sources():
+            source.finish()
         self.stream_ended()
 
     # Its results
@@ -10259,11 +10084,9 @@ class Command(Carrier, Stateful):
         if self.terminal is None:
             raise ProtocolError("RESIZE without a terminal")
         end = self.channels[self.terminal].end
-        try:
+        with noting("the terminal's size"):
             if end.halves:
                 set_window(end.fd, payload.lines, payload.columns)
-        except OSError as error:
-            log.note("the terminal's size: %s", error.strerror)
 
     def local_error(self, channel, error):
         log.say("descriptor %d: %s" % (channel, error.strerror))
@@ -10328,8 +10151,7 @@ class Command(Carrier, Stateful):
         self._set(CLOSED)
         for timer in self.timers:
             timer.cancel()
-        for channel in self.channels.values():
-            channel.close()
+        self.close_channels()
         for fd in self.inputs.values():
             os.close(fd)
         self.inputs, self.channels = {}, {}     # breaks reference cycles, which would keep memory
@@ -10404,9 +10226,6 @@ class Supervisor(Stateful):
         self.left = []              # names of jobs' directories that cservice cannot remove: it was lost
         self.command = Command(self, job)
 
-    def __repr__(self):
-        return "supervisor"
-
     def common_variables(self):
         """Returns the variables of every job here, as bytes: cservice's own, and the addresses of both sides."""
         values, user, client, (address, port) = dict(os.environ), self.settings.user, self.client, self.link.here
@@ -10459,11 +10278,10 @@ class Supervisor(Stateful):
 
     def say(self, words):
         """Sends a line to cservice.  Returns False if that has ended."""
-        try:
+        with suppress(OSError):
             os.write(self.service, words.encode() + b"\n")
             return True
-        except OSError:
-            return False
+        return False
 
     def leaves(self, name):
         """A job is over: has its directory removed, by cservice or, if that has ended, by this process at its end."""
@@ -10551,10 +10369,6 @@ class Supervisor(Stateful):
         if not self.free:
             self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
 
-    def command_failed(self):
-        """The command cannot be started, for a reason that lies in this host."""
-        self.say("failed")
-
     def command_finished(self, command):
         """Sends EXIT; in a batch it first asks cservice whether the batch may go on here."""
         # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
@@ -10574,10 +10388,7 @@ class Supervisor(Stateful):
 
     def hear_service(self):
         """Handles the words of cservice; if it has ended, that is "no"."""
-        try:
-            words = os.read(self.service, 4096).decode().split()
-        except OSError:             # it did not read all our lines
-            words = []
+        words = what_came(os.read, self.service, 4096).decode().split()
         if not words:
             self.loop.on_read(self.service, None)
         for word in words or ["no"]:
@@ -10704,13 +10515,12 @@ class SupervisorHandle:
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), command_missing(reason), job_refused(reason), job_returned(client),
-    job_over(handle), may_go_on(client) and slots_changed().  remover is the Removals.  A handle in the set
-    free lets its batch go on without asking.
+    may_go_on(client) and slots_changed().  A handle in the set free lets its batch go on without asking.
     """
 
-    def __init__(self, loop, patron, remover, free, client, pid, pipe, slot):
-        self.loop, self.patron, self.remover, self.client, self.pid = loop, patron, remover, client, pid
-        self.free = free
+    def __init__(self, supervisors, client, pid, pipe, slot):
+        self.loop, self.patron, self.removals = supervisors.loop, supervisors.patron, supervisors.removals
+        self.supervisors, self.client, self.pid = supervisors, client, pid
         self.slot = slot            # its number, CEXEC_SLOT
         self.directories = set()    # names of its jobs' directories that it still uses
         self.pipe = pipe            # our end of the socketpair; None once it is closed
@@ -10719,17 +10529,14 @@ class SupervisorHandle:
         self.done = False           # whether its slot is free: it has sent EXIT, or ended the command
         self.killed = False         # by cut_off()
         os.set_blocking(pipe, False)
-        loop.on_read(pipe, self.read)
+        self.loop.on_read(pipe, self.read)
 
     def read(self):
         """Handles the lines that have come."""
-        try:
-            data = os.read(self.pipe, 65536)
-        except BlockingIOError:     # poll has seen another pipe, which had this number before
+        data = what_came(os.read, self.pipe, 65536)
+        if data is None:            # poll has seen another pipe, which had this number before
             return
-        except OSError:             # it has ended, and did not read our answer
-            data = b""
-        if not data:
+        if not data:                # it has ended, and perhaps did not read our answer
             return self.hang_up()
         *lines, self.unfinished = (self.unfinished + data).split(b"\n")
         for line in lines:
@@ -10753,12 +10560,12 @@ class SupervisorHandle:
 
     def rcvd_leaves(self, value):
         self.directories.discard(value)
-        self.remover.remove(value, self)
+        self.removals.remove(value, self)
 
     def remove_directories(self):
         """Has what a lost supervisor has left there removed."""
         for name in self.directories:
-            self.remover.remove(name, self)
+            self.removals.remove(name, self)
         self.directories = set()
 
     def rcvd_failed(self, value):
@@ -10774,29 +10581,27 @@ class SupervisorHandle:
         self.patron.job_returned(self.client)
 
     def rcvd_more(self, value):
-        may_go_on = self.remover.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
+        may_go_on = self.removals.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
         # A job with a directory tells of that in any case, and one with a session has to tell when this is over.
-        if may_go_on and not self.remover.place and self.sessions == [self.pid]:
-            self.free.add(self)
-        self.tell(b"free\n" if self in self.free else b"yes\n" if may_go_on else b"no\n")
+        if may_go_on and not self.removals.place and self.sessions == [self.pid]:
+            self.supervisors.free.add(self)
+        self.tell(b"free\n" if self in self.supervisors.free else b"yes\n" if may_go_on else b"no\n")
 
     def ask(self):
         """From now on it asks again after each job."""
-        self.free.discard(self)
+        self.supervisors.free.discard(self)
         self.tell(b"ask\n")
 
     def tell(self, line):
-        try:
+        with suppress(OSError):     # it has just ended
             os.write(self.pipe, line)
-        except OSError:
-            pass                    # it has just ended
 
     def rcvd_done(self, value):
         self.done = True
-        self.patron.job_over(self)
+        self.supervisors.limit_over(self)
 
     def hang_up(self):
-        self.free.discard(self)
+        self.supervisors.free.discard(self)
         if self.pipe is not None:
             self.loop.forget(self.pipe)
             os.close(self.pipe)
@@ -10894,12 +10699,9 @@ class Supervisors:
         kept = [link.sock.fileno(), far, 2, log.fd]
         if settings.place:
             kept.append(settings.place.fd)
-        try:
-            with on_failure(os.close, near):
-                pid = forked(work, kept)
-        finally:
-            os.close(far)
-        self.handles[pid] = SupervisorHandle(self.loop, self.patron, self.removals, self.free, client, pid, near, slot)
+        with closing(far), on_failure(os.close, near):
+            pid = forked(work, kept)
+        self.handles[pid] = SupervisorHandle(self, client, pid, near, slot)
         log.note("supervisor %d forked for %s", pid, client.address)
 
     def hear_more(self):
@@ -10908,7 +10710,7 @@ class Supervisors:
             handle.ask()
 
     def limit_over(self, handle):
-        """This one is over.  If too many are, it ends the one that was first, of the client's name that has most.
+        """This one is over: its slot is free.  If too many are, ends the first of them, of the name that has most.
 
         A client decides when it closes, and no slot is in use: so there could be any number.
         """
@@ -11101,7 +10903,7 @@ class KnownClient(Stateful):
     def __init__(self, datagram, since):
         self.application, self.name, self.nonce = datagram.application, datagram.name, datagram.nonce
         self.key = self.name, self.nonce
-        self.state, self.timer = NEW, None          # the timer of the state DELAYED
+        self.state, self.timer = NEW, NO_TIMER      # the timer of the state DELAYED
         self.address, self.port, self.attempt, self.batch, self.only = "", 0, 0, NO_BATCH, ANY_WORKER
         self.handle = None              # (address, port) by which `cservice -s` reaches it, if that has heard it
         self.direct = False             # whether we have heard it ourselves: then address and port are its own
@@ -11117,8 +10919,7 @@ class KnownClient(Stateful):
     def enter(self, state, timer):
         """Only Clients.move() calls this."""
         self._set(state)
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.timer = timer
         if state is OFFERED:
             self.ours, self.complained = True, False
@@ -11189,7 +10990,6 @@ class Line:
 
     def place(self, client):
         """How many clients of its name are older."""
-        import bisect
         return bisect.bisect_left(self.names.get(client.name, ()), (client.since, client.nonce))
 
     def join(self, client):
@@ -11286,7 +11086,7 @@ class Clients:
         self.unserved[client.key] = self.idle[client.key] = client
         return True
 
-    def move(self, client, state, timer=None, offer=None):
+    def move(self, client, state, timer=NO_TIMER, offer=None):
         """Changes a client's state; a timer comes with DELAYED, an offer with OFFERED."""
         client.enter(state, timer)
         for part in (self.unserved, self.idle, self.ours, self.others):
@@ -11324,7 +11124,7 @@ class Offer:
         self.worker, self.client, self.load, self.delay = worker, client, load, delay
         self.holds_slot, self.seated, self.began = hold > 0, False, time.monotonic()
         self.challenge, self.proved, self.link = os.urandom(32), False, None
-        self.words, self.timer = Words(), None      # timer: the deadline for JOB
+        self.words, self.timer = Words(), NO_TIMER  # timer: the deadline for JOB
         self.by_ssh = False         # whether this connection goes through ssh
         self.hold, self.holding = hold, worker.loop.after(hold, self.late)
         self.dial = None
@@ -11333,8 +11133,7 @@ class Offer:
                              self.not_connected)
 
     def await_job(self, seconds=OFFER_SECONDS):
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         self.timer = self.worker.loop.after(seconds, lambda: self.lost("no job in %g s" % OFFER_SECONDS))
 
     def late(self):
@@ -11413,8 +11212,8 @@ class Offer:
         if self.dial:
             self.dial.close()
         self.holding.cancel()
+        self.timer.cancel()
         if self.link:
-            self.timer.cancel()
             self.link.close()
 
 
@@ -11625,10 +11424,8 @@ class Worker:
         data = make_datagram(kind, datagram.application, datagram.name, secret, datagram.nonce, 0, **fields)
         if handle:
             return self.lifeline.pass_on(handle, data)
-        try:
+        with noting("cannot send %s to %s", kind, to):
             self.listeners[0].send(data, to, datagram.port)
-        except OSError as error:
-            log.note("cannot send %s to %s: %s", kind, to, error.strerror)
 
     # Slots, the line, offers
 
@@ -11779,10 +11576,6 @@ class Worker:
             log.say("refuses jobs until there is room: " + reason)
         self.trouble = reason
 
-    def job_over(self, handle):
-        """The slot is free, and the connection waits for the client to close it."""
-        self.supervisors.limit_over(handle)
-
     def job_returned(self, client):
         """The connection has ended before GO: the client may ask again, unless another worker has served it."""
         if client.state is SERVED and self.clients.find(client) is client:
@@ -11911,10 +11704,9 @@ def main_cservice(argv):
 def handed_key():
     """The text of the private key, which `cservice -s` sends after the program, as a line of hexadecimal digits."""
     line = open(0, "rb", 0, closefd=False).readline()
-    try:
+    wrong = Fatal(EXIT_USAGE, "-s %s is only for workers of cservice -s itself: name a host" % OVER_SSH)
+    with raising(lambda error: wrong, ValueError):
         return bytes.fromhex(line.decode().strip() or "none").decode()
-    except ValueError:
-        raise Fatal(EXIT_USAGE, "-s %s is only for workers of cservice -s itself: name a host" % OVER_SSH) from None
 
 
 class Lifeline(Carrier):
@@ -11952,8 +11744,7 @@ class Lifeline(Carrier):
         super().link_frame(link, kind, flags, channel, payload)
 
     def link_lost(self, link, reason, violation):
-        for channel in self.channels.values():
-            channel.close()
+        self.close_channels()
         self.channels = {}
         self.owner.lifeline_lost(reason, violation)
 
@@ -12067,7 +11858,6 @@ def what_is_run(command, options):
 
 def place_for_directories(user):
     """Returns the Place of the jobs' directories, TMPDIR or /tmp, for the commands' user.  Raises Fatal."""
-    import tempfile
     with or_fatal("-d: no directory for the jobs' directories"):
         return Place(os.path.realpath(tempfile.gettempdir()), user)
 
@@ -12098,7 +11888,6 @@ def slim_down(words):
     if __file__.startswith("/dev/fd/"):                         # cservice -s has started it
         os.close(int(__file__[8:]))
     elif __name__ == "__main__" and __doc__ and sys.executable and os.path.isfile(__file__):
-        import subprocess
         options = subprocess._args_from_interpreter_flags()     # multiprocessing uses this too
         options += ["-S", "-c", __doc__.split("'")[1]]          # the same as sh does in the first lines of this file
         named = os.path.basename(__file__) == log.applet        # it was started as `python3 LINK`
@@ -12107,11 +11896,8 @@ def slim_down(words):
 
 def find_user(name):
     """The passwd(5) entry of a user; None if we are this user.  Raises Fatal (100) if it is missing or forbidden."""
-    import pwd
-    try:
+    with raising(lambda error: Fatal(EXIT_USAGE, "-u %s: no such user" % name), KeyError):
         user = pwd.getpwnam(name)
-    except KeyError:
-        raise Fatal(EXIT_USAGE, "-u %s: no such user" % name) from None
     if os.getuid() not in (0, user.pw_uid):
         raise Fatal(EXIT_USAGE, "-u %s: only root can run commands as another user (with -s: root@HOST)" % name)
     if os.getuid():
@@ -12413,12 +12199,9 @@ class Screen:
         self.give_back("".join(self.styled(line, "") + "\r\n" for line in lines))
 
     def typed(self):
-        try:
-            keys = os.read(self.end.fd, 256)
-        except BlockingIOError:
+        keys = what_came(os.read, self.end.fd, 256)
+        if keys is None:
             return
-        except OSError:
-            keys = b""
         if not keys or b"q" in keys:            # the terminal was hung up, or the user ends it
             self.loop.stop()
         self.changed = True
@@ -12521,7 +12304,6 @@ Entry.__doc__ = """A job or a complaint in a log.  Times are seconds since 1970.
 def parse_entry(line):
     """The Entry in a line of a joblog or of crat -j; None if the line is not about a job.  Raises ValueError."""
     if line.startswith("{"):
-        import json
         try:
             return entry_of_alert(json.loads(line))
         except KeyError as error:
@@ -12753,7 +12535,6 @@ def make_bands(entries):
 
 def natural(name):
     """A key that sorts node9 before node10."""
-    import re
     return [(int(part), "") if number % 2 else (0, part) for number, part in enumerate(re.split("([0-9]{1,9})", name))]
 
 
@@ -12816,9 +12597,7 @@ def make_bars(bands, axis):
 
 def markup(text):
     """The text for an XML document, with control characters escaped."""
-    for character, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(character, name)
-    return printable(text)
+    return printable(html.escape(text, quote=False).replace('"', "&quot;"))
 
 
 def element(name, style, inner="", **attributes):
@@ -12849,10 +12628,10 @@ def draw_bar(bar, top, height):
 
 def draw_band(band, rows, axis):
     """A worker's name, its line, marks and bars."""
-    name = band.worker if columns(band.worker) <= LABEL_COLUMNS else fitted(band.worker, LABEL_COLUMNS - 1) + "\u2026"
     about = [band.worker, "%d jobs, %d at the same time" % (len(band.jobs), band.slots)]
     yield element("path", "line", d="M0 %gH%g" % (band.top, axis.right))
-    yield element("text", "mono", tooltip(about) + markup(name), x=axis.left - 10, y=band.top + 13, text_anchor="end")
+    yield element("text", "mono", tooltip(about) + markup(shortened(band.worker, LABEL_COLUMNS)),
+                  x=axis.left - 10, y=band.top + 13, text_anchor="end")
     marks = merged([Bar(entry._replace(began=entry.ended), axis) for entry in
                     sorted(band.marks, key=lambda entry: entry.ended)], MARKS_APART)
     for mark in marks:
@@ -12919,7 +12698,7 @@ def draw_heading(entries, title, axis):
     """The title, the sums, the time, and the legend."""
     counts = collections.Counter(entry.outcome for entry in entries)
     workers = len({entry.worker for entry in entries})
-    yield text_at(20, 28, title if columns(title) <= 100 else fitted(title, 99) + "\u2026", "title")
+    yield text_at(20, 28, shortened(title, 100), "title")
     yield text_at(20, 48, "%s; %d worker%s; %s sent, %s received" % (
         outcome_text(counts), workers, "s" * (workers > 1), amount(sum(entry.sent for entry in entries)),
         amount(sum(entry.received for entry in entries))))
@@ -12963,7 +12742,7 @@ def draw_all(entries, title, notes):
     if axis.cuts:
         left_out.append("Where the axis is broken, time in which nothing was logged is left out; durations begin anew.")
     for note in ["A bar is a job, or several short ones; point at it for names, times and bytes."] + left_out + notes:
-        parts.append(text_at(20, y, note if columns(note) <= 180 else fitted(note, 179) + "\u2026"))
+        parts.append(text_at(20, y, shortened(note, 180)))
         y += 16
     return "".join(parts), y + 4
 
@@ -13137,8 +12916,9 @@ class Join:
         self.worker_side, self.client_side, self.first = worker, None, b""
         worker.setblocking(False)
         self.deliveries = [(worker, Delivery())]
-        self.up = self.down = self.timer = None
-        self.dial = Dial(self.loop, *relay.return_address, HELLO_SECONDS, self.connected, self.not_connected)
+        self.up, self.down, self.timer = None, None, NO_TIMER
+        self.dial = Dial(self.loop, *relay.return_address, HELLO_SECONDS, self.connected,
+                         lambda reason, unreached: self.close(reason))
 
     def connected(self, client, seconds):
         self.client_side = client
@@ -13149,9 +12929,6 @@ class Join:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tune(sock)
         self.down.refresh()
-
-    def not_connected(self, reason, unreached):
-        self.close(reason)
 
     def vet(self, pump):
         """Looks at what a pump has read, and closes the Join if the client's side does not begin TLS."""
@@ -13188,8 +12965,7 @@ class Join:
         log.note("join of %s ends: %s", spelled(*self.relay.return_address), reason)
         self.closed = True
         self.dial.close()
-        if self.timer:
-            self.timer.cancel()
+        self.timer.cancel()
         for sock in filter(None, (self.worker_side, self.client_side)):
             self.loop.forget(sock.fileno())
             if reset:
@@ -13198,18 +12974,34 @@ class Join:
         self.relay.join_over(self)
 
 
-class Relay:
+class Guest:
+    """A client whose datagrams are passed on: workers may answer its questions, and connect to it."""
+
+    def __init__(self):
+        self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY: the kind
+        self.heard_at = 0.0
+
+    def asked(self, datagram):
+        self.questions[datagram.nonce], self.heard_at = datagram.kind, time.monotonic()
+
+    def is_there(self):
+        """Whether it was heard just now: later its port may be another program's."""
+        return time.monotonic() - self.heard_at < RELAY_SECONDS
+
+    def wants(self, datagram):
+        """Whether this answers a question of its own."""
+        kind = ANSWERS.get(datagram.kind)
+        return kind is not None and self.questions.get(datagram.nonce) is kind
+
+
+class Relay(Guest):
     """One client's representative on the workers' side: a port for offers and answers."""
 
     def __init__(self, proxy, client):
+        super().__init__()
         self.proxy, self.return_address, self.joins = proxy, client, set()      # return_address: (address, port)
-        self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY of the client: the kind
         self.back = ReturnPort([0], proxy.loop, [family_of(proxy.address)], proxy.address)
-        self.last_activity = time.monotonic()
         self.back.attend(self.hear, self.accept)
-
-    def client_spoke(self):
-        self.last_activity = time.monotonic()
 
     def accept(self, worker, address):
         relays = self.proxy.relays.values()
@@ -13224,22 +13016,16 @@ class Relay:
     def join_over(self, join):
         self.joins.discard(join)
 
-    def rcvd_question(self, datagram):
-        """The client has sent ANNOUNCE or QUERY: from now on hear() lets the answers through."""
-        self.questions[datagram.nonce] = datagram.kind
-
     def hear(self, datagram, address):
         """Sends a worker's answer on to the client, unchanged.
 
         It is not sent from SELF: a client whose host has no route to SELF would not hear it (rp_filter).
         """
-        if datagram.nonce not in self.questions or self.questions[datagram.nonce] is not ANSWERS.get(datagram.kind):
+        if not self.wants(datagram):
             return
-        try:
+        with noting("dropped a datagram from %s", address):
             with open_udp(family_of(self.return_address[0]), broadcasts=False) as back:
                 back.sendto(datagram.data, socket_address(*self.return_address))
-        except OSError as error:
-            log.note("dropped a datagram from %s: %s", address, error.strerror)
 
 
 class Proxy:
@@ -13269,7 +13055,7 @@ class Proxy:
             relay = self.relay_for((address, datagram.port))
             if relay is None:
                 return log.note("dropped %r: too many clients", datagram)
-            relay.rcvd_question(datagram)
+            relay.asked(datagram)               # from now on relay.hear() lets the answers through
             port = relay.back.port
         # A link-local address has a meaning only on its link: there the sender's address will do.
         self_address = None if "%" in self.address else self.address
@@ -13291,14 +13077,13 @@ class Proxy:
                 relay = self.relays[client] = Relay(self, client)
             except (Fatal, OSError) as error:
                 return log.note("cannot relay %s: %s", spelled(*client), error)
-        relay.client_spoke()
         return relay
 
     def give_up_oldest(self):
         idle = [relay for relay in self.relays.values() if not relay.joins]
         if not idle:
             return False
-        self.give_up(min(idle, key=lambda relay: relay.last_activity))
+        self.give_up(min(idle, key=lambda relay: relay.heard_at))
         return True
 
     def give_up(self, relay):
@@ -13306,11 +13091,10 @@ class Proxy:
         del self.relays[relay.return_address]
 
     def sweep(self):
-        limit = time.monotonic() - RELAY_SECONDS
         for relay in list(self.relays.values()):
             for join in list(relay.joins):
                 join.check()
-            if not relay.joins and relay.last_activity < limit:
+            if not relay.joins and not relay.is_there():
                 self.give_up(relay)
         self.loop.after(1.0, self.sweep)
 
@@ -13409,7 +13193,6 @@ def read_secret(path):
 
 def ask_secret(new):
     """Asks for a passphrase, without echo, and twice if new.  Returns its bytes, and a newline, as echo(1) adds one."""
-    import getpass
     try:
         secret = getpass.getpass("passphrase (%d characters or more): " % SECRET_MIN if new else "passphrase: ")
         if not secret:
@@ -13457,10 +13240,8 @@ def existing_key(path):
         if error.errno in NO_KEY:
             raise Fatal(EXIT_BAD_KEY, "%s: %s: not a cexec private key" % (path, error.strerror)) from None
         raise Fatal(EXIT_TEMPORARY, "%s: %s" % (path, error.strerror)) from None
-    try:
+    with raising(lambda error: Fatal(EXIT_BAD_KEY, str(error)), Fatal):
         master = parse_key(text, path).master
-    except Fatal as error:
-        raise Fatal(EXIT_BAD_KEY, str(error)) from None
     if not 0 < int.from_bytes(master, "big") < P256_N or format_key(master)[0] != text:
         raise Fatal(EXIT_BAD_KEY, "%s: damaged private key (restore it, or move it away and make a new one)" % path)
     return master
@@ -13659,13 +13440,9 @@ def hosts_in(item):
 
 def ssh_words(several):
     """The command line of ssh, up to the host."""
-    import shlex
-    import shutil
     text = os.environ.get("CEXEC_SSH") or "ssh"
-    try:
+    with raising(lambda error: Fatal(EXIT_USAGE, "CEXEC_SSH=%s: %s" % (text, error)), ValueError):
         words = shlex.split(text)
-    except ValueError as error:
-        raise Fatal(EXIT_USAGE, "CEXEC_SSH=%s: %s" % (text, error)) from None
     if not words or not shutil.which(words[0]):
         raise Fatal(EXIT_USAGE, "%s: no such command: install ssh, or set CEXEC_SSH" % (words[0] if words else text))
     if os.path.basename(words[0]) == "ssh":     # of an option given twice ssh takes the first: the user's one wins
@@ -13709,8 +13486,6 @@ def program_for(bytecode):
         source = file.read()
     try:
         if bytecode and bytecode == own_bytecode():
-            import marshal
-            import zlib
             return START_COMPILED, zlib.compress(marshal.dumps(code_of(os.path.realpath(__file__), "cservice")), 1)
     except OSError:
         pass
@@ -13753,32 +13528,12 @@ def one_line(text):
 WAITING, LOGIN, SERVING, DROPPED = "WAITING", "LOGIN", "SERVING", "DROPPED"
 
 
-class Guest:
-    """A client that the starter has heard: workers may answer its questions, and connect to it."""
-
-    def __init__(self):
-        self.questions = Memory(16)             # the nonce of an ANNOUNCE or QUERY: the kind
-        self.heard_at = 0.0
-
-    def asked(self, datagram):
-        self.questions[datagram.nonce], self.heard_at = datagram.kind, time.monotonic()
-
-    def is_there(self):
-        """Whether it was heard just now: later its port may be another program's."""
-        return time.monotonic() - self.heard_at < RELAY_SECONDS
-
-    def wants(self, datagram):
-        """Whether this answers a question of its own."""
-        kind = ANSWERS.get(datagram.kind)
-        return kind is not None and self.questions.get(datagram.nonce) is kind
-
-
 class Visit:
     """A connection to a client, for the worker of a host, until the client begins TLS: until then it gets no byte."""
 
     def __init__(self, lifeline, number, address, port):
         self.lifeline, self.loop, self.number = lifeline, lifeline.loop, number
-        self.sock = self.timer = None
+        self.sock, self.timer = None, NO_TIMER
         self.dial = Dial(self.loop, address, port, HELLO_SECONDS, self.connected, self.refuse)
 
     def connected(self, sock, seconds):
@@ -13788,12 +13543,9 @@ class Visit:
         self.loop.on_read(sock.fileno(), self.look)
 
     def look(self):
-        try:
-            head = self.sock.recv(6, socket.MSG_PEEK)
-        except BlockingIOError:
+        head = what_came(self.sock.recv, 6, socket.MSG_PEEK)
+        if head is None:
             return
-        except OSError:
-            head = b""
         if not head or not begins_tls(head):
             self.refuse("it does not begin TLS")
         elif len(head) == 6:
@@ -13895,7 +13647,7 @@ class Host(Stateful):
         self.status = None          # the exit status of the last ssh
         self.lines = Memory(SAID_LINES)         # what this login has said last,
         self.known_lines = ()       # and what the one before has
-        self.timer = None           # for the next try, or the deadline of a login
+        self.timer = NO_TIMER       # for the next try, or the deadline of a login
         self.asked = False          # whether the host has not said RUNS yet
         self.writer = None          # during a login: for ssh's input
         self.unsaid = {}            # descriptor: the beginning of a line from the host
@@ -13907,9 +13659,7 @@ class Host(Stateful):
 
     def _set(self, state):
         super()._set(state)
-        if self.timer:
-            self.timer.cancel()
-            self.timer = None
+        self.timer.cancel()
 
     def say(self, text, *args):
         self.starter.say(self, text % args)
@@ -13917,7 +13667,6 @@ class Host(Stateful):
     # The ssh
 
     def login(self):
-        import subprocess
         self._set(LOGIN)
         alone = self.starter.alone
         try:
@@ -13958,9 +13707,8 @@ class Host(Stateful):
 
     def read(self, fd):
         """Reads and shows what the host says.  Returns whether there may be more."""
-        try:
-            data = os.read(fd, SAID_MAX)
-        except BlockingIOError:
+        data = what_came(os.read, fd, SAID_MAX)
+        if data is None:
             return False
         *lines, self.unsaid[fd] = (self.unsaid[fd] + data).split(b"\n")
         if not data or len(self.unsaid[fd]) > SAID_MAX:
@@ -14089,9 +13837,10 @@ def ignore_signals():
 class Starter:
     """cservice -s: keeps a worker running on each host, until a signal ends it."""
 
-    def __init__(self, loop, hosts, ssh, first, key, listeners, survey):
-        self.loop, self.ssh, self.first = loop, ssh, first
-        self.key, self.listeners = key, listeners
+    def __init__(self, hosts, ssh, argv, text, group, survey=None):
+        make_room(0, 64 + 4 * len(hosts) + 2 * SSH_STREAMS * min(8, len(hosts)))    # of more connections some will fail
+        self.loop, self.ssh, self.listeners = Loop(), ssh, open_listeners(group)
+        self.key, self.first = parse_key(text, RUN_KEY), functools.partial(first_input, argv, text, group)
         self.passed = Memory()      # identities of the datagrams that were passed on
         self.guests = Memory()      # a client's (address, port): Guest
         self.make_survey = survey   # makes a Survey; None once that was done
@@ -14101,6 +13850,13 @@ class Starter:
         self.served = False         # whether any worker has served
         self.signals = 0            # how many came
         self.draining = False
+
+    def work(self, signals):
+        """Keeps the workers running until they have ended, for example after one of the signals."""
+        self.loop.catch(signals, self.signalled)
+        self.begin()
+        started_up()
+        self.loop.run()
 
     def begin(self):
         hear_all(self.loop, self.listeners, self.hear)
@@ -14135,10 +13891,8 @@ class Starter:
 
     def send(self, datagram, address, port):
         """Sends a worker's answer to a client."""
-        try:
+        with noting("cannot send %s to %s", datagram.kind, address):
             self.listeners[0].send(datagram.data, address, port)
-        except OSError as error:
-            log.note("cannot send %s to %s: %s", datagram.kind, address, error.strerror)
 
     def say(self, host, text):
         log.say("%s: %s" % (host, text))
@@ -14203,8 +13957,12 @@ class Starter:
             log.say("ends the jobs")
             self.tell(END_JOBS)
         else:
-            for host in self.in_state(LOGIN, SERVING):
-                host.kill(signal.SIGKILL)
+            self.cut_off()
+
+    def cut_off(self):
+        """A host that has not ended until now cannot be reached: its worker will notice that."""
+        for host in self.in_state(LOGIN, SERVING):
+            host.kill(signal.SIGKILL)
 
     def drain(self):
         self.draining = True
@@ -14230,16 +13988,9 @@ def serve_on_hosts(words, path, argv):
         return serve_run(hosts, argv)
     ssh, group, ports = ssh_words(len(hosts) > 1), Group(), listen_ports()
     text, pub = key_to_send(path)
-    first = functools.partial(first_input, argv, text, group)
     fill_standard()
-    make_room(0, 64 + 4 * len(hosts) + 2 * SSH_STREAMS * min(8, len(hosts)))    # of more connections some will fail
-    loop = Loop()
-    starter = Starter(loop, hosts, ssh, first, parse_key(text, path), open_listeners(group),
-                      lambda: Survey(group, pub, ports, loop))
-    loop.catch(WORKER_SIGNALS, starter.signalled)
-    starter.begin()
-    started_up()
-    loop.run()
+    starter = Starter(hosts, ssh, argv, text, group, lambda: Survey(group, pub, ports, starter.loop))
+    starter.work(WORKER_SIGNALS)
     if starter.served:
         return 0
     return EXIT_USAGE if all(host.status == EXIT_USAGE for host in starter.hosts) else EXIT_TEMPORARY
@@ -14248,12 +13999,14 @@ def serve_on_hosts(words, path, argv):
 class RunStarter(Starter):
     """cservice -s for one call of cexec -s, its parent: tells it what the hosts do, and ends all when it has ended."""
 
-    def __init__(self, loop, hosts, ssh, first, key, listeners):
-        super().__init__(loop, hosts, ssh, first, key, listeners, None)
+    def __init__(self, hosts, ssh, argv, text, group, greeting):
+        super().__init__(hosts, ssh, argv, text, group)
+        self.greeting = greeting    # the words of the first line for the parent
         self.told = {}              # a Host: the state that the parent knows
         self.alone = self.alone and is_openable("/dev/tty")     # else ssh cannot ask anything
 
     def begin(self):
+        self.report(*self.greeting)
         for number in range(3):
             os.set_blocking(number, False)      # the parent may be stopped: we must not stop with it
         self.loop.on_read(0, self.read)
@@ -14261,12 +14014,7 @@ class RunStarter(Starter):
 
     def read(self):
         """The parent says nothing: the end of file is its end."""
-        try:
-            if not os.read(0, 1):
-                self.leave()
-        except BlockingIOError:
-            pass
-        except OSError:
+        if what_came(os.read, 0, 1) == b"":
             self.leave()
 
     def signalled(self, number):
@@ -14280,11 +14028,6 @@ class RunStarter(Starter):
         self.drain()
         self.tell(END_JOBS)
         self.loop.after(KILL_SECONDS + END_SECONDS, self.cut_off)
-
-    def cut_off(self):
-        """A host that has not ended until now cannot be reached: its worker will notice that."""
-        for host in self.in_state(LOGIN, SERVING):
-            host.kill(signal.SIGKILL)
 
     # For the parent
 
@@ -14333,11 +14076,10 @@ class RunStarter(Starter):
 
 
 def is_openable(path):
-    try:
+    with suppress(OSError):
         os.close(os.open(path, os.O_RDWR | os.O_NOCTTY))
         return True
-    except OSError:
-        return False
+    return False
 
 
 def serve_run(hosts, argv):
@@ -14346,16 +14088,9 @@ def serve_run(hosts, argv):
     text, fingerprint = format_key(master)
     with open_udp(socket.AF_INET) as probe:     # a port that is free here
         group = Group(spelled(THIS_HOST, probe.getsockname()[1]))
-    ssh = ssh_words(len(hosts) > 1)
-    first = functools.partial(first_input, argv, text, group)
-    make_room(0, 64 + 4 * len(hosts) + 2 * SSH_STREAMS * min(8, len(hosts)))
-    loop = Loop()
-    starter = RunStarter(loop, hosts, ssh, first, parse_key(text, RUN_KEY), open_listeners(group))
-    loop.catch(WORKER_SIGNALS + [signal.SIGQUIT, signal.SIGTSTP], starter.signalled)
-    starter.report(PUB_LINE, group.text, format_pub(master, DEFAULT_NAME, fingerprint).strip())
-    starter.begin()
-    started_up()
-    loop.run()
+    greeting = PUB_LINE, group.text, format_pub(master, DEFAULT_NAME, fingerprint).strip()
+    starter = RunStarter(hosts, ssh_words(len(hosts) > 1), argv, text, group, greeting)
+    starter.work(WORKER_SIGNALS + [signal.SIGQUIT, signal.SIGTSTP])
     return 0
 
 
@@ -14404,7 +14139,7 @@ __version__ = VERSION
 TYPE_CHECKING = False
 if TYPE_CHECKING:                   # what mypy and editors know of the public names; the applets import no typing
     import concurrent.futures
-    import subprocess
+    from subprocess import CompletedProcess
     from typing import IO, Any, Callable, ContextManager, Iterable, Iterator, Mapping, Optional, TypeVar, Union
     AnyPath = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
     AnyStream = Union[None, int, IO[Any]]
@@ -14415,7 +14150,7 @@ if TYPE_CHECKING:                   # what mypy and editors know of the public n
             env: Optional[Mapping[str, str]] = None, timeout: Optional[float] = None, check: bool = False,
             text: Optional[bool] = None, encoding: Optional[str] = None, errors: Optional[str] = None,
             universal_newlines: Optional[bool] = None, pass_fds: Iterable[int] = (), put: Iterable[AnyPath] = (),
-            get: Iterable[Union[str, bytes]] = ()) -> "subprocess.CompletedProcess[Any]": ...
+            get: Iterable[Union[str, bytes]] = ()) -> "CompletedProcess[Any]": ...
 
     class Executor(concurrent.futures.Executor):
         def __init__(self, pub: Optional[AnyPath] = None, max_workers: Optional[int] = None,
@@ -14834,10 +14569,10 @@ class Failed(OSError):
         super().__init__(message)
         self.code, self.stdout, self.stderr = code, stdout, stderr
 
-    def with_output(self, stdout, stderr):
-        """Itself, with what run() had captured."""
-        self.stdout, self.stderr = stdout, stderr
-        return self
+
+def as_failed(error):
+    """The Failed for a Fatal."""
+    return Failed(str(error), error.code)
 
 
 def run(*words, hosts=None, input=None, stdin=None, stdout=None, stderr=None, capture_output=False, env=None,
@@ -14865,7 +14600,6 @@ def run(*words, hosts=None, input=None, stdin=None, stdout=None, stderr=None, ca
     subprocess.TimeoutExpired; subprocess.CalledProcessError with check; ValueError for
     arguments that do not go together.
     """
-    import subprocess
     if input is not None and stdin is not None or capture_output and (stdout is not None or stderr is not None):
         raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
     if not words or hosts is not None and not hosts:
@@ -14891,7 +14625,7 @@ def run(*words, hosts=None, input=None, stdin=None, stdout=None, stderr=None, ca
     try:
         code = returncode_of(report, child.returncode)
     except Failed as failed:
-        raise failed.with_output(out, err) from None
+        raise Failed(str(failed), failed.code, out, err) from None
     if check and code:
         raise subprocess.CalledProcessError(code, args, out, err)
     return subprocess.CompletedProcess(args, code, out, err)
@@ -14899,20 +14633,17 @@ def run(*words, hosts=None, input=None, stdin=None, stdout=None, stderr=None, ca
 
 def communicate(child, args, input, timeout):
     """The child's output and errors, when it has ended.  Ends it after the timeout: subprocess.TimeoutExpired."""
-    import subprocess
-    try:
-        return child.communicate(input, timeout)
-    except subprocess.TimeoutExpired:
-        child.terminate()
+    with on_failure(child.kill):
+        try:
+            return child.communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            child.terminate()
         try:
             out, err = child.communicate(timeout=1.0)
         except subprocess.TimeoutExpired:
             child.kill()
             out, err = child.communicate()
-        raise subprocess.TimeoutExpired(args, timeout, out, err) from None
-    except BaseException:
-        child.kill()
-        raise
+        raise subprocess.TimeoutExpired(args, timeout, out, err)
 
 
 def variables(env):
@@ -14939,7 +14670,6 @@ def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=No
     places: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
     only the child itself needs.
     """
-    import subprocess
     numbers = list(pass_fds) + [number for _, number in places]
     floor = max([2] + numbers) + 1
     argv = child_words("cexec", places) + list(options)
@@ -14947,14 +14677,11 @@ def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=No
         pub = checked_path(pub)
         argv.append("./" + pub if pub.startswith("-") else pub)
     reader, writer = os.pipe()
-    with on_failure(os.close, reader):
-        report = lifted_away(writer, floor)     # from the floor up cexec carries nothing
-        try:
-            env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
-            child = subprocess.Popen(argv + words, env=env, **dict(
-                others, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
-        finally:
-            os.close(report)
+    # From the floor up cexec carries nothing
+    with on_failure(os.close, reader), closing(lifted_away(writer, floor)) as report:
+        env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
+        child = subprocess.Popen(argv + words, env=env, **dict(
+            others, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
     return child, reader
 
 
@@ -14983,7 +14710,6 @@ def returncode_of(report, code):
 
 def library_paths():
     """The directories of Python and of installed packages: nothing in them is sent."""
-    import sysconfig
     return [os.path.realpath(path) for name, path in sysconfig.get_paths().items() if name.endswith("lib")]
 
 
@@ -15005,9 +14731,9 @@ class Program:
         self.cloudpickle = cloudpickle_directory()
         # A package's __main__ has no `if __name__ == "__main__"`: like multiprocessing, we do not send it.
         self.is_package = name == "__main__" or name.endswith(".__main__")
-        if path and path.endswith(".py") or path and not spec and os.path.isfile(path) and not path.endswith(".pyc"):
-            if not self.is_package:
-                self.path = os.path.abspath(path)
+        is_source = path and (path.endswith(".py") or not spec and os.path.isfile(path) and not path.endswith(".pyc"))
+        if is_source and not self.is_package:
+            self.path = os.path.abspath(path)
         # What is typed at a prompt belongs to the main program too, and is not in its file
         if self.path and not (self.cloudpickle and (sys.flags.interactive or hasattr(sys, "ps1"))):
             with open(self.path, "rb") as file:
@@ -15041,7 +14767,6 @@ class Program:
     def opened(self, root):
         """Whether modules can be in it.  The names in a zip file are noted."""
         if os.path.isfile(root):
-            import zipfile
             try:
                 with zipfile.ZipFile(root) as file:
                     self.zips[root] = frozenset(os.path.join(root, name) for name in file.namelist())
@@ -15117,7 +14842,6 @@ class Program:
         if not root:
             with open(path, "rb") as file:
                 return file.read()
-        import zipfile
         with zipfile.ZipFile(root) as file:
             return file.read(path[len(root) + 1:])
 
@@ -15281,7 +15005,6 @@ def make_type(reader, cls, one):
 
 
 def make_pattern(reader, compile, text, flags):
-    import re
     if type(text) not in (str, bytes) or type(flags) is not int or flags & re.DEBUG:
         raise malformed()
     words = text if type(text) is str else text.decode("latin-1")
@@ -15309,16 +15032,15 @@ def make_zone(reader, cls, key):
 
 
 def bare(check):
-    """A maker of an object of a class in Python, whose state comes later: the attributes that check() returns."""
+    """A maker of an object without arguments, whose state comes later: the attributes that check() returns."""
     def make(reader, cls, *args):
         if args:
             raise malformed()
-        return reader.fresh(object.__new__(cls), check)
+        return reader.fresh(cls.__new__(cls), check)
     return make
 
 
 def uuid_state(reader, made, state):
-    import uuid
     number, safe = state.get("int"), state.get("is_safe")
     if type(number) is not int or not 0 <= number < 1 << 128 or type(safe) not in (int, type(None)):
         raise malformed()
@@ -15336,11 +15058,8 @@ def of_kind(name, kind, inner=None):
     return check
 
 
-def make_namespace(reader, cls, *args):
-    if args:
-        raise malformed()
-    return reader.fresh(cls(), lambda reader, made, state: {name: state[name] for name in state
-                                                            if name.isidentifier() and not name.startswith("__")})
+def namespace_state(reader, made, state):
+    return {name: state[name] for name in state if name.isidentifier() and not name.startswith("__")}
 
 
 NUMBERS, TEXTS, SIMPLE = (int,), (str,), (int, float, str, type(None))
@@ -15370,7 +15089,7 @@ MAKERS = {
     "array": {"_array_reconstructor": make_array, "array": exactly()},
     "time": {"struct_time": make_structure},
     "os": {"stat_result": make_structure, "terminal_size": make_structure},
-    "types": {"SimpleNamespace": make_namespace},
+    "types": {"SimpleNamespace": bare(namespace_state)},
 }
 
 
@@ -15380,7 +15099,7 @@ class Allowed:
     Raises ImportError or AttributeError for a name that does not exist, TypeError for what is no class for data.
     """
 
-    def __init__(self, allow, trust):
+    def __init__(self, allow, trust=False):
         if isinstance(allow, str):
             raise TypeError("allow is a list of names, not one: allow=[%r]" % allow)
         self.trust, self.classes, self.modules = trust, {}, []
@@ -15389,7 +15108,6 @@ class Allowed:
                 self.add(item)
 
     def add(self, item):
-        import importlib
         module, inner = item, ""
         while True:
             try:
@@ -15439,8 +15157,6 @@ def lookup(cls, name):
 
 def hazard(cls, kind):
     """Why no object of the program's own class is made for a worker; "" if one may be."""
-    import abc
-    import enum
     if kind == "enum":
         return "" if isinstance(cls, enum.EnumMeta) else "it is no Enum here"
     if type(cls) not in (type, abc.ABCMeta):
@@ -15470,26 +15186,17 @@ def is_for_data(cls):
                module.partition(".")[0] not in NO_DATA for base, module in modules.items())
 
 
-def result_readers(allow, trust=False):
-    """The rules by which load_result() reads: see Allowed."""
-    return Allowed(allow, trust)
-
-
 def load_result(readers, data, place, buffers=()):
     """The object of the pickle that begins at this place, with what came before it.  Raises any exception."""
-    import pickle
     if readers.trust:
         return load_trusted(data, place, buffers)
     if len(data) - place > SHORT and any(is_plain(data, place, keyed) for keyed in (True, False)):
         return pickle.loads(memoryview(data)[place:])
     reader = Reader(readers, data, place, buffers)
     try:
-        result = reader.load()
-    except Exception:
+        return reader.load()
+    finally:
         reader.check()              # a name that was refused is the better reason
-        raise
-    reader.check()
-    return result
 
 
 @functools.lru_cache()
@@ -15500,7 +15207,6 @@ def plain_run(keyed):
     keys then cost little to hash and to compare, without not-a-number (see KEYS); if not, flat tuples, which then are
     nobody's key.
     """
-    import re
     def sized(most):
         return b"(?:" + b"|".join(b"%s.{%d}" % (re.escape(bytes([size])), size) for size in range(most)) + b")"
     special = b"(?![\x7f\xff][\xf0-\xff])" if keyed and sys.version_info < (3, 10) else b""
@@ -15536,8 +15242,6 @@ def is_plain(data, place, keyed):
 
 def load_trusted(data, place, buffers):
     """As pickle does: a worker can run anything here."""
-    import pickle
-
     class Trusting(pickle.Unpickler):
         def find_class(self, module, name):
             return super().find_class("__main__" if module == "__mp_main__" else module, name)
@@ -15581,27 +15285,26 @@ def text(data):
 @functools.lru_cache()
 def run_of(code, form):
     """For numbers of one kind, up to a thousand in turn: what matches them, and what unpacks each."""
-    import re
     form = struct.Struct(form)
     return re.compile(b"(?:%s.{%d}){1,1000}" % (code, form.size - 1), re.DOTALL), form
 
 
 def attributes(state):
-    """What a state has for __dict__, and for slots, in one dictionary."""
-    parts = [part for part in (state if type(state) is tuple and len(state) == 2 else [state]) if part is not None]
+    """Returns what a state has for __dict__, and for slots: two dictionaries."""
+    parts = [{} if part is None else part
+             for part in (state if type(state) is tuple and len(state) == 2 else (state, None))]
     if not all(type(part) is dict and all(type(name) is str for name in part) for part in parts):
         raise malformed()
-    return {name: value for part in parts for name, value in part.items()}
+    return parts
 
 
 def set_state(made, state):
     """As pickle does, for a class that the program allows."""
     if hasattr(type(made), "__setstate__"):
         return made.__setstate__(state)
-    parts = state if type(state) is tuple and len(state) == 2 else (state, None)
-    attributes(state)
-    vars(made).update(parts[0] or {})
-    for name, value in (parts[1] or {}).items():
+    mine, slots = attributes(state)
+    vars(made).update(mine)
+    for name, value in slots.items():
         setattr(made, name, value)
 
 
@@ -15620,15 +15323,16 @@ def may_be_set(cls, name):
     return not any(lookup(type(there), method) for method in active)
 
 
-def numpy_dtype(numpy, what):
+def numpy_dtype(what, nothing=None):
     """numpy's dtype of what numpy.lib.format makes of one; no objects, and no name of a class."""
+    import numpy
+    import numpy.lib.format
     check_dtype(what, [])
     return numpy.lib.format.descr_to_dtype(what) if type(what) is list else numpy.dtype(what)
 
 
 def check_dtype(what, seen, depth=0):
     """Raises ValueError for what is no dtype's text, or has the same list of fields again and again: 8 ** 8 fields."""
-    import re
     if type(what) is str and re.match(r"[<>|=][biufcSUmMV?]\d{1,9}(\[\d*[A-Za-z]+\])?$", what):
         return
     if type(what) is not list or depth > 9 or len(seen) > 10000:
@@ -15645,8 +15349,7 @@ def check_dtype(what, seen, depth=0):
 def numpy_array(what, shape, order, raw):
     """numpy's array in this memory: bytes are copied, a bytearray is not."""
     import numpy
-    import numpy.lib.format
-    dtype = numpy_dtype(numpy, what)
+    dtype = numpy_dtype(what)
     if type(shape) is not tuple or len(shape) > 64 or not all(type(size) is int for size in shape) or (
             order not in ("C", "F") or type(raw) not in (bytes, bytearray)):
         raise malformed()
@@ -15673,13 +15376,7 @@ def numpy_scalar(what, raw):
     return numpy_array(what, (), "C", raw)[()]
 
 
-def numpy_type(what, nothing):
-    import numpy
-    import numpy.lib.format
-    return numpy_dtype(numpy, what)
-
-
-NUMPY = {"array": numpy_array, "scalar": numpy_scalar, "dtype": numpy_type}
+NUMPY = {"array": numpy_array, "scalar": numpy_scalar, "dtype": numpy_dtype}
 
 
 class Reader:
@@ -15739,9 +15436,6 @@ class Reader:
             raise EOFError("it ends too early")
         return self.data[self.place - count:self.place]
 
-    def skip(self, count):
-        self.take(count)
-
     def constant(self, value):
         self.stack.append(value)
 
@@ -15784,7 +15478,7 @@ class Reader:
     def mark(self, _):
         self.marks.append(len(self.stack))
 
-    def marked(self):
+    def marked(self, _=None):
         """The values after the last mark: they leave the stack."""
         place = self.marks.pop()
         values = self.stack[place:]
@@ -15796,9 +15490,6 @@ class Reader:
             self.marks.pop()
         else:
             self.stack.pop()
-
-    def pop_mark(self, _):
-        self.marked()
 
     def memoize(self, _):
         self.memo.append(self.stack[-1])
@@ -15945,13 +15636,12 @@ class Reader:
     def found(self, module, name):
         """A class, or a Name for what is none; its maker is noted.  REFUSED for what is not known."""
         import builtins
-        import importlib
         here = vars(builtins).get(name) if module == "builtins" else None
         maker = MAKERS.get(module, {}).get(name)
         if (module, name) == (__name__, "made"):
             return self.known(Name(), Reader.own)
         if isinstance(here, type) and issubclass(here, BaseException):
-            return self.known(here, Reader.builtin_exception)
+            return self.known(here, Reader.exception)
         if maker:
             there = getattr(importlib.import_module(module), name)      # a module of the standard library
             return self.known(there if isinstance(there, type) and there is not type else Name(), maker, there)
@@ -15972,7 +15662,6 @@ class Reader:
     def check(self):
         """Raises pickle.UnpicklingError if anything was refused."""
         if self.refused:
-            import pickle
             raise pickle.UnpicklingError(advice(self.refused))
 
     def reduce(self, new):
@@ -16012,7 +15701,8 @@ class Reader:
         self.spend(sum(len(part) for part in (state if type(state) is tuple else [state]) if type(part) is dict))
         _, check = self.open.pop(id(made), (None, None))
         if check:
-            for name, value in check(self, made, attributes(state)).items():
+            mine, slots = attributes(state)
+            for name, value in check(self, made, dict(mine, **slots)).items():
                 object.__setattr__(made, name, value)
         elif self.is_theirs(made):
             set_state(made, state)
@@ -16052,7 +15742,6 @@ class Reader:
 
     def own_enum(self, cls, name, value):
         """A member of an Enum, or a combination of a Flag's members: only enum's own code runs."""
-        import enum
         members = lookup(cls, "_member_map_")
         if type(name) is str and isinstance(members, dict) and name in members:
             return members[name]
@@ -16069,16 +15758,13 @@ class Reader:
     def own_exception(self, cls, args):
         if not issubclass(cls, BaseException) or type(args) is not tuple:
             raise malformed("%s is no exception here" % cls.__name__)
+        return self.exception(cls, *args)
+
+    def exception(self, cls, *args):
+        """By the builtin class alone: what its C code would take on trust is checked first."""
         base = cls
         while MODULE_OF.__get__(base) != "builtins":
             base = BASE_OF.__get__(base)
-        return self.exception(cls, base, args)
-
-    def builtin_exception(self, cls, *args):
-        return self.exception(cls, cls, args)
-
-    def exception(self, cls, base, args):
-        """By the builtin class alone: what its C code would take on trust is checked first."""
         if issubclass(base, UnicodeError) and base is not UnicodeError:
             text, start, end = args[-4:-1]
             if type(text) not in (str, bytes) or type(start) is not int or type(end) is not int or not (
@@ -16114,7 +15800,7 @@ class Reader:
         return state
 
     OPS = {ord(code): (method, detail) for code, method, detail in [
-        ("\x80", skip, 1), ("\x95", skip, 8), ("(", mark, None), ("0", pop, None), ("1", pop_mark, None),
+        ("\x80", take, 1), ("\x95", take, 8), ("(", mark, None), ("0", pop, None), ("1", marked, None),
         ("N", constant, None), ("\x88", constant, True), ("\x89", constant, False),
         ("]", empty, list), ("}", empty, dict), (")", empty, tuple), ("\x8f", empty, set),
         ("J", fixed, (b"J", "<xi")), ("K", fixed, (b"K", "<xB")), ("M", fixed, (b"M", "<xH")),
@@ -16188,7 +15874,6 @@ def load_error(readers, data, place, host):
         if not isinstance(error, BaseException):
             raise TypeError("no exception")
     except BaseException as reason:             # with trust, reading it may call sys.exit()
-        import pickle
         words = "the function raised %s (%s)" % (words, reason)
         error = pickle.UnpicklingError(words)
     if isinstance(error, ModuleNotFoundError):
@@ -16214,7 +15899,6 @@ BULKY = frozenset([bytes, functools.partial, memoryview])       # what in_buffer
 
 def in_buffers(value, protocol):
     """The value, or what stands for it in a pickle that has its bytes or memoryview outside."""
-    import pickle
     if type(value) is memoryview and (protocol < 5 or not value.contiguous):
         return bytes(value)
     if type(value) is functools.partial:
@@ -16233,7 +15917,6 @@ def dumps(value, protocol, by_value=False, kept=False):
 
     kept: it is for later, so it has copies of what may change, as the memory of an array.
     """
-    import pickle
     buffers, file = [], io.BytesIO()
     outside = {} if protocol < 5 else {"buffer_callback": lambda buffer: (
         buffer.raw().nbytes < LARGE or kept and type(buffer.raw().obj) is not bytes or buffers.append(buffer.raw()))}
@@ -16268,7 +15951,6 @@ def for_worker(value, protocol, program, kept=False):
     pickle sends functions and classes by their names.  What it cannot name goes by value, as cloudpickle sends
     it: bytecode, with which another version of Python would crash.
     """
-    import pickle
     try:
         made = dumps(value, protocol, kept=kept)
         if program.text or b"__main__" not in made.data:
@@ -16314,11 +15996,8 @@ class Shared:
         self.function, self.number, self.made = function, next(self.numbers), {}
 
     def keep(self, program):
-        import pickle
-        try:
+        with suppress(Exception):
             self.pickled(pickle.HIGHEST_PROTOCOL, program)
-        except Exception:
-            pass
 
     def pickled(self, protocol, program):
         """Returns Pickled, made only once.  Raises any exception."""
@@ -16339,7 +16018,6 @@ class Call:
 
     def keep(self, program):
         """Pickles a call by value when it is submitted: the globals that it uses may change while it waits."""
-        import pickle
         try:
             made = self.pickled(pickle.HIGHEST_PROTOCOL, program)       # that of each worker with our version of Python
         except Exception:
@@ -16409,7 +16087,6 @@ class Lane(Stateful):
 
     def start(self):
         """Starts the client.  Raises OSError."""
-        import subprocess
         ours = []                   # descriptors that are closed at the end
         try:
             ours += os.pipe()
@@ -16582,11 +16259,9 @@ class Lane(Stateful):
 
     def let_go(self):
         for file in list(self.files):
-            try:
+            with suppress(BlockingIOError):
                 for _ in range(4):              # a pipe's room
                     self.files[file](os.read(file.fileno(), FRAME_MAX))
-            except BlockingIOError:
-                pass
             self.close(file)
         self.client_ended()
 
@@ -16850,8 +16525,6 @@ def end_pools():
 @functools.lru_cache(None)
 def end_at_exit():
     """Sees to it, once, that end_pools() is called before the interpreter waits for its threads."""
-    import atexit
-    import threading
     getattr(threading, "_register_atexit", atexit.register)(end_pools)
 
 
@@ -16864,26 +16537,22 @@ class Pool:
     """
 
     def __init__(self, pub, hosts, limit, readers, retries, send=(), threads=1, initializer=None, calls_max=None):
-        import pickle
-        import threading
         self.hosts, self.limit, self.retries = hosts, limit, retries
         self.pub = None
         if not hosts:
             pub = checked_path(pub)
             self.pub = os.path.abspath(pub)
-            try:
+            with raising(as_failed, Fatal):
                 open_pub(pub)
-            except Fatal as error:
-                raise Failed(str(error), error.code) from None
         self.program, self.readers, self.protocol = Program(send), readers, pickle.HIGHEST_PROTOCOL
         self.threads, self.calls_max = threads, calls_max       # of a lane; None: any number
         self.initializer = initializer          # a Call without a future, or None
-        self.threading, self.shut = threading, False
+        self.shut = False
         self.reset()
 
     def reset(self):
         """Begins without calls, lanes and thread.  In a forked child too: there they are the parent's."""
-        self.process, self.gate, self.thread = os.getpid(), self.threading.RLock(), None
+        self.process, self.gate, self.thread = os.getpid(), threading.RLock(), None
         self.group = None                       # the RunGroup of the hosts, while the thread runs
         self.inbox = collections.deque()        # Calls, and methods for the thread to call
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
@@ -16905,7 +16574,7 @@ class Pool:
         """Gives the thread a call, and starts it if needed.  Raises RuntimeError after shutdown()."""
         self.check_process()
         with self.gate:
-            if not self.threading.main_thread().is_alive():
+            if not threading.main_thread().is_alive():
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
             if self.cause:
                 raise self.given_up()
@@ -16954,17 +16623,16 @@ class Pool:
         end_at_exit()
         self.loop, (self.waker, self.woken) = Loop(), os.pipe()
         # Before Python 3.9 the interpreter waits for all others before it calls end_pools()
-        daemon = not hasattr(self.threading, "_register_atexit")
-        self.thread = self.threading.Thread(target=self.work, name="cexec.Executor", daemon=daemon)
+        daemon = not hasattr(threading, "_register_atexit")
+        self.thread = threading.Thread(target=self.work, name="cexec.Executor", daemon=daemon)
         running_pools.add(self)
         try:
-            self.group = RunGroup(self.hosts, 3) if self.hosts else None
+            with raising(as_failed, Fatal):
+                self.group = RunGroup(self.hosts, 3) if self.hosts else None
             self.thread.start()
-        except (Fatal, RuntimeError) as error:      # a wrong host, too few processes; or there are too many threads
+        except (Failed, RuntimeError):  # a wrong host, too few processes; or there are too many threads
             self.stop_thread()
             self.thread = None
-            if isinstance(error, Fatal):
-                raise Failed(str(error), error.code) from None
             raise
 
     def wake(self):
@@ -16982,12 +16650,9 @@ class Pool:
             self.shut, thread = True, self.thread
             self.inbox += [self.cancel] * cancel + [self.abandon] * abandon
             self.wake()
-        if wait and thread not in (None, self.threading.current_thread()):
-            try:
+        if wait and thread not in (None, threading.current_thread()):
+            with on_failure(self.shutdown, False, True, True):         # after Ctrl-C
                 thread.join()
-            except KeyboardInterrupt:
-                self.shutdown(False, True, True)
-                raise
 
     # The thread
 
@@ -17001,7 +16666,7 @@ class Pool:
                 try:
                     self.loop.turn()
                 except Fatal as error:          # of the RunGroup: its hosts serve no more
-                    self.give_up(Failed(str(error), error.code))
+                    self.give_up(as_failed(error))
         except BaseException as error:          # a defect of ours: nobody must wait for ever
             self.shutdown(False, False)
             for lane in self.lanes:
@@ -17094,7 +16759,6 @@ class Pool:
             else:
                 call.future.set_result(result)
         except BaseException:       # of a callback, or of a future that is done: not for the other calls
-            import traceback
             self.show(traceback.format_exc())
 
     def put_back(self, calls):
@@ -17339,41 +17003,32 @@ class Pool:
 
     def tell(self, text):
         """Says on a terminal, or in a notebook, what the command line would say on a terminal."""
-        try:
+        with suppress(ValueError):  # standard error is closed
             if sys.stderr and (sys.stderr.isatty() or hasattr(sys, "ps1")):
                 self.show("cexec: %s\n" % printable(text))
-        except ValueError:
-            pass                    # standard error is closed
 
     def show(self, text):
         """Prints the output of functions."""
         if sys.stderr and text:
-            try:
+            with suppress(OSError, ValueError):  # standard error is closed
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            except (OSError, ValueError):
-                pass                # standard error is closed
 
 
 def count_slots(pool):
     """Returns how many jobs the workers that answer take at a time.  Asks for a second or more.  Raises Failed."""
-    try:
+    with raising(as_failed, Fatal):
         group = pool.await_hosts() if pool.hosts else None
         if pool.hosts and not group:
             return 0
         place = (Group(group.text), group.pub) if group else (Group(), open_pub(pool.pub))
         survey = Survey(*place, listen_ports(), Loop(), ServerFilter())
-    except Fatal as error:
-        raise Failed(str(error), error.code) from None
-    survey.begin(survey.loop.stop)
-    survey.loop.run()
-    survey.close()
+    survey.run()
     return sum(row["slots"] for row in survey.rows() if row["state"] == "serving")
 
 
 def pickled(value):
     """A pickle that any worker's Python can read."""
-    import pickle
     return pickle.dumps(value, 2)
 
 
@@ -17468,9 +17123,8 @@ class ExecutorMethods:
             raise TypeError("max_tasks_per_child must be an integer")
         if max_tasks_per_child is not None and max_tasks_per_child <= 0:
             raise ValueError("max_tasks_per_child must be >= 1")
-        import weakref
         self._given = max_workers
-        self._pool = Pool(pub, hosts, max_workers or 10 ** 6, result_readers(allow, trust), retries, send, threads,
+        self._pool = Pool(pub, hosts, max_workers or 10 ** 6, Allowed(allow, trust), retries, send, threads,
                           initializer and Call(None, initializer, tuple(initargs), {}), max_tasks_per_child)
         weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
 
@@ -17674,11 +17328,9 @@ def install(words):
             if os.path.islink(path):
                 os.unlink(path)
             os.symlink(target, path)
-    try:
+    with or_fatal(here, hint=" (chmod +x it)"):
         if not os.access(here, os.X_OK):
             os.chmod(here, 0o755)
-    except OSError as error:
-        raise Fatal(EXIT_TEMPORARY, "%s: %s (chmod +x it)" % (here, error.strerror)) from None
     print_out(encoded("%s: links to %s: %s\n" % (printable(words[0]), printable(target), ", ".join(APPLETS))))
     if os.path.abspath(words[0]) not in map(os.path.abspath, os.get_exec_path()):
         log.say("%s is not in PATH yet: export PATH=%s:$PATH" % (words[0], os.path.abspath(words[0])))
@@ -17729,7 +17381,6 @@ def main(argv):
     except Exception as error:      # a defect of ours: one line, and the traceback only with -v
         tidy_up()
         if log.verbose:
-            import traceback
             traceback.print_exc()
         log.say(lack_of(error) or "internal error: %s: %s%s" % (type(error).__name__, error, memory_hint()))
         code = EXIT_TEMPORARY

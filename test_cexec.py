@@ -812,14 +812,8 @@ class Ear(Closing):
 
     def hear(self):
         """Everything that has been heard by now, oldest first."""
-        while True:
-            try:
-                heard = self.listener.receive(self.sock)
-            except cexec.ProtocolError:
-                continue
-            if heard is None:
-                return self.heard
-            self.heard.append(heard[:2])
+        cexec.deliver(self.sock, functools.partial(self.listener.hear, lambda *heard: self.heard.append(heard[:2])))
+        return self.heard
 
     def wait_for(self, kind, known=()):
         """(Datagram, address) of the first of a kind, for a nonce that is not known."""
@@ -2824,9 +2818,8 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
 
             def all_heard(attempt):
                 for listener, got in zip(listeners, heard):
-                    found = listener.receive(listener.socks[socket.AF_INET])
-                    if found:
-                        got.append(found)
+                    hear = functools.partial(listener.hear, lambda *found, got=got: got.append(found))
+                    cexec.deliver(listener.socks[socket.AF_INET], hear)
                 return all(attempt in [found[0].body.attempt for found in got] for got in heard)
             until(lambda: all_heard(1), "both listeners' hearing")
             group.send({socket.AF_INET: sock}, last)      # what is still to come of the first comes before it
@@ -15179,7 +15172,7 @@ def test_import_is_cheap_and_help_can_be_read(cluster):
 # ---- Python: what a result may have in it ----------------------------------
 
 def loaded(data, allow=()):
-    return cexec.load_result(cexec.result_readers(allow), b"...." + data, 4)
+    return cexec.load_result(cexec.Allowed(allow), b"...." + data, 4)
 
 
 DATA = [None, True, 10 ** 40, 1.5, 2j, "\ud800 text", b"bytes", bytearray(b"x"), [1, [2]], (1, (2,)), {"a": {1, 2}},
@@ -15274,7 +15267,7 @@ def harmful_pickles(touch):
 def test_no_result_runs_code_here(tmp_path, extensions):
     """With a number of copyreg's too, whose object was loaded before, which pickle's C code does not ask about."""
     mark, before = str(tmp_path / "harm"), set(sys.modules)
-    readers = [cexec.result_readers(allow) for allow in ((), EVERY_ALLOW)]
+    readers = [cexec.Allowed(allow) for allow in ((), EVERY_ALLOW)]
     if extensions:
         copyreg.add_extension("os", "system", 7)
         assert pickle.loads(b"\x80\x02\x82\x07.") is os.system
@@ -15312,11 +15305,11 @@ def test_allow_names_a_modules_classes_and_nothing_that_it_has_imported(mine):
 def test_allow_names_what_is_there(mine):
     assert loaded(stack_global("mine_x", "Point"), ["mine_x.Point"]) is mine.Point
     with pytest.raises(ImportError):
-        cexec.result_readers(["no_such_module_x"])
+        cexec.Allowed(["no_such_module_x"])
     with pytest.raises(AttributeError):
-        cexec.result_readers(["datetime.no_such_class"])
+        cexec.Allowed(["datetime.no_such_class"])
     with pytest.raises(TypeError):
-        cexec.result_readers("datetime")
+        cexec.Allowed("datetime")
 
 
 @pytest.mark.parametrize("name", [
@@ -15328,7 +15321,7 @@ def test_allow_names_what_is_there(mine):
     "sqlite3.Connection"])
 def test_allow_takes_only_classes_for_data(mine, name):
     with pytest.raises(TypeError, match="classes for data"):
-        cexec.result_readers([name])
+        cexec.Allowed([name])
     module, _, inner = name.rpartition(".")
     with pytest.raises((ValueError, pickle.UnpicklingError)) as refused:
         loaded(stack_global(module or name, inner or "getattr"))
@@ -15519,7 +15512,7 @@ def test_no_result_changes_a_class(ours):
     """By the state that pickle's BUILD sets on whatever it gets: on a class, a function, an Enum's member."""
     before = {cls: dict(vars(cls)) for cls in (fractions.Fraction, ours.Point, ours.Color, ours.Plain, OSError)}
     state = b"}\x8c\x06__eq__" + stack_global("builtins", "bool")[2:-1] + b"s"
-    readers = [cexec.result_readers(allow) for allow in ((), EVERY_ALLOW + ["ours_x"])]
+    readers = [cexec.Allowed(allow) for allow in ((), EVERY_ALLOW + ["ours_x"])]
     for module, name in (("fractions", "Fraction"), ("ours_x", "Point"), ("ours_x", "Color"), ("ours_x", "Plain"),
                          ("builtins", "OSError"), ("ours_x", "Point.is_safe"), ("re", "_compile"), ("cexec", "made")):
         for reader in readers:
@@ -15639,7 +15632,7 @@ def test_what_a_worker_sends_at_random(ours):
               collections.defaultdict(list, a=[1])]
     whole = [ours.dumps(value) for value in values]
     before = {cls: dict(vars(cls)) for cls in (ours.Point, ours.Color, ours.Mode, ours.Pair, fractions.Fraction)}
-    readers, modules = [cexec.result_readers(allow) for allow in ((), EVERY_ALLOW)], set(sys.modules)
+    readers, modules = [cexec.Allowed(allow) for allow in ((), EVERY_ALLOW)], set(sys.modules)
     ours.CALLED.clear()
     opcodes = sorted(cexec.Reader.OPS) + [ord(".")]
     for turn in range(6000):
@@ -15768,7 +15761,7 @@ def test_only_what_is_plain_is_read_by_pickle():
 
 
 def test_with_trust_a_result_is_read_as_pickle_does(mine):
-    readers = cexec.result_readers((), trust=True)
+    readers = cexec.Allowed((), trust=True)
     assert cexec.load_result(readers, b".." + pickle.dumps(mine.function, 4), 2) is mine.function
     assert cexec.load_result(readers, pickle.dumps(Harm(len, ("abc",)), 4), 0) == 3
 
@@ -15777,7 +15770,7 @@ def test_an_exception_that_cannot_be_made_here_is_told(mine):
     def told(error, allow=()):
         text = b"Traceback ...\n\x1b[2Jmine_x.Sneaky: why"
         data = cexec.TEXT_SIZE.pack(len(text)) + text + (pickle.dumps(error) if error else b"")
-        return cexec.load_error(cexec.result_readers(allow), data, 0, "box")
+        return cexec.load_error(cexec.Allowed(allow), data, 0, "box")
     for error, allow, word in ((mine.Sneaky(1, 2), (), "mine_x.Sneaky is not known here"),
                                (mine.Sneaky(1, 2), ["mine_x"], "missing 1 required"),
                                (None, (), "it cannot be pickled"),
@@ -16551,11 +16544,11 @@ def test_what_is_large_is_not_copied_into_a_pickle(ours):
         buffers = []
         made = bytes(ours.scope["dumps"](value, buffers))
         assert len(made) < 1000 and len(buffers) == (2 if type(value) is list else 1)
-        found = cexec.load_result(cexec.result_readers(()), made, 0, [bytearray(one) if type(value) in (
+        found = cexec.load_result(cexec.Allowed(()), made, 0, [bytearray(one) if type(value) in (
             numpy.ndarray, list) else bytes(one) for one in buffers])
         assert repr(found) == repr(data if type(value) is memoryview else value)
     given = bytearray(array.tobytes())
-    found = cexec.load_result(cexec.result_readers(()), bytes(ours.scope["dumps"](array, [])), 0, [given])
+    found = cexec.load_result(cexec.Allowed(()), bytes(ours.scope["dumps"](array, [])), 0, [given])
     given[0] = 7
     assert found[0] == 7                # it is the memory that came
 
