@@ -1058,6 +1058,7 @@ def format_key(master):
 # a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
 # Offer and FileRun.  A new datagram needs a place in DATAGRAMS, and rcvd_NAME in Worker,
 # Search, Survey or Logger.  Both need cexec(7), and another PROTOCOL.
+VARIABLE = "text", "rows:", "rest"  # how the types of fields begin whose size varies
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
 
@@ -1066,6 +1067,7 @@ class Message:
 
     def __init__(self, code, name, **fields):
         self.code, self.name, self.fields = code, name, fields
+        self.parts = list(parts_of(fields))
 
     def __repr__(self):
         return self.name
@@ -1074,19 +1076,34 @@ class Message:
         """The body's bytes.  Every field must be given."""
         if values.keys() != self.fields.keys():
             raise TypeError("%s has the fields %s" % (self.name, ", ".join(self.fields)))
-        return b"".join(pack_field(kind, values[field]) for field, kind in self.fields.items())
+        return b"".join([form.pack(*[values[name] for name in names]) if form else pack_field(kind, values[names[0]])
+                         for names, kind, form in self.parts])
 
     def unpack(self, body):
         """The fields as a namespace; ProtocolError if the body is not exactly them."""
         values, rest = {}, memoryview(body)
         try:
-            for field, kind in self.fields.items():
-                values[field], rest = unpack_field(kind, rest)
+            for names, kind, form in self.parts:
+                if form:
+                    values.update(zip(names, form.unpack_from(rest)))
+                    rest = rest[form.size:]
+                else:
+                    values[names[0]], rest = unpack_field(kind, rest)
         except struct.error:
             raise ProtocolError("%s cut short" % self.name) from None
         if rest:
             raise ProtocolError("%s with %d bytes too many" % (self.name, len(rest)))
         return SimpleNamespace(**values)
+
+
+def parts_of(fields):
+    """Yields (names, kind, a Struct or None) for the parts of a message: fields of fixed size in a row are one."""
+    for varies, run in itertools.groupby(fields.items(), lambda item: item[1].startswith(VARIABLE)):
+        names, kinds = zip(*run)
+        if varies:
+            yield from (((name,), kind, None) for name, kind in zip(names, kinds))
+        else:
+            yield names, None, struct.Struct("!" + "".join(kinds))
 
 
 def pack_field(kind, value):
@@ -1163,6 +1180,8 @@ REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version
                 slots="H", waiting="I", uptime="I", draining="B", options="B")      # load: 1/1000, uptime: s
 DENY = Message(7, "DENY", serves="8s", why="B")                     # proves nothing; serves: an application id
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
+WHOLE_DATAGRAMS = {code: Message(code, message.name, **COMMON.fields, **message.fields)
+                   for code, message in DATAGRAMS.items()}
 
 RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)                           # what is passed on to workers elsewhere,
 ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}               # and their datagrams: what each answers
@@ -1263,7 +1282,7 @@ class Datagram:
             raise ProtocolError("unknown datagram %d" % code)
         self.data, self.kind = data, DATAGRAMS[code]
         body, self.mac = data[DATAGRAM_HEAD.size:-MAC_SIZE], data[-MAC_SIZE:]
-        self.body = Message(code, self.kind.name, **COMMON.fields, **self.kind.fields).unpack(body)
+        self.body = WHOLE_DATAGRAMS[code].unpack(body)
         self.application, self.name, self.nonce = self.body.application, self.body.client, self.body.nonce
         if not is_name(self.name):
             raise ProtocolError("not a client's name")
@@ -2456,7 +2475,7 @@ class Link:
         self.is_plain = isinstance(tls, Plain)
         self.reader = FrameReader()
         self.appetite = self.full                   # bytes to read in the next turn
-        self.held = None                            # frames that wait for release(); None: they are sent at once
+        self.waiting, self.holding = [], False      # frames that go with a later one; whether all wait for release()
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.write_closed = False
         self.last_activity = time.monotonic()       # the last sign of life
@@ -2536,17 +2555,19 @@ class Link:
                 self.owner.link_frame(self, kind, flags, channel, payload)
                 if self.closed:
                     return
+        self.send_waiting()
         self.appetite = self.little if count > self.at_once else min(2 * self.appetite, self.full)
 
-    def send(self, kind, channel=0, flags=0, **fields):
-        self.send_frames([make_frame(kind, channel, flags, **fields)])
+    def send(self, kind, channel=0, flags=0, later=False, **fields):
+        """Sends a frame; later: with the next one, or when all is handled that has come, or by send_waiting()."""
+        self.send_frames([make_frame(kind, channel, flags, **fields)], later)
 
-    def send_frames(self, frames):
+    def send_frames(self, frames, later=False):
         """Sends frames together: one packet costs the sender and the peer as much as several frames."""
         if log.verbose:
             for code, _, channel, _ in map(FRAME_HEAD.unpack_from, frames):
                 log.note("-> %s %d", FRAMES[code], channel)
-        self._write(b"".join(frames))
+        self._write(b"".join(frames), later)
 
     def send_data(self, channel, buffer, size):
         """Sends size bytes as DATA.  buffer has room for a frame's head, and then the bytes."""
@@ -2557,16 +2578,23 @@ class Link:
 
     def hold(self):
         """Has all frames wait for release()."""
-        self.held = []
+        self.holding = True
 
     def release(self):
         """Sends the frames since hold() together."""
-        frames, self.held = self.held, None
-        self._write(b"".join(frames))
+        self.holding = False
+        self.send_waiting()
 
-    def _write(self, frame):
-        if self.held is not None:
-            return self.held.append(bytes(frame))   # a copy: the buffer of send_data() is used again
+    def send_waiting(self):
+        """Sends what was to be sent later; between hold() and release() it still waits."""
+        if self.waiting and not self.holding:
+            self._write(b"")
+
+    def _write(self, frame, later=False):
+        if later or self.holding:
+            return self.waiting.append(bytes(frame))        # a copy: the buffer of send_data() is used again
+        if self.waiting:
+            frame, self.waiting = b"".join([*self.waiting, frame]), []
         if self.closed or self.write_closed:
             return
         if self.is_plain and not self.congested:
@@ -3104,10 +3132,11 @@ class Source(Pausable, Stream):
         if self.is_live():
             self._set(ENDED)
             whole, channel = len(self.end.halves) < 2 or self.end.hung_up(), self.carrier.channels[self.number]
-            self.link.send(EOF, self.number, FLAG_WHOLE if whole else 0)
-            self._leave("read", whole)          # the job may be over with that, and its channels be closed
+            self.link.send(EOF, self.number, FLAG_WHOLE if whole else 0, later=True)
+            self._leave("read", whole)          # the job may be over with that: EXIT goes, and its channels are closed
             if whole:
                 channel.break_off()
+            self.link.send_waiting()
 
     def leave_alone(self):
         """Tells the peer an end of file at once.  Others are to read the End: a socket stays open both ways."""
@@ -7582,16 +7611,16 @@ class Task:
         self.stamp = self.state_of_input()
         if self.stamp and not stat.S_ISREG(self.stamp[0]):
             raise OSError(errno.EINVAL, "not a regular file")
-        self.input = open(self.file if self.stamp else os.devnull, "rb", 0)
+        self.input = open(self.file, "rb", 0) if self.stamp else None
 
     def open_outputs(self):
         self.result = self.terms.unnamed.take() if self.output is None else self.open_part()
         self.errors = self.open_errors() if self.errors_kept else self.terms.unnamed.take()
 
     def ends(self):
-        """Returns the Ends of its descriptors, for a run."""
-        return [End(file.fileno(), file.fileno(), lambda: None, [half])
-                for file, half in ((self.input, "read"), (self.result, "write"), (self.errors, "write"))]
+        """Returns the Ends of its descriptors, for a run.  Without an input that End is not read: its number is -1."""
+        numbers = [file.fileno() if file else -1 for file in (self.input, self.result, self.errors)]
+        return [End(number, number, lambda: None, [half]) for number, half in zip(numbers, ("read", "write", "write"))]
 
     def open_part(self):
         """The file for the unfinished output, empty, and locked for us alone.  Raises OSError."""
@@ -7738,7 +7767,9 @@ class FileRun(RemoteRun):
         self.started_at = time.time()           # for the joblog
         self.accepted = accepted    # False for the next Task of a connection, until ACCEPT: its GO was sent at once
         for number, end in enumerate(task.ends()):
-            self.carry(number, end)
+            channel = self.carry(number, end)
+            if channel.source and not task.input:
+                channel.source.leave_alone()
         self.reported = False       # whether ended() of the batch was called
         with on_failure(self.detach):
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
@@ -10331,7 +10362,7 @@ class Supervisor(Stateful):
         """A part of the words of the batch's next job."""
         self.words.add(payload.bytes)
         self.set_deadline(OFFER_SECONDS, self.leave)
-        self.link.send(PONG)
+        self.link.send(PONG, later=True)
 
     def rcvd_job(self, flags, channel, payload):
         """The next job of a batch; its GO is on the way."""
@@ -11298,8 +11329,8 @@ class Worker:
 
     def hear(self, datagram, address, index, handle=None):
         method = handler_of(self, datagram.kind)
-        if method is None:
-            return
+        if method is None or datagram.kind is ALERT and datagram.body.event != ALERT_COMPLAINT:
+            return                  # an ALERT of each job of a batch: to check its MAC would cost more than all else
         if datagram.application != self.key.application:
             return self.deny(datagram, address, handle, DENY_APPLICATION)
         if datagram.name in self.settings.refused:
@@ -11356,8 +11387,6 @@ class Worker:
     def rcvd_alert(self, datagram, address, handle):
         """A complaint about us counts once for each offer, and not if the reason may be the client's own link."""
         body, client = datagram.body, self.clients.find(datagram)
-        if body.event != ALERT_COMPLAINT:
-            return
         if body.worker_id != self.id:
             self.complainers[datagram.name, address] = time.monotonic()
         elif client and client.take_complaint():

@@ -3357,7 +3357,7 @@ def test_no_handshake_with_what_is_not_tls(worker_key):
 def test_a_source_that_is_to_end_waits_for_credit_and_not_for_an_endless_writer():
     zero = os.open("/dev/zero", os.O_RDONLY)
     holder = Holder(cexec.Loop())
-    nothing = {"send": lambda *words: None, "send_data": lambda *words: None}
+    nothing = {"send": lambda *words, later: None, "send_data": lambda *words: None, "send_waiting": lambda: None}
     holder.link = SimpleNamespace(congested=False, closed=False, **nothing)
     source = holder.carry(1, cexec.End(zero, zero, lambda: os.close(zero), ["read"])).source
     source.credit = 1000
@@ -3373,8 +3373,8 @@ def test_a_source_at_its_end_leaves_the_next_file_with_its_number_alone(late):
     """A slow link can be written again, or CREDIT comes, when the End was closed long ago."""
     reader, writer = os.pipe()
     holder, called = Holder(cexec.Loop()), []
-    holder.link = SimpleNamespace(congested=False, closed=False, send=lambda *words: None,
-                                  send_data=lambda *words: None)
+    holder.link = SimpleNamespace(congested=False, closed=False, send=lambda *words, later: None,
+                                  send_data=lambda *words: None, send_waiting=lambda: None)
     source = holder.carry(1, cexec.End(reader, reader, lambda: os.close(reader), ["read"])).source
     os.write(writer, b"data")
     os.close(writer)
@@ -3401,7 +3401,8 @@ def test_shut_that_its_writer_can_no_longer_be_told(writer_left, credit, sent, s
     os.set_blocking(reader, False)
     holder, frames = Holder(cexec.Loop()), []
     holder.link = SimpleNamespace(
-        congested=False, closed=False, send=lambda kind, *words: frames.append(kind),
+        congested=False, closed=False, send_waiting=lambda: None,
+        send=lambda kind, *words, later=False: frames.append(kind),
         send_data=lambda number, buffer, count: frames.append((bytes(buffer[8:8 + count]), count)))
     source = holder.carry(1, cexec.PipeEnd(reader, reader, lambda: os.close(reader), ["read"])).source
     source.credit = credit
@@ -3496,7 +3497,8 @@ def test_a_stream_goes_only_where_the_drawing_says(half, events, states):
 
     reader, writer = os.pipe()
     holder, frames = Holder(cexec.Loop()), []
-    holder.link = SimpleNamespace(congested=False, closed=False, send=lambda kind, *words: frames.append(kind))
+    holder.link = SimpleNamespace(congested=False, closed=False, send_waiting=lambda: None,
+                                  send=lambda kind, *words, later=False: frames.append(kind))
     fd = reader if half == "read" else writer
     channel = holder.carry(1, End(fd, fd, lambda: None, [half]))
     stream = channel.source or channel.sink
@@ -11573,25 +11575,27 @@ def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
     worker = cluster.worker("true")
 
     def heard(count):
-        """Returns how many complaints of so many ALERTs counted; the last is no complaint, so all others are done."""
-        other.say(cexec.ALERT, event=cexec.ALERT_EXITED)
-        worker.says("<- ALERT", count, count)
+        """Returns how many complaints of so many counted, when the CLAIM behind the last is heard, and so all are."""
+        claims = read(worker.log).count(b"<- CLAIM")
+        other.say(cexec.CLAIM, token=os.urandom(32), offers=1)
+        worker.says("<- CLAIM", claims + 1, claims + 1)
+        assert read(worker.log).count(b"<- ALERT") == count
         return read(worker.log).count(b"a complaint about us")
 
     with Asker(cluster) as asker, Asker(cluster) as other:
         with asker.offer() as peer:
             worker_id = peer.hello.worker_id
         other.complain(worker_id)               # it was never made an offer
-        assert heard(2) == 0
+        assert heard(1) == 0
         asker.complain(os.urandom(8))           # another worker
-        assert heard(4) == 0
+        assert heard(2) == 0
         asker.complain(worker_id, nonce=other.nonce)
-        assert heard(6) == 0
+        assert heard(3) == 0
         asker.complain(worker_id)
-        assert heard(8) == 1
+        assert heard(4) == 1
         asker.complain(worker_id)
         asker.complain(worker_id)
-        assert heard(11) == 1
+        assert heard(6) == 1
         worker.says("offer to 127.0.0.1:%d" % asker.port)
     assert cluster.client().returncode == 0     # later, but served
 
