@@ -11703,7 +11703,7 @@ def test_a_hundred_thousand_garbage_datagrams(cluster):
         group.send({socket.AF_INET: sock}, announced.readdressed("127.0.0.1", announced.port, 1))
         assert client.communicate(b"found", timeout=60)[0] == b"found" and client.returncode == 0
     for log in (worker.log, client.log):
-        assert 80000 < read(log).count(b"dropped") < 110000     # the rest is for others, or of no kind for them
+        assert 75000 < read(log).count(b"dropped") < 110000     # the rest is for others, or of no use for them
         no_defect(read(log))
     until(lambda: len([line for line in crat.lines() if "completed by" in line and "unverified" not in line]) == 2)
     no_defect(read(cluster.path("crat.err")))
@@ -11915,7 +11915,7 @@ def test_a_worker_ends_with_its_line_full_and_another_takes_over(cluster, how):
 
 def test_a_worker_whose_host_fails_waits_until_a_command_runs(cluster):
     """Two seconds longer, as its HELLO says; the first success is the end of that."""
-    line = "\n            self.process = killing_stopped(lambda: subprocess.Popen("
+    line = "\n            if SPAWNS and path and not self.settings.user and self.terminal is None:"
     altered(cluster, (line, "\n            if os.path.exists(%r): raise OSError(errno.EAGAIN, 'no process')%s" % (
         cluster.path("short"), line)), PENALTY=cexec.PENALTY)
     worker = cluster.worker("sh", "-c", "exit 6")
