@@ -10546,7 +10546,8 @@ class SupervisorHandle:
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), command_missing(reason), job_refused(reason), job_returned(client),
-    may_go_on(client) and slots_changed().  A handle in the set free lets its batch go on without asking.
+    may_go_on(client), has_penalty() and slots_changed().  A handle in the set free lets its batch go on
+    without asking.
     """
 
     def __init__(self, supervisors, client, pid, pipe, slot):
@@ -10614,7 +10615,8 @@ class SupervisorHandle:
     def rcvd_more(self, value):
         may_go_on = self.removals.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
         # A job with a directory tells of that in any case, and one with a session has to tell when this is over.
-        if may_go_on and not self.removals.place and self.sessions == [self.pid]:
+        # While there is a penalty, we must hear of the next start.
+        if may_go_on and not (self.removals.place or self.sessions != [self.pid] or self.patron.has_penalty()):
             self.supervisors.free.add(self)
         self.tell(b"free\n" if self in self.supervisors.free else b"yes\n" if may_go_on else b"no\n")
 
@@ -11613,6 +11615,10 @@ class Worker:
     def may_go_on(self, client):
         """Whether a batch may have its next job on the same connection: only if no other client waits."""
         return not self.draining and all(other.batch == client.batch for other in self.clients.line)
+
+    def has_penalty(self):
+        """Whether offers are delayed until a command has started."""
+        return self.pace.penalty > 0
 
     def slots_changed(self):
         """A slot may be free, or the last job may be over."""

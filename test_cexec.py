@@ -11600,6 +11600,22 @@ def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
     assert cluster.client().returncode == 0     # later, but served
 
 
+def test_a_complaint_is_over_with_the_next_job_of_a_batch(cluster):
+    """The worker hears of this start, though before it heard of none."""
+    names = made_files(cluster, 40)
+    worker = cluster.worker("sh", "-c", NOTED + "sleep 0.1; cat", env={"CONCURRENCY": "1"})
+    with Asker(cluster) as asker:
+        with asker.offer() as peer:
+            worker_id = peer.hello.worker_id
+        client = start_batch(cluster, *names)
+        until(lambda: len(begun(cluster)) >= 8, "some of the batch")
+        starts = read(worker.log).count(b": group ")
+        asker.complain(worker_id)
+        worker.says("a complaint about us")
+        until(lambda: read(worker.log).count(b": group ") > starts, "a start of which the worker hears")
+    assert client.wait(PATIENCE) == 0
+
+
 def test_only_who_announced_a_job_can_claim_it(cluster):
     """Another holder of the same pub, and one of another name, say that a waiting client is served."""
     worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
