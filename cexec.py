@@ -8038,6 +8038,7 @@ class Disk:
 
     def finish(self):
         """Waits for all."""
+        self.tell()                 # those whose thread has woken the loop already
         while self.waiting:
             self.woken()
 
@@ -8165,6 +8166,7 @@ class Batch(Patron):
         """A search has given up.  The batch goes on if there is another search or a run."""
         self.end_search(search)
         if not self.runs and not self.searches:
+            self.disk.finish()      # the summary counts these outputs too
             raise Fatal(code, "%s; %s" % (message, self.summary()))
 
     def tasks_for(self, worker_id):
@@ -9923,8 +9925,8 @@ class Command(Carrier, Stateful):
 
     def spawn(self):
         """Starts the command with its ends at its numbers.  Raises OSError; Fatal if it cannot be prepared."""
-        # Afterwards the supervisor closes its copies: a pipe is at its end only when no process has the
-        # other end open.
+        # After the start the supervisor closes its copies: a pipe is at its end only when no process has the
+        # other end open.  All descriptors of ours are closed by exec.
         ends = {number: self.far[channel] for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES}
         path = self.path or ("/" in self.name() and self.name())
         try:
@@ -9955,9 +9957,9 @@ class Command(Carrier, Stateful):
         # not move.  So the supervisor itself puts them at the command's numbers: all descriptors of ours
         # are at numbers from the floor up, and the numbers below it are free.
         standard = [ends.pop(number, None) for number in range(3)]
+        reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         for number, end in ends.items():
             os.dup2(end, number, True)
-        reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         try:
             # Popen waits for exec, and we for Popen.  Before exec the child becomes the user of -u: another process
             # of this user could stop it, and we would not hear the client or cservice any more.
