@@ -9212,6 +9212,23 @@ def test_outputs_wait_for_the_disk_together(cluster):
     assert not parts(cluster.directory)
 
 
+def test_an_output_that_cannot_be_logged_holds_up_no_other(tmp_path, monkeypatch):
+    """Two are on the disk with one wake-up, and the first ends the batch, which then waits for the second."""
+    disk, waited = cexec.Disk(cexec.Loop(), 16), []
+    monkeypatch.setattr(disk, "seconds", 1.0)
+
+    def fails(error):
+        raise cexec.Fatal(111, "the log")
+    with open(tmp_path / "out", "wb") as file:
+        for over in fails, waited.append:
+            disk.store(file, over)
+        until(lambda: len(disk.ended) == 2 and cexec.unread(disk.reader) == 2, "the end of both threads")
+        with pytest.raises(cexec.Fatal):
+            disk.woken()
+    disk.finish()
+    assert waited == [None] and not disk.waiting
+
+
 def test_an_interrupted_batch_keeps_the_outputs_that_wait_for_the_disk(cluster):
     """They are whole.  Those of jobs that run are removed."""
     names = made_files(cluster, 3)
