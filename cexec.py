@@ -3059,6 +3059,10 @@ class Source(Pausable, Stream):
         while self.sent < FRAME_MAX and self._wanted():
             self.readable()
 
+    def is_held_open(self):
+        """Whether all is read, and the end of file has not come."""
+        return self.is_live() and self._wanted() and not unread(self.end.polled)
+
     def _wanted(self):
         if self.state is OPEN or self.state is DRAINING:
             return self.credit and not self.link.congested and not self.link.closed
@@ -9471,22 +9475,22 @@ def main_single(words, options):
 
 # cservice forks a supervisor for each connection that brings a job; it does this job, and the next
 # jobs of a batch.  They talk over a socketpair: the supervisor sends a line for each event, and
-# cservice answers only "more".  After "free" the jobs of a batch follow each other without "group" and
-# "more", until cservice wants to hear of the next one: "ask".
+# cservice sends only an answer to "more", and "ask".  After "free" the jobs of a batch follow each other
+# without "group" and "more", until cservice wants to hear of the next one: "ask".
 #
 #     cservice (Supervisors, SupervisorHandle)     supervisor (Supervisor, Command)
 #       | fork, with the client's connection ---->  |  makes the command's descriptors, sends ACCEPT
-#       |  <--------------- missing COMMAND, back   |  or the command is not there: sends REFUSE
+#       |  <------- missing COMMAND: REASON, back   |  or the command is not there: sends REFUSE
 #       |  <---------------- refused REASON, back   |  or it cannot make them: sends REFUSE
-#       |  <--------------------------------- back  |  the client left before GO: it may ask again
+#       |  <--------------------------------- back  |  the client left, and no command has started: it may ask again
 #       |  <---------------------- directory NAME   |  with -d: a directory is made for the job
 #       |  <---------------- group PID|session PID  |  GO came: the command has started
-#       |  <------------------------------- failed  |  or it cannot be started
+#       |  <------------------------------- failed  |  or it cannot be started, for a reason of this host
 #       |  <-------------------------- leaves NAME  |  the job is over: cservice removes its directory
 #       |  <--------------------------------- more  |  a job of a batch is over: may the batch go on?
 #       | yes|no|free --------------------------->  |
 #       | ask ----------------------------------->  |  it was free, and is no longer
-#       |  <--------------------------------- done  |  EXIT is sent: the slot is free
+#       |  <--------------------------------- done  |  EXIT is sent: the slot is free, once the directory is removed
 #       | reaps it                                  |  ends when the client has closed
 
 SLOTS_MAX = 10000                   # the most slots that a worker can have
@@ -10151,8 +10155,13 @@ class Command(Carrier, Stateful):
                 channel.source.close_soon()
 
     def tell_lingering(self):
+        """Tells the client if processes that the command has left behind hold its outputs open."""
+        # A reader that is slow, at the client or on the way, has us wait in the same state.
         if self.state is LINGERING:
-            self.link.send(LINGER, status=self.result[1])
+            if any(source.is_held_open() for source in self.sources()):
+                self.link.send(LINGER, status=self.result[1])
+            else:
+                self.timers.append(self.loop.after(1.0, self.tell_lingering))
 
     def stream_ended(self):
         """The job is over when the command has ended, and all its outputs are closed and sent."""
@@ -10548,8 +10557,7 @@ class SupervisorHandle:
 
     The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
     job_started(), job_failed(), command_missing(reason), job_refused(reason), job_returned(client),
-    may_go_on(client), has_penalty() and slots_changed().  A handle in the set free lets its batch go on
-    without asking.
+    may_go_on(client), has_penalty() and slots_changed().
     """
 
     def __init__(self, supervisors, client, pid, pipe, slot):
@@ -10560,7 +10568,8 @@ class SupervisorHandle:
         self.pipe = pipe            # our end of the socketpair; None once it is closed
         self.unfinished = b""       # the beginning of a line
         self.sessions = [pid]       # its session; with a terminal also the command's session
-        self.done = False           # whether its slot is free: it has sent EXIT, or ended the command
+        self.unasked = False        # whether its batch goes on without asking
+        self.done = False           # whether no command runs, and none will
         self.killed = False         # by cut_off()
         os.set_blocking(pipe, False)
         self.loop.on_read(pipe, self.read)
@@ -10616,16 +10625,17 @@ class SupervisorHandle:
 
     def rcvd_more(self, value):
         may_go_on = self.removals.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
-        # A job with a directory tells of that in any case, and one with a session has to tell when this is over.
-        # While there is a penalty, we must hear of the next start.
-        if may_go_on and not (self.removals.place or self.sessions != [self.pid] or self.patron.has_penalty()):
-            self.supervisors.free.add(self)
-        self.tell(b"free\n" if self in self.supervisors.free else b"yes\n" if may_go_on else b"no\n")
+        # A job with a directory tells of its directory, so "free" would save nothing, and one with a session has to
+        # tell when this is over.  While there is a penalty, we must hear of the next start.
+        self.unasked = may_go_on and not (self.removals.place or self.sessions != [self.pid]
+                                          or self.patron.has_penalty())
+        self.tell(b"free\n" if self.unasked else b"yes\n" if may_go_on else b"no\n")
 
     def ask(self):
-        """From now on it asks again after each job."""
-        self.supervisors.free.discard(self)
-        self.tell(b"ask\n")
+        """Has it tell of the next start of a job, and ask when that job is over."""
+        if self.unasked:
+            self.unasked = False
+            self.tell(b"ask\n")
 
     def tell(self, line):
         with suppress(OSError):     # it has just ended
@@ -10636,7 +10646,7 @@ class SupervisorHandle:
         self.supervisors.limit_over(self)
 
     def hang_up(self):
-        self.supervisors.free.discard(self)
+        self.unasked = False
         if self.pipe is not None:
             self.loop.forget(self.pipe)
             os.close(self.pipe)
@@ -10704,8 +10714,8 @@ class Supervisors:
     def __init__(self, loop, patron, place):
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
-        self.lost = {}              # the same, of those that were killed, until all that they left has ended
-        self.free = set()           # the handles whose batches go on without asking
+        self.lost = {}              # the same, of those that ended before "done", or have left directories, until
+                                    # all that they have left has ended
         self.removals = Removals(loop, place, self.reap)
 
     def __len__(self):
@@ -10740,8 +10750,8 @@ class Supervisors:
         log.note("supervisor %d forked for %s", pid, client.address)
 
     def hear_more(self):
-        """Has all of them tell of the next start of a job, and ask after it."""
-        for handle in list(self.free):
+        """Has each batch that goes on without asking tell of its next start, and ask after that job."""
+        for handle in self.handles.values():
             handle.ask()
 
     def limit_over(self, handle):

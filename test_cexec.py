@@ -7943,6 +7943,17 @@ def test_a_slow_reader_gets_what_was_written_before_a_bounded_linger(one):
     assert (status, out == read(one.data + "/big")[:5000000]) == (0, True)
 
 
+def test_a_slow_reader_is_no_process_that_was_left_behind(one):
+    """The command has ended, and the rest of its output waits for credit: the client is not told of processes."""
+    with open(one.path("said"), "wb") as errors, job(one, "head -c 4700000 /dev/zero", "-v",
+                                                     fds={2: errors.fileno()}) as process:
+        mark = time.monotonic() + 3
+        until(lambda: time.monotonic() > mark)
+        status, out = finish(process)
+    assert (status, len(out)) == (0, 4700000)
+    assert b"<- EXIT" in read(one.path("said")) and b"LINGER" not in read(one.path("said"))
+
+
 def is_raw(master):
     return not termios.tcgetattr(master)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
 
