@@ -75,6 +75,7 @@ code that The door keeps.
     cservice    the applet, and its lifeline to cservice -s                    Lifeline, WorkerLifeline
     crat        the logger, as lines or on the whole screen                    Logger, Screen
     crat --svg  a log as a picture                                             TimeAxis, Band, Bar
+    crat        the applet: its options and forms
     cproxy      joins networks                                                 Relay, Join, Proxy
     ckeygen     makes keys
     cservice -s workers on other hosts, over ssh, and clients through it       Starter, RunStarter, Host, HostLifeline
@@ -1057,7 +1058,8 @@ def format_key(master):
 # it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
 # a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
 # Offer and FileRun.  A new datagram needs a place in DATAGRAMS, and rcvd_NAME in Worker,
-# Search, Survey or Logger.  Both need cexec(7), and another PROTOCOL.
+# Search, Survey or Logger; also one in RELAYED or ANSWERS, if cproxy and cservice -s are to pass it
+# on.  Both need cexec(7), and another PROTOCOL.
 VARIABLE = "text", "rows:", "rest"  # how the types of fields begin whose size varies
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
@@ -7280,7 +7282,7 @@ IN_LINE = 2                         # searches at a time
 ROW_MIN, ACCIDENT = 3, 0.001        # so many failures in a row, if they are less probable elsewhere, show a bad worker
 BAD_SECONDS = 30.0                  # a bad worker gets no jobs for so long; the next time for twice as long
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
-HOSTS_MAX = 4                       # a job fails that so many hosts could not start
+HOSTS_MAX = 4                       # a job that cannot be started fails, if so many workers are not to have it again
 SILENCE_MIN = 10.0                  # a run whose worker has been silent for so many seconds,
 SILENCE_SHARE = 5                   # and for 1/5 of the run's time, goes to a worker that has nothing else to do
 LOST = -1                           # Exitval of a run whose worker was lost
@@ -8152,7 +8154,7 @@ class Batch(Patron):
         return bool(self.queue)
 
     def ready(self):
-        """How many files may be begun; with -o - the number of waiting outputs is a bound."""
+        """Returns 0 if no file may be begun, else how many wait; with -o - the number of waiting outputs is a bound."""
         if self.halted or self.queue and self.printer and not self.printer.has_room(self.queue[0]):
             return 0
         return len(self.queue)
@@ -8303,7 +8305,7 @@ class Batch(Patron):
         outcome = run.outcome()
         if run.exit.how == HOW_HOST_FAILED and not run.trouble:
             return self.host_failed(run, outcome)
-        self.note_result(run, outcome)
+        self.note_result(run, outcome)          # first: go_on() asks whether this worker is avoided now
         if outcome.exit_code and not run.trouble and run.job.retries and not self.halted:
             self.try_again(run, outcome)
             self.go_on(run)
@@ -8421,7 +8423,7 @@ class Batch(Patron):
 
     def task_over(self, task, outcome, run=None):
         """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
-        task.conclude(outcome)
+        task.conclude(outcome)      # first: the printer and the log need its exit code
         if outcome.exit_code:
             self.failures += 1
             self.where[self.place_of(task, outcome, run)] += 1
@@ -8430,7 +8432,7 @@ class Batch(Patron):
             self.done += 1
         self.tell(task, outcome, run)
         self.log_run(task, outcome, run)
-        if outcome.exit_code:
+        if outcome.exit_code:       # not earlier: these leave the file with the errors to another Task
             task.discard()
         elif task.output is not None:
             task.close()
@@ -9594,7 +9596,7 @@ class Place:
         return fd
 
     def remove_empty(self, name):
-        """Whether a directory was empty, and is removed."""
+        """Removes a directory if it is empty.  Returns whether it was."""
         with suppress(OSError):
             os.rmdir(name, dir_fd=self.fd)
             return True
@@ -9748,8 +9750,8 @@ def start_status(error):
 # A command's states, which only _set() changes:
 #
 #   MADE --started--> RUNNING --it has ended--> LINGERING --its output is at its end--> FINISHED
-#     '--cannot be started----------------------------A                                     |
-#                                                        CLOSED <--the batch's next job-----'
+#     '--cannot be started, or a signal ends it first--A                                    |
+#                                                        CLOSED <--EXIT says more-----------'
 #   from any of the first four: ABANDONED, when the client has gone
 
 MADE, LINGERING, FINISHED, CLOSED, ABANDONED = "MADE", "LINGERING", "FINISHED", "CLOSED", "ABANDONED"
@@ -9891,7 +9893,7 @@ class Command(Carrier, Stateful):
     # Its start
 
     def start(self):
-        """Starts the command, first the client's files if there are any; a failure becomes the result."""
+        """Takes the client's files if there are any, and then starts the command.  A failure becomes the result."""
         places = parents(self.job.patterns)
         if FILES_IN not in self.far and not places:
             return self.start_process()
@@ -10037,8 +10039,8 @@ class Command(Carrier, Stateful):
         """Whether the command may have come with the client's files."""
         return self.directory is not None and not all(map(os.path.isabs, command_places(self.name())))
 
-    def missing(self):
-        """Returns (126 or 127, why) if the command is not there, or cannot be run; else None."""
+    def find(self):
+        """Notes where the command is.  Returns (126 or 127, why) if it is not there, or cannot be run; else None."""
         try:
             self.path = self.supervisor.finder.find(self.name())
         except OSError as error:
@@ -10092,7 +10094,7 @@ class Command(Carrier, Stateful):
         self.stream_ended()
 
     def interrupt_files(self, number):
-        """A signal that ends a job has come: if the job's files are on the way, this ends it, through over()."""
+        """A signal that ends a job has come: if files are on the way, this ends it, by filled() or fetched()."""
         if self.directory and self.directory.stop():
             self.result = HOW_SIGNALLED, number, ""
 
@@ -10100,7 +10102,7 @@ class Command(Carrier, Stateful):
         """Has the job's directory removed."""
         if self.directory:
             self.directory.close()
-            self.supervisor.leaves(self.directory.name)
+            self.supervisor.release_directory(self.directory.name)
             self.directory = None
 
     def is_at_work(self):
@@ -10287,7 +10289,7 @@ class Supervisor(Stateful):
                 signal.signal(number, lambda number, frame: None)
         loop.catch([signal.SIGCHLD, signal.SIGTERM], self.signalled)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        missing = self.command.missing()
+        missing = self.command.find()
         if missing:
             return self.refuse("missing", *missing)
         try:
@@ -10325,7 +10327,7 @@ class Supervisor(Stateful):
             return True
         return False
 
-    def leaves(self, name):
+    def release_directory(self, name):
         """A job is over: has its directory removed, by cservice or, if that has ended, by this process at its end."""
         if not self.say("leaves " + name):
             self.left.append(name)
@@ -10362,6 +10364,7 @@ class Supervisor(Stateful):
         self._set(RUNNING)
         self.deadline.cancel()
         self.command.start()
+        # A frame that could not be sent only marks the link: nobody else tells us.
         if self.state is RUNNING and (self.link.write_closed or self.link.closed):
             self.abandon("the client has gone")
 
@@ -10382,7 +10385,7 @@ class Supervisor(Stateful):
         if any(number >= self.loop.floor and not flags & FLAG_FILES for number, _, flags in job.descriptors):
             raise ProtocolError("a job with higher descriptors than the first")
         self.command = Command(self, job)
-        missing = self.command.missing()
+        missing = self.command.find()
         if missing:                 # GO is on the way: so it is too late for REFUSE
             return self.link.fail(missing[1])
         try:
@@ -17449,11 +17452,14 @@ def main(argv):
 #     python3 cexec.py cservice ...       the same, then slim_down(), enter(), main() in the module
 #     python3 LINK ...                    as cexec.py and the link's name
 #     python3 - cservice ... < cexec.py   main() in standard input: slim_down() has no file
+#     a child of ours: child_words()      enter(), main() in the module
+#     a worker of cservice -s             the code that its starter sends: program_for()
 #     import cexec                        nothing is started
 #
 # What is kept is a part of the program, without the sections that the applet does not need: see
 # PARTS.  "job" is for cexec without options.  With all sections, a short job would take a
-# seventh longer, and an idle cservice would have 1.6 MB more.
+# seventh longer, and an idle cservice would have 1.6 MB more.  Code of a part may call only what
+# the part has: else it ends with a NameError, when it runs and not before.
 #
 # sh gives -S, because we use no site packages.  It first tests that standard input is no
 # directory, because with one Python does not start.  The part below START is compiled at each
@@ -17568,7 +17574,7 @@ def write_kept(kept, data):
 
 def make(path, part, kept):
     """The code of a part as bytes, newly compiled; writes it to kept, if that is a path.  Raises OSError."""
-    of = identity(path)
+    of = identity(path)             # first: if the file changes meanwhile, this code is never taken for the new one's
     data = made_by_child(lambda: compiled(path, part)) or compiled(path, part)
     try:
         if kept and not sys.dont_write_bytecode:
