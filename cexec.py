@@ -9873,7 +9873,7 @@ class Command(Carrier, Stateful):
         On macOS and the BSDs only a pipe's reading end can tell how much is unread.  There this closes at
         once, and all bytes count as taken.
         """
-        if self.state in (RUNNING, LINGERING) and unread(near):
+        if self.state in (MADE, RUNNING, LINGERING) and unread(near):
             self.loop.after(0.005, lambda: self.close_when_empty(near, channel))
         elif self.inputs.pop(channel, None) is not None:
             os.close(near)
