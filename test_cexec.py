@@ -10086,20 +10086,20 @@ def test_frames_of_the_job_before_do_nothing(cluster):
 def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
     """A client that is slow to read: the connection is kept for it, though another waits, and its next JOB is taken."""
     altered(cluster, OFFER_SECONDS=1.0)
-    worker = cluster.worker("sh", "-c", "cat; head -c 4000000 /dev/zero", env={"CONCURRENCY": "1"})
+    worker = cluster.worker("sh", "-c", "cat; head -c 3000000 /dev/zero", env={"CONCURRENCY": "1"})
     with BatchPeer(cluster) as client:
         client.peer.raw(data_frame(0, b"one"))
         client.peer.send(cexec.EOF, 0, cexec.FLAG_WHOLE)
         worker.says("-> EXIT")
         other = verbose_client(cluster)
-        other.says("try 4, ")
+        other.says("try 6, ")
         assert "-> GO" not in other.said()
         size, end = 0, None
         while end is None:
             kind, payload = client.peer.next()
             size += len(payload) if kind is cexec.DATA else 0
             end = payload if kind is cexec.EXIT else None
-        assert size == 4000003 and end.more == 1
+        assert size == 3000003 and end.more == 1
         client.begin()
         client.peer.expect(cexec.ACCEPT)
     assert other.wait(PATIENCE) == 0
