@@ -2298,6 +2298,8 @@ def full_pipe(data):
 class Tls:
     """One end of a TLS connection, without a socket: its bytes go in by feed() and come out by take()."""
 
+    direct = False                  # whether the socket's bytes are the frames themselves: so none need a place between
+
     def __init__(self, context, server_side):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side)
@@ -2365,13 +2367,13 @@ class Tls:
 class Plain:
     """In the place of a Tls, on a connection that ssh protects: the bytes as they are."""
 
-    ready = True
+    ready = direct = True
 
     def __init__(self):
         self.incoming, self.outgoing = 0, bytearray()
 
     def feed(self, data):
-        self.incoming = len(data)   # the link has read them to where read_into() is to put them
+        self.incoming = len(data)   # they are where read_into() is to put them, as it is direct
 
     def take(self):
         data, self.outgoing = self.outgoing, bytearray()
@@ -2474,7 +2476,6 @@ class Link:
     def __init__(self, loop, sock, tls, owner, stands_for=None):
         self.sock, self.tls = sock, tls
         self.stands_for = stands_for                # our (address, port) where the socket has none
-        self.is_plain = isinstance(tls, Plain)
         self.reader = FrameReader()
         self.appetite = self.full                   # bytes to read in the next turn
         self.waiting, self.holding = [], False      # frames that go with a later one; whether all wait for release()
@@ -2516,7 +2517,7 @@ class Link:
         self._digest()
 
     def readable(self):
-        room = (self.reader.room() if self.is_plain else self.received)[:self.appetite]
+        room = (self.reader.room() if self.tls.direct else self.received)[:self.appetite]
         try:
             count = self.sock.recv_into(room)
         except BlockingIOError:
@@ -2599,7 +2600,7 @@ class Link:
             frame, self.waiting = b"".join([*self.waiting, frame]), []
         if self.closed or self.write_closed:
             return
-        if self.is_plain and not self.congested:
+        if self.tls.direct and not self.congested:
             frame = frame[self._hand_over(frame):]  # nothing waits: only what the pipe does not take is copied
         if frame:
             self.tls.write(frame)
@@ -2629,7 +2630,7 @@ class Link:
             if not count:
                 break
             self.sending = self.sending[count:]
-            if was_congested:       # what was queued moves: the peer's host takes it
+            if was_congested and not self.write_closed:         # what was queued moves: the peer's host takes it
                 self.last_activity = time.monotonic()
         if self.closed:
             return
@@ -7476,8 +7477,8 @@ class Task:
 
     Its first input is the file that it reads, or with -n a value like the others.
 
-    The output is written under another name (part), and gets its own name when it is whole: in
-    commit().  With -o - it goes to an unnamed file, from which the Printer copies it in its turn.
+    The output is written under another name (part), and gets its own name when it is whole, and on
+    the disk: in commit().  With -o - it goes to an unnamed file, from which the Printer copies it in its turn.
     """
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
@@ -7699,7 +7700,7 @@ class Task:
         for name in names or named:
             file = getattr(self, name)
             setattr(self, name, None)
-            with noting("%s", self.name):       # if it matters, commit() has raised it
+            with noting("%s", self.name):       # if it matters, await_disk() has raised it
                 if file:
                     file.close() if named[name] else self.terms.unnamed.give_back(file)
 
@@ -7998,12 +7999,13 @@ class Record:
 class Disk:
     """Waits until files are on the disk.
 
-    A disk writes several files in the time of one.  So each waits in a thread, and there are at most `most` of these,
-    unless the one before was there so soon that a thread costs more.
+    A disk writes several files in the time of one.  So each waits in a thread, and there are at most `most` of these;
+    more files wait in the loop.  So does a file if the last one took less than QUICK_STORE: a thread costs more.
     """
 
     def __init__(self, loop, most):
-        self.most, self.waiting = most, 0           # how many files there are whose over() was not called
+        self.most = most
+        self.waiting = 0                            # how many files there are whose over() was not called
         self.seconds = 0.0                          # that the last one took
         self.ended = collections.deque()            # (over, None or an OSError): the threads append to it, and
         self.reader, self.writer = os.pipe()        # wake the loop
@@ -8018,7 +8020,7 @@ class Disk:
         self.waiting += 1
         if self.seconds < QUICK_STORE or self.waiting > self.most or not self.begin(fd, over):
             self.wait(fd, over)
-            self.tell()
+            self.call_back()
 
     def begin(self, fd, over):
         """Begins to wait in a thread.  Returns False if there can be no more."""
@@ -8030,6 +8032,7 @@ class Disk:
             return False
 
     def wait(self, fd, over):
+        """Waits for a file, in its thread or in the loop."""
         error, began = None, time.monotonic()
         try:
             await_disk(fd)
@@ -8040,15 +8043,20 @@ class Disk:
 
     def woken(self):
         os.read(self.reader, 4096)
-        self.tell()
+        self.call_back()
 
     def finish(self):
-        """Waits for all."""
-        self.tell()                 # those whose thread has woken the loop already
-        while self.waiting:
-            self.woken()
+        """Waits for all, whatever over() raises for one of them."""
+        try:
+            self.call_back()        # first those whose threads have woken the loop already
+            while self.waiting:
+                self.woken()
+        finally:
+            if self.waiting:
+                self.finish()
 
-    def tell(self):
+    def call_back(self):
+        """Calls over() for each file that has waited."""
         while self.ended:
             over, error = self.ended.popleft()
             self.waiting -= 1
@@ -8330,7 +8338,6 @@ class Batch(Patron):
         else:
             log.once(outcome.text(), say=log.tell_user)
             self.alert(run, *outcome.alert())
-            task.discard()
             self.put_back(task)
         self.fill()
 
@@ -8370,19 +8377,16 @@ class Batch(Patron):
 
     def store(self, run, outcome):
         """A success: if its output is to have a name, it gets this when it is on the disk."""
+        def stored(error):
+            self.end(run, failure(error_text(error, run.job.name)) if error else self.commit(run.job, outcome))
         if run.job.output is None:
-            self.end(run, self.commit(run.job, outcome))
+            stored(None)
         else:
-            self.disk.store(run.job.result, lambda error: self.end(run, self.commit(run.job, outcome, error)))
+            self.disk.store(run.job.result, stored)
 
-    def commit(self, task, outcome, error=None):
-        """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails.
-
-        error: why the output is not on the disk.
-        """
+    def commit(self, task, outcome):
+        """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
         try:
-            if error:
-                raise error
             task.commit()
             if task.output is not None:
                 self.directories.add(os.path.dirname(task.output) or ".")
@@ -9797,11 +9801,12 @@ class Command(Carrier, Stateful):
         self.far = {}               # channel: the command's end, until the command has started
         self.terminal = None        # the channel of the command's terminal
         self.path = None            # where the command is; None if only exec can tell
-        self.process = None         # a Popen, or a namespace with its pid, once the command has started
+        self.process = None         # once the command has started: a namespace with its pid, or a Popen, which we keep
+                                    # because subprocess reaps what nobody keeps
         self.group = None           # its process group; None as soon as another group could get this number
         self.result = None          # (how, status, reason) for EXIT, once it is known
         self.inputs = {}            # channel of a counted input: a descriptor for unread(), after ours was closed
-        self.timers = []            # of the time LINGERING
+        self.timers = []            # of the time LINGERING: that of tell_lingering(), and then of stop_lingering()
         self.directory = None       # the JobDirectory
 
     # Its descriptors
@@ -9931,8 +9936,9 @@ class Command(Carrier, Stateful):
 
     def spawn(self):
         """Starts the command with its ends at its numbers.  Raises OSError; Fatal if it cannot be prepared."""
-        # After the start the supervisor closes its copies: a pipe is at its end only when no process has the
-        # other end open.  All descriptors of ours are closed by exec.
+        # The ends are at numbers from the floor up, and the command's numbers below it: so none is overwritten
+        # by another.  All descriptors of ours are closed by exec.  After the start the supervisor closes its
+        # copies: a pipe is at its end only when no process has the other end open.
         ends = {number: self.far[channel] for number, channel, flags in self.job.descriptors if not flags & FLAG_FILES}
         path = self.path or ("/" in self.name() and self.name())
         try:
@@ -9960,8 +9966,7 @@ class Command(Carrier, Stateful):
     def start_prepared(self, ends):
         """The same with prepare(), by a Popen: it copies our memory, which takes longer.  Raises OSError, Fatal."""
         # The child gets its 0, 1 and 2 from subprocess.  Higher numbers subprocess can pass on, but does
-        # not move.  So the supervisor itself puts them at the command's numbers: all descriptors of ours
-        # are at numbers from the floor up, and the numbers below it are free.
+        # not move.  So the supervisor itself puts them at the command's numbers.
         standard = [ends.pop(number, None) for number in range(3)]
         reader, report = lifted_pair(*os.pipe(), self.loop.floor)
         for number, end in ends.items():
@@ -10146,9 +10151,9 @@ class Command(Carrier, Stateful):
         self._set(LINGERING)
         if self.terminal is not None:
             self.channels[self.terminal].source.close_soon()
+        self.timers = [self.loop.after(1.0, self.tell_lingering)]
         if self.job.linger != NO_LINGER:
             self.timers.append(self.loop.after(self.job.linger / 1000, self.stop_lingering))
-        self.timers.append(self.loop.after(1.0, self.tell_lingering))
         self.stream_ended()
 
     def stop_lingering(self):
@@ -10163,7 +10168,7 @@ class Command(Carrier, Stateful):
             if any(source.is_held_open() for source in self.sources()):
                 self.link.send(LINGER, status=self.result[1])
             else:
-                self.timers.append(self.loop.after(1.0, self.tell_lingering))
+                self.timers[0] = self.loop.after(1.0, self.tell_lingering)
 
     def stream_ended(self):
         """The job is over when the command has ended, and all its outputs are closed and sent."""
@@ -10264,7 +10269,7 @@ class Supervisor(Stateful):
         self.finder = Finder(settings)
         self.variables = self.common_variables()
         self.started = False        # whether any command has started
-        self.free = False           # whether the next jobs of a batch need no word to cservice
+        self.unasked = False        # whether the next jobs of a batch need no word to cservice: "free"
         self.deadline = None        # the Timer of set_deadline()
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
         self.left = []              # names of jobs' directories that cservice cannot remove: it was lost
@@ -10410,8 +10415,8 @@ class Supervisor(Stateful):
     def command_started(self, command):
         self.started = True
         if command.sessions():
-            self.free = False       # cservice must know of this session, and later that it is over
-        if not self.free:
+            self.unasked = False    # cservice must know of this session, and later that it is over
+        if not self.unasked:
             self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
 
     def command_finished(self, command):
@@ -10419,7 +10424,7 @@ class Supervisor(Stateful):
         # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
         if self.client.batch == NO_BATCH or command.process is None or not command.reap_group():
             self.send_exit()
-        elif self.free:
+        elif self.unasked:
             self.send_exit(more=True)
         else:
             self.ask_for_more()
@@ -10441,7 +10446,7 @@ class Supervisor(Stateful):
 
     def decide(self, word):
         """Takes an answer to "more", or "ask"."""
-        self.free = word == "free"
+        self.unasked = word == "free"
         if self.state is ASKING and word != "ask":
             self.deadline.cancel()
             self.send_exit(more=word != "no")
@@ -15374,7 +15379,10 @@ def may_be_set(cls, name):
 
 
 def numpy_dtype(what, nothing=None):
-    """numpy's dtype of what numpy.lib.format makes of one; no objects, and no name of a class."""
+    """numpy's dtype of what numpy.lib.format makes of one; no objects, and no name of a class.
+
+    nothing: what the worker's pickle has as a second argument.
+    """
     import numpy
     import numpy.lib.format
     check_dtype(what, [])

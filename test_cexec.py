@@ -9183,12 +9183,24 @@ def test_dry_run_prints_what_would_be_done(cluster):
     assert done.stdout.decode() == "cexec %s FILE=f000 < f000\n" % cluster.pub
 
 
+@pytest.mark.parametrize("where", ["in the loop", "in a thread", "in the loop, as no thread can begin"])
 @pytest.mark.parametrize("call", ["fsync", "dup", "close"])
-def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call):
+def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call, where):
     """Where a full quota is told only then, as NFS does.  The output has no name, and is done next time."""
     names = made_files(cluster, 3)
     cluster.worker("cat")
     take_away(cluster, """
+        import _thread, time
+        def fsync(fd, inner=os.fsync):
+            if "thread" in "WHERE":             # else the disk is quick
+                time.sleep(0.002)
+                inner(fd)
+        def start_new_thread(*_, inner=_thread.start_new_thread):
+            if "no thread" in "WHERE":
+                raise RuntimeError("can't start new thread")
+            open("threads", "w").close()
+            inner(*_)
+        os.fsync, _thread.start_new_thread = fsync, start_new_thread
         def close(fd, inner=os.close):
             link = os.readlink("/proc/self/fd/%d" % fd)
             inner(fd)
@@ -9198,8 +9210,9 @@ def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call):
             os.close = close
         else:
             refuse(os, "CALL", lambda fd: ".f001.out.part" in os.readlink("/proc/self/fd/%d" % fd), errno.EDQUOT)
-        """.replace("CALL", call))
+        """.replace("CALL", call).replace("WHERE", where))
     output(batch(cluster, *names), 1, b"cexec: f001: Disk quota exceeded\n")
+    assert os.path.exists(cluster.path("threads")) == (where == "in a thread")
     assert sorted(name for name in os.listdir(cluster.directory) if "out" in name) == ["f000.out", "f002.out"]
     cluster.launch = [PYTHON, *BOOT, PROGRAM]
     assert batch(cluster, *names).returncode == 0 and os.path.exists(cluster.path("f001.out"))
@@ -9223,20 +9236,22 @@ def test_outputs_wait_for_the_disk_together(cluster):
     assert not parts(cluster.directory)
 
 
-def test_an_output_that_cannot_be_logged_holds_up_no_other(tmp_path, monkeypatch):
-    """Two are on the disk with one wake-up, and the first ends the batch, which then waits for the second."""
+def test_outputs_that_cannot_be_logged_hold_up_no_other(tmp_path, monkeypatch):
+    """Three are on the disk with one wake-up.  The first ends the batch, which then waits for the others; so does the
+    second."""
     disk, waited = cexec.Disk(cexec.Loop(), 16), []
-    monkeypatch.setattr(disk, "seconds", 1.0)
 
     def fails(error):
         raise cexec.Fatal(111, "the log")
     with open(tmp_path / "out", "wb") as file:
-        for over in fails, waited.append:
+        for number, over in enumerate([fails, fails, waited.append], 1):
+            monkeypatch.setattr(disk, "seconds", 1.0)           # so each has a thread
             disk.store(file, over)
-        until(lambda: len(disk.ended) == 2 and cexec.unread(disk.reader) == 2, "the end of both threads")
+            until(lambda number=number: cexec.unread(disk.reader) == number, "the end of a thread")
         with pytest.raises(cexec.Fatal):
             disk.woken()
-    disk.finish()
+    with pytest.raises(cexec.Fatal):
+        disk.finish()
     assert waited == [None] and not disk.waiting
 
 
@@ -14612,6 +14627,21 @@ def test_what_a_full_pipe_does_not_take_is_kept():
     link.close()
     for fd in reader, idle_writer:
         os.close(fd)
+
+
+def test_a_write_that_fails_is_no_sign_of_life():
+    """What was queued has left the queue, and nobody has taken it."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    link = cexec.Link(cexec.Loop(), near, cexec.Plain(), SimpleNamespace(link_writable=lambda _: None))
+    buffer = memoryview(bytearray(cexec.FRAME_HEAD.size + 1000))
+    while not link.congested:
+        link.send_data(1, buffer, 1000)
+    link.last_activity = 0.0
+    far.close()
+    link.flush()
+    assert link.write_closed and not link.congested and link.last_activity == 0.0
+    link.close()
 
 
 def test_a_hostile_host_gets_no_byte_to_what_is_no_client(local):
