@@ -6818,7 +6818,8 @@ class Run(RemoteRun):
         # must not do that: it would also read, and write output while the user sees a stopped job.
         # After a second we stop in any case: a worker that takes nothing for so long cannot be helped.
         deadline, selector = time.monotonic() + 1.0, new_selector()
-        selector.register(self.link.sock, selectors.EVENT_WRITE)
+        if not self.link.closed:    # it is closed after EXIT
+            selector.register(self.link.sock, selectors.EVENT_WRITE)
         while self.link.congested and not self.link.closed and time.monotonic() < deadline:
             selector.select(0.1)
             self.link.flush()

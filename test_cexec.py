@@ -5132,6 +5132,18 @@ def test_stop_and_continue(one):
         assert finish(process) == (143, b"")
 
 
+def test_stop_and_continue_after_exit(one):
+    """Output of the command, which is over, is still written here."""
+    with job(one, "head -c 1000000 /dev/zero", "-v", outputs=(1, 2)) as process:
+        text = b""
+        while b"<- EXIT" not in text:
+            text += read_count(process.out[2], 1)
+        process.send_signal(signal.SIGTSTP)
+        becomes(process.pid, "T")
+        process.send_signal(signal.SIGCONT)
+        assert finish(process) == (0, bytes(1000000))
+
+
 def test_ctrl_z_and_fg_in_a_shell(one):
     need("bash")
     mark = new_mark()
