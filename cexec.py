@@ -9975,14 +9975,15 @@ class Command(Carrier, Stateful):
         try:
             # Popen waits for exec, and we for Popen.  Before exec the child becomes the user of -u: another process
             # of this user could stop it, and we would not hear the client or cservice any more.
-            return killing_stopped(lambda: subprocess.Popen(
-                self.words(), -1, None, *standard, env=self.environment(), close_fds=True, pass_fds=list(ends),
-                preexec_fn=lambda: self.prepare(report)))
-        except subprocess.SubprocessError:
+            with closing(report):
+                return killing_stopped(lambda: subprocess.Popen(
+                    self.words(), -1, None, *standard, env=self.environment(), close_fds=True, pass_fds=list(ends),
+                    preexec_fn=lambda: self.prepare(report)))
+        except subprocess.SubprocessError:          # without a report, it was no OSError
             status, _, reason = os.read(reader, 4096).decode().partition(" ")
-            raise Fatal(int(status), reason) from None
+            raise Fatal(int(status or EXIT_TEMPORARY), reason or "its process could not be prepared") from None
         finally:
-            for number in [reader, report, *ends]:
+            for number in [reader, *ends]:
                 os.close(number)
 
     def close_far(self, channels):

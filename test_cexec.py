@@ -19400,6 +19400,18 @@ def test_u_runs_the_command_as_another_user(hosts, spaces):
         assert signalled(worker) == 0
 
 
+def test_a_process_that_cannot_be_prepared_holds_up_no_supervisor(cluster):
+    """Its error is none of the system's, so it reports nothing."""
+    need("root")
+    altered(cluster, ("            self.lead()\n", "            raise MemoryError\n"))
+    worker = cluster.worker("touch", "ran", options=("-u", "nobody"))
+    said = failed(cluster.client(), 111).decode()
+    assert said == "cexec: worker %s cannot run its command: touch: its process could not be prepared\n" % NODE
+    assert not os.path.exists(cluster.path("ran"))
+    worker.idles()
+    no_defect(read(worker.log))
+
+
 def test_u_without_the_power_to_become_anybody(cluster):
     need("root", "setpriv")
     cluster.launch = ["setpriv", "--bounding-set=-setuid,-setgid"] + cluster.launch
