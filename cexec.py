@@ -7639,7 +7639,10 @@ class Task:
             try:
                 fd = os.open(self.part, flags | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
-                fd, ours = os.open(self.part, flags), False
+                try:
+                    fd, ours = os.open(self.part, flags), False
+                except FileNotFoundError:
+                    continue        # another cexec has just renamed or removed it
             part = open(fd, "r+b", 0)
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7654,7 +7657,7 @@ class Task:
                     self.terms.names.note_part_open(part)
                     return part
             except FileNotFoundError:
-                pass                # another cexec has just renamed or removed it: try again
+                pass                # the same, just now
             except BlockingIOError:
                 part.close()
                 raise OSError(errno.EBUSY, "another cexec is writing it", self.part) from None

@@ -9634,6 +9634,17 @@ def test_what_stands_where_an_output_is_to_be_written(cluster, part):
         assert part == "an input" or b"is not a file that cexec has left there" in done.stderr
 
 
+def test_an_unfinished_output_that_goes_away_while_it_is_opened(cluster):
+    """Another cexec gives it its name, or removes it, between two system calls of ours."""
+    make_file(cluster, "a", b"A")
+    make_file(cluster, ".a.out.part", b"old")
+    call = "os.open(self.part, flags)"
+    altered(cluster, (call + ",", "(os.unlink(self.part), %s)[1]," % call))
+    cluster.worker("cat")
+    output(batch(cluster, "a"))
+    assert read(cluster.path("a.out")) == b"A" and not parts(cluster.directory)
+
+
 def test_log_on_a_full_disk(cluster):
     make_file(cluster, "in", b"in")
     cluster.worker("cat")
