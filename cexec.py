@@ -11575,7 +11575,7 @@ class Worker:
     def serve_line(self):
         """Offers every free slot to the next client in the line.
 
-        With a penalty the offer is delayed, so that another worker can serve the client first.
+        With a penalty the offer is delayed, whatever BOOST says, so that another worker can serve the client first.
         """
         while self.clients.line and self.free_slots():
             client = self.clients.line.take(self.pace.few, random_fraction())

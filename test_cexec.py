@@ -11277,6 +11277,20 @@ def test_weight_of_a_complaint(desk, others, fields, counts):
     assert desk.pace.penalty == (cexec.PENALTY if counts else 0.0)
 
 
+def test_boost_replaces_the_delay_but_the_line_waits_for_a_penalty(desk):
+    """Or a client in the line would come back at once to a worker that cannot start its job."""
+    delays, client = [], waiting("a", 1, 0.0, heard=time.monotonic())
+    desk.pace.boost, desk.offer = 0.0, lambda client, delay: delays.append(delay)
+    desk.penalize()
+    desk.announce(NONCE, "127.0.0.2")
+    desk.clients.add(client)
+    desk.clients.move(client, cexec.QUEUED)
+    desk.serve_line()
+    assert delays == [0.0]
+    client.timer.call()
+    assert delays == [0.0, cexec.PENALTY]
+
+
 def test_line_leave_and_join_again():
     line, clients = line_of("ab")
     line.leave(clients[0])
