@@ -16689,14 +16689,18 @@ class Pool:
         daemon = not hasattr(threading, "_register_atexit")
         self.thread = threading.Thread(target=self.work, name="cexec.Executor", daemon=daemon)
         running_pools.add(self)
+        with on_failure(self.drop_thread), raising(as_failed, Fatal):
+            self.group = RunGroup(self.hosts, 3) if self.hosts else None
         try:
-            with raising(as_failed, Fatal):
-                self.group = RunGroup(self.hosts, 3) if self.hosts else None
             self.thread.start()
-        except (Failed, RuntimeError):  # a wrong host, too few processes; or there are too many threads
-            self.stop_thread()
-            self.thread = None
+        except RuntimeError:            # there are too many threads; after Ctrl-C here it may run
+            self.drop_thread()
             raise
+
+    def drop_thread(self):
+        """It has not started."""
+        self.stop_thread()
+        self.thread = None
 
     def wake(self):
         if self.sleeping:

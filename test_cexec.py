@@ -20137,6 +20137,16 @@ def test_an_executor_over_ssh_that_cannot_start_leaves_nothing(cluster, monkeypa
         with pytest.raises(cexec.Failed, match="-s: cannot start cservice: no process") as caught:
             pool.submit(abs, -1)
         assert caught.value.code == 111 and not cexec.running_pools
+    for error in OSError(errno.EMFILE, "no descriptor"), KeyboardInterrupt():
+        def no_pair(error=error):
+            raise error
+        with monkeypatch.context() as patched, cexec.Executor(hosts=["a"]) as pool:
+            patched.setattr(socket, "socketpair", no_pair)
+            descriptors = os.listdir("/dev/fd")
+            for _ in range(2):              # no thread that never starts is left for a second call to wait for
+                with pytest.raises(type(error)):
+                    pool.submit(abs, -1)
+            assert os.listdir("/dev/fd") == descriptors and not cexec.running_pools
 
 
 def test_a_command_that_is_not_there_is_said_once(boxes):
