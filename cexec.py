@@ -14861,7 +14861,7 @@ class Program:
         return self.sent[name][0]
 
     def find(self, name):
-        """Returns (what module() does, where its own modules are), from the files.  Raises OSError.
+        """Returns (what module() does, where its own modules are), from the files.  Raises what open() or zipfile does.
 
         The source of a directory without __init__.py is None, and as in Python there may be several of one name.
         A package must have been sent before what is in it.
@@ -16474,7 +16474,7 @@ class Lane(Stateful):
             raise ProtocolError("IMPORT twice")
         try:
             found = self.pool.program.module(data[place:end].decode())
-        except (OSError, ValueError) as error:
+        except Exception as error:      # zipfile raises many kinds, if the file has changed or is encrypted
             found = log.note("a module that a worker wants: %s", error)
         self.send(MODULE, pickled(found))
         self.flush()

@@ -16378,6 +16378,18 @@ def test_modules_of_other_roots_are_sent_where_send_names_them(pooled):
     assert lines[2].startswith("send is a list") and "no zip file" in lines[3] and "belongs to Python" in lines[4]
 
 
+@pytest.mark.parametrize("how", ["without it", "no zip file", "encrypted"])
+def test_a_module_of_a_zip_file_that_has_changed_fails_its_call_alone(pooled, how):
+    path = pooled.path("some.zip")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("zipped.py", "VALUE = 6\n")
+    head, middle, rest = read(path).decode("latin-1").partition("PK\1\2\x14\3\x14\0")
+    with cexec.Executor(pooled.pub, send=[path]) as pool:
+        put(path, {"without it": "PK\5\6" + "\0" * 18, "no zip file": "", "encrypted": head + middle + "\1" + rest[1:]}[how])
+        assert isinstance(pool.submit(importlib.import_module, "zipped").exception(), ModuleNotFoundError)
+        assert pool.submit(abs, -1).result() == 1
+
+
 def test_what_an_import_finds_elsewhere_is_not_sent(tmp_path, monkeypatch):
     """As in IPython, where the current directory comes after the library: there statistics.py hides nothing."""
     put(tmp_path / "statistics.py", "")
