@@ -16385,7 +16385,8 @@ def test_a_module_of_a_zip_file_that_has_changed_fails_its_call_alone(pooled, ho
         file.writestr("zipped.py", "VALUE = 6\n")
     head, middle, rest = read(path).decode("latin-1").partition("PK\1\2\x14\3\x14\0")
     with cexec.Executor(pooled.pub, send=[path]) as pool:
-        put(path, {"without it": "PK\5\6" + "\0" * 18, "no zip file": "", "encrypted": head + middle + "\1" + rest[1:]}[how])
+        put(path, {"without it": "PK\5\6" + "\0" * 18, "no zip file": "",
+                   "encrypted": head + middle + "\1" + rest[1:]}[how])
         assert isinstance(pool.submit(importlib.import_module, "zipped").exception(), ModuleNotFoundError)
         assert pool.submit(abs, -1).result() == 1
 
