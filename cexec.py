@@ -9102,7 +9102,7 @@ class Everywhere(Batch):
             self.timer = self.loop.after(EVERY_PAUSE, self.fill)
 
     def may_take(self, task, worker_id):
-        return True                 # a search is for the worker of its task
+        return task.worker_id == worker_id
 
     def note_result(self, run, outcome):
         """A worker has only one job."""

@@ -10520,6 +10520,18 @@ def test_jobs_on_every_worker_wait_for_descriptors(cluster):
     assert sorted(output(done).decode().splitlines()) == ["%s: done" % label for label in labels(3)]
 
 
+def test_a_worker_that_wants_more_gets_no_other_workers_job(cluster):
+    """No honest worker asks for more here: so the announcement says that this is a batch."""
+    altered(cluster, ("values=True, batch=NO_BATCH", "values=True, batch=bytes(7) + b'x'"))
+    workers = [cluster.worker("sh", "-c", "echo $W", env={"W": str(number)}) for number in range(3)]
+    cluster.launch = ["sh", "-c", 'ulimit -n 70; exec "$@"', "sh"] + cluster.launch    # one after another
+    lines = output(every(cluster)).decode().splitlines()
+    assert sorted(line.partition(": ")[0] for line in lines) == labels(3)
+    assert sorted(line.partition(": ")[2] for line in lines) == ["0", "1", "2"]
+    for worker in workers:
+        worker.says("ASKING -> RESTING")    # EXIT has said more
+
+
 def test_every_worker_has_one_job(cluster):
     """With its output a line at a time, each stream where it belongs; no worker hears of another's job more."""
     command = 'echo "out $PEER_X"; echo err >&2; sleep 0.1; printf "no newline"; exit $PEER_S'
