@@ -13682,7 +13682,8 @@ class HostLifeline(Lifeline):
         """Ends connections to clients whose hosts have vanished."""
         for number, channel in self.channels.items():
             if channel.end.halves and self.deliveries[number].unanswered(channel.end.sock) > GONE_SECONDS:
-                channel.end.sock.shutdown(socket.SHUT_RDWR)     # its streams see that, and tell the worker
+                with suppress(OSError):         # it has been reset
+                    channel.end.sock.shutdown(socket.SHUT_RDWR)         # its streams see that, and tell the worker
 
     def forget_ended(self):
         super().forget_ended()

@@ -14485,6 +14485,16 @@ def test_a_client_that_is_stopped_for_long_loses_nothing_through_ssh(boxes):
     farm.empty()
 
 
+def test_a_client_that_has_reset_its_connection_and_vanished_ends_no_starter():
+    ours, theirs = tcp_pair()
+    with ours:
+        reset(theirs)
+        until(lambda: ours.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), "the reset")
+        channel = SimpleNamespace(end=SimpleNamespace(halves={"read"}, sock=ours))
+        delivery = SimpleNamespace(unanswered=lambda sock: cexec.GONE_SECONDS + 1)
+        cexec.HostLifeline.check(SimpleNamespace(channels={7: channel}, deliveries={7: delivery}))
+
+
 def test_the_first_signal_lets_jobs_through_ssh_end(boxes):
     farm = boxes("a")
     let_in_answers_only(farm.spaces["here"])
