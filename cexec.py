@@ -16842,20 +16842,13 @@ class Pool:
         if not self.may_grow() or any(lane.state is SEARCHING for lane in self.lanes) or (
                 sum(lane.holds_up() for lane in self.lanes) >= len(self.queue)):
             return
-        if self.group and not self.serves():
-            return
         try:
-            self.lanes.append(Lane(self))
+            if not self.group or self.group.serves():
+                self.lanes.append(Lane(self))
+        except Fatal as error:                  # no host will serve
+            self.give_up(Failed("%s: %s" % (error, self.group.said), error.code))
         except OSError as error:
             self.cannot_grow(Failed("cannot start cexec: %s" % error))
-
-    def serves(self):
-        """Returns whether a host serves.  Gives up if none will."""
-        try:
-            return self.group.serves()
-        except Fatal as error:
-            self.give_up(Failed("%s: %s" % (error, self.group.said), error.code))
-            return False
 
     def cannot_grow(self, error):
         """No more workers were found: all calls fail, unless a lane is up or may soon be."""
