@@ -10268,7 +10268,6 @@ class Supervisor(Stateful):
         log.hold(floor)
         if settings.place:
             settings.place.lift(floor)
-        os.close(service)           # not earlier: become_supervisor() tells cservice of an error by it
         replace_with_null([2])
         self.state = AWAITING_GO
         self.finder = Finder(settings)
@@ -10279,6 +10278,7 @@ class Supervisor(Stateful):
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
         self.left = []              # names of jobs' directories that cservice cannot remove: it was lost
         self.command = Command(self, job)
+        os.close(service)           # last: become_supervisor() tells cservice of an error by it
 
     def common_variables(self):
         """Returns the variables of every job here, as bytes: cservice's own, and the addresses of both sides."""

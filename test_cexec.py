@@ -12059,6 +12059,16 @@ def test_clients_that_never_close_are_bounded(cluster):
     no_defect(read(worker.log))
 
 
+def test_a_supervisor_that_cannot_begin_tells_cservice_why(cluster):
+    line = "        self.variables = self.common_variables()\n"
+    altered(cluster, (line, "        raise OSError(errno.ENXIO, 'no such interface')\n"))
+    worker = cluster.worker("cat")
+    client = cluster.start_client()
+    worker.says("cservice: refuses jobs until there is room: [Errno %d] no such interface\n" % errno.ENXIO)
+    assert signalled(client) == -signal.SIGTERM
+    no_defect(read(worker.log))
+
+
 def test_a_supervisor_that_fails_after_go_does_not_refuse_the_job(cluster):
     """The client would take that for a breach of the protocol."""
     altered(cluster, ("        self.command.start()\n", "        raise MemoryError\n"))
