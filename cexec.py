@@ -4532,7 +4532,8 @@ def make_directory(name, floor=0, place=None):
     """
     os.mkdir(name, 0o700, dir_fd=place)
     fd = lifted_away(os.open(name, DIRECTORY_FLAGS, dir_fd=place), floor)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with on_failure(os.close, fd):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
 
 

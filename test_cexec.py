@@ -6956,6 +6956,12 @@ def waiting_job(farm, asker, *arguments):
     return peer, os.path.join(farm.place, name)
 
 
+def test_a_directory_that_cannot_be_locked_leaves_no_descriptor(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
+    with few_descriptors(2), pytest.raises(OSError, match="No locks"):
+        cexec.make_directory(str(tmp_path / "new"))
+
+
 @pytest.mark.parametrize("options", [[], ["-u", "nobody"]])
 @pytest.mark.parametrize("change", ["a link", "chmod 0", None])
 def test_the_command_enters_its_directory_and_nothing_else(farm, options, change):
