@@ -12987,7 +12987,6 @@ class Join:
         self.timer = self.loop.after(seconds, lambda: self.close("no TLS ClientHello"))
         self.up, self.down = Pump(self, self.worker_side, client, held=True), Pump(self, client, self.worker_side)
         for sock in (client, self.worker_side):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tune(sock)
         self.down.refresh()
 
