@@ -2472,6 +2472,7 @@ class Link:
     full = FRAME_HEAD.size + FRAME_MAX              # a whole frame: by shorter reads each would come in two pieces
     at_once, little = 256, 4096     # who sends more frames than that in a turn has its next ones read in small pieces
     received = memoryview(bytearray(full))          # between recv and TLS: shared by all
+    late, late_most = 0.002, 64     # frames that are sent later: for how many seconds they wait, and how many, at most
 
     def __init__(self, loop, sock, tls, owner, stands_for=None):
         self.sock, self.tls = sock, tls
@@ -2479,6 +2480,7 @@ class Link:
         self.reader = FrameReader()
         self.appetite = self.full                   # bytes to read in the next turn
         self.waiting, self.holding = [], False      # frames that go with a later one; whether all wait for release()
+        self.timer = NO_TIMER                       # of send_waiting()
         self.sending = memoryview(b"")              # what the socket has not taken yet
         self.closed = self.write_closed = False
         self.last_activity = time.monotonic()       # the last sign of life
@@ -2558,11 +2560,10 @@ class Link:
                 self.owner.link_frame(self, kind, flags, channel, payload)
                 if self.closed:
                     return
-        self.send_waiting()
         self.appetite = self.little if count > self.at_once else min(2 * self.appetite, self.full)
 
     def send(self, kind, channel=0, flags=0, later=False, **fields):
-        """Sends a frame; later: with the next one, or when all is handled that has come, or by send_waiting()."""
+        """Sends a frame; later: with the next one, or in 2 ms."""
         self.send_frames([make_frame(kind, channel, flags, **fields)], later)
 
     def send_frames(self, frames, later=False):
@@ -2572,12 +2573,12 @@ class Link:
                 log.note("-> %s %d", FRAMES[code], channel)
         self._write(b"".join(frames), later)
 
-    def send_data(self, channel, buffer, size):
+    def send_data(self, channel, buffer, size, later=False):
         """Sends size bytes as DATA.  buffer has room for a frame's head, and then the bytes."""
         if log.verbose:
             log.note("-> DATA %d %d", channel, size)
         FRAME_HEAD.pack_into(buffer, 0, DATA.code, 0, channel, size)
-        self._write(buffer[:FRAME_HEAD.size + size])
+        self._write(buffer[:FRAME_HEAD.size + size], later)
 
     def hold(self):
         """Has all frames wait for release()."""
@@ -2594,8 +2595,12 @@ class Link:
             self._write(b"")
 
     def _write(self, frame, later=False):
-        if later or self.holding:
+        if self.holding or later and len(self.waiting) < self.late_most:
+            if later and self.timer is NO_TIMER:
+                self.timer = self.loop.after(self.late, self.send_waiting)
             return self.waiting.append(bytes(frame))        # a copy: the buffer of send_data() is used again
+        self.timer.cancel()
+        self.timer = NO_TIMER
         if self.waiting:
             frame, self.waiting = b"".join([*self.waiting, frame]), []
         if self.closed or self.write_closed:
@@ -3081,7 +3086,7 @@ class Source(Pausable, Stream):
     def _send(self, count):
         self.sent += count
         self.credit -= count
-        self.link.send_data(self.number, self.carrier.buffer, count)
+        self.link.send_data(self.number, self.carrier.buffer, count, later=count <= self.carrier.small)
 
     def _replay_held(self):
         """Sends what is held of the run before."""
@@ -3139,11 +3144,10 @@ class Source(Pausable, Stream):
         if self.is_live():
             self._set(ENDED)
             whole, channel = len(self.end.halves) < 2 or self.end.hung_up(), self.carrier.channels[self.number]
-            self.link.send(EOF, self.number, FLAG_WHOLE if whole else 0, later=True)
+            self.link.send(EOF, self.number, FLAG_WHOLE if whole else 0, later=self.carrier.small >= 0)
             self._leave("read", whole)          # the job may be over with that: EXIT goes, and its channels are closed
             if whole:
                 channel.break_off()
-            self.link.send_waiting()
 
     def leave_alone(self):
         """Tells the peer an end of file at once.  Others are to read the End: a socket stays open both ways."""
@@ -3327,6 +3331,7 @@ class Carrier:
 
     buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))     # between a read and TLS: shared by all
     window = WINDOW                 # bytes of credit for each channel and direction
+    small = -1                      # DATA of so many bytes goes with the next frame; from 0 on, EOF too
 
     def __init__(self, loop, link):
         self.loop, self.link = loop, link
@@ -7266,8 +7271,8 @@ def show_workers(survey, as_json):
 #   client (Batch, a FileRun for each file)     worker (Supervisor)
 #     |  <----------------------- EXIT, more=1  |  no other client waits: the supervisor keeps the slot
 #     |  JOB, GO, DATA ... EOF ------------->   |  no JOB in 3 s: it gives the slot back
-#     |  <------------------------------ ACCEPT |  the command starts
-#     |     lost before ACCEPT: nothing has run, the file goes back to the head of the queue
+#     |  <------------------------------ ACCEPT |  the command starts; ACCEPT comes within 2 ms, perhaps with EXIT
+#     |     lost before ACCEPT: it has hardly begun, the file goes back to the head of the queue
 #     |  <------------------- DATA, EOF ...     |
 #     |     lost after ACCEPT: no output was shown, so the file is done again, CEXEC_RETRIES times
 #     |  <----------------------- EXIT, more=1  |  and so on; after more=0 the client closes, and searches
@@ -8413,7 +8418,7 @@ class Batch(Patron):
             run.link.close()
 
     def came_too_late(self, run, reason):
-        """The connection has ended before the worker accepted the next file: nothing has run."""
+        """The connection has ended before the next file's ACCEPT, which is sent within 2 ms: this was no try."""
         self.runs.remove(run)
         log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
         self.put_back(run.job)
@@ -9802,6 +9807,9 @@ class Command(Carrier, Stateful):
         super().__init__(supervisor.loop, supervisor.link)
         self.supervisor, self.settings, self.client = supervisor, supervisor.settings, supervisor.client
         self.job, self.state = job, MADE
+        # A job's last frames come at nearly the same time: in one packet they cost both sides less than half.
+        # Nobody sees an output of a batch before EXIT, so small outputs wait for it too.
+        self.small = 0 if self.client.batch == NO_BATCH else 4096
         self.counted = {channel for number, channel, flags in job.descriptors if flags & FLAG_COUNTED}
         self.far = {}               # channel: the command's end, until the command has started
         self.terminal = None        # the channel of the command's terminal
@@ -10322,7 +10330,8 @@ class Supervisor(Stateful):
 
     def accept(self):
         """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
-        self.link.send(ACCEPT)      # a batch's next GO does not wait for it, but it tells the client what has begun
+        # The first GO waits for it.  A batch's next GO does not: to this client it tells that the job has begun.
+        self.link.send(ACCEPT, later=self.started)
         self.set_deadline(OFFER_SECONDS, lambda: self.link.fail("no GO"))
 
     def set_deadline(self, seconds, call):

@@ -3118,6 +3118,58 @@ def test_frames_that_are_sent_together_leave_in_one_packet(wire, monkeypatch):
     assert out.got == b"x" and writes == [b"".join(frames)]
 
 
+@pytest.fixture
+def packets(wire, monkeypatch):
+    """What the link here hands to TLS, piece by piece."""
+    writes, tls_write = [], wire.here.link.tls.write
+    monkeypatch.setattr(wire.here.link.tls, "write", lambda data: writes.append(bytes(data)) or tls_write(data))
+    monkeypatch.setattr(wire.there, "rcvd_ping", lambda *_: None, raising=False)
+    return writes
+
+
+def test_a_frame_that_is_sent_later_goes_with_the_next_one_or_soon_alone(wire, packets):
+    link, ping = wire.here.link, cexec.make_frame(cexec.PING)
+    link.send(cexec.PING, later=True)
+    assert not packets
+    wire.spin(lambda: packets)
+    assert packets == [ping]
+    link.send(cexec.PING, later=True)
+    link.send(cexec.PING)
+    assert packets[1:] == [2 * ping]
+    link.hold()
+    link.send(cexec.PING, later=True)
+    due = []
+    wire.loop.after(5 * link.late, lambda: due.append(True))
+    wire.spin(lambda: due)
+    assert len(packets) == 2
+    link.release()
+    assert packets[2:] == [ping]
+    link.send(cexec.PING, later=True)       # after release() it is not forgotten that a timer is needed
+    wire.spin(lambda: len(packets) == 4)
+
+
+def test_frames_that_are_sent_later_are_not_too_many(wire, packets):
+    link = wire.here.link
+    for _ in range(link.late_most):
+        link.send(cexec.PING, later=True)
+    assert not packets
+    link.send(cexec.PING, later=True)
+    assert packets == [(link.late_most + 1) * cexec.make_frame(cexec.PING)]
+
+
+@pytest.mark.parametrize("small, size, together", [
+    (-1, 1, False), (0, 1, False), (4096, 1, True), (4096, 4096, True), (4096, 4097, False)])
+def test_small_data_and_its_end_leave_in_one_packet_where_nobody_waits_for_them(wire, packets, small, size, together):
+    wire.here.small, data, end = small, bytes(size), cexec.make_frame(cexec.EOF, 0, cexec.FLAG_WHOLE)
+    into, out = wire.through(0)
+    tap = Tap(wire, out)
+    os.write(into, data)
+    wire.close_fd(into)
+    wire.spin(lambda: tap.ended)
+    assert tap.got == data
+    assert packets == ([data_frame(0, data) + end] if together else [data_frame(0, data), end])
+
+
 def test_a_sink_that_nobody_drains_stops_its_source_and_nothing_else(wire):
     size = 3 * cexec.WINDOW
     stalled, other = noise(size, 1), noise(size, 2)
@@ -3357,7 +3409,7 @@ def test_no_handshake_with_what_is_not_tls(worker_key):
 def test_a_source_that_is_to_end_waits_for_credit_and_not_for_an_endless_writer():
     zero = os.open("/dev/zero", os.O_RDONLY)
     holder = Holder(cexec.Loop())
-    nothing = {"send": lambda *words, later: None, "send_data": lambda *words: None, "send_waiting": lambda: None}
+    nothing = {"send": lambda *words, later: None, "send_data": lambda *words, later: None}
     holder.link = SimpleNamespace(congested=False, closed=False, **nothing)
     source = holder.carry(1, cexec.End(zero, zero, lambda: os.close(zero), ["read"])).source
     source.credit = 1000
@@ -3374,7 +3426,7 @@ def test_a_source_at_its_end_leaves_the_next_file_with_its_number_alone(late):
     reader, writer = os.pipe()
     holder, called = Holder(cexec.Loop()), []
     holder.link = SimpleNamespace(congested=False, closed=False, send=lambda *words, later: None,
-                                  send_data=lambda *words: None, send_waiting=lambda: None)
+                                  send_data=lambda *words, later: None)
     source = holder.carry(1, cexec.End(reader, reader, lambda: os.close(reader), ["read"])).source
     os.write(writer, b"data")
     os.close(writer)
@@ -3401,9 +3453,9 @@ def test_shut_that_its_writer_can_no_longer_be_told(writer_left, credit, sent, s
     os.set_blocking(reader, False)
     holder, frames = Holder(cexec.Loop()), []
     holder.link = SimpleNamespace(
-        congested=False, closed=False, send_waiting=lambda: None,
+        congested=False, closed=False,
         send=lambda kind, *words, later=False: frames.append(kind),
-        send_data=lambda number, buffer, count: frames.append((bytes(buffer[8:8 + count]), count)))
+        send_data=lambda number, buffer, count, later: frames.append((bytes(buffer[8:8 + count]), count)))
     source = holder.carry(1, cexec.PipeEnd(reader, reader, lambda: os.close(reader), ["read"])).source
     source.credit = credit
     os.write(writer, b"data")
@@ -3497,7 +3549,7 @@ def test_a_stream_goes_only_where_the_drawing_says(half, events, states):
 
     reader, writer = os.pipe()
     holder, frames = Holder(cexec.Loop()), []
-    holder.link = SimpleNamespace(congested=False, closed=False, send_waiting=lambda: None,
+    holder.link = SimpleNamespace(congested=False, closed=False,
                                   send=lambda kind, *words, later=False: frames.append(kind))
     fd = reader if half == "read" else writer
     channel = holder.carry(1, End(fd, fd, lambda: None, [half]))
