@@ -1057,9 +1057,9 @@ def format_key(master):
 # A new frame needs: its declaration, a place in FRAMES, and a method rcvd_NAME at each end that takes
 # it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
 # a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
-# Offer and FileRun.  A new datagram needs a place in DATAGRAMS, and rcvd_NAME in Worker,
-# Search, Survey or Logger; also one in RELAYED or ANSWERS, if cproxy and cservice -s are to pass it
-# on.  Both need cexec(7), and another PROTOCOL.
+# Offer and FileRun.  Lifeline.link_frame() names those that may come for a channel that is closed.  A new datagram
+# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, for Logger takes only ALERT; also one in
+# RELAYED or ANSWERS, if cproxy and cservice -s are to pass it on.  Both need cexec(7), and another PROTOCOL.
 VARIABLE = "text", "rows:", "rest"  # how the types of fields begin whose size varies
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
@@ -2012,6 +2012,7 @@ class Loop:
 
     Every reader must bear to be called when there is nothing to read.  One turn asks the system
     once, and what is called first can close a descriptor, and open another with the same number.
+    Only a descriptor that stays open as long as the loop runs is never another one.
     """
 
     def __init__(self, floor=0):
@@ -2750,6 +2751,11 @@ def queued(fd, request):
         return struct.unpack("i", fcntl.ioctl(fd, getattr(termios, request), bytes(4)))[0]
     except (OSError, ValueError):   # or it is closed
         return 0
+
+
+def unread(fd):
+    """How many bytes wait in a pipe."""
+    return queued(fd, "FIONREAD")
 
 
 def unacknowledged(sock):
@@ -3950,11 +3956,6 @@ class PtyEnd(End):
         return True
 
 
-def unread(fd):
-    """How many bytes wait in a pipe."""
-    return queued(fd, "FIONREAD")
-
-
 def ended(pid):
     """A child's returncode, as in subprocess: its exit code, or minus a signal; None while it runs.
 
@@ -4077,10 +4078,12 @@ def end_sessions(loop, sessions, group, over):
 
 
 # A file is written under another name in the same directory, and gets its own name only when it is whole.
-# commit() does that for keys.  For the outputs of a batch, Disk.store() and Task.commit() do.  The results of -g get
-# theirs so:
+# commit() does that for keys.  For the outputs of a batch, Disk.store() and then Task.commit() do, see Batch.store.
+# The results of -g get theirs so:
 #
-#   RemoteRun.commit, after EXIT --> JobFiles.commit --the verdict--> receive, in a Helper --> commit_all
+#   RemoteRun.judge_files, after EXIT --> JobFiles.approve --the verdict--> receive, in a Helper --> commit_all
+#   in a batch, before the first rename:   Names.claim <-- JobFiles.read_question <--their names-- ask, in commit_all
+#                                               '--the answer: no other job has written them--> commit_all
 
 def commit(file, part, path, replace=True):
     """Gives an open file its name: renames it from part to path, once all of it is on the disk.  Raises OSError.
@@ -5540,7 +5543,7 @@ class JobFiles:
         else:
             self.ended(self.refused or trouble)
 
-    def commit(self):
+    def approve(self):
         """Has the results get their names, when all bytes have come: gives the Helper its verdict, see receive()."""
         if self.verdict is not None and self.asked is None:
             self.asked = b""
@@ -5554,7 +5557,7 @@ class JobFiles:
             channel.close()
 
     def drop(self):
-        """Has the results removed, unless commit() was called before."""
+        """Has the results removed, unless approve() was called before."""
         if self.asked is None:
             self.close_verdict()
 
@@ -5613,7 +5616,8 @@ class JobFiles:
 # A Search finds a worker for a patron: a Client, which has one job, or a Batch, which has many.
 #
 #   patron.has_job_for(worker_id)        whether this worker may be asked
-#   patron.next_job(search, worker_id)   returns a job for the worker that offers, or None if none is left for it
+#   patron.assign(search, worker_id)     returns a job for the worker that offers, opened, or None if none is left for
+#                                        it; then this may have ended the search
 #   patron.lacks(hello, job, why, code)  this worker has no such command as this job has, but perhaps that of others
 #   patron.put_back(job)                 this worker was lost before GO: nothing has run
 #   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
@@ -6003,9 +6007,10 @@ class Search:
         self.context = None
         self.chosen = self.job = None                # the Candidate to which we sent a job, and this job
         self.back = ReturnPort(terms.ports, loop, group.families())
+        self.timer = NO_TIMER       # of the next announcement
         self.began = self.last_answer = time.monotonic()
         self.ahead = None           # how many clients are before us in the line, from the last BUSY
-        self.stranger = None        # the address of a worker with another protocol version, and this version
+        self.stranger = None        # a text: the address of a worker with another protocol version, and this version
         self.shown = self.told = ""             # our text on the terminal; the same for an Executor
         self.unfit_timer = None     # for insist()
         self.busy = {}              # a worker_id: when its last BUSY came; it may be able to do the job
@@ -6038,7 +6043,7 @@ class Search:
         if accept and now - self.last_answer > accept or wait and now - self.began > wait:
             message, code = self.unfit()
             if not message or self.avoid.has_worked:
-                message, code = self.complaint(now), EXIT_TEMPORARY
+                message, code = self.why_none(now), EXIT_TEMPORARY
             return self.patron.not_found(self, message, code)
         self.attempt += 1
         self.tell()
@@ -6066,7 +6071,7 @@ class Search:
             self.shown = text
             log.status_line(text)
 
-    def complaint(self, now):
+    def why_none(self, now):
         """Why no worker was found."""
         if self.back.lack:
             return "no worker's connection could be taken in %d s: %s" % (now - self.began, self.back.lack)
@@ -6224,7 +6229,7 @@ class Search:
             self.loop.after(wait, self.choose)
 
     def ask(self, candidate):
-        job = self.patron.next_job(self, candidate.hello.worker_id)
+        job = self.patron.assign(self, candidate.hello.worker_id)
         if job:
             self.chosen, self.job = candidate, job
             candidate.ask(self.pub.secret, job.job_fields())
@@ -6316,7 +6321,8 @@ class Search:
 #                                   '-- a text ----------------------> Patron.failed(run, reason, text)
 #
 # The text comes from the job: a Job runs again with -r or cservice -i, and only while nothing of it was
-# shown; a Task always; a HostTask never.  CEXEC_RETRIES bounds that for all.
+# shown; a Task always; a HostTask never.  CEXEC_RETRIES bounds that for all.  A FileRun whose job was not begun is no
+# loss: see FileRun.link_lost.
 MAXFD = 32                          # descriptors below this number are carried
 
 
@@ -6547,7 +6553,7 @@ class RemoteRun(Carrier):
     """A job after GO, at the client: the common part of Run and FileRun.  The worker's part is a Command.
 
     exited(rows) is called when EXIT has come; rows are {channel: (bytes sent, bytes taken)}.  detach() stops
-    to use the descriptors: another run gets them.
+    using the descriptors: another run gets them.
     """
 
     def __init__(self, patron, link, hello, job):
@@ -6619,14 +6625,14 @@ class RemoteRun(Carrier):
         self.trouble = self.trouble or trouble
         self.stream_ended()
 
-    def commit(self):
+    def judge_files(self):
         """After EXIT, when all bytes have come: has the results of -g get their names if the command has succeeded."""
         if self.files:
             success = self.exit.how == HOW_EXITED and self.exit.status == 0
             if success and self.exit.reason:
                 self.trouble = self.trouble or "worker %s cannot send results: %s" % (self.worker, self.exit.reason)
             self.files.stop()
-            self.files.commit() if success and not self.trouble else self.files.drop()
+            self.files.approve() if success and not self.trouble else self.files.drop()
 
     def files_are_over(self):
         """Whether the results of -g have their names, or will not get them; trouble tells why."""
@@ -6751,7 +6757,7 @@ class Run(RemoteRun):
         if self.exit is None:
             self.loop.after(1.0, self.let_go_of_stderr)
         elif self.exit_code is None and not self.is_writing():
-            self.commit()
+            self.judge_files()
             if self.files_are_over():
                 self.conclude(self.outcome())
 
@@ -6955,7 +6961,7 @@ class Client(Patron):
     def work(self):
         """Finds a worker and carries the job.  Returns its exit code.  Raises Fatal (111) if there is no worker."""
         with on_failure(self.end_search):
-            self.look()
+            self.begin_search()
             progress = Progress(self) if self.job.progress else None
             while self.run is None or self.run.exit_code is None:
                 self.loop.turn()
@@ -6963,8 +6969,7 @@ class Client(Patron):
                 progress.end(self.run)
         return self.run.exit_code
 
-    def look(self):
-        """Begins a search."""
+    def begin_search(self):
         self.search = self.new_search(self.job.progress)
         self.search.start()
 
@@ -6985,7 +6990,7 @@ class Client(Patron):
 
     # The patron's methods, which Search calls
 
-    def next_job(self, search, worker_id):
+    def assign(self, search, worker_id):
         return self.job
 
     def put_back(self, job):
@@ -7017,7 +7022,7 @@ class Client(Patron):
     def run_again(self, run):
         self.avoid.for_good(run.hello.worker_id)
         self.run = None
-        self.look()
+        self.begin_search()
 
     def failed(self, run, reason, objection):
         message = "worker %s lost after %.1f s: %s" % (run.worker, time.monotonic() - run.began, reason)
@@ -7286,7 +7291,8 @@ def show_workers(survey, as_json):
 
 PLACES = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"        # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
-IN_LINE = 2                         # searches at a time
+SEARCHES_MAX = 2                    # searches at a time
+JOBS_MAX = 10000                    # jobs at a time, without -j
 ROW_MIN, ACCIDENT = 3, 0.001        # so many failures in a row, if they are less probable elsewhere, show a bad worker
 BAD_SECONDS = 30.0                  # a bad worker gets no jobs for so long; the next time for twice as long
 FAILURES_MAX = 101                  # the exit status for 100 failures and more, because 100 means wrong usage
@@ -7787,7 +7793,7 @@ class FileRun(RemoteRun):
             channel = self.carry(number, end)
             if channel.source and not task.input:
                 channel.source.leave_alone()
-        self.reported = False       # whether ended() of the batch was called
+        self.reported = False       # whether run_ended() of the batch was called
         with on_failure(self.detach):
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
                              lambda arrivals: task.terms.names.claim(arrivals, task), task.place)
@@ -7830,11 +7836,11 @@ class FileRun(RemoteRun):
     def stream_ended(self):
         """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
         if self.exit and not self.reported and not self.is_writing():
-            self.commit()
+            self.judge_files()
             if self.files_are_over():
                 self.reported = True
                 self.detach()
-                self.patron.ended(self)
+                self.patron.run_ended(self)
 
     def rcvd_linger(self, flags, channel, payload):
         pass
@@ -8150,7 +8156,7 @@ class Batch(Patron):
     def fill(self):
         """Begins searches, if there are files for them, and -j leaves room."""
         silent = len(self.overdue())
-        room = min(IN_LINE, self.jobs - len(self.runs) + silent)
+        room = min(SEARCHES_MAX, self.jobs - len(self.runs) + silent)
         while len(self.searches) < min(room, self.ready() or silent) and self.begin_search():
             pass
 
@@ -8199,9 +8205,10 @@ class Batch(Patron):
         return (task for task in bounded if self.may_take(task, worker_id))
 
     def has_job_for(self, worker_id):
+        # Without a queue too: so the offer is taken, and assign() ends the search.
         return not self.queue or any(self.tasks_for(worker_id)) or any(self.overdue(worker_id))
 
-    def next_job(self, search, worker_id):
+    def assign(self, search, worker_id):
         has_room = len(self.runs) + sum(search.chosen is not None for search in self.searches) < self.jobs
         task = self.take(worker_id) if has_room or self.give_up_silent(worker_id) else None
         if task is None and not (has_room and self.ready()):
@@ -8269,6 +8276,7 @@ class Batch(Patron):
     # an idle slot: only then the silent one is given up, and its job goes there.
 
     def watch(self, run):
+        self.late = [late for late in self.late if late in self.runs and late.link.silence() > late.patience()]
         if not run.exit and run.link.silence() > run.patience() and run not in self.late:
             self.late.append(run)
         if self.late:
@@ -8278,15 +8286,14 @@ class Batch(Patron):
         """Returns the runs that are given up if a slot of this worker is idle.  After --halt nothing is begun any more.
 
         Any byte of a worker counts for all its runs: on a slow link one may wait long behind the others.
+        A run that was the last try is given up too: its job then fails sooner than by CEXEC_TIMEOUT_PINGPONG.
         """
-        if self.late:
-            silence = {}
-            for run in self.runs:
-                worker = run.hello.worker_id
-                silence[worker] = min(run.link.silence(), silence.get(worker, float("inf")))
-            self.late = [run for run in self.late if run in self.runs and not run.exit
-                         and silence[run.hello.worker_id] > run.patience()]
-        return [run for run in self.late if not self.halted and worker_id not in run.job.avoids]
+        silence = {}
+        for run in self.runs if self.late and not self.halted else ():
+            worker = run.hello.worker_id
+            silence[worker] = min(run.link.silence(), silence.get(worker, float("inf")))
+        return [run for run in self.late if run in self.runs and not run.exit
+                and silence.get(run.hello.worker_id, 0) > run.patience() and worker_id not in run.job.avoids]
 
     def give_up_silent(self, worker_id):
         """Gives up the run that has waited longest, so that this worker may do its job.  Returns whether there was one.
@@ -8317,7 +8324,7 @@ class Batch(Patron):
 
     # The end of a run
 
-    def ended(self, run):
+    def run_ended(self, run):
         """EXIT: the file is done, or has failed; its worker may take the next file."""
         self.runs.remove(run)
         outcome = run.outcome()
@@ -8328,7 +8335,7 @@ class Batch(Patron):
             self.try_again(run, outcome)
             self.go_on(run)
         elif outcome.exit_code:
-            self.end(run, outcome)
+            self.conclude(run, outcome)
             self.go_on(run)         # last: this failure may stop the batch
         else:
             self.go_on(run)         # first: the worker computes while the output waits for the disk
@@ -8344,7 +8351,7 @@ class Batch(Patron):
         again = worker_id in task.avoids        # then there was no other one
         task.avoid(worker_id)
         if outcome.exit_code != EXIT_TEMPORARY and (again or len(task.avoids) >= HOSTS_MAX):
-            self.end(run, outcome)  # as one that is too large for their disks: more tries would cost as much
+            self.conclude(run, outcome)  # as one that is too large for their disks: more tries would cost as much
         else:
             log.once(outcome.text(), say=log.tell_user)
             self.alert(run, *outcome.alert())
@@ -8381,14 +8388,14 @@ class Batch(Patron):
     def tell_again(self, task, outcome, run):
         log.tell_user("%s at %s: %s; runs it again" % (task.name, run.worker, outcome.text()))
 
-    def end(self, run, outcome):
+    def conclude(self, run, outcome):
         self.alert(run, *outcome.alert())
         self.task_over(run.job, outcome, run)
 
     def store(self, run, outcome):
         """A success: if its output is to have a name, it gets this when it is on the disk."""
         def stored(error):
-            self.end(run, failure(error_text(error, run.job.name)) if error else self.commit(run.job, outcome))
+            self.conclude(run, failure(error_text(error, run.job.name)) if error else self.commit(run.job, outcome))
         if run.job.output is None:
             stored(None)
         else:
@@ -8534,11 +8541,11 @@ class Batch(Patron):
         log.status_line("")
         self.end_searches()
         for run in self.runs:
-            self.leave(run)
+            self.abandon(run)
         self.runs = []
         self.disk.finish()
 
-    def leave(self, run):
+    def abandon(self, run):
         """Ends a run: the link closes, so the worker ends the command."""
         run.detach()
         run.link.close()
@@ -8639,7 +8646,7 @@ def nothing_to_do(tasks, unit):
 def jobs_at_once(each, others=OUTPUTS_MAX + 256):
     """How many jobs can run at a time, if each needs so many descriptors, and all together so many others."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * MEMORY if hard == resource.RLIM_INFINITY else min(hard, 4 * MEMORY)
+    wanted = 4 * JOBS_MAX if hard == resource.RLIM_INFINITY else min(hard, 4 * JOBS_MAX)
     with suppress(OSError, ValueError):         # macOS allows fewer than its hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
         soft = max(soft, wanted)
@@ -8676,7 +8683,7 @@ def main_batch(place, words, options):
     joblog = open_joblog(options.joblog, pattern == "-") if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
-    jobs = min(options.jobs or MEMORY, jobs_at_once(9 if options.inputs or options.results else 4))
+    jobs = min(options.jobs or JOBS_MAX, jobs_at_once(9 if options.inputs or options.results else 4))
     if inputs is None:
         return QueueBatch(*place(), terms, separator, jobs, joblog, options.force, options.halt).work()
     if not todo:
@@ -8894,7 +8901,7 @@ class BlockBatch(Batch):
         self.splitter.stop()
         for run in [run for run in self.runs if run.job.number > first]:
             self.runs.remove(run)
-            self.leave(run)
+            self.abandon(run)
         self.end_searches()
         self.queue = collections.deque(block for block in self.queue if block.number < first)
         self.printer.end_before(first)
@@ -8937,7 +8944,7 @@ def main_blocks(place, words, options):
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
         make_errors_directory(options.errors)
-    jobs = min(options.jobs or MEMORY, jobs_at_once(4))
+    jobs = min(options.jobs or JOBS_MAX, jobs_at_once(4))
     return BlockBatch(*place(), terms, size, options.header or 0, jobs, joblog).work()
 
 
@@ -9113,7 +9120,7 @@ class Everywhere(Batch):
     def note_result(self, run, outcome):
         """A worker has only one job."""
 
-    def next_job(self, search, worker_id):
+    def assign(self, search, worker_id):
         task = self.opened(self.dequeue(search))
         if task is None:
             self.end_search(search)
@@ -9131,7 +9138,7 @@ class Everywhere(Batch):
         self.fill()
 
     def host_failed(self, run, outcome):
-        self.end(run, outcome)      # this is its host's result
+        self.conclude(run, outcome)     # this is its host's result
         run.link.close()
         self.fill()
 
@@ -9254,7 +9261,8 @@ def child_words(applet, places=()):
 class RunGroup(Group):
     """The group of the workers that a child, `cservice -s`, starts for this call alone, and that child.
 
-    pub is their public key.  Raises Fatal: 100 for a wrong host, else 111.
+    pub is their public key.  Raises Fatal: 100 for a wrong host, else 111.  It becomes a Group, with targets, when the
+    child's first line comes: see rcvd_line().
     """
 
     def __init__(self, hosts, floor):
@@ -15675,7 +15683,10 @@ class Reader:
         return steps
 
     def compare(self, *keys):
-        """Whether Python may compare two keys: a number of another kind can make a new object of the other key."""
+        """Raises ValueError unless Python may compare two keys.
+
+        A number of another kind can make a new object of the other key.
+        """
         todo = [keys]
         while todo:
             one, other = todo.pop()

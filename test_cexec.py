@@ -2834,6 +2834,21 @@ def test_listener_passes_a_unicast_datagram_on_to_the_others():
             listener.close()
 
 
+def test_a_search_that_gives_up_at_its_first_announcement_can_be_ended(monkeypatch):
+    """As after a stop between its making and its start: see CEXEC_TIMEOUT_ACCEPT."""
+    terms, given_up = SimpleNamespace(ports=[0], accept_seconds=1, wait_seconds=0, job_fields=None), []
+    group = SimpleNamespace(families=lambda: [socket.AF_INET], targets=[])
+    patron = SimpleNamespace(not_found=lambda *words: given_up.append(words))
+    search = cexec.Search(cexec.Loop(), group, None, terms, patron, None, True)
+    search.last_answer -= 10
+    for name, what in (("send", lambda *words, **fields: None), ("unfit", lambda: ("nobody", 111))):
+        monkeypatch.setattr(search, name, what)
+    search.avoid = SimpleNamespace(has_worked=False)
+    search.announce()
+    assert given_up == [(search, "nobody", 111)]
+    search.end()
+
+
 @pytest.mark.parametrize("code, status, said", [
     (socket.EAI_AGAIN, 111, "the name box has no address now: why"),
     (socket.EAI_NONAME, 100, "not an address, and the name box has none: why")])
