@@ -2343,17 +2343,18 @@ class Tls:
         try:
             while count < size and self.has_more():
                 got = self.object.read(size - count, view[count:])
-                if not got:
+                self.ended = not got            # close_notify, as ssl.SSLObject tells it
+                if self.ended:
                     break
                 count += got
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             self.ended = True
-            if not count:
-                raise EOFError from None
         except ssl.SSLError as error:
             raise ProtocolError("TLS: %s" % (error.reason or error)) from None
+        if self.ended and not count:
+            raise EOFError
         return count
 
     def write(self, data):
@@ -2369,6 +2370,7 @@ class Plain:
     """In the place of a Tls, on a connection that ssh protects: the bytes as they are."""
 
     ready = direct = True
+    ended = False                   # here nobody says it
 
     def __init__(self):
         self.incoming, self.outgoing = 0, bytearray()
@@ -2505,6 +2507,11 @@ class Link:
             return self.stands_for
         name = self.sock.getsockname()
         return address_of(name), name[1]
+
+    @property
+    def finished(self):
+        """Whether the peer has called finish(): it has not crashed, and no network was cut."""
+        return self.tls.ended
 
     @property
     def congested(self):
@@ -7277,9 +7284,9 @@ def show_workers(survey, as_json):
 #     |  <----------------------- EXIT, more=1  |  no other client waits: the supervisor keeps the slot
 #     |  JOB, GO, DATA ... EOF ------------->   |  no JOB in 3 s: it gives the slot back
 #     |  <------------------------------ ACCEPT |  the command starts; ACCEPT comes within 2 ms, perhaps with EXIT
-#     |     lost before ACCEPT: it has hardly begun, the file goes back to the head of the queue
+#     |     finished without ACCEPT: nothing has run, the file goes back to the head of the queue
 #     |  <------------------- DATA, EOF ...     |
-#     |     lost after ACCEPT: no output was shown, so the file is done again, CEXEC_RETRIES times
+#     |     lost in any other way: no output was shown, so the file is done again, CEXEC_RETRIES times
 #     |  <----------------------- EXIT, more=1  |  and so on; after more=0 the client closes, and searches
 #     |  no file is left: it closes             |  it gives the slot back
 #
@@ -7849,10 +7856,10 @@ class FileRun(RemoteRun):
         if self.exit:
             return                  # only our own files are missing now: the worker has done its part
         self.detach()
-        if self.accepted or violation:
-            self.patron.run_lost(self, reason)
-        else:
+        if not self.accepted and link.finished and not violation:
             self.patron.came_too_late(self, reason)
+        else:
+            self.patron.run_lost(self, reason)
 
     def alert_nonce(self, event):
         """A complaint has the nonce of the offer's job.  Other ALERTs need new ones: else they look like copies."""
@@ -8425,7 +8432,7 @@ class Batch(Patron):
             run.link.close()
 
     def came_too_late(self, run, reason):
-        """The connection has ended before the next file's ACCEPT, which is sent within 2 ms: this was no try."""
+        """The worker has finished without the next file's ACCEPT: nothing has run."""
         self.runs.remove(run)
         log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
         self.put_back(run.job)
@@ -10414,13 +10421,18 @@ class Supervisor(Stateful):
             raise ProtocolError("a job with higher descriptors than the first")
         self.command = Command(self, job)
         missing = self.command.find()
-        if missing:                 # GO is on the way: so it is too late for REFUSE
-            return self.link.fail(missing[1])
+        if missing:
+            return self.decline(missing[1])
         try:
             self.command.make_ends()
         except OSError as error:
-            return self.link.fail("cannot make pipes, a terminal or a directory: %s" % error.strerror)
+            return self.decline("cannot make pipes, a terminal or a directory: %s" % error.strerror)
         self.accept()
+
+    def decline(self, reason):
+        """This job does not begin.  GO is on the way: so it is too late for REFUSE, and the end must say it."""
+        self.link.finish()
+        self.link.fail(reason)
 
     def link_writable(self, link):
         if self.state is OVER:

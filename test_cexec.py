@@ -9916,6 +9916,15 @@ def test_file_that_kills_its_worker_is_given_up(cluster):
     no_defect(read(worker.log))
 
 
+def test_files_that_kill_their_worker_at_once_are_begun_once(cluster):
+    """Before the ACCEPT has left: a loss that the worker did not announce may be one of a job that runs."""
+    names = made_files(cluster, 40)
+    script = NOTED + "case $PEER_FILE in *[05]) kill -KILL $PPID;; esac; cat"
+    cluster.worker("sh", "-c", script, env={"CONCURRENCY": "2"})
+    done = batch(cluster, *names, env={"CEXEC_RETRIES": "0"})
+    assert done.returncode == 8 and collections.Counter(begun(cluster)) == {name.encode(): 1 for name in names}
+
+
 def test_lost_runs_are_in_the_log_and_parallel_reads_it(cluster):
     """The last line that begins with a job's number is the job's, also for its --resume and the like."""
     need("parallel")
