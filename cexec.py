@@ -9616,12 +9616,12 @@ class Place:
     def make(self, name, floor):
         """Returns a descriptor, from floor up, of a new directory."""
         fd = make_directory(name, floor, self.fd)
-        if self.user:
+        with on_failure(os.close, fd):
             # Who may write in this place may have put another directory there meanwhile: the user must not get that.
-            if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):
-                os.close(fd)
+            if self.user and (os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd)):
                 raise OSError(errno.EEXIST, "another directory is in its place", name)
-            os.fchown(fd, self.user.pw_uid, self.user.pw_gid)
+            if self.user:
+                os.fchown(fd, self.user.pw_uid, self.user.pw_gid)
         return fd
 
     def remove_empty(self, name):
@@ -11418,7 +11418,7 @@ class Worker:
             return
         # If the last connection to a client failed, its next offer holds no slot before TLS is up:
         # so it need not wait for a slot.  Every other client has to wait if there is a line.
-        if not self.hold(client) or self.free_slots() and not self.clients.line:
+        if not self.hold_seconds(client) or self.free_slots() and not self.clients.line:
             self.delay_offer(client, self.pace.delay(self.in_use(), first=client.attempt == 1))
         else:
             self.wait(client)
@@ -11525,7 +11525,7 @@ class Worker:
     def load(self):
         return self.pace.load(self.in_use())[0]
 
-    def hold(self, client):
+    def hold_seconds(self, client):
         """The seconds for which an offer to this client holds a slot before TLS is up; 0 if the last one failed.
 
         This is also remembered for its address, because its next job will have another nonce.
@@ -11560,7 +11560,7 @@ class Worker:
 
     def offer(self, client, delay):
         """Connects to a client, if a slot is still free; else the client waits in the line."""
-        hold, offers = self.hold(client), self.clients.offers.values()
+        hold, offers = self.hold_seconds(client), self.clients.offers.values()
         if hold and not self.free_slots():
             return self.wait(client)
         if not hold and sum(not offer.holds_slot for offer in offers) >= LATE_MAX:
@@ -16265,7 +16265,7 @@ class Lane(Stateful):
     # here, those that it has not begun for RECALL_SECONDS are recalled.  They go to the head of the queue, for the lane
     # with the fewest.
 
-    def room(self):
+    def has_room(self):
         """Whether it takes another call: its only one, or one of several that are short."""
         if self.state is not UP or self.leaving or not self.calls:
             return self.state is UP and not self.leaving
@@ -16520,7 +16520,7 @@ class Lane(Stateful):
         took, self.head_since = now - self.head_since, now
         self.pace = (self.pace + took) / 2 if self.first else took
         if not self.first:
-            self.pool.useful(self.worker_id)
+            self.pool.found_useful(self.worker_id)
         self.first, self.fastest = self.first or took, min(self.fastest, took)
         if not self.calls:
             self.idle_since = now
@@ -16653,7 +16653,7 @@ class Pool:
         self.inbox = collections.deque()        # Calls, and methods for the thread to call
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
-        self.number, self.pause = 0, 0.0
+        self.number, self.search_at = 0, 0.0
         self.unprepared = set()                 # ids of workers whose initializer has failed
         self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
         self.nowhere = set()        # texts of exceptions: no worker can load what some call needs
@@ -16813,7 +16813,7 @@ class Pool:
             self.queue.popleft().set_running()  # it needs no lane
         while self.queue:
             self.leave_unlike(self.queue[0])
-            ready = [lane for lane in self.lanes if lane.room()]
+            ready = [lane for lane in self.lanes if lane.has_room()]
             if not ready:
                 break
             self.give(self.queue.popleft(), min(ready, key=lambda lane: (lane.loading, len(lane.calls))))
@@ -16842,7 +16842,7 @@ class Pool:
     def leave_unlike(self, call):
         """Lanes whose Python cannot read the next call take no more, and others are looked for."""
         for lane in self.lanes:
-            if not lane.suits(call) and lane.room():
+            if not lane.suits(call) and lane.has_room():
                 lane.leave()
                 if lane.worker_id not in self.unlike:
                     self.unlike[lane.worker_id] = "%s has Python %s" % (lane.host, lane.python.rpartition(".")[0])
@@ -16867,7 +16867,7 @@ class Pool:
 
     def may_grow(self):
         """Whether there may be one more lane."""
-        return sum(lane.state is not ENDING for lane in self.lanes) < self.limit and time.monotonic() >= self.pause
+        return sum(lane.state is not ENDING for lane in self.lanes) < self.limit and time.monotonic() >= self.search_at
 
     def grow(self):
         """Begins one more lane, unless one is searching already, or enough of them will soon be up."""
@@ -16889,9 +16889,10 @@ class Pool:
         if all(lane.leaving for lane in there) and self.fail_unread():
             pass                    # the others may be done by the same workers
         elif there:
-            self.pause = time.monotonic() + SEARCH_PAUSE
+            self.search_at = time.monotonic() + SEARCH_PAUSE
         elif not self.next_round():
-            error, by_value = self.no_worker(error), bool(self.left_out())
+            error, by_value = self.fault(error), bool(self.left_out())
+            self.forget_faults()
             if self.unprepared and not self.prepared:
                 self.give_up(error)
             else:
@@ -16938,18 +16939,21 @@ class Pool:
             self.bad.ask_again(worker_id)
         return True
 
-    def no_worker(self, error):
-        """Returns the exception of calls that no worker can do.  Later calls may try all workers again."""
+    def fault(self, error):
+        """Returns the exception of calls that no worker can do: it names the workers' faults, or else is this error."""
         faults = list(self.faults.values())
         if self.left_out():
             faults.insert(0, ("%s (%s)" % (", ".join(sorted(set(self.unlike.values()))), SAME_PYTHON), None))
-        self.bad, self.faults, self.rounds = Avoided(REJECT_SECONDS), {}, 0
         if not faults:
             return error
         more = ["and %d more" % (len(faults) - 8)] * (len(faults) > 8)
         failed = Failed("no worker can do the calls: " + "; ".join([text for text, _ in faults[:8]] + more))
         failed.__cause__ = faults[-1][1]
         return failed
+
+    def forget_faults(self):
+        """Has later calls try all workers again."""
+        self.bad, self.faults, self.rounds = Avoided(REJECT_SECONDS), {}, 0
 
     def give_up(self, error):
         """The initializer cannot be run: all calls fail, and so does submit()."""
@@ -16978,7 +16982,7 @@ class Pool:
 
     def lane_up(self):
         """A lane is ready, perhaps late: its worker is as good as others."""
-        self.pause, self.prepared = 0.0, True
+        self.search_at, self.prepared = 0.0, True
 
     def lane_over(self, lane, error, useless, hopeless):
         """Puts the lane's calls back, except those that have had all their tries: they fail.
@@ -16999,14 +17003,16 @@ class Pool:
         if again and not useless:
             self.tell("%s; runs its calls again" % words_of(error))
         if not any(other.state in (STARTING, PREPARING, UP) for other in self.lanes):
-            self.pause = 0.0
+            self.search_at = 0.0
         if useless and lane.worker_id:
             self.found_useless(lane, error)
         elif useless:
             self.failures += 1
         self.unprepared |= {lane.worker_id} if lane.unprepared else set()
         if len(self.unprepared) >= LANE_FAILURES and not self.prepared:
-            self.give_up(self.no_worker(error))
+            error = self.fault(error)
+            self.forget_faults()
+            self.give_up(error)
         elif useless and (hopeless or self.failures >= LANE_FAILURES or self.faulty >= FAULTS_MAX):
             self.cannot_grow(error)
 
@@ -17026,7 +17032,7 @@ class Pool:
             del self.faults[next(iter(self.faults))]
         self.tell(text + "; it gets no calls for a while")
 
-    def useful(self, worker_id):
+    def found_useful(self, worker_id):
         """A lane's first result has come."""
         self.bad.forgive(worker_id)
         self.faults.pop(worker_id, None)
