@@ -9617,12 +9617,15 @@ class Place:
         """Returns a descriptor, from floor up, of a new directory."""
         fd = make_directory(name, floor, self.fd)
         with on_failure(os.close, fd):
-            # Who may write in this place may have put another directory there meanwhile: the user must not get that.
-            if self.user and (os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd)):
-                raise OSError(errno.EEXIST, "another directory is in its place", name)
             if self.user:
-                os.fchown(fd, self.user.pw_uid, self.user.pw_gid)
+                self.give_away(fd, name)
         return fd
+
+    def give_away(self, fd, name):
+        # Who may write in this place may have put another directory there meanwhile: the user must not get that.
+        if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):
+            raise OSError(errno.EEXIST, "another directory is in its place", name)
+        os.fchown(fd, self.user.pw_uid, self.user.pw_gid)
 
     def remove_empty(self, name):
         """Removes a directory if it is empty.  Returns whether it was."""

@@ -1304,6 +1304,13 @@ def read_all(fd):
     return b"".join(pieces)
 
 
+def read_until(fd, text):
+    """Reads no byte more than this text."""
+    data = b""
+    while text not in data:
+        data += read_count(fd, 1)
+
+
 def read_count(fd, count):
     """That many bytes."""
     data = bytearray()
@@ -5202,9 +5209,7 @@ def test_stop_and_continue(one):
 def test_stop_and_continue_after_exit(one):
     """Output of the command, which is over, is still written here."""
     with job(one, "head -c 1000000 /dev/zero", "-v", outputs=(1, 2)) as process:
-        text = b""
-        while b"<- EXIT" not in text:
-            text += read_count(process.out[2], 1)
+        read_until(process.out[2], b"<- EXIT")
         process.send_signal(signal.SIGTSTP)
         becomes(process.pid, "T")
         process.send_signal(signal.SIGCONT)
@@ -5268,18 +5273,14 @@ def test_interrupts_far_apart_are_passed_on(one):
 @pytest.mark.parametrize("name", "INT TERM HUP QUIT USR1 USR2".split())
 def test_signal_before_any_worker(one, name):
     with job(one, "true", "-v", outputs=(2,), env={"GROUP": "127.255.255.255:%d" % free_port()}) as process:
-        text = b""
-        while b"ANNOUNCE" not in text:
-            text += read_count(process.out[2], 1)
+        read_until(process.out[2], b"ANNOUNCE")
         assert signalled(process, getattr(signal, "SIG" + name)) == -getattr(signal, "SIG" + name)
 
 
 def test_stop_before_any_worker(one):
     group = "127.255.255.255:%d" % free_port()
     with job(one, "true", "-v", outputs=(2,), env={"GROUP": group}) as process:
-        text = b""
-        while b"ANNOUNCE" not in text:
-            text += read_count(process.out[2], 1)
+        read_until(process.out[2], b"ANNOUNCE")
         process.send_signal(signal.SIGTSTP)
         becomes(process.pid, "T")
         process.send_signal(signal.SIGCONT)
@@ -7027,6 +7028,16 @@ def test_a_directory_that_cannot_be_locked_leaves_no_descriptor(tmp_path, monkey
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK))
     with few_descriptors(2), pytest.raises(OSError, match="No locks"):
         cexec.make_directory(str(tmp_path / "new"))
+
+
+def test_a_directory_that_cannot_be_given_away_leaves_no_descriptor(tmp_path, monkeypatch):
+    place = cexec.Place(str(tmp_path), SimpleNamespace(pw_uid=1, pw_gid=1))
+    try:
+        monkeypatch.setattr(os, "fchown", refusing(errno.EPERM))
+        with few_descriptors(3), pytest.raises(OSError, match="not permitted"):
+            place.make("new", 0)
+    finally:
+        os.close(place.fd)
 
 
 @pytest.mark.parametrize("options", [[], ["-u", "nobody"]])
@@ -10193,6 +10204,24 @@ def late_frames(peer):
     peer.send(cexec.RESIZE, lines=1, columns=1)
     peer.send(cexec.GO)
     peer.send(cexec.PING)
+
+
+@pytest.mark.parametrize("batch", [b"12345678", cexec.NO_BATCH])
+def test_the_frames_of_a_small_job_of_a_batch_leave_together(cluster, batch):
+    """Here no frame leaves because its time is over.  Nobody waits for a single job's output, or for the first ACCEPT.
+    """
+    altered(cluster, ("late, late_most = 0.002,", "late, late_most = 1e6,"))
+    cluster.worker("cat")
+    with BatchPeer(cluster, batch) as one:
+        if batch == cexec.NO_BATCH:
+            one.peer.raw(data_frame(0, b"seen"))
+            assert one.peer.next() == (cexec.DATA, b"seen")
+        assert one.end()[0] == b"x"
+        if batch != cexec.NO_BATCH:
+            one.begin()
+            one.peer.raw(data_frame(0, b"x") + cexec.make_frame(cexec.EOF, 0, cexec.FLAG_WHOLE))
+            assert one.peer.next()[0] is cexec.ACCEPT
+            assert [frame[0] for frame in one.peer.frames] == [cexec.DATA, cexec.EOF, cexec.EXIT]
 
 
 def test_frames_of_the_job_before_do_nothing(cluster):
