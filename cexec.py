@@ -132,6 +132,8 @@ except SystemError:                 # 3.13.0's import of socket, by -c, without 
 class Later:
     """A module that is imported when it is first used: most processes never use it."""
 
+    __spec__ = None                 # an import that finds this in the module's place asks for it
+
     def __init__(self, name):
         self._name = name
 
@@ -2248,11 +2250,16 @@ def load_ssl():
     """Imports ssl when the first bytes need it.  Raises Fatal (111)."""
     global ssl
     if ssl is None:
+        # ssl imports base64, and that re, for functions that we do not call: this is a third of the time that it takes.
+        unused = sys.modules.setdefault("base64", Later("base64"))
         try:
             import ssl as module
         except ImportError as error:
             raise Fatal(EXIT_TEMPORARY, lack_of(error) or
                         "this Python has no ssl module (%s): use another python3%s" % (error, memory_hint())) from None
+        finally:
+            if isinstance(unused, Later):
+                del sys.modules["base64"]
         ssl = module
     return ssl
 

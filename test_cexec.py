@@ -18388,6 +18388,25 @@ def test_a_part_uses_nothing_of_what_it_leaves_out(name, lacks, unused):
     assert all(hasattr(cexec, word) and not hasattr(part, word) for word in (lacks + " " + unused).split())
 
 
+def test_a_short_job_does_not_load_what_ssl_needs_for_pem_alone(cluster):
+    """They are a third of what ssl takes, and a short job's user waits for it."""
+    cluster.worker("cat")
+    assert cluster.client().returncode == 0             # it may have to compile the program
+    done = cluster.client(input=b"x", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    loaded = re.findall(r"\| +([\w.]+)\n", done.stderr.decode())
+    assert done.returncode == 0 and done.stdout == b"x" and "ssl" in loaded and not {"base64", "re"} & set(loaded)
+
+
+def test_the_ssl_that_we_load_is_whole():
+    """Whoever imports base64 after that gets the module; what ssl does with it works."""
+    code = ("import cexec, sys; ssl = cexec.load_ssl(); assert 'base64' not in sys.modules; "
+            "pem = ssl.DER_cert_to_PEM_cert(b'abc'); import base64; "
+            "print(pem.split()[2], base64.b64encode(b'abc').decode(), ssl.PEM_cert_to_DER_cert(pem))")
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=os.path.dirname(PROGRAM), stdout=subprocess.PIPE,
+                          timeout=PATIENCE, check=True)
+    assert done.stdout == b"YWJj YWJj b'abc'\n"
+
+
 def test_no_name_is_given_twice():
     """In one long file the second would quietly take the place of the first."""
     names = []
