@@ -3937,8 +3937,11 @@ def known_modes():
 
 
 def terminal_modes(fd):
-    """The modes of a terminal as ["NAME=N", ...]; N is a character's code, or 0 or 1."""
-    now = termios.tcgetattr(fd)
+    """The modes of a terminal as ["NAME=N", ...]; N is a character's code, or 0 or 1.  [] if it has hung up."""
+    try:
+        now = termios.tcgetattr(fd)
+    except termios.error:
+        return []
     return ["%s=%d" % (name, ord(now[6][bit]) if place == 6 else bool(now[place] & bit))
             for name, place, bit in known_modes()]
 
@@ -10386,7 +10389,8 @@ class Supervisor(Stateful):
 
     def signalled(self, number):
         if number == signal.SIGTERM:
-            self.abandon("told to end")
+            # Between two jobs the next may be on its way: close_notify tells its client that it does not begin here.
+            self.leave() if self.state is RESTING else self.abandon("told to end")
         elif self.command:
             self.command.child_ended()
 
@@ -10535,6 +10539,7 @@ class Supervisor(Stateful):
     def leave(self):
         """Frees the slot, because no job follows.  The connection stays, for the client may still be reading."""
         self._set(OVER)
+        self.deadline.cancel()
         self.say("done")
         self.close_when_sent()
 

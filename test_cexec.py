@@ -3826,6 +3826,16 @@ def test_typed_bytes_into_little_room(size):
     os.close(reader)
 
 
+def test_a_terminal_that_has_hung_up_has_no_modes():
+    master, terminal = os.openpty()
+    assert cexec.terminal_modes(terminal)
+    os.close(master)
+    try:
+        assert cexec.terminal_modes(terminal) == []
+    finally:
+        os.close(terminal)
+
+
 def test_modes_of_one_terminal_set_at_another():
     (near, far), (one_more, other) = pty.openpty(), pty.openpty()
     try:
@@ -10235,6 +10245,26 @@ def test_frames_of_the_job_before_do_nothing(cluster):
         assert client.end(b"last")[0] == b"last"
     free_again(cluster, worker)
     assert supervisors(worker) == 2
+
+
+@pytest.mark.parametrize("told", ["between two jobs", "in a job"])
+def test_a_supervisor_that_is_told_to_end_says_whether_the_next_job_has_begun(cluster, told):
+    """Its connection ends with close_notify if no job runs there, and without it, as if it were cut, if one does."""
+    worker = cluster.worker("cat", env={"CONCURRENCY": "1"})
+    with BatchPeer(cluster) as client:
+        if told == "between two jobs":
+            assert client.end()[1].more == 1
+        else:
+            worker.says("<- GO")
+        client.peer.sock.suppress_ragged_eofs = False
+        [supervisor] = children_of(worker.pid)
+        os.kill(supervisor, signal.SIGTERM)
+        if told == "between two jobs":
+            assert client.peer.sock.recv(1) == b""
+        else:
+            with pytest.raises(cexec.ssl.SSLEOFError):
+                client.peer.sock.recv(1)
+    free_again(cluster, worker)
 
 
 def test_the_time_for_the_next_job_begins_when_exit_has_arrived(cluster):
