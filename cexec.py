@@ -477,10 +477,10 @@ def amount(count):
 
 def fitted(text, width):
     """As much of a text as has room in so many columns."""
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         width -= columns(character)
         if width < 0:
-            return text[:place]
+            return text[:index]
     return text
 
 
@@ -1451,7 +1451,7 @@ def words_size(words):
 def job_frames(environment=(), arguments=(), patterns=(), **fields):
     """Returns the frames of a job's words, each of which the worker answers with PONG, and of JOB."""
     data = b"".join(word + b"\0" for word in (*environment, *arguments, *patterns))
-    return [make_frame(WORDS, bytes=data[place:place + WORDS_CHUNK]) for place in range(0, len(data), WORDS_CHUNK)] + [
+    return [make_frame(WORDS, bytes=data[at:at + WORDS_CHUNK]) for at in range(0, len(data), WORDS_CHUNK)] + [
         make_frame(JOB, variables=len(environment), arguments=len(arguments), patterns=len(patterns), **fields)]
 
 
@@ -2949,11 +2949,11 @@ class Backlog:
 
     def add(self, data):
         while data:
-            number, place = divmod(self.end, FRAME_MAX)
+            number, offset = divmod(self.end, FRAME_MAX)
             if number == len(self.pieces):
                 self.pieces.append(memoryview(bytearray(FRAME_MAX)))
-            part = data[:FRAME_MAX - place]
-            self.pieces[number][place:place + len(part)] = part
+            part = data[:FRAME_MAX - offset]
+            self.pieces[number][offset:offset + len(part)] = part
             self.end += len(part)
             data = data[len(part):]
 
@@ -3564,12 +3564,12 @@ def peer_inode(inode):
             answer = sock.recv(8192)
     except (OSError, AttributeError):
         return None                 # this kernel has no unix_diag, or the system has no netlink
-    place = 32                      # attributes begin here, after nlmsghdr and unix_diag_msg
-    while struct.unpack_from("@H", answer, 4) == (SOCK_DIAG_BY_FAMILY,) and place + 8 <= len(answer):
-        length, kind, value = struct.unpack_from("@HHI", answer, place)
+    offset = 32                      # attributes begin here, after nlmsghdr and unix_diag_msg
+    while struct.unpack_from("@H", answer, 4) == (SOCK_DIAG_BY_FAMILY,) and offset + 8 <= len(answer):
+        length, kind, value = struct.unpack_from("@HHI", answer, offset)
         if kind == UNIX_DIAG_PEER:
             return value
-        place += max(4, length + 3 & ~3)
+        offset += max(4, length + 3 & ~3)
     return None
 
 
@@ -3920,7 +3920,7 @@ def open_terminal(number, floor, signalled=None):
     return TerminalEnd(fd, number, signalled)
 
 
-# The modes that are carried to the command's terminal: the place in tcgetattr's list, and names of termios(3)
+# The modes that are carried to the command's terminal: the index in tcgetattr's list, and names of termios(3)
 TERMINAL_MODES = (
     (0, "BRKINT ISTRIP INLCR IGNCR ICRNL IXON IXANY IXOFF IMAXBEL IUTF8"), (1, "OPOST ONLCR OCRNL"),
     (3, "ISIG ICANON IEXTEN ECHO ECHOE ECHOK ECHONL ECHOCTL ECHOKE NOFLSH TOSTOP"),
@@ -3928,12 +3928,12 @@ TERMINAL_MODES = (
 
 
 def known_modes():
-    """Yields (name, place in the list, bit or index of the character) for each mode that this system has."""
-    for place, names in TERMINAL_MODES:
+    """Yields (name, index in the list, bit or index of the character) for each mode that this system has."""
+    for index, names in TERMINAL_MODES:
         for name in names.split():
             bit = getattr(termios, name, 0x4000 if name == "IUTF8" else None)   # termbits.h: Python has no name for it
             if bit is not None:
-                yield name, place, bit
+                yield name, index, bit
 
 
 def terminal_modes(fd):
@@ -3942,21 +3942,21 @@ def terminal_modes(fd):
         now = termios.tcgetattr(fd)
     except termios.error:
         return []
-    return ["%s=%d" % (name, ord(now[6][bit]) if place == 6 else bool(now[place] & bit))
-            for name, place, bit in known_modes()]
+    return ["%s=%d" % (name, ord(now[6][bit]) if index == 6 else bool(now[index] & bit))
+            for name, index, bit in known_modes()]
 
 
 def set_terminal_modes(fd, modes):
     """Gives a terminal the modes from another's terminal_modes(), except those that this system does not have."""
     now, wanted = termios.tcgetattr(fd), dict(mode.split("=") for mode in modes)
-    for name, place, bit in known_modes():
+    for name, index, bit in known_modes():
         value = int(wanted.get(name, -1))
-        if place == 6 and value >= 0:
+        if index == 6 and value >= 0:
             now[6][bit] = bytes([value])
         elif value > 0:
-            now[place] |= bit
+            now[index] |= bit
         elif value == 0:
-            now[place] &= ~bit
+            now[index] &= ~bit
     with raising(of_termios, termios.error):
         termios.tcsetattr(fd, termios.TCSANOW, now)
 
@@ -4264,7 +4264,7 @@ def member_head(name, mode, size, seconds, pieces=None):
     data = info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
     rows = [tarfile.itn(number, 12, tarfile.GNU_FORMAT) for piece in pieces for number in piece]
     rows += [bytes(12)] * (8 - len(rows) if len(rows) < 8 else -(len(rows) - 8) % 42)
-    more = [b"".join(rows[place:place + 42]) for place in range(8, len(rows), 42)]
+    more = [b"".join(rows[at:at + 42]) for at in range(8, len(rows), 42)]
     head = bytearray(data[-BLOCK:])
     head[SPARSE_AT:SPARSE_AT + 109] = b"".join(rows[:8]) + bytes([bool(more)]) + tarfile.itn(
         size, 12, tarfile.GNU_FORMAT)
@@ -4310,8 +4310,8 @@ def pack_member(out, path, name):
 
 def pack_data(out, fd, before, pieces):
     missing = total = sum(count for _, count in pieces)
-    for place, count in pieces:
-        os.lseek(fd, place, os.SEEK_SET)
+    for offset, count in pieces:
+        os.lseek(fd, offset, os.SEEK_SET)
         while count:
             data = os.read(fd, min(count, PIECE))
             if not data:
@@ -4364,8 +4364,8 @@ def read_pieces(file, head, name, size):
     try:
         whole = tarfile.nti(head[SPARSE_AT + 97:SPARSE_AT + 109])
         while True:
-            pieces += [(tarfile.nti(rows[place:place + 12]), tarfile.nti(rows[place + 12:place + 24]))
-                       for place in range(0, 24 * number, 24)]
+            pieces += [(tarfile.nti(rows[at:at + 12]), tarfile.nti(rows[at + 12:at + 24]))
+                       for at in range(0, 24 * number, 24)]
             if not more or len(pieces) > PIECES_MAX + 24:
                 break
             rows, number = file.read(BLOCK), 21
@@ -4373,9 +4373,9 @@ def read_pieces(file, head, name, size):
     except (tarfile.TarError, IndexError):
         more = True
     pieces = [piece for piece in pieces if piece != (0, 0)]
-    ends = [0] + [place + count for place, count in pieces]
+    ends = [0] + [offset + count for offset, count in pieces]
     if (more or sum(count for _, count in pieces) != size or ends[-1] > whole or whole >= 2 ** 63
-            or any(place < end or count < 0 for (place, count), end in zip(pieces, ends))):
+            or any(offset < end or count < 0 for (offset, count), end in zip(pieces, ends))):
         raise ProtocolError("%s has impossible holes" % os.fsdecode(name))
     return pieces, whole
 
@@ -4428,8 +4428,8 @@ def unpack_file(file, name, info, top, exact):
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, info.mode, dir_fd=top)
     pieces, size = info.sparse
     with open(fd, "wb", 0) as out:
-        for place, missing in pieces:
-            out.seek(place)
+        for offset, missing in pieces:
+            out.seek(offset)
             while missing:
                 piece = memoryview(file.read(min(missing, PIECE)))
                 if not piece:
@@ -4550,13 +4550,13 @@ OLD_SECONDS = 60.0                  # a younger directory without a lock may hav
 REMOVAL_PAUSE = 10.0                # seconds before the next try to remove a job's directory, if no process was left
 
 
-def make_directory(name, floor=0, place=None):
+def make_directory(name, floor=0, dir_fd=None):
     """Makes a directory with mode 0700.  Returns a descriptor, from floor up, that locks it.  Raises OSError.
 
-    place: a descriptor of the directory to make it in; None: the current one.
+    dir_fd: a descriptor of the directory to make it in; None: the current one.
     """
-    os.mkdir(name, 0o700, dir_fd=place)
-    fd = lifted_away(os.open(name, DIRECTORY_FLAGS, dir_fd=place), floor)
+    os.mkdir(name, 0o700, dir_fd=dir_fd)
+    fd = lifted_away(os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd), floor)
     with on_failure(os.close, fd):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
@@ -4578,19 +4578,19 @@ def as_user(user, work):
         os.setgroups(groups)
 
 
-def remove_directory(name, place=None, user=None):
+def remove_directory(name, dir_fd=None, user=None):
     """Removes a directory with everything in it.  Raises OSError with the first name that stays, and its reason.
 
     What is inside goes with the rights of user (see as_user): the user may have moved there what only
-    we could remove.  place: as for make_directory().
+    we could remove.  dir_fd: as for make_directory().
     """
     trouble = None
     try:
-        as_user(user, lambda: Emptying(name, place).work())
+        as_user(user, lambda: Emptying(name, dir_fd).work())
     except OSError as error:
         trouble = error
     try:
-        os.rmdir(name, dir_fd=place)
+        os.rmdir(name, dir_fd=dir_fd)
     except OSError as error:
         raise trouble or error from None
 
@@ -4607,8 +4607,8 @@ class Emptying:
     Only the top and one other are open at a time, as there may be any number of levels.
     """
 
-    def __init__(self, name, place):
-        self.top = open_writable(name, place)
+    def __init__(self, name, dir_fd):
+        self.top = open_writable(name, dir_fd)
         self.here = os.dup(self.top)
         self.disk = os.fstat(self.here).st_dev
         self.deadline = time.monotonic() + REMOVAL_SECONDS
@@ -4709,21 +4709,21 @@ class Emptying:
             self.trouble = OSError(error.errno, error.strerror, path)
 
 
-def is_directory(name, place):
+def is_directory(name, dir_fd):
     try:
-        return stat.S_ISDIR(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode)
+        return stat.S_ISDIR(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode)
     except OSError:
         return False
 
 
-def open_writable(name, place):
+def open_writable(name, dir_fd):
     """Returns a descriptor of a directory; if it is ours, we may then remove what is in it.  Raises OSError."""
     try:
-        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
     except PermissionError as error:            # it may be ours, without r
-        if not make_readable(name, place):
+        if not make_readable(name, dir_fd):
             raise error
-        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=place)
+        fd = os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)
     with on_failure(os.close, fd):
         if os.fstat(fd).st_uid == os.geteuid():
             os.fchmod(fd, 0o700)
@@ -4731,32 +4731,32 @@ def open_writable(name, place):
     return fd
 
 
-def make_readable(name, place):
+def make_readable(name, dir_fd):
     """Gives a directory the mode 0700, and follows no link.  Returns whether it is ours."""
     with suppress(OSError):
         if os.chmod in os.supports_follow_symlinks:
-            os.chmod(name, 0o700, dir_fd=place, follow_symlinks=False)
+            os.chmod(name, 0o700, dir_fd=dir_fd, follow_symlinks=False)
         else:                       # Linux's fchmodat(2) follows links
-            with closing(os.open(name, O_PATH | DIRECTORY_FLAGS, dir_fd=place)) as handle:
+            with closing(os.open(name, O_PATH | DIRECTORY_FLAGS, dir_fd=dir_fd)) as handle:
                 os.chmod(PROC_FD % handle, 0o700)
         return True
     return False
 
 
-def remove_left(place, is_ours, user=None):
-    """Removes directories that a crash has left in a place, a descriptor: is_ours(name), and no process locks them.
+def remove_left(dir_fd, is_ours, user=None):
+    """Removes directories that a crash has left below dir_fd: those with is_ours(name) that no process locks.
 
     They belong to user, an entry of passwd(5), and are removed with the user's rights; None: to us.
     """
     owner = user.pw_uid if user else os.geteuid()
-    for name in filter(is_ours, os.listdir(place)):
+    for name in filter(is_ours, os.listdir(dir_fd)):
         try:
-            with closing(os.open(name, DIRECTORY_FLAGS, dir_fd=place)) as fd:
+            with closing(os.open(name, DIRECTORY_FLAGS, dir_fd=dir_fd)) as fd:
                 there = os.fstat(fd)
                 # A time to come is of a clock that was wrong, or of a command that has set it.
                 if there.st_uid == owner and abs(time.time() - there.st_mtime) > OLD_SECONDS:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    remove_directory(name, place, user)
+                    remove_directory(name, dir_fd, user)
         except OSError as error:    # it is in use, or has what the user cannot remove
             log.note("%s stays: %s", name, error)
 
@@ -4768,7 +4768,7 @@ def check_current_directory(patterns=()):
         os.mkdir(part)              # access(2) does not tell of a disk that is full, or of a directory that has gone
         os.rmdir(part)
         for pattern in patterns:
-            check_place(pattern)
+            check_target(pattern)
     except OSError as error:
         name = "the current directory" if error.filename == part else error.filename
         raise Fatal(EXIT_TEMPORARY, "-g: no results can be put here: %s: %s" % (name, error.strerror)) from None
@@ -4869,7 +4869,7 @@ def is_part(name, host="[A-Za-z0-9_-]+"):
     return name.startswith(".cexec.") and re.match(PART_NAME % host, name) is not None
 
 
-def input_place(text):
+def named_there(text):
     """Returns (path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
     The name is the same relative path; for an absolute path and one with ".." it is the last part.
@@ -4990,7 +4990,7 @@ class Names:
             identity = self.directories[path] = identity, last
         return identity
 
-    def place(self, path):
+    def entry(self, path):
         """Returns the identity of a file, if nothing is there."""
         above, last = os.path.split(path)
         return self.directory(above), last
@@ -4999,7 +4999,7 @@ class Names:
 
     def note_read(self, path, name):
         """Returns what is there.  Raises Fatal (100) if a job writes it, which was noted before."""
-        found, (directory, last) = look(path), self.place(path)
+        found, (directory, last) = look(path), self.entry(path)
         writer = self.writer(directory, last) or found and self.writer(found.st_dev, found.st_ino)
         if writer:
             raise Fatal(EXIT_USAGE, "%s: it is written by %s" % (name, called(writer)))
@@ -5042,7 +5042,7 @@ class Names:
 
     def note_name(self, path, who, option):
         """Notes a name, whatever is there: of an unfinished output, for example.  Raises Fatal (100)."""
-        directory, last = self.place(path)
+        directory, last = self.entry(path)
         self.refuse(directory, last, path, who, option)
         self.written.setdefault(directory, {})[last] = who
 
@@ -5127,7 +5127,7 @@ class Names:
         for path in paths:
             self.check_above(os.path.dirname(path), task, path, passed)
         for path in results:
-            if not self.above.isdisjoint({self.place(path), self.directory(path)}):
+            if not self.above.isdisjoint({self.entry(path), self.directory(path)}):
                 raise Fatal(EXIT_USAGE, "-g %s: other jobs read or write files in it" % path)
         self.note_above(paths)
 
@@ -5154,7 +5154,7 @@ class Names:
         """Returns the Listing of a file or directory.  Raises OSError."""
         if self.inputs.get(path):
             return self.inputs[path]
-        top, name = input_place(path)
+        top, name = named_there(path)
         newest, inside, left_out = 0, [], None
         for one, its_name in tree(top, name, is_wanted):
             found = look(one)
@@ -5181,7 +5181,7 @@ class Names:
         """Whether a job writes what is there, or will be where a link leads, so that -i does not send it."""
         if found and self.writer(found.st_dev, found.st_ino):
             return True
-        return self.writer(*self.place(os.fsdecode(path if found else os.path.realpath(path)))) is not None
+        return self.writer(*self.entry(os.fsdecode(path if found else os.path.realpath(path)))) is not None
 
     def writer(self, first, second):
         """Returns who writes the file with this identity, or None."""
@@ -5244,13 +5244,13 @@ class Names:
         Returns a function that takes this back, if they do not get them.
         """
         passed = {""}
-        kept = set() if who.output is None else {self.place(who.output), self.place(who.part)}
+        kept = set() if who.output is None else {self.entry(who.output), self.entry(who.part)}
         for name, _, there in arrivals:
             path = os.fsdecode(name)
             option = "-g " + path
-            if self.place(path) in kept:        # with it, the job would look done when its output has failed
+            if self.entry(path) in kept:        # with it, the job would look done when its output has failed
                 raise Fatal(EXIT_USAGE, "%s: the output of -o is written there" % option)
-            self.refuse(*self.place(path), path, who, option)
+            self.refuse(*self.entry(path), path, who, option)
             self.check_above(os.path.dirname(path), who, option, passed)
             if there:
                 device, inode, changed, links = there
@@ -5259,7 +5259,7 @@ class Names:
         new = []
         for name, made, _ in arrivals:
             self.made[made] = who
-            directory, last = self.place(os.fsdecode(name))
+            directory, last = self.entry(os.fsdecode(name))
             names = self.written.setdefault(directory, {})
             if last not in names:
                 names[last] = who
@@ -5270,25 +5270,25 @@ class Names:
         """Raises Fatal if the directory, or one above it, is the result of another job; passed: those seen before."""
         while path not in passed:
             passed.add(path)
-            for identity in self.place(path), self.directory(path):
+            for identity in self.entry(path), self.directory(path):
                 writer = self.writer(*identity)
                 if writer not in (None, who):
                     raise Fatal(EXIT_USAGE, "%s: it would be in %s, a result of %s" % (option, path, called(writer)))
             path = os.path.dirname(path)
 
 
-def receive(reader, verdict, patterns, listings, durable, in_use=(), place=b""):
+def receive(reader, verdict, patterns, listings, durable, in_use=(), directory=b""):
     """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
-    After a byte it puts the results in their places, else it removes them.  in_use: files to which something is
-    written, as (device, inode).  place: the directory for the results.  Raises OSError, ProtocolError, Fatal.
+    After a byte it puts the results where they belong, else it removes them.  in_use: files to which something is
+    written, as (device, inode).  directory: where the results go, or b"".  Raises OSError, ProtocolError, Fatal.
     """
     # An error before the verdict is kept until then: if the command has failed, it does not matter.
     part, error = new_part(), None
     try:
         try:
             top = make_directory(part)
-            inner = make_directory(place, place=top) if place else top
+            inner = make_directory(directory, dir_fd=top) if directory else top
             files, directories = unpack(reader, inner, matcher(patterns), exact=False)
         except (OSError, ProtocolError) as trouble:
             error = trouble
@@ -5300,12 +5300,13 @@ def receive(reader, verdict, patterns, listings, durable, in_use=(), place=b""):
         for pattern in patterns:
             if not any(map(matcher([pattern]), files + list(directories))):
                 raise Fatal(EXIT_TEMPORARY, "-g %s: nothing in the job's directory matches" % os.fsdecode(pattern))
-        if place:
-            files = [os.path.join(place, name) for name in files]
-            directories = {place: None, **{os.path.join(place, name): mode for name, mode in directories.items()}}
+        if directory:
+            files = [os.path.join(directory, name) for name in files]
+            modes = {os.path.join(directory, name): mode for name, mode in directories.items()}
+            directories = {directory: None, **modes}
         again = any(map(os.path.lexists, files + list(directories)))
-        sent = {os.path.join(place, name): path for path, name in input_entries(listings)} if again else {}
-        named = [os.path.join(place, name) for name in map(plain_name, patterns) if name]
+        sent = {os.path.join(directory, name): path for path, name in input_entries(listings)} if again else {}
+        named = [os.path.join(directory, name) for name in map(plain_name, patterns) if name]
         old = old_files(named, files, directories, sent, in_use)
         files = [name for name in files if not is_unchanged(part, name, sent, durable)]
         commit_all(part, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
@@ -5323,8 +5324,8 @@ def old_files(named, files, directories, sent, in_use):
     tops = [name for name in named if name in directories and os.path.isdir(name)]
     todo = [top for top in tops if not any(name == top or name.startswith(top + b"/") for name in sent)]
     while todo:
-        place = todo.pop()
-        for name in [os.path.join(place, last) for last in os.listdir(place) if is_wanted(last)]:
+        directory = todo.pop()
+        for name in [os.path.join(directory, last) for last in os.listdir(directory) if is_wanted(last)]:
             if os.path.isdir(name) and not os.path.islink(name) and (
                     name in known or any(is_in_use(path, in_use) for path, _ in tree(name, name))):
                 todo.append(name)
@@ -5376,16 +5377,16 @@ def commit_all(part, files, directories, durable, may_have_names=lambda arrivals
     there are no hard links a file that was replaced does not come back.
     """
     part, undo = os.fsencode(part), []
-    stages = {b"": part}            # place: the directory of ours in it
+    stages = {b"": part}            # directory: the one of ours in it
     try:
-        new = new_places(files, directories)
+        new = new_directories(files, directories)
         waiting = [brought_beside(name, number, new, stages) for number, name in enumerate(files)]
         for path in waiting if durable else ():
             with closing(os.open(path, os.O_RDONLY)) as fd:
                 os.fsync(fd)
         arrivals = list(map(arrived, waiting, files))
         if may_have_names(arrivals):
-            make_places(new, undo)
+            make_new(new, undo)
             for path, (name, _, there) in zip(waiting, arrivals):
                 give_name(path, name, there, undo)
             for name in old:
@@ -5408,8 +5409,8 @@ def take_back(step):
         log.note("%s", error)
 
 
-def new_places(files, directories):
-    """Returns the modes of the directories that are not there yet.  Raises OSError if a result has no place."""
+def new_directories(files, directories):
+    """Returns the modes of the directories that are not there yet.  Raises OSError if a name is another thing's."""
     for name in files:
         if not may_be_replaced(name):
             raise OSError(errno.EEXIST, "there is something that is no regular file", name)
@@ -5419,7 +5420,7 @@ def new_places(files, directories):
     return {name: mode for name, mode in directories.items() if not os.path.isdir(name)}
 
 
-def make_places(new, undo):
+def make_new(new, undo):
     for name in sorted(new):
         try:
             os.mkdir(name)
@@ -5429,25 +5430,25 @@ def make_places(new, undo):
 
 
 def brought_beside(name, number, new, stages):
-    """Brings a result to where rename(2) must work.  Returns its path, in a directory of ours on its place's disk."""
-    path, place = os.path.join(stages[b""], name), os.path.dirname(name)
-    while place in new:
-        place = os.path.dirname(place)
-    if not place:
+    """Brings a result to where rename(2) must work: to the disk of its directory.  Returns its path there."""
+    path, directory = os.path.join(stages[b""], name), os.path.dirname(name)
+    while directory in new:
+        directory = os.path.dirname(directory)
+    if not directory:
         return path
     with naming(name):
-        beside = os.path.join(stage_in(place, stages), b"%d.new" % number)
+        beside = os.path.join(stage_in(directory, stages), b"%d.new" % number)
         rename_or_copy(path, beside)
     return beside
 
 
-def stage_in(place, stages):
+def stage_in(directory, stages):
     """Returns the path of the directory of ours in a directory.  Raises OSError."""
-    if place not in stages:
-        stage = os.path.join(place, os.fsencode(new_part()))
+    if directory not in stages:
+        stage = os.path.join(directory, os.fsencode(new_part()))
         os.mkdir(stage, 0o700)
-        stages[place] = stage
-    return stages[place]
+        stages[directory] = stage
+    return stages[directory]
 
 
 def move_away(name, stages, undo):
@@ -5486,34 +5487,34 @@ def give_name(path, name, there, undo):
         undo.append(back)
 
 
-def check_place(pattern, *above):
-    """Raises OSError if it is known before that what matches can't get its place here, in the directory above."""
-    place, parts = "", [*above, *pattern.split("/")]
+def check_target(pattern, *above):
+    """Raises OSError if it is known before that what matches can't get its name here, in the directory above."""
+    directory, parts = "", [*above, *pattern.split("/")]
     for number, part in enumerate(parts):
-        path, last = os.path.join(place, part), number == len(parts) - 1
+        path, last = os.path.join(directory, part), number == len(parts) - 1
         wild = is_pattern(part) and number >= len(above)
         if wild and not last:
             return
         if wild or not os.path.lexists(path):
-            if not os.access(place or ".", os.W_OK | os.X_OK):
-                raise OSError(errno.EACCES, "cannot be written", place or ".")
+            if not os.access(directory or ".", os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, "cannot be written", directory or ".")
             return
         if last and os.path.exists(path) and not os.path.isdir(path) and not may_be_replaced(path):
             raise OSError(errno.EEXIST, "there is something that is no regular file", path)
         if not last and not os.path.isdir(path):
             raise OSError(errno.ENOTDIR, "there is something that is no directory", path)
-        place = path
+        directory = path
 
 
 class JobFiles:
     """A job's files at the client: one Helper packs the files of -i, another receives the results of -g.
 
     ended(trouble) is called when a Helper has ended, with an error's text or None.  In a batch, claim(arrivals) is
-    called before results get their names: see Names.  place: the directory for the results.  Raises OSError.
+    called before results get their names: see Names.  directory: where the results go.  Raises OSError.
     """
 
-    def __init__(self, carrier, listings, patterns, ended, claim=None, place=""):
-        self.loop, self.ended, self.claim, self.place = carrier.loop, ended, claim, os.fsencode(place)
+    def __init__(self, carrier, listings, patterns, ended, claim=None, directory=""):
+        self.loop, self.ended, self.claim, self.directory = carrier.loop, ended, claim, os.fsencode(directory)
         self.refused = None         # why claim() does not let results get their names
         self.verdict = None         # a socket to the Helper that has the results: see receive()
         self.asked = None           # its question, once it has had the verdict
@@ -5539,7 +5540,7 @@ class JobFiles:
         self.carry(carrier, FILES_OUT, writer, "write")
         found = [os.fstat(fd) for fd in range(3)]
         in_use = {(one.st_dev, one.st_ino) for one in found}
-        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use, self.place),
+        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use, self.directory),
                   [reader, verdict])
 
     def help(self, work, kept):
@@ -5605,7 +5606,7 @@ class JobFiles:
             self.verdict = None
 
     def close(self):
-        """Stops.  The Helpers end by themselves, however slow the disk is, and remove results that have no place."""
+        """Stops.  The Helpers end by themselves, however slow the disk is, and remove results that have no name yet."""
         self.closed = True
         self.stop()
         self.close_verdict()
@@ -5707,7 +5708,7 @@ def parse_words(words, need_command=False):
 
     As with env(1), the first word that is no KEY=VALUE is the first argument; a "--" before it is left out.
     """
-    count = next((place for place, word in enumerate(words)
+    count = next((index for index, word in enumerate(words)
                   if "=" not in word or not is_variable(word.partition("=")[0])), len(words))
     variables = [os.fsencode(word) for word in words[:count]]
     arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
@@ -6632,11 +6633,11 @@ class RemoteRun(Carrier):
 
     # Its files
 
-    def begin_files(self, listings, patterns, claim=None, place=""):
+    def begin_files(self, listings, patterns, claim=None, directory=""):
         """Begins to send the files of -i, and to receive those of -g: see JobFiles.  Raises Fatal (111)."""
         if listings or patterns:
             with or_fatal("the files of -i and -g"):
-                self.files = JobFiles(self, listings, patterns, self.files_ended, claim, place)
+                self.files = JobFiles(self, listings, patterns, self.files_ended, claim, directory)
 
     def files_ended(self, trouble):
         self.trouble = self.trouble or trouble
@@ -7304,9 +7305,9 @@ def show_workers(survey, as_json):
 #
 #   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
 #     --EXIT--> Disk.store: the output is on the disk --> Task.commit: it gets its name --> Batch.task_over
-#     or, with standard output as the place for it, it waits for its turn there
+#     or, if it goes to standard output, it waits for its turn there
 
-PLACES = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"        # GNU parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
+PLACEHOLDERS = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"         # parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 SEARCHES_MAX = 2                    # searches at a time
 JOBS_MAX = 10000                    # jobs at a time, without -j
@@ -7323,7 +7324,7 @@ JOBLOG = "Seq Host Starttime JobRuntime Send Receive Exitval Signal Command".spl
 
 
 def fill_pattern(pattern, inputs, number="", slot="", between=" "):
-    """Returns the pattern with its places filled in from the inputs.  between stands between several inputs.
+    """Returns the pattern with its placeholders filled in from the inputs.  between stands between several inputs.
 
     {} is the input, {.} without its extension, {/} its last part, {//} its directory, {/.} the last
     part without the extension.  {2}, {2.} and so on are the same for the second input, {-1} for the
@@ -7334,16 +7335,16 @@ def fill_pattern(pattern, inputs, number="", slot="", between=" "):
         which, form, mark = match.groups()
         if mark:
             return str(number if mark == "#" else slot)
-        return match.group() if inputs is None else fill_place(inputs, int(which or 0), form, between)
-    return re.sub(PLACES, filled, pattern)
+        return match.group() if inputs is None else fill_placeholder(inputs, int(which or 0), form, between)
+    return re.sub(PLACEHOLDERS, filled, pattern)
 
 
-def has_places(pattern):
-    return re.search(PLACES, pattern) is not None
+def has_placeholders(pattern):
+    return re.search(PLACEHOLDERS, pattern) is not None
 
 
-def fill_place(inputs, number, form, between):
-    """The text for one place: the input of this number, counted from 1, or with -1 from the end; 0: all inputs."""
+def fill_placeholder(inputs, number, form, between):
+    """The text for one placeholder: the input with this number, from 1, or with -1 from the end; 0: all inputs."""
     if not number:
         return between.join(formed(form, text) for text in inputs)
     number = number - 1 if number > 0 else number + len(inputs)
@@ -7363,8 +7364,8 @@ def split_words(words):
 
     Each ::: begins a list; -- begins the only one.  Without them the lists are None.
     """
-    place = next((place for place, word in enumerate(words) if word in ("--", ":::")), len(words))
-    head, rest = words[:place], words[place:]
+    index = next((index for index, word in enumerate(words) if word in ("--", ":::")), len(words))
+    head, rest = words[:index], words[index:]
     for word in words:
         if word in (":::+", "::::", "::::+") or word == ":::" and rest[0] == "--":
             raise Fatal(EXIT_USAGE, "%s: use either -- before one list, or ::: before each of several" % word)
@@ -7426,7 +7427,7 @@ def note_names(terms, tasks, options, count):
     if not options.hosts:
         names.note_keys(options.words[0])
     for text in terms.inputs:
-        if not has_places(text):
+        if not has_placeholders(text):
             names.note_input(text)
     for task in tasks:
         task.note_inputs()
@@ -7455,7 +7456,7 @@ def check_directories(pattern, tasks):
 
 
 class BatchTerms(Terms):
-    """The settings of all jobs of a batch.  In words, inputs and results the places {} {.} ... are not filled in."""
+    """The settings of all jobs of a batch.  In words, inputs and results no placeholder {} {.} ... is filled in."""
 
     def __init__(self, environment, arguments=(), pattern="-", values=False, errors=None, batch=b"", retries=0,
                  **others):
@@ -7512,7 +7513,7 @@ class Task:
     """
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
-    place = ""                      # the directory for its results
+    directory = ""                  # where its results go
     __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp", "result",
                  "errors", "slot", "words", "listings", "newest", "oldest", "results", "retries", "avoids", "since",
                  "refusals", "exit_code", "done_before")        # a batch may have a million
@@ -7547,7 +7548,7 @@ class Task:
         return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
     def fill(self, text, form=str, between=" "):
-        """Returns a pattern with its places filled in; form: what is done with each input first."""
+        """Returns a pattern with its placeholders filled in; form: what is done with each input first."""
         return fill_pattern(text, list(map(form, self.inputs)), self.number, self.slot, between)
 
     def job_fields(self):
@@ -7556,7 +7557,7 @@ class Task:
                     arguments=arguments, patterns=list(map(os.fsencode, self.results)))
 
     def has_own_command(self):
-        return has_places(os.fsdecode(self.terms.arguments[0]))
+        return has_placeholders(os.fsdecode(self.terms.arguments[0]))
 
     def avoid(self, worker_id):
         """It is not for this worker, as long as there is another one."""
@@ -7577,7 +7578,7 @@ class Task:
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
         named = filter(None, (plain_name(os.fsencode(pattern)) for pattern in self.results))
-        return [os.path.join(self.place, os.fsdecode(name)) for name in named] + [self.output] * (
+        return [os.path.join(self.directory, os.fsdecode(name)) for name in named] + [self.output] * (
             self.output is not None)
 
     def note_inputs(self):
@@ -7587,7 +7588,7 @@ class Task:
             found = names.note_read(self.file, self.file)
             self.newest = found.st_mtime_ns if found else float("inf")
         for text in self.terms.inputs:
-            if has_places(text):
+            if has_placeholders(text):
                 path = self.fill(text)
                 names.note_input(path, found if path == self.file else None)
 
@@ -7625,7 +7626,7 @@ class Task:
         self.words = self.fill_words()
         self.listings = self.list_inputs()
         for text in self.results:
-            check_place(text, *[self.place] * bool(self.place))
+            check_target(text, *[self.directory] * bool(self.directory))
         with on_failure(self.discard):
             self.open_input()
             self.open_outputs()
@@ -7813,7 +7814,7 @@ class FileRun(RemoteRun):
         self.reported = False       # whether run_ended() of the batch was called
         with on_failure(self.detach):
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
-                             lambda arrivals: task.terms.names.claim(arrivals, task), task.place)
+                             lambda arrivals: task.terms.names.claim(arrivals, task), task.directory)
         self.channels[0].source.begin()
         self.refresh()
 
@@ -7851,7 +7852,7 @@ class FileRun(RemoteRun):
                                         "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror))
 
     def stream_ended(self):
-        """EXIT comes after the end of each output, but the results of -g may not be in their places yet."""
+        """EXIT comes after the end of each output, but the results of -g may not have their names yet."""
         if self.exit and not self.reported and not self.is_writing():
             self.judge_files()
             if self.files_are_over():
@@ -8464,7 +8465,7 @@ class Batch(Patron):
         task.conclude(outcome)      # first: the printer and the log need its exit code
         if outcome.exit_code:
             self.failures += 1
-            self.where[self.place_of(task, outcome, run)] += 1
+            self.where[self.worker_of(task, outcome, run)] += 1
             self.causes[outcome.common_cause()] += 1
         else:
             self.done += 1
@@ -8489,7 +8490,7 @@ class Batch(Patron):
             if self.printer:
                 self.printer.leave_out(self.queue)
 
-    def place_of(self, task, outcome, run):
+    def worker_of(self, task, outcome, run):
         """Returns the name of the worker where a job has ended so; "" if the reason is here."""
         return run.worker if run and outcome.kind != "failed" else ""
 
@@ -8500,8 +8501,8 @@ class Batch(Patron):
             return
         text = outcome.text() if task.exit_code else "done, and said:"
         log.status_line("")
-        place = "" if outcome.lead else self.place_of(task, outcome, run)       # a lead names the worker
-        log.say("%s%s: %s%s" % (task.name, " at " + place if place else "", text,
+        worker = "" if outcome.lead else self.worker_of(task, outcome, run)     # a lead names the worker
+        log.say("%s%s: %s%s" % (task.name, " at " + worker if worker else "", text,
                                 " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
         if said and not task.errors_kept:
             task.errors.seek(0)
@@ -8531,9 +8532,9 @@ class Batch(Patron):
 
     def failures_text(self):
         """Returns how many jobs have failed, where, and the commonest causes."""
-        places, causes = self.where.most_common(), self.causes.most_common()
-        where = ["%d %s" % (count, "at " + worker if worker else "here") for worker, count in places[:8]]
-        where += ["%d elsewhere" % sum(count for _, count in places[8:])] * (len(places) > 8)
+        counts, causes = self.where.most_common(), self.causes.most_common()
+        where = ["%d %s" % (count, "at " + worker if worker else "here") for worker, count in counts[:8]]
+        where += ["%d elsewhere" % sum(count for _, count in counts[8:])] * (len(counts) > 8)
         why = ["%s (%d)" % item for item in causes[:3]] + ["..."] * (len(causes) > 3)
         return "%d failed, %s: %s" % (self.failures, ", ".join(where), ", ".join(why))
 
@@ -8606,7 +8607,7 @@ class QueueBatch(Batch):
         self.input = NameInput(self.loop, separator, self.add)
         self.input.refresh()
         used = [joblog and joblog.name, terms.errors and os.path.join(terms.errors, "1")]
-        terms.names.note_above(filter(None, used + [text for text in terms.inputs if not has_places(text)]))
+        terms.names.note_above(filter(None, used + [text for text in terms.inputs if not has_placeholders(text)]))
 
     def add(self, names):
         """These names have come."""
@@ -8672,7 +8673,7 @@ def jobs_at_once(each, others=OUTPUTS_MAX + 256):
     return max(1, (soft - others) // each)
 
 
-def main_batch(place, words, options):
+def main_batch(reach, words, options):
     """Does a batch.  Returns its exit code."""
     pattern = options.output
     if pattern is None:
@@ -8686,7 +8687,7 @@ def main_batch(place, words, options):
     if inputs is None and options.dry_run:
         inputs = all_names(separator)
     environment, arguments = parse_words(words, options.hosts)
-    if appends and arguments and not any(has_places(os.fsdecode(word)) for word in environment + arguments):
+    if appends and arguments and not any(has_placeholders(os.fsdecode(word)) for word in environment + arguments):
         arguments.append(b"{}")     # as parallel does
     terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, retries=options.retries,
                        inputs=options.inputs, results=options.results)
@@ -8702,11 +8703,11 @@ def main_batch(place, words, options):
         make_errors_directory(options.errors)
     jobs = min(options.jobs or JOBS_MAX, jobs_at_once(9 if options.inputs or options.results else 4))
     if inputs is None:
-        return QueueBatch(*place(), terms, separator, jobs, joblog, options.force, options.halt).work()
+        return QueueBatch(*reach(), terms, separator, jobs, joblog, options.force, options.halt).work()
     if not todo:
         log.tell_user(nothing_to_do(tasks, terms.unit()))
         return 0
-    return Batch(*place(), terms, tasks, jobs, joblog, options.force, options.halt).work()
+    return Batch(*reach(), terms, tasks, jobs, joblog, options.force, options.halt).work()
 
 
 def make_errors_directory(path):
@@ -8728,8 +8729,8 @@ def show_tasks(options, tasks):
         words = [b"cexec"] + [b"-n"] * task.terms.values
         for option, values in (b"-i", task.input_paths()), (b"-g", task.results):
             words += [word for value in values for word in (option, os.fsencode(value))]
-        place = [word for hosts in options.hosts for word in ("-s", hosts)] or options.words[:1]
-        words += [*map(os.fsencode, place), *environment]
+        named = [word for hosts in options.hosts for word in ("-s", hosts)] or options.words[:1]
+        words += [*map(os.fsencode, named), *environment]
         words += [b"--"] * bool(arguments) + arguments
         line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
         ends = [("<", task.file), (">", task.output), ("2>", task.errors_kept)]
@@ -8953,7 +8954,7 @@ def parse_size(text):
     return size
 
 
-def main_blocks(place, words, options):
+def main_blocks(reach, words, options):
     """Does standard input in blocks.  Returns the exit code."""
     size = parse_size(options.blocks)
     terms = BatchTerms(*parse_words(words, options.hosts), errors=options.errors, retries=options.retries)
@@ -8962,7 +8963,7 @@ def main_blocks(place, words, options):
     if options.errors:
         make_errors_directory(options.errors)
     jobs = min(options.jobs or JOBS_MAX, jobs_at_once(4))
-    return BlockBatch(*place(), terms, size, options.header or 0, jobs, joblog).work()
+    return BlockBatch(*reach(), terms, size, options.header or 0, jobs, joblog).work()
 
 
 # ---------------------------------------------------------------------------
@@ -9051,7 +9052,7 @@ class HostTask(Task):
         self.worker_id, self.label = worker_id, label
         self.source, self.offset = source       # the descriptor that each job reads, from this offset
         self.writers = writers
-        self.place = label
+        self.directory = label
 
     def fill(self, text, form=str, between=" "):
         return text                 # nothing is filled in: the jobs differ in their hosts only
@@ -9167,7 +9168,7 @@ class Everywhere(Batch):
 
     # For the user
 
-    def place_of(self, task, outcome, run):
+    def worker_of(self, task, outcome, run):
         return task.label
 
     def tell(self, task, outcome, run):
@@ -9210,7 +9211,7 @@ def kept_input():
             return os.dup(file.fileno())
 
 
-def main_everywhere(place, words, options):
+def main_everywhere(reach, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
     terms = BatchTerms(*parse_words(words, options.hosts), pattern=None, values=True, batch=NO_BATCH, wait=60,
@@ -9220,7 +9221,7 @@ def main_everywhere(place, words, options):
         check_current_directory()
     source = input_for_all(options.no_input)
     most = jobs_at_once(11 if options.inputs or options.results else 6, 64)     # a search needs more than a run
-    pub, group = place()
+    pub, group = reach()
     survey = Survey(group, pub, terms.ports, Loop(), terms.servers)
     survey.run()
     for line in survey.troubles():
@@ -9269,9 +9270,9 @@ with open(sys.argv[1][:-1], "rb") as file: file.seek(-4096, 2); text = file.read
 exec(text.rpartition(b"# START")[2])"""
 
 
-def child_words(applet, places=()):
-    """The words that start an applet of this file as a child; places: see CHILD_BOOT."""
-    return [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(places),),
+def child_words(applet, numbered=()):
+    """The words that start an applet of this file as a child; numbered: see CHILD_BOOT."""
+    return [sys.executable or "python3", "-S", "-c", CHILD_BOOT % (list(numbered),),
             os.path.realpath(__file__) + "/", applet]
 
 
@@ -9459,15 +9460,15 @@ def main_cexec(argv):
     if options.batch and not {"--", ":::"} & set(words) and not options.zero:
         raise CEXEC.error("no files are named: -- FILE ..., or -- - for a list on standard input")
     fill_standard()
-    place = functools.lru_cache(None)(functools.partial(open_place, options))
+    reach = functools.lru_cache(None)(functools.partial(open_reach, options))
     if not options.hosts:
-        place()                     # a wrong key is said first; workers are started last
+        reach()                     # a wrong key is said first; workers are started last
     if options.list:
-        return list_workers(*place(), listen_ports(), options.json)
-    return {"-m": main_batch, "-A": main_everywhere, "-b": main_blocks}[options.mode](place, words, options)
+        return list_workers(*reach(), listen_ports(), options.json)
+    return {"-m": main_batch, "-A": main_everywhere, "-b": main_blocks}[options.mode](reach, words, options)
 
 
-def open_place(options, floor=3):
+def open_reach(options, floor=3):
     """Returns the Pub and the Group: those of the application, or with -s of workers that it starts.  Raises Fatal.
 
     With -A and -l it waits until each host serves or has failed, else for the first that serves.  Descriptors of its
@@ -9504,7 +9505,7 @@ def main_single(words, options):
         if job.results:
             check_current_directory(map(os.fsdecode, job.results))
         fill_standard()
-        return Client(*open_place(options, job.limit), job).work()
+        return Client(*open_reach(options, job.limit), job).work()
     except Fatal as error:
         job.tell(error.code, "failed=%s" % error)
         raise
@@ -9608,7 +9609,7 @@ def become(user):
     os.setuid(user.pw_uid)
 
 
-class Place:
+class JobRoot:
     """The directory in which the jobs' directories are made.  Raises OSError.
 
     Root never uses the path of anything that user, the commands' user, could move or replace: only
@@ -9632,7 +9633,7 @@ class Place:
         return fd
 
     def give_away(self, fd, name):
-        # Who may write in this place may have put another directory there meanwhile: the user must not get that.
+        # Who may write in this directory may have put another directory there meanwhile: the user must not get that.
         if os.fstat(fd).st_uid != os.geteuid() or os.listdir(fd):
             raise OSError(errno.EEXIST, "another directory is in its place", name)
         os.fchown(fd, self.user.pw_uid, self.user.pw_gid)
@@ -9662,22 +9663,22 @@ class JobDirectory:
     Raises OSError.
     """
 
-    def __init__(self, loop, place, say):
-        self.loop, self.user, self.helper = loop, place.user, None
+    def __init__(self, loop, root, say):
+        self.loop, self.user, self.helper = loop, root.user, None
         self.how = None             # EXIT's, if the last Helper has failed
         self.name = DIRECTORY_NAME + os.urandom(8).hex()
-        self.path = os.path.join(place.path, self.name)
+        self.path = os.path.join(root.path, self.name)
         say("directory " + self.name)
-        self.fd = place.make(self.name, loop.floor)
+        self.fd = root.make(self.name, loop.floor)
 
-    def fill(self, reader, places, over):
+    def fill(self, reader, needed, over):
         """Unpacks the client's archive from a pipe, or None, and makes directories in which results will be.
 
         Then calls over(None or an error's text).
         """
         def work():
             directories = unpack(reader, self.fd)[1] if reader is not None else {}
-            for name in places:
+            for name in needed:
                 with naming(name), suppress(FileExistsError):
                     os.mkdir(name, dir_fd=self.fd)
             set_modes(directories, self.fd, exact=True)
@@ -9721,9 +9722,9 @@ HOSTS_ERRORS = SHORT_OF + (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, e
                                     # with these another host may do the job; the client's job has other ones
 
 
-def command_places(name):
+def command_paths(name):
     """The paths at which exec looks for a command."""
-    return [name] if "/" in name else [os.path.join(place, name) for place in os.get_exec_path()]
+    return [name] if "/" in name else [os.path.join(directory, name) for directory in os.get_exec_path()]
 
 
 def find_command(name, settings):
@@ -9733,12 +9734,12 @@ def find_command(name, settings):
     what the user of -u may run.  A relative name may come into the job's directory with -i.
     """
     errors = []
-    for place in command_places(name):
-        if settings.place and not os.path.isabs(place):
+    for path in command_paths(name):
+        if settings.job_root and not os.path.isabs(path):
             return None
         try:
-            if is_program(place) or settings.user:
-                return None if settings.user else place
+            if is_program(path) or settings.user:
+                return None if settings.user else path
             errors.append(errno.EACCES)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
@@ -9754,7 +9755,7 @@ def is_program(path):
 
 
 class Finder:
-    """Finds commands, like a shell: the last one is searched again only if it is not at its place any more."""
+    """Finds commands, like a shell: the last one is searched again only if it is not there any more."""
 
     def __init__(self, settings):
         self.settings, self.name, self.path = settings, None, None
@@ -9777,7 +9778,7 @@ def start_error(error, name):
 
     exec says EACCES for it, if a directory of PATH is closed to the user of -u.
     """
-    if error.errno == errno.EACCES and not any(map(os.path.lexists, command_places(name))):
+    if error.errno == errno.EACCES and not any(map(os.path.lexists, command_paths(name))):
         return OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     return error
 
@@ -9857,8 +9858,8 @@ class Command(Carrier, Stateful):
 
         A Source, a Sink or both carry the near end.  The far end waits in self.far for the command.
         """
-        if self.settings.place:
-            self.directory = JobDirectory(self.loop, self.settings.place, self.supervisor.say)
+        if self.settings.job_root:
+            self.directory = JobDirectory(self.loop, self.settings.job_root, self.supervisor.say)
         # JOB has a row for each number that the command gets.  If several numbers are one open file,
         # they have the same channel, and only the row whose number is the channel makes ends.
         # All ends are moved at once to numbers from the floor up.  Below the floor are the numbers of
@@ -9940,11 +9941,11 @@ class Command(Carrier, Stateful):
 
     def start(self):
         """Takes the client's files if there are any, and then starts the command.  A failure becomes the result."""
-        places = parents(self.job.patterns)
-        if FILES_IN not in self.far and not places:
+        needed = parents(self.job.patterns)
+        if FILES_IN not in self.far and not needed:
             return self.start_process()
         try:
-            self.directory.fill(self.far.pop(FILES_IN, None), places, self.filled)
+            self.directory.fill(self.far.pop(FILES_IN, None), needed, self.filled)
         except OSError as error:
             self.fail_to_start(start_status(error), "the job's directory: " + error.strerror, HOW_HOST_FAILED)
 
@@ -10084,7 +10085,7 @@ class Command(Carrier, Stateful):
 
     def is_brought(self):
         """Whether the command may have come with the client's files."""
-        return self.directory is not None and not all(map(os.path.isabs, command_places(self.name())))
+        return self.directory is not None and not all(map(os.path.isabs, command_paths(self.name())))
 
     def find(self):
         """Notes where the command is.  Returns (126 or 127, why) if it is not there, or cannot be run; else None."""
@@ -10303,8 +10304,8 @@ class Supervisor(Stateful):
         link.attach(self.loop, self)
         self.service = lifted(service, floor)
         log.hold(floor)
-        if settings.place:
-            settings.place.lift(floor)
+        if settings.job_root:
+            settings.job_root.lift(floor)
         replace_with_null([2])
         self.state = AWAITING_GO
         self.finder = Finder(settings)
@@ -10383,9 +10384,9 @@ class Supervisor(Stateful):
     def remove_left(self):
         for name in self.left:
             try:
-                self.settings.place.remove(name)
+                self.settings.job_root.remove(name)
             except OSError as error:
-                self.settings.place.tell(name, error)
+                self.settings.job_root.tell(name, error)
 
     def signalled(self, number):
         if number == signal.SIGTERM:
@@ -10685,7 +10686,7 @@ class SupervisorHandle:
         may_go_on = self.removals.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
         # A job with a directory tells of its directory, so "free" would save nothing, and one with a session has to
         # tell when this is over.  While there is a penalty, we must hear of the next start.
-        self.unasked = may_go_on and not (self.removals.place or self.sessions != [self.pid]
+        self.unasked = may_go_on and not (self.removals.root or self.sessions != [self.pid]
                                           or self.patron.has_penalty())
         self.tell(b"free\n" if self.unasked else b"yes\n" if may_go_on else b"no\n")
 
@@ -10733,19 +10734,19 @@ class SupervisorHandle:
 class Removals:
     """The Helpers that remove jobs' directories, which may be large.  over() is called when one has ended."""
 
-    def __init__(self, loop, place, over):
-        self.loop, self.place, self.over = loop, place, over
+    def __init__(self, loop, root, over):
+        self.loop, self.root, self.over = loop, root, over
         self.owners = {}            # pid of a Helper: a SupervisorHandle, or None: it removes what a crash has left
 
     def remove(self, name, owner):
         """Removes one of the owner's directories; most small jobs leave it empty, and need no Helper."""
-        if not self.place.remove_empty(name) and not self.help(
-                lambda: self.place.remove(name), owner, lambda trouble: self.place.tell(name, trouble)):
+        if not self.root.remove_empty(name) and not self.help(
+                lambda: self.root.remove(name), owner, lambda trouble: self.root.tell(name, trouble)):
             self.loop.after(REMOVAL_PAUSE, lambda: self.remove(name, None))
 
     def remove_left(self):
         """Removes what a crash has left.  The Helper is killed when this process ends: the next one will go on."""
-        helper = self.help(self.place.remove_left, None, lambda trouble: None)
+        helper = self.help(self.root.remove_left, None, lambda trouble: None)
         if helper:
             at_end.append(lambda: helper.pid in self.owners and (helper.kill(), helper.wait()))
 
@@ -10756,7 +10757,7 @@ class Removals:
                 tell(trouble)
             self.over()
         try:
-            helper = Helper(self.loop, work, [self.place.fd], ended)
+            helper = Helper(self.loop, work, [self.root.fd], ended)
         except OSError as error:    # no process is left now
             return tell(error.strerror)
         self.owners[helper.pid] = owner
@@ -10769,12 +10770,12 @@ class Removals:
 class Supervisors:
     """All supervisors of a cservice, and the processes and directories that they have left."""
 
-    def __init__(self, loop, patron, place):
+    def __init__(self, loop, patron, root):
         self.loop, self.patron = loop, patron
         self.handles = {}           # pid: SupervisorHandle
         self.lost = {}              # the same, of those that ended before "done", or have left directories, until
                                     # all that they have left has ended
-        self.removals = Removals(loop, place, self.reap)
+        self.removals = Removals(loop, root, self.reap)
 
     def __len__(self):
         return len(self.busy() | set(self.handles.values()))
@@ -10800,8 +10801,8 @@ class Supervisors:
             os.environ["CEXEC_SLOT"] = str(slot)        # for every job on this connection
             return become_supervisor(settings, client, link, job, far)
         kept = [link.sock.fileno(), far, 2, log.fd]
-        if settings.place:
-            kept.append(settings.place.fd)
+        if settings.job_root:
+            kept.append(settings.job_root.fd)
         with closing(far), on_failure(os.close, near):
             pid = forked(work, kept)
         self.handles[pid] = SupervisorHandle(self, client, pid, near, slot)
@@ -11089,22 +11090,22 @@ class Line:
         return (client for members in self.names.values() for _, _, client in members)
 
     def __contains__(self, client):
-        return any(other is client for _, _, other in self.names.get(client.name, ())[self.place(client):][:1])
+        return any(other is client for _, _, other in self.names.get(client.name, ())[self.index(client):][:1])
 
-    def place(self, client):
+    def index(self, client):
         """How many clients of its name are older."""
         return bisect.bisect_left(self.names.get(client.name, ()), (client.since, client.nonce))
 
     def join(self, client):
         if client not in self:
             members = self.names.setdefault(client.name, [])
-            members.insert(self.place(client), (client.since, client.nonce, client))
+            members.insert(self.index(client), (client.since, client.nonce, client))
             self._resized(client.name, len(members) - 1, len(members))
 
     def leave(self, client):
         if client in self:
             members = self.names[client.name]
-            del members[self.place(client)]
+            del members[self.index(client)]
             self._resized(client.name, len(members) + 1, len(members))
             if not members:
                 del self.names[client.name]
@@ -11129,7 +11130,7 @@ class Line:
 
     def ahead(self, client):
         """How many clients will be served before this one, if none comes or goes."""
-        turns = self.place(client) + 1          # of its name, up to its own; every other name has as many before it
+        turns = self.index(client) + 1          # of its name, up to its own; every other name has as many before it
         return sum(min(size, turns) * len(names) for size, names in self.sizes.items()) - 1
 
     def take(self, few, fraction):
@@ -11146,7 +11147,7 @@ class Line:
         if len(members) < self.most:
             members = self.names[next(iter(self.sizes[self.most]))]
             return members[-1][2]
-        return newcomer if self.place(newcomer) == len(members) else members[-1][2]
+        return newcomer if self.index(newcomer) == len(members) else members[-1][2]
 
 
 class Clients:
@@ -11372,7 +11373,7 @@ class Worker:
         self.listeners, self.settings = listeners, settings
         self.id = os.urandom(8)
         self.pace = Pace(settings.slots, settings.boost)
-        self.clients, self.supervisors = Clients(), Supervisors(loop, self, settings.place)
+        self.clients, self.supervisors = Clients(), Supervisors(loop, self, settings.job_root)
         self.complainers = Memory()                 # (name, address): when it last complained of another worker
         self.lifeline = None        # a WorkerLifeline, if `cservice -s` has started us
         self.holds = Memory()       # address: seconds that an offer to it holds a slot, if not HOLD_SECONDS
@@ -11707,7 +11708,7 @@ class Worker:
 
     def clear_up(self):
         """Begins to remove the directories that a crash has left; once more when those are old that were too young."""
-        if self.settings.place:
+        if self.settings.job_root:
             self.supervisors.removals.remove_left()
             self.loop.after(OLD_SECONDS + 1, self.supervisors.removals.remove_left)
 
@@ -11726,8 +11727,8 @@ class Worker:
 # ---------------------------------------------------------------------------
 
 class Settings(collections.namedtuple(
-        "Settings", "command slots boost refused user options join_keyring place for_run")):
-    """What a cservice does.  options: those of HELLO; place: a Place (-d); for_run: it serves one cexec -s."""
+        "Settings", "command slots boost refused user options join_keyring job_root for_run")):
+    """What a cservice does.  options: those of HELLO; job_root: a JobRoot (-d); for_run: it serves one cexec -s."""
 
     def say(self, message, say=log.say):
         """Says why a client does not get its command.  The client of one cexec -s says it itself."""
@@ -11786,7 +11787,7 @@ def main_cservice(argv):
     command, bits = what_is_run(command, options)
     settings = Settings(command, slots, None if boost < 0 else boost / 1e6, refused, user, bits,
                         keyring_joiner() if user else None,
-                        place_for_directories(user) if options.directories else None,
+                        job_root_for(user) if options.directories else None,
                         bool(options.hosts) and path == RUN_KEY)
     if user or not SPAWNS:
         import subprocess           # noqa: F401 - now, and not in each supervisor
@@ -11961,10 +11962,10 @@ def what_is_run(command, options):
     return command, bits
 
 
-def place_for_directories(user):
-    """Returns the Place of the jobs' directories, TMPDIR or /tmp, for the commands' user.  Raises Fatal."""
+def job_root_for(user):
+    """Returns the JobRoot, TMPDIR or /tmp, for the commands' user.  Raises Fatal."""
     with or_fatal("-d: no directory for the jobs' directories"):
-        return Place(os.path.realpath(tempfile.gettempdir()), user)
+        return JobRoot(os.path.realpath(tempfile.gettempdir()), user)
 
 
 def warn_of_command(settings):
@@ -11975,7 +11976,7 @@ def warn_of_command(settings):
                 "allow (-u USER runs it as another user)")
     if settings.options & HELLO_NO_COMMAND:
         return
-    files = list(filter(os.path.isfile, command_places(name)))
+    files = list(filter(os.path.isfile, command_paths(name)))
     if not files:
         where = "" if name.startswith("/") else " in " + os.getcwd() if "/" in name else " in PATH"
         log.say("warning: %s: no such command%s: until there is one, jobs are refused%s"
@@ -12179,8 +12180,8 @@ def by_activity(workers):
 def narrowed(heads, rows, width, hidden):
     """A table without the hidden columns; if it is too wide, also without more and more columns of LEFT_OUT."""
     for number in range(len(LEFT_OUT) + 1):
-        kept = [place for place, head in enumerate(heads) if head not in hidden and head not in LEFT_OUT[:number]]
-        lines = table([heads[place] for place in kept], [[row[place] for place in kept] for row in rows])
+        kept = [index for index, head in enumerate(heads) if head not in hidden and head not in LEFT_OUT[:number]]
+        lines = table([heads[index] for index in kept], [[row[index] for index in kept] for row in rows])
         if max(map(columns, lines)) <= width:
             break
     return lines
@@ -12610,8 +12611,8 @@ class Band:
         self.hidden = sum(map(len, self.rows[rows:]))
         self.rows = self.rows[:rows]
 
-    def place(self, top, row_height):
-        """Places it below top; returns where the next Band begins."""
+    def put(self, top, row_height):
+        """Puts it below top; returns where the next Band begins."""
         self.top, self.row_height = top, row_height
         self.first = top + 3 + 9 * bool(self.marks)
         return max(self.first + row_height * len(self.rows), top + 16) + 3
@@ -12724,9 +12725,9 @@ def text_at(x, y, text, style="text", anchor="start"):
 def draw_bar(bar, top, height):
     """A rectangle in the colour of its most common outcome, with the other outcomes in its lower half."""
     parts, ranked = "", [outcome for outcome, _ in bar.counts.most_common()]
-    for place, outcome in enumerate(ranked):
-        share = height / 2 / (len(ranked) - 1) if place else height
-        parts += element("rect", outcome, x=bar.left, y=top + height - share * max(1, place), height=share,
+    for index, outcome in enumerate(ranked):
+        share = height / 2 / (len(ranked) - 1) if index else height
+        parts += element("rect", outcome, x=bar.left, y=top + height - share * max(1, index), height=share,
                          width=max(1.0, bar.right - bar.left - 1))
     return "<g>%s%s</g>\n" % (tooltip(bar.lines()), parts)
 
@@ -12837,7 +12838,7 @@ def draw_all(entries, title, notes):
     top = bottom = 124
     row_height = max(4, min(16, ROWS_HEIGHT // max(1, sum(len(band.rows) for band in bands))))
     for band in bands:
-        bottom = band.place(bottom, row_height)
+        bottom = band.put(bottom, row_height)
     parts, bars = list(draw_heading(entries, title, axis)), make_bars(bands, axis)
     parts += draw_axis(axis, top, bottom + 16 + RATES_HEIGHT)
     for band in bands:
@@ -13457,7 +13458,7 @@ except (AttributeError, ImportError, TypeError):
 """
 ASK = """
 import sys
-sys.path[:] = [place for place in sys.path if place[:1] == "/"]
+sys.path[:] = [path for path in sys.path if path[:1] == "/"]
 import os
 if sys.version_info < (3, 6):
     sys.stderr.write("Python %d.%d is too old: cexec needs 3.6 or newer\\n" % sys.version_info[:2])
@@ -14419,8 +14420,8 @@ def take_back():
     except queue.Empty:
         pass
 
-def loads(data, place, buffers):
-    data = memoryview(data)[place:]
+def loads(data, offset, buffers):
+    data = memoryview(data)[offset:]
     return pickle.loads(data, buffers=buffers) if buffers else pickle.loads(data)
 
 class Source:
@@ -14768,16 +14769,16 @@ def checked_path(pub):
                         "hosts=[...], and not %r" % (pub,)) from None
 
 
-def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=None, **others):
+def start_client(pub, words, options=(), pass_fds=(), numbered=(), kept=(), env=None, **others):
     """Starts cexec as a child.  Returns (its Popen, the reading end of a pipe with its status line).
 
     pub: the path of a public key; None if the options have -s.
-    places: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
+    numbered: (our descriptor, its number there) for descriptors that are carried besides pass_fds; kept: those that
     only the child itself needs.
     """
-    numbers = list(pass_fds) + [number for _, number in places]
+    numbers = list(pass_fds) + [number for _, number in numbered]
     floor = max([2] + numbers) + 1
-    argv = child_words("cexec", places) + list(options)
+    argv = child_words("cexec", numbered) + list(options)
     if pub is not None:
         pub = checked_path(pub)
         argv.append("./" + pub if pub.startswith("-") else pub)
@@ -14786,7 +14787,7 @@ def start_client(pub, words, options=(), pass_fds=(), places=(), kept=(), env=No
     with on_failure(os.close, reader), closing(lifted_away(writer, floor)) as report:
         env = dict(env or os.environ, CEXEC_MAXFD=str(floor), CEXEC_FD_FOR_ERRORS=str(report))
         child = subprocess.Popen(argv + words, env=env, **dict(
-            others, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in places]))
+            others, pass_fds=[report] + list(kept) + list(pass_fds) + [old for old, _ in numbered]))
     return child, reader
 
 
@@ -14847,15 +14848,15 @@ class Program:
         for _ in range(name.count(".") if here else 0):     # python -m package.module
             here = os.path.dirname(here)
         self.library, self.sent, self.zips = library_paths(), {}, {}
-        places = list(map(os.path.realpath, sys.path))      # "" is this directory
+        paths = list(map(os.path.realpath, sys.path))       # "" is this directory
         roots = [here] if here else [os.getcwd()] if not path or path.startswith("<") else []
         if not may_import_beside_main():
-            roots = [root for root in roots if root in places]
+            roots = [root for root in roots if root in paths]
         self.roots = []
-        for root in roots + places[:1] + self.named(send):
+        for root in roots + paths[:1] + self.named(send):
             if root not in self.roots and not is_below(root, self.library) and self.opened(root):
                 self.roots.append(root)
-        self.places = places + self.roots
+        self.paths = paths + self.roots
 
     def named(self, send):
         """The real paths of what the program names.  Raises TypeError, or ValueError if modules cannot be sent."""
@@ -14915,13 +14916,13 @@ class Program:
         if not last.isidentifier() or parent and parent not in self.sent:
             return None
         bare = []
-        for place in self.sent[parent][1] if parent else self.places:
-            base = os.path.join(place, last)
+        for directory in self.sent[parent][1] if parent else self.paths:
+            base = os.path.join(directory, last)
             for path, is_package in ((os.path.join(base, "__init__.py"), True), (base + ".py", False)):
                 if self.is_file(path):
-                    ours = parent or place in self.roots or base == self.cloudpickle
+                    ours = parent or directory in self.roots or base == self.cloudpickle
                     return ((self.read(path), path, is_package), [base]) if ours and self.holds(path) else None
-            if (parent or place in self.roots) and self.is_directory(base) and self.holds(base):
+            if (parent or directory in self.roots) and self.is_directory(base) and self.holds(base):
                 bare.append(base)
         return ((None, bare[0], True), bare) if bare and (parent or not is_module(name)) else None
 
@@ -14971,16 +14972,16 @@ def is_module(name):
     return bool(spec and spec.loader and spec.origin not in (None, "namespace"))
 
 
-def is_below(path, places):
+def is_below(path, tops):
     """Whether a path is one of these, or below one of them."""
-    return any(path == place or path.startswith(os.path.join(place, "")) for place in places)
+    return any(path == top or path.startswith(os.path.join(top, "")) for top in tops)
 
 
 def cloudpickle_directory():
     """The directory of the package cloudpickle; None if it is not installed here."""
     spec = spec_of("cloudpickle")
-    places = spec and spec.submodule_search_locations
-    return os.path.realpath(list(places)[0]) if places else None
+    paths = spec and spec.submodule_search_locations
+    return os.path.realpath(list(paths)[0]) if paths else None
 
 
 def call_each(function, rows):
@@ -15291,13 +15292,13 @@ def is_for_data(cls):
                module.partition(".")[0] not in NO_DATA for base, module in modules.items())
 
 
-def load_result(readers, data, place, buffers=()):
-    """The object of the pickle that begins at this place, with what came before it.  Raises any exception."""
+def load_result(readers, data, offset, buffers=()):
+    """The object of the pickle that begins at this offset, with what came before it.  Raises any exception."""
     if readers.trust:
-        return load_trusted(data, place, buffers)
-    if len(data) - place > SHORT and any(is_plain(data, place, keyed) for keyed in (True, False)):
-        return pickle.loads(memoryview(data)[place:])
-    reader = Reader(readers, data, place, buffers)
+        return load_trusted(data, offset, buffers)
+    if len(data) - offset > SHORT and any(is_plain(data, offset, keyed) for keyed in (True, False)):
+        return pickle.loads(memoryview(data)[offset:])
+    reader = Reader(readers, data, offset, buffers)
     try:
         return reader.load()
     finally:
@@ -15324,34 +15325,34 @@ def plain_run(keyed):
                       (b"}us\x8f\x90" if keyed else b"") + b"\x94\\](ae]){1,1000}", re.DOTALL)
 
 
-def is_plain(data, place, keyed):
+def is_plain(data, offset, keyed):
     """Whether a pickle has only what plain_run() matches, and longer texts and bytes: then C code reads it."""
     run = plain_run(keyed)
-    if data[place:place + 1] != b"\x80":
+    if data[offset:offset + 1] != b"\x80":
         return False                # we would not be where pickle is
-    place += 2                      # the version
-    while place < len(data):
-        match = run.match(data, place)
+    offset += 2                     # the version
+    while offset < len(data):
+        match = run.match(data, offset)
         if match:
-            place = match.end()
+            offset = match.end()
             continue
-        method, detail = Reader.OPS.get(data[place], (None, None))
+        method, detail = Reader.OPS.get(data[offset], (None, None))
         if method is not Reader.counted or detail[0] is SIGNED or detail[1] is integer:
-            return data[place] == STOP
+            return data[offset] == STOP
         count = detail[0]
-        if place + count.size >= len(data):
+        if offset + count.size >= len(data):
             break
-        place += 1 + count.size + count.unpack_from(data, place + 1)[0]
+        offset += 1 + count.size + count.unpack_from(data, offset + 1)[0]
     return False
 
 
-def load_trusted(data, place, buffers):
+def load_trusted(data, offset, buffers):
     """As pickle does: a worker can run anything here."""
     class Trusting(pickle.Unpickler):
         def find_class(self, module, name):
             return super().find_class("__main__" if module == "__mp_main__" else module, name)
     file = io.BytesIO(data)         # without a copy, as data is bytes
-    file.seek(place)
+    file.seek(offset)
     return Trusting(file, **{"buffers": buffers} if buffers else {}).load()
 
 
@@ -15496,8 +15497,8 @@ class Reader:
     tuple twice in a tuple, and this twice in another, would need 2 ** 64 steps after 64 opcodes.
     """
 
-    def __init__(self, allowed, data, place, buffers=()):
-        self.allowed, self.data, self.place, self.buffers = allowed, data, place, iter(buffers)
+    def __init__(self, allowed, data, offset, buffers=()):
+        self.allowed, self.data, self.offset, self.buffers = allowed, data, offset, iter(buffers)
         self.stack, self.marks, self.memo = [], [], []
         self.makers = {}            # id of a class or a Name on the stack: (its maker, what to give it)
         self.open = {}              # id of an object that may take a state: (it, what checks the state)
@@ -15508,15 +15509,15 @@ class Reader:
         self.deep = {}              # id: (a tuple with more than plain data in it, its depth)
         self.twins = {}             # (a dictionary or set, a hash): list of its keys with this hash
         self.refused = collections.OrderedDict()    # (module, name): why
-        self.left = WORK_MIN + 10 * (len(data) - place + sum(map(len, buffers)))
+        self.left = WORK_MIN + 10 * (len(data) - offset + sum(map(len, buffers)))
         self.patterns = 0           # characters of regular expressions
         self.classes, self.settable = {}, {}        # what was looked up: see own(), own_state()
 
     def load(self):
         try:
             while True:
-                code = self.data[self.place]
-                self.place += 1
+                code = self.data[self.offset]
+                self.offset += 1
                 if code == STOP:
                     break
                 method, detail = self.OPS.get(code) or self.unknown(code)
@@ -15539,10 +15540,10 @@ class Reader:
     # Plain data
 
     def take(self, count):
-        self.place += count
-        if self.place > len(self.data):
+        self.offset += count
+        if self.offset > len(self.data):
             raise EOFError("it ends too early")
-        return self.data[self.place - count:self.place]
+        return self.data[self.offset - count:self.offset]
 
     def constant(self, value):
         self.stack.append(value)
@@ -15553,9 +15554,9 @@ class Reader:
     def fixed(self, detail):
         """Numbers of one kind, as many as follow each other."""
         run, form = run_of(*detail)
-        end = run.match(self.data, self.place - 1).end()        # None: it ends too early
-        self.stack += [value for value, in form.iter_unpack(self.data[self.place - 1:end])]
-        self.place = end
+        end = run.match(self.data, self.offset - 1).end()        # None: it ends too early
+        self.stack += [value for value, in form.iter_unpack(self.data[self.offset - 1:end])]
+        self.offset = end
 
     def counted(self, detail):
         form, convert = detail
@@ -15567,10 +15568,10 @@ class Reader:
     def byte_array(self, _):
         """Copied once: it can be an array's memory."""
         size, = LONG.unpack(self.take(LONG.size))
-        if size > len(self.data) - self.place:
+        if size > len(self.data) - self.offset:
             raise EOFError("it ends too early")
-        self.stack.append(bytearray(memoryview(self.data)[self.place:self.place + size]))
-        self.place += size
+        self.stack.append(bytearray(memoryview(self.data)[self.offset:self.offset + size]))
+        self.offset += size
 
     def next_buffer(self, _):
         """Bytes or a bytearray that came before the pickle, each once."""
@@ -15588,9 +15589,9 @@ class Reader:
 
     def marked(self, _=None):
         """The values after the last mark: they leave the stack."""
-        place = self.marks.pop()
-        values = self.stack[place:]
-        del self.stack[place:]
+        mark = self.marks.pop()
+        values = self.stack[mark:]
+        del self.stack[mark:]
         return values
 
     def pop(self, _):
@@ -15607,9 +15608,9 @@ class Reader:
         self.stack.append(self.memo[number])
 
     def tuple_of(self, count):
-        place = self.marks.pop() if count is None else len(self.stack) - count
-        whole = tuple(self.stack[place:])
-        self.stack[place:] = [whole]
+        mark = self.marks.pop() if count is None else len(self.stack) - count
+        whole = tuple(self.stack[mark:])
+        self.stack[mark:] = [whole]
         if not PLAIN.issuperset(map(type, whole)):
             self.nest(whole)
 
@@ -15660,7 +15661,7 @@ class Reader:
 
     def frozen(self, _):
         whole = set()
-        steps = self.add(whole, self.marked(), -self.place)
+        steps = self.add(whole, self.marked(), -self.offset)
         whole = frozenset(whole)
         self.sets[id(whole)] = whole, steps
         self.stack.append(whole)
@@ -15969,19 +15970,19 @@ def fault_of(host, python, error, what="load the program"):
         host, what, python, words_of(error), "; ".join(filter(None, [remedy_of(error), leave_out])))
 
 
-def load_error(readers, data, place, host):
+def load_error(readers, data, offset, host):
     """The exception in a RAISED or FAILED, with the worker's traceback as its cause."""
-    size, = TEXT_SIZE.unpack_from(data, place)
-    place += TEXT_SIZE.size + size
-    text = data[place - size:place].decode("utf-8", "replace")
-    if place > len(data):
+    size, = TEXT_SIZE.unpack_from(data, offset)
+    offset += TEXT_SIZE.size + size
+    text = data[offset - size:offset].decode("utf-8", "replace")
+    if offset > len(data):
         raise ProtocolError("a text that is longer than its frame")
     lines = [printable(line) for line in text.splitlines()] or ["?"]
     words = lines[-1]
     try:
-        if place == len(data):
+        if offset == len(data):
             raise TypeError("it cannot be pickled")
-        error = load_result(readers, data, place)
+        error = load_result(readers, data, offset)
         if not isinstance(error, BaseException):
             raise TypeError("no exception")
     except BaseException as reason:             # with trust, reading it may call sys.exit()
@@ -16206,7 +16207,7 @@ class Lane(Stateful):
             program, writer, prints, printer, started, starter = ours
             for fd in program, printer, starter:
                 ours.append(lifted(fd, 5))
-            places = [(ours[6], 3), (ours[7], 4)]
+            numbered = [(ours[6], 3), (ours[7], 4)]
             os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
             env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
@@ -16218,7 +16219,7 @@ class Lane(Stateful):
                 pub, words, kept = "/dev/fd/%d" % ours[-1], ["--", "python3", "/dev/fd/3"], kept + ours[-1:]
                 env["CEXEC_GROUP"] = group.text
             self.child, report = start_client(
-                pub, words, places=places, kept=kept, env=env, bufsize=0, start_new_session=True,
+                pub, words, numbered=numbered, kept=kept, env=env, bufsize=0, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             ours.remove(prints)
             ours.remove(started)
@@ -16254,7 +16255,7 @@ class Lane(Stateful):
     def flush(self):
         try:
             while self.unsent:
-                count = os.writev(self.target, [self.unsent[place] for place in range(min(len(self.unsent), 64))])
+                count = os.writev(self.target, [self.unsent[index] for index in range(min(len(self.unsent), 64))])
                 self.backlog -= count
                 while count:
                     part = self.unsent.popleft()
@@ -16435,19 +16436,19 @@ class Lane(Stateful):
         try:
             if self.body is not None:
                 data = self.rcvd_more(data)
-            place, data = 0, self.rest + data
-            while self.body is None and len(data) - place >= LANE_HEAD.size and self.state is not ENDING:
-                kind, size = LANE_HEAD.unpack_from(data, place)
+            offset, data = 0, self.rest + data
+            while self.body is None and len(data) - offset >= LANE_HEAD.size and self.state is not ENDING:
+                kind, size = LANE_HEAD.unpack_from(data, offset)
                 if size > SMALL_FRAMES.get(kind, size) or kind not in self.HANDLERS:
                     raise ProtocolError("a frame of kind %r and length %d" % (kind, size))
-                place += LANE_HEAD.size + size
-                if place > len(data):
+                offset += LANE_HEAD.size + size
+                if offset > len(data):
                     self.kind, self.missing = kind, size
                     self.body = bytearray() if kind == WRITABLE else io.BytesIO()
-                    self.rcvd_more(data[place - size:])
+                    self.rcvd_more(data[offset - size:])
                 else:
-                    self.HANDLERS[kind](self, data, place - size, place)
-            self.rest = data[place:]
+                    self.HANDLERS[kind](self, data, offset - size, offset)
+            self.rest = data[offset:]
         except (ProtocolError, struct.error) as error:
             self.failure = Failed("a worker's Python does not speak cexec's protocol (%s): is its command python3 "
                                   "/dev/fd/3, with at least Python 3.6?" % printable(str(error)))
@@ -16463,22 +16464,22 @@ class Lane(Stateful):
             self.HANDLERS[self.kind](self, whole, 0, len(whole))
         return after
 
-    def rcvd_buffer(self, data, place, end):
+    def rcvd_buffer(self, data, offset, end):
         """Bytes that a result has outside of its pickle.  The slice is no copy if it is the whole."""
         self.check_buffer()
-        self.buffers.append(data[place:end])
+        self.buffers.append(data[offset:end])
 
     def check_buffer(self):
         """Raises ProtocolError if no result can come: a worker without a call could fill the memory."""
         if not self.calls:
             raise ProtocolError("a buffer of no call")
 
-    def rcvd_writable(self, data, place, end):
+    def rcvd_writable(self, data, offset, end):
         self.check_buffer()
-        self.buffers.append(data if type(data) is bytearray else bytearray(data[place:end]))
+        self.buffers.append(data if type(data) is bytearray else bytearray(data[offset:end]))
 
-    def rcvd_ready(self, data, place, end):
-        words = data[place:end].decode("utf-8", "replace").split(" ", 4)
+    def rcvd_ready(self, data, offset, end):
+        words = data[offset:end].decode("utf-8", "replace").split(" ", 4)
         right = words[:2] == ["cexec-lane", "1"] and len(words) == 5 and words[2].isdecimal()
         if self.state not in (SEARCHING, STARTING) or not right:
             raise ProtocolError("READY out of place")
@@ -16509,26 +16510,26 @@ class Lane(Stateful):
         self._set(UP)
         self.pool.lane_up()
 
-    def is_prepared_by(self, data, place):
+    def is_prepared_by(self, data, offset):
         """Whether this is the result of the initializer."""
-        return self.state is PREPARING and CALL_NUMBER.unpack_from(data, place) == (0,)
+        return self.state is PREPARING and CALL_NUMBER.unpack_from(data, offset) == (0,)
 
-    def rcvd_loaded(self, data, place, end):
+    def rcvd_loaded(self, data, offset, end):
         self.loading = False
 
-    def rcvd_import(self, data, place, end):
+    def rcvd_import(self, data, offset, end):
         self.imports += 1
         if self.imports > 1 and self.backlog > WINDOW:
             raise ProtocolError("IMPORT twice")
         try:
-            found = self.pool.program.module(data[place:end].decode())
+            found = self.pool.program.module(data[offset:end].decode())
         except Exception as error:      # zipfile raises many kinds, if the file has changed or is encrypted
             found = log.note("a module that a worker wants: %s", error)
         self.send(MODULE, pickled(found))
         self.flush()
 
-    def rcvd_result(self, data, place, end):
-        number, = CALL_NUMBER.unpack_from(data, place)
+    def rcvd_result(self, data, offset, end):
+        number, = CALL_NUMBER.unpack_from(data, offset)
         call, now = self.calls.pop(number, None), time.monotonic()
         if call is None:
             raise ProtocolError("a result of no call")
@@ -16539,48 +16540,48 @@ class Lane(Stateful):
         self.first, self.fastest = self.first or took, min(self.fastest, took)
         if not self.calls:
             self.idle_since = now
-        return call, place + CALL_NUMBER.size
+        return call, offset + CALL_NUMBER.size
 
-    def rcvd_value(self, data, place, end):
-        if self.is_prepared_by(data, place):
+    def rcvd_value(self, data, offset, end):
+        if self.is_prepared_by(data, offset):
             self.preparation = time.monotonic() - self.since
             return self.up()
-        call, place = self.rcvd_result(data, place, end)
+        call, offset = self.rcvd_result(data, offset, end)
         buffers, self.buffers = self.buffers, []
         try:
-            result = load_result(self.pool.readers, data, place, buffers)
+            result = load_result(self.pool.readers, data, offset, buffers)
         except BaseException as error:          # a worker can send anything; with trust, what calls sys.exit() too
             self.pool.done(call, error if type(error).__name__ == "UnpicklingError" else
                            Failed("a result that cannot be read: %s: %s" % (type(error).__name__, error)))
         else:
             self.pool.done(call, None, result)
 
-    def rcvd_raised(self, data, place, end):
-        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)     # first: may raise
-        if self.is_prepared_by(data, place):
+    def rcvd_raised(self, data, offset, end):
+        error = load_error(self.pool.readers, data, offset + CALL_NUMBER.size, self.host)     # first: may raise
+        if self.is_prepared_by(data, offset):
             self.failure, self.unprepared = error, True
             return self.terminate()
-        call, _ = self.rcvd_result(data, place, end)
+        call, _ = self.rcvd_result(data, offset, end)
         self.pool.done(call, error)
 
-    def rcvd_unread(self, data, place, end):
+    def rcvd_unread(self, data, offset, end):
         """The call has not begun: the worker cannot load what it needs."""
-        number, = CALL_NUMBER.unpack_from(data, place)
-        error = load_error(self.pool.readers, data, place + CALL_NUMBER.size, self.host)
+        number, = CALL_NUMBER.unpack_from(data, offset)
+        error = load_error(self.pool.readers, data, offset + CALL_NUMBER.size, self.host)
         if number not in self.calls or not self.pool.may_try_elsewhere(self.calls[number], error):
-            return self.rcvd_raised(data, place, end)
+            return self.rcvd_raised(data, offset, end)
         self.head_since = time.monotonic()
         self.pool.try_elsewhere(self, self.calls.pop(number), error)
 
-    def rcvd_failed(self, data, place, end):
-        self.failure = load_error(self.pool.readers, data, place, self.host)
+    def rcvd_failed(self, data, offset, end):
+        self.failure = load_error(self.pool.readers, data, offset, self.host)
         self.terminate()
 
-    def rcvd_back(self, data, place, end):
+    def rcvd_back(self, data, offset, end):
         if not self.recalled:
             raise ProtocolError("BACK out of place")
         self.recalled = False
-        numbers = [number for number, in CALL_NUMBER.iter_unpack(data[place:end])]
+        numbers = [number for number, in CALL_NUMBER.iter_unpack(data[offset:end])]
         if not set(numbers) <= set(self.calls) or len(set(numbers)) < len(numbers):
             raise ProtocolError("BACK of no call")
         self.pool.put_back([self.calls.pop(number) for number in numbers])
@@ -17135,8 +17136,8 @@ def count_slots(pool):
         group = pool.await_hosts() if pool.hosts else None
         if pool.hosts and not group:
             return 0
-        place = (Group(group.text), group.pub) if group else (Group(), open_pub(pool.pub))
-        survey = Survey(*place, listen_ports(), Loop(), ServerFilter())
+        reach = (Group(group.text), group.pub) if group else (Group(), open_pub(pool.pub))
+        survey = Survey(*reach, listen_ports(), Loop(), ServerFilter())
     survey.run()
     return sum(row["slots"] for row in survey.rows() if row["state"] == "serving")
 
@@ -17540,9 +17541,9 @@ def show_in_ps():
         with open("/proc/self/mem", "r+b", 0) as memory:
             memory.seek(begin)
             words = memory.read(end - begin).split(b"\0")
-            place = words.index(b"-c")
+            index = words.index(b"-c")
             memory.seek(begin)
-            memory.write(b"\0".join(words[:place] + words[place + 2:]).ljust(end - begin, b"\0"))
+            memory.write(b"\0".join(words[:index] + words[index + 2:]).ljust(end - begin, b"\0"))
     except (OSError, ValueError):
         pass
 
@@ -17717,22 +17718,22 @@ def code_of(path, part):
     return marshal.loads(data)
 
 
-def drop_relative_places():
-    """No module is imported from the current directory: for -c, or an empty or relative place in PYTHONPATH."""
-    sys.path[:] = [place for place in sys.path if place.startswith("/")]
+def drop_relative_paths():
+    """No module is imported from the current directory: for -c, or an empty or relative path in PYTHONPATH."""
+    sys.path[:] = [path for path in sys.path if path.startswith("/")]
     import os
     try:                            # Python 3.11 has made PYTHONPATH's absolute
-        ours = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "/").split(":") if place[:1] != "/"}
+        ours = {os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "/").split(":") if path[:1] != "/"}
     except OSError:                 # the current directory was removed
         ours = ()
-    sys.path[:] = [place for place in sys.path if place not in ours]
+    sys.path[:] = [path for path in sys.path if path not in ours]
 
 
 def enter():
     """Runs this file as the module cexec: argv is -c, the file's path, and its arguments."""
     import gc
     gc.disable()                    # until started_up(): it would cost 10 ms, and find nothing
-    drop_relative_places()
+    drop_relative_paths()
     import os
     del sys.argv[0]
     module = sys.modules["cexec"] = type(sys)("cexec")

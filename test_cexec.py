@@ -4871,7 +4871,7 @@ def test_both_ways_to_start_a_command_give_it_the_same(cluster, spawns):
 def test_a_directory_that_cannot_be_entered_is_named_as_the_reason(cluster, options):
     """By the supervisor, or with -u by the command's process."""
     need("root")
-    line = "self.fd = place.make(self.name, loop.floor)"
+    line = "self.fd = root.make(self.name, loop.floor)"
     altered(cluster, (line, line + '; os.dup2(os.open("/dev/null", os.O_RDONLY), self.fd)'))
     cluster.worker("cat", options=["-d", *options], env={"TMPDIR": cluster.directory})
     assert failed(cluster.run("cexec", "-n", cluster.pub), 126).decode() == (
@@ -7041,7 +7041,7 @@ def test_a_directory_that_cannot_be_locked_leaves_no_descriptor(tmp_path, monkey
 
 
 def test_a_directory_that_cannot_be_given_away_leaves_no_descriptor(tmp_path, monkeypatch):
-    place = cexec.Place(str(tmp_path), SimpleNamespace(pw_uid=1, pw_gid=1))
+    place = cexec.JobRoot(str(tmp_path), SimpleNamespace(pw_uid=1, pw_gid=1))
     try:
         monkeypatch.setattr(os, "fchown", refusing(errno.EPERM))
         with few_descriptors(3), pytest.raises(OSError, match="not permitted"):
