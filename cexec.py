@@ -870,6 +870,8 @@ def parse_pub(text, label):
     if "-----BEGIN" in text:
         raise Fatal(EXIT_USAGE, "%s: a private key where the public key is needed (ckeygen %s writes it)"
                     % (label, label))
+    if text.startswith("Seq\tHost"):
+        raise Fatal(EXIT_USAGE, "%s: not a public key but a log (crat --svg %s > FILE draws it)" % (label, label))
     if words[:1] != [PUB_MAGIC]:
         raise Fatal(EXIT_USAGE, "%s: not a cexec public key (ckeygen makes them)" % label)
     if words[1:2] != [PUB_VERSION]:
@@ -4461,10 +4463,16 @@ def set_modes(directories, top, exact=False):
 
 def result_pattern(text):
     """A pattern of -g without "." and double slashes.  Raises Fatal (100) if it leads out of the directory."""
-    parts = [part for part in text.split("/") if part not in ("", ".")]
-    if text.startswith("/") or ".." in parts or not parts:
+    pattern = "/".join(part for part in text.split("/") if part not in ("", "."))
+    if text.startswith("/") or leads_out(os.fsencode(pattern)):
         raise Fatal(EXIT_USAGE, "-g %s: not the name of anything in the job's directory" % (text or "''"))
-    return "/".join(parts)
+    return pattern
+
+
+def leads_out(pattern):
+    """Whether a pattern of -g, in bytes, has a part that is no name in a directory, also without its backslashes."""
+    return any(part in (b"", b".", b"..")
+               for text in (pattern, plain_name(pattern) or pattern) for part in text.split(b"/"))
 
 
 def matcher(patterns):
@@ -5703,7 +5711,7 @@ class Terms:
                 + [(FILES_OUT, FILES_OUT, FLAG_OUTPUT | FLAG_FILES)] * bool(self.results))
 
 
-def parse_words(words, need_command=False):
+def parse_words(words, options):
     """Returns (variables, arguments) from the words after a public key, or after -s, as bytes.  Raises Fatal (100).
 
     As with env(1), the first word that is no KEY=VALUE is the first argument; a "--" before it is left out.
@@ -5714,9 +5722,21 @@ def parse_words(words, need_command=False):
     arguments = [os.fsencode(word) for word in words[count + (words[count:count + 1] == ["--"]):]]
     if words_size(variables + arguments) > WORDS_MAX:
         raise Fatal(EXIT_USAGE, "more than %d MiB of variables and arguments" % (WORDS_MAX >> 20))
-    if need_command and not arguments:
-        raise Fatal(EXIT_USAGE, "no command is named (with -s its words come after the options)")
+    if options.hosts:
+        check_command(arguments, options.inputs)
     return variables, arguments
+
+
+def check_command(arguments, inputs):
+    """Raises Fatal (100) if the command of a call with -s is missing, or can never run in an empty directory there."""
+    if not arguments:
+        raise Fatal(EXIT_USAGE, "no command is named (with -s its words come after the options)")
+    name = os.fsdecode(arguments[0])
+    if "/" in name and not name.startswith("/") and os.path.isfile(name):
+        if not inputs:
+            raise Fatal(EXIT_USAGE, "%s: it is here, and not on the hosts (-i %s sends it)" % (name, name))
+        if not os.access(name, os.X_OK):
+            raise Fatal(EXIT_USAGE, "%s: not executable (chmod +x %s)" % (name, name))
 
 
 def parse_ports(text):
@@ -5979,13 +5999,15 @@ class Refusals:
 CANNOT = EXIT_CANNOT_RUN, EXIT_NOT_FOUND, EXIT_USAGE
 
 
-def not_found_hint(reason, options):
+def not_found_hint(reason, options, terms):
     """Returns what the user may have meant, if the command that is not there is the client's word; else ""."""
     name = reason.rpartition(": ")[0]
     if not options & HELLO_NO_COMMAND:
         return ""
     if name.startswith("-"):
         return " (options come before the public key)"
+    if options & HELLO_DIRECTORIES and "/" in name and os.path.isfile(name) and not terms.inputs:
+        return " (it is here: -i %s sends it)" % name
     return " (no shell reads this: write the arguments as words of their own, or use sh -c)" if " " in name else ""
 
 
@@ -6263,7 +6285,7 @@ class Search:
         """This worker has not the command, or cannot take the job now: it is not asked for some seconds."""
         hello = candidate.hello
         self.worker_answered()
-        hint = not_found_hint(reason, hello.options) if status == EXIT_NOT_FOUND else ""
+        hint = not_found_hint(reason, hello.options, self.terms) if status == EXIT_NOT_FOUND else ""
         why = "cannot run its command: " + reason + hint
         if status and hello.options & HELLO_NO_COMMAND and self.job.has_own_command():
             return self.patron.lacks(hello, self.job, why, status)
@@ -6557,9 +6579,9 @@ class Outcome:
         return ALERT_EXITED, self.exit_code, self.reason
 
 
-def failure(reason, exit_code=EXIT_TEMPORARY):
+def failure(reason, exit_code=EXIT_TEMPORARY, hint=""):
     """Returns the Outcome of a job that failed here, or that no worker took."""
-    return Outcome(exit_code, "failed=%s" % reason, reason)
+    return Outcome(exit_code, "failed=%s" % reason, reason, hint=hint)
 
 
 def loss(reason):
@@ -6629,7 +6651,9 @@ class RemoteRun(Carrier):
 
     def hint(self):
         """Returns what the user may have meant, if the command is not there."""
-        return not_found_hint(self.exit.reason, self.hello.options) if self.exit.status == EXIT_NOT_FOUND else ""
+        if self.exit.status != EXIT_NOT_FOUND:
+            return ""
+        return not_found_hint(self.exit.reason, self.hello.options, self.patron.terms)
 
     # Its files
 
@@ -7307,7 +7331,7 @@ def show_workers(survey, as_json):
 #     --EXIT--> Disk.store: the output is on the disk --> Task.commit: it gets its name --> Batch.task_over
 #     or, if it goes to standard output, it waits for its turn there
 
-PLACEHOLDERS = r"\{(?:(-?\d+)?(//|/\.|/|\.|)|([#%]))\}"         # parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
+PLACEHOLDERS = r"\{(?:(-?\d{1,9})?(//|/\.|/|\.|)|([#%]))\}"    # parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
 SEARCHES_MAX = 2                    # searches at a time
 JOBS_MAX = 10000                    # jobs at a time, without -j
@@ -7643,6 +7667,11 @@ class Task:
             if os.fsencode(name) in self.words[1] and os.path.isfile(name):
                 return " (%s is here: -i {} takes it there, if the workers have directories for jobs)" % name
         return ""
+
+    def value_hint(self, error):
+        """Returns what may be meant if the file that it reads is missing, and its name looks like a value."""
+        missing = self.file and isinstance(error, FileNotFoundError) and not os.path.lexists(self.file)
+        return " (-n: the inputs are no files)" if missing and not re.search("[./]", self.file) else ""
 
     def open_input(self):
         """Opens the file that it reads; with -n it reads nothing.  Raises OSError."""
@@ -8281,7 +8310,7 @@ class Batch(Patron):
             task.open(self.slot_number() if self.terms.has_slots else 1)
             return task
         except (OSError, ValueError) as error:
-            self.task_over(task, failure(error_text(error, task.name)))
+            self.task_over(task, failure(error_text(error, task.name), hint=task.value_hint(error)))
             return None
 
     def slot_number(self):
@@ -8686,7 +8715,7 @@ def main_batch(reach, words, options):
     separator = b"\0" if options.zero else b"\n"
     if inputs is None and options.dry_run:
         inputs = all_names(separator)
-    environment, arguments = parse_words(words, options.hosts)
+    environment, arguments = parse_words(words, options)
     if appends and arguments and not any(has_placeholders(os.fsdecode(word)) for word in environment + arguments):
         arguments.append(b"{}")     # as parallel does
     terms = BatchTerms(environment, arguments, pattern, options.values, options.errors, retries=options.retries,
@@ -8705,7 +8734,7 @@ def main_batch(reach, words, options):
     if inputs is None:
         return QueueBatch(*reach(), terms, separator, jobs, joblog, options.force, options.halt).work()
     if not todo:
-        log.tell_user(nothing_to_do(tasks, terms.unit()))
+        log.say(nothing_to_do(tasks, terms.unit()))
         return 0
     return Batch(*reach(), terms, tasks, jobs, joblog, options.force, options.halt).work()
 
@@ -8957,7 +8986,7 @@ def parse_size(text):
 def main_blocks(reach, words, options):
     """Does standard input in blocks.  Returns the exit code."""
     size = parse_size(options.blocks)
-    terms = BatchTerms(*parse_words(words, options.hosts), errors=options.errors, retries=options.retries)
+    terms = BatchTerms(*parse_words(words, options), errors=options.errors, retries=options.retries)
     note_names(terms, [], options, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
@@ -9214,7 +9243,7 @@ def kept_input():
 def main_everywhere(reach, words, options):
     """Runs a job on every worker.  Returns the exit code."""
     need_output()
-    terms = BatchTerms(*parse_words(words, options.hosts), pattern=None, values=True, batch=NO_BATCH, wait=60,
+    terms = BatchTerms(*parse_words(words, options), pattern=None, values=True, batch=NO_BATCH, wait=60,
                        retries=options.retries, inputs=options.inputs,
                        results=list(map(result_pattern, options.results)))
     if options.results:
@@ -9499,7 +9528,7 @@ def main_single(words, options):
     if options.empty == "all" and words and words[0].endswith(".pub") and not options.words[0].endswith(".pub"):
         raise CEXEC.error("-n %s: not a descriptor's number" % options.words[0])
     files = files_named(options) if options.inputs or options.results else {}
-    job = Job(*parse_words(words, options.hosts), options.empty, options.repeat, options.terminal, options.progress,
+    job = Job(*parse_words(words, options), options.empty, options.repeat, options.terminal, options.progress,
               **files)
     try:
         if job.results:
@@ -9555,7 +9584,7 @@ def check_job(job, words, options):
     channels = check_descriptors(job.descriptors, options & HELLO_DIRECTORIES)
     if bool(patterns) != (FILES_OUT in channels):
         raise ProtocolError("patterns without results")
-    if any(part in (b"", b".", b"..") for pattern in patterns for part in pattern.split(b"/")):
+    if any(map(leads_out, patterns)):
         raise ProtocolError("impossible pattern")
     for variable in environment:
         name, equals, _ = variable.partition(b"=")
@@ -13520,6 +13549,8 @@ def parse_hosts(words):
     for text in names:
         slots, slash, name = text.partition("/")
         slots, name = (whole(slots), name) if slash and slots.isdecimal() else (None, text)
+        if "/" in name:
+            raise Fatal(EXIT_USAGE, "-s %s: not a host (slots come first: 4/box1)" % text)
         if slots is not None and not 0 < slots <= SLOTS_MAX:
             raise Fatal(EXIT_USAGE, "-s %s: N/HOST has 1 to %d slots" % (text, SLOTS_MAX))
         hosts.setdefault(name, slots)
@@ -13923,7 +13954,7 @@ class Host(Stateful):
     def hint(self):
         """What to do if ssh would have asked something."""
         lines = "\n".join(self.lines)
-        if "Host key verification failed" in lines:
+        if "Host key verification failed" in lines and "HAS CHANGED" not in lines:
             return " (run this once, it asks: %s %s true)" % (os.environ.get("CEXEC_SSH") or "ssh", self.name)
         if "Permission denied" in lines:
             return " (ssh %s true must work without a question)" % self.name
