@@ -7247,9 +7247,12 @@ class Survey:
         for application, addresses in sorted(self.foreign.items()):
             yield ("%s: a worker of another application, %s (if that is to be yours, its key is another one: copy the "
                    "key, or make the pub again)" % (", ".join(sorted(addresses)), application.hex()))
-        if self.others and not self.foreign:
+        others = sorted(other.hex() for other in self.others if other != self.pub.application)
+        if others and not self.foreign:
             yield ("other applications' datagrams are heard (%s): is cservice running with the key of %s?"
-                   % (", ".join(sorted(other.hex() for other in self.others)), self.pub.label))
+                   % (", ".join(others), self.pub.label))
+        elif self.others and not self.foreign:
+            yield "only other clients of %s are heard: is cservice running with its key?" % self.pub.label
         elif not self.foreign:
             yield "no other cexec was heard: is cservice running, in the same network, with the same GROUP?"
         if not self.foreign:
@@ -14741,6 +14744,8 @@ def run(*words, hosts=None, input=None, stdin=None, stdout=None, stderr=None, ca
         raise ValueError("stdin and input, or stdout or stderr and capture_output, do not go together")
     if not words or hosts is not None and not hosts:
         raise TypeError("run() needs a public key, or hosts and a command")
+    if any(isinstance(word, (list, tuple)) for word in words):
+        raise TypeError("run() takes each word as an argument, and no list: run(*words)")
     piped = subprocess.PIPE if capture_output else None
     for paths in put, get:
         if isinstance(paths, (str, bytes, os.PathLike)):
@@ -15986,7 +15991,8 @@ def words_of(error):
 def remedy_of(error):
     """What to do on a worker's host about this exception; "" if that is not known."""
     if isinstance(error, ModuleNotFoundError):
-        return "install it there, or put a module of your own beside the main program, or its directory into send"
+        return ("install it there, or name a Python that has it (hosts=..., python=...), or put a module of your own "
+                "beside the main program, or its directory into send")
     if isinstance(error, (ImportError, SyntaxError, AttributeError)):
         return "another Python or another version there may do it"
     return ""
@@ -16247,7 +16253,7 @@ class Lane(Stateful):
             pub, words, kept, group = self.pool.pub, [], [ours[8]], self.pool.group
             if group:               # its workers run what they are given
                 ours.append(lifted_away(full_pipe(group.pub_text.encode()), 5))
-                pub, words, kept = "/dev/fd/%d" % ours[-1], ["--", "python3", "/dev/fd/3"], kept + ours[-1:]
+                pub, words, kept = "/dev/fd/%d" % ours[-1], ["--", self.pool.python, "/dev/fd/3"], kept + ours[-1:]
                 env["CEXEC_GROUP"] = group.text
             self.child, report = start_client(
                 pub, words, numbered=numbered, kept=kept, env=env, bufsize=0, start_new_session=True,
@@ -16679,8 +16685,10 @@ class Pool:
     wake it.  Futures' callbacks run in it, without a lock, so they may submit calls.
     """
 
-    def __init__(self, pub, hosts, limit, readers, retries, send=(), threads=1, initializer=None, calls_max=None):
-        self.hosts, self.limit, self.retries = hosts, limit, retries
+    def __init__(self, pub, hosts, limit, readers, retries, send=(), threads=1, initializer=None, calls_max=None,
+                 python="python3"):
+        self.hosts, self.python = hosts, python         # python: the command of a lane on these hosts
+        self.limit, self.retries = limit, retries
         self.pub = None
         if not hosts:
             pub = checked_path(pub)
@@ -17077,7 +17085,7 @@ class Pool:
         self.faults[lane.worker_id] = text, error       # the newest is the last
         while len(self.faults) > FAULTS_MAX:
             del self.faults[next(iter(self.faults))]
-        self.tell(text + "; it gets no calls for a while")
+        self.tell(text + "; it gets no calls for a while", always=True)
 
     def found_useful(self, worker_id):
         """A lane's first result has come."""
@@ -17147,10 +17155,10 @@ class Pool:
             ",".join(self.hosts) or os.path.basename(self.pub), sum(len(lane.calls) for lane in lanes), waiting,
             " ".join("%s*%d" % item for item in sorted(hosts.items())) or "no worker")
 
-    def tell(self, text):
+    def tell(self, text, always=False):
         """Says on a terminal, or in a notebook, what the command line would say on a terminal."""
         with suppress(ValueError):  # standard error is closed
-            if sys.stderr and (sys.stderr.isatty() or hasattr(sys, "ps1")):
+            if sys.stderr and (always or sys.stderr.isatty() or hasattr(sys, "ps1")):
                 self.show("cexec: %s\n" % printable(text))
 
     def show(self, text):
@@ -17182,7 +17190,7 @@ class ExecutorMethods:
     """A concurrent.futures.Executor whose calls run on the workers of an application.
 
     Executor(pub, max_workers=None, allow=(), retries=3, *, hosts=None, trust=False, send=(), threads=1,
-             mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None)
+             mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None, python="python3")
 
     pub is the path of the public key.  The workers run
         cservice -u nobody py python3 /dev/fd/3
@@ -17191,6 +17199,8 @@ class ExecutorMethods:
 
     hosts: names for ssh, in place of pub, as for cexec -s: ["box1", "4/box2"].  Workers are started
         there at the first call, and ended at the end.
+    python: with hosts, the Python there that does the calls: the path of one that has your packages,
+        such as "/opt/venv/bin/python3"; a name is looked for in PATH as ssh has it.
 
     max_workers: how many calls run at a time; None: as many as the workers take.
     allow: more classes that may be in results: names of classes, or of modules for all classes that
@@ -17225,12 +17235,13 @@ class ExecutorMethods:
     cloudpickle): those of a notebook, an interactive session, python -c or standard input, lambdas,
     and functions inside others.  Then the worker must have the same minor version of Python; other
     workers get no such calls.  The globals that such a function uses come with it, as they are when
-    the call is submitted: with each call of submit(), once with map().  Others that it sets last, so an
-    initializer can load what is large.
+    the call is submitted: with each call of submit(), once with map().  So a global that an initializer
+    is to set must not exist here; what it sets there is kept for the calls.
     Modules beside the main program are sent when a worker imports them, those in the current
     directory if the main program has no file, and those in send; installed packages must be
     installed on the workers too.  The output of a function comes to standard error here, after the
-    worker's name.  A worker's Python does many calls, for about a minute; globals last as long.
+    worker's name.  A worker's Python does many calls, for about a minute; globals last as long.  A
+    module is sent as it was when its first call needed it: after an edit make a new Executor.
     Workers are held while there are calls, and for 3 seconds more, or for as long as the initializer
     took.
     A worker whose Python does not start in 10 seconds, or cannot load the program, gets no calls for
@@ -17251,10 +17262,12 @@ class ExecutorMethods:
     """
 
     def __init__(self, pub=None, max_workers=None, allow=(), retries=3, *, hosts=None, trust=False, send=(), threads=1,
-                 mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None):
+                 mp_context=None, initializer=None, initargs=(), max_tasks_per_child=None, python="python3"):
         hosts = [hosts] if isinstance(hosts, str) else list(hosts or ())
         if hosts and pub is not None:
             raise TypeError("pub and hosts do not go together: hosts have a key of their own")
+        if not hosts and python != "python3":
+            raise TypeError("python goes with hosts: where workers stay, the command of cservice names it")
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
         if retries < 0:
@@ -17271,7 +17284,8 @@ class ExecutorMethods:
             raise ValueError("max_tasks_per_child must be >= 1")
         self._given = max_workers
         self._pool = Pool(pub, hosts, max_workers or 10 ** 6, Allowed(allow, trust), retries, send, threads,
-                          initializer and Call(None, initializer, tuple(initargs), {}), max_tasks_per_child)
+                          None if initializer is None else Call(None, initializer, tuple(initargs), {}),
+                          max_tasks_per_child, os.fspath(python))
         weakref.finalize(self, self._pool.shutdown, False, False).atexit = False
 
     @property
