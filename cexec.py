@@ -2297,7 +2297,7 @@ def tls_context(key=None, text=None):
 def full_pipe(data):
     """The reading end of a pipe that holds data: for a function that wants a path, where there is no file.
 
-    data must fit into the pipe, or this blocks: 64 KiB on Linux, pipe(7).
+    data must fit into the pipe, or this blocks: 4096 bytes where the user has many pipes, else 64 KiB; pipe(7).
     """
     reader, writer = os.pipe()
     with open(writer, "wb", 0) as file:
@@ -4262,6 +4262,8 @@ def member_head(name, mode, size, seconds, pieces=None):
     info.mode, info.size, info.mtime = mode & 0o777, size, int(seconds // 1)
     if pieces is None:
         return info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
+    if not pieces or sum(pieces[-1]) < size:
+        pieces = [*pieces, (size, 0)]           # without it GNU tar would leave out the hole at the end
     info.type, info.size = tarfile.GNUTYPE_SPARSE, sum(count for _, count in pieces)
     data = info.tobuf(tarfile.GNU_FORMAT, "latin-1", "strict")
     rows = [tarfile.itn(number, 12, tarfile.GNU_FORMAT) for piece in pieces for number in piece]
@@ -4409,6 +4411,8 @@ def unpack(reader, top, allowed=lambda name: True, exact=True):
                 for count in range(1, len(parts) + info.isdir()):
                     make_once(b"/".join(parts[:count]), top, directories)
                 if info.isdir():
+                    if directories[name] is not None:
+                        raise ProtocolError("%s comes twice" % os.fsdecode(name))
                     directories[name] = info.mode
                 else:
                     unpack_file(file, name, info, top, exact)
@@ -4880,12 +4884,14 @@ def is_part(name, host="[A-Za-z0-9_-]+"):
 def named_there(text):
     """Returns (path, name there) for an argument of -i, both bytes.  Raises OSError if it does not exist.
 
-    The name is the same relative path; for an absolute path and one with ".." it is the last part.
+    The name is the same relative path; for an absolute path and one with ".." it is the last part, or
+    what that stands for.
     """
     os.stat(text)
     path, name = os.fsencode(text), os.fsencode(os.path.normpath(text))
     if path.startswith(b"/") or b".." in path.split(b"/"):
-        name = os.path.basename(os.path.abspath(path))
+        last = [part for part in path.split(b"/") if part not in (b"", b".")][-1:]
+        name = os.path.basename(os.path.realpath(path)) if last in ([], [b".."]) else last[0]
     if not name:
         raise OSError(errno.EINVAL, "it has no name of its own", text)
     return os.path.realpath(path), name
@@ -4978,7 +4984,7 @@ class Names:
         self.read, self.written = {}, {}        # the first half of an identity: {the second half: who}
         self.made = {}              # (the inode, the time of change) of what was made here: who
         self.parts = {}             # the inode of an unfinished output: its open file
-        self.errors, self.count = None, 0       # the identity of the directory of --errors; how many files it gets
+        self.errors, self.count = set(), 0      # the identities of the directory of --errors; how many files it gets
         self.inputs = {}            # a directory that -i names: its Listing
         self.keys = []              # private keys that are left out
         self.above = set()          # the identities of directories above what is noted, for check_nested()
@@ -5017,8 +5023,8 @@ class Names:
         return found
 
     def note_keys(self, path):
-        """Notes the public key, or the private key beside it."""
-        for name in (path, path + ".pub"):
+        """Notes the public key, and the private key beside it."""
+        for name in {path, path + ".pub", path[:-4] if path.endswith(".pub") else path}:
             self.note_read(name, "the key " + name)
 
     def note_input(self, path, found=None):
@@ -5081,7 +5087,13 @@ class Names:
             found = look(os.path.join(path, last))
             if found:
                 self.refuse(found.st_dev, found.st_ino, os.path.join(path, last), errors % last, option)
-        self.errors = directory
+        self.errors.add(directory)
+
+    def note_errors_made(self, path):
+        """Notes what the directory of --errors is now, because before it was made it had another identity."""
+        found = look(path)
+        if found:
+            self.errors.add((found.st_dev, found.st_ino))
 
     def is_number(self, last):
         """Whether this is the name of a file of --errors."""
@@ -5119,7 +5131,7 @@ class Names:
 
         for path, directory in list(self.directories.items()):
             top = find_above(path) if "\0" not in path else None
-            if top and directory == self.errors:
+            if top and directory in self.errors:
                 raise Fatal(EXIT_USAGE, "-g %s: the files of --errors %s would be in it" % (top[0], path))
             for noted in (self.read, self.written) if top else ():
                 for last in noted.get(directory, ()):
@@ -5193,7 +5205,7 @@ class Names:
 
     def writer(self, first, second):
         """Returns who writes the file with this identity, or None."""
-        if first is not None and first == self.errors and self.is_number(second):
+        if first in self.errors and self.is_number(second):
             return "--errors"
         return self.written.get(first, {}).get(second)
 
@@ -5272,7 +5284,12 @@ class Names:
             if last not in names:
                 names[last] = who
                 new.append((names, last))
-        return lambda: [names.pop(last) for names, last in new]
+        def take_back():
+            for names, last in new:
+                names.pop(last)
+            for _, made, _ in arrivals:
+                self.made.pop(made, None)
+        return take_back
 
     def check_above(self, path, who, option, passed):
         """Raises Fatal if the directory, or one above it, is the result of another job; passed: those seen before."""
@@ -5288,8 +5305,9 @@ class Names:
 def receive(reader, verdict, patterns, listings, durable, in_use=(), directory=b""):
     """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
-    After a byte it puts the results where they belong, else it removes them.  in_use: files to which something is
-    written, as (device, inode).  directory: where the results go, or b"".  Raises OSError, ProtocolError, Fatal.
+    After a byte it puts the results where they belong, else it removes them.  in_use: the files that are open at 0, 1
+    and 2, {(device, inode): whether it is an output}.  directory: where the results go, or b"".  Raises OSError,
+    ProtocolError, Fatal.
     """
     # An error before the verdict is kept until then: if the command has failed, it does not matter.
     part, error = new_part(), None
@@ -5313,10 +5331,13 @@ def receive(reader, verdict, patterns, listings, durable, in_use=(), directory=b
             modes = {os.path.join(directory, name): mode for name, mode in directories.items()}
             directories = {directory: None, **modes}
         again = any(map(os.path.lexists, files + list(directories)))
-        sent = {os.path.join(directory, name): path for path, name in input_entries(listings)} if again else {}
+        sent = sent_files(listings) if again else {}
         named = [os.path.join(directory, name) for name in map(plain_name, patterns) if name]
         old = old_files(named, files, directories, sent, in_use)
         files = [name for name in files if not is_unchanged(part, name, sent, durable)]
+        for name in files:
+            if in_use.get(identity_of(name)):
+                raise OSError(errno.EBUSY, "an output of this job is written there", name)
         commit_all(part, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
     finally:
         if os.path.lexists(part):
@@ -5326,31 +5347,45 @@ def receive(reader, verdict, patterns, listings, durable, in_use=(), directory=b
 def old_files(named, files, directories, sent, in_use):
     """Returns the names of what is in a directory that -g names, and not among the results: what is there is replaced.
 
-    But nothing in a directory of which -i has sent something, and no file that is in use.  Raises OSError.
+    But nothing in a directory of which -i has sent something, no file that is in use, and no private key of this
+    program.  Raises OSError.
     """
     known, old = {*files, *directories}, []
-    tops = [name for name in named if name in directories and os.path.isdir(name)]
-    todo = [top for top in tops if not any(name == top or name.startswith(top + b"/") for name in sent)]
+    tops = {name for name in named if name in directories and os.path.isdir(name)}
+    tops = {top for top in tops if not any(top.startswith(other + b"/") for other in tops)}
+    real = {top: os.path.realpath(top) for top in tops}
+    todo = [top for top in tops if not any(
+        path == real[top] or path.startswith(os.path.join(real[top], b"")) for path in sent.values())]
     while todo:
         directory = todo.pop()
         for name in [os.path.join(directory, last) for last in os.listdir(directory) if is_wanted(last)]:
             if os.path.isdir(name) and not os.path.islink(name) and (
                     name in known or any(is_in_use(path, in_use) for path, _ in tree(name, name))):
                 todo.append(name)
-            elif name not in known and not is_in_use(name, in_use):
+            elif name not in known and not is_in_use(name, in_use) and not holds_key(name, look(name)):
                 old.append(name)
     return old
 
 
-def is_in_use(path, in_use):
+def identity_of(path):
+    """Returns the (device, inode) of what is there; None if nothing is."""
     found = look(path)
-    return found is not None and (found.st_dev, found.st_ino) in in_use
+    return found and (found.st_dev, found.st_ino)
+
+
+def is_in_use(path, in_use):
+    return identity_of(path) in in_use
+
+
+def sent_files(listings):
+    """Returns {(device, inode): path} of all that -i sends.  Raises OSError."""
+    return {identity_of(path): path for path, _ in input_entries(listings)}
 
 
 def is_unchanged(part, name, sent, batch):
     """Whether a result is a file of -i, and still as it was sent.  Raises OSError if a batch has changed it."""
     new, there = os.path.join(os.fsencode(part), name), look(name)
-    if not there or name not in sent or not os.path.samefile(sent[name], name):
+    if not there or (there.st_dev, there.st_ino) not in sent:
         return False
     umask = os.umask(0o077)
     os.umask(umask)
@@ -5400,7 +5435,7 @@ def commit_all(part, files, directories, durable, may_have_names=lambda arrivals
             for name in old:
                 move_away(name, stages, undo)
             set_modes(new, None)
-    except OSError:
+    except BaseException:           # a lack of memory, too
         for step in reversed(undo):
             take_back(step)
         raise
@@ -5546,8 +5581,10 @@ class JobFiles:
         with on_failure(os.close, verdict):
             reader, writer = large_pipe(self.loop.floor)
         self.carry(carrier, FILES_OUT, writer, "write")
-        found = [os.fstat(fd) for fd in range(3)]
-        in_use = {(one.st_dev, one.st_ino) for one in found}
+        in_use = {}
+        for fd in range(3):
+            found = os.fstat(fd)
+            in_use.setdefault((found.st_dev, found.st_ino), fd > 0)
         self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use, self.directory),
                   [reader, verdict])
 
@@ -7543,7 +7580,7 @@ class Task:
     directory = ""                  # where its results go
     __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp", "result",
                  "errors", "slot", "words", "listings", "newest", "oldest", "results", "retries", "avoids", "since",
-                 "refusals", "exit_code", "done_before")        # a batch may have a million
+                 "refusals", "unsettled", "exit_code", "done_before")        # a batch may have a million
 
     def __init__(self, terms, number, inputs, output):
         self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
@@ -7559,6 +7596,7 @@ class Task:
         self.retries = terms.retries            # --retries: how often it still runs again if its command fails
         self.avoids, self.since = frozenset(), 0.0      # the workers of avoid(); since when
         self.refusals = None        # the Refusals of workers that have not its own command
+        self.unsettled = False      # whether settle() will be called
         self.exit_code = None       # once it is over; 0 is a success
         self.done_before = False    # an earlier batch has done it
 
@@ -7749,6 +7787,8 @@ class Task:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
             self.terms.names.check_there(self.output)
+            if not os.path.samestat(os.lstat(self.part), os.fstat(self.result.fileno())):
+                raise OSError(errno.EBUSY, "another program has replaced it", self.part)
             os.rename(self.part, self.output)
             self.terms.names.note_made(os.fstat(self.result.fileno()), self)
             self.terms.names.forget_part(self.result)
@@ -7839,12 +7879,12 @@ class FileRun(RemoteRun):
         super().__init__(batch, link, hello, task)
         self.started_at = time.time()           # for the joblog
         self.accepted = accepted    # False for the next Task of a connection, until ACCEPT: its GO was sent at once
-        for number, end in enumerate(task.ends()):
-            channel = self.carry(number, end)
-            if channel.source and not task.input:
-                channel.source.leave_alone()
         self.reported = False       # whether run_ended() of the batch was called
         with on_failure(self.detach):
+            for number, end in enumerate(task.ends()):
+                channel = self.carry(number, end)
+                if channel.source and not task.input:
+                    channel.source.leave_alone()
             self.begin_files(task.listings, list(map(os.fsencode, task.results)),
                              lambda arrivals: task.terms.names.claim(arrivals, task), task.directory)
         self.channels[0].source.begin()
@@ -8261,6 +8301,11 @@ class Batch(Patron):
     def assign(self, search, worker_id):
         has_room = len(self.runs) + sum(search.chosen is not None for search in self.searches) < self.jobs
         task = self.take(worker_id) if has_room or self.give_up_silent(worker_id) else None
+        if search not in self.searches:         # ended, because a task before this one could not be opened: see -b
+            if task:
+                self.put_back(task)
+            self.loop.after(0, self.fill)
+            return None
         if task is None and not (has_room and self.ready()):
             self.end_search(search)
         return task
@@ -8293,14 +8338,20 @@ class Batch(Patron):
         task.refusals = task.refusals or Refusals()
         task.refusals.add(hello.worker_id, self.called(hello), why, code)
         task.avoid(hello.worker_id)
-        self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
+        self.settle_later(task)
+
+    def settle_later(self, task):
+        if not task.unsettled:
+            task.unsettled = True
+            self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
 
     def settle(self, task):
         """A task fails whose own command is not there, if no other worker may have it."""
+        task.unsettled = False
         if task not in self.queue:
             return
         if self.has_elsewhere(task):
-            self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
+            self.settle_later(task)
         else:
             self.queue.remove(task)
             message, code = task.refusals.text(ANY_WORKER, CANNOT)
@@ -8365,12 +8416,12 @@ class Batch(Patron):
         self.fill()
 
     def begin_run(self, link, hello, task, accepted):
-        """GO was sent for a Task.  It fails if no process is left for the files of -i and -g."""
+        """GO was sent for a Task.  It fails if no descriptor, or no process for the files of -i and -g, is left."""
         try:
             self.runs.append(self.RUN(self, link, hello, task, accepted))
-        except Fatal as error:
+        except (Fatal, OSError) as error:
             link.close()
-            self.task_over(task, failure(str(error)))
+            self.task_over(task, failure(error_text(error)))
 
     # The end of a run
 
@@ -8732,7 +8783,7 @@ def main_batch(reach, words, options):
         return show_tasks(options, todo)
     joblog = open_joblog(options.joblog, pattern == "-") if options.joblog else None
     if options.errors:
-        make_errors_directory(options.errors)
+        make_errors_directory(options.errors, terms.names)
     jobs = min(options.jobs or JOBS_MAX, jobs_at_once(9 if options.inputs or options.results else 4))
     if inputs is None:
         return QueueBatch(*reach(), terms, separator, jobs, joblog, options.force, options.halt).work()
@@ -8742,10 +8793,11 @@ def main_batch(reach, words, options):
     return Batch(*reach(), terms, tasks, jobs, joblog, options.force, options.halt).work()
 
 
-def make_errors_directory(path):
+def make_errors_directory(path, names):
     """Makes the directory of --errors.  Raises Fatal (111)."""
     with or_fatal("--errors %s" % path):
         os.makedirs(path, exist_ok=True)
+    names.note_errors_made(path)
 
 
 def show_tasks(options, tasks):
@@ -8907,7 +8959,9 @@ class Splitter(Input):
         """The input has ended; if that was within the header, all of it is one block."""
         if self.missing:
             short, self.header, self.offset = self.header, b"", 0
-            self.take(memoryview(short))
+            if short:
+                self.block = self.new_block()
+                self.block.add(memoryview(short))
         last = self.block
         self.stop()
         if last:
@@ -8993,7 +9047,7 @@ def main_blocks(reach, words, options):
     note_names(terms, [], options, float("inf"))
     joblog = open_joblog(options.joblog, True) if options.joblog else None
     if options.errors:
-        make_errors_directory(options.errors)
+        make_errors_directory(options.errors, terms.names)
     jobs = min(options.jobs or JOBS_MAX, jobs_at_once(4))
     return BlockBatch(*reach(), terms, size, options.header or 0, jobs, joblog).work()
 
@@ -9014,17 +9068,16 @@ EVERY_PAUSE = 0.010                 # seconds between the beginnings of two sear
 def labels_of(workers):
     """Returns {worker_id: label}: the host's name; if several have it, with the address, and a number if needed.
 
-    A label is the name of a directory too, so "." and ".." get the address as well.
+    A label is the name of a directory too: so "/" in it is escaped, and a dot at its beginning, as in ".ssh".
     """
-    names = {worker_id: printable(row["host"] or row["address"]).replace("/", "\\x2f")
-             for worker_id, row in workers.items()}
+    names = {worker_id: re.sub(r"/|^\.", lambda found: "\\x%02x" % ord(found.group()),
+                               printable(row["host"] or row["address"])) for worker_id, row in workers.items()}
     long_names = {worker_id: "%s[%s]" % (name, printable(workers[worker_id]["address"]))
                   for worker_id, name in names.items()}
     short, long = collections.Counter(names.values()), collections.Counter(long_names.values())
     labels, numbers = {}, collections.Counter()
     for worker_id in sorted(names):
-        alone = short[names[worker_id]] == 1 and names[worker_id].strip(".")
-        label = names[worker_id] if alone else long_names[worker_id]
+        label = names[worker_id] if short[names[worker_id]] == 1 else long_names[worker_id]
         numbers[label] += 1
         labels[worker_id] = label if long[label] < 2 else "%s#%d" % (label, numbers[label])
     return labels
@@ -9102,7 +9155,10 @@ class HostTask(Task):
         return False
 
     def ends(self):
-        return [FileEnd(self.input.fileno(), self.offset), *(LineEnd(writer, self.label) for writer in self.writers)]
+        """Yields the Ends.  Raises OSError."""
+        yield FileEnd(self.input.fileno(), self.offset)
+        for writer in self.writers:
+            yield LineEnd(writer, self.label)
 
     def commit(self):
         """Its output has no name."""
@@ -9115,8 +9171,10 @@ class HostRun(FileRun):
     """One run of a HostTask."""
 
     def detach(self):
-        for channel in filter(Channel.is_writing, (self.channels[1], self.channels[2])):
-            channel.end.add(bytes(channel.sink.queue))      # of a lost job, show the output that has come
+        # Of a lost job, show the output that has come.  An error in __init__() can have left us without these channels.
+        outputs = [channel for number, channel in self.channels.items() if number in (1, 2)]
+        for channel in filter(Channel.is_writing, outputs):
+            channel.end.add(bytes(channel.sink.queue))
         super().detach()
 
     def local_error(self, channel, error):
@@ -9587,7 +9645,8 @@ def check_job(job, words, options):
     channels = check_descriptors(job.descriptors, options & HELLO_DIRECTORIES)
     if bool(patterns) != (FILES_OUT in channels):
         raise ProtocolError("patterns without results")
-    if any(map(leads_out, patterns)):
+    if sum(len(pattern) * (1 + pattern.count(b"/")) for pattern in patterns) > ARCHIVE_NAMES or any(
+            map(leads_out, patterns)):          # first: the names of the directories above one need so much memory
         raise ProtocolError("impossible pattern")
     for variable in environment:
         name, equals, _ = variable.partition(b"=")
@@ -13679,6 +13738,7 @@ class Visit:
         self.sock, self.timer = sock, self.loop.after(seconds, self.refuse)
         sock.setblocking(False)
         tune(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 6)       # or the loop would spin with fewer
         self.loop.on_read(sock.fileno(), self.look)
 
     def look(self):
@@ -13689,6 +13749,7 @@ class Visit:
             self.refuse("it does not begin TLS")
         elif len(head) == 6:
             self.timer.cancel()
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             self.loop.forget(self.sock.fileno())
             self.lifeline.begins(self.number, self.sock)
 
@@ -16015,7 +16076,7 @@ def load_error(readers, data, offset, host):
     if offset > len(data):
         raise ProtocolError("a text that is longer than its frame")
     lines = [printable(line) for line in text.splitlines()] or ["?"]
-    words = lines[-1]
+    words = next((line for line in reversed(lines) if line.strip(" |+-")), "?").lstrip(" |")     # no rule of a group
     try:
         if offset == len(data):
             raise TypeError("it cannot be pickled")
@@ -16046,19 +16107,39 @@ Pickled = collections.namedtuple("Pickled", "data buffers by_value")
 BULKY = frozenset([bytes, functools.partial, memoryview])       # what in_buffers() looks at
 
 
-def in_buffers(value, protocol):
-    """The value, or what stands for it in a pickle that has its bytes or memoryview outside."""
+def in_buffers(value, protocol, made=None):
+    """The value, or what stands for it in a pickle that has its bytes or memoryview outside.
+
+    Only what has such bytes within is made anew, and once: else an object that is there twice would arrive as two.
+    made: {id: what stands for it}.
+    """
+    made = {} if made is None else made
+    if id(value) in made:
+        return made[id(value)]
+    if type(value) in (tuple, dict, functools.partial):
+        made[id(value)] = value     # in itself it stands for itself
+        made[id(value)] = value = rebuilt(value, lambda one: in_buffers(one, protocol, made))
+        return value
     if type(value) is memoryview and (protocol < 5 or not value.contiguous):
         return bytes(value)
-    if type(value) is functools.partial:
-        return functools.partial(in_buffers(value.func, protocol), *in_buffers(value.args, protocol),
-                                 **in_buffers(value.keywords, protocol))
-    if type(value) is tuple:
-        return tuple([in_buffers(one, protocol) for one in value])
-    if type(value) is dict:
-        return {key: in_buffers(one, protocol) for key, one in value.items()}
     large = type(value) is memoryview or type(value) is bytes and len(value) >= LARGE and protocol > 4
     return pickle.PickleBuffer(value) if large else value
+
+
+def rebuilt(value, change):
+    """Returns a tuple, dict or partial with its parts changed; itself if none is."""
+    if type(value) is functools.partial:
+        old = value.func, value.args, value.keywords
+    else:
+        old = value if type(value) is tuple else tuple(value.values())
+    new = tuple(map(change, old))
+    if all(one is other for one, other in zip(old, new)):
+        return value
+    if type(value) is functools.partial:
+        made = functools.partial(new[0], *new[1], **new[2])
+        vars(made).update(vars(value))
+        return made
+    return new if type(value) is tuple else dict(zip(value, new))
 
 
 def dumps(value, protocol, by_value=False, kept=False):
@@ -16198,6 +16279,13 @@ def last_shown(line):
     return line.rstrip(b"\r").rpartition(b"\r")[2]
 
 
+def unnamed_file(data):
+    """Returns a descriptor of a file without a name, which holds data, for reading.  Raises OSError."""
+    with tempfile.NamedTemporaryFile(buffering=0) as file:
+        write_all(file.write, data)
+        return os.open(file.name, os.O_RDONLY)
+
+
 class Lane(Stateful):
     """One job of cexec, with a worker's Python as its command.
 
@@ -16239,18 +16327,17 @@ class Lane(Stateful):
         ours = []                   # descriptors that are closed at the end
         try:
             ours += os.pipe()
-            ours += os.pipe()
             ours += [end.detach() for end in socket.socketpair()]       # the client reads that we have ended
-            program, writer, prints, printer, started, starter = ours
+            ours.append(unnamed_file(LANE_PROGRAM.encode()))
+            prints, printer, started, starter, program = ours
             for fd in program, printer, starter:
                 ours.append(lifted(fd, 5))
-            numbered = [(ours[6], 3), (ours[7], 4)]
-            os.write(writer, LANE_PROGRAM.encode())             # a pipe has room for it
+            numbered = [(ours[5], 3), (ours[6], 4)]
             env = dict({"CEXEC_TIMEOUT_LINGER": "1"}, **os.environ)
             env["CEXEC_RETRIES"] = "0"                          # the pool itself decides what runs again
-            env["CEXEC_FD_FOR_START"] = str(ours[8])
+            env["CEXEC_FD_FOR_START"] = str(ours[7])
             env["CEXEC_USELESS_SERVERS"] = " ".join(self.pool.useless())
-            pub, words, kept, group = self.pool.pub, [], [ours[8]], self.pool.group
+            pub, words, kept, group = self.pool.pub, [], [ours[7]], self.pool.group
             if group:               # its workers run what they are given
                 ours.append(lifted_away(full_pipe(group.pub_text.encode()), 5))
                 pub, words, kept = "/dev/fd/%d" % ours[-1], ["--", self.pool.python, "/dev/fd/3"], kept + ours[-1:]

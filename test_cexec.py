@@ -6198,6 +6198,7 @@ HOSTILE = {
     "not the end": END + packed((b"x", b"1")),
     "no end": packed((b"x", b"1")),
     "half a head": packed((b"x", b"1"))[:700],
+    "directory twice": packed((b"d", None), (b"d", None)) + END,
     "nothing": b"",
     "zeros": bytes(10240),
     "noise": b"\x07" * 5120,
@@ -6525,6 +6526,49 @@ def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
         assert contents(str(tmp_path / "here")) == before
     finally:
         os.chdir(back)
+
+
+def test_renames_are_undone_if_memory_is_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    for name in "ab":
+        put(name, "old")
+    given, rename, done = results_in(str(tmp_path), ["a", "b"]), os.rename, []
+
+    def some(path, name):
+        if name == b"b":
+            raise MemoryError
+        done.append(name)
+        rename(path, name)
+    monkeypatch.setattr(os, "rename", some)
+    with pytest.raises(MemoryError):
+        cexec.commit_all(*given)
+    assert b"a" in done and {name: read(name) for name in "ab"} == {"a": b"old", "b": b"old"}
+
+
+def test_what_claim_has_noted_is_taken_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    terms, names = cexec.BatchTerms([], values=True), cexec.Names()
+    one, other = (cexec.Task(terms, number, (str(number),), None) for number in (1, 2))
+    arrival = [(b"a", (1, 2), None)]
+    names.claim(arrival, one)()
+    assert not names.made and not any(names.written.values())
+    names.claim(arrival, other)
+    assert names.made == {(1, 2): other}
+    with pytest.raises(cexec.Fatal):
+        names.claim([(b"a", (3, 4), None)], one)
+
+
+def test_the_name_of_an_input_with_dots_behind_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    os.makedirs("deep/er")
+    os.symlink("deep/er", "link")
+    os.symlink("deep", "other")
+    here = os.fsencode(str(tmp_path))
+    for text, path, name in (("link/..", b"/deep", b"deep"), ("link/../er", b"/deep/er", b"er"), ("..", b"/..", None),
+                             ("link/../../other", b"/deep", b"other"), (str(tmp_path / "other"), b"/deep", b"other"),
+                             ("deep/./er/", b"/deep/er", b"deep/er"), ("link/../.", b"/deep", b"deep")):
+        top = os.path.realpath(here + path)
+        assert cexec.named_there(text) == (top, name or os.path.basename(top))
 
 
 def test_deep_directories_are_packed_and_unpacked(tmp_path):
@@ -7272,6 +7316,43 @@ def test_an_impossible_pattern_is_a_violation(pattern):
         cexec.check_job(job, words, cexec.HELLO_DIRECTORIES)
 
 
+def test_a_pattern_with_too_many_directories_is_a_violation():
+    """Their names would need 400 MB in the supervisor."""
+    words = cexec.Words()
+    words.add(b"a/" * 20000 + b"a\0")
+    rows = [(cexec.FILES_OUT, cexec.FILES_OUT, cexec.FLAG_OUTPUT | cexec.FLAG_FILES)]
+    job = SimpleNamespace(**dict(filled(cexec.JOB), variables=0, arguments=0, patterns=1, term="", modes=[],
+                                 descriptors=rows))
+    with pytest.raises(cexec.ProtocolError, match="impossible pattern"):
+        cexec.check_job(job, words, cexec.HELLO_DIRECTORIES)
+
+
+def test_a_directory_within_another_that_is_named_too_is_replaced_once(farm):
+    farm.serve()
+    in_desk(farm, "d/e/old")
+    done = farm.work("-n", "-g", "d", "-g", "d/e", "-g", "d", farm.pub, "sh", "-c", "mkdir -p d/e; echo new > d/e/new")
+    assert ended(done) == (0, b"", b"") and contents(farm.desk) == {"d/e/new": "new\n"} and all_gone(farm)
+
+
+def test_gnu_tar_reads_a_file_that_ends_with_a_hole(tmp_path):
+    need("tar")
+    files = {"end": [(0, b"x")], "both": [(1 << 20, b"y")], "none": [], "full": [((2 << 20) - 4096, b"z" * 4096)]}
+    os.makedirs(str(tmp_path / "to"))
+    for name, pieces in files.items():
+        with open(str(tmp_path / name), "wb") as file:
+            file.truncate(2 << 20)
+            for offset, data in pieces:
+                file.seek(offset)
+                file.write(data)
+    with open(str(tmp_path / "archive"), "w+b") as archive:
+        cexec.pack_files(os.dup(archive.fileno()), [
+            (os.fsencode(str(tmp_path / name)), name.encode()) for name in files])
+    subprocess.run(["tar", "xf", str(tmp_path / "archive"), "-C", str(tmp_path / "to")], check=True)
+    unpacked(read(str(tmp_path / "archive")), str(tmp_path / "in"))
+    for name in files:
+        assert read(str(tmp_path / "to" / name)) == read(str(tmp_path / "in" / name)) == read(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("where", ["there", "here"])
 def test_a_full_disk_for_files(farm, where):
     need("root", "unshare", "mount")
@@ -7361,6 +7442,70 @@ def test_private_keys_are_not_sent(farm):
     assert ended(farm.work("-n", "-i", "d", *command)) == (0, found, said)
     assert ended(farm.work("-mn", "-i", "d", *command, "--", "1", "2")) == (0, found * 2, said)
     assert ended(farm.work("-mn", "-i", "{}", *command, "--", "d", "d")) == (0, found * 2, said)
+
+
+def test_a_result_does_not_take_the_place_of_the_jobs_own_output(farm):
+    """Without this what was written to it would be lost, with status 0."""
+    farm.serve()
+    command = [farm.pub, "sh", "-c", "mkdir d; echo file | tee d/log > r; echo standard"]
+    for option, name in ("r", "r"), ("d", "d/log"), ("d/*", "d/log"):
+        in_desk(farm, name, b"")
+        with open(os.path.join(farm.desk, name), "wb") as output:
+            done = farm.work("-n", "-g", option, *command, stdout=output)
+        assert ended(done)[::2] == (111, b"cexec: %s: an output of this job is written there\n" % name.encode())
+        assert read(os.path.join(farm.desk, name)) == b"standard\n"
+    assert all_gone(farm)
+
+
+@pytest.mark.parametrize("spelled", ["sub/data", "absolute", "sub/../sub/data", "link/data"])
+def test_what_was_sent_stays_whatever_it_was_called(farm, spelled):
+    """Of a directory that comes back nothing is removed if some of it was sent.  A batch changes nothing that is sent.
+    """
+    farm.serve(env={"CONCURRENCY": "1"})
+    for name in "sub/data/f", "sub/keep":
+        in_desk(farm, name, b"mine")
+    os.symlink("sub", os.path.join(farm.desk, "link"))
+    path = os.path.join(farm.desk, "sub/data") if spelled == "absolute" else spelled
+    done = farm.work("-n", "-i", path, "-g", "sub", farm.pub, "sh", "-c", "mkdir -p sub; echo 1 > sub/r")
+    found = contents(farm.desk)
+    assert ended(done) == (0, b"", b"") and found["sub/data/f"] == found["sub/keep"] == "mine"
+    done = farm.work("-m", "-n", "-i", path, "-g", "sub/data/*", farm.pub, "sh", "-c",
+                     "mkdir -p sub/data; echo 2 > sub/data/f", "--", "a")
+    assert done.returncode == 1 and b"sub/data/f: -i sends it, and it would be overwritten" in done.stderr
+    assert contents(farm.desk)["sub/data/f"] == "mine" and all_gone(farm)
+
+
+@pytest.mark.parametrize("named", ["app/k", "app/k.pub"])
+def test_the_private_key_is_no_old_result(farm, named):
+    farm.serve()
+    for name, path in ("app/k", farm.key), ("app/k.pub", farm.pub):
+        in_desk(farm, name, read(path), 0o600)
+    done = farm.work("-n", "-g", "app", named, "sh", "-c", "mkdir app; echo > app/r")
+    assert ended(done) == (0, b"", b"") and read(os.path.join(farm.desk, "app/k")) == read(farm.key)
+    in_desk(farm, "app/k.pub", read(farm.pub))
+    done = farm.work("-m", "-n", "-g", "app/*", named, "sh", "-c", "mkdir app; echo > app/k", "--", "a")
+    assert done.returncode == 1 and b"the key app/k would be overwritten" in done.stderr
+    assert read(os.path.join(farm.desk, "app/k")) == read(farm.key)
+
+
+def test_a_file_is_sorted_in_its_place(farm):
+    """What a job reads as its input may be replaced by its result."""
+    farm.serve()
+    in_desk(farm, "data", b"2\n1\n")
+    with open(os.path.join(farm.desk, "data"), "rb") as source:
+        assert ended(farm.work("-g", "data", farm.pub, "sh", "-c", "sort > data", stdin=source)) == (0, b"", b"")
+    assert read(os.path.join(farm.desk, "data")) == b"1\n2\n"
+
+
+@pytest.mark.parametrize("errors", ["err", "./err", "absolute"])
+def test_files_of_errors_are_no_results_whatever_the_directory_is_called(farm, errors):
+    """The directory is made by the batch, after its names were noted."""
+    farm.serve()
+    errors = os.path.join(farm.desk, "err") if errors == "absolute" else errors
+    done = farm.work("-m", "-n", "--errors", errors, "-g", "err/*", farm.pub, "sh", "-c",
+                     "mkdir err; echo result > err/1; echo said >&2", "--", "a")
+    assert done.returncode == 1 and b"--errors and a would both be written to err/1" in done.stderr
+    assert read(os.path.join(farm.desk, "err/1")) == b"said\n"
 
 
 def test_what_is_sent_is_what_was_there_when_the_batch_began(farm):
@@ -9116,6 +9261,24 @@ def test_signal_while_nobody_reads_the_outputs(cluster, number):
     assert client.said() == "cexec: interrupted: 3 of 3 files are done\n"
 
 
+def test_an_unfinished_output_that_was_replaced_gets_no_name(cluster):
+    """An output under its own name is complete; what is there instead is left alone but for its name."""
+    names = made_files(cluster, 2)
+    make_file(cluster, "victim", b"mine")
+    cluster.worker("sh", "-c", "until [ -e go ]; do sleep 0.02; done; cat", env={"CONCURRENCY": "2"})
+    client = start_batch(cluster, *names)
+    until(lambda: len(parts(cluster.directory)) == 2, "both outputs")
+    part = cluster.path(".f000.out.part")
+    os.unlink(part)
+    os.symlink("victim", part)
+    make_file(cluster, "go")
+    assert client.wait(PATIENCE) == 1, client.said()
+    assert client.said() == "cexec: f000: .f000.out.part: another program has replaced it\n"
+    assert not os.path.lexists(cluster.path("f000.out"))
+    assert read(cluster.path("f001.out")) == read(cluster.path("f001"))
+    assert read(cluster.path("victim")) == b"mine"
+
+
 def test_a_batch_on_a_terminal(cluster):
     """A line below the others tells how far it is, who works and what has failed; nothing of it stays."""
     need("tmux", "bash")
@@ -10455,6 +10618,76 @@ def test_each_block_has_the_header_as_parallel_has_it(cluster, lines, data):
         assert done.stdout == subprocess.run(argv, input=data, check=True, stdout=subprocess.PIPE).stdout
 
 
+def test_an_input_that_ends_in_its_header_is_one_block(cluster):
+    cluster.worker("sh", "-c", MARKED)
+    done = blocks(cluster, "2", options=["--header", "2"], input=b"one\ntwo")
+    assert done.stdout.count(b"one\ntwo") == 1 and done.stderr == b""
+
+
+def test_a_block_that_cannot_be_opened_before_an_earlier_one_that_waits(monkeypatch):
+    """It ends the searches, also the one that wants it; the earlier block is begun by a new search."""
+    monkeypatch.setenv("GROUP", "127.255.255.255")
+    batch = cexec.BlockBatch(made_pub(), cexec.Group(), cexec.BatchTerms([], []), 100, 0, 4, None)
+    batch.splitter.stop()
+    blocks = [cexec.Block(batch.terms, number, 100 * number) for number in (3, 4)]
+    for block in blocks:
+        block.add(memoryview(b"line\n"))
+    batch.queue, batch.printer.tasks = collections.deque(reversed(blocks)), collections.deque(blocks)
+    blocks[1].open_input = failing_with(errno.EMFILE)
+    search = cexec.Search(batch.loop, batch.group, batch.pub, batch.terms, batch, batch.avoid, True)
+    batch.searches.append(search)
+    assert batch.assign(search, bytes(8)) is None
+    assert list(batch.queue) == blocks[:1] and not batch.runs and not batch.searches
+    monkeypatch.setattr(cexec.Search, "start", lambda search: None)
+    batch.loop.turn()
+    assert len(batch.searches) == 1
+    batch.stop()
+
+
+def failing_with(number):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+    return fail
+
+
+def test_a_run_of_a_that_gets_no_descriptors_fails_alone(monkeypatch):
+    monkeypatch.setenv("GROUP", "127.255.255.255")
+    terms = cexec.BatchTerms([], [], pattern=None, values=True)
+    batch = cexec.Batch(made_pub(), cexec.Group(), terms, [], 4, None, False, None)
+    batch.RUN, over = cexec.HostRun, []
+    monkeypatch.setattr(batch, "task_over", lambda task, outcome, run=None: over.append((task, outcome.text())))
+    with open(os.devnull, "rb") as source:
+        for free in range(2):
+            task = cexec.HostTask(terms, 1, bytes(8), "box", (source.fileno(), 0), [SimpleNamespace(number=2)] * 2)
+            task.open()
+            left, opened, lifted = [None] * free, os.listdir("/dev/fd"), cexec.lifted
+            monkeypatch.setattr(cexec, "lifted", lambda *words, left=left, lifted=lifted: (
+                left.pop() if left else failing_with(errno.EMFILE)()) or lifted(*words))
+            link = SimpleNamespace(attach=lambda *words: None, close=lambda: over.append("closed"))
+            batch.begin_run(link, SimpleNamespace(worker_id=bytes(8), host="box", address="10.0.0.1"), task, True)
+            monkeypatch.setattr(cexec, "lifted", lifted)
+            assert over == ["closed", (task, "Too many open files")] and not batch.runs
+            over.clear()
+            task.discard()
+            assert len(os.listdir("/dev/fd")) < len(opened)
+    batch.stop()
+
+
+def test_each_task_that_workers_lack_is_settled_once_a_second(monkeypatch):
+    """However many workers have not its command."""
+    monkeypatch.setenv("GROUP", "127.255.255.255")
+    terms = cexec.BatchTerms([], [b"{}"], values=True)
+    tasks = [cexec.Task(terms, number, ("no%d" % number,), None) for number in range(1, 4)]
+    batch = cexec.Batch(made_pub(), cexec.Group(), terms, tasks, 4, None, False, None)
+    before = len(batch.loop.timers)
+    for number in range(50):
+        hello = SimpleNamespace(worker_id=b"%08d" % number, host="h", address="10.0.0.1")
+        for task in tasks:
+            batch.lacks(hello, task, "lacks it", 127)
+    assert len(batch.loop.timers) == before + 3
+    batch.stop()
+
+
 def test_a_header_that_is_too_long(cluster):
     done = blocks(cluster, "9", options=["--header", "1"], input=bytes(2 << 20))
     refusal(done, 100, "--header: these lines have more than 1 MiB")
@@ -10676,11 +10909,12 @@ def test_names_of_workers():
     rows = {name.encode(): dict(zip(("host", "address"), row)) for name, row in {
         "a": ("box", "10.0.0.1"), "b": ("bin", "10.0.0.2"), "c": ("bin", "10.0.0.3"), "d": ("two", "10.0.0.4"),
         "e": ("two", "10.0.0.4"), "f": ("", "10.0.0.5"), "g": ("x\ny", "::1"), "h": ("bin", "\x1b[2J"),
-        "i": ("..", "10.0.0.6"), "j": (".", "10.0.0.7"), "k": ("../up", "10.0.0.8")}.items()}
+        "i": ("..", "10.0.0.6"), "j": (".", "10.0.0.7"), "k": ("../up", "10.0.0.8"), "l": (".ssh", "10.0.0.9"),
+        "m": ("a.b", "10.0.0.10")}.items()}
     assert cexec.labels_of(rows) == {
         b"a": "box", b"b": "bin[10.0.0.2]", b"c": "bin[10.0.0.3]", b"d": "two[10.0.0.4]#1", b"e": "two[10.0.0.4]#2",
         b"f": "10.0.0.5", b"g": "x\\ny", b"h": "bin[\\x1b[2J]",
-        b"i": "..[10.0.0.6]", b"j": ".[10.0.0.7]", b"k": "..\\x2fup"}
+        b"i": "\\x2e.", b"j": "\\x2e", b"k": "\\x2e.\\x2fup", b"l": "\\x2essh", b"m": "a.b"}
 
 
 def test_jobs_on_every_worker_wait_for_descriptors(cluster):
@@ -15245,6 +15479,31 @@ def test_the_python_of_an_executor_on_hosts(away, monkeypatch):
             pool.submit(abs, -1).result(PATIENCE)
 
 
+def test_a_client_that_sends_less_than_the_beginning_of_tls_costs_nothing():
+    """The rest of it may come later; then all of it goes on."""
+    loop, begun = cexec.Loop(), []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near, _ = server.accept()
+    lifeline = SimpleNamespace(loop=loop, begins=lambda *what: begun.append(what), refused=begun.append)
+    visit = cexec.Visit.__new__(cexec.Visit)
+    visit.lifeline, visit.loop, visit.number = lifeline, loop, 7
+    visit.dial, looks = SimpleNamespace(close=lambda: None), []
+    look = visit.look
+    visit.look = lambda: (looks.append(1), look())
+    visit.connected(near, PATIENCE)
+    with far, near:
+        far.send(b"\x16\x03")
+        loop.after(0.2, loop.stop)
+        loop.run()
+        assert len(looks) < 3 and not begun
+        far.send(b"\x01\x00\xc8\x01")
+        until(lambda: loop.turn() or begun, "the whole")
+        assert begun == [(7, near)] and near.recv(9) == b"\x16\x03\x01\x00\xc8\x01"
+        far.send(b"x")
+        assert select.select([near], [], [], PATIENCE)[0]
+
+
 def hire(farm, hosts, *words, start=False, ssh="", **options):
     """Runs cexec -s from the machine `here`, which no host can reach but through ssh."""
     options["env"] = dict(options.get("env", {}), CEXEC_SSH=farm.ssh + ssh)
@@ -16885,6 +17144,26 @@ def test_bytes_and_memoryviews_there_and_back(pooled, size):
         assert pool.submit(len, memoryview(data)).result() == pool.submit(bytes.__len__, data).result() == len(data)
 
 
+def test_arguments_beside_bytes_stay_what_they_are():
+    """What holds itself, and what is there twice; also if large bytes are in it."""
+    bulk, d = b"x" * (4 * cexec.LARGE), {"n": [1]}
+    d["self"] = d
+    p = functools.partial(len, d)
+    p.tag = "t"
+    for small in (b"y", memoryview(b"y"), bulk):
+        one, two, three, held = cexec.in_buffers((d, d, p, [d]), 5)
+        assert one is two is d and three is p and held[0] is d
+        value = {"bulk": bulk, "d": d}
+        first, second, held, _ = cexec.in_buffers((value, value, (value,), small), 5)
+        assert first is second is held[0] and first is not value and first["d"] is d and list(first) == ["bulk", "d"]
+    q = functools.partial(len, bulk)
+    q.tag = "t"
+    made = cexec.in_buffers(q, 5)
+    assert made is not q and made.tag == "t" and type(made.args[0]) is pickle.PickleBuffer
+    made = cexec.in_buffers({"self": d, "bulk": bulk}, 5)
+    assert pickle.loads(pickle.dumps(made, 5))["self"]["n"] == [1]
+
+
 @pytest.mark.skipif(sys.version_info < (3, 8), reason="pickle has no buffers")
 def test_what_is_large_is_not_copied_into_a_pickle(ours):
     with_package("numpy", sys.executable)
@@ -16921,6 +17200,45 @@ def test_an_initializer_runs_once_for_each_lane_before_its_calls(pooled):
             with cexec.Executor(POOL, initializer=begin, initargs=("a", b"b")) as pool:
                 print(set(pool.map(look, range(200))))
         """) == "{('a', b'b')}\n"
+
+
+def test_an_initializer_that_counts_as_false_is_called(pooled):
+    assert pooled.script("""
+        class Init:
+            def __len__(self):
+                return 0
+            def __call__(self):
+                global value
+                value = 7
+        def get():
+            return value
+        if __name__ == "__main__":
+            with cexec.Executor(POOL, initializer=Init()) as pool:
+                print(pool.submit(get).result())
+        """) == "7\n"
+
+
+def test_a_user_who_has_many_pipes_has_lanes_all_the_same(pooled):
+    """Beyond 64 MiB of them a new pipe has room for two pages: pipe-user-pages-soft in pipe(7)."""
+    need("root", "setpriv")
+    out = pooled.script("""
+        import fcntl, os, sys
+        if __name__ == "__main__":
+            if not os.environ.get("LESS"):
+                os.environ["LESS"] = "1"            # else root has no such limit
+                os.execvp("setpriv", ["setpriv", "--bounding-set=-sys_resource,-sys_admin", sys.executable, __file__])
+            pipes = []
+            while not pipes or fcntl.fcntl(pipes[-1], 1032) > 8192 and len(pipes) < 400:    # F_GETPIPE_SZ
+                pipes += os.pipe()
+                try:
+                    fcntl.fcntl(pipes[-1], 1031, 1 << 20)                                   # F_SETPIPE_SZ
+                except OSError:
+                    pass
+            assert fcntl.fcntl(os.pipe()[1], 1032) < len(cexec.LANE_PROGRAM)
+            with cexec.Executor(POOL) as pool:
+                print(sum(pool.map(abs, range(-9, 0))))
+        """)
+    assert out == "45\n"
 
 
 def test_the_initializers_time_is_no_work_of_a_lane(pooled, monkeypatch):
