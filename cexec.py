@@ -9526,7 +9526,8 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("-j", "N", "jobs", "run at most N jobs at a time", "-m -b"),
     Option("-n", "", "values", "the inputs are values, and not files to be read", "-m"),
     Option("-o", "PATTERN", "output",
-           "write outputs to files named with {} {.} {/} {//} {/.} {#} {1} ...; - is standard output, in order", "-m"),
+           "write outputs to files named with {} {.} {/} {//} {/.} {#} {1} ...; - is standard output, in order "
+           "(default: {}.out, with -n -)", "-m"),
     Option("--dry-run", "", "dry_run", "only print what would be done", "-m"),
     Option("--errors", "DIR", "errors", "keep the standard error of each job in a file in DIR", "-m -b"),
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),

@@ -20743,7 +20743,7 @@ NAMES = ["box1", "box2", "box3"]
 
 def test_readme_is_plain_text():
     lines = read(README).decode("ascii").splitlines()
-    assert max(map(len, lines)) <= 78 and len(lines) <= 170
+    assert max(map(len, lines)) <= 78 and len(lines) <= 175
     assert not any(line.startswith("#") or "](" in line or line.startswith("|") for line in lines)
 
 
@@ -20839,7 +20839,7 @@ def test_every_command_of_the_readme_in_order(reader_of_readme):
             shown[command] = farm.sh(command)
     farm.empty()
     assert read(path("sorted")) == b"a\nb\n" and b"<svg" in read(path("fig.svg")) and b"<svg" in read(path("run.svg"))
-    assert next(text for command, text in shown.items() if "grep" in command) == "1000\n"
+    assert farm.sh("gzip -dc log.gz | cmp - big.log") == ""
     assert len(next(text for command, text in shown.items() if " -l" in command).splitlines()) == 2
     assert not ogg_files(farm.cluster, "input.ogg", "a b.ogg")
     assert sorted(os.listdir(path("r"))) == ["%d-%s" % (seed, rate) for seed in (1, 2, 3) for rate in "ab"]
