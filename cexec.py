@@ -4658,6 +4658,7 @@ class Emptying:
         return directories
 
     def go_down(self, todo):
+        """Enters the last directory of todo.  Returns the directories to do next, where self.here is then."""
         name = todo.pop()
         if len(self.above) == LEVELS_MAX:
             self.bring_up(name)
@@ -4987,7 +4988,7 @@ class Names:
         self.errors, self.count = set(), 0      # the identities of the directory of --errors; how many files it gets
         self.inputs = {}            # a directory that -i names: its Listing
         self.keys = []              # private keys that are left out
-        self.above = set()          # the identities of directories above what is noted, for check_nested()
+        self.above = set()          # the identities of directories above what is noted, for note_nested()
 
     def directory(self, path):
         """Returns the identity of a directory."""
@@ -5137,7 +5138,7 @@ class Names:
                 for last in noted.get(directory, ()):
                     self.refuse(directory, last, os.path.join(path, last), top[1], "-g " + top[0])
 
-    def check_nested(self, task):
+    def note_nested(self, task):
         """Raises Fatal (100) if a result of a task is above what others read or write, or it uses what is in theirs.
 
         For a task that comes when others are noted; then notes it for this check too.
@@ -5302,7 +5303,7 @@ class Names:
             path = os.path.dirname(path)
 
 
-def receive(reader, verdict, patterns, listings, durable, in_use=(), directory=b""):
+def receive(reader, verdict, patterns, listings, in_batch, in_use=(), directory=b""):
     """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
 
     After a byte it puts the results where they belong, else it removes them.  in_use: the files that are open at 0, 1
@@ -5334,11 +5335,11 @@ def receive(reader, verdict, patterns, listings, durable, in_use=(), directory=b
         sent = sent_files(listings) if again else {}
         named = [os.path.join(directory, name) for name in map(plain_name, patterns) if name]
         old = old_files(named, files, directories, sent, in_use)
-        files = [name for name in files if not is_unchanged(part, name, sent, durable)]
+        files = [name for name in files if not is_unchanged(part, name, sent, in_batch)]
         for name in files:
             if in_use.get(identity_of(name)):
                 raise OSError(errno.EBUSY, "an output of this job is written there", name)
-        commit_all(part, files, directories, durable, lambda arrivals: ask(verdict, arrivals), old)
+        commit_all(part, files, directories, in_batch, lambda arrivals: ask_parent(verdict, arrivals), old)
     finally:
         if os.path.lexists(part):
             remove_directory(part)
@@ -5382,7 +5383,7 @@ def sent_files(listings):
     return {identity_of(path): path for path, _ in input_entries(listings)}
 
 
-def is_unchanged(part, name, sent, batch):
+def is_unchanged(part, name, sent, in_batch):
     """Whether a result is a file of -i, and still as it was sent.  Raises OSError if a batch has changed it."""
     new, there = os.path.join(os.fsencode(part), name), look(name)
     if not there or (there.st_dev, there.st_ino) not in sent:
@@ -5391,13 +5392,13 @@ def is_unchanged(part, name, sent, batch):
     os.umask(umask)
     if os.stat(new).st_mode == there.st_mode & ~umask and filecmp.cmp(new, name, shallow=False):
         return True
-    if batch:
+    if in_batch:
         raise OSError(errno.EEXIST, "-i sends it, and it would be overwritten", name)
     return False
 
 
-def ask(verdict, arrivals):
-    """Returns whether results may get their names: our parent knows, see Names.claim()."""
+def ask_parent(verdict, arrivals):
+    """Has our parent claim the names of results, see Names.claim().  Returns whether they may have them."""
     with socket.socket(socket.AF_UNIX, fileno=verdict) as question:
         question.sendall(marshal.dumps(arrivals))
         question.shutdown(socket.SHUT_WR)
@@ -5410,8 +5411,10 @@ def arrived(path, name):
     return name, (new.st_ino, new.st_mtime_ns), old and (old.st_dev, old.st_ino, old.st_mtime_ns, old.st_nlink)
 
 
-def commit_all(part, files, directories, durable, may_have_names=lambda arrivals: True, old=()):
+def commit_all(part, files, directories, in_batch, claim_names=lambda arrivals: True, old=()):
     """Gives results their names: all of them, or none if something fails.  Raises OSError.
+
+    In a batch they are durable first.
 
     Then removes what is old.
 
@@ -5424,11 +5427,11 @@ def commit_all(part, files, directories, durable, may_have_names=lambda arrivals
     try:
         new = new_directories(files, directories)
         waiting = [brought_beside(name, number, new, stages) for number, name in enumerate(files)]
-        for path in waiting if durable else ():
+        for path in waiting if in_batch else ():
             with closing(os.open(path, os.O_RDONLY)) as fd:
                 os.fsync(fd)
         arrivals = list(map(arrived, waiting, files))
-        if may_have_names(arrivals):
+        if claim_names(arrivals):
             make_new(new, undo)
             for path, (name, _, there) in zip(waiting, arrivals):
                 give_name(path, name, there, undo)
@@ -5681,7 +5684,7 @@ class JobFiles:
 #   patron.has_job_for(worker_id)        whether this worker may be asked
 #   patron.assign(search, worker_id)     returns a job for the worker that offers, opened, or None if none is left for
 #                                        it; then this may have ended the search
-#   patron.lacks(hello, job, why, code)  this worker has no such command as this job has, but perhaps that of others
+#   patron.note_lacking(hello, job, why, code)  this worker has not this job's command, but perhaps that of others
 #   patron.put_back(job)                 this worker was lost before GO: nothing has run
 #   patron.begin(search, candidate, job) GO was sent: the search is over, and the link is the patron's now
 #   patron.not_found(search, message, code)     the search gives up, for good (100) or for now (111)
@@ -5723,7 +5726,7 @@ class Terms:
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "patterns": self.results, "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
-    def unfit(self, hello):
+    def objection_to(self, hello):
         """Why the worker of a HELLO cannot do the job; None if it can."""
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
@@ -5905,9 +5908,9 @@ class Candidate:
         if not self.search.terms.servers.allows(self.address, hello.host, hello.worker_id):
             self.search.not_allowed(self.address)
             return self.link.fail("not allowed")
-        unfit = self.search.terms.unfit(hello)
+        unfit = self.search.terms.objection_to(hello)
         if unfit:
-            self.search.cannot(hello, unfit, EXIT_USAGE)
+            self.search.note_unfit(hello, unfit, EXIT_USAGE)
             return self.link.fail(unfit)
         log.note("offer from %s (%s): load %.3f, it waited %.1f ms",
                  hello.address, hello.host, hello.load / 1000, hello.delay / 1000)
@@ -6101,7 +6104,7 @@ class Search:
         ssl takes long to import, so this comes after the announcement: workers connect at the same time.
         """
         self.announce()
-        if self.unfit()[0]:
+        if self.refusal()[0]:
             self.await_others()
         self.context = tls_context()
         self.back.attend(self.hear, self.accept, self.hear_stranger, lambda: self.drop_quiet(8))
@@ -6118,7 +6121,7 @@ class Search:
         if accept and self.ahead is not None:           # BUSY comes only every BUSY_SECONDS: wait longer than that
             accept = max(accept, BUSY_SECONDS + 2 + 1.25 * len(self.group.targets) * SECONDS_A_WAY)
         if accept and now - self.last_answer > accept or wait and now - self.began > wait:
-            message, code = self.unfit()
+            message, code = self.refusal()
             if not message or self.avoid.has_worked:
                 message, code = self.why_none(now), EXIT_TEMPORARY
             return self.patron.not_found(self, message, code)
@@ -6248,11 +6251,11 @@ class Search:
 
     # Offers
 
-    def unfit(self):
+    def refusal(self):
         """Returns (what the workers have said that cannot do the job, the exit code); ("", 0) if none has."""
         return self.avoid.refusals.text(self.only, CANNOT)
 
-    def cannot(self, hello, why, code):
+    def note_unfit(self, hello, why, code):
         """This worker cannot do the job.  Others may: they have a second more to offer."""
         self.avoid.refusals.add(hello.worker_id, self.patron.called(hello), why, code)
         self.await_others()
@@ -6267,7 +6270,7 @@ class Search:
 
         Only the offer of a busy worker will tell whether it can do the job.
         """
-        message, code = self.unfit()
+        message, code = self.refusal()
         busy = self.chosen or self.is_in_line(self.avoid.refusals.unable())
         if message and (self.only != ANY_WORKER or not busy and not self.avoid.has_worked):
             return self.patron.not_found(self, message, code)
@@ -6325,10 +6328,10 @@ class Search:
         hint = not_found_hint(reason, hello.options, self.terms) if status == EXIT_NOT_FOUND else ""
         why = "cannot run its command: " + reason + hint
         if status and hello.options & HELLO_NO_COMMAND and self.job.has_own_command():
-            return self.patron.lacks(hello, self.job, why, status)
+            return self.patron.note_lacking(hello, self.job, why, status)
         self.avoid.for_now(hello.worker_id)
         if status:
-            self.cannot(hello, why, status)
+            self.note_unfit(hello, why, status)
         else:
             name = self.patron.called(hello)
             self.avoid.refusals.add(hello.worker_id, name, "refused it: " + reason, EXIT_TEMPORARY)
@@ -6643,7 +6646,7 @@ class RemoteRun(Carrier):
         self.trouble = None         # the text of the first error with a descriptor or a file here
         self.files = None           # the JobFiles, with -i or -g
         self.began = self.last_tick = time.monotonic()
-        self.tick = self.loop.after(self.tick_seconds(), self.check_life)
+        self.tick = self.loop.after(self.tick_seconds(), self.send_ping)
         link.attach(self.loop, self)
 
     def rcvd_exit(self, flags, channel, payload):
@@ -6752,7 +6755,7 @@ class RemoteRun(Carrier):
             return ""
         return "silent for %d s, lost after %d" % (silence, self.silence_seconds)
 
-    def check_life(self):
+    def send_ping(self):
         """Sends PING; a worker that has been silent for too long is lost."""
         now, interval = time.monotonic(), self.tick_seconds()
         if now - self.last_tick > interval * 2:
@@ -6763,7 +6766,7 @@ class RemoteRun(Carrier):
         if left <= 0:
             return self.link.fail("no sign of life for %d s" % self.silence_seconds)
         self.link.send(PING)
-        self.tick = self.loop.after(min(interval, left + 0.01), self.check_life)
+        self.tick = self.loop.after(min(interval, left + 0.01), self.send_ping)
         self.patron.watch(self)
 
 
@@ -8075,7 +8078,7 @@ class Printer:
         self.tasks.popleft().close()
         self.task, self.count = None, self.count + 1
         self.refresh()
-        self.batch.fill()
+        self.batch.begin_searches()
 
 
 class Record:
@@ -8118,7 +8121,7 @@ class Disk:
         loop.on_read(self.reader, self.woken)
 
     def store(self, file, over):
-        """Calls over(None or an OSError) when the file is on the disk."""
+        """Calls over(None or an OSError) when the file is on the disk: perhaps before this returns."""
         try:
             fd = os.dup(file.fileno())
         except OSError as error:
@@ -8180,10 +8183,11 @@ class Batch(Patron):
 
     def __init__(self, pub, group, terms, tasks, jobs, joblog, force, halt):
         super().__init__(pub, group, terms, Loop())
-        self.jobs, self.joblog = jobs, joblog       # how many files at a time; the file of --log
+        self.jobs_max, self.joblog = jobs, joblog       # how many files at a time; the file of --log
         self.force = force          # -f: files that are done already are done again
         self.tasks, self.queue = tasks, collections.deque(task for task in tasks if not task.done_before)
-        self.searches, self.runs, self.late = [], [], []        # late: runs whose workers may be silent
+        self.searches, self.runs = [], []
+        self.silent_runs = []       # runs whose workers may be silent
         self.began, self.failures, self.done = time.monotonic(), 0, 0
         self.done_before = len(tasks) - len(self.queue)         # files that earlier batches have done
         self.where, self.causes = collections.Counter(), collections.Counter()      # of the failures
@@ -8203,7 +8207,7 @@ class Batch(Patron):
         try:
             if self.printer:
                 self.printer.refresh()          # passes over files that are done already
-            self.fill()
+            self.begin_searches()
             started_up()
             while self.is_busy():
                 self.loop.turn()
@@ -8243,10 +8247,10 @@ class Batch(Patron):
 
     # Searches, and the files for the workers that they find
 
-    def fill(self):
+    def begin_searches(self):
         """Begins searches, if there are files for them, and -j leaves room."""
         silent = len(self.overdue())
-        room = min(SEARCHES_MAX, self.jobs - len(self.runs) + silent)
+        room = min(SEARCHES_MAX, self.jobs_max - len(self.runs) + silent)
         while len(self.searches) < min(room, self.ready() or silent) and self.begin_search():
             pass
 
@@ -8299,12 +8303,12 @@ class Batch(Patron):
         return not self.queue or any(self.tasks_for(worker_id)) or any(self.overdue(worker_id))
 
     def assign(self, search, worker_id):
-        has_room = len(self.runs) + sum(search.chosen is not None for search in self.searches) < self.jobs
+        has_room = len(self.runs) + sum(search.chosen is not None for search in self.searches) < self.jobs_max
         task = self.take(worker_id) if has_room or self.give_up_silent(worker_id) else None
         if search not in self.searches:         # ended, because a task before this one could not be opened: see -b
             if task:
                 self.put_back(task)
-            self.loop.after(0, self.fill)
+            self.loop.after(0, self.begin_searches)
             return None
         if task is None and not (has_room and self.ready()):
             self.end_search(search)
@@ -8334,7 +8338,7 @@ class Batch(Patron):
                 or any(run.hello.worker_id not in task.avoids for run in self.runs)
                 or any(search.is_in_line(task.avoids) for search in self.searches))
 
-    def lacks(self, hello, task, why, code):
+    def note_lacking(self, hello, task, why, code):
         task.refusals = task.refusals or Refusals()
         task.refusals.add(hello.worker_id, self.called(hello), why, code)
         task.avoid(hello.worker_id)
@@ -8356,7 +8360,7 @@ class Batch(Patron):
             self.queue.remove(task)
             message, code = task.refusals.text(ANY_WORKER, CANNOT)
             self.task_over(task, Outcome(code, "notstarted=%d" % code, message, hint=task.hint()))
-            self.fill()
+            self.begin_searches()
 
     def opened(self, task):
         """Opens the files of a Task.  Returns it; None if that failed, and it is over."""
@@ -8377,11 +8381,11 @@ class Batch(Patron):
     # an idle slot: only then the silent one is given up, and its job goes there.
 
     def watch(self, run):
-        self.late = [late for late in self.late if late in self.runs and late.link.silence() > late.patience()]
-        if not run.exit and run.link.silence() > run.patience() and run not in self.late:
-            self.late.append(run)
-        if self.late:
-            self.fill()
+        self.silent_runs = [one for one in self.silent_runs if one in self.runs and one.link.silence() > one.patience()]
+        if not run.exit and run.link.silence() > run.patience() and run not in self.silent_runs:
+            self.silent_runs.append(run)
+        if self.silent_runs:
+            self.begin_searches()
 
     def overdue(self, worker_id=None):
         """Returns the runs that are given up if a slot of this worker is idle.  After --halt nothing is begun any more.
@@ -8390,10 +8394,10 @@ class Batch(Patron):
         A run that was the last try is given up too: its job then fails sooner than by CEXEC_TIMEOUT_PINGPONG.
         """
         silence = {}
-        for run in self.runs if self.late and not self.halted else ():
+        for run in self.runs if self.silent_runs and not self.halted else ():
             worker = run.hello.worker_id
             silence[worker] = min(run.link.silence(), silence.get(worker, float("inf")))
-        return [run for run in self.late if run in self.runs and not run.exit
+        return [run for run in self.silent_runs if run in self.runs and not run.exit
                 and silence.get(run.hello.worker_id, 0) > run.patience() and worker_id not in run.job.avoids]
 
     def give_up_silent(self, worker_id):
@@ -8413,7 +8417,7 @@ class Batch(Patron):
     def begin(self, search, candidate, task):
         self.searches.remove(search)
         self.begin_run(candidate.link, candidate.hello, task, accepted=True)
-        self.fill()
+        self.begin_searches()
 
     def begin_run(self, link, hello, task, accepted):
         """GO was sent for a Task.  It fails if no descriptor, or no process for the files of -i and -g, is left."""
@@ -8441,7 +8445,7 @@ class Batch(Patron):
         else:
             self.go_on(run)         # first: the worker computes while the output waits for the disk
             self.store(run, outcome)
-        self.fill()
+        self.begin_searches()
 
     def host_failed(self, run, outcome):
         """Nothing has run, for a reason that lies in the worker's host: others do the job, and it is left alone."""
@@ -8457,7 +8461,7 @@ class Batch(Patron):
             log.once(outcome.text(), say=log.tell_user)
             self.alert(run, *outcome.alert())
             self.put_back(task)
-        self.fill()
+        self.begin_searches()
 
     def note_result(self, run, outcome):
         """A command has ended.  A worker where jobs fail that succeed elsewhere gets no more for a while."""
@@ -8530,18 +8534,18 @@ class Batch(Patron):
         self.runs.remove(run)
         log.note("%s: worker %s lost: %s before it began", run.job.name, run.worker, reason)
         self.put_back(run.job)
-        self.fill()
+        self.begin_searches()
 
     def run_again(self, run):
         self.log_run(run.job, loss("run again"), run)
         self.runs.remove(run)
         self.put_back(run.job)
-        self.fill()
+        self.begin_searches()
 
     def failed(self, run, reason, objection):
         self.runs.remove(run)
         self.task_over(run.job, loss(reason), run)
-        self.fill()
+        self.begin_searches()
 
     def task_over(self, task, outcome, run=None):
         """A file is done or has failed: tells the user, writes the joblog, prints outputs whose turn it is."""
@@ -8700,7 +8704,7 @@ class QueueBatch(Batch):
         self.terms.names.list_inputs()          # those that an output was in
         if self.printer:
             self.printer.refresh()
-        self.fill()
+        self.begin_searches()
 
     def add_task(self, task):
         self.tasks.append(task)
@@ -8710,7 +8714,7 @@ class QueueBatch(Batch):
             task.note_inputs()
             task.note_outputs()
             if task.results:
-                self.terms.names.check_nested(task)
+                self.terms.names.note_nested(task)
             check_directories(self.terms.pattern, [task])
         except (Fatal, ValueError) as error:        # ValueError: a NUL in the name
             return self.task_over(task, failure(str(error)))
@@ -8973,22 +8977,22 @@ class BlockBatch(Batch):
 
     def __init__(self, pub, group, terms, size, header_lines, jobs, joblog):
         super().__init__(pub, group, terms, [], jobs, joblog, False, None)
-        self.most = 0               # the largest number of blocks that workers had at a time
+        self.widest = 0             # the largest number of blocks that workers had at a time
         self.broken = None          # the first Block that has failed
         self.splitter = Splitter(self.loop, terms, size, header_lines, self.may_read, self.add)
 
     def may_read(self):
         """Whether one more block may be filled, see above."""
-        return len(self.printer.tasks) < self.most + 2
+        return len(self.printer.tasks) < self.widest + 2
 
     def add(self, block):
         self.queue.append(block)
         self.printer.add(block)
-        self.fill()
+        self.begin_searches()
 
-    def fill(self):
-        self.most = max(self.most, len(self.runs))
-        super().fill()
+    def begin_searches(self):
+        self.widest = max(self.widest, len(self.runs))
+        super().begin_searches()
         self.splitter.refresh()
 
     def is_busy(self):
@@ -9196,7 +9200,7 @@ class Everywhere(Batch):
         labels = labels_of(workers)
         self.tasks = [HostTask(terms, number, worker_id, labels[worker_id], source, self.writers)
                       for number, worker_id in enumerate(sorted(workers, key=labels.get), 1)]
-        self.timer = self.loop.after(0, self.fill)          # for the next search
+        self.timer = self.loop.after(0, self.begin_searches)        # for the next search
         self.watched = False        # the lines show how far it is
         for task in self.tasks:
             if workers[task.worker_id]["state"] == "serving":
@@ -9210,7 +9214,7 @@ class Everywhere(Batch):
     def is_busy(self):
         return self.queue or self.searches or self.runs or any(writer.pending for writer in self.writers)
 
-    def fill(self):
+    def begin_searches(self):
         """Begins the next search, and sets a timer for the one after it.
 
         All workers hear each announcement.  A hundred at once, all repeated, would be too many for
@@ -9219,8 +9223,8 @@ class Everywhere(Batch):
         self.timer.cancel()
         sought = {search.only for search in self.searches}
         only = next((task.worker_id for task in self.queue if task.worker_id not in sought), None)
-        if only is not None and len(self.searches) + len(self.runs) < self.jobs and self.begin_search(only):
-            self.timer = self.loop.after(EVERY_PAUSE, self.fill)
+        if only is not None and len(self.searches) + len(self.runs) < self.jobs_max and self.begin_search(only):
+            self.timer = self.loop.after(EVERY_PAUSE, self.begin_searches)
 
     def may_take(self, task, worker_id):
         return task.worker_id == worker_id
@@ -9243,12 +9247,12 @@ class Everywhere(Batch):
     def not_found(self, search, message, code):
         self.end_search(search)
         self.task_over(self.dequeue(search), failure(message, code))
-        self.fill()
+        self.begin_searches()
 
     def host_failed(self, run, outcome):
         self.conclude(run, outcome)     # this is its host's result
         run.link.close()
-        self.fill()
+        self.begin_searches()
 
     def watch(self, run):
         """No other worker can do its job."""
@@ -9407,7 +9411,7 @@ class RunGroup(Group):
             self.rcvd_line(line.decode("utf-8", "replace"))
         if not data:
             if self.loop:
-                self.loop.forget(self.sock.fileno())        # said once: what the loop does else goes on
+                self.loop.forget(self.sock.fileno())        # or the loop would call us again at once
             code = self.reap()
             if not self.pub:
                 raise Fatal(EXIT_USAGE if code == EXIT_USAGE else EXIT_TEMPORARY, self.said or "-s: cannot start")
@@ -9776,7 +9780,7 @@ class JobDirectory:
             set_modes(directories, self.fd, exact=True)
         self.start_helper(work, reader, over)
 
-    def fetch(self, writer, patterns, over):
+    def pack_results(self, writer, patterns, over):
         """Packs the files that match the patterns into a pipe, and then calls over() in the same way."""
         def work():
             os.fchdir(self.fd)
@@ -10205,7 +10209,7 @@ class Command(Carrier, Stateful):
 
     # Its results
 
-    def fetch(self):
+    def send_results(self):
         """Begins to send the results of -g, once, if the command has ended with 0."""
         if FILES_OUT in self.far:
             for timer in self.timers:
@@ -10213,18 +10217,18 @@ class Command(Carrier, Stateful):
             writer = self.far.pop(FILES_OUT)
             if self.result == (HOW_EXITED, 0, ""):
                 try:
-                    self.directory.fetch(writer, self.job.patterns, self.fetched)
+                    self.directory.pack_results(writer, self.job.patterns, self.results_packed)
                 except OSError as error:
                     self.result = HOW_EXITED, 0, error.strerror
             else:
                 os.close(writer)
 
-    def is_fetching(self):
+    def is_sending_results(self):
         """Whether results of -g are still on their way from the disk."""
         results = self.channels.get(FILES_OUT)
         return results is not None and results.is_reading() or self.directory.helper is not None
 
-    def fetched(self, trouble):
+    def results_packed(self, trouble):
         if self.state is ABANDONED:
             return
         if self.result[0] == HOW_SIGNALLED:     # by interrupt_files()
@@ -10234,7 +10238,7 @@ class Command(Carrier, Stateful):
         self.stream_ended()
 
     def interrupt_files(self, number):
-        """A signal that ends a job has come: if files are on the way, this ends it, by filled() or fetched()."""
+        """A signal that ends a job has come: if files are on the way, this ends it, by filled() or results_packed()."""
         if self.directory and self.directory.stop():
             self.result = HOW_SIGNALLED, number, ""
 
@@ -10311,8 +10315,8 @@ class Command(Carrier, Stateful):
         if self.state is not LINGERING or has_output:
             return
         if self.directory:
-            self.fetch()
-        if not (self.directory and self.is_fetching()):
+            self.send_results()
+        if not (self.directory and self.is_sending_results()):
             self.leave_directory()
             self._set(FINISHED)
             self.supervisor.command_finished(self)
@@ -10403,7 +10407,7 @@ class Supervisor(Stateful):
         self.finder = Finder(settings)
         self.variables = self.common_variables()
         self.started = False        # whether any command has started
-        self.unasked = False        # whether the next jobs of a batch need no word to cservice: "free"
+        self.is_free = False        # whether the next jobs of a batch need no word to cservice: "free"
         self.deadline = None        # the Timer of set_deadline()
         self.delivered_at = 0.0     # after the last EXIT: when the client's host had acknowledged everything
         self.left = []              # names of jobs' directories that cservice cannot remove: it was lost
@@ -10557,8 +10561,8 @@ class Supervisor(Stateful):
     def command_started(self, command):
         self.started = True
         if command.sessions():
-            self.unasked = False    # cservice must know of this session, and later that it is over
-        if not self.unasked:
+            self.is_free = False    # cservice must know of this session, and later that it is over
+        if not self.is_free:
             self.say("%s %d" % ("session" if command.sessions() else "group", command.process.pid))
 
     def command_finished(self, command):
@@ -10566,7 +10570,7 @@ class Supervisor(Stateful):
         # If the command could not be started here, the batch must not fail job after job: the next goes elsewhere.
         if self.client.batch == NO_BATCH or command.process is None or not command.reap_group():
             self.send_exit()
-        elif self.unasked:
+        elif self.is_free:
             self.send_exit(more=True)
         else:
             self.ask_for_more()
@@ -10588,7 +10592,7 @@ class Supervisor(Stateful):
 
     def decide(self, word):
         """Takes an answer to "more", or "ask"."""
-        self.unasked = word == "free"
+        self.is_free = word == "free"
         if self.state is ASKING and word != "ask":
             self.deadline.cancel()
             self.send_exit(more=word != "no")
@@ -10706,20 +10710,20 @@ def become_supervisor(settings, client, link, job, service):
 class SupervisorHandle:
     """A supervisor process, at cservice.
 
-    The method rcvd_WORD(value) handles a line from it.  The patron (a Worker) has the methods
+    The method rcvd_WORD(value) handles a line from it.  worker, the Worker, has the methods
     job_started(), job_failed(), command_missing(reason), job_refused(reason), job_returned(client),
     may_go_on(client), has_penalty() and slots_changed().
     """
 
     def __init__(self, supervisors, client, pid, pipe, slot):
-        self.loop, self.patron, self.removals = supervisors.loop, supervisors.patron, supervisors.removals
+        self.loop, self.worker, self.removals = supervisors.loop, supervisors.worker, supervisors.removals
         self.supervisors, self.client, self.pid = supervisors, client, pid
         self.slot = slot            # its number, CEXEC_SLOT
         self.directories = set()    # names of its jobs' directories that it still uses
         self.pipe = pipe            # our end of the socketpair; None once it is closed
         self.unfinished = b""       # the beginning of a line
         self.sessions = [pid]       # its session; with a terminal also the command's session
-        self.unasked = False        # whether its batch goes on without asking
+        self.is_free = False        # whether its batch goes on without asking
         self.done = False           # whether no command runs, and none will
         self.killed = False         # by cut_off()
         os.set_blocking(pipe, False)
@@ -10739,14 +10743,14 @@ class SupervisorHandle:
             method = getattr(self, "rcvd_" + word, None)
             if method:
                 method(value)
-        self.patron.slots_changed()
+        self.worker.slots_changed()
 
     def rcvd_group(self, value):
-        self.patron.job_started()
+        self.worker.job_started()
         self.sessions = [self.pid]  # forgets the session of the batch's last job: its number may be in use again
 
     def rcvd_session(self, value):
-        self.patron.job_started()
+        self.worker.job_started()
         self.sessions = [self.pid, int(value)]
 
     def rcvd_directory(self, value):
@@ -10763,29 +10767,29 @@ class SupervisorHandle:
         self.directories = set()
 
     def rcvd_failed(self, value):
-        self.patron.job_failed()
+        self.worker.job_failed()
 
     def rcvd_missing(self, value):
-        self.patron.command_missing(value)
+        self.worker.command_missing(value)
 
     def rcvd_refused(self, value):
-        self.patron.job_refused(value)
+        self.worker.job_refused(value)
 
     def rcvd_back(self, value):
-        self.patron.job_returned(self.client)
+        self.worker.job_returned(self.client)
 
     def rcvd_more(self, value):
-        may_go_on = self.removals.count(self) < REMOVALS_MAX and self.patron.may_go_on(self.client)
+        may_go_on = self.removals.count(self) < REMOVALS_MAX and self.worker.may_go_on(self.client)
         # A job with a directory tells of its directory, so "free" would save nothing, and one with a session has to
         # tell when this is over.  While there is a penalty, we must hear of the next start.
-        self.unasked = may_go_on and not (self.removals.root or self.sessions != [self.pid]
-                                          or self.patron.has_penalty())
-        self.tell(b"free\n" if self.unasked else b"yes\n" if may_go_on else b"no\n")
+        self.is_free = may_go_on and not (self.removals.root or self.sessions != [self.pid]
+                                          or self.worker.has_penalty())
+        self.tell(b"free\n" if self.is_free else b"yes\n" if may_go_on else b"no\n")
 
     def ask(self):
         """Has it tell of the next start of a job, and ask when that job is over."""
-        if self.unasked:
-            self.unasked = False
+        if self.is_free:
+            self.is_free = False
             self.tell(b"ask\n")
 
     def tell(self, line):
@@ -10797,13 +10801,13 @@ class SupervisorHandle:
         self.supervisors.limit_over(self)
 
     def hang_up(self):
-        self.unasked = False
+        self.is_free = False
         if self.pipe is not None:
             self.loop.forget(self.pipe)
             os.close(self.pipe)
             self.pipe = None
 
-    def take_end(self):
+    def hear_end(self):
         """Returns whether the process has ended; then its last lines were handled."""
         code = ended(self.pid)
         if code is None:
@@ -10843,6 +10847,7 @@ class Removals:
             at_end.append(lambda: helper.pid in self.owners and (helper.kill(), helper.wait()))
 
     def help(self, work, owner, tell):
+        """Returns a Helper that does work(); None if there can be none, which tell() was told."""
         def ended(trouble):
             del self.owners[helper.pid]
             if trouble:
@@ -10862,8 +10867,8 @@ class Removals:
 class Supervisors:
     """All supervisors of a cservice, and the processes and directories that they have left."""
 
-    def __init__(self, loop, patron, root):
-        self.loop, self.patron = loop, patron
+    def __init__(self, loop, worker, root):
+        self.loop, self.worker = loop, worker
         self.handles = {}           # pid: SupervisorHandle
         self.lost = {}              # the same, of those that ended before "done", or have left directories, until
                                     # all that they have left has ended
@@ -10919,12 +10924,12 @@ class Supervisors:
     def reap(self):
         """Removes supervisors that have ended from handles; ends the processes of those that were lost."""
         for handle in list(self.handles.values()):
-            if handle.take_end():
+            if handle.hear_end():
                 del self.handles[handle.pid]
                 if not handle.done or handle.directories:
                     self.end_session(handle)
         self.reap_zombies()
-        self.patron.slots_changed()
+        self.worker.slots_changed()
 
     def reap_zombies(self):
         """Reaps every child that has ended, except supervisors in handles and lost, and Helpers.
@@ -11158,7 +11163,7 @@ class KnownClient(Stateful):
         """BUSY is sent to it."""
         self.told_at = now
 
-    def take_complaint(self):
+    def note_complaint(self):
         """It complains.  Returns whether that counts: one complaint for each offer does."""
         counts, self.complained = self.ours and not self.complained, True
         return counts
@@ -11322,7 +11327,7 @@ class Offer:
         self.challenge, self.proved, self.link = os.urandom(32), False, None
         self.words, self.timer = Words(), NO_TIMER  # timer: the deadline for JOB
         self.by_ssh = False         # whether this connection goes through ssh
-        self.hold, self.holding = hold, worker.loop.after(hold, self.late)
+        self.hold, self.hold_timer = hold, worker.loop.after(hold, self.late)
         self.dial = None
         if not worker.prefers_ssh(client) or not self.turn_to_ssh():
             self.dial = Dial(worker.loop, client.address, client.port, OFFER_SECONDS, self.connected,
@@ -11337,7 +11342,7 @@ class Offer:
         if not self.seated and not self.turn_to_ssh() and self.holds_slot:
             log.note("offer for %s is late: it holds no slot", self.client.nonce.hex()[:8])
             self.holds_slot = False
-            self.worker.slow(self)
+            self.worker.offer_late(self)
 
     def turn_to_ssh(self):
         """Leaves the direct way for the one through ssh.  Returns False if there is none, or this is it already."""
@@ -11345,7 +11350,7 @@ class Offer:
         if sock is None:
             return False
         self.close()
-        self.by_ssh, self.holding = True, self.worker.loop.after(HOLD_MAX, self.late)
+        self.by_ssh, self.hold_timer = True, self.worker.loop.after(HOLD_MAX, self.late)
         self.connected(sock, OFFER_SECONDS)
         return True
 
@@ -11407,7 +11412,7 @@ class Offer:
     def close(self):
         if self.dial:
             self.dial.close()
-        self.holding.cancel()
+        self.hold_timer.cancel()
         self.timer.cancel()
         if self.link:
             self.link.close()
@@ -11520,7 +11525,8 @@ class Worker:
             return                  # the job is served
         client.heard(datagram, address, handle)
         if datagram.body.attempt <= client.attempt:     # this is a copy or a replay
-            return self.wait(client) if handle and client.state is QUEUED else None
+            # What we have told it by its first way may not arrive there.
+            return self.queue_up(client) if handle and client.state is QUEUED else None
         client.announced(datagram, now)
         if client.state in (DELAYED, OFFERED) or now < client.retry_at:
             return
@@ -11529,7 +11535,7 @@ class Worker:
         if not self.hold_seconds(client) or self.free_slots() and not self.clients.line:
             self.delay_offer(client, self.pace.delay(self.in_use(), first=client.attempt == 1))
         else:
-            self.wait(client)
+            self.queue_up(client)
 
     def rcvd_claim(self, datagram, address, handle):
         """The job is served, here or by another worker, or its client has given it up."""
@@ -11554,7 +11560,7 @@ class Worker:
         body, client = datagram.body, self.clients.find(datagram)
         if body.worker_id != self.id:
             self.complainers[datagram.name, address] = time.monotonic()
-        elif client and client.take_complaint():
+        elif client and client.note_complaint():
             excuse = self.excuse(body, self.complainers.get((datagram.name, address)))
             if not excuse:
                 self.penalize()
@@ -11653,7 +11659,7 @@ class Worker:
         """Returns a socket that leads to the client through ssh; None if there is no such way."""
         return self.lifeline.connect(client.handle) if client.handle else None
 
-    def wait(self, client):
+    def queue_up(self, client):
         """Puts a client in the line, and sends it BUSY with its place, at once and then every ten seconds."""
         if client.state is not QUEUED:
             self.clients.move(client, QUEUED)
@@ -11670,7 +11676,7 @@ class Worker:
         """Connects to a client, if a slot is still free; else the client waits in the line."""
         hold, offers = self.hold_seconds(client), self.clients.offers.values()
         if hold and not self.free_slots():
-            return self.wait(client)
+            return self.queue_up(client)
         if not hold and sum(not offer.holds_slot for offer in offers) >= LATE_MAX:
             return self.clients.move(client, NEW)
         log.note("offers %s %s", spelled(client.address, client.port), client.nonce.hex()[:8])
@@ -11695,10 +11701,10 @@ class Worker:
         if not free:
             self.withdraw(client, QUEUED, "no slot is free any more")
             self.supervisors.hear_more()
-            self.wait(client)
+            self.queue_up(client)
         return bool(free)
 
-    def slow(self, offer):
+    def offer_late(self, offer):
         """An offer is late: the next offer to this address holds no slot before TLS is up."""
         self.holds[offer.client.address] = 0.0
         self.serve_line()
@@ -13850,7 +13856,7 @@ class Host(Stateful):
         self.lines = Memory(SAID_LINES)         # what this login has said last,
         self.known_lines = ()       # and what the one before has
         self.timer = NO_TIMER       # for the next try, or the deadline of a login
-        self.asked = False          # whether the host has not said RUNS yet
+        self.awaits_runs = False    # whether the host has not said RUNS yet
         self.writer = None          # during a login: for ssh's input
         self.unsaid = {}            # descriptor: the beginning of a line from the host
         self.lifeline = None        # while its worker serves
@@ -13879,7 +13885,7 @@ class Host(Stateful):
                 stderr=subprocess.PIPE, bufsize=0, start_new_session=not alone,
                 preexec_fn=ignore_signals if alone else None)
         except OSError as error:
-            return self.failed("cannot start ssh: %s" % error.strerror)
+            return self.retry_later("cannot start ssh: %s" % error.strerror)
         self.timer = self.loop.after(LOGIN_SECONDS, self.hurry)
         self.unsaid = {self.process.stdout.fileno(): b"", self.process.stderr.fileno(): b""}
         for fd in self.unsaid:
@@ -13887,7 +13893,7 @@ class Host(Stateful):
             self.loop.on_read(fd, functools.partial(self.read, fd))
         into = self.process.stdin.fileno()
         os.set_blocking(into, False)
-        self.asked, self.writer = True, Writer(self.loop, End(into, into, lambda: None, ["write"]))
+        self.awaits_runs, self.writer = True, Writer(self.loop, End(into, into, lambda: None, ["write"]))
         self.writer.add(one_line(ASK))
 
     def hurry(self):
@@ -13928,8 +13934,8 @@ class Host(Stateful):
         if line.startswith(SERVES) and self.state is LOGIN:
             self.rcvd_up(line[len(SERVES):])
             return True
-        if line.startswith(RUNS) and self.asked and self.state is LOGIN:
-            self.asked = False
+        if line.startswith(RUNS) and self.awaits_runs and self.state is LOGIN:
+            self.awaits_runs = False
             self.writer.add(self.starter.first(self.slots, line[len(RUNS):].decode("ascii", "replace")))
         elif line.strip():
             text = printable(line.decode("utf-8", "backslashreplace").rstrip("\r"))
@@ -13994,7 +14000,8 @@ class Host(Stateful):
                 self.say("ended with exit status %d", status)
             self.end()
         elif status < 0 or status in (SSH_FAILED, EXIT_TEMPORARY):
-            self.failed({SSH_FAILED: "ssh failed", EXIT_TEMPORARY: "the worker ended"}.get(status, "ssh was killed"))
+            self.retry_later({SSH_FAILED: "ssh failed", EXIT_TEMPORARY: "the worker ended"}.get(
+                status, "ssh was killed"))
         elif self.state is SERVING or status == EXIT_USAGE:
             self.say("the worker ended with exit status %d, and is not started again", status)
             self.end()
@@ -14003,7 +14010,7 @@ class Host(Stateful):
                      "~/.bashrc there read standard input? It is not tried again", status, self.name)
             self.end()
 
-    def failed(self, why):
+    def retry_later(self, why):
         """Tries again after a pause, which doubles each time."""
         delay = min(2 ** self.failures, RETRY_MAX)
         self.failures += 1
@@ -16653,7 +16660,8 @@ class Lane(Stateful):
         self.send(MODULE, pickled(found))
         self.flush()
 
-    def rcvd_result(self, data, offset, end):
+    def finish_call(self, data, offset, end):
+        """Takes a call off the lane, and notes its time.  Returns it, and where the rest of its result begins."""
         number, = CALL_NUMBER.unpack_from(data, offset)
         call, now = self.calls.pop(number, None), time.monotonic()
         if call is None:
@@ -16671,7 +16679,7 @@ class Lane(Stateful):
         if self.is_prepared_by(data, offset):
             self.preparation = time.monotonic() - self.since
             return self.up()
-        call, offset = self.rcvd_result(data, offset, end)
+        call, offset = self.finish_call(data, offset, end)
         buffers, self.buffers = self.buffers, []
         try:
             result = load_result(self.pool.readers, data, offset, buffers)
@@ -16686,7 +16694,7 @@ class Lane(Stateful):
         if self.is_prepared_by(data, offset):
             self.failure, self.unprepared = error, True
             return self.terminate()
-        call, _ = self.rcvd_result(data, offset, end)
+        call, _ = self.finish_call(data, offset, end)
         self.pool.done(call, error)
 
     def rcvd_unread(self, data, offset, end):
@@ -16797,7 +16805,7 @@ class Pool:
         self.queue, self.lanes, self.ticking = collections.deque(), [], False
         self.abandoned = self.sleeping = False
         self.number, self.search_at = 0, 0.0
-        self.unprepared = set()                 # ids of workers whose initializer has failed
+        self.failed_initializers = set()        # ids of workers whose initializer has failed
         self.failures = self.faulty = 0         # lanes in a row that had no worker, or one that could do nothing
         self.nowhere = set()        # texts of exceptions: no worker can load what some call needs
         self.rounds = 0             # in a row in which every worker that answers was tried: see next_round()
@@ -17034,9 +17042,9 @@ class Pool:
         elif there:
             self.search_at = time.monotonic() + SEARCH_PAUSE
         elif not self.next_round():
-            error, by_value = self.fault(error), bool(self.left_out())
+            error, by_value = self.hopeless_error(error), bool(self.left_out())
             self.forget_faults()
-            if self.unprepared and not self.prepared:
+            if self.failed_initializers and not self.prepared:
                 self.give_up(error)
             else:
                 self.fail_all(error, by_value)      # other workers may do the rest
@@ -17082,7 +17090,7 @@ class Pool:
             self.bad.ask_again(worker_id)
         return True
 
-    def fault(self, error):
+    def hopeless_error(self, error):
         """Returns the exception of calls that no worker can do: it names the workers' faults, or else is this error."""
         faults = list(self.faults.values())
         if self.left_out():
@@ -17151,9 +17159,9 @@ class Pool:
             self.found_useless(lane, error)
         elif useless:
             self.failures += 1
-        self.unprepared |= {lane.worker_id} if lane.unprepared else set()
-        if len(self.unprepared) >= LANE_FAILURES and not self.prepared:
-            error = self.fault(error)
+        self.failed_initializers |= {lane.worker_id} if lane.unprepared else set()
+        if len(self.failed_initializers) >= LANE_FAILURES and not self.prepared:
+            error = self.hopeless_error(error)
             self.forget_faults()
             self.give_up(error)
         elif useless and (hopeless or self.failures >= LANE_FAILURES or self.faulty >= FAULTS_MAX):
@@ -17161,7 +17169,7 @@ class Pool:
 
     # A worker may be unable to do the calls: its Python does not start, or cannot load the program.  Lanes that begin
     # later do not take its offers.  Their client waits for others as for one that takes the job's arguments
-    # (Search.cannot): while a busy one has it in line, without limit, else for a second.  So the calls
+    # (Search.note_unfit): while a busy one has it in line, without limit, else for a second.  So the calls
     # fail when every worker that answers was tried: once if it cannot load the program, else LANE_FAILURES times,
     # because a Python may be killed for want of memory.  FAULTS_MAX is for workers that come with ever new ids.
 

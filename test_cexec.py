@@ -10683,7 +10683,7 @@ def test_each_task_that_workers_lack_is_settled_once_a_second(monkeypatch):
     for number in range(50):
         hello = SimpleNamespace(worker_id=b"%08d" % number, host="h", address="10.0.0.1")
         for task in tasks:
-            batch.lacks(hello, task, "lacks it", 127)
+            batch.note_lacking(hello, task, "lacks it", 127)
     assert len(batch.loop.timers) == before + 3
     batch.stop()
 
@@ -17284,7 +17284,7 @@ def test_a_host_whose_initializer_fails_gets_no_calls(cluster, monkeypatch):
     with cexec.Executor(cluster.pub, initializer=exec, initargs=(begin,)) as pool:
         futures = [pool.submit(exec, wait) for _ in range(3)]
         try:
-            until(lambda: pool._pool.unprepared and pool._pool.prepared, "a failure and a success")
+            until(lambda: pool._pool.failed_initializers and pool._pool.prepared, "a failure and a success")
         finally:
             touch(gate)
         assert [future.result(PATIENCE) for future in futures] == [None] * 3
