@@ -759,10 +759,10 @@ class Syntax:
             raise self.error("%s needs %s" % (flag, argument))
         if not argument:
             raise self.error("%s takes no number%s" % (flag, "" if mode == "-" else " with " + mode))
-        lowest = {"N": 1, "[N]": 0}.get(argument)
+        lowest = {"N": 1, "[N]": 0, "TIMES": 0}.get(argument)
         if lowest is not None and not (value.isdecimal() and len(value) < 10 and int(value) >= lowest):
             raise self.error("%s needs a number from %d, and not %s" % (flag, lowest, cut(value, 20)))
-        return int(value) if argument == "N" else value
+        return int(value) if argument in ("N", "TIMES") else value
 
     def error(self, message):
         """A Fatal (100) that says where the usage is."""
@@ -4845,7 +4845,7 @@ class Helper:
         os.close(self.reader)
         code = os.waitpid(self.pid, 0)[1]
         self.error = os.WEXITSTATUS(code)
-        return (self.said.decode() or "it was killed") if code else None
+        return (self.said.decode() or "a process of ours that handles files was killed") if code else None
 
     def kill(self):
         """Ends it; over() will be called."""
@@ -5303,15 +5303,15 @@ class Names:
             path = os.path.dirname(path)
 
 
-def receive(reader, verdict, patterns, listings, in_batch, in_use=(), directory=b""):
-    """In a Helper: unpacks results into a directory of its own, and waits for the verdict, a byte or the end of file.
+def receive(part, reader, verdict, patterns, listings, in_batch, in_use=(), directory=b""):
+    """In a Helper: unpacks results into a directory of its own, part, and waits for the verdict: a byte, or an end.
 
     After a byte it puts the results where they belong, else it removes them.  in_use: the files that are open at 0, 1
     and 2, {(device, inode): whether it is an output}.  directory: where the results go, or b"".  Raises OSError,
     ProtocolError, Fatal.
     """
     # An error before the verdict is kept until then: if the command has failed, it does not matter.
-    part, error = new_part(), None
+    error = None
     try:
         try:
             top = make_directory(part)
@@ -5561,6 +5561,7 @@ class JobFiles:
 
     def __init__(self, carrier, listings, patterns, ended, claim=None, directory=""):
         self.loop, self.ended, self.claim, self.directory = carrier.loop, ended, claim, os.fsencode(directory)
+        self.part = self.receiver = None        # the directory in which results wait, and their Helper
         self.refused = None         # why claim() does not let results get their names
         self.verdict = None         # a socket to the Helper that has the results: see receive()
         self.asked = None           # its question, once it has had the verdict
@@ -5588,13 +5589,16 @@ class JobFiles:
         for fd in range(3):
             found = os.fstat(fd)
             in_use.setdefault((found.st_dev, found.st_ino), fd > 0)
-        self.help(lambda: receive(reader, verdict, patterns, listings, self.claim is not None, in_use, self.directory),
-                  [reader, verdict])
+        self.part = new_part()
+        self.receiver = self.help(lambda: receive(
+            self.part, reader, verdict, patterns, listings, self.claim is not None, in_use, self.directory),
+            [reader, verdict])
 
     def help(self, work, kept):
         with closing(*kept):
             helper = Helper(self.loop, work, kept, lambda trouble: self.helper_ended(helper, trouble))
         self.helpers.append(helper)
+        return helper
 
     def carry(self, carrier, channel, fd, half):
         os.set_blocking(fd, False)
@@ -5604,6 +5608,9 @@ class JobFiles:
         self.helpers.remove(helper)
         if trouble:
             self.unclaim()
+        if trouble and helper is self.receiver and os.path.lexists(self.part):
+            with noting("%s", self.part):       # it was killed
+                remove_directory(self.part)
         if self.closed:
             self.close()
         else:
@@ -9537,7 +9544,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
     Option("--header", "N", "header", "begin each block with the first N lines of the input", "-b"),
     Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"),
-    Option("--retries", "N", "retries", "run a job whose command has failed up to N times again", "-m -b -A"))
+    Option("--retries", "TIMES", "retries", "run a job whose command has failed again, up to so often", "-m -b -A"))
 
 
 def main_cexec(argv):

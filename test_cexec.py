@@ -7374,6 +7374,19 @@ def test_a_full_disk_for_files(farm, where):
     assert not os.path.exists(farm.path("ran")) and all_gone(farm)
 
 
+def test_results_that_wait_are_removed_if_their_helper_is_killed(farm):
+    """Nothing of them stays here, though cexec lives on."""
+    farm.serve()
+    client = farm.begin("-mn", "-g", "{}", farm.pub, "sh", "-c",
+                        "echo > $1; until [ -e %s ]; do sleep 0.02; done" % farm.path("go"), "sh", "{}", "--", "a")
+    appears(farm.desk + "/.cexec.*")
+    [helper] = children_of(client.pid)
+    os.kill(helper, signal.SIGKILL)
+    touch(farm.path("go"))
+    assert outcome(client, status=1)[1] == b"cexec: a: a process of ours that handles files was killed\n"
+    assert all_gone(farm)
+
+
 def test_files_of_a_lost_job_are_sent_again(farm):
     farm.serve()
     in_desk(farm, "a", b"1")
@@ -9772,7 +9785,8 @@ def test_failures_count_when_the_last_try_is_over(cluster):
                                                                 for name in names)]
     assert [row["Exitval"] for row in rows_of_log(cluster.path("log"))] == ["3"] * 6
     assert batch(cluster, *names).returncode == 2 and len(begun(cluster)) == 8
-    refusal(batch(cluster, "f", options=["--retries", "x"]), 100, "--retries needs a number from 1")
+    refusal(batch(cluster, "f", options=["--retries", "x"]), 100, "--retries needs a number from 0")
+    assert batch(cluster, "f", options=["--retries", "0", "--dry-run"]).returncode == 0
     refusal(cluster.run("cexec", "--retries", "1", cluster.pub), 100, "--retries is for -m")
 
 
