@@ -6053,9 +6053,19 @@ def not_found_hint(reason, options, terms):
         return ""
     if name.startswith("-"):
         return " (options come before the public key)"
-    if options & HELLO_DIRECTORIES and "/" in name and os.path.isfile(name) and not terms.inputs:
+    if " " in name:
+        return " (no shell reads this: write the arguments as words of their own, or use sh -c)"
+    if not options & HELLO_DIRECTORIES or name.startswith("/") or not os.path.isfile(name):
+        return ""
+    if "/" not in name:
+        return " (a file here: as a command it is ./%s; a pattern of -g needs quotes)" % name
+    if not terms.inputs:
         return " (it is here: -i %s sends it)" % name
-    return " (no shell reads this: write the arguments as words of their own, or use sh -c)" if " " in name else ""
+    with suppress(OSError), open(name, "rb") as file:
+        line = file.readline(80).rstrip(b"\n")
+        if line.startswith(b"#!"):
+            return " (its first line names a program that is not there: %s)" % printable(line.decode("latin-1"))
+    return ""
 
 
 def ports_here(port):
@@ -8799,7 +8809,7 @@ def main_batch(reach, words, options):
     if inputs is None:
         return QueueBatch(*reach(), terms, separator, jobs, joblog, options.force, options.halt).work()
     if not todo:
-        log.say(nothing_to_do(tasks, terms.unit()))
+        (log.say if tasks else log.tell_user)(nothing_to_do(tasks, terms.unit()))
         return 0
     return Batch(*reach(), terms, tasks, jobs, joblog, options.force, options.halt).work()
 
@@ -14373,7 +14383,8 @@ if TYPE_CHECKING:                   # what mypy and editors know of the public n
                      allow: Iterable[str] = (), retries: int = 3, *, hosts: Union[None, str, Iterable[str]] = None,
                      trust: bool = False, send: Iterable[str] = (), threads: Optional[int] = 1,
                      mp_context: None = None, initializer: Optional[Callable[..., Any]] = None,
-                     initargs: Iterable[Any] = (), max_tasks_per_child: Optional[int] = None) -> None: ...
+                     initargs: Iterable[Any] = (), max_tasks_per_child: Optional[int] = None,
+                     python: Union[str, "os.PathLike[str]"] = "python3") -> None: ...
 
         def map(self, fn: Callable[..., Result], *iterables: Iterable[Any], timeout: Optional[float] = None,
                 chunksize: int = 1, buffersize: Optional[int] = None) -> Iterator[Result]: ...

@@ -4784,15 +4784,23 @@ def test_a_command_that_only_exec_cannot_start(cluster):
     assert b": failed" not in read(worker.log)
 
 
-def test_a_command_that_is_here_and_was_not_sent(cluster):
-    put(cluster.path("script"), "#!/bin/sh\necho done\n", 0o755)
+def test_a_command_that_is_here_and_not_there(cluster):
+    """The message tells what to do."""
+    for name, line in (("own.sh", "#!/bin/sh"), ("dos", "#!/bin/sh\r"), ("plain", "echo done")):
+        put(cluster.path(name), line + "\necho done\n", 0o755)
     cluster.worker(options=("-a", "-d"))
-    for words, hint in (["./script"], " (it is here: -i ./script sends it)"), (["./none"], ""), (
-            ["-i", "script", "./none"], ""):
-        options = words[:-1]
-        said = failed(cluster.run("cexec", "-n", *options, cluster.pub, words[-1], cwd=cluster.directory), 127).decode()
-        assert said.endswith(": No such file or directory%s\n" % hint)
-    done = cluster.run("cexec", "-n", "-i", "script", cluster.pub, "./script", cwd=cluster.directory)
+    for words, hint in ((["./own.sh"], " (it is here: -i ./own.sh sends it)"), (["./none"], ""),
+                        (["-i", "own.sh", "./none"], ""),
+                        (["-i", "own.sh", "own.sh"],
+                         " (a file here: as a command it is ./own.sh; a pattern of -g needs quotes)"),
+                        (["-i", "dos", "./dos"], " (its first line names a program that is not there: #!/bin/sh\\r)")):
+        for mode in ["-n"], ["-mn"]:
+            rest = [":::", "1"] if mode == ["-mn"] else []
+            done = cluster.run("cexec", *mode, *words[:-1], cluster.pub, words[-1], *rest, cwd=cluster.directory)
+            assert done.returncode in (127, 1)
+            said = done.stderr.decode().replace("; 0 of 1 jobs are done", "")
+            assert said.endswith(": No such file or directory%s\n" % hint), said
+    done = cluster.run("cexec", "-n", "-i", "own.sh", cluster.pub, "./own.sh", cwd=cluster.directory)
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
@@ -9383,7 +9391,8 @@ def test_failures_are_counted_and_told(cluster):
     assert sorted(re.split(r"(?=cexec: )", done.stderr.decode())[1:]) == sorted([
         "cexec: exit at %s: exit status 3\nsaid exit\n" % NODE,
         "cexec: killed at %s: killed by signal 9\nsaid killed\n" % NODE,
-        "cexec: term at %s: killed by signal 15\nsaid term\n" % NODE, "cexec: missing: No such file or directory\n",
+        "cexec: term at %s: killed by signal 15\nsaid term\n" % NODE,
+        "cexec: missing: No such file or directory (-n: the inputs are no files)\n",
         "cexec: directory: not a regular file\n", "cexec: fifo: not a regular file\n",
         "cexec: good at %s: done, and said:\nsaid good\n" % NODE,
         "cexec: fine at %s: done, and said:\nsaid fine\n" % NODE, "cexec: none/x: No such file or directory\n",
@@ -9462,7 +9471,7 @@ def test_halt_prints_what_is_done_behind_a_job_that_waits_for_its_next_try(clust
 def test_halt_counts_files_that_can_not_be_read(cluster):
     cluster.worker("cat")
     done = batch(cluster, *("no%d" % number for number in range(30)), options=["--halt", "2"])
-    assert done.returncode == 2 and done.stderr.count(b": No such file or directory\n") == 2
+    assert done.returncode == 2 and done.stderr.count(b": No such file or directory (-n:") == 2
     refusal(batch(cluster, "f", options=["--halt", "0"]), 100, "--halt needs a number from 1")
     refusal(cluster.run("cexec", "--halt", "1", cluster.pub), 100, "--halt is for -m")
 
@@ -16978,8 +16987,9 @@ def test_a_missing_module_is_told_with_its_host_and_the_remedy(pooled):
                     traceback.print_exc()
         """)
     assert ("\nOn %s:\n" % os.uname().nodename in out and
-            "install it there, or put a module of your own beside the main program, or its directory into send; "
-            "CEXEC_REJECT_SERVERS=%s leaves the host out\n" % os.uname().nodename in out)
+            "install it there, or name a Python that has it (hosts=..., python=...), or put a module of your own "
+            "beside the main program, or its directory into send; CEXEC_REJECT_SERVERS=%s leaves the host out\n"
+            % os.uname().nodename in out)
 
 
 def test_a_main_program_may_name_the_executor_in_classes_and_annotations(pooled):
@@ -21260,15 +21270,16 @@ def test_a_limit_for_each_job(linked_cluster, at):
     cluster = linked_cluster
     cluster.key, cluster.pub = (cluster.path(name) for name in ("run", "run.pub"))
     output(cluster.run("ckeygen", cluster.key, cluster.pub))
-    put(cluster.path("render"), "#!/bin/sh\n[ $1 = 2 ] && { sleep 1000 & echo $! > child; wait; }\necho $1\n", 0o755)
+    script = "#!/bin/sh\n[ $1 = 2 ] && { sleep 1000 & echo $! > %s; wait; }\necho $1\n"
+    put(cluster.path("render"), script % cluster.path("child"), 0o755)
     command, words = recipe("cexec.1", "cexec -mn -o '{}.png'").replace("90", "3"), "timeout -k 10 600 "
     if at == "worker":
-        line = recipe("cexec.1", "cservice -a run timeout")
+        line = recipe("cexec.1", "cservice -a -d run timeout")
         assert line.endswith(words.strip() + " .") and words in command
         command = command.replace(words, "")
-        cluster.worker("timeout", "-k", "10", "1", options=["-a"])
+        cluster.worker("timeout", "-k", "10", "1", options=["-ad"])
     else:
-        cluster.worker(options=["-a"])
+        cluster.worker(options=["-ad"])
     done = cluster.sh(command.replace("600", "1"))
     assert ended(done)[:2] == (1, b"cexec: 2 at %s: exit status 124\n" % socket.gethostname().encode())
     assert sorted(glob.glob1(cluster.directory, "*.png")) == ["1.png", "3.png"]
