@@ -15402,6 +15402,8 @@ def advice(refused):
         return text + ": if a worker may make such objects here, use Executor(..., allow=[%s])" % ", ".join(
             '"%s"' % name for name in names.values())
     whys = ["%s: %s" % (names[pair], refused[pair]) for pair in names if refused[pair]]
+    if ("numpy", "ndarray") in refused:
+        whys = ["an array of objects, or of a class of its own"]
     return text + " (%s): only with trust=True, from workers that are your own" % (
         "; ".join(whys) or "%s is not known to be a class for data" % others[0])
 
@@ -15986,6 +15988,9 @@ class Reader:
                 {"_missing_", "__new_member__"} & set(own)):
             self.spend(len(lookup(cls, "_value2member_map_")))       # 3.10 and older look at all of them
             bits = functools.reduce(lambda one, two: one | two, [member._value_ for member in members.values()], 0)
+            # An IntFlag keeps bits that have no member: in Python 3.11 and newer its boundary says so.
+            if issubclass(cls, enum.IntFlag) and lookup(cls, "_boundary_") is getattr(enum, "KEEP", None):
+                bits |= 2 ** 64 - 1
             if not (value if value >= 0 else ~value) & ~bits:
                 return cls(value)
         raise malformed("%s has no such member here" % cls.__name__)
@@ -17353,7 +17358,8 @@ class ExecutorMethods:
     is to set must not exist here; what it sets there is kept for the calls.
     Modules beside the main program are sent when a worker imports them, those in the current
     directory if the main program has no file, and those in send; installed packages must be
-    installed on the workers too.  The output of a function comes to standard error here, after the
+    installed on the workers too.  A call sees no file of yours: its data are its arguments, or what
+    the initializer was given.  The output of a function comes to standard error here, after the
     worker's name.  A worker's Python does many calls, for about a minute; globals last as long.  A
     module is sent as it was when its first call needed it: after an edit make a new Executor.
     Workers are held while there are calls, and for 3 seconds more, or for as long as the initializer

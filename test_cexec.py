@@ -15963,6 +15963,8 @@ class Strange(enum.Flag):
     @classmethod
     def _missing_(cls, value):
         CALLED.append(value)
+class Loose(enum.IntFlag):
+    A, B = 1, 2
 class Making(enum.IntFlag):
     A, B = 1, 2
     def __new__(cls, value):
@@ -16051,6 +16053,22 @@ def ours(tmp_path, monkeypatch):
     module.scope, module.dumps = scope, lambda value: bytes(scope["dumps"](value))
     yield module
     del sys.modules["ours_x"]
+
+
+def test_an_intflag_may_have_bits_without_a_member(ours):
+    for value in map(ours.Loose, (0, 1, 3, 8, 9, -2)):
+        found = cexec.load_result(cexec.Allowed(()), ours.dumps(value), 0)
+        assert found == value and type(found) is ours.Loose
+    with pytest.raises(ValueError, match="no such member"):
+        cexec.load_result(cexec.Allowed(()), ours.dumps(ours.Loose(2 ** 64)), 0)
+
+
+def test_why_an_array_of_objects_is_refused_is_said(ours):
+    with_package("numpy", sys.executable)
+    import numpy
+    for array in numpy.array([1, "a", None], dtype=object), numpy.ma.masked_array([1, 2], [0, 1]):
+        with pytest.raises(pickle.UnpicklingError, match="an array of objects, or of a class of its own"):
+            cexec.load_result(cexec.Allowed(()), ours.dumps(array), 0)
 
 
 def test_the_programs_own_classes_are_read_and_never_called(ours):
