@@ -17641,6 +17641,7 @@ def run_applet(argv):
 
 def main(argv):
     """Runs an applet and ends this process with its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # else, if our starter ignores it, we cannot reap our children
     try:
         try:
             code = run_applet(argv)
@@ -17752,6 +17753,8 @@ def made_by_child(make):
         reader, writer = os.pipe()
     except OSError:                 # no descriptor is free
         return None
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # as in main()
     try:
         child = forked(work, [writer])
     except OSError:                 # there are too many processes

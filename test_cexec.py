@@ -18845,6 +18845,18 @@ def test_the_ssl_that_we_load_is_whole():
     assert done.stdout == b"YWJj YWJj b'abc'\n"
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_start_by_a_program_that_ignores_its_children(away, kept):
+    """As servers do that never wait: so its children inherit that, and could not wait for theirs."""
+    if not kept:
+        away.env["XDG_CACHE_HOME"] = os.devnull
+    start = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+             "os.execvp(sys.argv[1], sys.argv[1:])")
+    for words, status in ((["-n", "sh", "-c", "exit 6"], 6), (["-A", "true"], 0)):
+        done = away.do([PYTHON, "-c", start, *away.argv("cexec", "-s", "a", *words)])
+        assert (done.returncode, done.stderr) == (status, b"")
+
+
 def test_no_name_is_given_twice():
     """In one long file the second would quietly take the place of the first."""
     names = []
