@@ -2860,7 +2860,7 @@ def test_a_search_that_gives_up_at_its_first_announcement_can_be_ended(monkeypat
     patron = SimpleNamespace(not_found=lambda *words: given_up.append(words))
     search = cexec.Search(cexec.Loop(), group, None, terms, patron, None, True)
     search.last_answer -= 10
-    for name, what in (("send", lambda *words, **fields: None), ("unfit", lambda: ("nobody", 111))):
+    for name, what in (("send", lambda *words, **fields: None), ("refusal", lambda: ("nobody", 111))):
         monkeypatch.setattr(search, name, what)
     search.avoid = SimpleNamespace(has_worked=False)
     search.announce()
@@ -5006,11 +5006,16 @@ def test_a_file_that_others_read_meanwhile(one):
         close_all(ours, theirs)
 
 
-def test_a_lost_job_leaves_its_input_where_it_was(one):
+def test_a_lost_job_leaves_its_input_where_it_was(one, tmp_path):
+    gate = str(tmp_path / "go")
+    command = ("head -n 1; until [ -e %s ]; do sleep 0.02; done; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000"
+               % gate)
     with open(one.path("data/words"), "rb", 0) as file:
         file.seek(6)
-        with job(one, "head -n 1; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 1000", fds={0: file}) as process:
-            assert finish(process) == (111, b"beta\n")
+        with job(one, command, fds={0: file}) as process:
+            assert read_count(process.out[1], 5) == b"beta\n"
+            touch(gate)
+            assert finish(process) == (111, b"")
         assert file.tell() == 6
 
 
