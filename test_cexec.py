@@ -5008,11 +5008,10 @@ def test_a_file_that_others_read_meanwhile(one):
 
 def test_a_lost_job_leaves_its_input_where_it_was(one, tmp_path):
     gate = str(tmp_path / "go")
-    command = "head -n 1; until [ -e %s ]; do sleep 0.02; done; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 9" % (
-        gate)
+    command = "head -n 1; until [ -e %s ]; do sleep 0.02; done; kill -KILL $(cut -d ' ' -f 4 /proc/$$/stat); sleep 9"
     with open(one.path("data/words"), "rb", 0) as file:
         file.seek(6)
-        with job(one, command, fds={0: file}) as process:
+        with job(one, command % gate, fds={0: file}) as process:
             assert read_count(process.out[1], 5) == b"beta\n"
             touch(gate)
             assert finish(process) == (111, b"")
