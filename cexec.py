@@ -7598,21 +7598,21 @@ class Task:
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     directory = ""                  # where its results go
-    __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp", "result",
-                 "errors", "slot", "words", "listings", "newest", "oldest", "results", "retries", "avoids", "since",
-                 "refusals", "unsettled", "exit_code", "done_before")        # a batch may have a million
+    __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp",
+                 "output_file", "errors", "slot", "words", "listings", "newest", "oldest", "patterns", "retries",
+                 "avoids", "since", "refusals", "unsettled", "exit_code", "done_before")    # a batch may have a million
 
     def __init__(self, terms, number, inputs, output):
         self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
         self.file = None if terms.values else inputs[0]
         self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
-        self.losses, self.input, self.stamp, self.result, self.errors = 0, None, None, None, None
+        self.losses, self.input, self.stamp, self.output_file, self.errors = 0, None, None, None, None
         self.slot = 1               # the number for {%}, of the present run
         self.words = None           # (variables, arguments), while its files are open
         self.listings = ()          # the files of -i
         self.newest = 0             # when the newest of the files that it reads was changed, in ns, without those of -i
         self.oldest = None          # and the oldest of its outputs; None if one is not there
-        self.results = ()           # the patterns of -g
+        self.patterns = ()          # of -g
         self.retries = terms.retries            # --retries: how often it still runs again if its command fails
         self.avoids, self.since = frozenset(), 0.0      # the workers of avoid(); since when
         self.refusals = None        # the Refusals of workers that have not its own command
@@ -7639,7 +7639,7 @@ class Task:
     def job_fields(self):
         environment, arguments = self.words
         return dict(self.terms.job_fields(), descriptors=self.ROWS + self.terms.file_rows(), environment=environment,
-                    arguments=arguments, patterns=list(map(os.fsencode, self.results)))
+                    arguments=arguments, patterns=list(map(os.fsencode, self.patterns)))
 
     def has_own_command(self):
         return has_placeholders(os.fsdecode(self.terms.arguments[0]))
@@ -7662,7 +7662,7 @@ class Task:
 
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
-        named = filter(None, (plain_name(os.fsencode(pattern)) for pattern in self.results))
+        named = filter(None, (plain_name(os.fsencode(pattern)) for pattern in self.patterns))
         return [os.path.join(self.directory, os.fsdecode(name)) for name in named] + [self.output] * (
             self.output is not None)
 
@@ -7680,7 +7680,7 @@ class Task:
     def note_outputs(self):
         """Notes what it writes.  Raises Fatal (100) if this must not be written."""
         names, times = self.terms.names, []
-        self.results = tuple(result_pattern(self.fill(text, quoted)) for text in self.terms.results)
+        self.patterns = tuple(result_pattern(self.fill(text, quoted)) for text in self.terms.results)
         for name in self.outputs():
             is_result, option = name is not self.output, "-o %s" % self.terms.pattern
             found = names.note_written(name, self, "-g " + name if is_result else option)
@@ -7710,7 +7710,7 @@ class Task:
         self.slot = slot
         self.words = self.fill_words()
         self.listings = self.list_inputs()
-        for text in self.results:
+        for text in self.patterns:
             check_target(text, *[self.directory] * bool(self.directory))
         with on_failure(self.discard):
             self.open_input()
@@ -7742,12 +7742,12 @@ class Task:
         self.input = open(self.file, "rb", 0) if self.stamp else None
 
     def open_outputs(self):
-        self.result = self.terms.unnamed.take() if self.output is None else self.open_part()
+        self.output_file = self.terms.unnamed.take() if self.output is None else self.open_part()
         self.errors = self.open_errors() if self.errors_kept else self.terms.unnamed.take()
 
     def ends(self):
         """Returns the Ends of its descriptors, for a run.  Without an input that End is not read: its number is -1."""
-        numbers = [file.fileno() if file else -1 for file in (self.input, self.result, self.errors)]
+        numbers = [file.fileno() if file else -1 for file in (self.input, self.output_file, self.errors)]
         return [End(number, number, lambda: None, [half]) for number, half in zip(numbers, ("read", "write", "write"))]
 
     def open_part(self):
@@ -7807,22 +7807,22 @@ class Task:
             raise OSError(errno.EBUSY, "changed while it was read", self.file)
         if self.output is not None:
             self.terms.names.check_there(self.output)
-            if not os.path.samestat(os.lstat(self.part), os.fstat(self.result.fileno())):
+            if not os.path.samestat(os.lstat(self.part), os.fstat(self.output_file.fileno())):
                 raise OSError(errno.EBUSY, "another program has replaced it", self.part)
             os.rename(self.part, self.output)
-            self.terms.names.note_made(os.fstat(self.result.fileno()), self)
-            self.terms.names.forget_part(self.result)
+            self.terms.names.note_made(os.fstat(self.output_file.fileno()), self)
+            self.terms.names.forget_part(self.output_file)
 
     def discard(self):
         """Removes the unfinished output."""
-        if self.result and self.output is not None:
+        if self.output_file and self.output is not None:
             drop_part(self.part)
-            self.terms.names.forget_part(self.result)
+            self.terms.names.forget_part(self.output_file)
         self.close()
 
     def close(self, *names):
         """Closes the open files of these names, or all; those without a name are for other Tasks then."""
-        named = {"input": True, "result": self.output is not None, "errors": self.errors_kept}
+        named = {"input": True, "output_file": self.output is not None, "errors": self.errors_kept}
         for name in names or named:
             file = getattr(self, name)
             setattr(self, name, None)
@@ -7905,7 +7905,7 @@ class FileRun(RemoteRun):
                 channel = self.carry(number, end)
                 if channel.source and not task.input:
                     channel.source.leave_alone()
-            self.begin_files(task.listings, list(map(os.fsencode, task.results)),
+            self.begin_files(task.listings, list(map(os.fsencode, task.patterns)),
                              lambda arrivals: task.terms.names.claim(arrivals, task), task.directory)
         self.channels[0].source.begin()
         self.refresh()
@@ -8072,13 +8072,13 @@ class Printer:
                 self.count += 1
             else:
                 self.task = task
-                task.result.seek(0)
+                task.output_file.seek(0)
                 self.loop.on_write(self.end.polled, self.writable)
 
     def writable(self):
         """Prints as much as standard output takes now: its reader may be slow.  Raises Fatal (111), BrokenPipeError."""
         log.status_line("")
-        self.unprinted = self.unprinted or memoryview(self.task.result.read(FRAME_MAX))
+        self.unprinted = self.unprinted or memoryview(self.task.output_file.read(FRAME_MAX))
         if not self.unprinted:
             return self.printed()
         try:
@@ -8521,7 +8521,7 @@ class Batch(Patron):
         if run.job.output is None:
             stored(None)
         else:
-            self.disk.store(run.job.result, stored)
+            self.disk.store(run.job.output_file, stored)
 
     def commit(self, task, outcome):
         """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
@@ -8730,7 +8730,7 @@ class QueueBatch(Batch):
         try:
             task.note_inputs()
             task.note_outputs()
-            if task.results:
+            if task.patterns:
                 self.terms.names.note_nested(task)
             check_directories(self.terms.pattern, [task])
         except (Fatal, ValueError) as error:        # ValueError: a NUL in the name
@@ -8832,7 +8832,7 @@ def show_tasks(options, tasks):
         except (OSError, ValueError) as error:
             raise Fatal(EXIT_USAGE, "%s: %s" % (task.name, error_text(error, task.name))) from None
         words = [b"cexec"] + [b"-n"] * task.terms.values
-        for option, values in (b"-i", task.input_paths()), (b"-g", task.results):
+        for option, values in (b"-i", task.input_paths()), (b"-g", task.patterns):
             words += [word for value in values for word in (option, os.fsencode(value))]
         named = [word for hosts in options.hosts for word in ("-s", hosts)] or options.words[:1]
         words += [*map(os.fsencode, named), *environment]

@@ -8979,12 +8979,12 @@ def test_files_of_outputs_without_names_are_used_again_and_are_empty_then():
     for number, size in enumerate((cexec.FRAME_MAX + 1, 0, 10, 1000)):
         task = cexec.Task(terms, number, ("value",), None)
         task.open()
-        for file in (task.result, task.errors):
+        for file in (task.output_file, task.errors):
             assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == os.fstat(file.fileno()).st_size == 0
             os.write(file.fileno(), bytes(size))
             files.add(file)
         task.discard()
-        assert (task.result, task.errors) == (None, None)
+        assert (task.output_file, task.errors) == (None, None)
     assert len(files) == 2
     for file in files:
         file.close()
