@@ -14542,8 +14542,15 @@ def take_back():
         pass
 
 def loads(data, offset, buffers):
-    data = memoryview(data)[offset:]
-    return pickle.loads(data, buffers=buffers) if buffers else pickle.loads(data)
+    data, more = memoryview(data)[offset:], {"buffers": buffers} if buffers else {}
+    try:
+        return pickle.loads(data, **more)
+    except ModuleNotFoundError as error:        # Python 3.13 calls its module of paths so
+        if error.name != "pathlib._local":
+            raise
+    import pathlib
+    sys.modules["pathlib._local"] = pathlib
+    return pickle.loads(data, **more)
 
 class Source:
     """Finds and loads modules that the client has beside its main program."""

@@ -17840,6 +17840,19 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("python", PYTHONS)
+def test_a_path_from_another_python_is_read_on_a_worker(pooled, python):
+    """Python 3.13 alone has its classes in a module pathlib._local."""
+    assert pooled.script("""
+        import pathlib
+        def read(path):
+            return type(path).__name__, str(path)
+        if __name__ == "__main__":
+            with cexec.Executor(POOL) as pool:
+                print([pool.submit(read, pathlib.PurePosixPath("/a/b")).result(60) for _ in range(2)])
+        """, python=python) == "[('PurePosixPath', '/a/b'), ('PurePosixPath', '/a/b')]\n"
+
+
+@pytest.mark.parametrize("python", PYTHONS)
 def test_forty_types_without_allow(cluster, monkeypatch, python):
     live_in(cluster, monkeypatch)
     cluster.worker(python, "/dev/fd/3", env={"BOOST": "0"})
