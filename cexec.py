@@ -10322,7 +10322,8 @@ class Command(Carrier, Stateful):
         # A reader that is slow, at the client or on the way, has us wait in the same state.
         if self.state is LINGERING:
             if any(source.is_held_open() for source in self.sources()):
-                self.link.send(LINGER, status=self.result[1])
+                how, status, _ = self.result
+                self.link.send(LINGER, status=status + EXIT_SIGNAL * (how == HOW_SIGNALLED))
             else:
                 self.timers[0] = self.loop.after(1.0, self.tell_lingering)
 

@@ -4732,18 +4732,19 @@ def test_linger_is_bounded(one):
     touch(go)
 
 
-def test_terminal_is_told_of_lingering(one):
+@pytest.mark.parametrize("end, status", [("exit 4", 4), ("kill -TERM $$", 143)])
+def test_terminal_is_told_of_lingering(one, end, status):
     master, slave = pty.openpty()
     go = one.path(new_mark())
-    with job(one, "%s & exit 4" % wait_for(go), fds={2: slave}) as process:
+    with job(one, "%s & %s" % (wait_for(go), end), fds={2: slave}) as process:
         os.close(slave)
         text = b""
         while b"\n" not in text:
             text += read_count(master, 1)
-        assert text.startswith(b"cexec: the command has ended with status 4; a process that it left behind")
+        assert text.startswith(b"cexec: the command has ended with status %d; a process that it left behind" % status)
         assert process.poll() is None
         touch(go)
-        assert finish(process) == (4, b"")
+        assert finish(process) == (status, b"")
     os.close(master)
 
 
