@@ -4101,7 +4101,7 @@ def end_sessions(loop, sessions, group, over):
 # The results of -g get theirs so:
 #
 #   RemoteRun.judge_files, after EXIT --> JobFiles.approve --the verdict--> receive, in a Helper --> commit_all
-#   in a batch, before the first rename:   Names.claim <-- JobFiles.read_question <--their names-- ask, in commit_all
+#   in a batch, before the first rename:   Names.claim <-- JobFiles.read_question <--their names-- ask_parent
 #                                               '--the answer: no other job has written them--> commit_all
 
 def commit(file, part, path, replace=True):
@@ -4918,10 +4918,11 @@ def holds_key(path, found):
         return False
 
 
-class Listing(collections.namedtuple("Listing", "path name inside newest")):
+class Listing(collections.namedtuple("Listing", "path name inside newest given")):
     """What -i sends of a file or directory: its path, its name there, and what is inside: each name with a NUL.
 
-    newest is when the newest of the files was changed, in ns.
+    newest is when the newest of the files was changed, in ns; given is the path too, but if the argument of -i is a
+    link, that of the link.
     """
 
     __slots__ = ()
@@ -5193,7 +5194,9 @@ class Names:
                 newest = float("inf")
             elif not stat.S_ISDIR(found.st_mode):
                 newest = max(newest, found.st_mtime_ns)
-        listing = Listing(top, name, b"".join(inside), newest)
+        head, last = os.path.split(os.fsencode(path).rstrip(b"/"))
+        given = top if last in (b"", b".", b"..") else os.path.join(os.path.realpath(head or b"."), last)
+        listing = Listing(top, name, b"".join(inside), newest, given)
         if path in self.inputs:
             self.inputs[path] = listing
         return listing
@@ -5285,12 +5288,12 @@ class Names:
             if last not in names:
                 names[last] = who
                 new.append((names, last))
-        def take_back():
+        def undo():
             for names, last in new:
                 names.pop(last)
             for _, made, _ in arrivals:
                 self.made.pop(made, None)
-        return take_back
+        return undo
 
     def check_above(self, path, who, option, passed):
         """Raises Fatal if the directory, or one above it, is the result of another job; passed: those seen before."""
@@ -5332,9 +5335,11 @@ def receive(part, reader, verdict, patterns, listings, in_batch, in_use=(), dire
             modes = {os.path.join(directory, name): mode for name, mode in directories.items()}
             directories = {directory: None, **modes}
         again = any(map(os.path.lexists, files + list(directories)))
-        sent = sent_files(listings) if again else {}
+        sent = [(path, os.path.join(directory, name)) for path, name in input_entries(listings)] if again else []
+        given = [(listing.given, listing.given) for listing in listings]
         named = [os.path.join(directory, name) for name in map(plain_name, patterns) if name]
-        old = old_files(named, files, directories, sent, in_use)
+        old = old_files(named, files, directories, sent + given, in_use)
+        sent = {identity_of(path): path for path, _ in sent}
         files = [name for name in files if not is_unchanged(part, name, sent, in_batch)]
         for name in files:
             if in_use.get(identity_of(name)):
@@ -5349,14 +5354,15 @@ def old_files(named, files, directories, sent, in_use):
     """Returns the names of what is in a directory that -g names, and not among the results: what is there is replaced.
 
     But nothing in a directory of which -i has sent something, no file that is in use, and no private key of this
-    program.  Raises OSError.
+    program.  sent: (path, name there) of all that -i sends, and where its arguments lie.  Raises OSError.
     """
     known, old = {*files, *directories}, []
-    tops = {name for name in named if name in directories and os.path.isdir(name)}
-    tops = {top for top in tops if not any(top.startswith(other + b"/") for other in tops)}
-    real = {top: os.path.realpath(top) for top in tops}
-    todo = [top for top in tops if not any(
-        path == real[top] or path.startswith(os.path.join(real[top], b"")) for path in sent.values())]
+    tops = []
+    for top in {name for name in named if name in directories and os.path.isdir(name)}:
+        real = os.path.realpath(top)
+        if not any(is_within(path, real) or is_within(name, top) for path, name in sent):
+            tops.append(top)
+    todo = [top for top in tops if not any(is_within(top, other) and top != other for other in tops)]
     while todo:
         directory = todo.pop()
         for name in [os.path.join(directory, last) for last in os.listdir(directory) if is_wanted(last)]:
@@ -5368,6 +5374,10 @@ def old_files(named, files, directories, sent, in_use):
     return old
 
 
+def is_within(path, top):
+    return path == top or path.startswith(os.path.join(top, b""))
+
+
 def identity_of(path):
     """Returns the (device, inode) of what is there; None if nothing is."""
     found = look(path)
@@ -5376,11 +5386,6 @@ def identity_of(path):
 
 def is_in_use(path, in_use):
     return identity_of(path) in in_use
-
-
-def sent_files(listings):
-    """Returns {(device, inode): path} of all that -i sends.  Raises OSError."""
-    return {identity_of(path): path for path, _ in input_entries(listings)}
 
 
 def is_unchanged(part, name, sent, in_batch):
@@ -5412,11 +5417,9 @@ def arrived(path, name):
 
 
 def commit_all(part, files, directories, in_batch, claim_names=lambda arrivals: True, old=()):
-    """Gives results their names: all of them, or none if something fails.  Raises OSError.
+    """Gives results their names: all of them, or none if something fails.  Then removes what is old.  Raises OSError.
 
     In a batch they are durable first.
-
-    Then removes what is old.
 
     Everything that may fail is done before the first rename, and renames are undone if one fails
     all the same.  Only a KILL or a crash between them leaves some of the results, and where
@@ -5588,7 +5591,7 @@ class JobFiles:
         in_use = {}
         for fd in range(3):
             found = os.fstat(fd)
-            in_use.setdefault((found.st_dev, found.st_ino), fd > 0)
+            in_use[found.st_dev, found.st_ino] = in_use.get((found.st_dev, found.st_ino)) or fd > 0
         self.part = new_part()
         self.receiver = self.help(lambda: receive(
             self.part, reader, verdict, patterns, listings, self.claim is not None, in_use, self.directory),
@@ -5779,11 +5782,12 @@ def check_command(arguments, inputs):
     if not arguments:
         raise Fatal(EXIT_USAGE, "no command is named (with -s its words come after the options)")
     name = os.fsdecode(arguments[0])
-    if "/" in name and not name.startswith("/") and os.path.isfile(name):
-        if not inputs:
-            raise Fatal(EXIT_USAGE, "%s: it is here, and not on the hosts (-i %s sends it)" % (name, name))
-        if not os.access(name, os.X_OK):
-            raise Fatal(EXIT_USAGE, "%s: not executable (chmod +x %s)" % (name, name))
+    if "/" in name and not name.startswith("/"):
+        source = source_of(name, inputs)
+        if source is None and os.path.isfile(name):
+            raise Fatal(EXIT_USAGE, "%s: it is here, and not on the hosts (%s)" % (name, how_to_send(name)))
+        if source is not None and os.path.isfile(source) and not os.access(source, os.X_OK):
+            raise Fatal(EXIT_USAGE, "%s: not executable (chmod +x %s)" % (name, os.path.relpath(os.fsdecode(source))))
 
 
 def parse_ports(text):
@@ -6046,6 +6050,25 @@ class Refusals:
 CANNOT = EXIT_CANNOT_RUN, EXIT_NOT_FOUND, EXIT_USAGE
 
 
+def source_of(name, inputs):
+    """Returns the path of what the inputs, Listings or texts of -i, send as a relative name; None if they do not."""
+    name = os.fsencode(os.path.normpath(name))
+    for item in inputs:
+        with suppress(OSError):     # a text with placeholders is no file
+            path, there = item[:2] if isinstance(item, Listing) else named_there(item)
+            if name == there:
+                return path
+            inner = name if there == WHOLE else name[len(there) + 1:]
+            if is_within(name, there) or there == WHOLE and not is_within(name, b".."):
+                return os.path.join(path, inner)
+    return None
+
+
+def how_to_send(name):
+    there = "./" + os.path.basename(name) if ".." in name.split("/") else name
+    return "-i %s sends it%s" % (name, "" if there == name else ", and it is %s there" % there)
+
+
 def not_found_hint(reason, options, terms):
     """Returns what the user may have meant, if the command that is not there is the client's word; else ""."""
     name = reason.rpartition(": ")[0]
@@ -6059,8 +6082,8 @@ def not_found_hint(reason, options, terms):
         return ""
     if "/" not in name:
         return " (a file here: as a command it is ./%s; a pattern of -g needs quotes)" % name
-    if not terms.inputs:
-        return " (it is here: -i %s sends it)" % name
+    if source_of(name, terms.inputs) is None:
+        return " (it is here: %s)" % how_to_send(name)
     with suppress(OSError), open(name, "rb") as file:
         line = file.readline(80).rstrip(b"\n")
         if line.startswith(b"#!"):
@@ -7732,7 +7755,7 @@ class Task:
     def value_hint(self, error):
         """Returns what may be meant if the file that it reads is missing, and its name looks like a value."""
         missing = self.file and isinstance(error, FileNotFoundError) and not os.path.lexists(self.file)
-        return " (-n: the inputs are no files)" if missing and not re.search("[./]", self.file) else ""
+        return " (with -n the inputs are values)" if missing and not re.search("[./]", self.file) else ""
 
     def open_input(self):
         """Opens the file that it reads; with -n it reads nothing.  Raises OSError."""
@@ -9554,7 +9577,7 @@ be run; 111 if cexec failed (try again); 100 for a usage error
     Option("--halt", "N", "halt", "begin no more jobs after N failures", "-m"),
     Option("--header", "N", "header", "begin each block with the first N lines of the input", "-b"),
     Option("--log", "FILE", "joblog", "append a line for each job, as parallel does", "-m -b"),
-    Option("--retries", "TIMES", "retries", "run a job whose command has failed again, up to so often", "-m -b -A"))
+    Option("--retries", "TIMES", "retries", "run a failed job again, up to so many TIMES", "-m -b -A"))
 
 
 def main_cexec(argv):
@@ -10389,9 +10412,9 @@ class Command(Carrier, Stateful):
 #      |                   | the same, while cservice leaves it free        |
 #      |                   V                                               |
 #      '----JOB---- RESTING <--yes, free: send EXIT, more=1----------------'
-#                      '--3 s without a JOB--> OVER
+#                      '--3 s without a JOB, or TERM--> OVER
 #
-#   from every state but OVER: the client has gone, or TERM came: GONE, until the session is ended
+#   from every state but OVER: the client has gone, or (not in RESTING) TERM came: GONE, until the session is ended
 
 AWAITING_GO, ASKING, RESTING, OVER, GONE = "AWAITING_GO", "ASKING", "RESTING", "OVER", "GONE"
 
@@ -10505,7 +10528,10 @@ class Supervisor(Stateful):
     def signalled(self, number):
         if number == signal.SIGTERM:
             # Between two jobs the next may be on its way: close_notify tells its client that it does not begin here.
-            self.leave() if self.state is RESTING else self.abandon("told to end")
+            if self.state is not RESTING:
+                return self.abandon("told to end")
+            self.leave()
+            self.loop.after(1.0, self.loop.stop)        # the client may be stopped
         elif self.command:
             self.command.child_ended()
 
@@ -10991,7 +11017,7 @@ class Supervisors:
 # The way of an announcement:
 #
 #     Worker.hear --> rcvd_announce --a slot is free--> delay_offer --Pace.delay()--> offer --> Offer --> start_job
-#                          '--no slot is free--> wait --> Line --a slot is free: serve_line--'
+#                          '--no slot is free--> queue_up --> Line --a slot is free: serve_line--'
 #
 # Pace.delay() makes the least loaded worker the first: its delay grows with the load.
 HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
@@ -13636,8 +13662,6 @@ def parse_hosts(words):
     for text in names:
         slots, slash, name = text.partition("/")
         slots, name = (whole(slots), name) if slash and slots.isdecimal() else (None, text)
-        if "/" in name:
-            raise Fatal(EXIT_USAGE, "-s %s: not a host (slots come first: 4/box1)" % text)
         if slots is not None and not 0 < slots <= SLOTS_MAX:
             raise Fatal(EXIT_USAGE, "-s %s: N/HOST has 1 to %d slots" % (text, SLOTS_MAX))
         hosts.setdefault(name, slots)
@@ -13646,6 +13670,8 @@ def parse_hosts(words):
             raise Fatal(EXIT_USAGE, "-s %s: not a host, or [USER@]HOST,..., or @FILE" % name)
         if name.count(":") == 1:
             raise Fatal(EXIT_USAGE, "-s %s: a port is set by CEXEC_SSH='ssh -p PORT'" % name)
+        if "/" in name:
+            raise Fatal(EXIT_USAGE, "-s %s: not a host (slots come first: 4/box1)" % name)
     if not hosts:
         raise Fatal(EXIT_USAGE, "-s %s: no host in it" % words[0])
     return hosts
@@ -13770,9 +13796,9 @@ class Visit:
         head = what_came(self.sock.recv, 6, socket.MSG_PEEK)
         if head is None:
             return
-        if not head or not begins_tls(head):
+        if len(head) < 6 or not begins_tls(head):       # fewer: no more will come
             self.refuse("it does not begin TLS")
-        elif len(head) == 6:
+        else:
             self.timer.cancel()
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
             self.loop.forget(self.sock.fileno())
@@ -15146,6 +15172,7 @@ PLAIN = frozenset([bool, bytearray, bytes, complex, dict, float, int, list, set,
 KEYS = frozenset([bool, bytes, float, str, type(None)])     # keys whose hash costs nothing, and is nobody else's,
                                     # but for not-a-number: before Python 3.10 all of them have one, and none is equal
 TUPLES_DEEP = 500                   # tuples in tuples: hash() in C has no limit of its own
+FLAGS_KEPT = 1000                   # values that an IntFlag has without members
 WORK_MIN = 100000                   # steps that reading a result may take, and ten more for each of its bytes
 PATTERN_MAX = 4096                  # characters of a result's regular expressions: to compile one may take long
 RANGE_LIKE = 128                    # characters that a range counts for if case is ignored: it is gone through
@@ -15411,7 +15438,7 @@ def advice(refused):
             '"%s"' % name for name in names.values())
     whys = ["%s: %s" % (names[pair], refused[pair]) for pair in names if refused[pair]]
     if ("numpy", "ndarray") in refused:
-        whys = ["an array of objects, or of a class of its own"]
+        whys.append("an array of objects, or of a class of its own")
     return text + " (%s): only with trust=True, from workers that are your own" % (
         "; ".join(whys) or "%s is not known to be a class for data" % others[0])
 
@@ -15479,11 +15506,14 @@ def is_plain(data, offset, keyed):
     return False
 
 
+RENAMED = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}     # modules of a worker: the same here
+
+
 def load_trusted(data, offset, buffers):
     """As pickle does: a worker can run anything here."""
     class Trusting(pickle.Unpickler):
         def find_class(self, module, name):
-            return super().find_class("__main__" if module == "__mp_main__" else module, name)
+            return super().find_class(RENAMED.get(module, module), name)
     file = io.BytesIO(data)         # without a copy, as data is bytes
     file.seek(offset)
     return Trusting(file, **{"buffers": buffers} if buffers else {}).load()
@@ -15875,7 +15905,7 @@ class Reader:
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
             raise malformed()
-        module = {"__mp_main__": "__main__", "pathlib._local": "pathlib"}.get(module, module)
+        module = RENAMED.get(module, module)
         self.stack.append(self.found(module, name))
 
     def found(self, module, name):
@@ -15994,10 +16024,15 @@ class Reader:
                for key in DICT_OF.__get__(base)]
         if type(cls) is enum.EnumMeta and issubclass(cls, enum.Flag) and type(value) is int and not (
                 {"_missing_", "__new_member__"} & set(own)):
-            self.spend(len(lookup(cls, "_value2member_map_")))       # 3.10 and older look at all of them
+            known = lookup(cls, "_value2member_map_")
+            if value in known:
+                return known[value]
+            self.spend(len(known))          # 3.10 and older look at all of them
             bits = functools.reduce(lambda one, two: one | two, [member._value_ for member in members.values()], 0)
             # An IntFlag keeps bits that have no member: in Python 3.11 and newer its boundary says so.
-            if issubclass(cls, enum.IntFlag) and lookup(cls, "_boundary_") is getattr(enum, "KEEP", None):
+            # The class keeps each for ever, so there is a bound.
+            if (issubclass(cls, enum.IntFlag) and lookup(cls, "_boundary_") is getattr(enum, "KEEP", None)
+                    and len(known) < FLAGS_KEPT):
                 bits |= 2 ** 64 - 1
             if not (value if value >= 0 else ~value) & ~bits:
                 return cls(value)
@@ -16143,42 +16178,42 @@ UP, ENDING, EXITED = "UP", "ENDING", "EXITED"
 
 # by_value: with code, so that it needs our minor version of Python; buffers: memoryviews, which are not in the data
 Pickled = collections.namedtuple("Pickled", "data buffers by_value")
-BULKY = frozenset([bytes, functools.partial, memoryview])       # what in_buffers() looks at
+BULKY = frozenset([bytes, functools.partial, memoryview])       # of an argument: for this in_buffers() is called
+HOLDERS = frozenset([tuple, dict, functools.partial])           # what it looks into
 
 
 def in_buffers(value, protocol, made=None):
     """The value, or what stands for it in a pickle that has its bytes or memoryview outside.
 
     Only what has such bytes within is made anew, and once: else an object that is there twice would arrive as two.
-    made: {id: what stands for it}.
+    made: {id: what stands for it}.  What is within itself stands there as it is.
     """
+    kind = type(value)
+    if kind is memoryview:
+        return pickle.PickleBuffer(value) if protocol > 4 and value.contiguous else bytes(value)
+    if kind is bytes:
+        return pickle.PickleBuffer(value) if protocol > 4 and len(value) >= LARGE else value
+    if kind not in HOLDERS:
+        return value
     made = {} if made is None else made
     if id(value) in made:
         return made[id(value)]
-    if type(value) in (tuple, dict, functools.partial):
-        made[id(value)] = value     # in itself it stands for itself
-        made[id(value)] = value = rebuilt(value, lambda one: in_buffers(one, protocol, made))
-        return value
-    if type(value) is memoryview and (protocol < 5 or not value.contiguous):
-        return bytes(value)
-    large = type(value) is memoryview or type(value) is bytes and len(value) >= LARGE and protocol > 4
-    return pickle.PickleBuffer(value) if large else value
+    made[id(value)] = value
+    old = value if kind is tuple else (value.func, value.args, value.keywords) if kind is functools.partial else tuple(
+        value.values())
+    new = [in_buffers(one, protocol, made) if type(one) in BULKY or type(one) in HOLDERS else one for one in old]
+    if any(one is not other for one, other in zip(old, new)):
+        made[id(value)] = rebuilt(value, new)
+    return made[id(value)]
 
 
-def rebuilt(value, change):
-    """Returns a tuple, dict or partial with its parts changed; itself if none is."""
-    if type(value) is functools.partial:
-        old = value.func, value.args, value.keywords
-    else:
-        old = value if type(value) is tuple else tuple(value.values())
-    new = tuple(map(change, old))
-    if all(one is other for one, other in zip(old, new)):
-        return value
-    if type(value) is functools.partial:
-        made = functools.partial(new[0], *new[1], **new[2])
-        vars(made).update(vars(value))
-        return made
-    return new if type(value) is tuple else dict(zip(value, new))
+def rebuilt(value, parts):
+    """Returns a tuple, dict or partial as this one, of these parts."""
+    if type(value) is not functools.partial:
+        return tuple(parts) if type(value) is tuple else dict(zip(value, parts))
+    made = functools.partial(parts[0], *parts[1], **parts[2])
+    vars(made).update(vars(value))
+    return made
 
 
 def dumps(value, protocol, by_value=False, kept=False):
@@ -16320,6 +16355,10 @@ def last_shown(line):
 
 def unnamed_file(data):
     """Returns a descriptor of a file without a name, which holds data, for reading.  Raises OSError."""
+    with suppress(OSError, AttributeError):     # this system or Python has no memfd_create(2), or there is no /proc
+        with closing(os.memfd_create("cexec")) as fd:
+            write_all(functools.partial(os.write, fd), data)
+            return os.open("/proc/self/fd/%d" % fd, os.O_RDONLY)
     with tempfile.NamedTemporaryFile(buffering=0) as file:
         write_all(file.write, data)
         return os.open(file.name, os.O_RDONLY)

@@ -7476,8 +7476,8 @@ def test_a_result_does_not_take_the_place_of_the_jobs_own_output(farm):
     command = [farm.pub, "sh", "-c", "mkdir d; echo file | tee d/log > r; echo standard"]
     for option, name in ("r", "r"), ("d", "d/log"), ("d/*", "d/log"):
         in_desk(farm, name, b"")
-        with open(os.path.join(farm.desk, name), "wb") as output:
-            done = farm.work("-n", "-g", option, *command, stdout=output)
+        with open(os.path.join(farm.desk, name), "r+b") as output:
+            done = farm.work("-g", option, *command, stdin=output, stdout=output)
         assert ended(done)[::2] == (111, b"cexec: %s: an output of this job is written there\n" % name.encode())
         assert read(os.path.join(farm.desk, name)) == b"standard\n"
     assert all_gone(farm)
@@ -7499,6 +7499,23 @@ def test_what_was_sent_stays_whatever_it_was_called(farm, spelled):
                      "mkdir -p sub/data; echo 2 > sub/data/f", "--", "a")
     assert done.returncode == 1 and b"sub/data/f: -i sends it, and it would be overwritten" in done.stderr
     assert contents(farm.desk)["sub/data/f"] == "mine" and all_gone(farm)
+
+
+@pytest.mark.parametrize("inputs", [["a/x"], ["absolute"], ["a/y", "b"], ["b", "a/y"]])
+def test_a_directory_of_which_a_link_was_sent_is_not_replaced(farm, inputs):
+    """A link to a file elsewhere; a file that is sent by a second way too.  A directory in it is, if it is named."""
+    farm.serve()
+    for name in "store/x", "a/y", "a/z", "a/b/old", "b/w":
+        in_desk(farm, name)
+    os.symlink("../store/x", os.path.join(farm.desk, "a/x"))
+    os.symlink("../a/y", os.path.join(farm.desk, "b/v"))
+    words = [word for name in inputs for word in (
+        "-i", os.path.join(farm.desk, "a/x") if name == "absolute" else name)]
+    done = farm.work("-n", *words, "-g", "a", "-g", "a/b", farm.pub, "sh", "-c",
+                     "mkdir -p a/b; echo > a/new; echo > a/b/new")
+    assert ended(done) == (0, b"", b"")
+    assert {"a/x", "a/y", "a/z", "a/new", "a/b/new", "store/x"} <= set(contents(farm.desk))
+    assert not os.path.exists(os.path.join(farm.desk, "a/b/old")) and all_gone(farm)
 
 
 @pytest.mark.parametrize("named", ["app/k", "app/k.pub"])
@@ -9026,7 +9043,7 @@ def test_files_crossed_with_values(cluster):
     done = cluster.run(*words)
     assert done.returncode == 2 and sorted(done.stderr.decode().splitlines()) == [
         "cexec: 2 failed, 2 here: No such file or directory (2)",
-        *("cexec: missing %d: missing: No such file or directory (-n: the inputs are no files)" % value
+        *("cexec: missing %d: missing: No such file or directory (with -n the inputs are values)" % value
           for value in (1, 2))]
     for name in names:
         for value in "12":
@@ -9397,7 +9414,7 @@ def test_failures_are_counted_and_told(cluster):
         "cexec: exit at %s: exit status 3\nsaid exit\n" % NODE,
         "cexec: killed at %s: killed by signal 9\nsaid killed\n" % NODE,
         "cexec: term at %s: killed by signal 15\nsaid term\n" % NODE,
-        "cexec: missing: No such file or directory (-n: the inputs are no files)\n",
+        "cexec: missing: No such file or directory (with -n the inputs are values)\n",
         "cexec: directory: not a regular file\n", "cexec: fifo: not a regular file\n",
         "cexec: good at %s: done, and said:\nsaid good\n" % NODE,
         "cexec: fine at %s: done, and said:\nsaid fine\n" % NODE, "cexec: none/x: No such file or directory\n",
@@ -9476,7 +9493,7 @@ def test_halt_prints_what_is_done_behind_a_job_that_waits_for_its_next_try(clust
 def test_halt_counts_files_that_can_not_be_read(cluster):
     cluster.worker("cat")
     done = batch(cluster, *("no%d" % number for number in range(30)), options=["--halt", "2"])
-    assert done.returncode == 2 and done.stderr.count(b": No such file or directory (-n:") == 2
+    assert done.returncode == 2 and done.stderr.count(b": No such file or directory (with -n ") == 2
     refusal(batch(cluster, "f", options=["--halt", "0"]), 100, "--halt needs a number from 1")
     refusal(cluster.run("cexec", "--halt", "1", cluster.pub), 100, "--halt is for -m")
 
@@ -15289,6 +15306,7 @@ def test_hosts_that_fail_are_named_with_their_reasons(away):
 
 def test_what_stops_s_of_cexec_before_any_login(away):
     away.login("echo >> logins; exit 1")
+    os.mkdir(away.path("sub"))
     for name, mode in ("in", 0o644), ("tool", 0o644), ("script", 0o755):
         put(away.path(name), "text", mode)
     for words, word in ((["-s", "a"], "no command is named"), (["-s", "a", "A=1"], "no command is named"),
@@ -15298,10 +15316,13 @@ def test_what_stops_s_of_cexec_before_any_login(away):
                         (["-Ans", "a"], "no command is named"), (["-s", "a", "-i", "none", "true"], "none: No such"),
                         (["-mns", "a", "-o", "x", "echo", ":::", "1", "2"], "x"),
                         (["-s", "a/4,b", "true"], "-s a/4: not a host (slots come first: 4/box1)"),
+                        (["-s", "ssh://a", "true"], "a port is set by CEXEC_SSH"),
+                        (["-s", "a", "-i", "in", "./script"], "it is here, and not on the hosts (-i ./script sends"),
+                        (["-s", "a", "sub/../tool"], "(-i sub/../tool sends it, and it is ./tool there)"),
                         (["-s", "x/a", "true"], "-s x/a: not a host (slots come first: 4/box1)"),
                         (["-s", "a", "./script"], "./script: it is here, and not on the hosts (-i ./script sends it)"),
-                        (["-ns", "a", "-i", "tool", "./tool"], "./tool: not executable (chmod +x ./tool)"),
-                        (["-As", "a", "-i", "tool", "./tool"], "./tool: not executable (chmod +x ./tool)"),
+                        (["-ns", "a", "-i", "tool", "./tool"], "./tool: not executable (chmod +x tool)"),
+                        (["-As", "a", "-i", "tool", "./tool"], "./tool: not executable (chmod +x tool)"),
                         (["-mns", "a", "-i", "tool", "./tool", ":::", "1"], "./tool: not executable")):
         assert refusal(away.run("cexec", *words, cwd=away.directory), 100, word).startswith("cexec: ")
     away.env["CEXEC_SSH"] = "no-such-ssh"
@@ -15530,6 +15551,22 @@ def test_a_client_that_sends_less_than_the_beginning_of_tls_costs_nothing():
         assert begun == [(7, near)] and near.recv(9) == b"\x16\x03\x01\x00\xc8\x01"
         far.send(b"x")
         assert select.select([near], [], [], PATIENCE)[0]
+
+
+def test_a_client_that_ends_at_the_beginning_of_tls_is_refused_at_once():
+    loop, told = cexec.Loop(), []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near, _ = server.accept()
+    visit = cexec.Visit.__new__(cexec.Visit)
+    visit.lifeline = SimpleNamespace(loop=loop, begins=lambda *what: told.append(what), refused=told.append)
+    visit.loop, visit.number, visit.dial = loop, 7, SimpleNamespace(close=lambda: None)
+    visit.connected(near, PATIENCE)
+    with far, near:
+        far.send(b"\x16\x03")
+        far.shutdown(socket.SHUT_WR)
+        until(lambda: loop.turn() or told, "the refusal")
+        assert told == [7]
 
 
 def hire(farm, hosts, *words, start=False, ssh="", **options):
@@ -16065,7 +16102,12 @@ def test_an_intflag_may_have_bits_without_a_member(ours):
         found = cexec.load_result(cexec.Allowed(()), ours.dumps(value), 0)
         assert found == value and type(found) is ours.Loose
     with pytest.raises(ValueError, match="no such member"):
-        cexec.load_result(cexec.Allowed(()), ours.dumps(ours.Loose(2 ** 64)), 0)
+        loaded(made("enum", "Loose", None, 2 ** 64))
+    loaded(made("enum", "Loose", None, 1024))
+    for value in range(2048, 2048 + cexec.FLAGS_KEPT):      # a hostile worker's: the class would keep them all
+        with contextlib.suppress(ValueError):
+            loaded(made("enum", "Loose", None, value))
+    assert len(ours.Loose._value2member_map_) <= cexec.FLAGS_KEPT and loaded(made("enum", "Loose", None, 1024)) == 1024
 
 
 def test_why_an_array_of_objects_is_refused_is_said(ours):
@@ -17204,6 +17246,10 @@ def test_arguments_beside_bytes_stay_what_they_are():
         value = {"bulk": bulk, "d": d}
         first, second, held, _ = cexec.in_buffers((value, value, (value,), small), 5)
         assert first is second is held[0] and first is not value and first["d"] is d and list(first) == ["bulk", "d"]
+    deep = ()
+    for _ in range(400):
+        deep = (deep,)
+    assert cexec.in_buffers((deep, small), 5)[0] is deep
     q = functools.partial(len, bulk)
     q.tag = "t"
     made = cexec.in_buffers(q, 5)
@@ -17852,6 +17898,18 @@ def test_a_path_from_another_python_is_read_on_a_worker(pooled, python):
             with cexec.Executor(POOL) as pool:
                 print([pool.submit(read, pathlib.PurePosixPath("/a/b")).result(60) for _ in range(2)])
         """, python=python) == "[('PurePosixPath', '/a/b'), ('PurePosixPath', '/a/b')]\n"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_path_of_a_workers_other_python_is_read_here(cluster, monkeypatch, trust):
+    live_in(cluster, monkeypatch)
+    cluster.worker(PYTHONS[-1], "/dev/fd/3", env={"BOOST": "0"})
+    with cexec.Executor(cluster.pub, trust=trust) as pool:
+        for name in "3.13", "else":
+            path = pool.submit(pathlib.PurePosixPath, "/a/" + name).result(PATIENCE)
+            assert path == pathlib.PurePosixPath("/a/" + name)
+    data = b"\x80\x04\x8c\x0epathlib._local\x8c\x0dPurePosixPath\x93\x8c\x04/a/b\x85R."
+    assert cexec.load_result(cexec.Allowed((), trust), data, 0) == pathlib.PurePosixPath("/a/b")
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -18845,6 +18903,7 @@ def test_a_part_uses_nothing_of_what_it_leaves_out(name, lacks, unused):
     assert all(hasattr(cexec, word) and not hasattr(part, word) for word in (lacks + " " + unused).split())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 7), reason="Python 3.6 does not tell what it loads")
 def test_a_short_job_does_not_load_what_ssl_needs_for_pem_alone(cluster):
     """They are a third of what ssl takes, and a short job's user waits for it."""
     cluster.worker("cat")
