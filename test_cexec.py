@@ -6917,7 +6917,7 @@ def test_a_lost_jobs_large_directory_does_not_stop_the_worker(farm):
 
 
 @pytest.mark.parametrize("room", range(12))
-@pytest.mark.parametrize("listings", [[], [(b"/nowhere", b"x", b"", 0)]])
+@pytest.mark.parametrize("listings", [[], [(b"/nowhere", b"x", b"", 0, b"/nowhere")]])
 @pytest.mark.parametrize("patterns", [[], [b"*"]])
 def test_files_of_a_job_are_all_closed_if_descriptors_run_out(tmp_path, monkeypatch, room, listings, patterns):
     monkeypatch.chdir(tmp_path)
@@ -18887,8 +18887,8 @@ def test_the_part_of_the_program_that_a_start_needs(monkeypatch, words, part):
 
 
 @pytest.mark.parametrize("name, lacks, unused", [
-    ("job", "Names Batch Worker Executor", "JobFiles Names RunGroup check_current_directory list_workers listings_of "
-     "main_batch main_blocks main_everywhere parse_size result_pattern"),
+    ("job", "Names Batch Worker Executor", "JobFiles Listing Names RunGroup WHOLE check_current_directory is_within "
+     "list_workers listings_of main_batch main_blocks main_everywhere named_there parse_size result_pattern"),
     ("cexec", "Worker Executor", ""), ("cservice", "Client make_pub Executor", "serve_on_hosts"), ("all", "", "")])
 def test_a_part_uses_nothing_of_what_it_leaves_out(name, lacks, unused):
     """But for what only other options call."""
