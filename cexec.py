@@ -5336,9 +5336,9 @@ def receive(part, reader, verdict, patterns, listings, in_batch, in_use=(), dire
             directories = {directory: None, **modes}
         again = any(map(os.path.lexists, files + list(directories)))
         sent = [(path, os.path.join(directory, name)) for path, name in input_entries(listings)] if again else []
-        given = [(listing.given, listing.given) for listing in listings]
         named = [os.path.join(directory, name) for name in map(plain_name, patterns) if name]
-        old = old_files(named, files, directories, sent + given, in_use)
+        sent += [(listing.given, listing.given) for listing in listings]
+        old = old_files(named, files, directories, sent, in_use)
         sent = {identity_of(path): path for path, _ in sent}
         files = [name for name in files if not is_unchanged(part, name, sent, in_batch)]
         for name in files:
@@ -5375,7 +5375,8 @@ def old_files(named, files, directories, sent, in_use):
 
 
 def is_within(path, top):
-    return path == top or path.startswith(os.path.join(top, b""))
+    """Whether a path is this one, or below it: both text, or both bytes."""
+    return path == top or path.startswith(os.path.join(top, top[:0]))
 
 
 def identity_of(path):
@@ -6082,9 +6083,10 @@ def not_found_hint(reason, options, terms):
         return ""
     if "/" not in name:
         return " (a file here: as a command it is ./%s; a pattern of -g needs quotes)" % name
-    if source_of(name, terms.inputs) is None:
+    source = source_of(name, terms.inputs)
+    if source is None:
         return " (it is here: %s)" % how_to_send(name)
-    with suppress(OSError), open(name, "rb") as file:
+    with suppress(OSError), open(source, "rb") as file:
         line = file.readline(80).rstrip(b"\n")
         if line.startswith(b"#!"):
             return " (its first line names a program that is not there: %s)" % printable(line.decode("latin-1"))
@@ -15131,7 +15133,7 @@ def is_module(name):
 
 def is_below(path, tops):
     """Whether a path is one of these, or below one of them."""
-    return any(path == top or path.startswith(os.path.join(top, "")) for top in tops)
+    return any(is_within(path, top) for top in tops)
 
 
 def cloudpickle_directory():

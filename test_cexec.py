@@ -9304,6 +9304,16 @@ def test_signal_while_nobody_reads_the_outputs(cluster, number):
     assert client.said() == "cexec: interrupted: 3 of 3 files are done\n"
 
 
+def test_a_batch_that_has_nothing_to_do_says_so_in_a_script_too(cluster):
+    """Another command finds its outputs done: this must not look like a success of its own."""
+    names = made_files(cluster, 2)
+    cluster.worker("cat")
+    assert batch(cluster, *names).stderr == b""
+    done = batch(cluster, *names, variables=["OTHER=x"])
+    assert (done.returncode, done.stderr) == (
+        0, b"cexec: nothing to do: all 2 files are done already (-f does them again)\n")
+
+
 def test_an_unfinished_output_that_was_replaced_gets_no_name(cluster):
     """An output under its own name is complete; what is there instead is left alone but for its name."""
     names = made_files(cluster, 2)
@@ -10495,6 +10505,7 @@ def test_a_supervisor_that_is_told_to_end_says_whether_the_next_job_has_begun(cl
         os.kill(supervisor, signal.SIGTERM)
         if told == "between two jobs":
             assert client.peer.sock.recv(1) == b""
+            until(lambda: not children_of(worker.pid), "its end, though the client does not close", 15)
         else:
             with pytest.raises(cexec.ssl.SSLError):         # in later Pythons an SSLEOFError
                 client.peer.sock.recv(1)
@@ -17310,6 +17321,21 @@ def test_an_initializer_that_counts_as_false_is_called(pooled):
             with cexec.Executor(POOL, initializer=Init()) as pool:
                 print(pool.submit(get).result())
         """) == "7\n"
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_an_unnamed_file_is_there_for_reading_alone(tmp_path, monkeypatch, memory):
+    """In memory, or where the system has no such files, in TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if not memory else tmp_path / "none"))
+    if not memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    elif not hasattr(os, "memfd_create"):
+        skip("no memfd_create()")
+    fd = cexec.unnamed_file(b"x" * 100000)
+    assert os.read(fd, 200000) == b"x" * 100000 and os.listdir(str(tmp_path)) == []
+    with pytest.raises(OSError):
+        os.write(fd, b"y")
+    os.close(fd)
 
 
 def test_a_user_who_has_many_pipes_has_lanes_all_the_same(pooled):
