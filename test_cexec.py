@@ -9540,8 +9540,14 @@ def test_output_that_does_not_get_to_the_disk_is_a_failure(cluster, call, where)
     cluster.worker("cat")
     take_away(cluster, """
         import _thread, time
+        clock = {"now": 0.0, "stands": False}
+        def monotonic(inner=time.monotonic):
+            clock["now"], clock["stands"] = clock["now"] if clock["stands"] else inner(), False
+            return clock["now"]
+        time.monotonic = monotonic
         def fsync(fd, inner=os.fsync):
-            if "thread" in "WHERE":             # else the disk is quick
+            clock["stands"] = "thread" not in "WHERE"       # then the disk is quick, however loaded this machine is
+            if "thread" in "WHERE":
                 time.sleep(0.002)
                 inner(fd)
         def start_new_thread(*_, inner=_thread.start_new_thread):
