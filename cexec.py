@@ -157,7 +157,7 @@ ssl = None                          # imported by load_ssl: clients announce the
 # ---------------------------------------------------------------------------
 
 VERSION = "1.0"
-PROTOCOL = 3                        # the version in every datagram and in HELLO
+PROTOCOL = 4                        # the version in every datagram and in HELLO
 
 EXIT_USAGE = 100                    # a bad option or argument: permanent
 EXIT_BAD_KEY = 101                  # ckeygen: the private key is there and invalid
@@ -1056,15 +1056,16 @@ def format_key(master):
 # ---------------------------------------------------------------------------
 #
 # A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
-# UTF-8), "texts" (16-bit count), "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
+# UTF-8), "texts" (16-bit count), "parts" (16-bit count of bytes with a 16-bit length), "rows:FORMAT" (16-bit count
+# of tuples) or "rest" (all bytes that follow).
 #
 # A new frame needs: its declaration, a place in FRAMES, and a method rcvd_NAME at each end that takes
 # it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
 # a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
 # Offer and FileRun.  Lifeline.link_frame() names those that may come for a channel that is closed.  A new datagram
-# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, for Logger takes only ALERT; also one in
-# RELAYED or ANSWERS, if cproxy and cservice -s are to pass it on.  Both need cexec(7), and another PROTOCOL.
-VARIABLE = "text", "rows:", "rest"  # how the types of fields begin whose size varies
+# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, or a form in Logger; also one in
+# FOR_WORKERS, RELAYED or ANSWERS, if it is to be passed on.  Both need cexec(7), and another PROTOCOL.
+VARIABLE = "text", "parts", "rows:", "rest"         # how the types of fields begin whose size varies
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
 
@@ -1115,11 +1116,12 @@ def parts_of(fields):
 def pack_field(kind, value):
     if kind == "rest":
         return value
+    if kind == "part":
+        return struct.pack("!H", len(value)) + value
     if kind == "text":
-        data = value.encode("utf-8", "surrogateescape")
-        return struct.pack("!H", len(data)) + data
-    if kind == "texts":
-        return struct.pack("!H", len(value)) + b"".join(pack_field("text", text) for text in value)
+        return pack_field("part", value.encode("utf-8", "surrogateescape"))
+    if kind in ("texts", "parts"):
+        return struct.pack("!H", len(value)) + b"".join(pack_field(kind[:4], one) for one in value)
     if kind.startswith("rows:"):
         return struct.pack("!H", len(value)) + b"".join(struct.pack("!" + kind[5:], *row) for row in value)
     return struct.pack("!" + kind, value)
@@ -1129,16 +1131,17 @@ def unpack_field(kind, view):
     """Returns (value, the rest of the view).  Raises struct.error if the view is too short."""
     if kind == "rest":
         return bytes(view), view[len(view):]
-    if kind == "text":
+    if kind in ("part", "text"):
         size, = struct.unpack_from("!H", view)
         if len(view) < 2 + size:
             raise struct.error
-        return bytes(view[2:2 + size]).decode("utf-8", "surrogateescape"), view[2 + size:]
-    if kind == "texts" or kind.startswith("rows:"):
+        data = bytes(view[2:2 + size])
+        return data if kind == "part" else data.decode("utf-8", "surrogateescape"), view[2 + size:]
+    if kind in ("texts", "parts") or kind.startswith("rows:"):
         count, = struct.unpack_from("!H", view)
         view, values = view[2:], []
         for _ in range(count):
-            value, view = unpack_field("text" if kind == "texts" else kind[5:], view)
+            value, view = unpack_field(kind[:4] if kind in ("texts", "parts") else kind[5:], view)
             values.append(value)
         return values, view
     form = struct.Struct("!" + kind)
@@ -1176,8 +1179,7 @@ def take_frame(owner, taken, kind, flags, channel, payload):
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
-ALERT = Message(3, "ALERT", event="B", worker="text", host="text", worker_id="8s", status="H",
-                milliseconds="I", bytes_in="Q", bytes_out="Q", reason="text")
+ALERT = Message(3, "ALERT", ends="parts")                           # each part is a JOB_END
 BUSY = Message(4, "BUSY", worker_id="8s", attempt="I", ahead="I",
                failures="H",                                        # connections that did not get through
                address="text")                                      # the worker's, if this comes through ssh; else ""
@@ -1185,14 +1187,18 @@ QUERY = Message(5, "QUERY", strangers="B", padding="240s")          # no answer 
 REPLY = Message(6, "REPLY", worker_id="8s", address="text", host="text", version="text", load="I", running="H",
                 slots="H", waiting="I", uptime="I", draining="B", options="B")      # load: 1/1000, uptime: s
 DENY = Message(7, "DENY", serves="8s", why="B")                     # proves nothing; serves: an application id
-DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY)
+COMPLAINT = Message(8, "COMPLAINT", worker="text", host="text", worker_id="8s", milliseconds="I", bytes_in="Q",
+                    bytes_out="Q", reason="text")
+DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY, COMPLAINT)
+JOB_END = Message(0, "END", ago="I", how="B", status="H", worker="text", host="text", milliseconds="I", bytes_in="Q",
+                  bytes_out="Q", reason="text")                     # ago: ms; how: as EXIT's, of a command that has run
 WHOLE_DATAGRAMS = {code: Message(code, message.name, **COMMON.fields, **message.fields)
                    for code, message in DATAGRAMS.items()}
 
-RELAYED = (ANNOUNCE, CLAIM, ALERT, QUERY)                           # what is passed on to workers elsewhere,
-ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}               # and their datagrams: what each answers
+FOR_WORKERS = (ANNOUNCE, CLAIM, COMPLAINT, QUERY)                   # what cservice -s passes on to its workers,
+RELAYED = (ALERT, *FOR_WORKERS)                                     # and cproxy to another network,
+ANSWERS = {BUSY: ANNOUNCE, REPLY: QUERY, DENY: QUERY}               # and a worker's datagrams: what each answers
 
-ALERT_EXITED, ALERT_SIGNALLED, ALERT_COMPLAINT = 1, 2, 3            # ALERT's event
 DENY_APPLICATION, DENY_NAME, DENY_SECRET, DENY_VERSION = 1, 2, 3, 4     # DENY's why
 
 # Frames: on the connection of a worker and a client, and the last ones on that of a worker and `cservice -s`.
@@ -6396,10 +6402,10 @@ class Search:
         self.choose()
 
     def complain(self, candidate, reason):
-        """Sends ALERT: the sender of an offer has broken the protocol."""
+        """The sender of an offer has broken the protocol."""
         hello = candidate.hello
-        self.send(ALERT, event=ALERT_COMPLAINT, worker=cut(candidate.address, 64),
-                  host=cut(hello.host, 64) if hello else "", worker_id=hello.worker_id if hello else bytes(8), status=0,
+        self.send(COMPLAINT, worker=cut(candidate.address, 64),
+                  host=cut(hello.host, 64) if hello else "", worker_id=hello.worker_id if hello else bytes(8),
                   milliseconds=u32((time.monotonic() - self.began) * 1000), bytes_in=0, bytes_out=0,
                   reason=cut(reason, 400))
 
@@ -6654,11 +6660,10 @@ class Outcome:
         """Returns the cause, and perhaps what to do."""
         return self.lead + self.cause() + self.hint
 
-    def alert(self):
-        """Returns ALERT's event, status and reason."""
-        if self.signal:
-            return ALERT_SIGNALLED, self.signal, self.reason
-        return ALERT_EXITED, self.exit_code, self.reason
+    def end_fields(self):
+        """Returns what an END tells of it."""
+        return {"how": HOW_SIGNALLED if self.signal else HOW_EXITED, "status": self.signal or self.exit_code,
+                "reason": cut(self.reason, 400)}
 
 
 def failure(reason, exit_code=EXIT_TEMPORARY, hint=""):
@@ -6774,16 +6779,11 @@ class RemoteRun(Carrier):
         return (sum(channel.sent for channel in self.channels.values()),
                 sum(channel.received for channel in self.channels.values()))
 
-    def alert_nonce(self, event):
-        """The nonce for an ALERT: the one of the announcement which the worker has answered."""
-        return self.hello.nonce
-
-    def alert_fields(self, event, status, reason):
+    def fields(self):
+        """Returns what END and COMPLAINT tell of the run."""
         sent, received = self.moved()
-        return {"event": event, "worker": cut(self.address, 64), "host": cut(self.hello.host, 64),
-                "worker_id": self.hello.worker_id, "status": status,
-                "milliseconds": u32((time.monotonic() - self.began) * 1000),
-                "bytes_in": sent, "bytes_out": received, "reason": cut(reason, 400)}
+        return {"worker": cut(self.address, 64), "host": cut(self.hello.host, 64), "bytes_in": sent,
+                "bytes_out": received, "milliseconds": u32((time.monotonic() - self.began) * 1000)}
 
     # Signs of life
 
@@ -6891,7 +6891,7 @@ class Run(RemoteRun):
             log.say(self.trouble)
         elif self.exit.how in NOT_STARTED:
             log.say(outcome.text())
-        self.patron.alert(self, *outcome.alert())
+        self.patron.alerts.tell(self, outcome)
         self.finish(outcome)
 
     def finish(self, outcome):
@@ -7008,6 +7008,54 @@ class Progress:
         log.say(self.line(run, "%.1f s" % seconds, sum(run.moved()), seconds))
 
 
+class Alerts:
+    """Tells crat how runs have ended.  In a batch of short ones, each ALERT tells of those of a tenth of a second.
+
+    A datagram for each costs more than the job: on a network with several interfaces, and at each worker that hears it.
+    """
+
+    PAUSE = 0.1                     # seconds between two ALERTs,
+    ENDS = 16                       # unless so many wait
+    ROOM = 1000                     # bytes of them in a datagram, whatever the client's name
+
+    def __init__(self, group, pub, loop):
+        self.group, self.pub, self.loop = group, pub, loop
+        self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
+        self.ends, self.sent_at, self.timer = [], 0.0, NO_TIMER         # ends: (when, the fields of an END)
+        at_end.append(self.flush)
+
+    def send(self, kind, nonce, **fields):
+        self.group.send(self.speakers, make_datagram(
+            kind, self.pub.application, self.pub.name, self.pub.secret, nonce, 0, **fields))
+
+    def complain(self, run, reason):
+        """Tells crat, and the worker itself, that the worker was lost."""
+        self.send(COMPLAINT, run.hello.nonce, worker_id=run.hello.worker_id, reason=cut(reason, 400), **run.fields())
+
+    def tell(self, run, outcome):
+        """Tells how a run has ended: at once, if the last ALERT is not of just now."""
+        if not self.group.may_have_crat():
+            return
+        now = time.monotonic()
+        self.ends.append((now, dict(run.fields(), **outcome.end_fields())))
+        if len(self.ends) >= self.ENDS or now >= self.sent_at + self.PAUSE:
+            self.flush()
+        elif len(self.ends) == 1:
+            self.timer = self.loop.after(self.sent_at + self.PAUSE - now, self.flush)
+
+    def flush(self):
+        """Sends what waits."""
+        self.timer.cancel()
+        self.sent_at = time.monotonic()
+        parts = [JOB_END.pack(ago=u32((self.sent_at - when) * 1000), **fields) for when, fields in self.ends]
+        self.ends = []
+        while parts:
+            some = [parts.pop(0)]
+            while parts and sum(map(len, some + parts[:1])) + 2 * len(some) < self.ROOM:
+                some.append(parts.pop(0))
+            self.send(ALERT, os.urandom(16), ends=some)
+
+
 class Patron:
     """Has jobs, searches workers for them, and may run a job again if its worker is lost: a Client or a Batch.
 
@@ -7019,7 +7067,7 @@ class Patron:
         self.avoid = Avoided()
         self.hosts = {}             # a worker's name: the first address that had it
         group.attend(loop)
-        self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
+        self.alerts = Alerts(group, pub, loop)
 
     def new_search(self, quiet, only=ANY_WORKER):
         """A Search; the caller starts it."""
@@ -7027,13 +7075,6 @@ class Patron:
 
     def has_job_for(self, worker_id):
         return True
-
-    def alert(self, run, event, status, reason):
-        """Tells crat how a run has ended; workers hear only complaints."""
-        if event == ALERT_COMPLAINT or self.group.may_have_crat():
-            self.group.send(self.speakers, make_datagram(
-                ALERT, self.pub.application, self.pub.name, self.pub.secret, run.alert_nonce(event), 0,
-                **run.alert_fields(event, status, reason)))
 
     def called(self, hello):
         """Returns a worker's name for messages: its host's, with the address if it is not the first of this name."""
@@ -7047,12 +7088,12 @@ class Patron:
         if objection is None:
             log.tell_user("%sworker %s lost: %s; runs the job again" % (
                 run.job.name + ": " if run.job.name else "", run.worker, reason))
-            self.alert(run, ALERT_COMPLAINT, 0, "lost, run again: " + reason)
+            self.alerts.complain(run, "lost, run again: " + reason)
             run.detach()
             run.job.rewind(run)
             self.run_again(run)
         else:
-            self.alert(run, ALERT_COMPLAINT, 0, "lost: " + reason)
+            self.alerts.complain(run, "lost: " + reason)
             self.failed(run, reason, objection)
 
     def objection(self, run):
@@ -7989,10 +8030,6 @@ class FileRun(RemoteRun):
         else:
             self.patron.run_lost(self, reason)
 
-    def alert_nonce(self, event):
-        """A complaint has the nonce of the offer's job.  Other ALERTs need new ones: else they look like copies."""
-        return self.hello.nonce if event == ALERT_COMPLAINT else os.urandom(16)
-
 
 class Input(Pausable):
     """Reads standard input, whenever may_read() allows it: room() bytes at a time at most.
@@ -8501,7 +8538,7 @@ class Batch(Patron):
             self.conclude(run, outcome)  # as one that is too large for their disks: more tries would cost as much
         else:
             log.once(outcome.text(), say=log.tell_user)
-            self.alert(run, *outcome.alert())
+            self.alerts.tell(run, outcome)
             self.put_back(task)
         self.begin_searches()
 
@@ -8526,7 +8563,7 @@ class Batch(Patron):
         """Does a Task whose command has failed again (--retries)."""
         task = run.job
         self.tell_again(task, outcome, run)
-        self.alert(run, *outcome.alert())
+        self.alerts.tell(run, outcome)
         self.log_run(task, outcome, run)
         task.retries -= 1
         task.avoid(run.hello.worker_id)
@@ -8536,7 +8573,7 @@ class Batch(Patron):
         log.tell_user("%s at %s: %s; runs it again" % (task.name, run.worker, outcome.text()))
 
     def conclude(self, run, outcome):
-        self.alert(run, *outcome.alert())
+        self.alerts.tell(run, outcome)
         self.task_over(run.job, outcome, run)
 
     def store(self, run, outcome):
@@ -11545,8 +11582,8 @@ class Worker:
 
     def hear(self, datagram, address, index, handle=None):
         method = handler_of(self, datagram.kind)
-        if method is None or datagram.kind is ALERT and datagram.body.event != ALERT_COMPLAINT:
-            return                  # an ALERT of each job of a batch: to check its MAC would cost more than all else
+        if method is None:          # an answer of another worker, or what is for crat
+            return
         if datagram.application != self.key.application:
             return self.deny(datagram, address, handle, DENY_APPLICATION)
         if datagram.name in self.settings.refused:
@@ -11601,7 +11638,7 @@ class Worker:
                 self.pace.claimed(datagram.body.offers)
             self.withdraw(client, CLAIMED, "the job is served")
 
-    def rcvd_alert(self, datagram, address, handle):
+    def rcvd_complaint(self, datagram, address, handle):
         """A complaint about us counts once for each offer, and not if the reason may be the client's own link."""
         body, client = datagram.body, self.clients.find(datagram)
         if body.worker_id != self.id:
@@ -12160,7 +12197,9 @@ def find_user(name):
 # ---------------------------------------------------------------------------
 
 class Logger:
-    """Calls tell(record, form) for every alert that it hears; form(record) is the record as a line."""
+    """Calls tell(record, form) for every job's end and complaint that it hears; form(record) is a line."""
+
+    EVENTS = {HOW_EXITED: "exited", HOW_SIGNALLED: "signalled"}
 
     def __init__(self, loop, listeners, pubs, keys, tell):
         self.pubs, self.keys, self.tell = pubs, keys, tell
@@ -12168,9 +12207,10 @@ class Logger:
         hear_all(loop, listeners, self.hear, self.hear_stranger)
 
     def hear(self, datagram, address, index):
-        if datagram.kind is ALERT and datagram.identity not in self.known:
+        if datagram.kind in (ALERT, COMPLAINT) and datagram.identity not in self.known:
             self.known[datagram.identity] = True
-            self.tell(self.record(datagram, address), alert_line)
+            for record in list(self.records(datagram, address)):
+                self.tell(record, alert_line)
 
     def hear_stranger(self, address, error):
         """A peer has sent a datagram of another protocol version: told once for each address."""
@@ -12190,16 +12230,21 @@ class Logger:
                     return key.label
         return None
 
-    def record(self, datagram, address):
-        """An alert as a dictionary, for -j and for alert_line."""
-        body, label = datagram.body, self.prover(datagram)
-        event = {ALERT_EXITED: "exited", ALERT_SIGNALLED: "signalled", ALERT_COMPLAINT: "complaint"}.get(body.event)
-        if event is None:
-            raise ProtocolError("alert of an unknown event %d" % body.event)
-        return {"time": time.time(), "client": address, "worker": body.worker, "host": body.host, "event": event,
-                "status": body.status, "application": label or datagram.application.hex(),
-                "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
-                "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
+    def records(self, datagram, address):
+        """Yields dictionaries, for -j and for alert_line.  Raises ProtocolError."""
+        label, now = self.prover(datagram), time.time()
+        if datagram.kind is COMPLAINT:
+            told = [(datagram.body, "complaint", 0, 0)]
+        else:
+            ends = map(JOB_END.unpack, datagram.body.ends)
+            told = [(end, self.EVENTS.get(end.how), end.status, end.ago / 1000) for end in ends]
+        for body, event, status, ago in told:
+            if event is None:
+                raise ProtocolError("ALERT of an impossible end: %d" % body.how)
+            yield {"time": now - ago, "client": address, "worker": body.worker, "host": body.host, "event": event,
+                   "status": status, "application": label or datagram.application.hex(),
+                   "verified": label is not None, "name": datagram.name, "seconds": body.milliseconds / 1000,
+                   "bytes_in": body.bytes_in, "bytes_out": body.bytes_out, "reason": body.reason}
 
 
 def print_line(record, form):
@@ -14131,8 +14176,7 @@ class Starter:
 
     def hear(self, datagram, address, index):
         """Passes a client's datagram on to the workers, if it is genuine, and once, by however many ways it came."""
-        for_crat = datagram.kind is ALERT and datagram.body.event != ALERT_COMPLAINT
-        if (datagram.kind not in RELAYED or for_crat or datagram.application != self.key.application
+        if (datagram.kind not in FOR_WORKERS or datagram.application != self.key.application
                 or datagram.identity in self.passed
                 or not datagram.proved_by(client_secret(self.key.master, datagram.name))):
             return

@@ -602,6 +602,7 @@ SAMPLES = {
     "240s": (bytes(240), TOKEN * 7 + NONCE),
     "text": ("", "name \xe9\u20ac \udcff\0"),
     "texts": ([], ["", "A=1", "B=\xe9\udcfe"]),
+    "parts": ([], [b"", b"\xff" * 99, b"one"]),
     "rest": (b"", b"A=1\0B=\xff" * 100),
 }
 
@@ -941,7 +942,7 @@ class Asker(Closing):
         return cexec.client_proof(self.pub.secret, peer.hello.challenge, self.nonce)
 
     def complain(self, worker_id, nonce=None):
-        self.say(cexec.ALERT, nonce=nonce, event=cexec.ALERT_COMPLAINT, worker_id=worker_id, reason="it is bad")
+        self.say(cexec.COMPLAINT, nonce=nonce, worker_id=worker_id, reason="it is bad")
 
 
 def play_worker(datagram, address, key, nonce=None, options=0):
@@ -2419,7 +2420,7 @@ NAMED = made_pub()._replace
     (b"XEXC" + ANNOUNCEMENT[4:], "not a cexec datagram"),
     (ANNOUNCEMENT + bytes(1201 - len(ANNOUNCEMENT)), "not a cexec datagram"),
     (with_byte(ANNOUNCEMENT, 4, 0), "protocol version 0"),
-    (with_byte(ANNOUNCEMENT, 4, 4), "protocol version 4"),
+    (with_byte(ANNOUNCEMENT, 4, 5), "protocol version 5"),
     (with_byte(ANNOUNCEMENT, 5, 0), "unknown datagram 0"),
     (with_byte(ANNOUNCEMENT, 5, 255), "unknown datagram 255"),
     (with_byte(ANNOUNCEMENT, 33, 255), "cut short"),
@@ -2463,10 +2464,10 @@ def test_token_is_proved_by_the_nonce():
 @pytest.mark.parametrize("rest", [b"", b"\0", bytes(20), bytes(1195), b"\xff" * 60])
 def test_magic_and_version_are_read_whatever_follows(rest):
     with pytest.raises(cexec.OtherVersion) as caught:
-        cexec.Datagram(b"CEXC\4" + rest)
-    assert (caught.value.version, str(caught.value)) == (4, "protocol version 4, this is 3")
+        cexec.Datagram(b"CEXC\5" + rest)
+    assert (caught.value.version, str(caught.value)) == (5, "protocol version 5, this is 4")
     with pytest.raises(cexec.ProtocolError, match="not a cexec datagram"):
-        cexec.Datagram(b"CEXD\4" + rest)
+        cexec.Datagram(b"CEXD\5" + rest)
 
 
 @pytest.mark.parametrize("size, asks_at", [(25, 0), (308, 0), (309, 9)])
@@ -2625,11 +2626,12 @@ def test_random_frames_are_only_protocol_errors_and_take_bounded_memory():
 
 PAGE_TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "8s": "bytes 8", "16s": "bytes 16", "32s": "bytes 32",
               "240s": "bytes 240",
-              "text": "text", "texts": "texts", "rest": "all bytes", "rows:HHB": "rows Pq u16 , u16 , u8",
+              "text": "text", "texts": "texts", "parts": "parts", "rest": "all bytes",
+              "rows:HHB": "rows Pq u16 , u16 , u8",
               "rows:HQQ": "rows Pq u16 , u64 , u64"}
 
 
-@pytest.mark.parametrize("message", [cexec.COMMON] + all_messages(), ids=repr)
+@pytest.mark.parametrize("message", [cexec.COMMON, cexec.JOB_END] + all_messages(), ids=repr)
 def test_cexec_7_has_every_message_with_its_code_and_fields(message):
     page = read(os.path.join(HERE, "man", "cexec.7")).decode()
     title = ".It Sy " + message.name + (" Pq %d" % message.code if message.code else "") + "\n"
@@ -3951,7 +3953,7 @@ def test_an_offer_with_a_name_that_is_too_long_is_none(cluster):
                           address="127.0.0.1", host="x" * (255 + over))
                 assert (peer.next() is None) == bool(over)
         assert signalled(client) == -signal.SIGTERM
-        assert ear.wait_for(cexec.ALERT)[0].body.reason == "a name that is too long"
+        assert ear.wait_for(cexec.COMPLAINT)[0].body.reason == "a name that is too long"
 
 
 def test_busy_that_answers_an_old_announcement_is_none(cluster):
@@ -4079,7 +4081,7 @@ def test_a_worker_whose_address_is_none_gets_no_job(cluster, address):
         with Peer(socket.create_connection((there, announced.port), 20), key) as peer:
             peer.send(cexec.HELLO, version=cexec.PROTOCOL, nonce=announced.nonce, address=address)
             assert peer.next() is None
-        assert ear.wait_for(cexec.ALERT)[0].body.reason == "an impossible address"
+        assert ear.wait_for(cexec.COMPLAINT)[0].body.reason == "an impossible address"
     cluster.worker("echo", "a true one")
     assert client.communicate(timeout=PATIENCE) == (b"a true one\n", None)
     report = read(cluster.path("report")).decode()
@@ -4126,7 +4128,7 @@ def test_more_pongs_than_words(cluster, count):
             for _ in range(count + 1):
                 peer.send(cexec.PONG)
             assert peer.next() is None
-        assert ear.wait_for(cexec.ALERT)[0].body.reason == "PONG out of place"
+        assert ear.wait_for(cexec.COMPLAINT)[0].body.reason == "PONG out of place"
         signalled(client)
 
 
@@ -8559,7 +8561,7 @@ def misconfigured(hosts, spaces, what):
     ("wrong secret", False, "10.77.0.2: a worker of this application cannot verify wrong.pub: make the public key"),
     ("no network", False, "no network is up: only this machine was asked"),
     ("no route", False, r"nothing could be sent \(Network is unreachable\): is there a network"),
-    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 4, this is 3: copy one cexec.py to both"),
+    ("another version there", False, r"10\.77\.0\.2 speaks protocol version 5, this is 4: copy one cexec.py to both"),
     ("another port", False, "do those of the workers let UDP to port 3011 in"),
     ("firewall there", False, "no other cexec was heard: is cservice running, in the same network, with the same"),
     ("udp firewall here", False, "workers connect to us, but their datagrams do not arrive: let UDP"),
@@ -11750,10 +11752,10 @@ def test_only_claims_of_announced_jobs_steer_the_spread(desk):
 def test_weight_of_a_complaint(desk, others, fields, counts):
     """A client with a bad link of its own does not penalise a worker for everybody."""
     desk.announce(NONCE, "127.0.0.2")
-    complaint = filled(cexec.ALERT, event=cexec.ALERT_COMPLAINT, bytes_in=0, bytes_out=0, reason="lost: gone")
+    complaint = filled(cexec.COMPLAINT, bytes_in=0, bytes_out=0, reason="lost: gone")
     for address in others:
-        desk.say(cexec.ALERT, THIRD, address, **dict(complaint, worker_id=os.urandom(8)))
-    desk.say(cexec.ALERT, NONCE, "127.0.0.2", **dict(complaint, worker_id=desk.id, **fields))
+        desk.say(cexec.COMPLAINT, THIRD, address, **dict(complaint, worker_id=os.urandom(8)))
+    desk.say(cexec.COMPLAINT, NONCE, "127.0.0.2", **dict(complaint, worker_id=desk.id, **fields))
     assert desk.pace.penalty == (cexec.PENALTY if counts else 0.0)
 
 
@@ -12139,7 +12141,7 @@ def test_complaints_count_once_and_only_for_an_offer_that_was_made(cluster):
         claims = read(worker.log).count(b"<- CLAIM")
         other.say(cexec.CLAIM, token=os.urandom(32), offers=1)
         worker.says("<- CLAIM", claims + 1, claims + 1)
-        assert read(worker.log).count(b"<- ALERT") == count
+        assert read(worker.log).count(b"<- COMPLAINT") == count
         return read(worker.log).count(b"a complaint about us")
 
     with Asker(cluster) as asker, Asker(cluster) as other:
@@ -12574,12 +12576,20 @@ class Alerts:
         self.group = cexec.Group(cluster.env["GROUP"])
         self.socks = cexec.open_speakers()
 
-    def say(self, worker="10.0.0.3", event=cexec.ALERT_EXITED, status=0, count=1, pub=None, reason="", **fields):
-        fields = dict({"milliseconds": 1500, "bytes_in": 2000, "bytes_out": 1000}, **fields)
+    def say(self, worker="10.0.0.3", how=cexec.HOW_EXITED, status=0, count=1, pub=None, reason="", **fields):
+        end = cexec.JOB_END.pack(ago=0, how=how, status=status, reason=reason, **self.common(worker, **fields))
         for _ in range(count):
-            self.group.send(self.socks, make_datagram(
-                cexec.ALERT, pub or self.pub, os.urandom(16), 0, event=event, worker=worker, host="box",
-                worker_id=bytes(8), status=status, reason=reason, **fields))
+            self.send(cexec.ALERT, pub, ends=[end])
+
+    def complain(self, worker="10.0.0.3", pub=None, reason=""):
+        self.send(cexec.COMPLAINT, pub, worker_id=bytes(8), reason=reason, **self.common(worker))
+
+    def common(self, worker, **fields):
+        return dict({"worker": worker, "host": "box", "milliseconds": 1500, "bytes_in": 2000, "bytes_out": 1000},
+                    **fields)
+
+    def send(self, kind, pub, **fields):
+        self.group.send(self.socks, make_datagram(kind, pub or self.pub, os.urandom(16), 0, **fields))
 
     def forge(self, worker="10.0.0.66", **fields):
         self.say(worker, pub=self.pub._replace(secret=bytes(32)), **fields)
@@ -12616,8 +12626,8 @@ def test_the_log_as_a_screen(cluster, alerts, window):
     assert "before" not in window.screen()
     alerts.say(count=3)
     alerts.say(status=7)
-    alerts.say(event=cexec.ALERT_SIGNALLED, status=9)
-    alerts.say(event=cexec.ALERT_COMPLAINT, reason="wrong certificate")
+    alerts.say(how=cexec.HOW_SIGNALLED, status=9)
+    alerts.complain(reason="wrong certificate")
     alerts.say("10.0.0.4")
     window.shows("^finished: 4 done, 2 failed, 1 complained about, 12.0 kB in, 6.0 kB out$")
     screen = window.screen()
@@ -12708,7 +12718,7 @@ def test_the_screen_fits_the_window(cluster, alerts, window):
 def test_the_screen_counts_apart_what_nothing_proves(cluster, alerts, window):
     window.crat()
     alerts.forge(count=5)
-    alerts.forge("10.0.0.3", event=cexec.ALERT_COMPLAINT)
+    alerts.complain(pub=alerts.pub._replace(secret=bytes(32)))
     alerts.say()
     window.shows("^finished: 1 done, 0 failed, 0 complained about, 2.0 kB in, 1.0 kB out; unverified: 5 done, 0")
     rows = window.screen().splitlines()[5:8]
@@ -12735,7 +12745,7 @@ def test_the_screen_has_room_for_wide_characters(cluster, window):
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_the_screen_has_colour_unless_told(cluster, alerts, window, no_color):
     window.crat(env="NO_COLOR=" + no_color)
-    alerts.say(event=cexec.ALERT_COMPLAINT)
+    alerts.complain()
     window.shows("rats out")
     shown = window.do("capture-pane", "-pe")
     assert ("\x1b[" in shown) == (not no_color) == ("\x1b[31m" in shown)
@@ -14999,18 +15009,62 @@ def test_of_the_alerts_workers_get_only_complaints():
     pub = SimpleNamespace(application=key.application, name="desk", secret=cexec.client_secret(master, "desk"))
     host = SimpleNamespace(lifeline=SimpleNamespace(pass_on=lambda handle, data: passed.append(data)))
     starter = SimpleNamespace(key=key, passed={}, guests={}, in_state=lambda *states: [host])
-    run = SimpleNamespace(alert_nonce=lambda event: os.urandom(16),
-                          alert_fields=lambda event, status, reason: filled(cexec.ALERT, event=event))
-    events = cexec.ALERT_EXITED, cexec.ALERT_SIGNALLED, cexec.ALERT_COMPLAINT
     for kind in cexec.Group, cexec.RunGroup:
         group = SimpleNamespace(may_have_crat=functools.partial(kind.may_have_crat, None),
                                 send=lambda speakers, data: sent.append(cexec.Datagram(data)))
-        for event in events:
-            cexec.Patron.alert(SimpleNamespace(pub=pub, group=group, speakers={}), run, event, 0, "")
-    assert [datagram.body.event for datagram in sent] == [*events, cexec.ALERT_COMPLAINT]
+        run = SimpleNamespace(hello=SimpleNamespace(nonce=os.urandom(16), worker_id=bytes(8)), fields=lambda: {
+            "worker": "10.0.0.3", "host": "box", "bytes_in": 1, "bytes_out": 2, "milliseconds": 3})
+        alerts = cexec.Alerts(group, pub, cexec.Loop())
+        alerts.tell(run, cexec.Outcome(3, "exited=3"))
+        alerts.complain(run, "lost")
+    assert [datagram.kind for datagram in sent] == [cexec.ALERT, cexec.COMPLAINT, cexec.COMPLAINT]
     for datagram in sent:
         cexec.Starter.hear(starter, datagram, "10.0.9.1", 0)
-    assert passed == [sent[2].data, sent[3].data]
+    assert passed == [sent[1].data, sent[2].data]
+
+
+def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
+    """The first at once; then those of a tenth of a second, or sixteen, or as many as fit, as old as they are."""
+    clock, sent, left = [1000.0], [], []
+    monkeypatch.setattr(cexec.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(cexec, "at_end", left)
+    pub = SimpleNamespace(application=bytes(8), name="n" * 64, secret=bytes(32))
+    group = SimpleNamespace(may_have_crat=lambda: True, send=lambda speakers, data: sent.append(data))
+    loop = cexec.Loop()
+    alerts = cexec.Alerts(group, pub, loop)
+
+    def end(status, reason="", seconds=0.0):
+        fields = {"worker": "10.0.0.3", "host": "h" * 30, "bytes_in": 1, "bytes_out": 2, "milliseconds": 3}
+        alerts.tell(SimpleNamespace(fields=lambda: fields), cexec.Outcome(status, "", reason))
+        clock[0] += seconds
+
+    def told():
+        """Returns (status, ago) of each end in each datagram since the last call."""
+        assert all(len(data) <= cexec.DATAGRAM_MAX for data in sent)
+        ends = [[cexec.JOB_END.unpack(part) for part in cexec.Datagram(data).body.ends] for data in sent]
+        sent.clear()
+        return [[(end.status, end.ago) for end in some] for some in ends]
+
+    end(1, seconds=1 / 32)
+    assert told() == [[(1, 0)]]
+    end(2, seconds=1 / 32)
+    end(3, seconds=1 / 32)
+    loop.turn()
+    assert told() == []
+    clock[0] += 1 / 32
+    loop.turn()
+    assert told() == [[(2, 93), (3, 62)]]
+    for number in range(20):
+        end(number)
+    assert told() == [[(number, 0) for number in range(13)], [(number, 0) for number in range(13, 16)]]
+    left[0]()                                   # the process ends
+    assert told() == [[(number, 0) for number in range(16, 20)]]
+    for number in range(5):
+        end(number, "r" * 1000)
+    left[0]()
+    assert told() == [[(0, 0), (1, 0)], [(2, 0), (3, 0)], [(4, 0)]]
+    left[0]()
+    assert told() == []
 
 
 @pytest.fixture
@@ -20660,11 +20714,11 @@ def test_a_peer_of_another_version_is_named(cluster):
     altered(cluster, *NEXT_VERSION, PROTOCOL=cexec.PROTOCOL + 1)
     done = cluster.client(env={"CEXEC_TIMEOUT_ACCEPT": "1"})        # that announces itself more than once
     assert " s on %s (is cservice running" % group in refusal(done, 111, "no worker answered in ")
-    said = "127.0.0.1 speaks protocol version 4, this is 3 (cexec %s)" % cexec.VERSION
+    said = "127.0.0.1 speaks protocol version 5, this is 4 (cexec %s)" % cexec.VERSION
     for crat in (plain, as_json):
         crat.says()
     for process in (worker, proxy):
-        process.says("dropped a datagram from 127.0.0.1: protocol version 4, this is 3")
+        process.says("dropped a datagram from 127.0.0.1: protocol version 5, this is 4")
     cluster.launch = usual
     assert cluster.client(input=b"mine").stdout == b"mine"      # its alert comes after all that
     for crat in (plain, as_json):
@@ -20672,7 +20726,7 @@ def test_a_peer_of_another_version_is_named(cluster):
     assert plain.lines()[0] == said and "completed" in plain.lines()[1] and len(plain.lines()) == 2
     record = json.loads(as_json.lines()[0])
     assert record.pop("time") > 1e9
-    assert record == {"client": "127.0.0.1", "event": "version", "version": 4, "ours": 3}
+    assert record == {"client": "127.0.0.1", "event": "version", "version": 5, "ours": 4}
 
 
 @pytest.mark.parametrize("how", ["BUSY", "HELLO", "a longer HELLO"])
@@ -20691,11 +20745,11 @@ def test_a_client_names_a_worker_of_another_version(cluster, how, worker_key):
                 body = cexec.HELLO.pack(**filled(cexec.HELLO, version=7)) + bytes(99) * (how != "HELLO")
                 peer.raw(cexec.FRAME_HEAD.pack(cexec.HELLO.code, 0, 0, len(body)) + body)
                 assert peer.next() is None
-            assert ear.wait_for(cexec.ALERT)[0].body.reason == "protocol version 7, this is 3"
+            assert ear.wait_for(cexec.COMPLAINT)[0].body.reason == "protocol version 7, this is 4"
         assert client.wait(PATIENCE) == 111
     last = read(client.log).decode().splitlines()
-    assert any("(127.0.0.1 speaks protocol version 7, this is 3)" in line for line in last), last
-    assert any("127.0.0.1: protocol version 7, this is 3" in line for line in last), last
+    assert any("(127.0.0.1 speaks protocol version 7, this is 4)" in line for line in last), last
+    assert any("127.0.0.1: protocol version 7, this is 4" in line for line in last), last
 
 
 def bare(cluster, **variables):
