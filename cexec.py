@@ -59,11 +59,11 @@ code that The door keeps.
     Groups      where announcements go, and how they are heard                 Group, Listener
     Event loop  waits for descriptors, timers and signals                      Loop
     Return port the client's port, to which offers and answers are sent        ReturnPort
-    Channel     TLS, frames over it, the channels of descriptors over these    Dial, Link, Channel, Carrier
+    Connection  TLS, frames over it, the channels of descriptors over these    Dial, Link, Source, Sink, Carrier
     Descriptors descriptors, terminals and processes of this host              Inherited, Writer, TerminalEnd, PtyEnd
     Files       what goes into a job's directory, and comes out of it          Helper, JobFiles
     cexec       the search for a worker                                        Terms, Candidate, Search
-    cexec       the job: one run of it, and the next if that is lost           Job, RemoteRun, Run, Client
+    cexec       the job: one run of it, and the next if that is lost           Job, RemoteRun, Run, Alerts, Client
     cexec -l    which workers there are                                        Survey
     cexec -m    a batch of files or values, a job each                         Task, FileRun, Printer, Batch
     cexec -b    standard input in blocks, a job each                           Block, Splitter, BlockBatch
@@ -169,7 +169,7 @@ EXIT_CANNOT_RUN = 126               # the command is there and cannot be run
 EXIT_NOT_FOUND = 127                # the command is not there
 EXIT_SIGNAL = 128                   # plus the number of the signal that killed the command
 
-PORT = 3010                         # UDP: announcements, claims, alerts
+PORT = 3010                         # UDP: the datagrams to a group
 DATAGRAM_MAX = 1200                 # bytes: fits an Ethernet frame through any tunnel
 FRAME_MAX = 256 * 1024              # bytes of DATA in one frame
 CONTROL_MAX = 64 * 1024             # bytes of any other frame's payload
@@ -281,16 +281,16 @@ class Log:
     def be_verbose(self, verbose):
         self.verbose = verbose
 
-    def hold(self, floor):
+    def leave_2(self, floor):
         """Writes to a copy of descriptor 2 from now on, with a number from floor up.
 
         A job carries 2 like any other descriptor, and closes it when the command does.
         Later messages still have to get out.
         """
-        self.release()
+        self.return_to_2()
         self.fd = lifted(2, floor)
 
-    def release(self):
+    def return_to_2(self):
         """Writes to 2 itself again: then a reader there sees the end of file when 2 is closed."""
         if self.fd != 2:
             os.closerange(self.fd, self.fd + 1)     # in a child it is closed already
@@ -528,7 +528,7 @@ def cut(text, limit):
     return readable(text).encode()[:limit].decode("utf-8", "ignore")
 
 
-def whole(digits):
+def number_of(digits):
     """The number in decimal digits; only the first twenty count, which is beyond every limit here.
 
     Python refuses thousands of digits (int(), "Integer string conversion length limitation").
@@ -1056,16 +1056,17 @@ def format_key(master):
 # ---------------------------------------------------------------------------
 #
 # A field's type is a struct format of one item ("H", "16s"), "text" (16-bit length,
-# UTF-8), "texts" (16-bit count), "parts" (16-bit count of bytes with a 16-bit length), "rows:FORMAT" (16-bit count
-# of tuples) or "rest" (all bytes that follow).
+# UTF-8), "texts" (16-bit count), "parts" (16-bit count of byte strings, each with a 16-bit length before it),
+# "rows:FORMAT" (16-bit count of tuples) or "rest" (all bytes that follow).
 #
 # A new frame needs: its declaration, a place in FRAMES, and a method rcvd_NAME at each end that takes
 # it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
 # a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
 # Offer and FileRun.  Lifeline.link_frame() names those that may come for a channel that is closed.  A new datagram
-# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, or a form in Logger; also one in
-# FOR_WORKERS, RELAYED or ANSWERS, if it is to be passed on.  Both need cexec(7), and another PROTOCOL.
-VARIABLE = "text", "parts", "rows:", "rest"         # how the types of fields begin whose size varies
+# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, or for crat Logger.records() and a form in
+# record_line(); also a place in FOR_WORKERS, RELAYED or ANSWERS, if it is to be passed on.  Both need cexec(7), and
+# another PROTOCOL, a number that is in cexec(7) too.
+VARIABLE = "text", "parts", "rows:", "rest"         # a field whose type begins so has no fixed size
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
 
@@ -1179,7 +1180,7 @@ def take_frame(owner, taken, kind, flags, channel, payload):
 COMMON = Message(0, "COMMON", application="8s", client="text", nonce="16s")
 ANNOUNCE = Message(1, "ANNOUNCE", attempt="I", waited="I", pause="I", batch="8s", only="8s")    # waited, pause: ms
 CLAIM = Message(2, "CLAIM", token="32s", offers="H")
-ALERT = Message(3, "ALERT", ends="parts")                           # each part is a JOB_END
+ALERT = Message(3, "ALERT", outcomes="parts")                       # each part is an OUTCOME
 BUSY = Message(4, "BUSY", worker_id="8s", attempt="I", ahead="I",
                failures="H",                                        # connections that did not get through
                address="text")                                      # the worker's, if this comes through ssh; else ""
@@ -1190,8 +1191,8 @@ DENY = Message(7, "DENY", serves="8s", why="B")                     # proves not
 COMPLAINT = Message(8, "COMPLAINT", worker="text", host="text", worker_id="8s", milliseconds="I", bytes_in="Q",
                     bytes_out="Q", reason="text")
 DATAGRAMS = by_code(ANNOUNCE, CLAIM, ALERT, BUSY, QUERY, REPLY, DENY, COMPLAINT)
-JOB_END = Message(0, "END", ago="I", how="B", status="H", worker="text", host="text", milliseconds="I", bytes_in="Q",
-                  bytes_out="Q", reason="text")                     # ago: ms; how: as EXIT's, of a command that has run
+OUTCOME = Message(0, "OUTCOME", ago="I", how="B", status="H", worker="text", host="text", milliseconds="I",    # ago: ms
+                  bytes_in="Q", bytes_out="Q", reason="text")       # how: HOW_SIGNALLED, else HOW_EXITED
 WHOLE_DATAGRAMS = {code: Message(code, message.name, **COMMON.fields, **message.fields)
                    for code, message in DATAGRAMS.items()}
 
@@ -1658,7 +1659,7 @@ def parse_target(item, text, port):
     else:
         words, well_formed = item.split(":"), True
     if len(words) > 1 and words[-1].isdecimal():
-        port = whole(words.pop())
+        port = number_of(words.pop())
     device = words.pop(0) if len(words) > 1 else None
     possible = device is None or device and not is_address(device)
     if not well_formed or len(words) != 1 or not words[0] or not possible or not 0 < port < 65536:
@@ -2251,7 +2252,7 @@ class ReturnPort:
 
 
 # ---------------------------------------------------------------------------
-# The channel: TLS, a link of frames, and the channels of descriptors over it
+# The connection: TLS, a link of frames, and the channels of descriptors over it
 # ---------------------------------------------------------------------------
 
 def load_ssl():
@@ -2454,8 +2455,8 @@ class Delivery:
         """The socket has taken so many bytes."""
         self.sent += count
 
-    def moves(self, sock):
-        """Whether the host has acknowledged bytes that waited at the last call.
+    def look_for_progress(self, sock):
+        """Looks what the host has acknowledged.  Returns whether bytes that waited at the last call are among it.
 
         Only bytes that had to wait count: a PING leaves at once, and proves nothing.
         """
@@ -2488,7 +2489,7 @@ class Link:
     """
 
     full = FRAME_HEAD.size + FRAME_MAX              # a whole frame: by shorter reads each would come in two pieces
-    at_once, little = 256, 4096     # who sends more frames than that in a turn has its next ones read in small pieces
+    at_once, little = 256, 4096     # after more frames than that in a turn, the next read takes only so many bytes
     received = memoryview(bytearray(full))          # between recv and TLS: shared by all
     late, late_most = 0.002, 64     # frames that are sent later: for how many seconds they wait, and how many, at most
 
@@ -2677,7 +2678,7 @@ class Link:
 
     def check_delivery(self):
         """Counts it as a sign of life if the peer's host takes what was queued in the kernel."""
-        if self.delivery.moves(self.sock):
+        if self.delivery.look_for_progress(self.sock):
             self.last_activity = time.monotonic()
 
     def check_host(self):
@@ -2995,6 +2996,14 @@ class Stateful:
         self.state = state
 
 
+# The way of a byte of an input; a byte of an output goes the other way:
+#
+#   client   End.read_into <-- Source.readable --> Link.send_data --> Tls --> socket
+#   worker   Link.readable --> Supervisor.link_frame --> Carrier.rcvd_data --> Sink.rcvd_data --> End.write
+#   credit   Sink --CREDIT--> Carrier.rcvd_credit --> Source.rcvd_credit
+#
+# Job.open_ends and Command.make_ends make the Ends; Carrier.carry makes a Channel of each.
+#
 # A channel joins an End to its peer at the other host.  For each half of the End it has a stream: a
 # Source, a Sink, or both.  A stream has a state, which only _set() changes; it refuses what is not
 # drawn here.
@@ -3359,7 +3368,7 @@ class Carrier:
 
     buffer = memoryview(bytearray(FRAME_HEAD.size + FRAME_MAX))     # between a read and TLS: shared by all
     window = WINDOW                 # bytes of credit for each channel and direction
-    small = -1                      # DATA of so many bytes goes with the next frame; from 0 on, EOF too
+    small = -1                      # DATA of at most so many bytes, and EOF, wait for the next frame; -1: they do not
 
     def __init__(self, loop, link):
         self.loop, self.link = loop, link
@@ -3806,7 +3815,7 @@ class Writer:
 
 # How a terminal's size gets to the command: TerminalEnd.size() goes in JOB, and in a RESIZE when the job begins,
 # after each WINCH, and after a stop (Run.take_terminal, Run.signalled_at_terminal).  The worker's Command gives it
-# to set_window(), in make_terminal() and rcvd_resize().
+# to set_terminal_size(), in make_terminal() and rcvd_resize().
 
 class TerminalEnd(End):
     """A terminal that an applet controls, from take() until restore() or the end of this process.
@@ -3969,7 +3978,7 @@ def set_terminal_modes(fd, modes):
         termios.tcsetattr(fd, termios.TCSANOW, now)
 
 
-def set_window(fd, lines, columns):
+def set_terminal_size(fd, lines, columns):
     """Sets a terminal's size; if it changes, the system sends WINCH to its foreground process group."""
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
@@ -4104,11 +4113,7 @@ def end_sessions(loop, sessions, group, over):
 
 # A file is written under another name in the same directory, and gets its own name only when it is whole.
 # commit() does that for keys.  For the outputs of a batch, Disk.store() and then Task.commit() do, see Batch.store.
-# The results of -g get theirs so:
-#
-#   RemoteRun.judge_files, after EXIT --> JobFiles.approve --the verdict--> receive, in a Helper --> commit_all
-#   in a batch, before the first rename:   Names.claim <-- JobFiles.read_question <--their names-- ask_parent
-#                                               '--the answer: no other job has written them--> commit_all
+# For the results of -g see Files.
 
 def commit(file, part, path, replace=True):
     """Gives an open file its name: renames it from part to path, once all of it is on the disk.  Raises OSError.
@@ -4118,7 +4123,7 @@ def commit(file, part, path, replace=True):
     file.flush()
     await_disk(os.dup(file.fileno()))
     if not replace:
-        claim_name(part, path)
+        give_free_name(part, path)
     if replace or os.path.lexists(part):
         os.rename(part, path)
 
@@ -4134,7 +4139,7 @@ def await_disk(fd):
         os.close(fd)                # NFS reports some errors only at a close
 
 
-def claim_name(part, path):
+def give_free_name(part, path):
     """Gives the file at part the name path, but never replaces another file, as rename(2) would.  Raises OSError.
 
     If the file system has no hard links (FAT, some network file systems), this only makes an
@@ -4207,6 +4212,12 @@ def system_load():
 # An archive is a tar file in GNU's format (tarfile's GNU_FORMAT) with regular files and
 # directories only, all with relative names; a file with holes has the type S.  Its last member
 # is the directory ".", and nothing comes after it: so a reader knows that the archive is whole.
+#
+# The results of -g get their names so:
+#
+#   RemoteRun.judge_files, after EXIT --> JobFiles.approve --a byte--> receive, in a Helper --> commit_all
+#   in a batch, before the first rename:   Names.claim <-- JobFiles.read_question <--their names-- ask_parent
+#                                               '--a byte: no other job has written them--> commit_all
 
 WHOLE = b"."                        # the last member
 BLOCK = 512                         # tar(5): bytes of a member's head; its data is padded to a multiple of this
@@ -4335,7 +4346,7 @@ def pack_data(out, fd, before, pieces):
     out.write(bytes(-total % BLOCK))
 
 
-def members(file):
+def archive_members(file):
     """Yields (name, TarInfo) of an archive's members; the caller reads a member's data before it goes on.
 
     Raises ProtocolError unless the archive is whole, and has only regular files and directories
@@ -4409,7 +4420,7 @@ def unpack(reader, top, allowed=lambda name: True, exact=True):
     """
     files, directories, room = [], {}, ARCHIVE_NAMES
     with open(reader, "rb", PIECE) as file:
-        for name, info in members(file):
+        for name, info in archive_members(file):
             if not allowed(name):
                 raise ProtocolError("%s was not asked for" % os.fsdecode(name))
             with naming(name):
@@ -4556,7 +4567,7 @@ def is_pattern(text):
 
 def may_be_replaced(path):
     """Whether the path is a regular file, or there is nothing."""
-    found = look(path)
+    found = stat_if_there(path)
     return not found or stat.S_ISREG(found.st_mode)
 
 
@@ -4825,7 +4836,7 @@ class Helper:
                 signal.signal(number, handling)
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
             log.be_verbose(False)
-            log.release()
+            log.return_to_2()
             work()
             return 0
         except BrokenPipeError:
@@ -4953,7 +4964,7 @@ def input_entries(listings):
                 raise OSError(errno.EEXIST, "has the same name there as %s" % os.fsdecode(known[name]), path)
 
 
-def look(path):
+def stat_if_there(path):
     """Returns the stat_result of what is there, links followed; None if nothing is."""
     try:
         return os.stat(path)
@@ -4989,8 +5000,9 @@ class Names:
 
     def __init__(self):
         self.directories = {}       # the path of a directory: its identity
-        self.read, self.written = {}, {}        # the first half of an identity: {the second half: who}
-        self.made = {}              # (the inode, the time of change) of what was made here: who
+        self.readers, self.writers = {}, {}     # the first half of an identity: {the second half: who reads, or will
+                                    # write, that file}
+        self.makers = {}            # (the inode, the time of change) of what was made here: who
         self.parts = {}             # the inode of an unfinished output: its open file
         self.errors, self.count = set(), 0      # the identities of the directory of --errors; how many files it gets
         self.inputs = {}            # a directory that -i names: its Listing
@@ -5001,7 +5013,7 @@ class Names:
         """Returns the identity of a directory."""
         missing = []
         while path not in self.directories:
-            found, (above, last) = look(path or "."), os.path.split(path)
+            found, (above, last) = stat_if_there(path or "."), os.path.split(path)
             if found or not last:
                 self.directories[path] = (found.st_dev, found.st_ino) if found else (None, path)
             else:
@@ -5021,13 +5033,13 @@ class Names:
 
     def note_read(self, path, name):
         """Returns what is there.  Raises Fatal (100) if a job writes it, which was noted before."""
-        found, (directory, last) = look(path), self.entry(path)
+        found, (directory, last) = stat_if_there(path), self.entry(path)
         writer = self.writer(directory, last) or found and self.writer(found.st_dev, found.st_ino)
         if writer:
             raise Fatal(EXIT_USAGE, "%s: it is written by %s" % (name, called(writer)))
-        self.read.setdefault(directory, {})[last] = name
+        self.readers.setdefault(directory, {})[last] = name
         if found:
-            self.read.setdefault(found.st_dev, {})[found.st_ino] = name
+            self.readers.setdefault(found.st_dev, {})[found.st_ino] = name
         return found
 
     def note_keys(self, path):
@@ -5045,13 +5057,13 @@ class Names:
 
     def note_written(self, path, who, option):
         """Returns what is there.  Raises Fatal (100) if it is read, or if somebody else writes it."""
-        found = look(path)
+        found = stat_if_there(path)
         self.note_name(path, who, option)
         if found:
             # A result replaces one name of what is there, and the log is appended to it, whatever its name.
             linked = found.st_nlink > 1 and not isinstance(who, str)
             self.refuse(found.st_dev, found.st_ino, path, who, option, linked)
-            self.written.setdefault(found.st_dev, {})[found.st_ino] = who
+            self.writers.setdefault(found.st_dev, {})[found.st_ino] = who
             self.leave_out(path)
         return found
 
@@ -5066,7 +5078,7 @@ class Names:
         """Notes a name, whatever is there: of an unfinished output, for example.  Raises Fatal (100)."""
         directory, last = self.entry(path)
         self.refuse(directory, last, path, who, option)
-        self.written.setdefault(directory, {})[last] = who
+        self.writers.setdefault(directory, {})[last] = who
 
     def note_standard(self):
         """Notes the regular files that are open at 0, 1 and 2.  Raises Fatal (100) if an output is the input."""
@@ -5077,7 +5089,7 @@ class Names:
                     self.refuse(found.st_dev, found.st_ino, name, self.writer(found.st_dev, found.st_ino), name)
                     if not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
                         name += " (without >>)"         # it would be written over the lines of the log
-                (self.written if fd else self.read).setdefault(found.st_dev, {})[found.st_ino] = name
+                (self.writers if fd else self.readers).setdefault(found.st_dev, {})[found.st_ino] = name
 
     def note_log(self, path):
         """Notes the file of --log.  Raises Fatal (100)."""
@@ -5088,18 +5100,18 @@ class Names:
         """Notes the files of --errors, 1 to count, after all others.  Raises Fatal (100)."""
         directory, self.count = self.directory(path), count
         option, errors = "--errors " + path, "the errors of job %s"
-        for noted in self.read, self.written:
+        for noted in self.readers, self.writers:
             for last in filter(self.is_number, noted.get(directory, ())):
                 self.refuse(directory, last, os.path.join(path, last), errors % last, option)
         for last in filter(self.is_number, list_if_there(path)):
-            found = look(os.path.join(path, last))
+            found = stat_if_there(os.path.join(path, last))
             if found:
                 self.refuse(found.st_dev, found.st_ino, os.path.join(path, last), errors % last, option)
         self.errors.add(directory)
 
     def note_errors_made(self, path):
         """Notes what the directory of --errors is now, because before it was made it had another identity."""
-        found = look(path)
+        found = stat_if_there(path)
         if found:
             self.errors.add((found.st_dev, found.st_ino))
 
@@ -5112,7 +5124,7 @@ class Names:
 
         linked: it is one of several names that a file has, and other jobs may replace the others.
         """
-        reader, writer = self.read.get(first, {}).get(second), self.writer(first, second)
+        reader, writer = self.readers.get(first, {}).get(second), self.writer(first, second)
         if reader is not None:
             raise Fatal(EXIT_USAGE, "%s: %s would be overwritten" % (option, reader))
         if writer is None or writer is who or {writer, who} <= APPENDED or linked and not isinstance(writer, str):
@@ -5129,7 +5141,7 @@ class Names:
             while path not in above:
                 passed.append(path)
                 first, second = self.directory(path)
-                who, parent = self.written.get(first, {}).get(second), os.path.dirname(os.path.realpath(path))
+                who, parent = self.writers.get(first, {}).get(second), os.path.dirname(os.path.realpath(path))
                 if who or parent == path:
                     above[path] = (os.path.relpath(path), who) if who else None
                 else:
@@ -5141,7 +5153,7 @@ class Names:
             top = find_above(path) if "\0" not in path else None
             if top and directory in self.errors:
                 raise Fatal(EXIT_USAGE, "-g %s: the files of --errors %s would be in it" % (top[0], path))
-            for noted in (self.read, self.written) if top else ():
+            for noted in (self.readers, self.writers) if top else ():
                 for last in noted.get(directory, ()):
                     self.refuse(directory, last, os.path.join(path, last), top[1], "-g " + top[0])
 
@@ -5151,7 +5163,7 @@ class Names:
         For a task that comes when others are noted; then notes it for this check too.
         """
         results, passed = task.outputs(), {""}
-        paths = results + task.input_paths() + [task.file] * (task.file is not None)
+        paths = results + task.input_paths() + [task.input_path] * (task.input_path is not None)
         for path in paths:
             self.check_above(os.path.dirname(path), task, path, passed)
         for path in results:
@@ -5185,7 +5197,7 @@ class Names:
         top, name = named_there(path)
         newest, inside, left_out = 0, [], None
         for one, its_name in tree(top, name, is_wanted):
-            found = look(one)
+            found = stat_if_there(one)
             if its_name != name:
                 if left_out and its_name.startswith(left_out):
                     continue
@@ -5217,7 +5229,7 @@ class Names:
         """Returns who writes the file with this identity, or None."""
         if first in self.errors and self.is_number(second):
             return "--errors"
-        return self.written.get(first, {}).get(second)
+        return self.writers.get(first, {}).get(second)
 
     # What is done
 
@@ -5226,7 +5238,7 @@ class Names:
         if not found or not stat.S_ISDIR(found.st_mode):
             return found and found.st_mtime_ns
         try:
-            inside = [look(one) for one, _ in tree(os.path.realpath(os.fsencode(path)), WHOLE)]
+            inside = [stat_if_there(one) for one, _ in tree(os.path.realpath(os.fsencode(path)), WHOLE)]
         except OSError:
             return None
         return max((one.st_mtime_ns for one in inside if one and not stat.S_ISDIR(one.st_mode)), default=None)
@@ -5249,20 +5261,20 @@ class Names:
             raise OSError(errno.EBUSY, "another job of this batch writes it", path)
 
     def note_made(self, found, who):
-        self.made[found.st_ino, found.st_mtime_ns] = who
+        self.makers[found.st_ino, found.st_mtime_ns] = who
 
     def check_there(self, path):
         """Raises OSError if what is there by now is read by a job, or was made by one."""
-        found = look(path)
+        found = stat_if_there(path)
         if not found:
             return
-        reader = self.read.get(found.st_dev, {}).get(found.st_ino)
+        reader = self.readers.get(found.st_dev, {}).get(found.st_ino)
         if reader is not None:
             raise OSError(errno.EEXIST, "%s would be overwritten" % reader, path)
         self.check_made(path, found.st_ino, found.st_mtime_ns)
 
     def check_made(self, path, inode, changed):
-        maker = self.made.get((inode, changed))
+        maker = self.makers.get((inode, changed))
         if maker is not None:
             raise OSError(errno.EEXIST, "the same file as a result of %s" % called(maker), path)
 
@@ -5274,7 +5286,7 @@ class Names:
         Returns a function that takes this back, if they do not get them.
         """
         passed = {""}
-        kept = set() if who.output is None else {self.entry(who.output), self.entry(who.part)}
+        kept = set() if who.output_path is None else {self.entry(who.output_path), self.entry(who.part)}
         for name, _, there in arrivals:
             path = os.fsdecode(name)
             option = "-g " + path
@@ -5288,9 +5300,9 @@ class Names:
                 self.check_made(path, inode, changed)
         new = []
         for name, made, _ in arrivals:
-            self.made[made] = who
+            self.makers[made] = who
             directory, last = self.entry(os.fsdecode(name))
-            names = self.written.setdefault(directory, {})
+            names = self.writers.setdefault(directory, {})
             if last not in names:
                 names[last] = who
                 new.append((names, last))
@@ -5298,7 +5310,7 @@ class Names:
             for names, last in new:
                 names.pop(last)
             for _, made, _ in arrivals:
-                self.made.pop(made, None)
+                self.makers.pop(made, None)
         return undo
 
     def check_above(self, path, who, option, passed):
@@ -5312,14 +5324,15 @@ class Names:
             path = os.path.dirname(path)
 
 
-def receive(part, reader, verdict, patterns, listings, in_batch, in_use=(), directory=b""):
-    """In a Helper: unpacks results into a directory of its own, part, and waits for the verdict: a byte, or an end.
+def receive(part, reader, parent, patterns, listings, in_batch, in_use=(), directory=b""):
+    """In a Helper: unpacks results into a directory of its own, part, and waits for its parent: a byte, or end of file.
 
-    After a byte it puts the results where they belong, else it removes them.  in_use: the files that are open at 0, 1
+    After a byte it asks with the names of the results, see ask_parent().  After a second byte it gives them their
+    names.  After an end of file it removes them.  in_use: the files that are open at 0, 1
     and 2, {(device, inode): whether it is an output}.  directory: where the results go, or b"".  Raises OSError,
     ProtocolError, Fatal.
     """
-    # An error before the verdict is kept until then: if the command has failed, it does not matter.
+    # An error before the first byte is kept until then: if the command has failed, it does not matter.
     error = None
     try:
         try:
@@ -5329,7 +5342,7 @@ def receive(part, reader, verdict, patterns, listings, in_batch, in_use=(), dire
         except (OSError, ProtocolError) as trouble:
             error = trouble
             os.closerange(reader, reader + 1)   # the writer must not wait for us
-        if not os.read(verdict, 1):
+        if not os.read(parent, 1):
             return
         if error:
             raise error
@@ -5350,7 +5363,7 @@ def receive(part, reader, verdict, patterns, listings, in_batch, in_use=(), dire
         for name in files:
             if in_use.get(identity_of(name)):
                 raise OSError(errno.EBUSY, "an output of this job is written there", name)
-        commit_all(part, files, directories, in_batch, lambda arrivals: ask_parent(verdict, arrivals), old)
+        commit_all(part, files, directories, in_batch, lambda arrivals: ask_parent(parent, arrivals), old)
     finally:
         if os.path.lexists(part):
             remove_directory(part)
@@ -5375,7 +5388,7 @@ def old_files(named, files, directories, sent, in_use):
             if os.path.isdir(name) and not os.path.islink(name) and (
                     name in known or any(is_in_use(path, in_use) for path, _ in tree(name, name))):
                 todo.append(name)
-            elif name not in known and not is_in_use(name, in_use) and not holds_key(name, look(name)):
+            elif name not in known and not is_in_use(name, in_use) and not holds_key(name, stat_if_there(name)):
                 old.append(name)
     return old
 
@@ -5387,7 +5400,7 @@ def is_within(path, top):
 
 def identity_of(path):
     """Returns the (device, inode) of what is there; None if nothing is."""
-    found = look(path)
+    found = stat_if_there(path)
     return found and (found.st_dev, found.st_ino)
 
 
@@ -5397,7 +5410,7 @@ def is_in_use(path, in_use):
 
 def is_unchanged(part, name, sent, in_batch):
     """Whether a result is a file of -i, and still as it was sent.  Raises OSError if a batch has changed it."""
-    new, there = os.path.join(os.fsencode(part), name), look(name)
+    new, there = os.path.join(os.fsencode(part), name), stat_if_there(name)
     if not there or (there.st_dev, there.st_ino) not in sent:
         return False
     umask = os.umask(0o077)
@@ -5409,9 +5422,9 @@ def is_unchanged(part, name, sent, in_batch):
     return False
 
 
-def ask_parent(verdict, arrivals):
+def ask_parent(parent, arrivals):
     """Has our parent claim the names of results, see Names.claim().  Returns whether they may have them."""
-    with socket.socket(socket.AF_UNIX, fileno=verdict) as question:
+    with socket.socket(socket.AF_UNIX, fileno=parent) as question:
         question.sendall(marshal.dumps(arrivals))
         question.shutdown(socket.SHUT_WR)
         return question.recv(1) != b""
@@ -5419,7 +5432,7 @@ def ask_parent(verdict, arrivals):
 
 def arrived(path, name):
     """Returns what claim() is to know of a result that waits at a path, and of what is there now: numbers and bytes."""
-    new, old = os.stat(path), look(name)
+    new, old = os.stat(path), stat_if_there(name)
     return name, (new.st_ino, new.st_mtime_ns), old and (old.st_dev, old.st_ino, old.st_mtime_ns, old.st_nlink)
 
 
@@ -5526,7 +5539,7 @@ def rename_or_copy(path, beside):
 
 def give_name(path, name, there, undo):
     """Gives a result its name; undo gets how that is taken back.  Raises OSError, also if there is another file now."""
-    now = look(name)
+    now = stat_if_there(name)
     if (now and (now.st_dev, now.st_ino)) != (there and there[:2]):
         raise OSError(errno.EEXIST, "the same file as another result, or somebody else has just written it", name)
     old = os.path.join(os.path.dirname(path), os.urandom(8).hex().encode())
@@ -5573,8 +5586,8 @@ class JobFiles:
         self.loop, self.ended, self.claim, self.directory = carrier.loop, ended, claim, os.fsencode(directory)
         self.part = self.receiver = None        # the directory in which results wait, and their Helper
         self.refused = None         # why claim() does not let results get their names
-        self.verdict = None         # a socket to the Helper that has the results: see receive()
-        self.asked = None           # its question, once it has had the verdict
+        self.helper_socket = None         # to the Helper that has the results: see receive()
+        self.question = None           # None until approve(); then what the Helper has asked so far: see ask_parent()
         self.unclaim = lambda: None             # takes back what claim() has noted
         self.helpers, self.channels = [], []
         self.closed = False         # whether nobody waits for the Helpers any more
@@ -5591,8 +5604,8 @@ class JobFiles:
         self.help(lambda: pack_files(writer, input_entries(listings)), [writer])
 
     def receive_results(self, carrier, patterns, listings):
-        verdict, self.verdict = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
-        with on_failure(os.close, verdict):
+        parent, self.helper_socket = lifted_pair(*(end.detach() for end in socket.socketpair()), self.loop.floor)
+        with on_failure(os.close, parent):
             reader, writer = large_pipe(self.loop.floor)
         self.carry(carrier, FILES_OUT, writer, "write")
         in_use = {}
@@ -5601,10 +5614,11 @@ class JobFiles:
             in_use[found.st_dev, found.st_ino] = in_use.get((found.st_dev, found.st_ino)) or fd > 0
         self.part = new_part()
         self.receiver = self.help(lambda: receive(
-            self.part, reader, verdict, patterns, listings, self.claim is not None, in_use, self.directory),
-            [reader, verdict])
+            self.part, reader, parent, patterns, listings, self.claim is not None, in_use, self.directory),
+            [reader, parent])
 
     def help(self, work, kept):
+        """Starts a Helper that does work().  Returns it."""
         with closing(*kept):
             helper = Helper(self.loop, work, kept, lambda trouble: self.helper_ended(helper, trouble))
         self.helpers.append(helper)
@@ -5627,12 +5641,12 @@ class JobFiles:
             self.ended(self.refused or trouble)
 
     def approve(self):
-        """Has the results get their names, when all bytes have come: gives the Helper its verdict, see receive()."""
-        if self.verdict is not None and self.asked is None:
-            self.asked = b""
-            os.set_blocking(self.verdict, False)
-            self.loop.on_read(self.verdict, self.read_question)
-            self.answer()
+        """All bytes have come: has the Helper give the results their names, see receive()."""
+        if self.helper_socket is not None and self.question is None:
+            self.question = b""
+            os.set_blocking(self.helper_socket, False)
+            self.loop.on_read(self.helper_socket, self.read_question)
+            self.say_yes()
 
     def stop(self):
         """Waits for no more bytes: a Helper that still packs the files of -i must not wait for a reader."""
@@ -5641,40 +5655,41 @@ class JobFiles:
 
     def drop(self):
         """Has the results removed, unless approve() was called before."""
-        if self.asked is None:
-            self.close_verdict()
+        if self.question is None:
+            self.close_socket()
 
-    def answer(self):
+    def say_yes(self):
+        """Lets the Helper go on."""
         with suppress(OSError):     # the Helper has ended, and says why
-            os.write(self.verdict, b"1")
+            os.write(self.helper_socket, b"1")
 
     def read_question(self):
         """Reads which results the Helper has; when all is read, answers, or closes the socket if one is refused."""
-        data = what_came(os.read, self.verdict, PIECE)
+        data = what_came(os.read, self.helper_socket, PIECE)
         if data is None:
             return
-        self.asked += data
+        self.question += data
         if data:
             return
         try:
-            if self.claim and self.asked:
-                self.unclaim = self.claim(marshal.loads(self.asked))
-            self.answer()
+            if self.claim and self.question:
+                self.unclaim = self.claim(marshal.loads(self.question))
+            self.say_yes()
         except (Fatal, OSError, EOFError, ValueError) as error:
             self.refused = error_text(error)
-        self.close_verdict()
+        self.close_socket()
 
-    def close_verdict(self):
-        if self.verdict is not None:
-            self.loop.forget(self.verdict)
-            os.close(self.verdict)
-            self.verdict = None
+    def close_socket(self):
+        if self.helper_socket is not None:
+            self.loop.forget(self.helper_socket)
+            os.close(self.helper_socket)
+            self.helper_socket = None
 
     def close(self):
         """Stops.  The Helpers end by themselves, however slow the disk is, and remove results that have no name yet."""
         self.closed = True
         self.stop()
-        self.close_verdict()
+        self.close_socket()
         if not self.helpers and self.end in at_end:
             at_end.remove(self.end)
 
@@ -5710,9 +5725,9 @@ class JobFiles:
 
 LOSSES_MAX = 3                      # times that a job is run again whose worker was lost
 FRESH_TRIES = 3                     # a BUSY is a replay if more announcements than these came after its own
-SILENT_SECONDS = 3.0                # a search that takes longer says so on a terminal
+TELL_SECONDS = 3.0                # a search that takes longer says so on a terminal
 AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
-OBJECTION_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
+UNFIT_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
 
 
@@ -5743,7 +5758,7 @@ class Terms:
         return {"descriptors": [], "environment": self.environment, "arguments": self.arguments,
                 "patterns": self.results, "linger": self.linger, "term": "", "lines": 0, "columns": 0, "modes": []}
 
-    def objection_to(self, hello):
+    def why_unfit(self, hello):
         """Why the worker of a HELLO cannot do the job; None if it can."""
         if self.arguments and not hello.options & HELLO_ARGUMENTS:
             return "takes no arguments (cservice -a); options come before the public key, variables are KEY=VALUE"
@@ -5802,9 +5817,9 @@ def parse_ports(text):
     ports = []
     for item in text.split(",") if text else ["0"]:
         first, dash, last = item.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() or not dash) or whole(last or first) > 65535:
+        if not first.isdecimal() or not (last.isdecimal() or not dash) or number_of(last or first) > 65535:
             raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: use ports and ranges, as in 5000-5010,6000" % text)
-        ports.extend(range(whole(first), whole(last or first) + 1))
+        ports.extend(range(number_of(first), number_of(last or first) + 1))
     if not ports:
         raise Fatal(EXIT_USAGE, "CEXEC_LISTEN_PORTS=%s: an empty range" % text)
     return ports
@@ -5926,7 +5941,7 @@ class Candidate:
         if not self.search.terms.servers.allows(self.address, hello.host, hello.worker_id):
             self.search.not_allowed(self.address)
             return self.link.fail("not allowed")
-        unfit = self.search.terms.objection_to(hello)
+        unfit = self.search.terms.why_unfit(hello)
         if unfit:
             self.search.note_unfit(hello, unfit, EXIT_USAGE)
             return self.link.fail(unfit)
@@ -6185,7 +6200,7 @@ class Search:
         """A text for the terminal: what the search waits for; "" in its first seconds."""
         if self.ahead is not None:
             return "in line, %d ahead" % self.ahead
-        late = time.monotonic() - self.began >= SILENT_SECONDS
+        late = time.monotonic() - self.began >= TELL_SECONDS
         return "looking for a worker (cexec -l finds out more)" if late else ""
 
     def tell(self):
@@ -6310,7 +6325,7 @@ class Search:
 
     def await_others(self):
         if not self.unfit_timer:
-            seconds = OBJECTION_SECONDS if self.only == ANY_WORKER else 0
+            seconds = UNFIT_SECONDS if self.only == ANY_WORKER else 0
             self.unfit_timer = self.loop.after(seconds, self.insist)
 
     def insist(self):
@@ -6324,7 +6339,7 @@ class Search:
             return self.patron.not_found(self, message, code)
         if message and not self.chosen and not self.avoid.has_worked:
             self.say_once(message + "; waits for a worker that is busy")
-        self.unfit_timer = self.loop.after(OBJECTION_SECONDS, self.insist)
+        self.unfit_timer = self.loop.after(UNFIT_SECONDS, self.insist)
 
     def accept(self, sock, address):
         """A worker has connected."""
@@ -6402,7 +6417,7 @@ class Search:
         self.choose()
 
     def complain(self, candidate, reason):
-        """The sender of an offer has broken the protocol."""
+        """The sender of an offer has broken the protocol.  After GO Alerts.complain() sends this datagram."""
         hello = candidate.hello
         self.send(COMPLAINT, worker=cut(candidate.address, 64),
                   host=cut(hello.host, 64) if hello else "", worker_id=hello.worker_id if hello else bytes(8),
@@ -6477,7 +6492,7 @@ class Job(Terms):
         if terminal and not joined:
             log.say("-t: no descriptor here is a terminal, so the command has none")
         self.empty = {channel for channel in self.channels
-                      if empty == "all" or empty and self.has_number(channel, whole(empty))}
+                      if empty == "all" or empty and self.has_number(channel, number_of(empty))}
         if joined and joined[0].number in self.empty:
             raise Fatal(EXIT_USAGE, "-n and -t: the terminal cannot be empty: leave one of them out")
         self.replay = None          # the ReplayBuffer, if the job may be run again
@@ -6582,8 +6597,8 @@ class SavedPosition:
 
     def __init__(self, item):
         self.item, self.number = item, item.number
-        self.file = item.kind == FILE
-        if self.file:
+        self.is_file = item.kind == FILE
+        if self.is_file:
             self.offset, self.size = os.lseek(self.number, 0, os.SEEK_CUR), os.fstat(self.number).st_size
 
     def objection(self, channel, replay):
@@ -6591,7 +6606,7 @@ class SavedPosition:
         source, sink, written = channel.source, channel.sink, channel.written
         # A regular file: an input is read again from its offset, and needs no replay buffer.  An output
         # is cut back to its old size, if only our bytes were added to it.
-        if self.file:
+        if self.is_file:
             if written and not self.can_cut(written):
                 return "the file on descriptor %d cannot be cut back" % self.number
             return None
@@ -6621,7 +6636,7 @@ class SavedPosition:
         We have read more, at an offset of our own.  The common offset must be where a local command
         would have left it, because the shell's next command begins there.
         """
-        if self.file and count:
+        if self.is_file and count:
             with noting("descriptor %d", self.number):          # some files in /proc
                 os.lseek(self.number, self.offset + count, os.SEEK_SET)
 
@@ -6630,7 +6645,7 @@ class SavedPosition:
 
         Raises OSError.
         """
-        if self.file and written:
+        if self.is_file and written:
             os.ftruncate(self.number, self.size)
             os.lseek(self.number, self.offset, os.SEEK_SET)
 
@@ -6660,8 +6675,8 @@ class Outcome:
         """Returns the cause, and perhaps what to do."""
         return self.lead + self.cause() + self.hint
 
-    def end_fields(self):
-        """Returns what an END tells of it."""
+    def record_fields(self):
+        """Returns what OUTCOME tells of it.  how is HOW_EXITED for all without a signal, even if nothing has run."""
         return {"how": HOW_SIGNALLED if self.signal else HOW_EXITED, "status": self.signal or self.exit_code,
                 "reason": cut(self.reason, 400)}
 
@@ -6779,8 +6794,8 @@ class RemoteRun(Carrier):
         return (sum(channel.sent for channel in self.channels.values()),
                 sum(channel.received for channel in self.channels.values()))
 
-    def fields(self):
-        """Returns what END and COMPLAINT tell of the run."""
+    def record_fields(self):
+        """Returns what OUTCOME and COMPLAINT both tell of the run."""
         sent, received = self.moved()
         return {"worker": cut(self.address, 64), "host": cut(self.hello.host, 64), "bytes_in": sent,
                 "bytes_out": received, "milliseconds": u32((time.monotonic() - self.began) * 1000)}
@@ -6819,9 +6834,9 @@ class Run(RemoteRun):
         super().__init__(client, link, hello, job)
         self.exit_code = None       # cexec's, once the run is over
         self.interrupted_at = 0.0   # when the last INT came
-        log.hold(self.loop.floor)
+        log.leave_2(self.loop.floor)
         for number, end in job.ends.items():
-            channel = self.carry(number, end, None if job.positions[number].file else job.replay)
+            channel = self.carry(number, end, None if job.positions[number].is_file else job.replay)
             if channel.source and number in job.empty:
                 channel.source.leave_alone()
         self.begin_files(job.inputs, job.results)
@@ -6858,7 +6873,7 @@ class Run(RemoteRun):
                      and self.channels[number].sink and not self.channels[number].is_writing()
                      for number, members in self.job.channels.items())
         if closed and self.exit is None:
-            log.release()
+            log.return_to_2()
 
     # The descriptors here
 
@@ -6867,7 +6882,7 @@ class Run(RemoteRun):
         if self.job.terminal:
             self.job.terminal.restore()
         log.status_line("")
-        log.release()
+        log.return_to_2()
         self.close_files()
         self.stop_channels()
 
@@ -6891,7 +6906,7 @@ class Run(RemoteRun):
             log.say(self.trouble)
         elif self.exit.how in NOT_STARTED:
             log.say(outcome.text())
-        self.patron.alerts.tell(self, outcome)
+        self.patron.alerts.tell_end(self, outcome)
         self.finish(outcome)
 
     def finish(self, outcome):
@@ -6997,7 +7012,7 @@ class Progress:
     def share(self, run):
         """How much of its regular input files was sent, as " (42%)"."""
         files = [(run.channels[number].sent, position.size - position.offset)
-                 for number, position in run.job.positions.items() if run.channels[number].source and position.file]
+                 for number, position in run.job.positions.items() if run.channels[number].source and position.is_file]
         sent, total = (sum(column) for column in zip((0, 0), *files))
         return " (%d%%)" % min(100, 100 * sent // total) if total > 0 else ""
 
@@ -7009,19 +7024,24 @@ class Progress:
 
 
 class Alerts:
-    """Tells crat how runs have ended.  In a batch of short ones, each ALERT tells of those of a tenth of a second.
+    """Tells crat, and a worker that was lost, how runs have ended.
 
-    A datagram for each costs more than the job: on a network with several interfaces, and at each worker that hears it.
+    A run that has come to its EXIT is an OUTCOME, also if its job runs again then (--retries).  A run that was lost is
+    a COMPLAINT.  A job that no worker has begun is neither.
+
+    A datagram for each OUTCOME of a batch could cost more than the job: it goes out by every interface, and all
+    workers of the network hear it.  So the first one goes at once, and those of the next tenth of a second together.
     """
 
-    PAUSE = 0.1                     # seconds between two ALERTs,
-    ENDS = 16                       # unless so many wait
-    ROOM = 1000                     # bytes of them in a datagram, whatever the client's name
+    PAUSE = 0.1                     # seconds between two ALERTs, unless one is full
+    ROOM = 1000                     # bytes of OUTCOMEs in an ALERT; the rest of a datagram has 133 at most
+    AGO = struct.Struct("!I")       # the first field of OUTCOME
 
     def __init__(self, group, pub, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
-        self.ends, self.sent_at, self.timer = [], 0.0, NO_TIMER         # ends: (when, the fields of an END)
+        self.waiting, self.size = [], 0         # (when, an OUTCOME with 0 as ago); their bytes in an ALERT
+        self.sent_at, self.timer = 0.0, NO_TIMER
         at_end.append(self.flush)
 
     def send(self, kind, nonce, **fields):
@@ -7029,37 +7049,40 @@ class Alerts:
             kind, self.pub.application, self.pub.name, self.pub.secret, nonce, 0, **fields))
 
     def complain(self, run, reason):
-        """Tells crat, and the worker itself, that the worker was lost."""
-        self.send(COMPLAINT, run.hello.nonce, worker_id=run.hello.worker_id, reason=cut(reason, 400), **run.fields())
+        """Tells crat and the worker that the worker was lost: always, for the worker too must hear it."""
+        self.flush()                # first, as they have happened before
+        self.send(COMPLAINT, run.hello.nonce, worker_id=run.hello.worker_id, reason=cut(reason, 400),
+                  **run.record_fields())
 
-    def tell(self, run, outcome):
-        """Tells how a run has ended: at once, if the last ALERT is not of just now."""
+    def tell_end(self, run, outcome):
+        """Tells how a run has ended: at once, if the last ALERT was sent before PAUSE, else with the next."""
         if not self.group.may_have_crat():
             return
-        now = time.monotonic()
-        self.ends.append((now, dict(run.fields(), **outcome.end_fields())))
-        if len(self.ends) >= self.ENDS or now >= self.sent_at + self.PAUSE:
+        now, part = time.monotonic(), OUTCOME.pack(ago=0, **run.record_fields(), **outcome.record_fields())
+        if self.size + 2 + len(part) > self.ROOM:
             self.flush()
-        elif len(self.ends) == 1:
+        self.waiting.append((now, part))
+        self.size += 2 + len(part)
+        if now >= self.sent_at + self.PAUSE:
+            self.flush()
+        elif len(self.waiting) == 1:
             self.timer = self.loop.after(self.sent_at + self.PAUSE - now, self.flush)
 
     def flush(self):
-        """Sends what waits."""
+        """Sends what waits; also when this process ends."""
         self.timer.cancel()
-        self.sent_at = time.monotonic()
-        parts = [JOB_END.pack(ago=u32((self.sent_at - when) * 1000), **fields) for when, fields in self.ends]
-        self.ends = []
-        while parts:
-            some = [parts.pop(0)]
-            while parts and sum(map(len, some + parts[:1])) + 2 * len(some) < self.ROOM:
-                some.append(parts.pop(0))
-            self.send(ALERT, os.urandom(16), ends=some)
+        if self.waiting:
+            now = self.sent_at = time.monotonic()
+            self.send(ALERT, os.urandom(16), outcomes=[
+                self.AGO.pack(u32((now - when) * 1000)) + part[self.AGO.size:] for when, part in self.waiting])
+            self.waiting, self.size = [], 0
 
 
 class Patron:
     """Has jobs, searches workers for them, and may run a job again if its worker is lost: a Client or a Batch.
 
-    watch(run) is called when the time of the worker's last sign of life was looked at.
+    These have the methods that Search calls, and run_again(run), failed(run, reason, objection) and watch(run), which
+    is called when the time of the worker's last sign of life was looked at.
     """
 
     def __init__(self, pub, group, terms, loop):
@@ -7216,7 +7239,7 @@ class Survey:
         self.servers = servers      # a ServerFilter; None: all
         self.back = ReturnPort(job_ports, self.loop, group.families())
         self.questions, self.workers = Memory(16), {}           # nonce: when; worker_id: a row
-        self.answered = set()       # addresses from which a worker has sent REPLY, and those that it calls its own
+        self.answered = set()       # addresses of workers that sent REPLY: as we see them, and as they say
         self.excluded = set()       # addresses of workers that CEXEC_ACCEPT_SERVER and CEXEC_REJECT_SERVERS exclude
         self.connected = set()      # addresses of workers whose probe (a connection) has come
         self.denied = {}            # DENY's why: addresses of our application's workers
@@ -7456,6 +7479,7 @@ def show_workers(survey, as_json):
 #   Batch.queue --take--> FileRun, at a worker that was searched or that has just done another Task
 #     --EXIT--> Disk.store: the output is on the disk --> Task.commit: it gets its name --> Batch.task_over
 #     or, if it goes to standard output, it waits for its turn there
+#   After EXIT crat hears how each run has ended, of a success when its output has its name: see Alerts.
 
 PLACEHOLDERS = r"\{(?:(-?\d{1,9})?(//|/\.|/|\.|)|([#%]))\}"    # parallel's {} {.} {/} {//} {/.}, {1} {1.} ... {#} {%}
 OUTPUTS_MAX = 256                   # outputs that wait for their turn on standard output, at most
@@ -7597,11 +7621,11 @@ def check_directories(pattern, tasks):
     """Raises Fatal (100) if an output has no directory, unless its input is missing: then the Task itself fails."""
     known = {"": True}
     for task in tasks if pattern != "-" else ():
-        directory = os.path.dirname(task.output)
+        directory = os.path.dirname(task.output_path)
         with suppress(ValueError):  # a NUL in the name: the Task will fail
             if directory not in known:
                 known[directory] = os.path.isdir(directory)
-            if not known[directory] and (task.file is None or os.path.exists(task.file)):
+            if not known[directory] and (task.input_path is None or os.path.exists(task.input_path)):
                 raise Fatal(EXIT_USAGE, "-o %s: there is no directory %s (mkdir -p makes one)" % (pattern, directory))
 
 
@@ -7664,15 +7688,16 @@ class Task:
 
     ROWS = [(0, 0, FLAG_INPUT), (1, 1, FLAG_OUTPUT), (2, 2, FLAG_OUTPUT)]       # of JOB
     directory = ""                  # where its results go
-    __slots__ = ("terms", "number", "inputs", "output", "file", "errors_kept", "losses", "input", "stamp",
-                 "output_file", "errors", "slot", "words", "listings", "newest", "oldest", "patterns", "retries",
-                 "avoids", "since", "refusals", "unsettled", "exit_code", "done_before")    # a batch may have a million
+    __slots__ = ("terms", "number", "inputs", "input_path", "output_path", "errors_path", "losses", "stamp",
+                 "input_file", "output_file", "errors_file", "slot", "words", "listings", "newest", "oldest",
+                 "patterns", "retries", "avoids", "since", "refusals", "unsettled", "exit_code",
+                 "done_before")     # a batch may have a million
 
     def __init__(self, terms, number, inputs, output):
-        self.terms, self.number, self.inputs, self.output = terms, number, inputs, output
-        self.file = None if terms.values else inputs[0]
-        self.errors_kept = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
-        self.losses, self.input, self.stamp, self.output_file, self.errors = 0, None, None, None, None
+        self.terms, self.number, self.inputs, self.output_path = terms, number, inputs, output
+        self.input_path = None if terms.values else inputs[0]
+        self.errors_path = terms.errors and os.path.join(terms.errors, str(number))     # where --errors keeps them
+        self.losses, self.input_file, self.stamp, self.output_file, self.errors_file = 0, None, None, None, None
         self.slot = 1               # the number for {%}, of the present run
         self.words = None           # (variables, arguments), while its files are open
         self.listings = ()          # the files of -i
@@ -7694,7 +7719,7 @@ class Task:
     @property
     def part(self):
         """The name under which the output is written, in its directory: .NAME.part, or with a hash for a long name."""
-        directory, base = os.path.split(self.output)
+        directory, base = os.path.split(self.output_path)
         raw = os.fsencode(base)
         return os.path.join(directory, ".%s.part" % (base if len(raw) < 240 else hashlib.sha256(raw).hexdigest()))
 
@@ -7729,26 +7754,26 @@ class Task:
     def outputs(self):
         """The names of the files that it makes here, as far as they are known: -o, and -g without wildcards."""
         named = filter(None, (plain_name(os.fsencode(pattern)) for pattern in self.patterns))
-        return [os.path.join(self.directory, os.fsdecode(name)) for name in named] + [self.output] * (
-            self.output is not None)
+        return [os.path.join(self.directory, os.fsdecode(name)) for name in named] + [self.output_path] * (
+            self.output_path is not None)
 
     def note_inputs(self):
         """Notes what it reads.  Raises Fatal (100) for a private key."""
         names, found = self.terms.names, None
-        if self.file is not None:
-            found = names.note_read(self.file, self.file)
+        if self.input_path is not None:
+            found = names.note_read(self.input_path, self.input_path)
             self.newest = found.st_mtime_ns if found else float("inf")
         for text in self.terms.inputs:
             if has_placeholders(text):
                 path = self.fill(text)
-                names.note_input(path, found if path == self.file else None)
+                names.note_input(path, found if path == self.input_path else None)
 
     def note_outputs(self):
         """Notes what it writes.  Raises Fatal (100) if this must not be written."""
         names, times = self.terms.names, []
         self.patterns = tuple(result_pattern(self.fill(text, quoted)) for text in self.terms.results)
         for name in self.outputs():
-            is_result, option = name is not self.output, "-o %s" % self.terms.pattern
+            is_result, option = name is not self.output_path, "-o %s" % self.terms.pattern
             found = names.note_written(name, self, "-g " + name if is_result else option)
             times.append(names.newest(name, found))
             if not is_result:
@@ -7797,23 +7822,23 @@ class Task:
 
     def value_hint(self, error):
         """Returns what may be meant if the file that it reads is missing, and its name looks like a value."""
-        missing = self.file and isinstance(error, FileNotFoundError) and not os.path.lexists(self.file)
-        return " (with -n the inputs are values)" if missing and not re.search("[./]", self.file) else ""
+        missing = self.input_path and isinstance(error, FileNotFoundError) and not os.path.lexists(self.input_path)
+        return " (with -n the inputs are values)" if missing and not re.search("[./]", self.input_path) else ""
 
     def open_input(self):
         """Opens the file that it reads; with -n it reads nothing.  Raises OSError."""
         self.stamp = self.state_of_input()
         if self.stamp and not stat.S_ISREG(self.stamp[0]):
             raise OSError(errno.EINVAL, "not a regular file")
-        self.input = open(self.file, "rb", 0) if self.stamp else None
+        self.input_file = open(self.input_path, "rb", 0) if self.stamp else None
 
     def open_outputs(self):
-        self.output_file = self.terms.unnamed.take() if self.output is None else self.open_part()
-        self.errors = self.open_errors() if self.errors_kept else self.terms.unnamed.take()
+        self.output_file = self.terms.unnamed.take() if self.output_path is None else self.open_part()
+        self.errors_file = self.open_errors() if self.errors_path else self.terms.unnamed.take()
 
     def ends(self):
         """Returns the Ends of its descriptors, for a run.  Without an input that End is not read: its number is -1."""
-        numbers = [file.fileno() if file else -1 for file in (self.input, self.output_file, self.errors)]
+        numbers = [file.fileno() if file else -1 for file in (self.input_file, self.output_file, self.errors_file)]
         return [End(number, number, lambda: None, [half]) for number, half in zip(numbers, ("read", "write", "write"))]
 
     def open_part(self):
@@ -7854,14 +7879,14 @@ class Task:
 
     def open_errors(self):
         """The file for its standard error, empty.  Raises OSError."""
-        self.terms.names.check_there(self.errors_kept)
-        return open(self.errors_kept, "w+b", 0)
+        self.terms.names.check_there(self.errors_path)
+        return open(self.errors_path, "w+b", 0)
 
     def state_of_input(self):
         """A value that changes if the input is changed or replaced by another file.  Raises OSError."""
-        if self.file is None:
+        if self.input_path is None:
             return None
-        now = os.stat(self.file)
+        now = os.stat(self.input_path)
         return now.st_mode, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
 
     def commit(self):
@@ -7870,25 +7895,25 @@ class Task:
         For a later batch a file with this name is done: so it must be whole, and from the present input.
         """
         if self.state_of_input() != self.stamp:
-            raise OSError(errno.EBUSY, "changed while it was read", self.file)
-        if self.output is not None:
-            self.terms.names.check_there(self.output)
+            raise OSError(errno.EBUSY, "changed while it was read", self.input_path)
+        if self.output_path is not None:
+            self.terms.names.check_there(self.output_path)
             if not os.path.samestat(os.lstat(self.part), os.fstat(self.output_file.fileno())):
                 raise OSError(errno.EBUSY, "another program has replaced it", self.part)
-            os.rename(self.part, self.output)
+            os.rename(self.part, self.output_path)
             self.terms.names.note_made(os.fstat(self.output_file.fileno()), self)
             self.terms.names.forget_part(self.output_file)
 
     def discard(self):
         """Removes the unfinished output."""
-        if self.output_file and self.output is not None:
+        if self.output_file and self.output_path is not None:
             drop_part(self.part)
             self.terms.names.forget_part(self.output_file)
         self.close()
 
     def close(self, *names):
         """Closes the open files of these names, or all; those without a name are for other Tasks then."""
-        named = {"input": True, "output_file": self.output is not None, "errors": self.errors_kept}
+        named = {"input_file": True, "output_file": self.output_path is not None, "errors_file": self.errors_path}
         for name in names or named:
             file = getattr(self, name)
             setattr(self, name, None)
@@ -7969,7 +7994,7 @@ class FileRun(RemoteRun):
         with on_failure(self.detach):
             for number, end in enumerate(task.ends()):
                 channel = self.carry(number, end)
-                if channel.source and not task.input:
+                if channel.source and not task.input_file:
                     channel.source.leave_alone()
             self.begin_files(task.listings, list(map(os.fsencode, task.patterns)),
                              lambda arrivals: task.terms.names.claim(arrivals, task), task.directory)
@@ -8005,7 +8030,7 @@ class FileRun(RemoteRun):
         self.close_channels()
 
     def local_error(self, channel, error):
-        name = (self.job.name, self.job.output, self.job.errors_kept)[channel]
+        name = (self.job.name, self.job.output_path, self.job.errors_path)[channel]
         self.trouble = self.trouble or ("%s: %s" % (name, error.strerror) if name else
                                         "%s: %s (TMPDIR)" % (tempfile.gettempdir(), error.strerror))
 
@@ -8272,7 +8297,7 @@ class Batch(Patron):
         self.where, self.causes = collections.Counter(), collections.Counter()      # of the failures
         self.halt, self.halted = halt, False        # the number of --halt or None; whether no more files are begun
         self.printer = Printer(self, tasks) if terms.pattern == "-" else None
-        self.watched = os.isatty(2) and not log.verbose
+        self.shows_progress = os.isatty(2) and not log.verbose
         self.record = Record()
         self.directories = set()    # they have new outputs, whose names may not be on the disk yet
         # No thread beside the Helpers of -i and -g: Python warns of a fork in a process with threads.
@@ -8281,7 +8306,7 @@ class Batch(Patron):
     def work(self):
         """Does all files.  Returns the exit code.  Raises Fatal (111) if no worker is found."""
         self.loop.catch([signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT], self.interrupted)
-        if self.watched:
+        if self.shows_progress:
             self.show_progress()
         try:
             if self.printer:
@@ -8293,7 +8318,7 @@ class Batch(Patron):
             self.make_durable()
         finally:
             self.stop()
-        if self.watched:
+        if self.shows_progress:
             log.say(self.farewell())
         if self.failures > 1:
             log.say(self.failures_text())
@@ -8413,7 +8438,7 @@ class Batch(Patron):
         return worker_id not in task.avoids or not task.refusals and not self.has_elsewhere(task)
 
     def has_elsewhere(self, task):
-        return (time.monotonic() - task.since < OBJECTION_SECONDS
+        return (time.monotonic() - task.since < UNFIT_SECONDS
                 or any(run.hello.worker_id not in task.avoids for run in self.runs)
                 or any(search.is_in_line(task.avoids) for search in self.searches))
 
@@ -8426,7 +8451,7 @@ class Batch(Patron):
     def settle_later(self, task):
         if not task.unsettled:
             task.unsettled = True
-            self.loop.after(OBJECTION_SECONDS, lambda: self.settle(task))
+            self.loop.after(UNFIT_SECONDS, lambda: self.settle(task))
 
     def settle(self, task):
         """A task fails whose own command is not there, if no other worker may have it."""
@@ -8538,7 +8563,7 @@ class Batch(Patron):
             self.conclude(run, outcome)  # as one that is too large for their disks: more tries would cost as much
         else:
             log.once(outcome.text(), say=log.tell_user)
-            self.alerts.tell(run, outcome)
+            self.alerts.tell_end(run, outcome)
             self.put_back(task)
         self.begin_searches()
 
@@ -8563,7 +8588,7 @@ class Batch(Patron):
         """Does a Task whose command has failed again (--retries)."""
         task = run.job
         self.tell_again(task, outcome, run)
-        self.alerts.tell(run, outcome)
+        self.alerts.tell_end(run, outcome)
         self.log_run(task, outcome, run)
         task.retries -= 1
         task.avoid(run.hello.worker_id)
@@ -8573,14 +8598,14 @@ class Batch(Patron):
         log.tell_user("%s at %s: %s; runs it again" % (task.name, run.worker, outcome.text()))
 
     def conclude(self, run, outcome):
-        self.alerts.tell(run, outcome)
+        self.alerts.tell_end(run, outcome)
         self.task_over(run.job, outcome, run)
 
     def store(self, run, outcome):
         """A success: if its output is to have a name, it gets this when it is on the disk."""
         def stored(error):
             self.conclude(run, failure(error_text(error, run.job.name)) if error else self.commit(run.job, outcome))
-        if run.job.output is None:
+        if run.job.output_path is None:
             stored(None)
         else:
             self.disk.store(run.job.output_file, stored)
@@ -8589,8 +8614,8 @@ class Batch(Patron):
         """Gives the output of a success its name.  Returns the Outcome, which is a failure if that fails."""
         try:
             task.commit()
-            if task.output is not None:
-                self.directories.add(os.path.dirname(task.output) or ".")
+            if task.output_path is not None:
+                self.directories.add(os.path.dirname(task.output_path) or ".")
             return outcome
         except OSError as error:
             return failure(error_text(error, task.name))
@@ -8639,10 +8664,10 @@ class Batch(Patron):
         self.log_run(task, outcome, run)
         if outcome.exit_code:       # not earlier: these leave the file with the errors to another Task
             task.discard()
-        elif task.output is not None:
+        elif task.output_path is not None:
             task.close()
         else:
-            task.close("input", "errors")
+            task.close("input_file", "errors_file")
         if self.printer:
             self.printer.refresh()
         if outcome.exit_code and self.failures == self.halt:
@@ -8662,17 +8687,17 @@ class Batch(Patron):
 
     def tell(self, task, outcome, run):
         """Says why a file failed, and shows what its command wrote on standard error, also after a success."""
-        said = task.errors and os.fstat(task.errors.fileno()).st_size
-        if not task.exit_code and (task.errors_kept or not said):
+        said = task.errors_file and os.fstat(task.errors_file.fileno()).st_size
+        if not task.exit_code and (task.errors_path or not said):
             return
         text = outcome.text() if task.exit_code else "done, and said:"
         log.status_line("")
         worker = "" if outcome.lead else self.worker_of(task, outcome, run)     # a lead names the worker
         log.say("%s%s: %s%s" % (task.name, " at " + worker if worker else "", text,
-                                " (see %s)" % task.errors_kept if said and task.errors_kept else ""))
-        if said and not task.errors_kept:
-            task.errors.seek(0)
-            for part in iter(lambda: task.errors.read(FRAME_MAX), b""):
+                                " (see %s)" % task.errors_path if said and task.errors_path else ""))
+        if said and not task.errors_path:
+            task.errors_file.seek(0)
+            for part in iter(lambda: task.errors_file.read(FRAME_MAX), b""):
                 log.copy(part)
             if log.midline:
                 log.write("\n")
@@ -8728,6 +8753,7 @@ class Batch(Patron):
             self.abandon(run)
         self.runs = []
         self.disk.finish()
+        self.alerts.flush()         # a second signal may end this process before at_end does that
 
     def abandon(self, run):
         """Ends a run: the link closes, so the worker ends the command."""
@@ -8900,7 +8926,7 @@ def show_tasks(options, tasks):
         words += [*map(os.fsencode, named), *environment]
         words += [b"--"] * bool(arguments) + arguments
         line = " ".join(shlex.quote(os.fsdecode(word)) for word in words)
-        ends = [("<", task.file), (">", task.output), ("2>", task.errors_kept)]
+        ends = [("<", task.input_path), (">", task.output_path), ("2>", task.errors_path)]
         line += "".join(" %s %s" % (sign, shlex.quote(name)) for sign, name in ends if name)
         print_out(os.fsencode(line) + b"\n")
     return 0
@@ -8924,7 +8950,7 @@ class Block(Task):
 
     def __init__(self, terms, number, offset, header=b""):
         super().__init__(terms, number, ("block %d (from byte %d)" % (number, offset),), None)
-        self.file = None
+        self.input_path = None
         self.data = tempfile.TemporaryFile(buffering=0)
         self.size = self.whole = 0                  # bytes; bytes in whole lines, both without the header
         self.header_size = len(header)
@@ -8942,7 +8968,7 @@ class Block(Task):
     def open_input(self):
         self.stamp = None
         self.data.seek(0)
-        self.input = open(os.dup(self.data.fileno()), "rb", 0)
+        self.input_file = open(os.dup(self.data.fileno()), "rb", 0)
 
     def conclude(self, outcome):
         super().conclude(outcome)
@@ -9117,7 +9143,7 @@ SIZES = {"": 1, "k": 1000, "m": 1000 ** 2, "g": 1000 ** 3, "K": 1 << 10, "M": 1 
 def parse_size(text):
     """The bytes in "1000000", "64M", "1m"; as with parallel, K M G are powers of 1024, k m g of 1000.  Raises Fatal."""
     digits, letter = (text[:-1], text[-1:]) if text[-1:] in SIZES else (text, "")
-    size = whole(digits) * SIZES[letter] if digits.isdecimal() else 0
+    size = number_of(digits) * SIZES[letter] if digits.isdecimal() else 0
     if not 0 < size <= 1 << 40:
         raise Fatal(EXIT_USAGE, "-b %s: not a size as in 64M (K, M, G; a TiB at most)" % cut(text, 20))
     return size
@@ -9229,7 +9255,7 @@ class HostTask(Task):
         return self.terms.environment, self.terms.arguments
 
     def open_input(self):
-        self.input = open(lifted(self.source, 3), "rb", 0)
+        self.input_file = open(lifted(self.source, 3), "rb", 0)
 
     def open_outputs(self):
         """They are LineEnds."""
@@ -9239,7 +9265,7 @@ class HostTask(Task):
 
     def ends(self):
         """Yields the Ends.  Raises OSError."""
-        yield FileEnd(self.input.fileno(), self.offset)
+        yield FileEnd(self.input_file.fileno(), self.offset)
         for writer in self.writers:
             yield LineEnd(writer, self.label)
 
@@ -9280,7 +9306,7 @@ class Everywhere(Batch):
         self.tasks = [HostTask(terms, number, worker_id, labels[worker_id], source, self.writers)
                       for number, worker_id in enumerate(sorted(workers, key=labels.get), 1)]
         self.timer = self.loop.after(0, self.begin_searches)        # for the next search
-        self.watched = False        # the lines show how far it is
+        self.shows_progress = False        # the lines show how far it is
         for task in self.tasks:
             if workers[task.worker_id]["state"] == "serving":
                 self.queue.append(task)
@@ -9521,7 +9547,7 @@ class RunGroup(Group):
 
     def wait(self, for_all):
         """Waits for the first host that serves, or until no host is left to wait for.  Raises Fatal (111)."""
-        self.sock.settimeout(SILENT_SECONDS)
+        self.sock.settimeout(TELL_SECONDS)
         while not self.serves() or for_all and WAITS in self.states.values():
             try:
                 self.read()
@@ -10074,7 +10100,7 @@ class Command(Carrier, Stateful):
         # close its terminal and open it again: so we keep the other side open until the command has ended.
         kept = lifted(far, self.loop.floor)
         set_terminal_modes(far, self.job.modes)
-        set_window(near, self.job.lines, self.job.columns)
+        set_terminal_size(near, self.job.lines, self.job.columns)
         os.set_blocking(near, False)
         return far, PtyEnd(near, near, lambda: (os.close(near), os.close(kept)), ["read", "write"])
 
@@ -10348,7 +10374,7 @@ class Command(Carrier, Stateful):
         end = self.channels[self.terminal].end
         with noting("the terminal's size"):
             if end.halves:
-                set_window(end.fd, payload.lines, payload.columns)
+                set_terminal_size(end.fd, payload.lines, payload.columns)
 
     def local_error(self, channel, error):
         log.say("descriptor %d: %s" % (channel, error.strerror))
@@ -10479,7 +10505,7 @@ class Supervisor(Stateful):
         self.settings, self.client, self.words = settings, client, Words()
         link.attach(self.loop, self)
         self.service = lifted(service, floor)
-        log.hold(floor)
+        log.leave_2(floor)
         if settings.job_root:
             settings.job_root.lift(floor)
         replace_with_null([2])
@@ -10535,7 +10561,8 @@ class Supervisor(Stateful):
 
     def accept(self):
         """Sends ACCEPT, when the descriptors are made and nothing has run, and waits for GO."""
-        # The first GO waits for it.  A batch's next GO does not: to this client it tells that the job has begun.
+        # A client sends its first GO after this ACCEPT.  A batch sends the next GO at once: there ACCEPT tells that the
+        # job has begun.
         self.link.send(ACCEPT, later=self.started)
         self.set_deadline(OFFER_SECONDS, lambda: self.link.fail("no GO"))
 
@@ -10930,7 +10957,7 @@ class Removals:
             at_end.append(lambda: helper.pid in self.owners and (helper.kill(), helper.wait()))
 
     def help(self, work, owner, tell):
-        """Returns a Helper that does work(); None if there can be none, which tell() was told."""
+        """Returns a Helper that does work().  If no process is left, it tells tell() why, and returns None."""
         def ended(trouble):
             del self.owners[helper.pid]
             if trouble:
@@ -10999,10 +11026,10 @@ class Supervisors:
         A client decides when it closes, and no slot is in use: so there could be any number.
         """
         self.handles[handle.pid] = self.handles.pop(handle.pid)     # in the order in which they were over
-        over = [other for other in self.handles.values() if other.done and not other.killed]
-        if len(over) > OVER_MAX:
-            (name, _), = collections.Counter(other.client.name for other in over).most_common(1)
-            next(other for other in over if other.client.name == name).cut_off()
+        waiting = [other for other in self.handles.values() if other.done and not other.killed]
+        if len(waiting) > OVER_MAX:
+            (name, _), = collections.Counter(other.client.name for other in waiting).most_common(1)
+            next(other for other in waiting if other.client.name == name).cut_off()
 
     def reap(self):
         """Removes supervisors that have ended from handles; ends the processes of those that were lost."""
@@ -11058,7 +11085,8 @@ class Supervisors:
 #     Worker.hear --> rcvd_announce --a slot is free--> delay_offer --Pace.delay()--> offer --> Offer --> start_job
 #                          '--no slot is free--> queue_up --> Line --a slot is free: serve_line--'
 #
-# Pace.delay() makes the least loaded worker the first: its delay grows with the load.
+# Pace.delay() makes the least loaded worker the first: its delay grows with the load.  It adds a random spread, and a
+# penalty after a failure.  A client that comes from the line waits for the penalty only.
 HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
 HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
 BY_SSH_SECONDS = 600.0              # a client's address that was reached only through ssh is tried directly again
@@ -11920,7 +11948,7 @@ class Settings(collections.namedtuple(
 OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
 SERVES = b"cexec: serves "          # the worker's output: a line with this and its id, when it serves
 ALIVE_SECONDS = 10.0                # seconds between two PING
-SILENCE_SECONDS = 60.0              # a worker drains if it has read nothing for so long
+LIFELINE_SECONDS = 60.0              # a worker drains if it has read nothing for so long
 SSH_WINDOW = 1024 * 1024            # bytes of credit for each connection and direction
 SSH_STREAMS = 64                    # connections for each host at most
 SSH_QUEUE = 2 * SSH_STREAMS * FRAME_MAX         # bytes that may wait for a host: each of these sends a frame at a time
@@ -12049,7 +12077,7 @@ class Lifeline(Carrier):
 class WorkerLifeline(Lifeline):
     """The worker's end.
 
-    At the end of its input the worker drains.  It also drains after SILENCE_SECONDS without a byte:
+    At the end of its input the worker drains.  It also drains after LIFELINE_SECONDS without a byte:
     a connection can break without an end, and a stopped starter sends nothing.
     """
 
@@ -12069,8 +12097,8 @@ class WorkerLifeline(Lifeline):
         worker.take_lifeline(self)
 
     def watch_silence(self):
-        if not self.link.closed and self.link.silence() > SILENCE_SECONDS:
-            self.link.fail("silent for %d s" % SILENCE_SECONDS)
+        if not self.link.closed and self.link.silence() > LIFELINE_SECONDS:
+            self.link.fail("silent for %d s" % LIFELINE_SECONDS)
         self.loop.after(ALIVE_SECONDS, self.watch_silence)
 
     def here(self, address):
@@ -12197,7 +12225,7 @@ def find_user(name):
 # ---------------------------------------------------------------------------
 
 class Logger:
-    """Calls tell(record, form) for every job's end and complaint that it hears; form(record) is a line."""
+    """Calls tell(record, form) for every outcome and complaint that it hears; form(record) is a line."""
 
     EVENTS = {HOW_EXITED: "exited", HOW_SIGNALLED: "signalled"}
 
@@ -12210,7 +12238,7 @@ class Logger:
         if datagram.kind in (ALERT, COMPLAINT) and datagram.identity not in self.known:
             self.known[datagram.identity] = True
             for record in list(self.records(datagram, address)):
-                self.tell(record, alert_line)
+                self.tell(record, record_line)
 
     def hear_stranger(self, address, error):
         """A peer has sent a datagram of another protocol version: told once for each address."""
@@ -12231,12 +12259,12 @@ class Logger:
         return None
 
     def records(self, datagram, address):
-        """Yields dictionaries, for -j and for alert_line.  Raises ProtocolError."""
+        """Yields dictionaries, for -j and for record_line.  Raises ProtocolError."""
         label, now = self.prover(datagram), time.time()
         if datagram.kind is COMPLAINT:
             told = [(datagram.body, "complaint", 0, 0)]
         else:
-            ends = map(JOB_END.unpack, datagram.body.ends)
+            ends = map(OUTCOME.unpack, datagram.body.outcomes)
             told = [(end, self.EVENTS.get(end.how), end.status, end.ago / 1000) for end in ends]
         for body, event, status, ago in told:
             if event is None:
@@ -12255,8 +12283,8 @@ def print_json(record, form):
     show(json_line(record))
 
 
-def alert_line(record):
-    """crat's line for an alert."""
+def record_line(record):
+    """crat's line for an outcome or a complaint."""
     form = {"exited": "{client} completed by {worker} for {application} exit code {status}",
             "signalled": "{client} completed by {worker} for {application} signal {status}",
             "complaint": "{client} rats out {worker} for {application}"}[record["event"]]
@@ -12279,7 +12307,7 @@ LINES_KEPT = 500                    # lines of the log, for a window that grows
 NAME_COLUMNS, HOST_COLUMNS = 40, 24     # the most that a worker's address and name take
 ASK_SECONDS, ABSENT_SECONDS = 3.0, 10.0   # between two QUERYs; a worker is gone so long after its last answer
 PRESENT, ABSENT = ("HOST", "NOW", "LOAD"), "gone"     # the columns from the workers' answers; NOW without an answer
-UNVERIFIED = " (unverified)"        # after the name of a worker whose alerts no key proves
+UNVERIFIED = " (unverified)"        # after the name of a worker whose records no key proves
 LEFT_OUT = ("TIME", "OUT", "IN", "MEAN", "LAST", "COMPLAINTS")      # columns that a narrow screen lacks, in this order
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"   # to xterm's other screen, without
                                     # cursor and wrapped lines; and back
@@ -12288,7 +12316,7 @@ STYLES = {"complaint": RED, "signalled": YELLOW}
 
 
 class Tally:
-    """The sums of the alerts about one worker, or about all."""
+    """The sums of the records about one worker, or about all."""
 
     HEADS = ["WORKER", "HOST", "NOW", "LOAD", "DONE", "FAILED", "COMPLAINTS", "IN", "OUT", "TIME", "MEAN", "LAST"]
 
@@ -12322,7 +12350,7 @@ class Tally:
 
 
 class Tallies:
-    """A Tally for each worker.  Unverified alerts are counted apart: they cannot push verified ones out of memory."""
+    """A Tally for each worker.  Unverified records are counted apart: they cannot push verified ones out of memory."""
 
     def __init__(self):
         self.began = time.monotonic()
@@ -12460,7 +12488,8 @@ class Screen:
             self.tallies.add(record)
         style = STYLES.get(record["event"], YELLOW if record.get("status") else "")
         text = printable(form(record))[:1000]
-        self.lines.append((time.strftime("%H:%M:%S ") + text, style if record.get("verified") else DIM))
+        when = time.strftime("%H:%M:%S ", time.localtime(record["time"]))
+        self.lines.append((when + text, style if record.get("verified") else DIM))
         self.changed = True
 
     # The terminal
@@ -12600,7 +12629,7 @@ def parse_entry(line):
     """The Entry in a line of a joblog or of crat -j; None if the line is not about a job.  Raises ValueError."""
     if line.startswith("{"):
         try:
-            return entry_of_alert(json.loads(line))
+            return entry_of_record(json.loads(line))
         except KeyError as error:
             raise ValueError("there is no %s" % error) from None
         except RecursionError:
@@ -12626,7 +12655,7 @@ def entry_of_joblog(number, host, began, seconds, sent, received, status, signal
                  quantity(sent, JOBLOG[4]), quantity(received, JOBLOG[5]))
 
 
-def entry_of_alert(record):
+def entry_of_record(record):
     """The Entry in a record of crat -j; None for another version of the protocol.  Raises ValueError, KeyError."""
     event, reason = record["event"], record.get("reason", "")
     if event == "version":
@@ -13708,7 +13737,7 @@ def parse_hosts(words):
     hosts = {}
     for text in names:
         slots, slash, name = text.partition("/")
-        slots, name = (whole(slots), name) if slash and slots.isdecimal() else (None, text)
+        slots, name = (number_of(slots), name) if slash and slots.isdecimal() else (None, text)
         if slots is not None and not 0 < slots <= SLOTS_MAX:
             raise Fatal(EXIT_USAGE, "-s %s: N/HOST has 1 to %d slots" % (text, SLOTS_MAX))
         hosts.setdefault(name, slots)
@@ -13894,8 +13923,8 @@ class HostLifeline(Lifeline):
             return self.refused(channel)
         self.visits[channel] = Visit(self, channel, payload.address, payload.port)
 
-    # The client ends the connection, as one that is direct.  If we closed a socket of which something is not read, that
-    # would be a reset, and what a stopped client has not taken yet would be lost: tcp(7), close(2).
+    # As on a direct connection, the client closes first.  If we closed a socket with bytes that were not read, TCP
+    # would reset the connection, and a stopped client would lose what it has not read yet: tcp(7), close(2).
 
     def rcvd_eof(self, flags, channel, payload):
         super().rcvd_eof(flags & ~FLAG_WHOLE, channel, payload)
@@ -14429,8 +14458,9 @@ def serve_run(hosts, argv):
 # trust the worker: results are only data (see Reader), and a frame out of place ends the lane.
 # One thread does all the work of a pool; other threads only call submit() and shutdown().
 #
-# A lane ends when its worker is lost, or its Python dies.  Pool.lane_over() puts its calls back into the queue, and
-# another lane does them.  Each may be lost so `retries` times; then it fails, with BrokenProcessPool.
+# A lane ends when its worker is lost, or its Python dies: its client exits, and with the last pipe Lane.client_ended()
+# calls Pool.lane_over().  This puts the lane's calls back into the queue, and another lane does them.  A call may be
+# lost `retries` times; with the next loss it fails, with BrokenProcessPool.  A lane that has begun no call loses none.
 
 __all__ = ["Executor", "Failed", "joblib", "run"]
 __version__ = VERSION
@@ -14470,7 +14500,8 @@ LANE_FAILURES = 3                   # calls fail when so many lanes in a row hav
 FAULTS_MAX = 256                    # or when so many workers cannot do the calls
 SEARCH_PAUSE = 10.0                 # seconds until the next search for more workers, after one that found none
 AHEAD_SECONDS = 0.010               # a lane gets further calls before it has done the first: for so many seconds,
-AHEAD_MAX = 32                      # and so many calls, at most
+AHEAD_MAX = 32                      # and so many calls, at most,
+AHEAD_BYTES = 64 * 1024             # and none while so many bytes wait to be sent
 RECALL_SECONDS = 0.050              # if a call takes longer, idle lanes get the calls that wait for it
 TICK_SECONDS = 0.1
 READY_SECONDS = 10.0                # from GO until a worker's Python must be ready,
@@ -15057,7 +15088,7 @@ class Program:
             roots = [root for root in roots if root in paths]
         self.roots = []
         for root in roots + paths[:1] + self.named(send):
-            if root not in self.roots and not is_below(root, self.library) and self.opened(root):
+            if root not in self.roots and not is_below(root, self.library) and self.has_modules(root):
                 self.roots.append(root)
         self.paths = paths + self.roots
 
@@ -15069,12 +15100,12 @@ class Program:
         for root in roots:
             if is_below(root, self.library):
                 raise ValueError("%s belongs to Python: what is installed here must be installed there too" % root)
-            if not self.opened(root):
+            if not self.has_modules(root):
                 raise ValueError("%s is no directory and no zip file with modules" % root)
         return roots
 
-    def opened(self, root):
-        """Whether modules can be in it.  The names in a zip file are noted."""
+    def has_modules(self, root):
+        """Whether modules can be in it.  Notes the names in a zip file."""
         if os.path.isfile(root):
             try:
                 with zipfile.ZipFile(root) as file:
@@ -15593,7 +15624,7 @@ def integer(data):
     return int.from_bytes(data, "little", signed=True)
 
 
-def text(data):
+def from_utf8(data):
     return data.decode("utf-8", "surrogatepass")
 
 
@@ -16134,9 +16165,9 @@ class Reader:
         ("]", empty, list), ("}", empty, dict), (")", empty, tuple), ("\x8f", empty, set),
         ("J", fixed, (b"J", "<xi")), ("K", fixed, (b"K", "<xB")), ("M", fixed, (b"M", "<xH")),
         ("G", fixed, (b"G", ">xd")),
-        ("\x8a", counted, (BYTE, integer)), ("\x8b", counted, (SIGNED, integer)), ("\x8c", counted, (BYTE, text)),
-        ("X", counted, (INT, text)), ("\x8d", counted, (LONG, text)), ("C", counted, (BYTE, bytes)),
-        ("B", counted, (INT, bytes)), ("\x8e", counted, (LONG, bytes)),
+        ("\x8a", counted, (BYTE, integer)), ("\x8b", counted, (SIGNED, integer)),
+        ("\x8c", counted, (BYTE, from_utf8)), ("X", counted, (INT, from_utf8)), ("\x8d", counted, (LONG, from_utf8)),
+        ("C", counted, (BYTE, bytes)), ("B", counted, (INT, bytes)), ("\x8e", counted, (LONG, bytes)),
         ("\x96", byte_array, None), ("\x97", next_buffer, None), ("\x98", read_only, None),
         ("\x94", memoize, None), ("h", recall, BYTE), ("j", recall, INT),
         ("\x85", tuple_of, 1), ("\x86", tuple_of, 2), ("\x87", tuple_of, 3),
@@ -16413,10 +16444,10 @@ def unnamed_file(data):
 class Lane(Stateful):
     """One job of cexec, with a worker's Python as its command.
 
-    SEARCHING --GO--> STARTING --READY--> PREPARING --VALUE 0--> UP --end(): send END--> ENDING -all pipes are-> EXITED
-        |'---------------|-----READY--------^|'-no initializer---^|                       A         closed         A
-        '----------------'-------------------'--------------------'----terminate()--------'                        |
-        '----------------'-------------------'--------------------'----the job has ended: all pipes are closed-----'
+    SEARCHING --GO--> STARTING --READY--> PREPARING --VALUE 0--> UP --end(): send END--> ENDING --pipes closed--> EXITED
+        |'---------------|-----READY--------^|'-no initializer---^|                        A                        A
+        '----------------'-------------------'--------------------'----terminate()---------'                        |
+        '----------------'-------------------'--------------------'----the job has ended: all pipes are closed------'
     """
 
     LAW = {SEARCHING: (STARTING, PREPARING, ENDING, EXITED), STARTING: (PREPARING, ENDING, EXITED),
@@ -16524,7 +16555,7 @@ class Lane(Stateful):
     # pace (half the last call's time, half the pace before), and AHEAD_MAX at most.  It gets none ahead
     #   - before its first result, as its pace is not known; a call that runs for longer than that pace counts instead;
     #   - without retries, because a call that only waits there is lost with the lane, and that would be its one try;
-    #   - while so many bytes wait to be sent: large calls fill the way by themselves.
+    #   - while AHEAD_BYTES wait to be sent: large calls fill the way by themselves.
     # Calls ahead may wait for a long one.  So if another lane has nothing to do or may be begun, and no call waits
     # here, those that it has not begun for RECALL_SECONDS are recalled.  They go to the head of the queue, for the lane
     # with the fewest.
@@ -16534,7 +16565,7 @@ class Lane(Stateful):
         if self.state is not UP or self.leaving or not self.calls:
             return self.state is UP and not self.leaving
         pace = max(self.pace, time.monotonic() - self.head_since)
-        return (self.pool.retries > 0 and not self.recalled and self.backlog < PRINTED_MAX
+        return (self.pool.retries > 0 and not self.recalled and self.backlog < AHEAD_BYTES
                 and len(self.calls) < min(AHEAD_MAX, AHEAD_SECONDS / pace))
 
     def take(self, number, call, made, function):

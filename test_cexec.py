@@ -113,7 +113,7 @@ NOTED = 'printf "%s\\0" "$PEER_FILE" >>runs; '      # what the worker has been g
 BANNER = "Welcome to %s.\nNo mail"      # an unfinished line
 SECRET = "correct horse"
 JOB = ["sh", "-c", 'echo ready; while [ ! -e "$PEER_GO" ]; do sleep 0.05; done; echo done']
-SILENCE = {"ALIVE_SECONDS": 0.5, "SILENCE_SECONDS": 5.0}
+SILENCE = {"ALIVE_SECONDS": 0.5, "LIFELINE_SECONDS": 5.0}
 
 
 # ---- Helpers ---------------------------------------------------------------
@@ -2371,7 +2371,7 @@ def test_codes_and_names_are_unique():
      "6162636465666768" + "00000002" + "00000003" + "0004" + "0003" + "3a3a32"),
     (lambda: cexec.CLAIM.pack(token=TOKEN, offers=5), TOKEN.hex() + "0005"),
     (lambda: make_datagram(cexec.CLAIM, made_pub(), NONCE, 4097, token=TOKEN, offers=1)[:-16],
-     "43455843" + "03" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
+     "43455843" + "04" + "02" + "00" + "00" * 16 + "1001" + "43c2883cee7bee50" + "0006616e796f6e65"
      + NONCE.hex() + TOKEN.hex() + "0001"),
 ])
 def test_bytes_on_the_wire(made, wire):
@@ -2631,7 +2631,7 @@ PAGE_TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "8s": "bytes 8", "1
               "rows:HQQ": "rows Pq u16 , u64 , u64"}
 
 
-@pytest.mark.parametrize("message", [cexec.COMMON, cexec.JOB_END] + all_messages(), ids=repr)
+@pytest.mark.parametrize("message", [cexec.COMMON, cexec.OUTCOME] + all_messages(), ids=repr)
 def test_cexec_7_has_every_message_with_its_code_and_fields(message):
     page = read(os.path.join(HERE, "man", "cexec.7")).decode()
     title = ".It Sy " + message.name + (" Pq %d" % message.code if message.code else "") + "\n"
@@ -6566,9 +6566,9 @@ def test_what_claim_has_noted_is_taken_back(tmp_path, monkeypatch):
     one, other = (cexec.Task(terms, number, (str(number),), None) for number in (1, 2))
     arrival = [(b"a", (1, 2), None)]
     names.claim(arrival, one)()
-    assert not names.made and not any(names.written.values())
+    assert not names.makers and not any(names.writers.values())
     names.claim(arrival, other)
-    assert names.made == {(1, 2): other}
+    assert names.makers == {(1, 2): other}
     with pytest.raises(cexec.Fatal):
         names.claim([(b"a", (3, 4), None)], one)
 
@@ -8999,12 +8999,12 @@ def test_files_of_outputs_without_names_are_used_again_and_are_empty_then():
     for number, size in enumerate((cexec.FRAME_MAX + 1, 0, 10, 1000)):
         task = cexec.Task(terms, number, ("value",), None)
         task.open()
-        for file in (task.output_file, task.errors):
+        for file in (task.output_file, task.errors_file):
             assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == os.fstat(file.fileno()).st_size == 0
             os.write(file.fileno(), bytes(size))
             files.add(file)
         task.discard()
-        assert (task.output_file, task.errors) == (None, None)
+        assert (task.output_file, task.errors_file) == (None, None)
     assert len(files) == 2
     for file in files:
         file.close()
@@ -9495,7 +9495,7 @@ def test_halt_lets_those_that_run_end(cluster):
 
 
 def test_halt_prints_what_is_done_behind_a_job_that_waits_for_its_next_try(cluster):
-    altered(cluster, OBJECTION_SECONDS=30)
+    altered(cluster, UNFIT_SECONDS=30)
     names = made_files(cluster, 2)
     cluster.worker("sh", "-c", 'case "$PEER_FILE" in f000) exit 3;; esac; cat', env={"CONCURRENCY": "1"})
     done = batch(cluster, *names, "none", options=["--halt", "1", "--retries", "1", "-o", "-"])
@@ -9686,7 +9686,7 @@ def test_a_command_of_a_files_own_fails_alone(cluster):
 
 def test_a_batch_waits_for_the_worker_that_has_its_command(cluster):
     """It was there before, so a worker without it does not decide: not while a job is on its way, and not later."""
-    altered(cluster, OBJECTION_SECONDS=0.1)
+    altered(cluster, UNFIT_SECONDS=0.1)
     names = made_files(cluster, 4)
     tools = Toolbox(cluster)
     command = "#!/bin/sh\n[ $PEER_FILE = f000 ] && exec cat; echo $$ >> pids; exec sleep 100\n"
@@ -9824,7 +9824,7 @@ def test_a_command_that_failed_runs_again_elsewhere(cluster, mode):
 
 def test_failures_count_when_the_last_try_is_over(cluster):
     """Where there is no other worker the same one gets the job again; without --retries there is one try."""
-    altered(cluster, OBJECTION_SECONDS=0.1)
+    altered(cluster, UNFIT_SECONDS=0.1)
     names = made_files(cluster, 2)
     cluster.worker("sh", "-c", NOTED + "exit 3", env={"CONCURRENCY": "1"})
     done = batch(cluster, *names, options=["--retries", "2", "-j", "1", "--halt", "2", "--log", "log"])
@@ -9841,7 +9841,7 @@ def test_failures_count_when_the_last_try_is_over(cluster):
 
 def test_a_try_fails_and_the_next_does_not(cluster):
     """Of the same worker: the output is that of the last try alone."""
-    altered(cluster, OBJECTION_SECONDS=0.1)
+    altered(cluster, UNFIT_SECONDS=0.1)
     make_file(cluster, "f", b"whole")
     cluster.worker("sh", "-c", "[ -e there ] && exec cat; echo half; echo oh >&2; touch there; kill -9 $$")
     done = batch(cluster, "f", options=["-o", "-", "--retries", "5"])
@@ -12577,9 +12577,9 @@ class Alerts:
         self.socks = cexec.open_speakers()
 
     def say(self, worker="10.0.0.3", how=cexec.HOW_EXITED, status=0, count=1, pub=None, reason="", **fields):
-        end = cexec.JOB_END.pack(ago=0, how=how, status=status, reason=reason, **self.common(worker, **fields))
+        end = cexec.OUTCOME.pack(ago=0, how=how, status=status, reason=reason, **self.common(worker, **fields))
         for _ in range(count):
-            self.send(cexec.ALERT, pub, ends=[end])
+            self.send(cexec.ALERT, pub, outcomes=[end])
 
     def complain(self, worker="10.0.0.3", pub=None, reason=""):
         self.send(cexec.COMPLAINT, pub, worker_id=bytes(8), reason=reason, **self.common(worker))
@@ -12755,7 +12755,7 @@ def test_the_screen_has_colour_unless_told(cluster, alerts, window, no_color):
 def on_a_pty(cluster, *words, size=(24, 80), env=None):
     """crat -t at a terminal in the test's hands: process.master is its other side."""
     master, slave = pty.openpty()
-    cexec.set_window(slave, *size)
+    cexec.set_terminal_size(slave, *size)
     process = cluster.start("crat", "-t", *words, stdin=slave, stdout=slave, stderr=subprocess.DEVNULL,
                             env=dict({"TERM": "xterm"}, **(env or {})), start_new_session=True)
     os.close(slave)
@@ -15012,10 +15012,10 @@ def test_of_the_alerts_workers_get_only_complaints():
     for kind in cexec.Group, cexec.RunGroup:
         group = SimpleNamespace(may_have_crat=functools.partial(kind.may_have_crat, None),
                                 send=lambda speakers, data: sent.append(cexec.Datagram(data)))
-        run = SimpleNamespace(hello=SimpleNamespace(nonce=os.urandom(16), worker_id=bytes(8)), fields=lambda: {
+        run = SimpleNamespace(hello=SimpleNamespace(nonce=os.urandom(16), worker_id=bytes(8)), record_fields=lambda: {
             "worker": "10.0.0.3", "host": "box", "bytes_in": 1, "bytes_out": 2, "milliseconds": 3})
         alerts = cexec.Alerts(group, pub, cexec.Loop())
-        alerts.tell(run, cexec.Outcome(3, "exited=3"))
+        alerts.tell_end(run, cexec.Outcome(3, "exited=3"))
         alerts.complain(run, "lost")
     assert [datagram.kind for datagram in sent] == [cexec.ALERT, cexec.COMPLAINT, cexec.COMPLAINT]
     for datagram in sent:
@@ -15024,8 +15024,8 @@ def test_of_the_alerts_workers_get_only_complaints():
 
 
 def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
-    """The first at once; then those of a tenth of a second, or sixteen, or as many as fit, as old as they are."""
-    clock, sent, left = [1000.0], [], []
+    """The first at once; then those of a tenth of a second, or as many as there is room for, each with its age."""
+    clock, sent, left, nonces = [1000.0], [], [], []
     monkeypatch.setattr(cexec.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(cexec, "at_end", left)
     pub = SimpleNamespace(application=bytes(8), name="n" * 64, secret=bytes(32))
@@ -15035,13 +15035,14 @@ def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
 
     def end(status, reason="", seconds=0.0):
         fields = {"worker": "10.0.0.3", "host": "h" * 30, "bytes_in": 1, "bytes_out": 2, "milliseconds": 3}
-        alerts.tell(SimpleNamespace(fields=lambda: fields), cexec.Outcome(status, "", reason))
+        alerts.tell_end(SimpleNamespace(record_fields=lambda: fields), cexec.Outcome(status, "", reason))
         clock[0] += seconds
 
     def told():
         """Returns (status, ago) of each end in each datagram since the last call."""
         assert all(len(data) <= cexec.DATAGRAM_MAX for data in sent)
-        ends = [[cexec.JOB_END.unpack(part) for part in cexec.Datagram(data).body.ends] for data in sent]
+        nonces.extend(cexec.Datagram(data).nonce for data in sent)
+        ends = [[cexec.OUTCOME.unpack(part) for part in cexec.Datagram(data).body.outcomes] for data in sent]
         sent.clear()
         return [[(end.status, end.ago) for end in some] for some in ends]
 
@@ -15056,15 +15057,22 @@ def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
     assert told() == [[(2, 93), (3, 62)]]
     for number in range(20):
         end(number)
-    assert told() == [[(number, 0) for number in range(13)], [(number, 0) for number in range(13, 16)]]
+    assert told() == [[(number, 0) for number in range(13)]]
+    assert len([timer for _, _, timer in loop.timers if timer.call]) == 1
     left[0]()                                   # the process ends
-    assert told() == [[(number, 0) for number in range(16, 20)]]
+    assert told() == [[(number, 0) for number in range(13, 20)]]
+    assert not [timer for _, _, timer in loop.timers if timer.call]
     for number in range(5):
         end(number, "r" * 1000)
     left[0]()
     assert told() == [[(0, 0), (1, 0)], [(2, 0), (3, 0)], [(4, 0)]]
     left[0]()
     assert told() == []
+    end(1)
+    alerts.complain(SimpleNamespace(hello=SimpleNamespace(nonce=NONCE, worker_id=bytes(8)), record_fields=lambda: {
+        "worker": "10.0.0.3", "host": "h", "bytes_in": 1, "bytes_out": 2, "milliseconds": 3}), "lost")
+    assert [cexec.Datagram(data).kind for data in sent] == [cexec.ALERT, cexec.COMPLAINT]
+    assert len(set(nonces)) == len(nonces) == 7         # or crat would take some for copies
 
 
 @pytest.fixture
@@ -15499,7 +15507,7 @@ def test_a_stopped_client_keeps_its_workers(away):
     put(away.path("job"), "exec %s\n" % " ".join(map(shlex.quote, words)))
     terminal.type("sh job\n", "ready")
     terminal.type("\x1a", "Stopped")
-    time.sleep(SILENCE["SILENCE_SECONDS"] + 3)      # a worker that hears nothing for so long ends
+    time.sleep(SILENCE["LIFELINE_SECONDS"] + 3)      # a worker that hears nothing for so long ends
     touch(away.path("go"))
     terminal.type("fg\n", "done")
     terminal.shows("$ ")
