@@ -37,7 +37,7 @@ The way of a job:
        |  CLAIM token  ------------ group --->  |   other workers forget the job
        |  DATA EOF SHUT CREDIT SIGNAL  <----->  |
        |  <------------------------------- EXIT |   status, bytes sent, bytes taken
-       |  ALERT completed ---------- group ---> |   crat
+       |  ALERT outcome ------------ group ---> |   crat
 
 Before GO nothing has run: if the connection is lost, the search goes on.  After GO a loss
 means exit status 111.  Two kinds of jobs run again instead: those of a batch (cexec -m, -b),
@@ -1063,9 +1063,9 @@ def format_key(master):
 # it.  That is all for a Carrier: a RemoteRun, a Command and a Lifeline take each frame for which they have
 # a method.  The others name the frames that they take in each state: Supervisor.TAKES, and link_frame() of Candidate,
 # Offer and FileRun.  Lifeline.link_frame() names those that may come for a channel that is closed.  A new datagram
-# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, or for crat Logger.records() and a form in
-# record_line(); also a place in FOR_WORKERS, RELAYED or ANSWERS, if it is to be passed on.  Both need cexec(7), and
-# another PROTOCOL, a number that is in cexec(7) too.
+# needs a place in DATAGRAMS, and rcvd_NAME in Worker, Search or Survey, or for crat a place in Logger.hear() and
+# records() and a form in record_line(); also a place in FOR_WORKERS, RELAYED or ANSWERS, if it is to be passed on.
+# Both need cexec(7), and another PROTOCOL, a number that is in cexec(7) too.
 VARIABLE = "text", "parts", "rows:", "rest"         # a field whose type begins so has no fixed size
 WORDS_CHUNK = 16 * 1024             # bytes of them in one frame: what even a slow link carries in OFFER_SECONDS
 
@@ -2254,6 +2254,8 @@ class ReturnPort:
 # ---------------------------------------------------------------------------
 # The connection: TLS, a link of frames, and the channels of descriptors over it
 # ---------------------------------------------------------------------------
+#
+# The way of a byte, and the states of a channel's streams, are drawn above class Stream.
 
 def load_ssl():
     """Imports ssl when the first bytes need it.  Raises Fatal (111)."""
@@ -2456,7 +2458,7 @@ class Delivery:
         self.sent += count
 
     def look_for_progress(self, sock):
-        """Looks what the host has acknowledged.  Returns whether bytes that waited at the last call are among it.
+        """Looks what the host has acknowledged.  Returns whether bytes that waited at the last call are among that.
 
         Only bytes that had to wait count: a PING leaves at once, and proves nothing.
         """
@@ -2996,13 +2998,15 @@ class Stateful:
         self.state = state
 
 
-# The way of a byte of an input; a byte of an output goes the other way:
+# The way of a byte: for an input the client reads and the worker writes, for an output it is the other way.
 #
-#   client   End.read_into <-- Source.readable --> Link.send_data --> Tls --> socket
-#   worker   Link.readable --> Supervisor.link_frame --> Carrier.rcvd_data --> Sink.rcvd_data --> End.write
+#   reads    End.read_into <-- Source.readable --> Link.send_data --> Tls --> socket
+#   writes   Link.readable --> link_frame --> Carrier.rcvd_data --> Sink.rcvd_data --> End.write
+#                                             what that does not take: Sink.queue --> Sink.writable
 #   credit   Sink --CREDIT--> Carrier.rcvd_credit --> Source.rcvd_credit
 #
-# Job.open_ends and Command.make_ends make the Ends; Carrier.carry makes a Channel of each.
+# link_frame is the Carrier's; at the worker Supervisor.link_frame calls it.  The Ends come from Job.open_ends or
+# Task.ends, from Command.make_ends, and for archives from JobFiles.carry.  Carrier.carry makes a Channel of each.
 #
 # A channel joins an End to its peer at the other host.  For each half of the End it has a stream: a
 # Source, a Sink, or both.  A stream has a state, which only _set() changes; it refuses what is not
@@ -4216,8 +4220,8 @@ def system_load():
 # The results of -g get their names so:
 #
 #   RemoteRun.judge_files, after EXIT --> JobFiles.approve --a byte--> receive, in a Helper --> commit_all
-#   in a batch, before the first rename:   Names.claim <-- JobFiles.read_question <--their names-- ask_parent
-#                                               '--a byte: no other job has written them--> commit_all
+#   before the first one gets its name:   JobFiles.read_question <--their names-- ask_parent
+#       '--a byte; in a batch only if Names.claim finds no other job that reads or writes them--> commit_all goes on
 
 WHOLE = b"."                        # the last member
 BLOCK = 512                         # tar(5): bytes of a member's head; its data is padded to a multiple of this
@@ -5328,9 +5332,8 @@ def receive(part, reader, parent, patterns, listings, in_batch, in_use=(), direc
     """In a Helper: unpacks results into a directory of its own, part, and waits for its parent: a byte, or end of file.
 
     After a byte it asks with the names of the results, see ask_parent().  After a second byte it gives them their
-    names.  After an end of file it removes them.  in_use: the files that are open at 0, 1
-    and 2, {(device, inode): whether it is an output}.  directory: where the results go, or b"".  Raises OSError,
-    ProtocolError, Fatal.
+    names.  After an end of file it removes them.  in_use: the files that are open at 0, 1 and 2, {(device, inode):
+    whether it is an output}.  directory: where the results go, or b"".  Raises OSError, ProtocolError, Fatal.
     """
     # An error before the first byte is kept until then: if the command has failed, it does not matter.
     error = None
@@ -5441,7 +5444,7 @@ def commit_all(part, files, directories, in_batch, claim_names=lambda arrivals: 
 
     In a batch they are durable first.
 
-    Everything that may fail is done before the first rename, and renames are undone if one fails
+    Everything that may fail is done before the first one gets its name, and renames are undone if one fails
     all the same.  Only a KILL or a crash between them leaves some of the results, and where
     there are no hard links a file that was replaced does not come back.
     """
@@ -5586,8 +5589,8 @@ class JobFiles:
         self.loop, self.ended, self.claim, self.directory = carrier.loop, ended, claim, os.fsencode(directory)
         self.part = self.receiver = None        # the directory in which results wait, and their Helper
         self.refused = None         # why claim() does not let results get their names
-        self.helper_socket = None         # to the Helper that has the results: see receive()
-        self.question = None           # None until approve(); then what the Helper has asked so far: see ask_parent()
+        self.helper_socket = None   # to the Helper that has the results: see receive()
+        self.question = None        # None until approve(); then what the Helper has asked so far: see ask_parent()
         self.unclaim = lambda: None             # takes back what claim() has noted
         self.helpers, self.channels = [], []
         self.closed = False         # whether nobody waits for the Helpers any more
@@ -5725,9 +5728,9 @@ class JobFiles:
 
 LOSSES_MAX = 3                      # times that a job is run again whose worker was lost
 FRESH_TRIES = 3                     # a BUSY is a replay if more announcements than these came after its own
-TELL_SECONDS = 3.0                # a search that takes longer says so on a terminal
+TELL_SECONDS = 3.0                  # a search that takes longer says so on a terminal
 AVOID_MAX = 300.0                   # a worker that refuses again and again is asked again after this
-UNFIT_SECONDS = 1.0             # if a worker can't do the job, others have so long to make an offer
+UNFIT_SECONDS = 1.0                 # if a worker can't do the job, others have so long to make an offer
 HEAD_START = 0.020                  # seconds in which an earlier offer is preferred
 
 
@@ -6464,8 +6467,8 @@ class Search:
 #                                   '-- a text ----------------------> Patron.failed(run, reason, text)
 #
 # The text comes from the job: a Job runs again with -r or cservice -i, and only while nothing of it was
-# shown; a Task always; a HostTask never.  CEXEC_RETRIES bounds that for all.  A FileRun whose job was not begun is no
-# loss: see FileRun.link_lost.
+# shown; a Task always; a HostTask never.  CEXEC_RETRIES bounds that for all.  Of each loss crat and
+# the worker are told, by Alerts.complain.  A FileRun whose job was not begun is no loss: see FileRun.link_lost.
 MAXFD = 32                          # descriptors below this number are carried
 
 
@@ -7024,10 +7027,10 @@ class Progress:
 
 
 class Alerts:
-    """Tells crat, and a worker that was lost, how runs have ended.
+    """Tells crat, and a worker that was lost, how runs have ended.  With cexec -s there is no crat.
 
     A run that has come to its EXIT is an OUTCOME, also if its job runs again then (--retries).  A run that was lost is
-    a COMPLAINT.  A job that no worker has begun is neither.
+    a COMPLAINT.  A job that no worker has begun is neither, nor is a run that this process ends.
 
     A datagram for each OUTCOME of a batch could cost more than the job: it goes out by every interface, and all
     workers of the network hear it.  So the first one goes at once, and those of the next tenth of a second together.
@@ -7055,7 +7058,7 @@ class Alerts:
                   **run.record_fields())
 
     def tell_end(self, run, outcome):
-        """Tells how a run has ended: at once, if the last ALERT was sent before PAUSE, else with the next."""
+        """Tells how a run has ended: at once if the last ALERT is older than PAUSE, else with the next."""
         if not self.group.may_have_crat():
             return
         now, part = time.monotonic(), OUTCOME.pack(ago=0, **run.record_fields(), **outcome.record_fields())
@@ -9306,7 +9309,7 @@ class Everywhere(Batch):
         self.tasks = [HostTask(terms, number, worker_id, labels[worker_id], source, self.writers)
                       for number, worker_id in enumerate(sorted(workers, key=labels.get), 1)]
         self.timer = self.loop.after(0, self.begin_searches)        # for the next search
-        self.shows_progress = False        # the lines show how far it is
+        self.shows_progress = False # the lines show how far it is
         for task in self.tasks:
             if workers[task.worker_id]["state"] == "serving":
                 self.queue.append(task)
@@ -10957,7 +10960,7 @@ class Removals:
             at_end.append(lambda: helper.pid in self.owners and (helper.kill(), helper.wait()))
 
     def help(self, work, owner, tell):
-        """Returns a Helper that does work().  If no process is left, it tells tell() why, and returns None."""
+        """Returns a Helper that does work(); or None, if no process is left, and calls tell(why)."""
         def ended(trouble):
             del self.owners[helper.pid]
             if trouble:
@@ -11082,11 +11085,12 @@ class Supervisors:
 
 # The way of an announcement:
 #
-#     Worker.hear --> rcvd_announce --a slot is free--> delay_offer --Pace.delay()--> offer --> Offer --> start_job
-#                          '--no slot is free--> queue_up --> Line --a slot is free: serve_line--'
+#     Worker.hear --> rcvd_announce --a slot is free, nobody in line--> delay_offer --Pace.delay()--> offer --> Offer
+#                         '--else--> queue_up --> Line --a slot is free: serve_line-------------------'
 #
-# Pace.delay() makes the least loaded worker the first: its delay grows with the load.  It adds a random spread, and a
-# penalty after a failure.  A client that comes from the line waits for the penalty only.
+# Pace.delay() makes the least loaded worker the first: its delay grows with the load.  It adds a random spread if this
+# is the client's first announcement, and a penalty after a failure.  BOOST replaces all that.  A client that comes
+# from the line waits for the penalty only, whatever BOOST is.
 HOLD_SECONDS = 0.25                 # an offer holds a slot for this long before TLS is up,
 HOLD_MAX = 1.0                      # or for this long, if the last one to the same address needed more
 BY_SSH_SECONDS = 600.0              # a client's address that was reached only through ssh is tried directly again
@@ -11948,7 +11952,7 @@ class Settings(collections.namedtuple(
 OVER_SSH = "-"                      # the argument of -s that makes a cservice such a worker
 SERVES = b"cexec: serves "          # the worker's output: a line with this and its id, when it serves
 ALIVE_SECONDS = 10.0                # seconds between two PING
-LIFELINE_SECONDS = 60.0              # a worker drains if it has read nothing for so long
+LIFELINE_SECONDS = 60.0             # a worker drains if it has read nothing for so long
 SSH_WINDOW = 1024 * 1024            # bytes of credit for each connection and direction
 SSH_STREAMS = 64                    # connections for each host at most
 SSH_QUEUE = 2 * SSH_STREAMS * FRAME_MAX         # bytes that may wait for a host: each of these sends a frame at a time
@@ -13372,7 +13376,7 @@ class Proxy:
         if index and index == self.home and self.reaches_home():
             return                  # it comes from the network to which it would be sent
         port = 0
-        if datagram.kind in (ANNOUNCE, QUERY):
+        if datagram.kind in ANSWERS.values():
             if is_multicast(address):           # the system itself refuses answers to a broadcast address
                 return log.note("dropped %r: %s is not a host's address", datagram, address)
             relay = self.relay_for((address, datagram.port))
@@ -14460,7 +14464,8 @@ def serve_run(hosts, argv):
 #
 # A lane ends when its worker is lost, or its Python dies: its client exits, and with the last pipe Lane.client_ended()
 # calls Pool.lane_over().  This puts the lane's calls back into the queue, and another lane does them.  A call may be
-# lost `retries` times; with the next loss it fails, with BrokenProcessPool.  A lane that has begun no call loses none.
+# lost `retries` times; with the next loss it fails, with BrokenProcessPool.  If a lane may have begun a call, that was
+# a try for all its calls, else for none.
 
 __all__ = ["Executor", "Failed", "joblib", "run"]
 __version__ = VERSION

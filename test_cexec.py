@@ -15075,6 +15075,15 @@ def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
     assert len(set(nonces)) == len(nonces) == 7         # or crat would take some for copies
 
 
+def test_a_batch_that_is_stopped_has_told_all_ends_before_it_waits_for_its_helpers():
+    """Its Helpers may wait for a disk, and a second signal then ends it at once: at_end tells nothing any more."""
+    order, batch = [], SimpleNamespace(runs=[], end_searches=lambda: None)
+    batch.disk = SimpleNamespace(finish=lambda: order.append("on the disk"))
+    batch.alerts = SimpleNamespace(flush=lambda: order.append("told"))
+    cexec.Batch.stop(batch)
+    assert order == ["on the disk", "told"]
+
+
 @pytest.fixture
 def tunnelled(local):
     """A worker on this host that reaches clients only through ssh."""
