@@ -9005,7 +9005,7 @@ class Splitter(Input):
         super().__init__(loop, may_read)
         self.terms, self.size, self.give = terms, size, give
         self.block, self.count = None, 0
-        self.header, self.missing = b"", header_lines           # the header so far; the lines of it to come
+        self.header, self.missing = bytearray(), header_lines   # the header so far; the lines of it to come
         self.offset = 0             # where the next block begins in the input
 
     def stop(self):
