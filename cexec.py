@@ -1122,7 +1122,7 @@ def pack_field(kind, value):
     if kind == "text":
         return pack_field("part", value.encode("utf-8", "surrogateescape"))
     if kind in ("texts", "parts"):
-        return struct.pack("!H", len(value)) + b"".join(pack_field(kind[:4], one) for one in value)
+        return struct.pack("!H", len(value)) + b"".join(pack_field(kind[:-1], one) for one in value)
     if kind.startswith("rows:"):
         return struct.pack("!H", len(value)) + b"".join(struct.pack("!" + kind[5:], *row) for row in value)
     return struct.pack("!" + kind, value)
@@ -1142,7 +1142,7 @@ def unpack_field(kind, view):
         count, = struct.unpack_from("!H", view)
         view, values = view[2:], []
         for _ in range(count):
-            value, view = unpack_field(kind[:4] if kind in ("texts", "parts") else kind[5:], view)
+            value, view = unpack_field(kind[:-1] if kind in ("texts", "parts") else kind[5:], view)
             values.append(value)
         return values, view
     form = struct.Struct("!" + kind)
@@ -7043,7 +7043,7 @@ class Alerts:
     def __init__(self, group, pub, loop):
         self.group, self.pub, self.loop = group, pub, loop
         self.speakers = {family: loop.above_floor(sock) for family, sock in open_speakers().items()}
-        self.waiting, self.size = [], 0         # (when, an OUTCOME with 0 as ago); their bytes in an ALERT
+        self.waiting = []           # (when, an OUTCOME with 0 as ago)
         self.sent_at, self.timer = 0.0, NO_TIMER
         at_end.append(self.flush)
 
@@ -7062,10 +7062,9 @@ class Alerts:
         if not self.group.may_have_crat():
             return
         now, part = time.monotonic(), OUTCOME.pack(ago=0, **run.record_fields(), **outcome.record_fields())
-        if self.size + 2 + len(part) > self.ROOM:
+        if sum(2 + len(one) for _, one in [*self.waiting, (now, part)]) > self.ROOM:
             self.flush()
         self.waiting.append((now, part))
-        self.size += 2 + len(part)
         if now >= self.sent_at + self.PAUSE:
             self.flush()
         elif len(self.waiting) == 1:
@@ -7078,7 +7077,7 @@ class Alerts:
             now = self.sent_at = time.monotonic()
             self.send(ALERT, os.urandom(16), outcomes=[
                 self.AGO.pack(u32((now - when) * 1000)) + part[self.AGO.size:] for when, part in self.waiting])
-            self.waiting, self.size = [], 0
+            self.waiting = []
 
 
 class Patron:
@@ -9309,7 +9308,7 @@ class Everywhere(Batch):
         self.tasks = [HostTask(terms, number, worker_id, labels[worker_id], source, self.writers)
                       for number, worker_id in enumerate(sorted(workers, key=labels.get), 1)]
         self.timer = self.loop.after(0, self.begin_searches)        # for the next search
-        self.shows_progress = False # the lines show how far it is
+        self.shows_progress = False             # the lines show how far it is
         for task in self.tasks:
             if workers[task.worker_id]["state"] == "serving":
                 self.queue.append(task)

@@ -12578,10 +12578,12 @@ class Alerts:
         self.group = cexec.Group(cluster.env["GROUP"])
         self.socks = cexec.open_speakers()
 
-    def say(self, worker="10.0.0.3", how=cexec.HOW_EXITED, status=0, count=1, pub=None, reason="", **fields):
-        end = cexec.OUTCOME.pack(ago=0, how=how, status=status, reason=reason, **self.common(worker, **fields))
+    def outcome(self, worker="10.0.0.3", how=cexec.HOW_EXITED, status=0, ago=0, reason="", **fields):
+        return cexec.OUTCOME.pack(ago=ago, how=how, status=status, reason=reason, **self.common(worker, **fields))
+
+    def say(self, *worker, count=1, pub=None, **fields):
         for _ in range(count):
-            self.send(cexec.ALERT, pub, outcomes=[end])
+            self.send(cexec.ALERT, pub, outcomes=[self.outcome(*worker, **fields)])
 
     def complain(self, worker="10.0.0.3", pub=None, reason=""):
         self.send(cexec.COMPLAINT, pub, worker_id=bytes(8), reason=reason, **self.common(worker))
@@ -12620,6 +12622,33 @@ def window(cluster):
     made.crat = crat
     yield made
     made.close()
+
+
+def test_an_alert_says_how_old_its_outcomes_are(cluster, alerts, window):
+    """All of them, in their order; and crat shows when each job has ended, not when it has heard of that."""
+    as_json = cluster.logger("-j", cluster.pub)
+    window.crat()
+    now = time.time()
+    alerts.send(cexec.ALERT, None, outcomes=[alerts.outcome(status=1, ago=3600000), alerts.outcome(status=2)])
+    as_json.says("\n", 2)
+    old, new = map(json.loads, as_json.lines())
+    assert (old["status"], new["status"]) == (1, 2)
+    assert round(new["time"] - old["time"], 3) == 3600 and 0 <= new["time"] - now < PATIENCE
+    window.shows("exit code 2")
+    shown = re.findall(r"^(\d\d:\d\d:\d\d) 127.0.0.1 completed", window.screen(), re.M)
+    assert shown == [time.strftime("%H:%M:%S", time.localtime(record["time"])) for record in (old, new)]
+
+
+def test_an_alert_that_no_client_makes_is_dropped_whole(cluster, alerts):
+    """Of several outcomes one that is impossible, cut short or too long, or none at all."""
+    crat, good = cluster.logger(cluster.pub), alerts.outcome()
+    for bad in alerts.outcome(how=7), alerts.outcome(how=cexec.HOW_NOT_STARTED), good[:-1], good + b"\0", b"":
+        alerts.send(cexec.ALERT, None, outcomes=[good, bad])
+    alerts.send(cexec.ALERT, None, outcomes=[])
+    alerts.say(status=5)
+    crat.says("exit code 5")
+    assert len(crat.lines()) == 1
+    no_defect(read(cluster.path("crat.err")))
 
 
 def test_the_log_as_a_screen(cluster, alerts, window):
@@ -15004,6 +15033,13 @@ def test_the_first_signal_lets_jobs_through_ssh_end(boxes):
 NO_DIRECT_WAY = "export SSH_CONNECTION='224.0.0.1 9 10.9.9.9 22'; "
 
 
+def told_run(host="box"):
+    """A run of which Alerts tells: another each time."""
+    fields = {"worker": "10.0.0.3", "host": host, "bytes_in": 1, "bytes_out": 2, "milliseconds": 3}
+    hello = SimpleNamespace(nonce=os.urandom(16), worker_id=bytes(8))
+    return SimpleNamespace(hello=hello, record_fields=lambda: fields)
+
+
 def test_of_the_alerts_workers_get_only_complaints():
     """Each job has one, for crat: a starter does not pass these on, and the client of cexec -s does not send them."""
     master, passed, sent = os.urandom(32), [], []
@@ -15014,11 +15050,9 @@ def test_of_the_alerts_workers_get_only_complaints():
     for kind in cexec.Group, cexec.RunGroup:
         group = SimpleNamespace(may_have_crat=functools.partial(kind.may_have_crat, None),
                                 send=lambda speakers, data: sent.append(cexec.Datagram(data)))
-        run = SimpleNamespace(hello=SimpleNamespace(nonce=os.urandom(16), worker_id=bytes(8)), record_fields=lambda: {
-            "worker": "10.0.0.3", "host": "box", "bytes_in": 1, "bytes_out": 2, "milliseconds": 3})
         alerts = cexec.Alerts(group, pub, cexec.Loop())
-        alerts.tell_end(run, cexec.Outcome(3, "exited=3"))
-        alerts.complain(run, "lost")
+        alerts.tell_end(told_run(), cexec.Outcome(3, "exited=3"))
+        alerts.complain(told_run(), "lost")
     assert [datagram.kind for datagram in sent] == [cexec.ALERT, cexec.COMPLAINT, cexec.COMPLAINT]
     for datagram in sent:
         cexec.Starter.hear(starter, datagram, "10.0.9.1", 0)
@@ -15036,8 +15070,7 @@ def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
     alerts = cexec.Alerts(group, pub, loop)
 
     def end(status, reason="", seconds=0.0):
-        fields = {"worker": "10.0.0.3", "host": "h" * 30, "bytes_in": 1, "bytes_out": 2, "milliseconds": 3}
-        alerts.tell_end(SimpleNamespace(record_fields=lambda: fields), cexec.Outcome(status, "", reason))
+        alerts.tell_end(told_run("h" * 30), cexec.Outcome(status, "", reason))
         clock[0] += seconds
 
     def told():
@@ -15071,8 +15104,7 @@ def test_the_ends_of_a_batch_go_together_and_none_is_lost(monkeypatch):
     left[0]()
     assert told() == []
     end(1)
-    alerts.complain(SimpleNamespace(hello=SimpleNamespace(nonce=NONCE, worker_id=bytes(8)), record_fields=lambda: {
-        "worker": "10.0.0.3", "host": "h", "bytes_in": 1, "bytes_out": 2, "milliseconds": 3}), "lost")
+    alerts.complain(told_run(), "lost")
     assert [cexec.Datagram(data).kind for data in sent] == [cexec.ALERT, cexec.COMPLAINT]
     assert len(set(nonces)) == len(nonces) == 7         # or crat would take some for copies
 
